@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Extra arguments for the main job, for example: make compare ARGS="--preset smoke"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install compare test lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Re-installed only when the list of requirements changes; the package itself is an editable install.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed; found $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,demo,gguf]'
+	@touch $@
+
+install: $(STAMP)  ## create .venv and install everything
+
+compare: $(STAMP)  ## the main job: train, count, compare, and print the path of the report
+	@$(BIN)/crosscoder compare $(ARGS)
+
+test: $(STAMP)  ## the whole test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff check, ruff format --check, type check
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ty check
+
+format: $(STAMP)  ## rewrite the files in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and runs
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Cross-layer dictionary learning on a language model's whole residual stream."""

@@ -1,0 +1,184 @@
+"""Folders that are either whole or absent, and are checked before they are believed.
+
+A folder is written beside its final place, every file is flushed to the disk, a manifest with the sha256 of each
+file is written last, and only then is the folder renamed into place. A reader that finds no manifest, or a file that
+disagrees with it, refuses the folder by name. Nothing here ever pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+MAX_JSON_BYTES = 64 * 2**20
+_SAFE_NAME = re.compile(r"^[A-Za-z0-9._-]+$")
+
+
+class DamagedArtifactError(ValueError):
+    """A file or folder on disk is not what its manifest or format says it should be."""
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that JSON allows")
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed file, refusing NaN, Infinity and files above 64 MiB.
+
+    Raises:
+        DamagedArtifactError: the file is too large, not UTF-8, or not JSON.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise DamagedArtifactError(f"{path} has {size} bytes; JSON files above {MAX_JSON_BYTES} are refused")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise DamagedArtifactError(
+            f"{path} is not valid JSON ({error}); restore it from a copy or delete the folder"
+        ) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` with stable key order and a final newline; NaN and Infinity are refused."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    replace_file(path, (text + "\n").encode("utf-8"))
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write `content` so that a reader sees the old file or the new one, never half of either."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of the file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """Ask the disk to keep `path` (a file, or a folder's list of names)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_replaceable(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or not any(folder.iterdir())
+
+
+@contextlib.contextmanager
+def committed_directory(final: str | Path, *, schema: str) -> Iterator[Path]:
+    """Yields a temporary folder to fill with plain files; on a clean exit it becomes `final`, whole.
+
+    An older artifact at `final` is replaced. If the body raises, the temporary folder is removed and `final` is left
+    as it was.
+
+    Raises:
+        FileExistsError: `final` exists, is not empty, and is not an artifact of ours.
+        ValueError: the body wrote a file whose name holds anything but letters, digits, '.', '_' and '-'.
+    """
+    final = Path(final)
+    if final.exists() and not (final.is_dir() and _is_replaceable(final)):
+        raise FileExistsError(
+            f"{final} exists and has no {MANIFEST}, so it is not ours to replace; choose another folder or move it away"
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".tmp-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _seal(temporary, schema)
+        _rename_into_place(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_path(final.parent)
+
+
+def _seal(folder: Path, schema: str) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if not _SAFE_NAME.match(path.name) or not path.is_file():
+            raise ValueError(f"{path.name!r} may not be part of an artifact: plain files named [A-Za-z0-9._-] only")
+        path.chmod(0o666 & ~umask)  # safetensors leaves 0600, which a colleague cannot read
+        sync_path(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_json(folder / MANIFEST, {"schema": schema, "files": files})
+    sync_path(folder)
+
+
+def _rename_into_place(temporary: Path, final: Path) -> None:
+    if not final.exists():
+        temporary.rename(final)
+        return
+    retired = final.with_name(f".old-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
+    final.rename(retired)
+    try:
+        temporary.rename(final)
+    except OSError:
+        retired.rename(final)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def verify_directory(folder: str | Path, *, schema: str) -> dict[str, Any]:
+    """The manifest of `folder`, after checking every file it lists by size and sha256.
+
+    Raises:
+        FileNotFoundError: the folder or its manifest is missing.
+        DamagedArtifactError: wrong schema, a missing or altered file, or a name that is not a plain file name.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: it is not a finished artifact. Check the path, or write it again."
+        )
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DamagedArtifactError(f"{folder / MANIFEST} does not list files; restore the folder from a copy")
+    if manifest.get("schema") != schema:
+        raise DamagedArtifactError(
+            f"{folder} holds {manifest.get('schema')!r}, expected {schema!r}: it is another kind of artifact, or "
+            "was written by another version"
+        )
+    for name, entry in manifest["files"].items():
+        _verify_file(folder, name, entry)
+    return manifest
+
+
+def _verify_file(folder: Path, name: str, entry: Any) -> None:
+    if not _SAFE_NAME.match(name) or name in {".", ".."}:
+        raise DamagedArtifactError(f"{folder / MANIFEST} lists {name!r}, which is not a plain file name")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise DamagedArtifactError(f"{path} is listed in {MANIFEST} but missing; restore the folder from a copy")
+    size = path.stat().st_size
+    if not isinstance(entry, dict) or size != entry.get("bytes"):
+        expected = entry.get("bytes") if isinstance(entry, dict) else entry
+        raise DamagedArtifactError(f"{path} has {size} bytes, {MANIFEST} says {expected}: truncated or altered")
+    if file_sha256(path) != entry.get("sha256"):
+        raise DamagedArtifactError(f"{path} does not match its sha256 in {MANIFEST}: altered since it was written")

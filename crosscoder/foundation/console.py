@@ -1,0 +1,76 @@
+"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(message: str) -> None:
+    """One line to the person running the program (stderr, so that stdout stays data)."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts towards `total`: tqdm on a terminal, one line every ten seconds elsewhere, nothing if `quiet`.
+
+    Use as a context manager; `advance(n, loss=...)` moves it and shows the given numbers.
+    """
+
+    def __init__(self, label: str, total: int | None, *, unit: str = "it", quiet: bool = False) -> None:
+        self._label, self._total, self._unit, self._quiet = label, total, unit, quiet
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, amount: int = 1, **numbers: float) -> None:
+        """Move by `amount`; `numbers` are shown beside the count."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+            if numbers:
+                self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+            return
+        now = time.monotonic()
+        if self._quiet or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        rate = self._done / (now - self._started)
+        shown = "".join(f"  {k} {v:.4g}" for k, v in numbers.items())
+        total = f"/{self._total}" if self._total else ""
+        say(f"{self._label}: {self._done}{total} {self._unit}  {rate:.3g}/s{shown}")
+
+
+def track(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """`items`, with progress shown."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # ty: ignore[invalid-argument-type]
+    with Progress(label, total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def human_bytes(count: float) -> str:
+    """`1536 -> '1.5 KiB'`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
