@@ -1,0 +1,37 @@
+"""Floor 1: dictionaries as functions of `x_BLD`, wherever that came from."""
+
+from pathlib import Path
+from typing import Any
+
+from crosscoder.dictionary import pretrained
+from crosscoder.dictionary.crosscoder import Crosscoder
+from crosscoder.dictionary.interface import (
+    Dictionary,
+    DictionaryConfig,
+    DictionaryOutput,
+    SparseCode,
+)
+from crosscoder.dictionary.layerwise import LayerwiseSAE
+from crosscoder.dictionary.sparsity import BatchTopK, Sparsity, TopK
+
+DICTIONARIES: dict[str, type] = {"Crosscoder": Crosscoder, "LayerwiseSAE": LayerwiseSAE}
+
+
+def load_dictionary(folder: str | Path, *, verify: bool = True) -> Any:
+    """The dictionary saved in `folder`, of whichever class its config names, in evaluation mode."""
+    return pretrained.load_dictionary(folder, DICTIONARIES, verify=verify)
+
+
+__all__ = [
+    "DICTIONARIES",
+    "BatchTopK",
+    "Crosscoder",
+    "Dictionary",
+    "DictionaryConfig",
+    "DictionaryOutput",
+    "LayerwiseSAE",
+    "SparseCode",
+    "Sparsity",
+    "TopK",
+    "load_dictionary",
+]

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _is_replaceable(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def committed_directory(final: str | Path, *, schema: str) -> Iterator[Path]:
+def committed_directory(final: str | Path, *, schema: str) -> Generator[Path]:
     """Yields a temporary folder to fill with plain files; on a clean exit it becomes `final`, whole.
 
     An older artifact at `final` is replaced. If the body raises, the temporary folder is removed and `final` is left

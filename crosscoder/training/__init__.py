@@ -1,0 +1,5 @@
+"""Floor 2: training. Batches arrive as an iterable of tensors; what they mean is not known here."""
+
+from crosscoder.training.trainer import NonFiniteError, TrainConfig, TrainResult, train
+
+__all__ = ["NonFiniteError", "TrainConfig", "TrainResult", "train"]

@@ -1,0 +1,81 @@
+"""Which feature of one dictionary is which feature of another: similarities, and rules that turn them into pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import optimize, sparse
+
+
+def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> np.ndarray:
+    """Pearson correlation over the same T tokens between columns of `a` and of `b`, `[Fa, Fb]`; 0 for a constant one.
+
+    Raises:
+        ValueError: the two were not measured on the same number of tokens.
+    """
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"activities cover {a.shape[0]} and {b.shape[0]} tokens; correlate them on the same tokens")
+    n_tokens = a.shape[0]
+    product = np.asarray((a.T @ b).todense(), dtype=np.float64) / n_tokens
+    mean_a, mean_b = _column_mean(a), _column_mean(b)
+    covariance = product - np.outer(mean_a, mean_b)
+    scale = np.outer(_deviation(a, mean_a), _deviation(b, mean_b))
+    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+
+
+def _column_mean(code: sparse.csc_array) -> np.ndarray:
+    return np.asarray(code.sum(0), dtype=np.float64).ravel() / code.shape[0]
+
+
+def _deviation(code: sparse.csc_array, mean: np.ndarray) -> np.ndarray:
+    square = np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel() / code.shape[0]
+    return np.sqrt(np.maximum(square - mean**2, 0.0))
+
+
+def decoder_cosine(a_FN: np.ndarray, b_FN: np.ndarray) -> np.ndarray:
+    """Cosine between rows of `a` and of `b`, `[Fa, Fb]`; 0 for a zero row."""
+    return _unit(a_FN) @ _unit(b_FN).T
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+
+
+def mutual_nearest_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
+    """Pairs that are each other's most similar, with similarity >= `minimum`, as `[m, 2]`."""
+    if similarity.size == 0:
+        return np.zeros((0, 2), dtype=np.int64)
+    best_of_a, best_of_b = similarity.argmax(1), similarity.argmax(0)
+    a = np.flatnonzero(best_of_b[best_of_a] == np.arange(len(best_of_a)))
+    pairs = np.stack([a, best_of_a[a]], axis=1)
+    return pairs[similarity[pairs[:, 0], pairs[:, 1]] >= minimum]
+
+
+def hungarian_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
+    """The one-to-one assignment with the largest summed similarity, its pairs >= `minimum` only, as `[m, 2]`."""
+    rows, columns = optimize.linear_sum_assignment(similarity, maximize=True)
+    kept = similarity[rows, columns] >= minimum
+    return np.stack([rows[kept], columns[kept]], axis=1)
+
+
+def threshold_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
+    """Every pair with similarity >= `minimum`, as `[m, 2]`; many-to-many, so chains of it can percolate."""
+    return np.argwhere(similarity >= minimum)
+
+
+def matched_share(similarity: np.ndarray, minimum: float) -> float:
+    """Mutual nearest pairs >= `minimum`, over the size of the smaller side; nan if one side is empty."""
+    smaller = min(similarity.shape)
+    return len(mutual_nearest_pairs(similarity, minimum)) / smaller if smaller else float("nan")
+
+
+def mean_max_cosine(found_FN: np.ndarray, truth_FN: np.ndarray) -> tuple[float, np.ndarray]:
+    """MCC: mean cosine of the best one-to-one assignment of truth to found features, and each truth's cosine.
+
+    A truth feature left without a partner (fewer found than true) counts as 0.
+    """
+    similarity = decoder_cosine(truth_FN, found_FN)
+    rows, columns = optimize.linear_sum_assignment(similarity, maximize=True)
+    cosine = np.zeros(len(truth_FN))
+    cosine[rows] = similarity[rows, columns]
+    return float(cosine.mean()), cosine

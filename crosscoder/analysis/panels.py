@@ -1,0 +1,133 @@
+"""Empty panels, axes, legends and error bars in the report's style.
+
+Colours are from the Okabe-Ito palette, which colour-blind readers can tell apart. `matplotlib` is imported
+inside the functions, and figures are made without pyplot, so that no global state is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, GRID, FAINT = "#333333", "#E4E4E4", "#9A9A9A"
+MARKER = {"crosscoder": "o", "layerwise": "s"}
+DPI = 150
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def make_panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(FAINT)
+        ax.tick_params(colors=INK, labelsize=9)
+        ax.grid(True, color=GRID, linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def axis_title(ax: Axes, title: str) -> None:
+    ax.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
+
+
+def axis_labels(ax: Axes, x: str | None, y: str | None) -> None:
+    if x:
+        ax.set_xlabel(x, fontsize=9.5, color=INK)
+    if y:
+        ax.set_ylabel(y, fontsize=9.5, color=INK)
+
+
+def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = None) -> None:
+    """One legend above the panels, so that it covers no point: of `entries`, else of all labels."""
+    found = entries is None
+    entries = {} if entries is None else entries
+    for ax in axes.flat if found else ():
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        columns = len(entries) if len(entries) <= 4 else -(-len(entries) // 2)
+        figure.legend(
+            [entries[label] for label in sorted(entries)],
+            sorted(entries),
+            loc="outside upper center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
+            handlelength=2.8,
+        )
+
+
+def plot_points(ax: Axes, points: list[Any], *, color: str, arm: str, label: str) -> None:
+    """Means joined by a line, with the seed range as bars: `points` hold `(x range, y range)`."""
+    points = sorted((x, y) for x, y in points if x is not None and y is not None)
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    mean_x, mean_y = [v[0] for v in x], [v[0] for v in y]
+    ax.errorbar(
+        mean_x,
+        mean_y,
+        xerr=error_bars(x),
+        yerr=error_bars(y),
+        color=color,
+        markersize=6,
+        markerfacecolor=color if arm == "crosscoder" else "white",
+        capsize=3,
+        linewidth=1.6,
+        elinewidth=1.1,
+        label=label,
+        marker=MARKER[arm],
+        linestyle="-" if arm == "crosscoder" else "--",
+    )
+
+
+def error_bars(ranges: Iterable[tuple[float, float, float]]) -> list[list[float]]:
+    pairs = [(max(mean - low, 0.0), max(high - mean, 0.0)) for mean, low, high in ranges]
+    return [[down for down, _ in pairs], [up for _, up in pairs]]
+
+
+def log_axis(axis: Any, values: list[float]) -> None:
+    """A base-2 axis with a plain number at every power of two that the values span."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    powers = [2.0**i for i in range(40) if min(values) / 2 <= 2.0**i <= max(values) * 2]
+    axis.set_major_locator(FixedLocator(powers[:: 1 + len(powers) // 8]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def safe_label(value: Any, limit: int = 24) -> str:
+    """A string that a figure can show: no mathematics, no characters outside Latin script, cut at `limit`."""
+    kept = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in str(value))
+    kept = kept if len(kept) <= limit else f"{kept[: limit - 1]}…"
+    return kept.replace("$", r"\$")
+
+
+def token_formatter() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    def show(value: float, _: Any) -> str:
+        for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+            if abs(value) >= size:
+                return f"{value / size:.3g} {unit}"
+        return f"{value:g}"
+
+    return FuncFormatter(show)

@@ -1,0 +1,174 @@
+"""What the subject loses when a reconstruction replaces its own activations.
+
+Sites of kind `residual` are block outputs x_l; sites of kind `write` are what block l adds, x_l - x_(l-1). A site is
+spliced by putting the reconstruction of the clean run there and letting the rest of the subject run on. The first
+positions, which the dictionaries never saw, keep their clean values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosscoder.dictionary import Dictionary
+
+DEFINITIONS = {
+    "loss_recovered": "(ablated - spliced) / (ablated - clean) cross-entropy on held-out text: 1 if the subject does "
+    "not notice the reconstruction, 0 if it is no better than replacing the site by its mean over tokens (or by "
+    "zero). At 'all', every site is replaced at once; on residual sites the last one then decides alone, on block "
+    "writes their sum does.",
+    "kl": "Mean Kullback-Leibler divergence, in nats a token, of the spliced subject's next-token distribution from "
+    "the clean one's.",
+}
+
+
+@dataclass(frozen=True)
+class SplicedSite:
+    """Cross-entropy (nats a token) and KL with one site, or all, replaced."""
+
+    site: str
+    loss: float
+    ablated_loss: float
+    loss_recovered: float
+    kl: float
+
+
+Replace = dict[int, Tensor]  # block index -> what to put there, [B, S, D]
+
+
+@contextlib.contextmanager
+def _replaced(
+    blocks: Sequence[nn.Module], replace: Replace, kind: Literal["residual", "write"], skip: int
+) -> Generator[None]:
+    """While active, the named blocks give the replacement from position `skip` on."""
+
+    def hook(index: int) -> Callable[..., Any]:
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            new = replace[index].to(hidden.dtype)
+            if kind == "write":
+                new = new + (args[0] if args else kwargs["hidden_states"])
+            new = torch.cat([hidden[:, :skip], new[:, skip:]], dim=1)
+            return new if isinstance(output, Tensor) else (new, *output[1:])
+
+        return after
+
+    handles = [blocks[index].register_forward_hook(hook(index), with_kwargs=True) for index in replace]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean logits, and the residual stream entering the first block and leaving every block, `[B, S, n + 1, D]`."""
+    stream: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stream.append(output if isinstance(output, Tensor) else output[0])
+
+    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [block.register_forward_hook(after) for block in blocks]
+    try:
+        logits = model(ids_BS, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, torch.stack(stream, dim=2)
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.loss = self.kl = 0.0
+
+    def add(self, logits: Tensor, clean: Tensor, ids_BS: Tensor, skip: int) -> None:
+        log_q = logits[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
+        log_p = clean[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
+        self.loss += F.nll_loss(log_q, ids_BS[:, skip + 1 :].flatten(), reduction="sum").item()
+        self.kl += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+
+
+@torch.no_grad()
+def splice_losses(
+    dictionary: Dictionary,
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ids: Sequence[Tensor],
+    *,
+    layers: Sequence[int],
+    kind: Literal["residual", "write"],
+    ablation: Literal["mean", "zero"] = "mean",
+    skip_positions: int = 1,
+) -> dict[str, Any]:
+    """Clean loss, and loss, KL and loss recovered with each of `layers` (and all of them) replaced.
+
+    layers: block numbers from 1, one for each layer of the dictionary, in its order.
+    ids: batches of token ids `[B, S]`; the dictionary's `input_scale` maps raw activations to its inputs.
+
+    Raises:
+        ValueError: `layers` does not name one block for each layer of the dictionary.
+    """
+    if len(layers) != dictionary.config.n_layers:
+        raise ValueError(f"{len(layers)} layers named for a dictionary of {dictionary.config.n_layers}")
+    dictionary.eval()
+    mean_LD = _mean_site(model, blocks, ids, layers, kind, skip_positions) if ablation == "mean" else None
+    choices = {str(layer): [i] for i, layer in enumerate(layers)}
+    if len(layers) > 1:
+        choices["all"] = list(range(len(layers)))
+    clean_sums, n_tokens = _Sums(), 0
+    spliced = {name: _Sums() for name in choices}
+    ablated = {name: _Sums() for name in choices}
+    for ids_BS in ids:
+        clean, stream = _record(model, blocks, ids_BS)
+        x_BSLD = _sites(stream, layers, kind)
+        scale_L1 = dictionary.input_scale[:, None]
+        recon_BSLD = dictionary(x_BSLD.float() * scale_L1).recon / scale_L1
+        gone_BSLD = torch.zeros_like(recon_BSLD) if mean_LD is None else mean_LD.expand_as(recon_BSLD)
+        clean_sums.add(clean, clean, ids_BS, skip_positions)
+        n_tokens += ids_BS[:, skip_positions + 1 :].numel()
+        for name, chosen in choices.items():
+            for sums, source in ((spliced[name], recon_BSLD), (ablated[name], gone_BSLD)):
+                replace = {layers[i] - 1: source[:, :, i] for i in chosen}
+                with _replaced(blocks, replace, kind, skip_positions):
+                    sums.add(model(ids_BS, use_cache=False).logits, clean, ids_BS, skip_positions)
+    clean_loss = clean_sums.loss / n_tokens
+    sites = []
+    for name in choices:
+        loss, gone = spliced[name].loss / n_tokens, ablated[name].loss / n_tokens
+        recovered = (gone - loss) / (gone - clean_loss)
+        sites.append(asdict(SplicedSite(name, loss, gone, recovered, spliced[name].kl / n_tokens)))
+    return {"tokens": n_tokens, "ablation": ablation, "clean_loss": clean_loss, "sites": sites}
+
+
+def _sites(stream_BSND: Tensor, layers: Sequence[int], kind: str) -> Tensor:
+    chosen = stream_BSND[:, :, list(layers)]
+    if kind == "write":
+        chosen = chosen - stream_BSND[:, :, [layer - 1 for layer in layers]]
+    return chosen
+
+
+def _mean_site(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ids: Sequence[Tensor],
+    layers: Sequence[int],
+    kind: str,
+    skip: int,
+) -> Tensor:
+    total, count = None, 0
+    for ids_BS in ids:
+        x_TLD = _sites(_record(model, blocks, ids_BS)[1], layers, kind)[:, skip:].flatten(0, 1)
+        total = x_TLD.sum(0) if total is None else total + x_TLD.sum(0)
+        count += x_TLD.shape[0]
+    assert total is not None
+    return total / count

@@ -1,0 +1,274 @@
+"""Residual streams read from a stock model by hooks on its blocks.
+
+Site 0 is what enters the first block (the embedding), site l is what leaves block l. `output_hidden_states`
+is not used: its last entry is after the final norm, and it keeps every layer of every token alive. All
+sites of a token are written to one row of one buffer, and the model is stopped once the last site has been
+read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OUTLIER_RATIO = 10.0
+
+
+class _AllSitesReadError(Exception):
+    """Ends the model's forward pass early; never leaves this module."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harvest:
+    """The residual streams of some tokens, and where each came from."""
+
+    x_TLD: Tensor
+    sequence_T: Tensor
+    """Row of the batch that the token stood in."""
+    position_T: Tensor
+    """Its position in that row."""
+    dropped: dict[str, int]
+    """How many tokens were left out, by reason: `padding`, `first_positions`."""
+
+
+def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleList:
+    """The model's list of decoder blocks: the outermost list as long as its configuration says it has layers.
+
+    Raises:
+        ValueError: none or several lists fit, or `blocks_path` is not a list of modules; candidates are
+        listed.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+    }
+    listed = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+    if blocks_path is not None:
+        if blocks_path not in lists:
+            raise ValueError(f"{blocks_path!r} is not a list of like blocks; this model has: {listed}")
+        return lists[blocks_path]
+    expected = _configured_layers(model) or max(map(len, lists.values()), default=0)
+    fits = [name for name, module in lists.items() if len(module) == expected]
+    outermost = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"found {len(outermost)} lists of {expected} like blocks, expected one; name it with "
+            f"--blocks-path. Candidates: {listed}"
+        )
+    return lists[outermost[0]]
+
+
+def find_embedding(model: nn.Module) -> nn.Module:
+    """The model's token embedding.
+
+    Raises:
+        ValueError: the model does not say which module that is, and does not have exactly one embedding.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is not None:
+        return getter()
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    if len(tables) != 1:
+        raise ValueError(f"expected one embedding in {type(model).__name__}, found {tables}")
+    return model.get_submodule(tables[0])
+
+
+class ResidualHarvester:
+    """Reads chosen sites of a model: `sites` in increasing order (all of 0 to n by default).
+
+    The first `skip_positions` tokens of each sequence are dropped (their norms can be thousands of times the
+    rest), and so is padding: what `attention_mask` marks as 0 or, without a mask, the run of `pad_token_id`
+    that ends a row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[int] | None = None,
+        blocks_path: str | None = None,
+        skip_positions: int = 1,
+        pad_token_id: int | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = find_blocks(model, blocks_path)
+        self.sites = _check_sites(layers, len(self.blocks))
+        if skip_positions < 0:
+            raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
+        self.skip_positions, self.pad_token_id = skip_positions, pad_token_id
+
+    @property
+    def n_layers(self) -> int:
+        """How many sites are read, the L of `x_TLD`."""
+        return len(self.sites)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the model's weights, the sites and the token policy, taken when first asked for."""
+        digest = hashlib.sha256(repr((self.sites, self.skip_positions, self.pad_token_id)).encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            flat = parameter.detach().contiguous().cpu().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def harvest(self, ids_BS: Tensor, attention_mask: Tensor | None = None) -> Harvest:
+        """The kept tokens of `ids_BS`, row by row, at every site, in the model's dtype and on its device.
+
+        Raises:
+            ValueError: the model is in training mode, an id is outside its vocabulary, padding stands
+            before text, no
+                token is left, or sites differ in width.
+        """
+        self._check_call(ids_BS)
+        device = next(self.model.parameters()).device
+        ids_BS = ids_BS.to(device)
+        real_BS = self._real_tokens(ids_BS, attention_mask)
+        keep_BS = real_BS.clone()
+        keep_BS[:, : self.skip_positions] = False
+        rows_T = keep_BS.reshape(-1).nonzero().squeeze(1)
+        if not len(rows_T):
+            raise ValueError(
+                f"no token is left of {list(ids_BS.shape)} after {self.skip_positions} skipped positions and padding"
+            )
+        all_real = bool(real_BS.all())
+        x_TLD = self._run(ids_BS, None if all_real else real_BS.long(), rows_T)
+        n_real = int(real_BS.sum())
+        length = ids_BS.shape[1]
+        return Harvest(
+            x_TLD=x_TLD,
+            sequence_T=rows_T // length,
+            position_T=rows_T % length,
+            dropped={"padding": ids_BS.numel() - n_real, "first_positions": n_real - len(rows_T)},
+        )
+
+    def _run(self, ids_BS: Tensor, mask_BS: Tensor | None, rows_T: Tensor) -> Tensor:
+        buffer: list[Tensor] = []
+
+        def store(slot: int, hidden_BSD: Tensor) -> None:
+            if not buffer:
+                buffer.append(hidden_BSD.new_empty(len(rows_T), len(self.sites), hidden_BSD.shape[-1]))
+            if hidden_BSD.shape[-1] != buffer[0].shape[-1]:
+                raise ValueError(
+                    f"site {self.sites[slot]} is {hidden_BSD.shape[-1]} wide and site {self.sites[0]} is "
+                    f"{buffer[0].shape[-1]}; choose layers of one width"
+                )
+            buffer[0][:, slot] = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[rows_T]
+            if slot == len(self.sites) - 1:
+                raise _AllSitesReadError
+
+        handles = [self._attach(slot, site, store) for slot, site in enumerate(self.sites)]
+        try:
+            arguments: dict[str, Any] = {} if mask_BS is None else {"attention_mask": mask_BS}
+            if hasattr(self.model, "config"):
+                arguments["use_cache"] = False
+            self.model(ids_BS, **arguments)
+        except _AllSitesReadError:
+            return buffer[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise RuntimeError(
+            f"block {self.sites[-1]} was not run by {type(self.model).__name__}; name the right --blocks-path"
+        )
+
+    def _attach(self, slot: int, site: int, store: Any) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            store(slot, args[0] if args else kwargs["hidden_states"])
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            store(slot, output if isinstance(output, Tensor) else output[0])
+
+        if site == 0:
+            return self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        return self.blocks[site - 1].register_forward_hook(after)
+
+    def _check_call(self, ids_BS: Tensor) -> None:
+        if self.model.training:
+            raise ValueError("the model is in training mode, where dropout would be recorded; call model.eval()")
+        if ids_BS.ndim != 2 or ids_BS.is_floating_point() or not ids_BS.numel():
+            raise ValueError(f"expected token ids [batch, sequence], got {ids_BS.dtype} {list(ids_BS.shape)}")
+        vocab_size = getattr(find_embedding(self.model), "num_embeddings", None)
+        low, high = int(ids_BS.min()), int(ids_BS.max())
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            raise ValueError(
+                f"token ids run from {low} to {high}, the model knows 0 to {vocab_size} exclusive: the "
+                "tokens were made by another tokenizer"
+            )
+
+    def _real_tokens(self, ids_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is not None:
+            if attention_mask.shape != ids_BS.shape:
+                raise ValueError(f"the mask is {list(attention_mask.shape)}, the ids {list(ids_BS.shape)}")
+            real_BS = attention_mask.to(ids_BS.device).bool()
+        elif self.pad_token_id is not None:
+            is_pad = (ids_BS == self.pad_token_id).long()
+            real_BS = is_pad.flip(1).cumprod(1).flip(1) == 0
+        else:
+            return torch.ones_like(ids_BS, dtype=torch.bool)
+        if bool((real_BS[:, 1:] & ~real_BS[:, :-1]).any()):
+            raise ValueError("padding stands before text in a row; pad on the right (tokenizer.padding_side = 'right')")
+        return real_BS
+
+
+def block_writes(x_TLD: Tensor) -> Tensor:
+    """What each block added: differences of neighbouring sites, `[T, L - 1, D]`.
+
+    Raises:
+        ValueError: fewer than two sites.
+    """
+    if x_TLD.ndim != 3 or x_TLD.shape[1] < 2:
+        raise ValueError(f"expected [tokens, at least 2 sites, width], got {list(x_TLD.shape)}; harvest more sites")
+    return x_TLD[:, 1:] - x_TLD[:, :-1]
+
+
+def estimate_scales(x_TLD: Tensor | Iterable[Tensor]) -> Tensor:
+    """The factor of each layer that makes its usual norm sqrt(D): float32 `scale_L`.
+
+    The usual norm is the mean over tokens whose norm is at most ten times the layer's median, so that
+    massive activations (thousands of times the rest, at a few tokens) hardly move it.
+
+    Raises:
+        ValueError: no tokens, a value that is not finite, or a layer whose median norm is zero.
+    """
+    chunks = [x_TLD] if isinstance(x_TLD, Tensor) else list(x_TLD)
+    if not chunks or not sum(len(chunk) for chunk in chunks):
+        raise ValueError("there are no tokens to estimate scales from")
+    norms_TL = torch.cat([torch.linalg.vector_norm(chunk.detach().double(), dim=-1) for chunk in chunks])
+    bad = (~norms_TL.isfinite()).nonzero()
+    if len(bad):
+        token, layer = bad[0].tolist()
+        raise ValueError(f"the activation of token {token} at layer {layer} is not finite; check the model's weights")
+    median_L = norms_TL.median(0).values
+    if bool((median_L == 0).any()):
+        layer = int((median_L == 0).nonzero()[0])
+        raise ValueError(f"layer {layer} is zero for most tokens, so it has no scale; leave the layer out")
+    usual_TL = norms_TL <= OUTLIER_RATIO * median_L
+    mean_L = (norms_TL * usual_TL).sum(0) / usual_TL.sum(0)
+    return (chunks[0].shape[-1] ** 0.5 / mean_L).float().cpu()
+
+
+def _configured_layers(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    return getattr(config, "num_hidden_layers", None)
+
+
+def _check_sites(layers: Sequence[int] | None, n_blocks: int) -> tuple[int, ...]:
+    sites = tuple(range(n_blocks + 1)) if layers is None else tuple(int(layer) for layer in layers)
+    if not sites:
+        raise ValueError("no layers were chosen; name at least one, or leave the choice out for all")
+    if sites != tuple(sorted(set(sites))):
+        raise ValueError(f"layers {list(sites)} are not in increasing order without repeats")
+    if sites[0] < 0 or sites[-1] > n_blocks:
+        raise ValueError(f"layers {list(sites)}: expected 0 (the embedding) to {n_blocks} (the last block's output)")
+    return sites

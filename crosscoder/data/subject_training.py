@@ -1,0 +1,304 @@
+"""Small subjects trained from scratch on token blocks, with checkpoints along the way.
+
+The order of the data is a pure function of the seed, the number of passes over it is computed, recorded and
+said aloud, and every checkpoint is an ordinary `transformers` folder with a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crosscoder.data.subject import build_subject
+from crosscoder.data.tokens import TokenBlocks, batch_indices
+from crosscoder.foundation.artifact import (
+    DamagedArtifactError,
+    committed_directory,
+    read_json,
+    verify_directory,
+    write_json,
+)
+from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.console import Progress, say
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+SCHEMA = "crosscoder.subject/1"
+RUN_FILE = "run.json"
+MAX_HELD_OUT_BLOCKS = 64
+FIRST_CHECKPOINT = 1 / 3
+"""Where in training the first kept checkpoint after the initial weights lies, as a fraction of the steps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """A subject's shape and its training."""
+
+    n_layers: int
+    d_model: int
+    context: int = 128
+    head_dim: int = 32
+    batch: int = 32
+    """Sequences a step."""
+    tokens: int = 1_500_000
+    learning_rate: float = 3e-3
+    warmup_fraction: float = 0.02
+    n_checkpoints: int = 20
+    """Kept in the last two thirds of training, the end included; the initial weights are kept besides."""
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products in training; weights and optimiser are float32 in both. On a CPU with bfloat16
+    instructions `bfloat16` is about 1.5 times as fast; without them it is slower."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "head_dim", "batch", "tokens", "n_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.context < 2:
+            raise ValueError(f"context is {self.context}, expected at least 2")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}, expected 'float32' or 'bfloat16'")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction is {self.warmup_fraction}, expected 0 or more and below 1")
+        if self.n_checkpoints > len(self.checkpoint_steps):
+            raise ValueError(
+                f"{self.n_steps} steps cannot hold {self.n_checkpoints} checkpoints in their last "
+                "two thirds; ask for fewer checkpoints, more tokens or a smaller batch"
+            )
+
+    @property
+    def n_steps(self) -> int:
+        return max(1, round(self.tokens / (self.batch * self.context)))
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps after which weights are kept, in order, without step 0."""
+        first = max(1, round(FIRST_CHECKPOINT * self.n_steps)) if self.n_checkpoints > 1 else self.n_steps
+        spacing = (self.n_steps - first) / max(1, self.n_checkpoints - 1)
+        return sorted({round(first + i * spacing) for i in range(self.n_checkpoints)})
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to a tenth."""
+        warmup = math.ceil(self.warmup_fraction * self.n_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.n_steps - warmup)
+        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubjectCheckpoint:
+    """Weights kept after `step` steps, and their loss on text never trained on (nats per token)."""
+
+    step: int
+    tokens: int
+    held_out_loss: float
+    folder: str
+    """Name inside the run's folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubjectRun:
+    """A finished training run: its checkpoints in order, the initial weights first."""
+
+    folder: Path
+    config: SubjectConfig
+    checkpoints: tuple[SubjectCheckpoint, ...]
+    epochs: float
+    """Passes over the training blocks; above 1 means that text was repeated."""
+    tokens_per_second: float
+    train_fingerprint: str
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SubjectRun:
+        """The record of a finished run.
+
+        Raises:
+            FileNotFoundError: the run has not finished.
+        """
+        record = read_json(Path(folder) / RUN_FILE)
+        return cls(
+            folder=Path(folder),
+            config=from_mapping(SubjectConfig, record["config"]),
+            checkpoints=tuple(from_mapping(SubjectCheckpoint, entry) for entry in record["checkpoints"]),
+            epochs=record["epochs"],
+            tokens_per_second=record["tokens_per_second"],
+            train_fingerprint=record["train_fingerprint"],
+        )
+
+    def load_model(self, index: int, *, device: str | torch.device = "cpu") -> LlamaForCausalLM:
+        """The subject at `checkpoints[index]`, verified, in evaluation mode and without gradients."""
+        return load_checkpoint(self.folder / self.checkpoints[index].folder, device=device)
+
+
+def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -> LlamaForCausalLM:
+    """A kept subject, verified against its manifest, in evaluation mode and without gradients."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    verify_directory(folder, schema=SCHEMA)
+    config = LlamaConfig.from_pretrained(str(folder))
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights, which are then replaced
+        model = LlamaForCausalLM(config)
+    weights = load_file(Path(folder) / "model.safetensors")
+    result = model.load_state_dict(weights, strict=False)
+    missing = set(result.missing_keys) - {"lm_head.weight"}  # tied to the embedding, so stored once
+    if missing or result.unexpected_keys:
+        raise DamagedArtifactError(
+            f"{folder}: the weights lack {sorted(missing)} and hold unknown {result.unexpected_keys}; train again"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def train_subject(
+    config: SubjectConfig,
+    train_tokens: TokenBlocks,
+    held_out_tokens: TokenBlocks,
+    *,
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> SubjectRun:
+    """Train a subject and keep its checkpoints in `folder/step-N`; `folder/run.json` is written last.
+
+    `on_progress(step, n_steps, loss)` is called after every step.
+
+    Raises:
+        ValueError: the blocks are not of length `context`, or the two sets have different vocabularies.
+        FloatingPointError: the loss is not finite; names the step.
+    """
+    folder = Path(folder)
+    _check_tokens(config, train_tokens, held_out_tokens)
+    model = build_subject(
+        config.n_layers,
+        config.d_model,
+        vocab_size=train_tokens.vocab_size,
+        context=config.context,
+        head_dim=config.head_dim,
+        seed=config.seed,
+    ).to(device)
+    n_seen = config.n_steps * config.batch
+    epochs = n_seen / len(train_tokens)
+    if epochs > 1:
+        say(f"subject: {n_seen} sequences asked of {len(train_tokens)}; every text is repeated, {epochs:.2f} epochs")
+    spacing = max(1, len(held_out_tokens) // MAX_HELD_OUT_BLOCKS)
+    held_out_BS = held_out_tokens[::spacing][:MAX_HELD_OUT_BLOCKS].to(device)
+    checkpoints = [_keep(model, 0, config, held_out_BS, folder)]
+    kept = set(config.checkpoint_steps)
+    training_seconds, started = 0.0, time.perf_counter()
+    label = f"subject {config.n_layers}x{config.d_model}"
+    with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
+        for step, loss in _training_steps(model, config, train_tokens):
+            progress.advance(loss=loss)
+            if on_progress is not None:
+                on_progress(step, config.n_steps, loss)
+            if step in kept:
+                training_seconds += time.perf_counter() - started
+                checkpoints.append(_keep(model, step, config, held_out_BS, folder))
+                started = time.perf_counter()
+    run = SubjectRun(
+        folder=folder,
+        config=config,
+        checkpoints=tuple(checkpoints),
+        epochs=epochs,
+        tokens_per_second=n_seen * config.context / training_seconds,
+        train_fingerprint=train_tokens.fingerprint,
+    )
+    write_json(folder / RUN_FILE, {k: v for k, v in to_mapping(run).items() if k != "folder"})
+    return run
+
+
+def next_token_loss(model: Any, ids_BS: Tensor) -> Tensor:
+    """Mean cross-entropy of each next token, in nats; the loss of the last position has no target."""
+    hidden_BSD = model.model(ids_BS, use_cache=False).last_hidden_state
+    logits = F.linear(hidden_BSD[:, :-1].flatten(0, 1), model.lm_head.weight)
+    return F.cross_entropy(logits.float(), ids_BS[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, blocks: TokenBlocks | Tensor, *, batch: int = 32) -> float:
+    """Mean next-token cross-entropy over all blocks, in nats per token."""
+    ids_BS = blocks if isinstance(blocks, Tensor) else blocks[:]
+    was_training = model.training
+    model.eval()
+    total = sum(float(next_token_loss(model, part)) * len(part) for part in ids_BS.split(batch))
+    model.train(was_training)
+    return total / len(ids_BS)
+
+
+def _training_steps(model: Any, config: SubjectConfig, tokens: TokenBlocks) -> Iterator[tuple[int, float]]:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    device = matrices[0].device
+    half = config.precision == "bfloat16"
+    if half and device.type == "cpu":
+        model.set_attn_implementation("eager")  # the fused CPU kernel is half as fast in bfloat16
+    model.train()
+    for index in range(config.n_steps):
+        chosen = batch_indices(len(tokens), batch=config.batch, seed=config.seed, index=index)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(index)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = next_token_loss(model, tokens[chosen].to(device))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the subject's loss is {value} at step {index}; lower the learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*matrices, *vectors], 1.0)
+        optimizer.step()
+        yield index + 1, value
+
+
+def _keep(
+    model: LlamaForCausalLM, step: int, config: SubjectConfig, held_out_BS: Tensor, folder: Path
+) -> SubjectCheckpoint:
+    name = f"step-{step}"
+    with committed_directory(folder / name, schema=SCHEMA) as temporary, _without_progress_bars():
+        model.save_pretrained(temporary)
+    return SubjectCheckpoint(
+        step=step,
+        tokens=step * config.batch * config.context,
+        held_out_loss=held_out_loss(model, held_out_BS),
+        folder=name,
+    )
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Generator[None]:
+    """Quiets `transformers`, which draws a bar for every saved file, and puts its setting back."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _check_tokens(config: SubjectConfig, train: TokenBlocks, held_out: TokenBlocks) -> None:
+    for name, blocks in (("train", train), ("held-out", held_out)):
+        if blocks.sequence_length != config.context:
+            raise ValueError(
+                f"the {name} blocks have {blocks.sequence_length} tokens, the context is {config.context}; "
+                "pack the documents again with that sequence length"
+            )
+    if train.vocab_size != held_out.vocab_size or train.tokenizer_hash != held_out.tokenizer_hash:
+        raise ValueError("the train and held-out blocks were made by different tokenizers; prepare them together")

@@ -1,0 +1,318 @@
+"""Token blocks of one length: made from documents, kept as an Arrow file, visited in a reproducible order.
+
+Unusual here: no sampler has state. `sequence_order` and `batch_indices` give the order of any epoch and any
+batch from (seed, epoch) and (seed, index), so a run resumes anywhere without replaying what came before.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosscoder.foundation.artifact import (
+    DamagedArtifactError,
+    committed_directory,
+    read_json,
+    verify_directory,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+SCHEMA = "crosscoder.tokens/1"
+END_OF_TEXT = "<|endoftext|>"
+N_BYTES = 256
+_ARROW_FILE = "data-00000-of-00001.arrow"
+_RECORD = "tokens.json"
+
+
+def train_tokenizer(documents: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with one special token, `<|endoftext|>` (id 0: begin, end and padding).
+
+    Any text can be encoded and decoded again. It has fewer than `vocab_size` entries if the documents have
+    too few pairs to merge. The same documents give the same tokenizer.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the 256 bytes and the special token.
+    """
+    if vocab_size < N_BYTES + 1:
+        raise ValueError(f"vocab_size is {vocab_size}, expected at least {N_BYTES + 1} (all bytes and {END_OF_TEXT})")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the tokenizer's rules and vocabulary, whatever its padding and truncation settings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps([rules, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
+
+
+class TokenBlocks:
+    """Blocks of exactly S token ids, with the document that each block begins in.
+
+    `blocks[indices]` is a LongTensor `[b, S]`. `documents` numbers, for each block, the document of its
+    first token (for a bootstrap over documents). `fingerprint` is a hash of the ids, the tokenizer and S.
+    """
+
+    def __init__(
+        self,
+        ids_BS: np.ndarray | Tensor,
+        *,
+        vocab_size: int,
+        documents: Sequence[int] | np.ndarray | None = None,
+        tokenizer_hash: str = "",
+        n_dropped: int = 0,
+    ) -> None:
+        ids = ids_BS.cpu().numpy() if isinstance(ids_BS, Tensor) else np.asarray(ids_BS)
+        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise ValueError(f"expected whole numbers [blocks, sequence length], got {ids.dtype} {list(ids.shape)}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token ids run from {low} to {high}, expected 0 to {vocab_size - 1}: the tokenizer "
+                "does not belong to this vocabulary size"
+            )
+        self._ids = ids.astype(np.int32, copy=False)
+        self.documents = np.asarray(range(len(ids)) if documents is None else documents, dtype=np.int32)
+        if self.documents.shape != (len(ids),):
+            raise ValueError(f"expected one document number a block, got {self.documents.shape} for {len(ids)} blocks")
+        self.vocab_size, self.tokenizer_hash, self.n_dropped = vocab_size, tokenizer_hash, n_dropped
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, indices: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """The blocks at `indices` as int64 `[b, S]` (or `[S]` for one number), copied."""
+        if isinstance(indices, Tensor):
+            indices = indices.cpu().numpy()
+        return torch.from_numpy(np.array(self._ids[indices], dtype=np.int64))
+
+    @property
+    def sequence_length(self) -> int:
+        return self._ids.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        return self._ids.size
+
+    @property
+    def n_documents(self) -> int:
+        """How many documents a block begins in."""
+        return len(np.unique(self.documents))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the ids and documents, the tokenizer's hash, the vocabulary size and S."""
+        digest = hashlib.sha256(f"{self.tokenizer_hash} {self.vocab_size} {self._ids.shape}".encode())
+        digest.update(np.ascontiguousarray(self._ids, dtype="<i4").tobytes())
+        digest.update(np.ascontiguousarray(self.documents, dtype="<i4").tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write a verified folder that `TokenBlocks.load` and `datasets.load_from_disk` both read."""
+        with committed_directory(folder, schema=SCHEMA) as temporary:
+            _write_arrow(temporary / _ARROW_FILE, self._ids, self.documents)
+            write_json(temporary / "dataset_info.json", {"features": _features(self.sequence_length)})
+            write_json(temporary / "state.json", _state(self.fingerprint))
+            write_json(
+                temporary / _RECORD,
+                {
+                    "n_blocks": len(self),
+                    "sequence_length": self.sequence_length,
+                    "vocab_size": self.vocab_size,
+                    "n_dropped": self.n_dropped,
+                    "n_documents": self.n_documents,
+                    "tokenizer_hash": self.tokenizer_hash,
+                    "fingerprint": self.fingerprint,
+                },
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TokenBlocks:
+        """The blocks of a folder, checked against its manifest and fingerprint, read as needed.
+
+        Raises:
+            DamagedArtifactError: a file is altered or missing, or the content is not what the record says.
+        """
+        folder = Path(folder)
+        verify_directory(folder, schema=SCHEMA)
+        record = read_json(folder / _RECORD)
+        ids, documents = _read_arrow(folder / _ARROW_FILE, record["sequence_length"])
+        blocks = cls(
+            ids,
+            vocab_size=record["vocab_size"],
+            documents=documents,
+            tokenizer_hash=record["tokenizer_hash"],
+            n_dropped=record["n_dropped"],
+        )
+        if blocks.fingerprint != record["fingerprint"]:
+            raise DamagedArtifactError(f"{folder}: the ids do not match the fingerprint in {_RECORD}; prepare it again")
+        return blocks
+
+
+def pack_documents(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, chunk: int = 1000
+) -> TokenBlocks:
+    """The documents' tokens, each document followed by the end token, laid end to end and cut into blocks.
+
+    What does not fill the last block is dropped and counted in `n_dropped`. Text that spells a special
+    token is encoded as text.
+
+    Raises:
+        ValueError: S < 2, no end token, or too little text for one block.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}, expected at least 2")
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError("the tokenizer has no end-of-text token to separate documents; set tokenizer.eos_token")
+    pieces: list[np.ndarray] = []
+    for start in range(0, len(documents), chunk):
+        encoded = tokenizer(
+            list(documents[start : start + chunk]),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        pieces += [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
+    flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+    n_blocks = len(flat) // sequence_length
+    if n_blocks == 0:
+        raise ValueError(
+            f"{len(documents)} documents give {len(flat)} tokens, fewer than one block of {sequence_length}; "
+            "give more text or a shorter sequence length"
+        )
+    ends = np.cumsum([len(piece) for piece in pieces])
+    firsts = np.arange(n_blocks) * sequence_length
+    return TokenBlocks(
+        flat[: n_blocks * sequence_length].reshape(n_blocks, sequence_length),
+        vocab_size=len(tokenizer),
+        documents=np.searchsorted(ends, firsts, side="right"),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        n_dropped=len(flat) - n_blocks * sequence_length,
+    )
+
+
+def seeded_generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator that depends on `parts` only, so that streams for different purposes never meet."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@functools.lru_cache(maxsize=3)
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=seeded_generator("order", seed, epoch, n))
+
+
+def sequence_order(n: int, *, seed: int, epoch: int) -> Tensor:
+    """A permutation of `range(n)`: int64 `[n]`, a pure function of (n, seed, epoch)."""
+    return _order(n, seed, epoch).clone()
+
+
+def epoch_spans(n: int, *, batch: int, index: int) -> list[tuple[int, int, int]]:
+    """Where global batch number `index` lies in epochs of `n` items: `(epoch, start, stop)` pieces, in order.
+
+    Epochs follow one another without a gap, so a batch may end one epoch and begin the next.
+    """
+    if n < 1 or batch < 1 or index < 0:
+        raise ValueError(f"expected n >= 1, batch >= 1 and index >= 0, got n={n}, batch={batch}, index={index}")
+    spans, position, end = [], index * batch, (index + 1) * batch
+    while position < end:
+        epoch, start = divmod(position, n)
+        take = min(n - start, end - position)
+        spans.append((epoch, start, start + take))
+        position += take
+    return spans
+
+
+def batch_indices(n: int, *, batch: int, seed: int, index: int) -> Tensor:
+    """Which of `n` items make up global batch number `index`, as int64 `[batch]`.
+
+    A pure function of its arguments. Every epoch is a new permutation, and no item is left out of an epoch.
+    """
+    spans = epoch_spans(n, batch=batch, index=index)
+    return torch.cat([_order(n, seed, epoch)[start:stop] for epoch, start, stop in spans])
+
+
+def order_slice(n: int, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
+    """`sequence_order(n, ...)[start:stop]` without copying the whole order."""
+    return _order(n, seed, epoch)[start:stop].clone()
+
+
+def _features(sequence_length: int) -> dict[str, Any]:
+    value = {"dtype": "int32", "_type": "Value"}
+    return {
+        "input_ids": {"feature": value, "length": sequence_length, "_type": "List"},
+        "document": value,
+    }
+
+
+def _state(fingerprint: str) -> dict[str, Any]:
+    return {
+        "_data_files": [{"filename": _ARROW_FILE}],
+        "_fingerprint": fingerprint[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("token folders need the package `pyarrow`; run: pip install pyarrow") from error
+    return pyarrow
+
+
+def _write_arrow(path: Path, ids_BS: np.ndarray, documents: np.ndarray) -> None:
+    pa = _pyarrow()
+    flat = pa.array(np.ascontiguousarray(ids_BS).reshape(-1))
+    columns = {
+        "input_ids": pa.FixedSizeListArray.from_arrays(flat, ids_BS.shape[1]),
+        "document": pa.array(documents),
+    }
+    batch = pa.record_batch(columns)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _read_arrow(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    pa = _pyarrow()
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+        ids = table.column("input_ids").chunk(0).flatten().to_numpy()
+        documents = table.column("document").chunk(0).to_numpy()
+        return ids.reshape(-1, sequence_length), documents
+    except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
+        raise DamagedArtifactError(f"{path} does not hold token blocks ({error}); prepare the tokens again") from error

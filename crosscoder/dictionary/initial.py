@@ -1,0 +1,86 @@
+"""Where a dictionary starts: decoder directions, the encoder as their transpose, the bias at the data's centre."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosscoder.dictionary.interface import Dictionary
+from crosscoder.dictionary.sparsity import BatchTopK
+
+
+def unit_rows(shape: tuple[int, ...], *, row_dims: int, seed: int) -> Tensor:
+    """Gaussian directions with norm 1 over the last `row_dims` axes together, a pure function of `seed`."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    dims = tuple(range(-row_dims, 0))
+    return rows / rows.norm(dim=dims, keepdim=True)
+
+
+def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:
+    """The point with the least summed distance to the rows, `[N]` (Weiszfeld's iteration).
+
+    Half the rows may be moved arbitrarily far without moving it far, which the mean does not survive.
+    """
+    point_N = x_BN.mean(0)
+    for _ in range(n_steps):
+        distance_B = (x_BN - point_N).norm(dim=1).clamp_min(1e-12)
+        weight_B = distance_B.reciprocal()
+        moved_N = (weight_B @ x_BN) / weight_B.sum()
+        step = (moved_N - point_N).norm()
+        point_N = moved_N
+        if step <= tolerance * moved_N.norm().clamp_min(1e-12):
+            break
+    return point_N
+
+
+@torch.no_grad()
+def initialize_bias(
+    dictionary: Dictionary, x_BLD: Tensor, *, method: Literal["geometric_median", "mean", "zero"]
+) -> None:
+    """Set the decoder bias of every layer to the centre of a first batch."""
+    center_GN = dictionary.grouped().center_GN
+    x_BGN = x_BLD.reshape(x_BLD.shape[0], *center_GN.shape).to(center_GN)
+    match method:
+        case "geometric_median":
+            center_GN.copy_(torch.stack([geometric_median(x_BGN[:, g]) for g in range(x_BGN.shape[1])]))
+        case "mean":
+            center_GN.copy_(x_BGN.mean(0))
+        case "zero":
+            center_GN.zero_()
+
+
+def update_threshold(dictionary: Dictionary, cut_G: Tensor | None) -> None:
+    """Move the inference threshold towards a training step's cut; without gradient this is no step, and nothing moves.
+
+    The first cut is taken whole, later ones with weight 1 - momentum.
+    """
+    sparsity = dictionary.config.sparsity
+    if cut_G is None or not isinstance(sparsity, BatchTopK) or not torch.is_grad_enabled():
+        return
+    with torch.no_grad():
+        old_G = dictionary.threshold
+        cut_G = cut_G.to(old_G.dtype)
+        old_G.copy_(torch.where(old_G.isnan(), cut_G, torch.lerp(cut_G, old_G, sparsity.momentum)))
+
+
+@torch.no_grad()
+def normalize_decoder(dictionary: Dictionary) -> None:
+    """Give every decoder row norm 1 where the config asks for it; a row of zeros stays zero."""
+    if dictionary.config.decoder == "unit":
+        rows_GFN = dictionary.grouped().decoder_GFN
+        rows_GFN.mul_(rows_GFN.norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal())
+
+
+@torch.no_grad()
+def remove_parallel_gradient(dictionary: Dictionary, decoder_grad: Tensor) -> None:
+    """Take from the decoder's gradient the part that the renormalisation would undo (Bricken et al. 2023).
+
+    `decoder_grad` has the decoder's own shape and is changed in place.
+    """
+    if dictionary.config.decoder == "unit":
+        rows_GFN = dictionary.grouped().decoder_GFN
+        grad_GFN = decoder_grad.view(rows_GFN.shape)
+        along_GF = torch.linalg.vecdot(grad_GFN, rows_GFN)
+        grad_GFN.addcmul_(along_GF[..., None], rows_GFN, value=-1)

@@ -1,0 +1,154 @@
+"""What every dictionary is: the sparse code it speaks in, its settings, and the protocol that the floors above use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from crosscoder.dictionary.sparsity import Sparsity, TopK
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """The active features of a batch, as CSR.
+
+    Row r owns pairs `offsets[r] : offsets[r + 1]`; within a row features ascend. For a crosscoder a row is a token
+    and `batch_shape` is the input's leading shape; for a bank a row is a (token, layer), `batch_shape` ends in L, and
+    `features` count from 0 within each layer. Values are >= 0; a TopK code may hold zeros, which are not active.
+    """
+
+    values: Tensor  # [P]
+    features: Tensor  # [P], int32, 0 <= feature < n_features
+    offsets: Tensor  # [R + 1], int64
+    n_features: int
+    batch_shape: tuple[int, ...]
+
+    @property
+    def n_pairs(self) -> int:
+        """P, the stored pairs."""
+        return self.values.numel()
+
+    @property
+    def n_rows(self) -> int:
+        """R, the product of `batch_shape`."""
+        return self.offsets.numel() - 1
+
+    def rows(self) -> Tensor:
+        """The row of each pair, as int64 `[P]`."""
+        rows = torch.arange(self.n_rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.n_pairs)
+
+    def l0(self) -> Tensor:
+        """Active features of each row, as int64 in `batch_shape`."""
+        counts = torch.zeros(self.n_rows, dtype=torch.int64, device=self.offsets.device)
+        counts.index_add_(0, self.rows(), (self.values > 0).long())
+        return counts.view(self.batch_shape)
+
+    def to_dense(self) -> Tensor:
+        """The code with its zeros, `[*batch_shape, F]`; differentiable in `values`. Costs R * F numbers."""
+        flat = self.values.new_zeros(self.n_rows * self.n_features)
+        position = self.rows() * self.n_features + self.features
+        return flat.index_put((position,), self.values).view(*self.batch_shape, self.n_features)
+
+
+class DictionaryOutput(NamedTuple):
+    """What a forward pass gives: the reconstruction `[..., L, D]` and the code it was made from."""
+
+    recon: Tensor
+    code: SparseCode
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryConfig:
+    """Shape and behaviour of a dictionary. `n_features` is per layer for a bank.
+
+    decoder: `unit` keeps every feature's whole decoder row (all its layers together) at norm 1; `free` leaves it.
+    selection_weight: what scores are multiplied by when choosing the active features: nothing, the norm of the
+        feature's whole decoder row (`l2`), or the sum over layers of its norms (`l1`, Lindsey et al. 2024).
+    aux_k: dead features asked to reconstruct the residual (AuxK, Gao et al. 2024, section A.2); None chooses half the
+        width that one feature reads, at most 512; 0 turns the term off.
+    seed: of the initial decoder directions.
+    """
+
+    n_layers: int
+    d_model: int
+    n_features: int
+    sparsity: Sparsity = field(default_factory=TopK)
+    decoder: Literal["unit", "free"] = "unit"
+    selection_weight: Literal["none", "l2", "l1"] = "none"
+    aux_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_features"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if self.sparsity.k > self.n_features:
+            raise ValueError(
+                f"k = {self.sparsity.k} active features cannot come from n_features = {self.n_features}; "
+                "lower k or raise n_features"
+            )
+        if self.decoder not in ("unit", "free"):
+            raise ValueError(f"decoder is {self.decoder!r}; expected 'unit' or 'free'")
+        if self.selection_weight not in ("none", "l2", "l1"):
+            raise ValueError(f"selection_weight is {self.selection_weight!r}; expected 'none', 'l2' or 'l1'")
+        if self.aux_k is not None and self.aux_k < 0:
+            raise ValueError(f"aux_k is {self.aux_k}; expected 0 (off), a positive number, or None for the default")
+
+
+class Grouped(NamedTuple):
+    """A dictionary's parameters as G independent dictionaries side by side, each reading N numbers.
+
+    A crosscoder is G = 1, N = L * D; a bank is G = L, N = D. Views: writing to them writes to the dictionary.
+    """
+
+    encoder_GFN: Tensor
+    decoder_GFN: Tensor
+    encoder_bias_GF: Tensor
+    center_GN: Tensor
+
+
+class Dictionary(Protocol):
+    """A map `x_BLD -> recon_BLD` through a sparse code. `Crosscoder` and `LayerwiseSAE` are the two that exist."""
+
+    config: DictionaryConfig
+    threshold: Tensor
+    input_scale: Tensor
+    training: bool
+
+    def __call__(self, x: Tensor) -> DictionaryOutput: ...
+    def encode(self, x: Tensor) -> SparseCode: ...
+    def decode(self, code: SparseCode) -> Tensor: ...
+    def grouped(self) -> Grouped: ...
+    def decoder_FLD(self) -> Tensor: ...
+    def parameters(self) -> Any: ...
+    def named_parameters(self) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
+    """`x` flattened to `[B, L, D]`.
+
+    Raises:
+        ValueError: `x` does not end in `[n_layers, d_model]`, or is not floating point.
+    """
+    expected = (config.n_layers, config.d_model)
+    if x.ndim < 2 or tuple(x.shape[-2:]) != expected:
+        hint = ""
+        if x.ndim >= 2 and tuple(x.shape[-2:]) == expected[::-1]:
+            hint = " The last two axes look swapped: use x.transpose(-1, -2)."
+        elif x.shape[-1] == config.d_model:
+            hint = " All layers of a token are needed together, stacked on the axis before the last."
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}; expected [..., n_layers={expected[0]}, d_model={expected[1]}].{hint}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"input has dtype {x.dtype}; expected floating-point activations, not token ids")
+    return x.reshape(-1, *expected)

@@ -1,0 +1,113 @@
+"""The bank: L independent sparse autoencoders, one a layer, trained in one pass over the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosscoder.dictionary import codec, initial, pretrained
+from crosscoder.dictionary.interface import (
+    DictionaryConfig,
+    DictionaryOutput,
+    Grouped,
+    SparseCode,
+    checked_input,
+)
+
+
+class LayerwiseSAE(nn.Module):
+    """L per-layer SAEs of `n_features` each; the per-layer arm that a crosscoder is compared with.
+
+    At layer l: `z_lf = <encoder[l, f], x_l - decoder_bias_l> + encoder_bias_lf`; the sparsity rule acts within each
+    layer, and `recon_l = sum_f code_lf decoder[l, f] + decoder_bias_l`. With L = 1 it equals a one-layer crosscoder.
+
+    Keyword arguments are those of `DictionaryConfig`. Parameters: `encoder`, `decoder` `[L, F, D]`, `encoder_bias`
+    `[L, F]`, `decoder_bias` `[L, D]`. Buffers: `threshold` `[L]` and `input_scale` `[L]`, as in `Crosscoder`.
+
+    Raises:
+        ValueError: a setting is out of range, or k > n_features.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.config = config = DictionaryConfig(**settings)
+        shapes = self.tensor_shapes(config)
+        decoder_LFD = initial.unit_rows(shapes["decoder"], row_dims=1, seed=config.seed)
+        self.encoder = nn.Parameter(decoder_LFD.clone())
+        self.decoder = nn.Parameter(decoder_LFD)
+        self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
+        self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
+        self.register_buffer("threshold", torch.full(shapes["threshold"], float("nan")))
+        self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+        self.threshold: Tensor
+        self.input_scale: Tensor
+
+    @staticmethod
+    def tensor_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a dictionary of this config holds, without making one."""
+        return {
+            "encoder": (config.n_layers, config.n_features, config.d_model),
+            "decoder": (config.n_layers, config.n_features, config.d_model),
+            "encoder_bias": (config.n_layers, config.n_features),
+            "decoder_bias": (config.n_layers, config.d_model),
+            "threshold": (config.n_layers,),
+            "input_scale": (config.n_layers,),
+        }
+
+    def grouped(self) -> Grouped:
+        """The parameters as they are: L dictionaries of width D."""
+        return Grouped(self.encoder, self.decoder, self.encoder_bias, self.decoder_bias)
+
+    def decoder_FLD(self) -> Tensor:
+        """What each of the L * F features writes to each layer, `[L * F, L, D]`: zero off its own layer."""
+        n_layers, n_features, d_model = self.decoder.shape
+        out = self.decoder.new_zeros(n_layers, n_features, n_layers, d_model)
+        index = torch.arange(n_layers, device=out.device)
+        out[index, :, index] = self.decoder.detach()
+        return out.flatten(0, 1)
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """The code of `x` `[..., L, D]`; a row is a (token, layer).
+
+        Raises:
+            ValueError: `x` does not end in `[L, D]`, or BatchTopK has no threshold in evaluation mode.
+        """
+        x_BLD = checked_input(x, self.config)
+        values, features, offsets, cut = codec.encode_grouped(
+            x_BLD, self.grouped(), self.config, threshold_G=self.threshold, training=self.training
+        )
+        initial.update_threshold(self, cut)
+        local = codec.to_local(features, self.config.n_features, self.config.n_layers)
+        return SparseCode(values, local, offsets, self.config.n_features, tuple(x.shape[:-1]))
+
+    def decode(self, code: SparseCode) -> Tensor:
+        """The reconstruction `[..., L, D]` of a code."""
+        features = codec.to_global(code, self.config.n_layers)
+        recon_RD = codec.decode_grouped(code.values, features, code.offsets, self.decoder)
+        recon_BLD = recon_RD.unflatten(0, (-1, self.config.n_layers)) + self.decoder_bias
+        return recon_BLD.view(*code.batch_shape, self.config.d_model)
+
+    def forward(self, x: Tensor) -> DictionaryOutput:
+        """`recon` `[..., L, D]` and `code` of `x` `[..., L, D]`."""
+        code = self.encode(x)
+        return DictionaryOutput(self.decode(code), code)
+
+    def encode_dense(self, x: Tensor) -> Tensor:
+        """The code of `x` as `[..., L, F]`, by dense operators that autograd differentiates."""
+        x_BLD = checked_input(x, self.config)
+        code_BLF = codec.encode_dense_grouped(
+            x_BLD, self.grouped(), self.config, threshold_G=self.threshold, training=self.training
+        )
+        return code_BLF.view(*x.shape[:-1], self.config.n_features)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights to `folder`, whole or not at all."""
+        pretrained.save_dictionary(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LayerwiseSAE:
+        """The bank saved in `folder`, in evaluation mode, after its files are verified."""
+        return pretrained.load_dictionary(folder, {cls.__name__: cls})

@@ -1,0 +1,82 @@
+"""Loss terms of a training step, each already multiplied by its coefficient, as one dict.
+
+What is summed for the backward pass is what is logged: a term cannot be shown without being optimised.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crosscoder.dictionary.interface import Dictionary, DictionaryOutput, checked_input
+
+AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, section A.2
+MAX_DEFAULT_AUX_K = 512
+
+
+def loss_terms(
+    dictionary: Dictionary, x: Tensor, out: DictionaryOutput, *, dead_GF: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`recon`, the mean squared error per number, and, where features are dead, `aux_k`.
+
+    dead_GF: True for features that the auxiliary term should revive; None or all False leaves the term out.
+    """
+    x_BLD = checked_input(x, dictionary.config)
+    recon_BLD = out.recon.reshape(x_BLD.shape)
+    terms = {"recon": F.mse_loss(recon_BLD, x_BLD)}
+    if dead_GF is not None and dictionary.config.aux_k != 0 and bool(dead_GF.any()):
+        terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, recon_BLD.detach(), dead_GF)
+    return terms
+
+
+def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, recon_BLD: Tensor, dead_GF: Tensor) -> Tensor:
+    """Error of the residual's reconstruction by dead features alone, relative to the residual's own size.
+
+    The residual already excludes the decoder bias, so none is added. Gradient reaches encoder, encoder bias and
+    decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
+    """
+    encoder_GFN, decoder_GFN, bias_GF, center_GN = dictionary.grouped()
+    n_rows, n_groups, width = x_BLD.shape[0], *center_GN.shape
+    x_BGN = x_BLD.reshape(n_rows, n_groups, width) - center_GN.detach()
+    residual_BGN = (x_BLD - recon_BLD).reshape(n_rows, n_groups, width)
+    k_aux = dictionary.config.aux_k
+    if k_aux is None:
+        k_aux = min(MAX_DEFAULT_AUX_K, max(1, width // 2))
+    total = x_BLD.new_zeros(())
+    for group in range(n_groups):
+        dead = _bounded(dead_GF[group].nonzero().squeeze(1), limit=max(k_aux, dead_GF.shape[1] // 4))
+        if dead.numel() == 0:
+            continue
+        # Dense on purpose: a sparse gather is slower than a product once k_aux > F / 181.
+        z = F.linear(x_BGN[:, group], encoder_GFN[group, dead], bias_GF[group, dead]).relu()
+        chosen = z.topk(min(k_aux, dead.numel()), dim=1)
+        code = torch.zeros_like(z).scatter(1, chosen.indices, chosen.values)
+        residual = residual_BGN[:, group]
+        error = (code @ decoder_GFN[group, dead] - residual).square().sum()
+        total = total + error / residual.square().sum().clamp_min(torch.finfo(x_BLD.dtype).tiny)
+    return total / n_groups
+
+
+def _bounded(index: Tensor, *, limit: int) -> Tensor:
+    """At most `limit` of the entries, evenly spread, so that the dense term stays below a quarter of `[B, F]`."""
+    if index.numel() <= limit:
+        return index
+    spread = torch.arange(limit, device=index.device) * index.numel() // limit
+    return index[spread]
+
+
+def explained_variance(x_BLD: Tensor, recon_BLD: Tensor) -> Tensor:
+    """Fraction of each layer's variance that the reconstruction accounts for, as `ev_L` in float64.
+
+    1 is perfect, 0 is no better than the batch mean, below 0 is worse. Both sums run over batch and width before the
+    ratio is taken: a mean of per-token ratios would let tokens with tiny norms dominate.
+
+    Raises:
+        ValueError: a layer of `x_BLD` is constant, so the ratio is undefined.
+    """
+    variance_L = (x_BLD - x_BLD.mean(0)).double().square().sum((0, 2))
+    if not bool((variance_L > 0).all()):
+        layers = (~(variance_L > 0)).nonzero().flatten().tolist()
+        raise ValueError(f"layers {layers} are constant over the {x_BLD.shape[0]} tokens: no variance to explain")
+    return 1 - (x_BLD - recon_BLD).double().square().sum((0, 2)) / variance_L

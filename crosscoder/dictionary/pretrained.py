@@ -1,0 +1,98 @@
+"""Dictionaries on disk: `config.json` and `model.safetensors`, under a manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from crosscoder.dictionary.interface import DictionaryConfig
+from crosscoder.foundation.artifact import (
+    DamagedArtifactError,
+    committed_directory,
+    read_json,
+    verify_directory,
+    write_json,
+)
+from crosscoder.foundation.config import from_mapping, to_mapping
+
+SCHEMA = "crosscoder.dictionary/1"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def save_dictionary(dictionary: Any, folder: str | Path) -> None:
+    """Write `dictionary` to `folder`, replacing an older artifact there, whole or not at all."""
+    with committed_directory(folder, schema=SCHEMA) as temporary:
+        write_dictionary(dictionary, temporary)
+
+
+def write_dictionary(dictionary: Any, folder: Path) -> None:
+    """Write config and weights as plain files into `folder`, which the caller commits."""
+    config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config)}
+    write_json(folder / CONFIG, config)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
+def read_config(folder: str | Path) -> tuple[str, DictionaryConfig]:
+    """Class name and settings of the dictionary in `folder`."""
+    path = Path(folder) / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("class"), str):
+        raise DamagedArtifactError(f"{path} does not name a dictionary class")
+    return config["class"], from_mapping(DictionaryConfig, config.get("settings"), where=str(path))
+
+
+def load_dictionary(folder: str | Path, classes: dict[str, Any], *, verify: bool = True) -> Any:
+    """The dictionary saved in `folder`, one of `classes`, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no dictionary in `folder`.
+        DamagedArtifactError: a file fails its check, or a tensor is missing, misshapen or not finite.
+        ValueError: the folder holds another class of dictionary.
+    """
+    folder = Path(folder)
+    if verify:
+        verify_directory(folder, schema=SCHEMA)
+    name, config = read_config(folder)
+    if name not in classes:
+        raise ValueError(f"{folder} holds a {name}, not a {' or '.join(sorted(classes))}; load it as a {name}")
+    _check_header(folder / WEIGHTS, classes[name].tensor_shapes(config))
+    dictionary = classes[name](**{field: getattr(config, field) for field in to_mapping(config)})
+    dictionary.load_state_dict(_read_tensors(folder / WEIGHTS))
+    return dictionary.eval()
+
+
+def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare the file's own table of shapes with the config's before anything is allocated."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > path.stat().st_size:
+                raise DamagedArtifactError(f"{path} claims a header of {length} bytes and is shorter than that")
+            header = json.loads(stream.read(length))
+    except ValueError as error:
+        raise DamagedArtifactError(f"{path} is not a safetensors file ({error})") from error
+    found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    if found != expected:
+        differing = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        details = "; ".join(f"{n}: file {found.get(n)}, config {expected.get(n)}" for n in differing)
+        raise DamagedArtifactError(f"{path} does not hold the tensors its config describes: {details}")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedArtifactError(f"{path} is not a safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        # An untrained BatchTopK threshold is nan by definition; weights never are.
+        if name != "threshold" and not bool(torch.isfinite(tensor).all()):
+            raise DamagedArtifactError(f"{path}: {name} holds values that are not finite")
+    return tensors

@@ -1,0 +1,126 @@
+"""Checkpoints: everything that affects the future of a run, committed whole, verified before use, never pickled."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.pretrained import write_dictionary
+from crosscoder.foundation.artifact import (
+    DamagedArtifactError,
+    committed_directory,
+    read_json,
+    verify_directory,
+    write_json,
+)
+from crosscoder.foundation.console import say
+from crosscoder.training.firing import FiringTracker
+
+SCHEMA = "crosscoder.checkpoint/1"
+KEEP = 2
+_STEP = re.compile(r"^step-(\d{9})$")
+
+
+@dataclass
+class TrainState:
+    """All that a training run carries from one step to the next.
+
+    The dictionary's state includes its inference threshold and input scale. The data cursor is `step`: batch number
+    `step` is the next one. Nothing in a step draws random numbers, so there is no generator to keep.
+    """
+
+    dictionary: Dictionary
+    optimizer: torch.optim.Optimizer
+    firing: FiringTracker
+    step: int = 0
+    tokens: int = 0
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors = {"firing.silent": state.firing.silent_GF.cpu()}
+    for name, parameter in state.dictionary.named_parameters():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"adam.{key}.{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]) -> Path:
+    """The folder `step-N` under `folder` that now holds `state`; all but the newest two are then removed."""
+    final = folder / f"step-{state.step:09d}"
+    with committed_directory(final, schema=SCHEMA) as temporary:
+        write_dictionary(state.dictionary, temporary)
+        save_file(_optimizer_tensors(state), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": state.step, "tokens": state.tokens, "settings": settings})
+    for _, old in _step_folders(folder)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Committed checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.match(path.name))]
+    return sorted(found)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose every file verifies; damaged ones are named and passed over."""
+    for _, path in reversed(_step_folders(folder)):
+        try:
+            verify_directory(path, schema=SCHEMA)
+        except (DamagedArtifactError, FileNotFoundError) as error:
+            say(f"passing over a damaged checkpoint: {error}")
+            continue
+        return path
+    return None
+
+
+def load_checkpoint(path: Path, state: TrainState, *, settings: dict[str, Any]) -> None:
+    """Fill `state` from a verified checkpoint.
+
+    Raises:
+        ValueError: the checkpoint was written under other settings; every differing one is named.
+    """
+    saved = read_json(path / "state.json")
+    _refuse_other_settings(saved["settings"], settings, path)
+    state.dictionary.load_state_dict(load_file(path / "model.safetensors"))
+    tensors = load_file(path / "optimizer.safetensors")
+    state.firing.silent_GF.copy_(tensors["firing.silent"])
+    for name, parameter in state.dictionary.named_parameters():
+        entry = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"adam.{key}.{name}")
+            if value is not None:
+                entry[key] = value.to(parameter.device).clone()
+        if entry:
+            state.optimizer.state[parameter] = entry
+    state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+
+
+def _refuse_other_settings(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    old, new = _flatten(saved), _flatten(wanted)
+    differing = [
+        f"{key}: checkpoint {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} was written under other settings, and continuing would mix two runs: {'; '.join(differing)}. "
+            "Restore the settings, or start in a new folder."
+        )

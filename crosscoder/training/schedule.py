@@ -1,0 +1,16 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+
+def learning_rate_factor(step: int, *, n_steps: int | None, warmup: int, decay_fraction: float) -> float:
+    """What the peak rate is multiplied by at `step` (counted from 0): linear rise, flat, linear fall.
+
+    The rise takes `warmup` steps, the fall the last `decay_fraction` of `n_steps`; where both overlap the smaller
+    wins, so a warm-up longer than the run is harmless. Without a known end the rate stays flat.
+    """
+    rise = (step + 1) / (warmup + 1)
+    fall = 1.0
+    if n_steps is not None and decay_fraction > 0:
+        fall = (n_steps - step) / (decay_fraction * n_steps + 1)
+    return min(1.0, rise, fall)

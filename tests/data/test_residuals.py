@@ -1,0 +1,211 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from crosscoder.data.residuals import (
+    ResidualHarvester,
+    block_writes,
+    estimate_scales,
+    find_blocks,
+    find_embedding,
+)
+
+
+def make_model(kind):
+    import transformers
+
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 30, "num_attention_heads": 2, "num_hidden_layers": 3, "hidden_size": 16}
+    small = {"intermediate_size": 24, "max_position_embeddings": 12}
+    match kind:
+        case "llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **small))
+        case "gpt2":
+            config = transformers.GPT2Config(vocab_size=30, n_embd=16, n_layer=3, n_head=2, n_positions=12)
+            model = transformers.GPT2LMHeadModel(config)
+        case "neox":
+            model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes, **small))
+    torch.random.set_rng_state(torch_state)
+    for parameter in model.parameters():  # norms away from 1, so that a missed final norm shows
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.arange(parameter.numel()) / parameter.numel()
+    return model.eval().requires_grad_(False)
+
+
+FINAL_NORM = {"llama": "model.norm", "gpt2": "transformer.ln_f", "neox": "gpt_neox.final_layer_norm"}
+IDS = torch.randint(0, 30, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", FINAL_NORM)
+def test_sites_are_the_residual_stream(kind):
+    model = make_model(kind)
+    harvest = ResidualHarvester(model, skip_positions=0).harvest(IDS)
+    states = model(IDS, output_hidden_states=True).hidden_states
+    x_BSLD = harvest.x_TLD.reshape(4, 9, 4, 16)
+    for site in range(3):
+        torch.testing.assert_close(x_BSLD[:, :, site], states[site], rtol=0, atol=0)
+    last = x_BSLD[:, :, 3]
+    torch.testing.assert_close(model.get_submodule(FINAL_NORM[kind])(last), states[3], rtol=0, atol=0)
+    assert not torch.allclose(last, states[3]), "the final norm is too weak for this test to say anything"
+
+
+@pytest.mark.parametrize("kind", FINAL_NORM)
+def test_blocks_and_embedding_are_found(kind):
+    model = make_model(kind)
+    assert len(find_blocks(model)) == 3
+    assert find_embedding(model).num_embeddings == 30
+
+
+def test_positions_and_padding_are_dropped_and_counted():
+    model = make_model("gpt2")
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+    whole = ResidualHarvester(model, skip_positions=0).harvest(IDS).x_TLD.reshape(4, 9, 4, 16)
+    harvest = ResidualHarvester(model, skip_positions=2).harvest(IDS, mask)
+    assert harvest.dropped == {"padding": 4, "first_positions": 8}
+    assert len(harvest.x_TLD) == 4 * 9 - 12
+    assert harvest.position_T.min() == 2
+    assert not ((harvest.sequence_T == 1) & (harvest.position_T >= 5)).any()
+    expected = whole[harvest.sequence_T, harvest.position_T]
+    torch.testing.assert_close(harvest.x_TLD, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_padding_that_ends_a_row_is_padding():
+    ids = torch.tensor([[7, 0, 3, 0, 0], [1, 2, 3, 4, 5]])
+    harvest = ResidualHarvester(make_model("llama"), skip_positions=0, pad_token_id=0).harvest(ids)
+    assert harvest.dropped["padding"] == 2
+    assert len(harvest.x_TLD) == 8
+    with pytest.raises(ValueError, match="pad on the right"):
+        ResidualHarvester(make_model("llama")).harvest(IDS, (torch.arange(9) > 2).expand(4, 9))
+
+
+def test_chosen_layers_only_and_the_rest_is_not_run(llama):
+    ids = IDS[:, :8]
+    everything = ResidualHarvester(llama).harvest(ids).x_TLD
+    some = ResidualHarvester(llama, layers=[0, 2])
+    ran = []
+    handle = llama.model.layers[2].register_forward_hook(lambda *_: ran.append(1))
+    torch.testing.assert_close(some.harvest(ids).x_TLD, everything[:, [0, 2]], rtol=0, atol=0)
+    handle.remove()
+    assert not ran
+    assert not llama.model.layers[0]._forward_pre_hooks
+    assert not llama.model.layers[1]._forward_hooks
+
+
+@pytest.mark.parametrize("layers", [[], [1, 1], [2, 1], [4], [-1, 2]])
+def test_bad_layers_are_refused(llama, layers):
+    with pytest.raises(ValueError, match="layers"):
+        ResidualHarvester(llama, layers=layers)
+
+
+def test_training_mode_foreign_ids_and_wrong_shapes_are_refused():
+    model = make_model("llama")
+    harvester = ResidualHarvester(model)
+    with pytest.raises(ValueError, match="from 0 to 30"):
+        harvester.harvest(torch.tensor([[0, 30]]))
+    with pytest.raises(ValueError, match=r"\[batch, sequence\]"):
+        harvester.harvest(IDS[0])
+    with pytest.raises(ValueError, match="no token is left"):
+        harvester.harvest(IDS[:, :1])
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        harvester.harvest(IDS)
+    model.eval()
+
+
+class Block(nn.Module):
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.map = nn.Linear(d_in, d_out)
+
+    def forward(self, hidden):
+        return (self.map(hidden), "cache")
+
+
+class Plain(nn.Module):
+    """Not from transformers: no configuration, tuple outputs, two lists that could be the blocks."""
+
+    def __init__(self, widths):
+        super().__init__()
+        self.table = nn.Embedding(30, widths[0])
+        self.blocks = nn.ModuleList(Block(a, b) for a, b in itertools.pairwise(widths))
+        self.others = nn.ModuleList(nn.Identity() for _ in widths[1:])
+
+    def forward(self, ids):
+        hidden = self.table(ids)
+        for block in self.blocks:
+            hidden = block(hidden)[0]
+        return hidden
+
+
+def test_ambiguous_blocks_ask_for_a_path_and_tuple_outputs_are_read():
+    model = Plain([6, 6, 6]).eval()
+    with pytest.raises(ValueError, match=r"--blocks-path.*blocks \(2\), others \(2\)"):
+        find_blocks(model)
+    with pytest.raises(ValueError, match="'nowhere' is not a list"):
+        find_blocks(model, "nowhere")
+    with pytest.raises(ValueError, match="found 0 lists"):
+        find_blocks(nn.Linear(2, 2))
+    harvest = ResidualHarvester(model, blocks_path="blocks", skip_positions=0).harvest(IDS)
+    torch.testing.assert_close(harvest.x_TLD[:, -1], model(IDS).flatten(0, 1))
+    with pytest.raises(RuntimeError, match="was not run"):
+        ResidualHarvester(model, blocks_path="others").harvest(IDS)
+
+
+def test_layers_of_different_width_are_refused():
+    model = Plain([6, 6, 8]).eval()
+    with pytest.raises(ValueError, match="8 wide and site 0 is 6"):
+        ResidualHarvester(model, blocks_path="blocks").harvest(IDS)
+
+
+def test_fingerprint_follows_weights_sites_and_policy():
+    model = make_model("llama")
+    base = ResidualHarvester(model).fingerprint
+    assert ResidualHarvester(make_model("llama")).fingerprint == base
+    others = {
+        ResidualHarvester(model, layers=[1]).fingerprint,
+        ResidualHarvester(model, skip_positions=2).fingerprint,
+        ResidualHarvester(model.to(torch.bfloat16)).fingerprint,
+    }
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-4
+    assert len({base, ResidualHarvester(model).fingerprint, *others}) == 5
+
+
+def test_nan_is_passed_on_not_hidden():
+    model = make_model("llama")
+    model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    x_TLD = ResidualHarvester(model).harvest(IDS).x_TLD
+    assert x_TLD[:, :2].isfinite().all()
+    assert x_TLD[:, 2:].isnan().any(-1).all()
+    with pytest.raises(ValueError, match="token 0 at layer 2 is not finite"):
+        estimate_scales(x_TLD)
+
+
+def test_scales_bring_usual_norms_to_the_root_of_the_width():
+    x_TLD = torch.randn(500, 3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1])[:, None]
+    scale_L = estimate_scales(x_TLD)
+    norms_L = (x_TLD * scale_L[:, None]).norm(dim=-1).mean(0)
+    torch.testing.assert_close(norms_L, torch.full((3,), 4.0))
+    torch.testing.assert_close(estimate_scales(x_TLD.split(77)), scale_L)
+    x_TLD[::100] *= 1e4
+    assert ((estimate_scales(x_TLD) / scale_L - 1).abs() < 0.01).all()
+
+
+def test_scales_refuse_nothing_and_zero():
+    with pytest.raises(ValueError, match="no tokens"):
+        estimate_scales([])
+    with pytest.raises(ValueError, match="layer 1 is zero"):
+        estimate_scales(torch.stack([torch.ones(5, 4), torch.zeros(5, 4)], 1))
+
+
+def test_writes_add_up(harvester, blocks):
+    x_TLD = harvester.harvest(blocks[:]).x_TLD
+    writes = block_writes(x_TLD)
+    assert writes.shape[1] == x_TLD.shape[1] - 1
+    torch.testing.assert_close(x_TLD[:, 0] + writes.sum(1), x_TLD[:, -1])
+    with pytest.raises(ValueError, match="at least 2 sites"):
+        block_writes(x_TLD[:, :1])

@@ -1,0 +1,203 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from crosscoder.data.prepared import PreparedTokens, prepare_tokens
+from crosscoder.data.tokens import (
+    END_OF_TEXT,
+    TokenBlocks,
+    batch_indices,
+    pack_documents,
+    sequence_order,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from crosscoder.foundation.artifact import DamagedArtifactError, committed_directory
+
+DOCUMENTS = [
+    "the cat sat on the mat",
+    "a dog, the dog, ran on",
+    "naïve café \U0001f600 text",
+    "on and on and on",
+] * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(DOCUMENTS, vocab_size=280)
+
+
+def test_tokenizer_is_deterministic_reversible_and_covers_all_text(tokenizer):
+    again = train_tokenizer(DOCUMENTS, vocab_size=280)
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    assert tokenizer_hash(train_tokenizer(DOCUMENTS[:2], vocab_size=280)) != tokenizer_hash(tokenizer)
+    text = "unseen: Ωmega \U0001f680\n\tend"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == 280
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == END_OF_TEXT
+    with pytest.raises(ValueError, match="at least 257"):
+        train_tokenizer(DOCUMENTS, vocab_size=256)
+
+
+def test_packing_keeps_every_token_in_order_and_counts_the_rest(tokenizer):
+    blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7, chunk=3)
+    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in DOCUMENTS]
+    flat = [token for document in ids for token in document]
+    origin = [number for number, document in enumerate(ids) for _ in document]
+    assert blocks.n_dropped == len(flat) % 7
+    assert blocks[:].flatten().tolist() == flat[: len(flat) - len(flat) % 7]
+    assert blocks.documents.tolist() == origin[::7][: len(blocks)]
+    assert blocks[torch.tensor([2, 0])].tolist() == [blocks[2].tolist(), blocks[0].tolist()]
+
+
+def test_text_that_spells_the_end_token_does_not_become_it(tokenizer):
+    blocks = pack_documents([f"a{END_OF_TEXT}b"] * 3, tokenizer, sequence_length=2)
+    flat = blocks[:].flatten().tolist()
+    assert flat.count(tokenizer.eos_token_id) <= 3
+    assert tokenizer.decode([token for token in flat if token != tokenizer.eos_token_id]).startswith(f"a{END_OF_TEXT}b")
+
+
+def test_packing_refuses_what_it_cannot_do(tokenizer):
+    with pytest.raises(ValueError, match="fewer than one block of 5000"):
+        pack_documents(DOCUMENTS, tokenizer, sequence_length=5000)
+    with pytest.raises(ValueError, match="sequence_length is 1"):
+        pack_documents(DOCUMENTS, tokenizer, sequence_length=1)
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="run from 0 to 9, expected 0 to 8"):
+        TokenBlocks(np.arange(10).reshape(2, 5), vocab_size=9)
+    with pytest.raises(ValueError, match="run from -1"):
+        TokenBlocks(np.arange(10).reshape(2, 5) - 1, vocab_size=9)
+    with pytest.raises(ValueError, match="whole numbers"):
+        TokenBlocks(np.zeros((2, 5)), vocab_size=9)
+
+
+def test_save_and_load_and_datasets_reads_the_same(tmp_path, tokenizer):
+    blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7)
+    blocks.save(tmp_path / "t")
+    loaded = TokenBlocks.load(tmp_path / "t")
+    assert torch.equal(loaded[:], blocks[:])
+    assert loaded.documents.tolist() == blocks.documents.tolist()
+    assert loaded.fingerprint == blocks.fingerprint
+    assert (loaded.vocab_size, loaded.n_dropped, loaded.sequence_length) == (280, blocks.n_dropped, 7)
+    loaded[0].fill_(1)  # a copy, not the file
+    assert torch.equal(loaded[:], blocks[:])
+    datasets = pytest.importorskip("datasets")
+    table = datasets.load_from_disk(str(tmp_path / "t"))
+    assert table["input_ids"][:] == blocks[:].tolist()
+
+
+def test_fingerprint_depends_on_everything_that_matters():
+    ids = np.arange(12).reshape(2, 6)
+    base = TokenBlocks(ids, vocab_size=20).fingerprint
+    assert TokenBlocks(ids.copy(), vocab_size=20).fingerprint == base
+    others = [
+        TokenBlocks(ids.reshape(3, 4), vocab_size=20, documents=[0, 1, 1]),
+        TokenBlocks(ids[::-1], vocab_size=20),
+        TokenBlocks(ids, vocab_size=21),
+        TokenBlocks(ids, vocab_size=20, documents=[0, 0]),
+        TokenBlocks(ids, vocab_size=20, tokenizer_hash="other"),
+    ]
+    assert len({base, *(blocks.fingerprint for blocks in others)}) == 6
+
+
+def test_a_flipped_bit_and_a_forged_record_are_refused(tmp_path, blocks):
+    blocks.save(tmp_path / "t")
+    arrow = next((tmp_path / "t").glob("*.arrow"))
+    content = bytearray(arrow.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrow.write_bytes(content)
+    with pytest.raises(DamagedArtifactError, match="arrow does not match"):
+        TokenBlocks.load(tmp_path / "t")
+
+
+def test_ids_that_are_not_those_of_the_record_are_refused(tmp_path, blocks):
+    """A folder put together from two others, with a manifest that agrees."""
+    blocks.save(tmp_path / "a")
+    TokenBlocks(blocks[:].flip(0), vocab_size=blocks.vocab_size).save(tmp_path / "b")
+    with committed_directory(tmp_path / "c", schema="crosscoder.tokens/1") as folder:
+        shutil.copy(tmp_path / "a" / "tokens.json", folder)
+        shutil.copy(next((tmp_path / "b").glob("*.arrow")), folder)
+    with pytest.raises(DamagedArtifactError, match="do not match the fingerprint"):
+        TokenBlocks.load(tmp_path / "c")
+
+
+def test_order_is_a_pure_function_and_a_permutation():
+    order = sequence_order(50, seed=3, epoch=2)
+    assert sorted(order.tolist()) == list(range(50))
+    torch.manual_seed(99)
+    order.zero_()  # the caller's copy
+    again = sequence_order(50, seed=3, epoch=2)
+    assert sorted(again.tolist()) == list(range(50))
+    assert not torch.equal(again, sequence_order(50, seed=3, epoch=3))
+    assert not torch.equal(again, sequence_order(50, seed=4, epoch=2))
+
+
+def test_asking_for_an_order_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    sequence_order(23, seed=8, epoch=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 10, 23])
+def test_batches_run_through_epochs_without_losing_a_sequence(batch):
+    n, epochs = 10, 7
+    stream = torch.cat([batch_indices(n, batch=batch, seed=5, index=i) for i in range(-(-n * epochs // batch))])
+    for epoch in range(epochs):
+        part = stream[epoch * n : (epoch + 1) * n]
+        assert torch.equal(part, sequence_order(n, seed=5, epoch=epoch))
+
+
+@pytest.mark.parametrize(("n", "batch", "index"), [(0, 1, 0), (5, 0, 0), (5, 1, -1)])
+def test_bad_batch_arguments(n, batch, index):
+    with pytest.raises(ValueError, match="expected n >= 1"):
+        batch_indices(n, batch=batch, seed=0, index=index)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02d}.txt").write_text(f"document {i} says {'word ' * i} and {i * i} more")
+    return str(folder)
+
+
+def test_prepared_tokens_round_trip_and_saving_twice_changes_nothing(tmp_path, corpus):
+    prepared = prepare_tokens(corpus, vocab_size=270, sequence_length=8, held_out_fraction=0.2)
+    again = prepare_tokens(corpus, tokenizer=prepared.tokenizer, sequence_length=8, held_out_fraction=0.2)
+    assert again.train.fingerprint == prepared.train.fingerprint
+    assert again.held_out.fingerprint == prepared.held_out.fingerprint
+    prepared.save(tmp_path / "p")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "p").rglob("*")}
+    again.save(tmp_path / "p")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "p").rglob("*")} == stamps
+    loaded = PreparedTokens.load(tmp_path / "p")
+    assert loaded.train.fingerprint == prepared.train.fingerprint
+    assert loaded.tokenizer("document 3")["input_ids"] == prepared.tokenizer("document 3")["input_ids"]
+
+
+def test_parts_of_different_preparations_are_refused(tmp_path, corpus):
+    prepared = prepare_tokens(corpus, vocab_size=270, sequence_length=8)
+    prepared.save(tmp_path / "p")
+    other = prepare_tokens(corpus, vocab_size=260, sequence_length=8)
+    other.train.save(tmp_path / "p" / "train")
+    with pytest.raises(DamagedArtifactError, match="train was made by another tokenizer"):
+        PreparedTokens.load(tmp_path / "p")
+
+
+def test_prepare_needs_one_tokenizer(corpus):
+    with pytest.raises(ValueError, match="either a tokenizer or the vocab_size"):
+        prepare_tokens(corpus)
+
+
+def test_record_is_plain(tmp_path, blocks):
+    blocks.save(tmp_path / "t")
+    record = json.loads((tmp_path / "t" / "tokens.json").read_text())
+    assert record["n_blocks"] == 11
+    assert record["sequence_length"] == 8
+    assert record["n_documents"] == 6

@@ -1,0 +1,93 @@
+"""The sparse primitives in the fastest form that stock torch operators give.
+
+`embedding_bag` is a CSR-times-dense product and its per-sample-weight gradient is the sampled dense-dense product, so
+nothing here materialises `[P, N]`. Products that own one row a feature run in feature-major order: a stable sort of
+the pairs by feature streams every table row once, and makes each sum's order, hence its bits, the same in every run.
+
+Measured at R = 1024, N = 1536, F = 8192, 32 pairs a row, two threads: the feature-major `gather_dot` takes 4 ms where
+the row-major one takes 13-17 ms, since the big table is then read in order and the small one stays in cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_kernels import workspace
+from triton_kernels.reference import row_of_pair
+
+SLICE_BYTES = 2 * 2**20
+
+
+class FeatureMajor(NamedTuple):
+    """The transpose of a CSR code: pairs sorted by feature (ties in row order), and where each feature begins."""
+
+    order_P: Tensor  # position in the row-major code
+    features_P: Tensor  # sorted, int32
+    rows_P: Tensor  # the row of each sorted pair, int32
+    offsets: Tensor  # [F + 1], int32
+
+
+def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
+    """The code's pairs in feature-major order, from one stable sort."""
+    sorted_P, order_P = torch.sort(features_P, stable=True)
+    rows_P = row_of_pair(offsets, features_P.numel()).to(torch.int32)[order_P]
+    counts_F = torch.bincount(features_P, minlength=n_features)
+    starts = torch.zeros(n_features + 1, dtype=torch.int32, device=features_P.device)
+    starts[1:] = counts_F.cumsum(0)
+    return FeatureMajor(order_P, sorted_P, rows_P, starts)
+
+
+def _weighted_bags(values_P: Tensor, indices_P: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    return F.embedding_bag(
+        indices_P,
+        table,
+        offsets.to(indices_P.dtype),
+        mode="sum",
+        per_sample_weights=values_P.contiguous(),
+        include_last_offset=True,
+    )
+
+
+def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
+    """See `reference.gather_sum`."""
+    if features_P.numel() == 0:
+        return table_FN.new_zeros(offsets.numel() - 1, table_FN.shape[1])
+    return _weighted_bags(values_P, features_P, offsets, table_FN.contiguous())
+
+
+def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
+    """See `reference.gather_dot`."""
+    if features_P.numel() == 0:
+        return x_RN.new_zeros(0)
+    major = feature_major(features_P, offsets, table_FN.shape[0])
+    # The roles are swapped on purpose: bags are features, so the long table is streamed and x is gathered.
+    dots_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        table_FN.contiguous(), x_RN.contiguous(), major.rows_P, major.offsets[:-1], major.features_P, 0, -1
+    )
+    return torch.empty_like(dots_P).scatter_(0, major.order_P, dots_P)
+
+
+def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
+    """See `reference.scatter_outer`."""
+    if features_P.numel() == 0:
+        return x_RN.new_zeros(n_features, x_RN.shape[1])
+    major = feature_major(features_P, offsets, n_features)
+    values_P, x_RN = values_P[major.order_P], x_RN.contiguous()
+    if x_RN.device.type != "cpu" or n_features * x_RN.shape[1] * x_RN.itemsize <= workspace.RECYCLED_BYTES:
+        return _weighted_bags(values_P, major.rows_P, major.offsets, x_RN)
+    # embedding_bag cannot write into a given block, so slices small enough for the cache are made and moved there.
+    out_FN = workspace.empty((n_features, x_RN.shape[1]), dtype=x_RN.dtype)
+    step = max(1, SLICE_BYTES // (x_RN.shape[1] * x_RN.itemsize))
+    bounds = [*range(0, n_features, step), n_features]
+    starts = major.offsets[bounds].tolist()
+    for first, last, start, stop in zip(bounds[:-1], bounds[1:], starts[:-1], starts[1:], strict=True):
+        if start == stop:
+            out_FN[first:last] = 0
+            continue
+        offsets = major.offsets[first : last + 1] - start
+        out_FN[first:last] = _weighted_bags(values_P[start:stop], major.rows_P[start:stop], offsets, x_RN)
+    return out_FN
