@@ -101,8 +101,9 @@ class _Survivors:
     def add(self, slab: Scores) -> None:
         flat = slab.score.reshape(-1)
         position = (flat > self.bound).nonzero().squeeze(1)
-        offset = slab.start * slab.score.shape[1]
-        self._parts.append((position + offset, flat[position], slab.z.reshape(-1)[position]))
+        score = flat[position]
+        z = score if slab.z is slab.score else slab.z.reshape(-1)[position]
+        self._parts.append((position + slab.start * slab.score.shape[1], score, z))
 
     def gather(self) -> tuple[Tensor, Tensor, Tensor]:
         position, score, z = (torch.cat(column) for column in zip(*self._parts, strict=True))

@@ -18,6 +18,8 @@ from crosscoder.analysis.panels import (
     error_bars,
     log_axis,
     make_panels,
+    mark_empty,
+    own_legend,
     plot_points,
     safe_label,
     share_legend,
@@ -138,8 +140,7 @@ def draw_profiles(results: Results) -> Figure | None:
             axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
             ax.grid(False)
             if cell is None:
-                ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color=FAINT)
-                ax.set(xticks=[], yticks=[])
+                mark_empty(ax)
                 continue
             norm = PowerNorm(0.5, vmin=0, vmax=1)
             image = ax.imshow(cell["heatmap"], aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
@@ -174,7 +175,7 @@ def draw_spread(results: Results) -> Figure | None:
             ax.set_ylim(bottom=0)
             last = "ρ / L  (1 = evenly on every layer)" if row == len(sites) - 1 else None
             axis_labels(ax, last, "share of features" if column == 0 else None)
-            ax.legend(frameon=False, fontsize=8.5, loc="best")
+            own_legend(ax, "best")
     return figure
 
 
@@ -293,6 +294,8 @@ def draw_layers(results: Results) -> Figure | None:
             last = "layer" if row == len(sites) - 1 else None
             axis_labels(ax, last, "explained variance" if column == 0 else None)
             ax.grid(False, axis="x")
+            if not ax.has_data():
+                mark_empty(ax)
     filled = Patch(facecolor=FAINT, edgecolor=FAINT)
     hatched = Patch(facecolor="white", edgecolor=FAINT, hatch="////")
     share_legend(figure, axes, {ARM_NAME["crosscoder"]: filled, ARM_NAME["layerwise"]: hatched})
@@ -331,24 +334,32 @@ def draw_splice(results: Results) -> Figure | None:
     if not cells:
         return None
     subjects = sorted({cell["subject"] for cell in cells})
-    figure, axes = make_panels(1, len(subjects), (5 * len(subjects) if len(subjects) > 1 else 6.5, 3.6), sharey=True)
-    for ax, subject in zip(axes[0], subjects, strict=True):
-        chosen = select(cells, subject=subject)
-        names = [name for name, _ in splice_ranges(chosen[0], "loss_recovered")]
-        for cell in chosen:
-            ranges = dict(splice_ranges(cell, "loss_recovered"))
-            names += [name for name in ranges if name not in names]
-            points = [((names.index(n), names.index(n), names.index(n)), v) for n, v in ranges.items()]
-            color = subject_color(results, subject)
-            label = f"{ARM_NAME[cell['arm']]}, {SITE_NAME[cell['site']]}"
-            plot_points(ax, points, color=color, arm=cell["arm"], label=label)
-        axis_title(ax, subject_label(results, subject))
-        ax.set_xticks(range(len(names)), [safe_label(name, 8) for name in names])
-        ax.axhline(1, color=FAINT, linewidth=1, linestyle=":")
-        axis_labels(ax, "spliced layer", "loss recovered" if subject == subjects[0] else None)
-        ax.legend(frameon=False, fontsize=8.5, loc="lower left")
-        ax.margins(y=0.25)
+    sites = [site for site in SITE_NAME if select(cells, site=site)]
+    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
+    figure, axes = make_panels(len(sites), len(subjects), size, sharey="row")
+    for row, site in enumerate(sites):
+        for column, subject in enumerate(subjects):
+            ax = axes[row][column]
+            _splice_panel(ax, select(cells, subject=subject, site=site), subject_color(results, subject))
+            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
+            last = "spliced layer" if row == len(sites) - 1 else None
+            axis_labels(ax, last, "loss recovered" if column == 0 else None)
     return figure
+
+
+def _splice_panel(ax: Axes, cells: list[Cell], color: str) -> None:
+    names: list[str] = []
+    for cell in cells:
+        ranges = dict(splice_ranges(cell, "loss_recovered"))
+        names += [name for name in ranges if name not in names]
+        points = [((names.index(n), names.index(n), names.index(n)), v) for n, v in ranges.items()]
+        plot_points(ax, points, color=color, arm=cell["arm"], label=ARM_NAME[cell["arm"]])
+    if names:
+        ticks = sorted({*range(0, len(names), 1 + len(names) // 16), len(names) - 1})
+        ax.set_xticks(ticks, [safe_label(names[i], 8) for i in ticks])
+        ax.axhline(1, color=FAINT, linewidth=1, linestyle=":")
+        ax.margins(y=0.3)
+    own_legend(ax, "lower left")
 
 
 def splice_ranges(cell: Cell, quantity: str) -> list[tuple[str, tuple[float, float, float]]]:

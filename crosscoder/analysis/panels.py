@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +52,20 @@ def axis_labels(ax: Axes, x: str | None, y: str | None) -> None:
         ax.set_xlabel(x, fontsize=9.5, color=INK)
     if y:
         ax.set_ylabel(y, fontsize=9.5, color=INK)
+
+
+def mark_empty(ax: Axes) -> None:
+    """A panel that says that nothing was measured for it."""
+    ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color=FAINT)
+    ax.grid(False)
+
+
+def own_legend(ax: Axes, place: Literal["best", "lower left"]) -> None:
+    """The panel's own legend, or a word in its place where the panel is empty."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=8.5, loc=place)
+    else:
+        mark_empty(ax)
 
 
 def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = None) -> None:

@@ -153,13 +153,13 @@ def keyed_by_name(spec: Spec, *, least: int = 0) -> Spec:
     return check
 
 
-def table(fields: dict[str, Spec], *, open_ended: bool = False) -> Spec:
-    """A table with exactly these keys; with `open_ended`, others may hold any plain value."""
+def table(fields: dict[str, Spec], *, may_lack: tuple[str, ...] = (), open_ended: bool = False) -> Spec:
+    """A table with exactly these keys, less some of `may_lack`; `open_ended` lets others hold any plain value."""
 
     def check(value: Any, path: str) -> None:
         if not isinstance(value, dict):
             _fail(path, f"a table with {list(fields)}", value)
-        missing = [key for key in fields if key not in value]
+        missing = [key for key in fields if key not in value and key not in may_lack]
         if missing:
             raise ValueError(f"{path}: expected the key {missing[0]!r}, got only {sorted(map(str, value))}")
         for key, item in value.items():
@@ -196,7 +196,7 @@ def _heatmap(cell: dict[str, Any], path: str) -> None:
     for i, row in enumerate(rows):
         if len(row) != n_layers:
             _fail(f"{path}.heatmap[{i}]", f"{n_layers} shares, one a label in layers", row)
-        if abs(sum(row) - 1) > 1e-3:
+        if abs(sum(row) - 1) > 0.01:
             _fail(f"{path}.heatmap[{i}]", "shares that sum to 1", sum(row))
 
 
@@ -263,7 +263,7 @@ _COUNT_SEED = table(
     }
 )
 PAIR_FIELDS = ("chapman", "q_adjacent", "q_same", "survival", "lifespan", "corrected")
-_PAIR = table({"matched": count, "matched_share": share} | dict.fromkeys(PAIR_FIELDS, _maybe))
+_PAIR = table({"matched": number, "matched_share": share} | dict.fromkeys(PAIR_FIELDS, _maybe))
 _WHERE: dict[str, Spec] = {
     "subject": text,
     "state": one_of(*STATES),
@@ -299,11 +299,13 @@ _SPREAD_SEED = table(
 _SPREAD_FIELDS = table(
     {
         **_WHERE,
+        "role": _ARM["role"],
         "per_seed": list_of(_SPREAD_SEED, least=1),
         "heatmap": list_of(list_of(share)),
         "layers": list_of(either(text, count, "a layer's label")),
         "summary": _summary,
-    }
+    },
+    may_lack=("role",),
 )
 _SPLICE_SITE = table({"site": text, "loss": number, "ablated_loss": number, "loss_recovered": number, "kl": number})
 _SPLICE = table(

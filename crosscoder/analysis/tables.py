@@ -54,11 +54,11 @@ _PAIRS = (
     ("corrected count", "corrected", "corrected"),
 )
 _SPREAD = (
-    ("mean ρ (layers)", "mean_rho", "mean_rho"),
-    ("mean ρ / L", "mean_rho_share", "mean_rho_share"),
-    ("mean lifespan (layers)", "mean_lifespan", "mean_lifespan"),
-    ("single-layer share", "single_layer_share", "single_layer_share"),
-    ("adjacent cosine", "mean_adjacent_cosine", "mean_adjacent_cosine"),
+    ("mean ρ (layers)", "mean_rho", "rho"),
+    ("mean ρ / L", "mean_rho_share", "rho"),
+    ("mean lifespan (layers)", "mean_lifespan", "lifespan"),
+    ("single-layer share", "single_layer_share", "lifespan"),
+    ("adjacent cosine", "mean_adjacent_cosine", "adjacent_cosine"),
 )
 _SPLICE = (
     ("clean loss", "clean_loss"),
@@ -92,10 +92,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of one line; lines of a `sweep` stand back."""
+    """The cells of one line; lines of a `sweep` stand back, those of a `group` share a heading."""
 
     cells: list[Value]
     sweep: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,10 @@ def _entry(value: dict[str, float] | None) -> tuple[float, float, float] | None:
 
 
 def measured_table(results: Results, group: str) -> Table:
-    """The rows of one group of the counting table, a column a subject, and the ratio B/A for two subjects."""
+    """The rows of one group of the counting table, a column a subject, and the ratio B/A for two subjects.
+
+    What stands before ": " in a quantity becomes a heading shared by the rows that have it.
+    """
     subjects = sorted(results["subjects"])
     ratio = len(subjects) == 2
     heads = [Head("quantity", word=True), *_subject_heads(results)]
@@ -170,9 +174,11 @@ def measured_table(results: Results, group: str) -> Table:
     rows = []
     for entry in results["counts"]["table"]:
         if entry["group"] == group:
-            cells = [Value(entry["quantity"], style="word", definition=entry["definition"])]
+            where, _, what = entry["quantity"].rpartition(": ")
+            cells = [Value(what, style="word", definition=entry["definition"])]
             cells += [format_range(_entry(entry["values"].get(subject))) for subject in subjects]
-            rows.append(Row([*cells, format_range(_entry(entry["ratio"]))] if ratio else cells))
+            cells += [format_range(_entry(entry["ratio"]))] if ratio else []
+            rows.append(Row(cells, group=where))
     return Table(heads, rows, ABSENT[group], wide=False)
 
 
@@ -230,7 +236,7 @@ def _heads(results: Results, columns: Any) -> list[Head]:
 
 def quality_table(results: Results) -> Table:
     """Explained variance, its worst layer, both L0 and the dead share of every dictionary."""
-    worst = ("worst layer", "", "explained_variance_per_layer")
+    worst = ("worst layer", "", "explained_variance")
     rows = []
     for cell in results["quality"]["cells"]:
         values = [format_range(seed_range(cell, quantity)) for _, quantity, _ in _QUALITY]
@@ -285,7 +291,7 @@ def spread_table(results: Results) -> Table:
     rows = []
     for cell in results["spread"]["cells"]:
         values = [format_range(seed_range(cell, quantity)) for _, quantity, _ in _SPREAD]
-        rows.append(Row(_lead(results, cell) + values))
+        rows.append(Row(_lead(results, cell) + values, sweep=cell.get("role", "main") != "main"))
     return Table(_heads(results, _SPREAD), rows, "No spread of a crosscoder was measured.", note=seeds_note(results))
 
 

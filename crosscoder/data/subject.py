@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,7 +50,7 @@ def load_subject(
     """
     from transformers import AutoTokenizer
 
-    where = _location(name_or_path)
+    where = locate(name_or_path)
     tokenizer: Any = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
     model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
@@ -64,12 +66,14 @@ def load_model(
     """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    where = _location(name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, trust_remote_code=trust_remote_code)
+    where = locate(name_or_path)
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _location(name_or_path: str | Path) -> dict[str, Any]:
+def locate(name_or_path: str | Path) -> dict[str, Any]:
+    """The keyword arguments by which `from_pretrained` finds a Hub name, a folder or a .gguf file."""
     name = str(name_or_path)
     if not name.endswith(".gguf"):
         return {"pretrained_model_name_or_path": name}
@@ -162,6 +166,20 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
         else:
             norms += parameter.numel()
     return ParameterCounts(matrices, norms, embedding)
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Generator[None]:
+    """Quiets `transformers`, which draws a bar for every file it reads or writes, and puts its setting back."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _require_gguf(path: Path) -> None:

@@ -6,11 +6,10 @@ said aloud, and every checkpoint is an ordinary `transformers` folder with a man
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crosscoder.data.subject import build_subject
+from crosscoder.data.subject import build_subject, without_progress_bars
 from crosscoder.data.tokens import TokenBlocks, batch_indices
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
@@ -239,6 +238,16 @@ def held_out_loss(model: nn.Module, blocks: TokenBlocks | Tensor, *, batch: int 
     return total / len(ids_BS)
 
 
+@torch.no_grad()
+def causal_loss(model: Any, ids_BS: Tensor, *, batch: int = 4) -> float:
+    """Mean next-token cross-entropy of any causal model on blocks of equal length, in nats per token."""
+    total = 0.0
+    for part in ids_BS.split(batch):
+        logits = model(part, use_cache=False).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())) * len(part)
+    return total / len(ids_BS)
+
+
 def _training_steps(model: Any, config: SubjectConfig, tokens: TokenBlocks) -> Iterator[tuple[int, float]]:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -269,7 +278,7 @@ def _keep(
     model: LlamaForCausalLM, step: int, config: SubjectConfig, held_out_BS: Tensor, folder: Path
 ) -> SubjectCheckpoint:
     name = f"step-{step}"
-    with committed_directory(folder / name, schema=SCHEMA) as temporary, _without_progress_bars():
+    with committed_directory(folder / name, schema=SCHEMA) as temporary, without_progress_bars():
         model.save_pretrained(temporary)
     return SubjectCheckpoint(
         step=step,
@@ -277,20 +286,6 @@ def _keep(
         held_out_loss=held_out_loss(model, held_out_BS),
         folder=name,
     )
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Generator[None]:
-    """Quiets `transformers`, which draws a bar for every saved file, and puts its setting back."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _check_tokens(config: SubjectConfig, train: TokenBlocks, held_out: TokenBlocks) -> None:

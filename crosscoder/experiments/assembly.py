@@ -238,9 +238,9 @@ def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[
     else:
         control = f"the untrained pair gives {shown}, so training is not what these ratios show"
     return (
-        f"This is spread, not yet a count: at least {alive:.0%} of every dictionary is alive, so the number of features "
-        f"is the number that was asked for and only the layers each occupies are measured; {control}; with one "
-        "training run of each shape no verdict is given."
+        f"This is spread, not yet a count: at least {alive:.0%} of every dictionary is alive, so the number of "
+        f"features is the number that was asked for and only the layers each occupies are measured; {control}; with "
+        "one training run of each shape no verdict is given."
     )
 
 
@@ -263,14 +263,15 @@ def _answer_for_one(cells: Sequence[dict[str, Any]], name: str) -> list[str]:
     first = (
         f"On {n_layers} layers the per-layer bank has {_interval(b['alive'], 0)} alive features that merge to "
         f"{_interval(b['merged'], 0)} distinct ones (band {b['merged_low']['low']:.0f} to "
-        f"{b['merged_high']['high']:.0f} by rule), and the crosscoder has {_interval(c['distinct'], 0)} distinct features that occupy "
-        f"{_interval(s['mean_rho'])} of {n_layers} layers each."
+        f"{b['merged_high']['high']:.0f} by rule), and the crosscoder has {_interval(c['distinct'], 0)} distinct "
+        f"features that occupy {_interval(s['mean_rho'])} of {n_layers} layers each."
     )
     q = [cell["quality"]["summary"] for cell in (bank, cross)]
     second = (
         f"The bank explains {q[0]['explained_variance']['mean']:.1%} of the variance with "
         f"{q[0]['l0_token']['mean']:.0f} active features a token and the crosscoder "
-        f"{q[1]['explained_variance']['mean']:.1%} with {q[1]['l0_token']['mean']:.0f}; {1 - q[0]['dead_share']['mean']:.0%} and "
+        f"{q[1]['explained_variance']['mean']:.1%} with {q[1]['l0_token']['mean']:.0f}; "
+        f"{1 - q[0]['dead_share']['mean']:.0%} and "
         f"{1 - q[1]['dead_share']['mean']:.0%} of the dictionaries are alive, so counts near the dictionary's size say "
         "more about the dictionary than about the model."
     )

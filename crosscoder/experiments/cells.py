@@ -27,6 +27,8 @@ from crosscoder.training import TrainConfig, train
 
 Arm = Literal["crosscoder", "layerwise"]
 Site = Literal["residual", "write"]
+State = Literal["trained", "untrained"]
+Role = Literal["main", "size", "k"]
 CLASSES: dict[str, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
 EVALUATION_BATCH = 4096
 HISTOGRAM_BINS = 20
@@ -37,14 +39,14 @@ HEATMAP_ROWS = 200
 class DictionaryBudget:
     """What both arms are given. One crosscoder of n features and L SAEs of n each have equal parameters and FLOPs."""
 
-    n_features: int = 1024
+    n_features: int = 512
     """Features of the crosscoder, and of each layer's SAE."""
-    k_crosscoder: int = 32
+    k_crosscoder: int = 40
     """Features active per token, over all layers."""
-    k_layerwise: int = 16
+    k_layerwise: int = 26
     """Features active per token and layer."""
     selection: Literal["batch_topk", "topk"] = "batch_topk"
-    steps: int = 600
+    steps: int = 500
     batch: int = 1024
     learning_rate: float = 2e-3
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -94,10 +96,10 @@ class Cell:
     """What is trained: one arm on one site of one subject in one state."""
 
     subject: str
-    state: Literal["trained", "untrained"]
+    state: State
     site: Site
     arm: Arm
-    role: Literal["main", "size", "k"]
+    role: Role
     budget: DictionaryBudget
     seeds: tuple[int, ...] = (0, 1)
 
@@ -139,8 +141,8 @@ def run_cell(cell: Cell, stores: Stores, *, device: str = "cpu", save_to: Path |
     held_out = ActivationShards.load(stores.held_out, verify=False)
     trained = [_train_seed(cell, seed, source, held_out, stores, device, save_to) for seed in cell.seeds]
     n_held_out = trained[0].measured.activity.n_tokens
-    counts = [_count(cell, one) for one in trained]
-    quality = [_quality(cell, one) for one in trained]
+    counts = [_count(cell.arm, one) for one in trained]
+    quality = [_quality(cell.arm, one) for one in trained]
     result: dict[str, Any] = {
         "counts": {
             **cell.identity(),
@@ -201,15 +203,34 @@ def _train_seed(
         splice = _splice(cell, dictionary, source, stores, device)
     if save_to is not None:
         dictionary.save_pretrained(save_to / f"{cell.name}-seed{seed}")
+    return _describe_dictionary(dictionary, measured, seed=seed, splice=splice)
+
+
+def _describe_dictionary(
+    dictionary: Any, measured: features.Measured, *, seed: int, splice: dict[str, Any] | None = None
+) -> _Trained:
     alive_GF = counting.alive_features(measured.activity)
     groups = dictionary.grouped().decoder_GFN.detach().float().cpu().numpy()
     layers = [
         counting.LayerFeatures(groups[g][alive], measured.activity.group(g)[:, alive.nonzero()[0]])
         for g, alive in enumerate(alive_GF)
     ]
-    threshold = dictionary.threshold.tolist() if budget.selection == "batch_topk" else None
+    is_batch = isinstance(dictionary.config.sparsity, BatchTopK)
+    threshold = dictionary.threshold.tolist() if is_batch else None
     decoder = dictionary.decoder_FLD().float().cpu().numpy()
     return _Trained(seed, measured, alive_GF, decoder, layers, threshold, splice)
+
+
+def evaluate_dictionary(dictionary: Any, held_out: ActivationShards, *, site: Site, device: str) -> dict[str, Any]:
+    """Quality and counts of a trained dictionary on a held-out store, as one seed's rows of a study."""
+    arm: Arm = "crosscoder" if type(dictionary).__name__ == CLASSES["crosscoder"] else "layerwise"
+    scale_L = dictionary.input_scale.cpu()
+    batches = (x.to(device) for x in _held_out_batches(held_out, site, scale_L))
+    one = _describe_dictionary(
+        dictionary, features.measure_dictionary(dictionary, batches), seed=dictionary.config.seed
+    )
+    spread = _spread(one) if arm == "crosscoder" else None
+    return {"counts": _count(arm, one), "quality": _quality(arm, one), "spread": spread}
 
 
 def _held_out_batches(store: ActivationShards, site: Site, scale_L: Tensor) -> Iterator[Tensor]:
@@ -233,7 +254,7 @@ def _splice(cell: Cell, dictionary: Any, source: ActivationShards, stores: Store
     return splice_losses(dictionary, model, list(blocks), ids, layers=layers, kind=cell.site)
 
 
-def _count(cell: Cell, one: _Trained) -> dict[str, Any]:
+def _count(arm: Arm, one: _Trained) -> dict[str, Any]:
     """Counts of one seed, each by the definition of the same name."""
     probability = one.measured.activity.firing_probability().reshape(one.alive_GF.shape)
     alive = int(one.alive_GF.sum())
@@ -251,7 +272,7 @@ def _count(cell: Cell, one: _Trained) -> dict[str, Any]:
         "entropy_load": float(counting.binary_entropy(probability[one.alive_GF]).sum()) / len(one.layers),
         "effective_dimension": float(np.mean([capacity.effective_dimension(x.decoder) for x in one.layers])),
     }
-    if cell.arm == "crosscoder":
+    if arm == "crosscoder":
         profile_FL = features.layer_profile(one.decoder[one.alive_GF[0]])
         row["distinct"] = joint = counting.distinct_features(one.layers[0].decoder, one.layers[0].code)
         row["alive_per_layer"] = features.occupied_layers(profile_FL).sum(0).tolist()
@@ -269,11 +290,11 @@ def _count(cell: Cell, one: _Trained) -> dict[str, Any]:
     return row
 
 
-def _quality(cell: Cell, one: _Trained) -> dict[str, Any]:
+def _quality(arm: Arm, one: _Trained) -> dict[str, Any]:
     activity = one.measured.activity
     n_layers = one.decoder.shape[1]
     l0_token = activity.code.nnz / activity.n_tokens
-    if cell.arm == "crosscoder":
+    if arm == "crosscoder":
         span = features.lifespan(features.layer_profile(one.decoder))
         l0_token_layer = float(activity.firing_probability() @ span) / n_layers
     else:

@@ -78,7 +78,7 @@ def count_seed(seed: int, subject: str, arm: str, n_features: int) -> dict[str, 
 def count_cell(subject: str, state: str, site: str, arm: str, n_features: int, k: int, role: str) -> dict[str, Any]:
     seeds = [count_seed(i, subject, arm, n_features) for i in range(2)]
     bank = arm == "layerwise"
-    pair = {"matched": 311, "matched_share": 0.5125, "chapman": 1187.5}
+    pair = {"matched": 311.5, "matched_share": 0.5125, "chapman": 1187.5}
     pair |= {"q_adjacent": 0.29, "q_same": 0.31, "survival": 0.9355, "lifespan": 6.381, "corrected": 402.25}
     if not bank:
         pair |= dict.fromkeys(("q_adjacent", "q_same", "survival", "lifespan", "corrected"))
@@ -182,13 +182,13 @@ def table_rows(subjects: list[str]) -> list[dict[str, Any]]:
     return [
         row("parameters, non-embedding", "subject", 393_216.0, None),
         row("neurons in total", "subject", 512.0, "neurons"),
-        row("alive features, all layers", "per-layer", 3641.5, "alive", 17.5),
-        row("distinct features, merged", "per-layer", 1875.5, "merged", 12.5),
-        row("features per neuron", "per-layer", 7.125, "per_neuron_layer", 0.375),
-        row("alive features", "cross-layer", 911.5, "alive", 3.5),
-        row("distinct features", "cross-layer", 899.5, "distinct", 4.5),
-        row("features per neuron", "cross-layer", 1.7578125, "per_neuron_joint", 0.009765625),
-        row("distinct features, untrained", "control", 988.25, "distinct", 5.75),
+        row("residual stream: alive features, all layers", "per-layer", 3641.5, "alive", 17.5),
+        row("residual stream: distinct features, merged", "per-layer", 1875.5, "merged", 12.5),
+        row("block writes: features per neuron", "per-layer", 7.125, "per_neuron_layer", 0.375),
+        row("residual stream: alive features", "cross-layer", 911.5, "alive", 3.5),
+        row("residual stream: distinct features", "cross-layer", 899.5, "distinct", 4.5),
+        row("block writes: features per neuron", "cross-layer", 1.7578125, "per_neuron_joint", 0.009765625),
+        row("untrained, residual stream, crosscoder: distinct features", "control", 988.25, "distinct", 5.75),
     ]
 
 

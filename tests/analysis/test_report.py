@@ -40,7 +40,8 @@ class Page(HTMLParser):
             self.ids.append(attributes["id"])
 
     def handle_data(self, data):
-        self.text += data
+        if self.tags and self.lasttag not in ("style", "script"):
+            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,22 @@ def test_every_number_of_the_tables_is_printed_in_both_forms(study, request):
     markdown = (path.parent / "report.md").read_text()
     numbers = expected_numbers(load_results(path.parent))
     assert len(numbers) > 60
-    assert [n for n in numbers if n not in page.text.split("{")[0]] == []
+    assert [n for n in numbers if n not in page.text] == []
     assert [n for n in numbers if n not in markdown] == []
+
+
+def test_markdown_tables_are_well_formed(pair):
+    tables = re.findall(r"(?:^\|.*\n)+", (pair.parent / "report.md").read_text(), re.M)
+    assert len(tables) == 12
+    for lines in (table.splitlines() for table in tables):
+        assert re.fullmatch(r"\|( (:--|--:) \|)+", lines[1])
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_rows_of_one_place_share_a_heading(pair):
+    source = pair.read_text()
+    assert source.count(">residual stream</th>") == 2
+    assert "| residual stream: distinct features, merged |" in (pair.parent / "report.md").read_text()
 
 
 def test_nothing_is_fetched(pair):
@@ -187,6 +202,8 @@ def test_strings_of_the_results_cannot_become_markup(tmp_path):
     assert [a["type"] for tag, a in page.tags if tag == "script"] == ["application/json"]
     assert all(a["src"].startswith("data:") for tag, a in page.tags if tag == "img")
     assert source.count("</script>") == 1
+    body = source.split('id="results">')[1].split("</script>")[0]
+    assert not set("<>&") & set(body)
     assert html.escape("<script>alert(1)</script>") in source
     outside_code = [line for line in markdown.split("\n") if not line.startswith("    ")]
     assert not any("<" in line for line in outside_code)
@@ -230,6 +247,27 @@ def test_a_study_without_sweeps_pairs_splices_or_writes_is_drawn(tmp_path):
     page = Page(render_report(results, tmp_path).read_text())
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PICTURES) - 1
     assert "from one dictionary seed" in page.text
+
+
+def test_degenerate_numbers_are_drawn(tmp_path):
+    results = make_results(("S",))
+    for cell in results["counts"]["cells"]:
+        cell["summary"] = {}
+        for seed in cell["per_seed"]:
+            seed |= {"alive": 0, "dead_share": 1.0, "distinct": seed["distinct"] and 0, "effective_dimension": None}
+            seed |= dict.fromkeys(("merged", "merged_low", "merged_high"))
+    for cell in results["quality"]["cells"]:
+        for seed in cell["per_seed"]:
+            seed |= {"explained_variance": -3.0, "explained_variance_per_layer": [], "l0_token": 0.0, "splice": None}
+    for cell in results["spread"]["cells"]:
+        cell["heatmap"] = []
+        for seed in cell["per_seed"]:
+            seed["rho_histogram"]["counts"] = [0] * 20
+    results["spread"]["cells"] = results["spread"]["cells"][1:]
+    results["subjects"]["S"]["curve"] = results["subjects"]["S"]["curve"][:1]
+    render_report(results, tmp_path)
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn == set(PICTURES) - {"profiles", "splice"}
 
 
 @pytest.mark.usefixtures("undrawn")

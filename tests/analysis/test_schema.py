@@ -36,6 +36,15 @@ def test_a_plausible_study_passes(subjects):
     validate_results(make_results(subjects))
 
 
+def test_a_spread_cell_may_name_its_role():
+    results = make_results()
+    results["spread"]["cells"][0]["role"] = "size"
+    validate_results(results)
+    results["spread"]["cells"][0]["role"] = "other"
+    with pytest.raises(ValueError, match=r"spread\.cells\[0\]\.role"):
+        validate_results(results)
+
+
 def test_empty_lists_pass():
     results = make_results()
     results["counts"] |= {"table": [], "cells": []}

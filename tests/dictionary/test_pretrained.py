@@ -1,0 +1,119 @@
+"""Dictionaries on disk: what goes in comes out, and nothing damaged is read as good."""
+
+import json
+
+import pytest
+import torch
+
+from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK, load_dictionary
+from crosscoder.foundation.artifact import MANIFEST, DamagedArtifactError, file_sha256, read_json, write_json
+
+
+@pytest.fixture
+def saved(tmp_path):
+    cc = Crosscoder(n_layers=2, d_model=4, n_features=16, sparsity=BatchTopK(k=3), seed=7)
+    cc(torch.randn(32, 2, 4))
+    cc.input_scale.copy_(torch.tensor([0.5, 2.0]))
+    cc.save_pretrained(tmp_path / "cc")
+    return cc, tmp_path / "cc"
+
+
+def reseal(folder):
+    """Make the manifest agree with altered files, so that only the check under test can object."""
+    manifest = read_json(folder / MANIFEST)
+    for name in manifest["files"]:
+        path = folder / name
+        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_json(folder / MANIFEST, manifest)
+
+
+def test_round_trip(saved):
+    cc, folder = saved
+    again = Crosscoder.from_pretrained(folder)
+    assert again.config == cc.config
+    assert not again.training
+    x = torch.randn(9, 2, 4)
+    assert torch.equal(again(x).recon, cc.eval()(x).recon)
+    assert torch.equal(again.input_scale, cc.input_scale)
+    assert type(load_dictionary(folder)) is Crosscoder
+
+
+def test_saving_again_replaces_the_folder(saved):
+    cc, folder = saved
+    with torch.no_grad():
+        cc.decoder.mul_(2)
+    cc.save_pretrained(folder)
+    assert torch.equal(Crosscoder.from_pretrained(folder).decoder, cc.decoder)
+    assert [p.name for p in folder.parent.iterdir()] == ["cc"]
+
+
+def test_the_other_class_is_refused_by_name(saved):
+    with pytest.raises(ValueError, match="holds a Crosscoder, not a LayerwiseSAE"):
+        LayerwiseSAE.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_weights_are_refused(saved, damage):
+    path = saved[1] / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(DamagedArtifactError, match=r"model.safetensors"):
+        Crosscoder.from_pretrained(saved[1])
+
+
+def test_weights_that_are_not_finite_are_refused(saved):
+    cc, folder = saved
+    with torch.no_grad():
+        cc.encoder[3, 1, 2] = torch.nan
+    cc.save_pretrained(folder)
+    with pytest.raises(DamagedArtifactError, match="encoder holds values that are not finite"):
+        Crosscoder.from_pretrained(folder)
+
+
+def test_shapes_that_disagree_with_the_config_are_refused_before_allocating(saved):
+    folder = saved[1]
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["n_features"] = 10**12
+    (folder / "config.json").write_text(json.dumps(config))
+    reseal(folder)
+    with pytest.raises(DamagedArtifactError, match=r"encoder: file \(16, 2, 4\), config \(1000000000000, 2, 4\)"):
+        Crosscoder.from_pretrained(folder)
+
+
+def test_unknown_setting_names_the_nearest(saved):
+    folder = saved[1]
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["n_feature"] = config["settings"].pop("n_features")
+    (folder / "config.json").write_text(json.dumps(config))
+    reseal(folder)
+    with pytest.raises(ValueError, match="unknown setting 'n_feature'; did you mean 'n_features'"):
+        Crosscoder.from_pretrained(folder)
+
+
+def test_a_pickle_named_safetensors_is_never_executed(saved, tmp_path):
+    folder, sentinel = saved[1], tmp_path / "executed"
+    payload = f"cos\nsystem\n(S'touch {sentinel}'\ntR.".encode()
+    (folder / "model.safetensors").write_bytes(payload)
+    reseal(folder)
+    with pytest.raises(DamagedArtifactError):
+        Crosscoder.from_pretrained(folder)
+    assert not sentinel.exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not ours to replace"):
+        Crosscoder(n_layers=1, d_model=2, n_features=4, sparsity=TopK(k=1)).save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no MANIFEST.json"):
+        Crosscoder.from_pretrained(tmp_path / "nowhere")
