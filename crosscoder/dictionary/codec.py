@@ -75,6 +75,8 @@ def to_global(code: SparseCode, n_groups: int) -> Tensor:
     """Features of `code` counted over all G dictionaries, as the operators want them."""
     if n_groups == 1:
         return code.features
+    if code.global_features is not None:
+        return code.global_features
     return code.features + (code.rows() % n_groups * code.n_features).to(torch.int32)
 
 

@@ -25,6 +25,8 @@ class SparseCode:
     offsets: Tensor  # [R + 1], int64
     n_features: int
     batch_shape: tuple[int, ...]
+    global_features: Tensor | None = None
+    """Features counted over all layers of a bank, `layer * F + feature`, where the encoder had them at hand."""
 
     @property
     def n_pairs(self) -> int:

@@ -81,7 +81,7 @@ class LayerwiseSAE(nn.Module):
         )
         initial.update_threshold(self, cut)
         local = codec.to_local(features, self.config.n_features, self.config.n_layers)
-        return SparseCode(values, local, offsets, self.config.n_features, tuple(x.shape[:-1]))
+        return SparseCode(values, local, offsets, self.config.n_features, tuple(x.shape[:-1]), features)
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction `[..., L, D]` of a code."""

