@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from crosscoder.experiments.cells import DictionaryBudget
+from crosscoder.experiments.budget import DictionaryBudget
 from crosscoder.foundation.console import say
 
 EXIT_BAD_INPUT = 2

@@ -11,7 +11,8 @@ from typing import Any
 from crosscoder import cli
 from crosscoder.experiments import subject_study
 from crosscoder.experiments.aspect_ratio import run_study, study_cells
-from crosscoder.experiments.cells import CLASSES, Cell
+from crosscoder.experiments.budget import CLASSES
+from crosscoder.experiments.cells import Cell
 from crosscoder.experiments.presets import PRESETS, StudyConfig
 from crosscoder.experiments.stages import study_folder
 from crosscoder.experiments.workers import default_workers

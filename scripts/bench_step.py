@@ -54,11 +54,11 @@ def dense_step(shape: Shape, x_BN: torch.Tensor, *, bank: bool = False) -> Calla
     groups = shape.n_layers if bank else 1
     width = x_BN.shape[1] // groups
     x_GBN = x_BN.view(shape.batch, groups, width).transpose(0, 1).contiguous()
-    on = {"device": x_BN.device}
-    encoder = torch.nn.Parameter(torch.randn(groups, shape.n_features, width, **on) / width**0.5)
+    device = x_BN.device
+    encoder = torch.nn.Parameter(torch.randn(groups, shape.n_features, width, device=device) / width**0.5)
     decoder = torch.nn.Parameter(encoder.detach().clone())
-    encoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, shape.n_features, **on))
-    decoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, width, **on))
+    encoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, shape.n_features, device=device))
+    decoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, width, device=device))
     optimizer = torch.optim.Adam([encoder, decoder, encoder_bias, decoder_bias], lr=1e-3)
 
     def step() -> None:

@@ -43,7 +43,8 @@ def render_report(results: dict[str, Any], folder: str | Path) -> Path:
     except (TypeError, ValueError):
         validate_results(results)  # names the path that JSON could not hold
         raise
-    validate_results(results)
+    # What is shown comes from the file, so that writing the report again from it gives the same bytes.
+    results = load_results(folder)
     cleaned = clean_strings(results)
     view = _view(cleaned, _draw_figures(cleaned, folder / "figures"))
     embedded = _embedded_json(results)

@@ -231,13 +231,13 @@ def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[
     alive = [1 - cell["quality"]["summary"]["dead_share"]["mean"] for cell in mains]
     if min(alive) >= SATURATED:
         limit = (
-            f"This is spread, not yet a count: at least {min(alive):.0%} of every dictionary is alive, so the number of "
-            "features is the number that was asked for and only the layers each occupies are measured"
+            f"This is spread, not yet a count: at least {min(alive):.0%} of every dictionary is alive, so the number "
+            "of features is the number that was asked for and only the layers each occupies are measured"
         )
     else:
         limit = (
-            f"Counts here are not yet trustworthy: between {min(alive):.0%} and {max(alive):.0%} of the dictionaries is "
-            "alive, and dead features are a failure of training before they are a sign of few features"
+            f"Counts here are not yet trustworthy: between {min(alive):.0%} and {max(alive):.0%} of the dictionaries "
+            "is alive, and dead features are a failure of training before they are a sign of few features"
         )
     controls = [(site, cross["untrained", site]) for site in ("residual", "write")]
     shown = " and ".join(f"{_interval(value)} ({site})" for site, value in controls if value)

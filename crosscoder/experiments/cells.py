@@ -8,13 +8,12 @@ on the data seed, never on the dictionary's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from crosscoder.analysis import capacity, counting, features, matching
@@ -22,60 +21,16 @@ from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.store import select_site_numbers, select_sites
-from crosscoder.dictionary import DICTIONARIES, BatchTopK, Sparsity, TopK
-from crosscoder.training import TrainConfig, train
+from crosscoder.dictionary import DICTIONARIES, BatchTopK
+from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget
+from crosscoder.training import train
 
-Arm = Literal["crosscoder", "layerwise"]
 Site = Literal["residual", "write"]
 State = Literal["trained", "untrained"]
 Role = Literal["main", "size", "k"]
-CLASSES: dict[str, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
 EVALUATION_BATCH = 4096
 HISTOGRAM_BINS = 20
 HEATMAP_ROWS = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class DictionaryBudget:
-    """What both arms are given. One crosscoder of n features and L SAEs of n each have equal parameters and FLOPs."""
-
-    n_features: int = 512
-    """Features of the crosscoder, and of each layer's SAE."""
-    k_crosscoder: int = 40
-    """Features active per token, over all layers."""
-    k_layerwise: int = 26
-    """Features active per token and layer."""
-    selection: Literal["batch_topk", "topk"] = "batch_topk"
-    steps: int = 500
-    batch: int = 512
-    learning_rate: float = 4e-3
-    precision: Literal["fp32", "bf16"] = "fp32"
-    dead_after_tokens: int = 10_000
-    data_seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("n_features", "k_crosscoder", "k_layerwise", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        most = max(self.k_crosscoder, self.k_layerwise)
-        if most > self.n_features:
-            raise ValueError(f"k = {most} is more than n_features = {self.n_features}; lower k or raise n_features")
-
-    def sparsity(self, arm: Arm) -> Sparsity:
-        """The selection rule of one arm."""
-        k = self.k_crosscoder if arm == "crosscoder" else self.k_layerwise
-        return TopK(k=k) if self.selection == "topk" else BatchTopK(k=k)
-
-    def train_config(self) -> TrainConfig:
-        """The trainer's settings, the same for both arms."""
-        return TrainConfig(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            warmup_steps=max(1, self.steps // 5),
-            dead_after_tokens=self.dead_after_tokens,
-            precision=self.precision,
-            log_every=max(1, self.steps // 20),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,27 +342,3 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         if len(values) == len(rows):
             summary[key] = {"mean": float(np.mean(values)), "low": min(values), "high": max(values)}
     return summary
-
-
-def with_size(budget: DictionaryBudget, n_features: int) -> DictionaryBudget:
-    """The budget with another dictionary size; k is lowered only where it would not fit."""
-    return replace(
-        budget,
-        n_features=n_features,
-        k_crosscoder=min(budget.k_crosscoder, n_features),
-        k_layerwise=min(budget.k_layerwise, n_features),
-    )
-
-
-def with_k(budget: DictionaryBudget, factor: float) -> DictionaryBudget:
-    """The budget with both k multiplied by `factor`."""
-    return replace(
-        budget,
-        k_crosscoder=max(1, round(budget.k_crosscoder * factor)),
-        k_layerwise=max(1, round(budget.k_layerwise * factor)),
-    )
-
-
-def worker_threads(workers: int) -> int:
-    """Threads of each worker: one where several share the machine's cores, all of them for a single one."""
-    return 1 if workers > 1 else torch.get_num_threads()

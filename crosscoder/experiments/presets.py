@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from crosscoder.data.subject_training import SubjectConfig
-from crosscoder.experiments.cells import DictionaryBudget
+from crosscoder.experiments.budget import DictionaryBudget
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from crosscoder.data.shards import write_shards
 from crosscoder.data.subject import count_parameters, load_subject, locate
 from crosscoder.data.subject_training import causal_loss
 from crosscoder.experiments import assembly
-from crosscoder.experiments.cells import Arm, Cell, DictionaryBudget, Site, Stores
+from crosscoder.experiments.budget import Arm, DictionaryBudget
+from crosscoder.experiments.cells import Cell, Site, Stores
 from crosscoder.experiments.stages import Clock, run_cells, save_splice_ids
 from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.config import to_mapping

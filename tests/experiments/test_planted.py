@@ -10,14 +10,14 @@ from crosscoder.data.synthetic import World, WorldConfig
 from crosscoder.training import TrainConfig, train
 
 
-@pytest.fixture(scope="module")
-def found():
+@pytest.fixture(scope="module", params=[0, 1])
+def found(request):
     """A world of 64 local, persistent and drifting features, and a crosscoder of 96 trained on it for 800 steps."""
-    world = World(WorldConfig(n_features=64, n_layers=4, d_model=16, seed=0))
+    world = World(WorldConfig(n_features=64, n_layers=4, d_model=16, seed=request.param))
     # As many active features as there truly are: a wrong k mixes features.
     k = round(float(world.probability_F.sum()))
     dictionary = Crosscoder(n_layers=4, d_model=16, n_features=96, sparsity=BatchTopK(k=k))
-    config = TrainConfig(steps=800, learning_rate=3e-3, dead_after_tokens=50_000, log_every=200)
+    config = TrainConfig(steps=800, learning_rate=1e-2, dead_after_tokens=10_000, log_every=200)
     result = train(dictionary, world.batches(1024, 800, seed=1), config=config, quiet=True)
     return world, result
 

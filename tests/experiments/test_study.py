@@ -74,7 +74,8 @@ def test_a_finished_study_is_not_run_again(studies, capsys):
     root = studies[0].parent
     assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
     said = capsys.readouterr()
-    assert "training" not in said.err
+    assert "training subjects" not in said.err
+    assert "dictionaries in" not in said.err
     assert said.out.strip() == str(studies[0] / "report.html")
 
 

@@ -73,19 +73,19 @@ def test_the_auxiliary_term_changes_the_parameters():
 
 
 def test_a_dead_feature_revives():
-    def dead_fraction(aux_k):
+    def dead_features(aux_k):
         cc = make(sparsity=TopK(k=2), aux_k=aux_k)
         with torch.no_grad():
             cc.encoder_bias[:12] = -100.0
-        config = TrainConfig(steps=300, learning_rate=1e-3, dead_after_tokens=640)
+        config = TrainConfig(steps=400, learning_rate=5e-3, dead_after_tokens=640)
         dictionary = train(cc, batches, config=config, quiet=True).dictionary.train()
         code = dictionary.encode(torch.cat([next(batches(i, seed=5)) for i in range(20)]))
         fired = torch.zeros(F, dtype=torch.bool)
         fired[code.features[code.values > 0].long()] = True
         return int((~fired[:12]).sum())
 
-    assert dead_fraction(0) == 12
-    assert dead_fraction(6) < 12
+    assert dead_features(0) >= 10
+    assert dead_features(6) <= 4
 
 
 def test_unit_decoders_stay_unit():
