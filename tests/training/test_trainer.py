@@ -75,8 +75,8 @@ def test_the_auxiliary_term_changes_the_parameters():
 def test_a_dead_feature_revives():
     def dead_features(aux_k):
         cc = make(sparsity=TopK(k=2), aux_k=aux_k)
-        with torch.no_grad():
-            cc.encoder_bias[:12] = -100.0
+        with torch.no_grad():  # too weak to be chosen, yet positive on some tokens
+            cc.encoder[:12] *= 1e-3
         config = TrainConfig(steps=400, learning_rate=5e-3, dead_after_tokens=640)
         dictionary = train(cc, batches, config=config, quiet=True).dictionary.train()
         code = dictionary.encode(torch.cat([next(batches(i, seed=5)) for i in range(20)]))
