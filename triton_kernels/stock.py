@@ -10,6 +10,7 @@ the row-major one takes 13-17 ms, since the big table is then read in order and 
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,6 @@ from torch import Tensor
 
 from triton_kernels import workspace
 from triton_kernels.reference import row_of_pair
-
-SLICE_BYTES = 2 * 2**20
 
 
 class FeatureMajor(NamedTuple):
@@ -109,17 +108,20 @@ def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: T
         return x_RN.new_zeros(n_features, x_RN.shape[1])
     major = feature_major(features_P, offsets, n_features)
     values_P, x_RN = values_P[major.order_P], x_RN.contiguous()
-    if x_RN.device.type != "cpu" or n_features * x_RN.shape[1] * x_RN.itemsize <= workspace.RECYCLED_BYTES:
+    if not _recycles(x_RN, n_features):
         return _weighted_bags(values_P, major.rows_P, major.offsets, x_RN)
-    # embedding_bag cannot write into a given block, so slices small enough for the cache are made and moved there.
+    # embedding_bag cannot write into a given block; the sparse product can.
     out_FN = workspace.empty((n_features, x_RN.shape[1]), dtype=x_RN.dtype)
-    step = max(1, SLICE_BYTES // (x_RN.shape[1] * x_RN.itemsize))
-    bounds = [*range(0, n_features, step), n_features]
-    starts = major.offsets[bounds].tolist()
-    for first, last, start, stop in zip(bounds[:-1], bounds[1:], starts[:-1], starts[1:], strict=True):
-        if start == stop:
-            out_FN[first:last] = 0
-            continue
-        offsets = major.offsets[first : last + 1] - start
-        out_FN[first:last] = _weighted_bags(values_P[start:stop], major.rows_P[start:stop], offsets, x_RN)
-    return out_FN
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        code_FR = torch.sparse_csr_tensor(
+            major.offsets, major.rows_P, values_P, size=(n_features, x_RN.shape[0]), check_invariants=False
+        )
+    return torch.addmm(out_FN, code_FR, x_RN, beta=0, out=out_FN)
+
+
+def _recycles(x_RN: Tensor, n_features: int) -> bool:
+    """Whether a result `[F, N]` is large enough for recycled memory, and the library that writes into it is here."""
+    n_bytes = n_features * x_RN.shape[1] * x_RN.itemsize
+    is_plain = x_RN.device.type == "cpu" and x_RN.dtype in (torch.float32, torch.float64)
+    return is_plain and n_bytes > workspace.RECYCLED_BYTES and torch.backends.mkl.is_available()

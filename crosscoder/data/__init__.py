@@ -1,1 +1,1 @@
-"""Floor 1: text, tokens, subject models and their residual streams. Useful with no dictionary."""
+"""Floor 1: text, tokens, subjects, residual streams and their stores; useful with no dictionary at all."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 
+PACKAGE_PREFIX = "package:"
+"""Before the name of an installed Python package that carries a .gguf file."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
     """A language model in evaluation mode whose parameters ask for no gradient, and its tokenizer."""
@@ -73,8 +77,10 @@ def load_model(
 
 
 def locate(name_or_path: str | Path) -> dict[str, Any]:
-    """The keyword arguments by which `from_pretrained` finds a Hub name, a folder or a .gguf file."""
+    """The keyword arguments by which `from_pretrained` finds a Hub name, a folder, a .gguf file or `package:NAME`."""
     name = str(name_or_path)
+    if name.startswith(PACKAGE_PREFIX):
+        name = str(find_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
     if not name.endswith(".gguf"):
         return {"pretrained_model_name_or_path": name}
     path = Path(name)

@@ -1,0 +1,1 @@
+"""Floor 4: whole studies: which subjects, which dictionaries, which counts."""

@@ -23,9 +23,9 @@ class DictionaryBudget:
     k_layerwise: int = 26
     """Features active per token and layer."""
     selection: Literal["batch_topk", "topk"] = "batch_topk"
-    steps: int = 500
+    steps: int = 540
     batch: int = 512
-    learning_rate: float = 4e-3
+    learning_rate: float = 3.5e-3
     precision: Literal["fp32", "bf16"] = "fp32"
     dead_after_tokens: int = 10_000
     data_seed: int = 0

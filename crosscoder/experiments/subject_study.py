@@ -30,7 +30,7 @@ class SubjectStudyConfig:
     """A comparison of the two kinds of dictionary on one model."""
 
     subject: str
-    """A Hugging Face folder, a name on the Hub, or a .gguf file."""
+    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
     text: str = "sotu"
     context: int = 128
     layers: tuple[int, ...] | None = None

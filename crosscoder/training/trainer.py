@@ -229,10 +229,10 @@ def _project_decoder_gradient(dictionary: Dictionary) -> None:
 
 
 def _require_finite_batch(x_BLD: Tensor, step: int) -> None:
-    if bool(torch.isfinite(x_BLD.abs().amax())) if x_BLD.numel() else False:
-        return
     if x_BLD.numel() == 0:
         raise ValueError(f"step {step}: the batch has shape {tuple(x_BLD.shape)}, no token to learn from")
+    if bool(torch.isfinite(x_BLD.abs().amax())):
+        return
     token, layer, _ = (~torch.isfinite(x_BLD)).nonzero()[0].tolist()
     count = int((~torch.isfinite(x_BLD)).any(2).any(1).sum())
     raise NonFiniteError(

@@ -139,6 +139,14 @@ def test_row_top_k_is_exact_and_prefers_the_lowest_column(n_rows, n_columns, k, 
     assert torch.equal(selection.row_top_k(score, k), reference.first_largest(score, k))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([1.0, 8.0, 1e9]))
+def test_selection_by_groups_is_exact_too(n_rows, k, seed, fineness):
+    score = torch.randn(n_rows, 4096, generator=torch.Generator().manual_seed(seed))
+    score = (score * fineness).round()  # from almost all equal to all different
+    assert torch.equal(selection.row_top_k(score, k), reference.first_largest(score, k))
+
+
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("slab", [selection.SLAB_ELEMENTS, 64])
 def test_batch_top_k_keeps_exactly_the_largest_of_each_dictionary(coarse, slab, monkeypatch):
@@ -217,13 +225,19 @@ def test_large_results_are_recycled_only_when_nobody_holds_them(monkeypatch):
     assert workspace.empty((3, 4), dtype=torch.float32).data_ptr() == address
 
 
-def test_sliced_scatter_equals_the_plain_one(monkeypatch):
+def test_recycled_scatter_equals_the_plain_one(monkeypatch):
     values, features, offsets = random_code(50, 40, most=9, dtype=torch.float32)
     x = torch.randn(50, 8)
     plain = stock.scatter_outer(values, features, offsets, x, 40)
     monkeypatch.setattr(workspace, "RECYCLED_BYTES", 0)
-    monkeypatch.setattr(stock, "SLICE_BYTES", 7 * 8 * 4)
-    assert torch.equal(plain, stock.scatter_outer(values, features, offsets, x, 40))
+    monkeypatch.setattr(workspace, "_blocks", [])
+    recycled = [stock.scatter_outer(values, features, offsets, x, 40) for _ in range(3)]
+    torch.testing.assert_close(recycled[0], plain)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    recycled.append(stock.scatter_outer(values, features, offsets, x, 40))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(recycled[0], other) for other in recycled[1:])
 
 
 def test_two_runs_and_other_thread_counts_give_the_same_bits():
