@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,7 +66,8 @@ def compare(command: cli.Compare) -> None:
     workers = command.workers or default_workers(command.device)
     if command.subject is not None:
         config = subject_config(command)
-        folder = study_folder(config, f"subject-{Path(command.subject).stem}", command.out)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(command.subject).stem)
+        folder = study_folder(config, f"subject-{name}", command.out)
         say(f"study folder: {folder}")
         results = subject_study.run_subject_study(config, folder=folder, device=command.device, workers=workers)
     else:

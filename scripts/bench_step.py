@@ -4,11 +4,13 @@ The arms alternate in one process on the same data, so that a busy neighbour slo
 ratios. Peak memory is measured in a fresh process per arm, above parameters, gradients and moments.
 
     python scripts/bench_step.py                     # the shape of the README's claim
-    python scripts/bench_step.py --threads 1 --shape.n-features 2048
+    python scripts/bench_step.py --threads 1 --n-features 2048
+    python scripts/bench_step.py --device cuda --batch 8192 --n-layers 12 --d-model 768 --n-features 32768
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -180,12 +182,23 @@ def main(config: Config) -> None:
 
 
 def _memory_in_fresh_process(config: Config, name: str) -> int:
-    shape = [f"--shape.{key.replace('_', '-')}={value}" for key, value in asdict(config.shape).items()]
+    shape = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(config.shape).items()]
     command = [sys.executable, __file__, *shape, f"--threads={config.threads}", f"--memory-of={name}"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-if __name__ == "__main__":
-    import tyro
+def parse_arguments() -> Config:
+    """The settings, by the standard library alone, so that the script runs where the console's needs are absent."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for key, value in {**asdict(Shape()), "threads": 2, "repeats": 9}.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
+    given = vars(parser.parse_args())
+    shape = Shape(**{key: given.pop(key) for key in asdict(Shape())})
+    return Config(shape=shape, **given)
 
-    main(tyro.cli(Config, description=__doc__))
+
+if __name__ == "__main__":
+    main(parse_arguments())

@@ -82,5 +82,5 @@ def remove_parallel_gradient(dictionary: Dictionary, decoder_grad: Tensor) -> No
     if dictionary.config.decoder == "unit":
         rows_GFN = dictionary.grouped().decoder_GFN
         grad_GFN = decoder_grad.view(rows_GFN.shape)
-        along_GF = torch.linalg.vecdot(grad_GFN, rows_GFN)
+        along_GF = torch.einsum("gfn,gfn->gf", grad_GFN, rows_GFN)  # a product row by row, no [F, N] in between
         grad_GFN.addcmul_(along_GF[..., None], rows_GFN, value=-1)
