@@ -37,11 +37,13 @@ class SubjectStudyConfig:
     """Blocks whose outputs are read, from 1. None: all of them."""
     blocks_path: str | None = None
     dictionaries: DictionaryBudget = field(
-        default_factory=lambda: DictionaryBudget(n_features=2048, k_crosscoder=64, k_layerwise=32, steps=400)
+        default_factory=lambda: DictionaryBudget(
+            n_features=2048, k_crosscoder=64, k_layerwise=32, steps=600, learning_rate=1e-3
+        )
     )
     seeds: tuple[int, ...] = (0, 1)
     tokens_train: int = 50_000
-    tokens_held_out: int = 10_000
+    tokens_held_out: int = 20_000
     splice_blocks: int = 8
     keep_activations: bool = False
 
