@@ -79,7 +79,7 @@ def library_step(dictionary: torch.nn.Module, x_BLD: torch.Tensor) -> Callable[[
     """One step as the trainer takes it, without logging."""
     from crosscoder.training.checkpoint import TrainState
     from crosscoder.training.firing import FiringTracker
-    from crosscoder.training.trainer import TrainConfig, _step
+    from crosscoder.training.step import TrainConfig, take_step
 
     dictionary.to(x_BLD.device)
     groups = dictionary.grouped().center_GN.shape[0]  # ty: ignore[not-callable]
@@ -89,7 +89,7 @@ def library_step(dictionary: torch.nn.Module, x_BLD: torch.Tensor) -> Callable[[
         FiringTracker(groups, dictionary.config.n_features, device=x_BLD.device),  # ty: ignore
     )
     config = TrainConfig(dead_after_tokens=10**12)
-    return lambda: (_step(state, x_BLD, config, None), None)[1]
+    return lambda: (take_step(state, x_BLD, config, None), None)[1]
 
 
 def arms(shape: Shape, names: list[str] | None = None, *, device: str = "cpu") -> dict[str, Callable[[], None]]:

@@ -81,7 +81,7 @@ def _(values_P, features_P, offsets, x_RN, n_features):
 @encode_top_k.register_fake
 def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k):
     n_pairs = x_BGN.shape[0] * x_BGN.shape[1] * k
-    return x_BGN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32)
+    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32)
 
 
 @encode_batch_top_k.register_fake
@@ -89,14 +89,14 @@ def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k):
     n_pairs = torch.library.get_ctx().new_dynamic_size()
     offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
     features = x_BGN.new_empty(n_pairs, dtype=torch.int32)
-    return x_BGN.new_empty(n_pairs), features, offsets, x_BGN.new_empty(x_BGN.shape[1])
+    return encoder_GFN.new_empty(n_pairs), features, offsets, encoder_GFN.new_empty(x_BGN.shape[1])
 
 
 @encode_threshold.register_fake
 def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_G):
     n_pairs = torch.library.get_ctx().new_dynamic_size()
     offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
-    return x_BGN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets
+    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets
 
 
 def _save_gather_sum(ctx, inputs, output):
@@ -162,16 +162,16 @@ def _encode_backward(ctx, grad_values_P, *_):
     d_z = torch.where(values_P > 0, grad_values_P, 0)  # relu: a clipped value passes nothing back
     d_x = d_center = d_encoder = d_bias = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-        ones = x_BGN.new_ones(offsets.numel() - 1, 1)
+        ones = encoder_GFN.new_ones(offsets.numel() - 1, 1)
         d_bias = scatter_outer(d_z, features_P, offsets, ones, n_rows).view(n_groups, n_features)
     if ctx.needs_input_grad[0]:
         table = encoder_GFN.reshape(n_rows, width)
-        d_x = gather_sum(d_z, features_P, offsets, table).view(x_BGN.shape)
+        d_x = gather_sum(d_z, features_P, offsets, table).view(x_BGN.shape).to(x_BGN.dtype)
     if ctx.needs_input_grad[1]:
         assert d_bias is not None
-        d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN)
+        d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN).to(center_GN.dtype)
     if ctx.needs_input_grad[2]:
-        x_RN = (x_BGN - center_GN).reshape(-1, width)
+        x_RN = (x_BGN - center_GN).reshape(-1, width).to(encoder_GFN.dtype)
         d_encoder = scatter_outer(d_z, features_P, offsets, x_RN, n_rows).view(encoder_GFN.shape)
     return d_x, d_center, d_encoder, d_bias, None, None
 

@@ -2,7 +2,9 @@
 
 Only one slab of scores, at most `SLAB_ELEMENTS` numbers, exists at a time: `[B, F]` is never whole in memory. Scores
 are `z = <x - center, encoder row> + bias`, times an optional per-feature scale; the value of a kept pair is relu(z)
-without the scale. G dictionaries of F features run side by side, so a kept feature's index is `g * F + f` and a row
+without the scale. Centring is in the dtype of x, the product in that of the encoder.
+
+G dictionaries of F features run side by side, so a kept feature's index is `g * F + f` and a row
 is `b * G + g`.
 """
 
@@ -52,7 +54,7 @@ def score_slabs(
     step = max(1, min(n_rows, SLAB_ELEMENTS // n_features))
     for group in range(n_groups):
         for start in range(0, n_rows, step):
-            x_RN = x_BGN[start : start + step, group] - center_GN[group]
+            x_RN = (x_BGN[start : start + step, group] - center_GN[group]).to(encoder_GFN.dtype)
             z = affine(x_RN, encoder_GFN[group], bias_GF[group])
             score = z if scale_GF is None else z * scale_GF[group]
             yield Scores(group, start, z, score)
@@ -104,7 +106,7 @@ def select_top_k(
     """Values `[B * G * k]` and global features of the k best scores of each row and dictionary."""
     n_rows, n_groups, _ = x_BGN.shape
     n_features = encoder_GFN.shape[1]
-    values = x_BGN.new_empty(n_rows, n_groups, k)
+    values = encoder_GFN.new_empty(n_rows, n_groups, k)
     features = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=x_BGN.device)
     for slab in score_slabs(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF):
         columns = row_top_k(slab.score, k)
@@ -187,9 +189,9 @@ def select_batch_top_k(
                 survivors = _Survivors(_sampled_bound(slab.score, k / n_features))
             survivors.add(slab)
         if survivors is None:
-            empty = x_BGN.new_empty(0)
+            empty = encoder_GFN.new_empty(0)
             parts.append((empty, empty.long(), empty.long()))
-            cuts.append(x_BGN.new_zeros(()))
+            cuts.append(encoder_GFN.new_zeros(()))
             continue
         position, score, z = survivors.gather()
         if survivors.bound > 0 and position.numel() < wanted:
@@ -228,7 +230,7 @@ def select_threshold(
             )
         )
     if not parts:
-        empty = x_BGN.new_empty(0)
+        empty = encoder_GFN.new_empty(0)
         parts.append((empty, empty.long(), empty.long()))
     return _join_groups(parts, n_rows * n_groups)
 

@@ -47,7 +47,7 @@ DEFINITIONS = {
     "chapman": "Capture-recapture between two dictionary seeds: (n1 + 1)(n2 + 1) / (m + 1) - 1 with n alive features "
     f"each, m of them mutual nearest neighbours with activation correlation >= {LINK} (Chapman 1951).",
     "entropy_load": "Entropy load: the sum over alive features of H(p), the binary entropy of the firing probability, "
-    "in nats. Splitting a feature changes it little, unlike the count.",
+    "in nats; for a bank, of one layer on average. Splitting a feature changes it little, unlike the count.",
 }
 
 
@@ -141,6 +141,7 @@ def merged_counts(layers: Sequence[LayerFeatures]) -> dict[str, dict[str, int]]:
 def adjacent_share(layers: Sequence[LayerFeatures]) -> float:
     """q_adjacent: mean over neighbouring layers of the matched share by activation correlation; nan for one layer."""
     shares = [matching.matched_share(similarity(a, b, "correlation"), LINK) for a, b in pairwise(layers)]
+    shares = [share for share in shares if not np.isnan(share)]  # a layer without alive features says nothing
     return float(np.mean(shares)) if shares else float("nan")
 
 

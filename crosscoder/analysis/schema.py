@@ -287,9 +287,9 @@ _COUNT_CELL = table(
 _SPREAD_SEED = table(
     {
         "seed": count,
-        "mean_rho": number,
-        "mean_rho_share": share,
-        "mean_lifespan": number,
+        "mean_rho": _maybe,
+        "mean_rho_share": optional(share),
+        "mean_lifespan": _maybe,
         "single_layer_share": share,
         "mean_adjacent_cosine": _maybe,
         "rho_histogram": _histogram,
@@ -307,7 +307,7 @@ _SPREAD_FIELDS = table(
     },
     may_lack=("role",),
 )
-_SPLICE_SITE = table({"site": text, "loss": number, "ablated_loss": number, "loss_recovered": number, "kl": number})
+_SPLICE_SITE = table({"site": text, "loss": number, "ablated_loss": number, "loss_recovered": _maybe, "kl": number})
 _SPLICE = table(
     {
         "tokens": count,

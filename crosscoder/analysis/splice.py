@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from crosscoder.dictionary import Dictionary
 
+SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
+
 DEFINITIONS = {
     "loss_recovered": "(ablated - spliced) / (ablated - clean) cross-entropy on held-out text: 1 if the subject does "
     "not notice the reconstruction, 0 if it is no better than replacing the site by its mean over tokens (or by "
@@ -35,7 +37,7 @@ class SplicedSite:
     site: str
     loss: float
     ablated_loss: float
-    loss_recovered: float
+    loss_recovered: float | None
     kl: float
 
 
@@ -145,7 +147,8 @@ def splice_losses(
     sites = []
     for name in choices:
         loss, gone = spliced[name].loss / n_tokens, ablated[name].loss / n_tokens
-        recovered = (gone - loss) / (gone - clean_loss)
+        # Where removing the site does not hurt there is no loss to recover.
+        recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
         sites.append(asdict(SplicedSite(name, loss, gone, recovered, spliced[name].kl / n_tokens)))
     return {"tokens": n_tokens, "ablation": ablation, "clean_loss": clean_loss, "sites": sites}
 

@@ -81,6 +81,8 @@ def locate(name_or_path: str | Path) -> dict[str, Any]:
     name = str(name_or_path)
     if name.startswith(PACKAGE_PREFIX):
         name = str(find_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"there is no model at {name}; check the path")
     if not name.endswith(".gguf"):
         return {"pretrained_model_name_or_path": name}
     path = Path(name)

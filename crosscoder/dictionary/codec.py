@@ -34,8 +34,8 @@ def encode_grouped(
         ValueError: a BatchTopK dictionary in evaluation mode has no threshold yet.
     """
     scale_GF = selection_scale(grouped, config)
-    x_BGN, encoder, bias = _autocast(x_BGN, grouped.encoder_GFN, grouped.encoder_bias_GF)
-    arguments = (x_BGN, grouped.center_GN.to(x_BGN.dtype), encoder, bias, scale_GF)
+    encoder, bias = _autocast(grouped.encoder_GFN, grouped.encoder_bias_GF)
+    arguments = (x_BGN, grouped.center_GN, encoder, bias, scale_GF)
     match config.sparsity:
         case TopK(k=k):
             values, features = triton_kernels.encode_top_k(*arguments, k)
@@ -53,7 +53,7 @@ def encode_grouped(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The encoder's operands in the autocast dtype where autocast is on: the large product is what gains from it."""
+    """The encoder in the autocast dtype where autocast is on; the operators cast x to it after centring in full."""
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
         return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)

@@ -15,6 +15,7 @@ from crosscoder.dictionary.interface import (
     Grouped,
     SparseCode,
     checked_input,
+    finite_input,
 )
 
 
@@ -75,9 +76,11 @@ class Crosscoder(nn.Module):
         """The code of `x` `[..., L, D]`; a row is a token.
 
         Raises:
-            ValueError: `x` does not end in `[L, D]`, or BatchTopK has no threshold in evaluation mode.
+            ValueError: `x` does not end in `[L, D]`, or, in evaluation mode, is not finite or finds no threshold.
         """
-        x_BLD = checked_input(x, self.config)
+        x_BLD = checked_input(x, self.config).to(self.encoder.dtype)
+        if not self.training:
+            finite_input(x_BLD)
         values, features, offsets, cut = codec.encode_grouped(
             x_BLD.flatten(1)[:, None],
             self.grouped(),

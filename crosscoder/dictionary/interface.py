@@ -98,6 +98,8 @@ class DictionaryConfig:
             raise ValueError(f"decoder is {self.decoder!r}; expected 'unit' or 'free'")
         if self.selection_weight not in ("none", "l2", "l1"):
             raise ValueError(f"selection_weight is {self.selection_weight!r}; expected 'none', 'l2' or 'l1'")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**63 - 1")
         if self.aux_k is not None and self.aux_k < 0:
             raise ValueError(f"aux_k is {self.aux_k}; expected 0 (off), a positive number, or None for the default")
 
@@ -142,6 +144,8 @@ def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
         ValueError: `x` does not end in `[n_layers, d_model]`, or is not floating point.
     """
     expected = (config.n_layers, config.d_model)
+    if not isinstance(x, Tensor):
+        raise ValueError(f"input is a {type(x).__name__}; expected a tensor, as from torch.as_tensor(x)")
     if x.ndim < 2 or tuple(x.shape[-2:]) != expected:
         hint = ""
         if x.ndim >= 2 and tuple(x.shape[-2:]) == expected[::-1]:
@@ -154,3 +158,15 @@ def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"input has dtype {x.dtype}; expected floating-point activations, not token ids")
     return x.reshape(-1, *expected)
+
+
+def finite_input(x_BLD: Tensor) -> Tensor:
+    """`x_BLD`, after checking it: a selection by threshold would turn NaN into "no active feature" without a word.
+
+    Raises:
+        ValueError: some number is NaN or infinite; names the first token and layer.
+    """
+    if x_BLD.numel() and not bool(torch.isfinite(x_BLD.abs().amax())):
+        token, layer, _ = (~torch.isfinite(x_BLD)).nonzero()[0].tolist()
+        raise ValueError(f"input holds NaN or infinity, first at token {token}, layer {layer}; drop such tokens")
+    return x_BLD

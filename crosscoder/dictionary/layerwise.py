@@ -15,6 +15,7 @@ from crosscoder.dictionary.interface import (
     Grouped,
     SparseCode,
     checked_input,
+    finite_input,
 )
 
 
@@ -73,9 +74,11 @@ class LayerwiseSAE(nn.Module):
         """The code of `x` `[..., L, D]`; a row is a (token, layer).
 
         Raises:
-            ValueError: `x` does not end in `[L, D]`, or BatchTopK has no threshold in evaluation mode.
+            ValueError: `x` does not end in `[L, D]`, or, in evaluation mode, is not finite or finds no threshold.
         """
-        x_BLD = checked_input(x, self.config)
+        x_BLD = checked_input(x, self.config).to(self.encoder.dtype)
+        if not self.training:
+            finite_input(x_BLD)
         values, features, offsets, cut = codec.encode_grouped(
             x_BLD, self.grouped(), self.config, threshold_G=self.threshold, training=self.training
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from crosscoder.foundation.config import from_mapping, to_mapping
 SCHEMA = "crosscoder.dictionary/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_dictionary(dictionary: Any, folder: str | Path) -> None:
@@ -58,7 +58,7 @@ def load_dictionary(folder: str | Path, classes: dict[str, Any], *, verify: bool
     """
     folder = Path(folder)
     if verify:
-        verify_directory(folder, schema=SCHEMA)
+        verify_directory(folder, schema=SCHEMA, required=(CONFIG, WEIGHTS))
     name, config = read_config(folder)
     if name not in classes:
         raise ValueError(f"{folder} holds a {name}, not a {' or '.join(sorted(classes))}; load it as a {name}")
@@ -69,20 +69,24 @@ def load_dictionary(folder: str | Path, classes: dict[str, Any], *, verify: bool
 
 
 def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare the file's own table of shapes with the config's before anything is allocated."""
+    """Compare the file's own table with the config's before anything is allocated.
+
+    Opening checks the table against the file's size, so a shape that passes is one the file really holds.
+    """
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > path.stat().st_size:
-                raise DamagedArtifactError(f"{path} claims a header of {length} bytes and is shorter than that")
-            header = json.loads(stream.read(length))
-    except ValueError as error:
+        with safe_open(path, framework="pt") as stream:
+            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+    except SafetensorError as error:
         raise DamagedArtifactError(f"{path} is not a safetensors file ({error})") from error
-    found = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     if found != expected:
         differing = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
         details = "; ".join(f"{n}: file {found.get(n)}, config {expected.get(n)}" for n in differing)
         raise DamagedArtifactError(f"{path} does not hold the tensors its config describes: {details}")
+    wrong = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
+    if wrong:
+        raise DamagedArtifactError(f"{path}: {', '.join(wrong)}; expected one of {', '.join(DTYPES)}")
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

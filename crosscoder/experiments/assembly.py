@@ -244,11 +244,17 @@ def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[
     apart = [site for site, value in controls if value and _apart(cross["trained", site], value)]
     if not shown:
         control = "no untrained control was run, so none of this can be laid to training"
+    elif not _have_width(cross):
+        control = f"the untrained pair gives {shown}, and one dictionary seed cannot tell whether that differs"
     elif apart:
         control = f"the untrained pair gives {shown}, which differs on the {_words(apart)}"
     else:
         control = f"the untrained pair gives {shown}, so training is not what these ratios show"
     return f"{limit}; {control}; with one training run of each shape no verdict is given."
+
+
+def _have_width(cross: dict[tuple[str, str], dict[str, float] | None]) -> bool:
+    return all(value["high"] > value["low"] for value in cross.values() if value)
 
 
 def _apart(a: dict[str, float] | None, b: dict[str, float]) -> bool:

@@ -245,6 +245,10 @@ def _count(arm: Arm, one: _Trained) -> dict[str, Any]:
     return row
 
 
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
 def _finite(value: Any) -> float | None:
     """`value`, or None where it is undefined, as JSON can say."""
     return float(value) if np.isfinite(value) else None
@@ -283,11 +287,11 @@ def _spread(one: _Trained) -> dict[str, Any]:
     counts, edges = np.histogram(rho / n_layers, bins=HISTOGRAM_BINS, range=(0, 1))
     return {
         "seed": one.seed,
-        "mean_rho": float(rho.mean()),
-        "mean_rho_share": float(rho.mean() / n_layers),
-        "mean_lifespan": float(span.mean()),
-        "single_layer_share": float((span == 1).mean()),
-        "mean_adjacent_cosine": float(cosine.mean()) if len(cosine) else None,
+        "mean_rho": _mean(rho),
+        "mean_rho_share": _mean(rho / n_layers),
+        "mean_lifespan": _mean(span),
+        "single_layer_share": _mean(span == 1),
+        "mean_adjacent_cosine": _mean(cosine),
         "rho_histogram": {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()},
         "lifespan_counts": np.bincount(span, minlength=n_layers + 1)[1:].tolist(),
     }
@@ -314,7 +318,7 @@ def _compare_seeds(cell: Cell, trained: Sequence[_Trained]) -> dict[str, Any] | 
         q_same = pair["matched_share"]
         survival, span = counting.seed_corrected_lifespan(q_adjacent, q_same, n_layers)
         alive = float(np.mean([one.alive_GF.sum() for one in trained]))
-        pair.update(q_adjacent=q_adjacent, q_same=q_same)
+        pair.update(q_adjacent=_finite(q_adjacent), q_same=q_same)
         if np.isfinite(survival):
             pair.update(survival=survival, lifespan=span, corrected=alive / span)
     return pair
@@ -328,8 +332,9 @@ def _compare_two(first: _Trained, second: _Trained) -> dict[str, float]:
         pairs = matching.mutual_nearest_pairs(similarity, counting.LINK)
         matched += len(pairs)
         chapman += counting.chapman(*similarity.shape, len(pairs))
-        shares.append(len(pairs) / max(1, min(similarity.shape)))
-    return {"matched": matched, "matched_share": float(np.mean(shares)), "chapman": chapman}
+        if min(similarity.shape):
+            shares.append(len(pairs) / min(similarity.shape))
+    return {"matched": matched, "matched_share": float(np.mean(shares)) if shares else 0.0, "chapman": chapman}
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

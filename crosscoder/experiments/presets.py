@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.experiments.budget import DictionaryBudget
 
+MIN_HELD_OUT = 1000
+"""Held-out tokens below which a feature would have to be active on more than 1 % of them to count as alive."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -72,6 +75,8 @@ class StudyConfig:
     keep_activations: bool = False
 
     def __post_init__(self) -> None:
+        if self.tokens_held_out < MIN_HELD_OUT:
+            raise ValueError(f"tokens_held_out is {self.tokens_held_out}; counting needs at least {MIN_HELD_OUT}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; expected at least one, all different")
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def read_json(path: str | Path) -> Any:
         raise DamagedArtifactError(f"{path} has {size} bytes; JSON files above {MAX_JSON_BYTES} are refused")
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DamagedArtifactError(
             f"{path} is not valid JSON ({error}); restore it from a copy or delete the folder"
         ) from error
@@ -85,8 +85,16 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_replaceable(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() or not any(folder.iterdir())
+def _is_replaceable(folder: Path, schema: str) -> bool:
+    """Whether `folder` is empty, or an artifact of the same schema that holds nothing but its own files."""
+    found = {path.name for path in folder.iterdir()}
+    if not found:
+        return True
+    try:
+        manifest = read_json(folder / MANIFEST)
+        return manifest["schema"] == schema and found == {MANIFEST, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
@@ -97,13 +105,14 @@ def committed_directory(final: str | Path, *, schema: str) -> Generator[Path]:
     as it was.
 
     Raises:
-        FileExistsError: `final` exists, is not empty, and is not an artifact of ours.
+        FileExistsError: `final` exists and holds anything but an older artifact of the same schema.
         ValueError: the body wrote a file whose name holds anything but letters, digits, '.', '_' and '-'.
     """
     final = Path(final)
-    if final.exists() and not (final.is_dir() and _is_replaceable(final)):
+    if final.exists() and not (final.is_dir() and _is_replaceable(final, schema)):
         raise FileExistsError(
-            f"{final} exists and has no {MANIFEST}, so it is not ours to replace; choose another folder or move it away"
+            f"{final} exists and is not just an older {schema}, so it is not ours to replace; choose another folder "
+            "or move it away"
         )
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".tmp-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
@@ -145,7 +154,7 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def verify_directory(folder: str | Path, *, schema: str) -> dict[str, Any]:
+def verify_directory(folder: str | Path, *, schema: str, required: Sequence[str] = ()) -> dict[str, Any]:
     """The manifest of `folder`, after checking every file it lists by size and sha256.
 
     Raises:
@@ -165,6 +174,9 @@ def verify_directory(folder: str | Path, *, schema: str) -> dict[str, Any]:
             f"{folder} holds {manifest.get('schema')!r}, expected {schema!r}: it is another kind of artifact, or "
             "was written by another version"
         )
+    unlisted = [name for name in required if name not in manifest["files"]]
+    if unlisted:
+        raise DamagedArtifactError(f"{folder / MANIFEST} does not list {', '.join(unlisted)}; restore it from a copy")
     for name, entry in manifest["files"].items():
         _verify_file(folder, name, entry)
     return manifest

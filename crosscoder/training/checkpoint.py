@@ -26,6 +26,7 @@ from crosscoder.training.firing import FiringTracker
 
 SCHEMA = "crosscoder.checkpoint/1"
 KEEP = 2
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
 _STEP = re.compile(r"^step-(\d{9})$")
 
 
@@ -42,6 +43,7 @@ class TrainState:
     firing: FiringTracker
     step: int = 0
     tokens: int = 0
+    first_batch: str = ""
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -58,7 +60,8 @@ def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]
     with committed_directory(final, schema=SCHEMA) as temporary:
         write_dictionary(state.dictionary, temporary)
         save_file(_optimizer_tensors(state), temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": state.step, "tokens": state.tokens, "settings": settings})
+        cursor = {"step": state.step, "tokens": state.tokens, "first_batch": state.first_batch}
+        write_json(temporary / "state.json", {**cursor, "settings": settings})
     for _, old in _step_folders(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -76,7 +79,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose every file verifies; damaged ones are named and passed over."""
     for _, path in reversed(_step_folders(folder)):
         try:
-            verify_directory(path, schema=SCHEMA)
+            verify_directory(path, schema=SCHEMA, required=FILES)
         except (DamagedArtifactError, FileNotFoundError) as error:
             say(f"passing over a damaged checkpoint: {error}")
             continue
@@ -103,7 +106,7 @@ def load_checkpoint(path: Path, state: TrainState, *, settings: dict[str, Any]) 
                 entry[key] = value.to(parameter.device).clone()
         if entry:
             state.optimizer.state[parameter] = entry
-    state.step, state.tokens = int(saved["step"]), int(saved["tokens"])
+    state.step, state.tokens, state.first_batch = int(saved["step"]), int(saved["tokens"]), saved["first_batch"]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crosscoder import Crosscoder, TopK
+from crosscoder.analysis import splice
 from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.subject import build_subject
@@ -19,6 +20,12 @@ def ids():
     return [torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
 
+@pytest.fixture
+def any_harm(monkeypatch):
+    """Ratios are formed however little an ablation costs: a random model hardly minds any."""
+    monkeypatch.setattr(splice, "SMALLEST_HARM", float("-inf"))
+
+
 class Fixed(Crosscoder):
     """A dictionary whose reconstruction is a given function of its input."""
 
@@ -31,6 +38,7 @@ class Fixed(Crosscoder):
 
 
 @pytest.mark.parametrize("kind", ["residual", "write"])
+@pytest.mark.usefixtures("any_harm")
 def test_a_perfect_reconstruction_changes_nothing(model, ids, kind):
     perfect = Fixed(3, lambda x: x)
     perfect.input_scale.copy_(torch.tensor([0.5, 2.0, 3.0]))
@@ -43,6 +51,7 @@ def test_a_perfect_reconstruction_changes_nothing(model, ids, kind):
 
 
 @pytest.mark.parametrize("kind", ["residual", "write"])
+@pytest.mark.usefixtures("any_harm")
 def test_a_reconstruction_of_zero_is_the_zero_ablation(model, ids, kind):
     nothing = Fixed(3, torch.zeros_like)
     blocks = list(find_blocks(model))
@@ -66,6 +75,17 @@ def test_loss_is_the_model_s_own(model, ids):
     own = torch.stack([model(batch, labels=batch).loss for batch in ids]).mean()
     assert result["clean_loss"] == pytest.approx(own.item(), abs=1e-5)
     assert result["tokens"] == 2 * 4 * 15
+
+
+def test_no_ratio_where_removing_a_site_costs_nothing(model, ids):
+    with torch.no_grad():  # a block that adds nothing
+        silent = build_subject(2, 32, vocab_size=64, context=16, seed=1).eval()
+        silent.model.layers[0].self_attn.o_proj.weight.zero_()
+        silent.model.layers[0].mlp.down_proj.weight.zero_()
+    nothing = Fixed(1, torch.zeros_like)
+    result = splice_losses(nothing, silent, list(find_blocks(silent)), ids, layers=[1], kind="write")
+    assert result["sites"][0]["loss_recovered"] is None
+    assert result["sites"][0]["loss"] == pytest.approx(result["clean_loss"], abs=1e-6)
 
 
 def test_layers_must_fit_the_dictionary(model, ids):

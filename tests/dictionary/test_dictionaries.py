@@ -298,3 +298,21 @@ def test_an_empty_batch_gives_an_empty_code():
             out = cls(n_layers=3, d_model=8, n_features=16, sparsity=sparsity)(torch.randn(0, 3, 8))
             assert out.recon.shape == (0, 3, 8)
             assert out.code.n_pairs == 0
+
+
+def test_inputs_of_any_float_dtype_are_taken():
+    cc = Crosscoder(n_layers=3, d_model=8, n_features=16, sparsity=TopK(k=2))
+    x = inputs(5, 3, 8, dtype=torch.float32)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert cc(x.to(dtype)).recon.dtype == torch.float32
+    with pytest.raises(ValueError, match="input is a ndarray"):
+        cc.encode(x.numpy())
+
+
+def test_not_a_number_is_not_taken_for_inactivity():
+    cc = make(Crosscoder, sparsity=BatchTopK(k=3))
+    x = inputs(50, 3, 8)
+    cc(x)
+    x[4, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match="first at token 4, layer 1"):
+        cc.eval().encode(x)

@@ -117,3 +117,63 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no MANIFEST.json"):
         Crosscoder.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_foreign_manifest_does_not_make_a_folder_ours(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"name": "my web extension"}')
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not ours to replace"):
+        Crosscoder(n_layers=1, d_model=2, n_features=4, sparsity=TopK(k=1)).save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_file_added_to_a_saved_dictionary_is_not_deleted_by_saving_again(saved):
+    cc, folder = saved
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError):
+        cc.save_pretrained(folder)
+    assert (folder / "notes.md").exists()
+
+
+def test_an_empty_manifest_verifies_nothing(saved):
+    manifest = read_json(saved[1] / MANIFEST)
+    write_json(saved[1] / MANIFEST, {**manifest, "files": {}})
+    with pytest.raises(DamagedArtifactError, match=r"does not list config.json, model.safetensors"):
+        Crosscoder.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[1]", b'{"encoder": "x"}', b'{"encoder": {"dtype": "F32", "shape": 5}}', b"[" * 100_000],
+    ids=["list", "string", "shape", "deep"],
+)
+def test_malformed_headers_are_refused(saved, header):
+    (saved[1] / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    reseal(saved[1])
+    with pytest.raises(DamagedArtifactError, match="not a safetensors file"):
+        Crosscoder.from_pretrained(saved[1])
+
+
+def test_shapes_that_only_the_header_claims_are_refused(saved):
+    folder, huge = saved[1], 10**12
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["n_features"] = huge
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = Crosscoder.tensor_shapes(Crosscoder(n_layers=2, d_model=4, n_features=4, sparsity=TopK(k=1)).config)
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        shape = tuple(huge if size == 4 and name != "decoder_bias" else size for size in shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start := start + 4]}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(start))
+    reseal(folder)
+    with pytest.raises(DamagedArtifactError):
+        Crosscoder.from_pretrained(folder)
+
+
+def test_integer_weights_are_refused(saved):
+    path = saved[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"encoder":{"dtype":"F32"', b'"encoder":{"dtype":"I32"'))
+    reseal(saved[1])
+    with pytest.raises(DamagedArtifactError, match="encoder is I32"):
+        Crosscoder.from_pretrained(saved[1])

@@ -277,3 +277,70 @@ def test_everything_a_run_carries_is_in_its_checkpoint(tmp_path):
     names = [name for name, _ in cc.named_parameters()]
     moments = {f"adam.{key}.{name}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
     assert optimizer == {"firing.silent"} | moments
+
+
+def test_training_on_leaves_a_trained_bias_alone():
+    cc = train(make(), batches, config=CONFIG, quiet=True).dictionary
+    before = cc.decoder_bias.detach().clone()
+    train(cc, [next(batches()) - 5], config=TrainConfig(learning_rate=1e-9), quiet=True)
+    assert (cc.decoder_bias - before).abs().max() < 1e-6
+
+
+def test_a_refused_step_leaves_bias_threshold_and_mode(tmp_path):
+    cc = train(make(sparsity=BatchTopK(k=3)), batches, config=CONFIG, quiet=True).dictionary
+    before = {name: value.clone() for name, value in cc.state_dict().items()}
+    with pytest.raises(NonFiniteError):
+        train(cc, [next(batches()) * 1e30], quiet=True)
+    assert all(torch.equal(before[name], value) for name, value in cc.state_dict().items())
+    assert not cc.training
+
+
+def test_a_last_batch_of_one_token_does_not_end_the_run():
+    data = [next(batches(i)) for i in range(3)]
+    result = train(make(), [*data, data[0][:1]], quiet=True)
+    assert result.steps == 4
+    assert result.metrics[-1]["explained_variance"] is None
+
+
+def test_the_last_step_of_a_generator_is_logged():
+    result = train(make(), (next(batches(i)) for i in range(7)), quiet=True)
+    assert [entry["step"] for entry in result.metrics] == [7]
+
+
+def test_a_data_loader_is_an_iterable_of_batches():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(torch.cat([next(batches(i)) for i in range(3)])), batch_size=64)
+    assert train(make(), loader, quiet=True).steps == 3
+    with pytest.raises(ValueError, match="batches is one tensor"):
+        train(make(), torch.randn(40, L, D), quiet=True)
+
+
+def test_other_data_or_another_length_is_refused_on_resume(tmp_path):
+    data = [next(batches(i)) for i in range(6)]
+    config = TrainConfig(checkpoint_every=2)
+    train(make(), data[:4], config=config, folder=tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="steps: checkpoint 4, now 6"):
+        train(make(), data, config=config, folder=tmp_path, resume=True, quiet=True)
+    with pytest.raises(ValueError, match="first batch differs"):
+        train(make(), data[2:], config=config, folder=tmp_path, resume=True, quiet=True)
+
+
+def test_layers_of_a_bank_train_independently_of_each_other_s_scale():
+    def first_layer(scale):
+        factor = torch.tensor([1.0, scale, 1.0])[:, None]
+        data = [next(batches(i)) * factor for i in range(30)]
+        return train(make(LayerwiseSAE), data, config=TrainConfig(grad_clip=0.1), quiet=True).dictionary.encoder[0]
+
+    assert torch.equal(first_layer(1.0), first_layer(100.0))
+
+
+def test_bf16_centres_before_it_rounds():
+    cc = make()
+    with torch.no_grad():
+        cc.decoder_bias.fill_(300.0)
+    x = next(batches()) + 300
+    exact = cc.encode(x).to_dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = cc.encode(x).to_dense().float()
+    assert (rounded - exact).norm() / exact.norm() < 0.1

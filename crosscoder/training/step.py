@@ -1,0 +1,165 @@
+"""One optimiser step, its settings, and what stops it before it does harm."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.initial import initialize_bias, normalize_decoder, remove_parallel_gradient
+from crosscoder.dictionary.interface import checked_input
+from crosscoder.dictionary.losses import explained_variance, loss_terms
+from crosscoder.training.checkpoint import TrainState
+from crosscoder.training.run_folder import Entry
+from crosscoder.training.schedule import learning_rate_factor
+
+
+class NonFiniteError(FloatingPointError):
+    """A batch, a loss or a gradient holds NaN or infinity; the parameters were not changed by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a dictionary is trained.
+
+    steps: how many; None takes every batch. With None and batches of unknown number the rate never decays.
+    learning_rate: the peak, for Adam with betas (0.9, 0.999).
+    warmup_steps, decay_fraction: linear rise over the first steps, linear fall over the last fraction of the run.
+    grad_clip: largest gradient norm over all parameters, of each layer of a bank by itself; 0 turns clipping off.
+    precision: `bf16` runs the encoder's product under autocast; parameters, sums and Adam stay fp32.
+    dead_after_tokens: silence after which the auxiliary term tries to revive a feature.
+    bias_init: where the decoder bias starts, from the first batch; one that is not zero any more is left as it is.
+    log_every, checkpoint_every: in steps; 0 turns checkpoints off.
+    """
+
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.3
+    grad_clip: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dead_after_tokens: int = 100_000
+    bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    log_every: int = 50
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; expected at least 1, or None for every batch")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}; expected a number from 0 to 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'fp32' or 'bf16'")
+        if self.bias_init not in ("geometric_median", "mean", "zero"):
+            raise ValueError(f"bias_init is {self.bias_init!r}; expected 'geometric_median', 'mean' or 'zero'")
+        for name in ("warmup_steps", "grad_clip", "dead_after_tokens", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.log_every < 1:
+            raise ValueError(f"log_every is {self.log_every}; expected at least 1")
+
+
+def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | None) -> Callable[[], Entry]:
+    """Takes one optimiser step and returns a function that computes what to log about it."""
+    dictionary = state.dictionary
+    parameters = list(dictionary.parameters())
+    x_BLD = checked_input(x, dictionary.config).to(parameters[0].dtype)
+    _require_finite_batch(x_BLD, state.step)
+    before = {name: dictionary.state_dict()[name].clone() for name in ("threshold", "decoder_bias")}
+    if state.step == 0 and not bool(dictionary.grouped().center_GN.any()):
+        initialize_bias(dictionary, x_BLD, method=config.bias_init)
+    rate = config.learning_rate * learning_rate_factor(
+        state.step, n_steps=n_steps, warmup=config.warmup_steps, decay_fraction=config.decay_fraction
+    )
+    state.optimizer.param_groups[0]["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    with _autocast(config, x_BLD.device):
+        out = dictionary(x_BLD)
+        terms = loss_terms(dictionary, x_BLD, out, dead_GF=state.firing.dead(config.dead_after_tokens))
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    _project_decoder_gradient(dictionary)
+    norm_G = _gradient_norms(parameters, groups=dictionary.grouped().center_GN.shape[0])
+    norm = norm_G.norm()
+    if not bool(torch.isfinite(loss + norm)):
+        dictionary.load_state_dict({**dictionary.state_dict(), **before})
+        raise NonFiniteError(
+            f"step {state.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; the parameters are as they "
+            "were before this step. A lower learning_rate is the usual mend."
+        )
+    if config.grad_clip and bool((norm_G > config.grad_clip).any()):
+        _scale_gradients(parameters, (config.grad_clip / norm_G).clamp_max(1))
+    state.optimizer.step()
+    normalize_decoder(dictionary)
+    state.firing.update(out.code, x_BLD.shape[0])
+    state.step += 1
+    state.tokens += x_BLD.shape[0]
+
+    def numbers() -> Entry:
+        values = {f"loss/{name}": term.item() for name, term in terms.items()}
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": loss.item(),
+            **values,
+            "explained_variance": _mean_explained(x_BLD, out.recon.detach().view(x_BLD.shape)),
+            "l0": out.code.l0().float().mean().item(),
+            "silent_features": int(state.firing.dead(config.dead_after_tokens).sum()),
+            "gradient_norm": norm.item(),
+            "learning_rate": rate,
+        }
+
+    return numbers
+
+
+def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
+    """Explained variance averaged over layers; None for a batch in which it is undefined, such as a single token."""
+    try:
+        return explained_variance(x_BLD, recon_BLD.to(x_BLD.dtype)).mean().item()
+    except ValueError:
+        return None
+
+
+def _gradient_norms(parameters: Sequence[nn.Parameter], *, groups: int) -> Tensor:
+    """Gradient norm of each dictionary of a bank over all its parameters, `[G]`: independent SAEs stay independent."""
+    norms = [p.grad.reshape(groups, -1).norm(dim=1) for p in parameters if p.grad is not None]
+    return torch.stack(norms).norm(dim=0)
+
+
+def _scale_gradients(parameters: Sequence[nn.Parameter], scale_G: Tensor) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.view(len(scale_G), -1).mul_(scale_G[:, None])
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if config.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _project_decoder_gradient(dictionary: Dictionary) -> None:
+    for name, parameter in dictionary.named_parameters():
+        if name == "decoder" and parameter.grad is not None:
+            remove_parallel_gradient(dictionary, parameter.grad)
+
+
+def _require_finite_batch(x_BLD: Tensor, step: int) -> None:
+    if x_BLD.numel() == 0:
+        raise ValueError(f"step {step}: the batch has shape {tuple(x_BLD.shape)}, no token to learn from")
+    if bool(torch.isfinite(x_BLD.abs().amax())):
+        return
+    token, layer, _ = (~torch.isfinite(x_BLD)).nonzero()[0].tolist()
+    count = int((~torch.isfinite(x_BLD)).any(2).any(1).sum())
+    raise NonFiniteError(
+        f"step {step}: the batch holds NaN or infinity in {count} of {x_BLD.shape[0]} tokens, first at token {token}, "
+        f"layer {layer}; the parameters are unchanged. Harvest in fp32 or bf16 and drop such tokens."
+    )
