@@ -27,6 +27,12 @@ from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.provenance import describe_run
 
+# Arms that take turns: each family with its own dense baseline.
+FAMILIES = [
+    ["dense crosscoder", "crosscoder", "crosscoder, unit decoder", "crosscoder, BatchTopK"],
+    ["dense bank", "bank"],
+]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -153,7 +159,9 @@ def main(config: Config) -> None:
     if config.memory_of:
         print(peak_extra_bytes(shape, config.memory_of))
         return
-    times = alternate(arms(shape, device=config.device), config.repeats)
+    times: dict[str, list[float]] = {}
+    for family in FAMILIES:
+        times |= alternate(arms(shape, family, device=config.device), config.repeats)
     median = {name: statistics.median(values) for name, values in times.items()}
     on_cpu = config.device == "cpu"
     memory = {name: _memory_in_fresh_process(config, name) if on_cpu else None for name in median}

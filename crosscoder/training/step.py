@@ -130,8 +130,8 @@ def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
 
 def _gradient_norms(parameters: Sequence[nn.Parameter], *, groups: int) -> Tensor:
     """Gradient norm of each dictionary of a bank over all its parameters, `[G]`: independent SAEs stay independent."""
-    norms = [p.grad.reshape(groups, -1).norm(dim=1) for p in parameters if p.grad is not None]
-    return torch.stack(norms).norm(dim=0)
+    rows = [p.grad.reshape(groups, -1) for p in parameters if p.grad is not None]
+    return torch.stack([torch.einsum("gn,gn->g", row, row) for row in rows]).sum(0).sqrt()
 
 
 def _scale_gradients(parameters: Sequence[nn.Parameter], scale_G: Tensor) -> None:
@@ -155,7 +155,7 @@ def _project_decoder_gradient(dictionary: Dictionary) -> None:
 def _require_finite_batch(x_BLD: Tensor, step: int) -> None:
     if x_BLD.numel() == 0:
         raise ValueError(f"step {step}: the batch has shape {tuple(x_BLD.shape)}, no token to learn from")
-    if bool(torch.isfinite(x_BLD.abs().amax())):
+    if all(bool(torch.isfinite(bound)) for bound in torch.aminmax(x_BLD)):
         return
     token, layer, _ = (~torch.isfinite(x_BLD)).nonzero()[0].tolist()
     count = int((~torch.isfinite(x_BLD)).any(2).any(1).sum())

@@ -225,6 +225,16 @@ def test_large_results_are_recycled_only_when_nobody_holds_them(monkeypatch):
     assert workspace.empty((3, 4), dtype=torch.float32).data_ptr() == address
 
 
+def test_few_unused_blocks_are_kept(monkeypatch):
+    monkeypatch.setattr(workspace, "RECYCLED_BYTES", 0)
+    monkeypatch.setattr(workspace, "_blocks", [])
+    for size in range(1, 20):  # every result is dropped at once, and no later one fits its block
+        workspace.empty((size,), dtype=torch.float32)
+    assert len(workspace._blocks) <= workspace.KEPT_BLOCKS
+    held = [workspace.empty((7,), dtype=torch.float32) for _ in range(9)]
+    assert len({tensor.data_ptr() for tensor in held}) == 9
+
+
 def test_recycled_scatter_equals_the_plain_one(monkeypatch):
     values, features, offsets = random_code(50, 40, most=9, dtype=torch.float32)
     x = torch.randn(50, 8)
