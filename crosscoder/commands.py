@@ -163,20 +163,13 @@ def harvest(command: cli.Harvest) -> None:
 def train(command: cli.Train) -> None:
     """Train one dictionary on a store."""
     from crosscoder.data.shards import ActivationShards
-    from crosscoder.dictionary import DICTIONARIES
+    from crosscoder.experiments.cells import new_dictionary
     from crosscoder.training import train as train_dictionary
 
     store = ActivationShards.load(command.activations / "train")
     view = store.view(command.site)
     budget = command.budget
-    dictionary = DICTIONARIES[CLASSES[command.arm]](
-        n_layers=view.n_layers,
-        d_model=view.d_model,
-        n_features=budget.n_features,
-        sparsity=budget.sparsity(command.arm),
-        seed=command.seed,
-    )
-    dictionary.input_scale.copy_(view.scale_L)
+    dictionary = new_dictionary(command.arm, view, budget, seed=command.seed)
 
     def batches(start: int) -> Iterator[Any]:
         return (view.batch(index, budget.batch, budget.data_seed) for index in range(start, budget.steps))

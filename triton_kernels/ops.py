@@ -99,7 +99,7 @@ def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_G):
     return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets
 
 
-def _save_gather_sum(ctx, inputs, output):
+def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
@@ -111,10 +111,6 @@ def _gather_sum_backward(ctx, grad_RN):
     if ctx.needs_input_grad[3]:
         d_table = scatter_outer(values_P, features_P, offsets, grad_RN, table_FN.shape[0])
     return d_values, None, None, d_table
-
-
-def _save_gather_dot(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def _gather_dot_backward(ctx, grad_P):
@@ -176,8 +172,8 @@ def _encode_backward(ctx, grad_values_P, *_):
     return d_x, d_center, d_encoder, d_bias, None, None
 
 
-gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_gather_sum)
-gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_gather_dot)
+gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_inputs)
+gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_inputs)
 scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_save_scatter_outer)
 encode_top_k.register_autograd(_encode_backward, setup_context=_save_encode_top_k)
 encode_batch_top_k.register_autograd(_encode_backward, setup_context=_save_encode_ragged)

@@ -20,7 +20,7 @@ from crosscoder.analysis import capacity, counting, features, matching
 from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards
-from crosscoder.data.store import select_site_numbers, select_sites
+from crosscoder.data.store import SiteView, select_site_numbers, select_sites
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
 from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget
 from crosscoder.training import train
@@ -124,6 +124,19 @@ def run_cell(cell: Cell, stores: Stores, *, device: str = "cpu", save_to: Path |
     return result
 
 
+def new_dictionary(arm: Arm, view: SiteView, budget: DictionaryBudget, *, seed: int) -> Any:
+    """An untrained dictionary of one arm that fits the activations of `view` and carries their scales."""
+    dictionary = DICTIONARIES[CLASSES[arm]](
+        n_layers=view.n_layers,
+        d_model=view.d_model,
+        n_features=budget.n_features,
+        sparsity=budget.sparsity(arm),
+        seed=seed,
+    )
+    dictionary.input_scale.copy_(view.scale_L)
+    return dictionary
+
+
 def _train_seed(
     cell: Cell,
     seed: int,
@@ -135,14 +148,7 @@ def _train_seed(
 ) -> _Trained:
     view = source.view(cell.site)
     budget = cell.budget
-    dictionary = DICTIONARIES[CLASSES[cell.arm]](
-        n_layers=view.n_layers,
-        d_model=view.d_model,
-        n_features=budget.n_features,
-        sparsity=budget.sparsity(cell.arm),
-        seed=seed,
-    )
-    dictionary.input_scale.copy_(view.scale_L)
+    dictionary = new_dictionary(cell.arm, view, budget, seed=seed)
 
     def batches(start: int) -> Iterator[Tensor]:
         for index in range(start, budget.steps):
