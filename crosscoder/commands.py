@@ -217,7 +217,7 @@ ACTIONS: dict[type, Callable[[Any], None]] = {
 def dictionary_needs(arm: str, n_layers: int, d_model: int, n_features: int, k: int, batch: int) -> Needs:
     """What training one dictionary takes, from its shape alone."""
     from crosscoder.dictionary import DICTIONARIES, DictionaryConfig, TopK
-    from triton_kernels.selection import SLAB_ELEMENTS
+    from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
     config = DictionaryConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, sparsity=TopK(k=k))
     shapes = DICTIONARIES[CLASSES[arm]].tensor_shapes(config)

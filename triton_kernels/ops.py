@@ -1,66 +1,87 @@
 """The operators that dictionaries call: shapes, devices and derivatives stated once, in `torch.library`.
 
-Three primitives are closed under differentiation (see `reference`), and three encoders choose which pairs exist. An
-encoder's choice is not differentiated; its values are: where a kept value is positive, the gradient passes to the
-chosen rows only. The device of the tensors picks the implementation. Both devices run the stock forms now; a
-Triton kernel takes over a device with `register_kernel`.
+Three primitives are closed under differentiation (see `reference`). Three encoders choose which pairs exist: the
+choice is not differentiated, the values are, and where a kept value is positive the gradient passes to the chosen rows
+only. `decode_loss` fuses decoding with the squared error. The device of the tensors picks the implementation:
+`triton_kernels.cpu` or `triton_kernels.gpu`, which offer the same names.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from triton_kernels import selection, stock
-
 DEVICES = ("cpu", "cuda")
+
+
+def implementation(tensor: Tensor) -> ModuleType:
+    """The module whose functions run on the tensor's device."""
+    if tensor.is_cuda:
+        from triton_kernels import gpu
+
+        return gpu
+    from triton_kernels import cpu
+
+    return cpu
 
 
 @torch.library.custom_op("crosscoder::gather_sum", mutates_args=(), device_types=DEVICES)
 def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[r] = sum over pairs p of row r of values[p] * table[features[p]]`, as `[R, N]`."""
-    return stock.gather_sum(values_P, features_P, offsets, table_FN)
+    return implementation(values_P).gather_sum(values_P, features_P, offsets, table_FN)
 
 
 @torch.library.custom_op("crosscoder::gather_dot", mutates_args=(), device_types=DEVICES)
 def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[p] = <x[row of p], table[features[p]]>`, as `[P]`."""
-    return stock.gather_dot(x_RN, features_P, offsets, table_FN)
+    return implementation(x_RN).gather_dot(x_RN, features_P, offsets, table_FN)
 
 
 @torch.library.custom_op("crosscoder::scatter_outer", mutates_args=(), device_types=DEVICES)
 def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
     """`out[f] = sum over pairs p with features[p] = f of values[p] * x[row of p]`, as `[F, N]`."""
-    return stock.scatter_outer(values_P, features_P, offsets, x_RN, n_features)
+    return implementation(x_RN).scatter_outer(values_P, features_P, offsets, x_RN, n_features)
 
 
-@torch.library.custom_op("crosscoder::encode_top_k", mutates_args=(), device_types=DEVICES)
-def encode_top_k(
-    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
-    """Values and global features, `[B * G * k]` each, of the k best scores of each row and dictionary."""
-    return selection.select_top_k(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k)
-
-
-@torch.library.custom_op("crosscoder::encode_batch_top_k", mutates_args=(), device_types=DEVICES)
-def encode_batch_top_k(
-    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values, global features, offsets and cut `[G]` of the B * k largest positive scores of each dictionary."""
-    return selection.select_batch_top_k(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k)
-
-
-@torch.library.custom_op("crosscoder::encode_threshold", mutates_args=(), device_types=DEVICES)
-def encode_threshold(
+@torch.library.custom_op("crosscoder::decode_loss", mutates_args=(), device_types=DEVICES)
+def decode_loss(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    decoder_GFN: Tensor,
+    bias_GN: Tensor,
     x_BGN: Tensor,
-    center_GN: Tensor,
-    encoder_GFN: Tensor,
-    bias_GF: Tensor,
-    scale_GF: Tensor | None,
-    threshold_G: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, global features and offsets of every positive score above its dictionary's threshold."""
-    return selection.select_threshold(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_G)
+    n_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """Error of the reconstruction `[B, G, N]`, and its squares summed by part of N, `[G, n_parts]`.
+
+    `error = decoded + bias - x`; both are differentiable, once.
+    """
+    return implementation(x_BGN).decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
+
+
+@torch.library.custom_op("crosscoder::backward_decoder", mutates_args=(), device_types=DEVICES)
+def backward_decoder(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    error_BGN: Tensor,
+    weight_GL: Tensor,
+    decoder_GFN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sum(weight * squares)` of `decode_loss` to its values `[P]` and decoder `[G, F, N]`."""
+    arguments = (values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN)
+    return implementation(error_BGN).backward_decoder(*arguments)
+
+
+@torch.library.custom_op("crosscoder::backward_encoder", mutates_args=(), device_types=DEVICES)
+def backward_encoder(
+    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the encoder `[G, F, N]` and its bias `[G, F]`, from those to the pairs' pre-activations."""
+    return implementation(x_BGN).backward_encoder(d_z_P, features_P, offsets, x_BGN, center_GN, n_features)
 
 
 @gather_sum.register_fake
@@ -78,25 +99,20 @@ def _(values_P, features_P, offsets, x_RN, n_features):
     return x_RN.new_empty(n_features, x_RN.shape[1])
 
 
-@encode_top_k.register_fake
-def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k):
-    n_pairs = x_BGN.shape[0] * x_BGN.shape[1] * k
-    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32)
+@decode_loss.register_fake
+def _(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts):
+    return decoder_GFN.new_empty(x_BGN.shape), decoder_GFN.new_empty(x_BGN.shape[1], n_parts)
 
 
-@encode_batch_top_k.register_fake
-def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k):
-    n_pairs = torch.library.get_ctx().new_dynamic_size()
-    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
-    features = x_BGN.new_empty(n_pairs, dtype=torch.int32)
-    return encoder_GFN.new_empty(n_pairs), features, offsets, encoder_GFN.new_empty(x_BGN.shape[1])
+@backward_decoder.register_fake
+def _(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN):
+    return torch.empty_like(values_P), torch.empty_like(decoder_GFN)
 
 
-@encode_threshold.register_fake
-def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_G):
-    n_pairs = torch.library.get_ctx().new_dynamic_size()
-    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
-    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets
+@backward_encoder.register_fake
+def _(d_z_P, features_P, offsets, x_BGN, center_GN, n_features):
+    n_groups, width = center_GN.shape
+    return d_z_P.new_empty(n_groups, n_features, width), d_z_P.new_empty(n_groups, n_features)
 
 
 def _save_inputs(ctx, inputs, output):
@@ -138,43 +154,40 @@ def _scatter_outer_backward(ctx, grad_FN):
     return d_values, None, None, d_x, None
 
 
-def _save_encode_top_k(ctx, inputs, output):
-    x_BGN, center_GN, encoder_GFN, _, _, k = inputs
-    values_P, features_P = output
-    offsets = torch.arange(0, values_P.numel() + 1, k, device=values_P.device)
-    ctx.save_for_backward(x_BGN, center_GN, encoder_GFN, values_P, features_P, offsets)
+def _save_decode_loss(ctx, inputs, output):
+    values_P, features_P, offsets, decoder_GFN, *_ = inputs
+    ctx.save_for_backward(values_P, features_P, offsets, decoder_GFN, output[0])
+    ctx.set_materialize_grads(False)
 
 
-def _save_encode_ragged(ctx, inputs, output):
-    x_BGN, center_GN, encoder_GFN = inputs[:3]
-    values_P, features_P, offsets = output[:3]
-    ctx.save_for_backward(x_BGN, center_GN, encoder_GFN, values_P, features_P, offsets)
+def _spread(weight_GL: Tensor, width: int) -> Tensor:
+    """What each column's error is multiplied by to give its gradient, `[G, N]`."""
+    return weight_GL.mul(2).repeat_interleave(width // weight_GL.shape[1], dim=1)
 
 
-def _encode_backward(ctx, grad_values_P, *_):
-    x_BGN, center_GN, encoder_GFN, values_P, features_P, offsets = ctx.saved_tensors
-    n_groups, n_features, width = encoder_GFN.shape
-    n_rows = n_groups * n_features
-    d_z = torch.where(values_P > 0, grad_values_P, 0)  # relu: a clipped value passes nothing back
-    d_x = d_center = d_encoder = d_bias = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-        ones = encoder_GFN.new_ones(offsets.numel() - 1, 1)
-        d_bias = scatter_outer(d_z, features_P, offsets, ones, n_rows).view(n_groups, n_features)
-    if ctx.needs_input_grad[0]:
-        table = encoder_GFN.reshape(n_rows, width)
-        d_x = gather_sum(d_z, features_P, offsets, table).view(x_BGN.shape).to(x_BGN.dtype)
-    if ctx.needs_input_grad[1]:
-        assert d_bias is not None
-        d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN).to(center_GN.dtype)
-    if ctx.needs_input_grad[2]:
-        x_RN = (x_BGN - center_GN).reshape(-1, width).to(encoder_GFN.dtype)
-        d_encoder = scatter_outer(d_z, features_P, offsets, x_RN, n_rows).view(encoder_GFN.shape)
-    return d_x, d_center, d_encoder, d_bias, None, None
+def _decode_loss_backward(ctx, grad_error, grad_squares):
+    values_P, features_P, offsets, decoder_GFN, error_BGN = ctx.saved_tensors
+    width = decoder_GFN.shape[2]
+    if grad_error is not None:  # the error itself was used: one gradient for both, under a weight that leaves it as is
+        if grad_squares is not None:
+            grad_error = grad_error + _spread(grad_squares, width) * error_BGN
+        error_BGN = grad_error
+        grad_squares = grad_error.new_full((decoder_GFN.shape[0], 1), 0.5)
+    if grad_squares is None:
+        return (None,) * 7
+    d_values = d_decoder = d_bias = d_x = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        arguments = (values_P, features_P, offsets, error_BGN, grad_squares, decoder_GFN)
+        d_values, d_decoder = backward_decoder(*arguments)
+    spread_GN = _spread(grad_squares, width)
+    if ctx.needs_input_grad[4]:
+        d_bias = spread_GN * error_BGN.sum(0)
+    if ctx.needs_input_grad[5]:
+        d_x = -spread_GN * error_BGN
+    return d_values, None, None, d_decoder, d_bias, d_x, None
 
 
 gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_inputs)
 gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_inputs)
 scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_save_scatter_outer)
-encode_top_k.register_autograd(_encode_backward, setup_context=_save_encode_top_k)
-encode_batch_top_k.register_autograd(_encode_backward, setup_context=_save_encode_ragged)
-encode_threshold.register_autograd(_encode_backward, setup_context=_save_encode_ragged)
+decode_loss.register_autograd(_decode_loss_backward, setup_context=_save_decode_loss)

@@ -41,3 +41,112 @@ def first_largest(scores_RF: Tensor, k: int) -> Tensor:
     """Columns of the k largest scores of each row, equal scores by lowest column, ascending, as int64 `[R, k]`."""
     order = torch.sort(scores_RF, dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values
+
+
+def decode_loss(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    decoder_GFN: Tensor,
+    bias_GN: Tensor,
+    x_BGN: Tensor,
+    n_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """Error of the reconstruction, `decoded + bias - x` `[B, G, N]`, and its squares summed by part, `[G, n_parts]`.
+
+    The N columns of each dictionary are `n_parts` equal parts: the layers of a crosscoder, one part for a bank.
+    """
+    decoded_RN = gather_sum(values_P, features_P, offsets, decoder_GFN.flatten(0, 1))
+    error_BGN = decoded_RN.view(x_BGN.shape) + bias_GN - x_BGN
+    return error_BGN, error_BGN.unflatten(2, (n_parts, -1)).square().sum((0, 3))
+
+
+def backward_decoder(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    error_BGN: Tensor,
+    weight_GL: Tensor,
+    decoder_GFN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sum(weight_GL * squares_GL)` of `decode_loss`: to the values `[P]` and the decoder `[G, F, N]`."""
+    grad_BGN = 2 * weight_GL[..., None] * error_BGN.unflatten(2, (weight_GL.shape[1], -1))
+    grad_RN, table_FN = grad_BGN.flatten(2).flatten(0, 1), decoder_GFN.flatten(0, 1)
+    d_values = gather_dot(grad_RN, features_P, offsets, table_FN)
+    return d_values, scatter_outer(values_P, features_P, offsets, grad_RN, table_FN.shape[0]).view(decoder_GFN.shape)
+
+
+def backward_encoder(
+    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the encoder `[G, F, N]` and its bias `[G, F]`, from those to the pre-activations of the pairs."""
+    n_groups, width = center_GN.shape
+    centered_RN = (x_BGN - center_GN).to(d_z_P.dtype).flatten(0, 1)
+    d_encoder = scatter_outer(d_z_P, features_P, offsets, centered_RN, n_groups * n_features)
+    d_bias = d_z_P.new_zeros(n_groups * n_features).index_add(0, features_P.long(), d_z_P)
+    return d_encoder.view(n_groups, n_features, width), d_bias.view(n_groups, n_features)
+
+
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
+    """Squared norm of each gradient row, `[R]`, without its part along the given row of norm 1."""
+    squares = gradient_RN.square().sum(1)
+    if unit_RN is not None:
+        squares = squares - (gradient_RN * unit_RN).sum(1).square()
+    return squares.clamp_min(0)
+
+
+def adam_rows(
+    parameter_RN: Tensor,
+    gradient_RN: Tensor,
+    first_RN: Tensor,
+    second_RN: Tensor,
+    *,
+    step: int,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale_G: Tensor | None,
+    unit: bool,
+    working_RN: Tensor | None,
+    norms_R: Tensor | None,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) in place, with what belongs to the rows.
+
+    Row r's gradient is first multiplied by `scale_G[r // (R / G)]`. `unit`: the gradient's part along the parameter
+    row is removed and the row has norm 1 again afterwards. `working_RN` and `norms_R` receive the new rows, rounded
+    to its dtype, and their norms.
+    """
+    gradient = gradient_RN
+    if unit:
+        gradient = gradient - (gradient * parameter_RN).sum(1, keepdim=True) * parameter_RN
+    if scale_G is not None:
+        gradient = gradient * scale_G.repeat_interleave(parameter_RN.shape[0] // scale_G.numel())[:, None]
+    first_RN.lerp_(gradient, 1 - betas[0])
+    second_RN.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    denominator = (second_RN / (1 - betas[1] ** step)).sqrt() + eps
+    parameter_RN.mul_(1 - rate * weight_decay).addcdiv_(first_RN, denominator, value=-rate / (1 - betas[0] ** step))
+    if unit:
+        parameter_RN.div_(parameter_RN.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    if working_RN is not None:
+        working_RN.copy_(parameter_RN)
+    if norms_R is not None:
+        norms_R.copy_(parameter_RN.norm(dim=1))
+
+
+def scores(
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations `z = <x - center, encoder row> + bias` and scores `z * scale`, each `[B, G, F]`."""
+    centered_BGN = (x_BGN - center_GN).to(encoder_GFN.dtype)
+    z_BGF = torch.einsum("bgn,gfn->bgf", centered_BGN, encoder_GFN) + bias_GF
+    return z_BGF, z_BGF if scale_GF is None else z_BGF * scale_GF
+
+
+def kept_by_batch(score_BGF: Tensor, k: int) -> Tensor:
+    """True for the B * k largest positive scores of each dictionary; equal scores by lowest (row, feature)."""
+    n_rows, n_groups, n_features = score_BGF.shape
+    flat_GX = score_BGF.transpose(0, 1).flatten(1)
+    best = torch.sort(flat_GX, dim=1, descending=True, stable=True).indices[:, : n_rows * k]
+    kept_GX = torch.zeros_like(flat_GX, dtype=torch.bool).scatter(1, best, True) & (flat_GX > 0)
+    return kept_GX.view(n_groups, n_rows, n_features).transpose(0, 1)

@@ -46,6 +46,7 @@ class Crosscoder(nn.Module):
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
         self.threshold: Tensor
         self.input_scale: Tensor
+        self.working_encoder: Tensor | None = None  # the trainer's, between two of its steps
 
     @staticmethod
     def tensor_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
@@ -66,6 +67,7 @@ class Crosscoder(nn.Module):
             self.decoder.flatten(1)[None],
             self.encoder_bias[None],
             self.decoder_bias.flatten()[None],
+            None if self.working_encoder is None else self.working_encoder.flatten(1)[None],
         )
 
     def decoder_FLD(self) -> Tensor:

@@ -63,24 +63,3 @@ def update_threshold(dictionary: Dictionary, cut_G: Tensor | None) -> None:
         old_G = dictionary.threshold
         cut_G = cut_G.to(old_G.dtype)
         old_G.copy_(torch.where(old_G.isnan(), cut_G, torch.lerp(cut_G, old_G, sparsity.momentum)))
-
-
-@torch.no_grad()
-def normalize_decoder(dictionary: Dictionary) -> None:
-    """Give every decoder row norm 1 where the config asks for it; a row of zeros stays zero."""
-    if dictionary.config.decoder == "unit":
-        rows_GFN = dictionary.grouped().decoder_GFN
-        rows_GFN.mul_(rows_GFN.norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal())
-
-
-@torch.no_grad()
-def remove_parallel_gradient(dictionary: Dictionary, decoder_grad: Tensor) -> None:
-    """Take from the decoder's gradient the part that the renormalisation would undo (Bricken et al. 2023).
-
-    `decoder_grad` has the decoder's own shape and is changed in place.
-    """
-    if dictionary.config.decoder == "unit":
-        rows_GFN = dictionary.grouped().decoder_GFN
-        grad_GFN = decoder_grad.view(rows_GFN.shape)
-        along_GF = torch.einsum("gfn,gfn->gf", grad_GFN, rows_GFN)  # a product row by row, no [F, N] in between
-        grad_GFN.addcmul_(along_GF[..., None], rows_GFN, value=-1)

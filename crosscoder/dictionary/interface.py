@@ -114,6 +114,8 @@ class Grouped(NamedTuple):
     decoder_GFN: Tensor
     encoder_bias_GF: Tensor
     center_GN: Tensor
+    working_GFN: Tensor | None = None
+    """The encoder rounded for its product, where a trainer keeps one beside it."""
 
 
 class Dictionary(Protocol):
@@ -122,6 +124,7 @@ class Dictionary(Protocol):
     config: DictionaryConfig
     threshold: Tensor
     input_scale: Tensor
+    working_encoder: Tensor | None
     training: bool
 
     def __call__(self, x: Tensor) -> DictionaryOutput: ...

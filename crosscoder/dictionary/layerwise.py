@@ -45,6 +45,7 @@ class LayerwiseSAE(nn.Module):
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
         self.threshold: Tensor
         self.input_scale: Tensor
+        self.working_encoder: Tensor | None = None  # the trainer's, between two of its steps
 
     @staticmethod
     def tensor_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
@@ -60,7 +61,7 @@ class LayerwiseSAE(nn.Module):
 
     def grouped(self) -> Grouped:
         """The parameters as they are: L dictionaries of width D."""
-        return Grouped(self.encoder, self.decoder, self.encoder_bias, self.decoder_bias)
+        return Grouped(self.encoder, self.decoder, self.encoder_bias, self.decoder_bias, self.working_encoder)
 
     def decoder_FLD(self) -> Tensor:
         """What each of the L * F features writes to each layer, `[L * F, L, D]`: zero off its own layer."""

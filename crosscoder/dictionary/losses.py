@@ -5,41 +5,58 @@ What is summed for the backward pass is what is logged: a term cannot be shown w
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosscoder.dictionary.interface import Dictionary, DictionaryOutput, checked_input
+from crosscoder.dictionary import codec
+from crosscoder.dictionary.interface import Dictionary, SparseCode, checked_input
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, section A.2
 MAX_DEFAULT_AUX_K = 512
 
 
-def loss_terms(
-    dictionary: Dictionary, x: Tensor, out: DictionaryOutput, *, dead_GF: Tensor | None = None
-) -> dict[str, Tensor]:
+class LossOutput(NamedTuple):
+    """What a training step needs of a forward pass."""
+
+    terms: dict[str, Tensor]
+    code: SparseCode
+    error_BLD: Tensor
+    """Reconstruction minus input, without gradient."""
+
+
+def loss_terms(dictionary: Dictionary, x: Tensor, *, dead_GF: Tensor | None = None) -> LossOutput:
     """`recon`, the mean squared error per number, and, where features are dead, `aux_k`.
+
+    Decoding and error are one operator, so the reconstruction itself is never stored.
 
     dead_GF: True for features that the auxiliary term should revive; None or all False leaves the term out.
     """
     x_BLD = checked_input(x, dictionary.config)
-    recon_BLD = out.recon.reshape(x_BLD.shape)
-    terms = {"recon": F.mse_loss(recon_BLD, x_BLD)}
+    grouped = dictionary.grouped()
+    x_BGN = x_BLD.view(x_BLD.shape[0], *grouped.center_GN.shape)
+    code = dictionary.encode(x_BLD)
+    n_parts = dictionary.config.n_layers // x_BGN.shape[1]
+    error_BGN, squares_GL = codec.squared_error(x_BGN, code, grouped, n_parts=n_parts)
+    error_BLD = error_BGN.detach().view(x_BLD.shape)
+    terms = {"recon": squares_GL.sum() / x_BLD.numel()}
     if dead_GF is not None and dictionary.config.aux_k != 0 and bool(dead_GF.any()):
-        terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, recon_BLD.detach(), dead_GF)
-    return terms
+        terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, -error_BLD, dead_GF)
+    return LossOutput(terms, code, error_BLD)
 
 
-def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, recon_BLD: Tensor, dead_GF: Tensor) -> Tensor:
+def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor, dead_GF: Tensor) -> Tensor:
     """Error of the residual's reconstruction by dead features alone, relative to the residual's own size.
 
     The residual already excludes the decoder bias, so none is added. Gradient reaches encoder, encoder bias and
     decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
     """
-    encoder_GFN, decoder_GFN, bias_GF, center_GN = dictionary.grouped()
+    encoder_GFN, decoder_GFN, bias_GF, center_GN, _ = dictionary.grouped()
     n_rows, n_groups, width = x_BLD.shape[0], *center_GN.shape
     x_BGN = x_BLD.reshape(n_rows, n_groups, width) - center_GN.detach()
-    residual_BGN = (x_BLD - recon_BLD).reshape(n_rows, n_groups, width)
+    residual_BGN = residual_BLD.reshape(n_rows, n_groups, width)
     k_aux = dictionary.config.aux_k
     if k_aux is None:
         k_aux = min(MAX_DEFAULT_AUX_K, max(1, width // 2))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.console import say
 from crosscoder.training.firing import FiringTracker
+from crosscoder.training.optimizer import RowAdam
 
 SCHEMA = "crosscoder.checkpoint/1"
 KEEP = 2
@@ -39,7 +39,7 @@ class TrainState:
     """
 
     dictionary: Dictionary
-    optimizer: torch.optim.Optimizer
+    optimizer: RowAdam
     firing: FiringTracker
     step: int = 0
     tokens: int = 0

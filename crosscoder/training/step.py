@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from crosscoder.dictionary import Dictionary
-from crosscoder.dictionary.initial import initialize_bias, normalize_decoder, remove_parallel_gradient
+from crosscoder.dictionary.initial import initialize_bias
 from crosscoder.dictionary.interface import checked_input
 from crosscoder.dictionary.losses import explained_variance, loss_terms
 from crosscoder.training.checkpoint import TrainState
@@ -32,7 +31,8 @@ class TrainConfig:
     learning_rate: the peak, for Adam with betas (0.9, 0.999).
     warmup_steps, decay_fraction: linear rise over the first steps, linear fall over the last fraction of the run.
     grad_clip: largest gradient norm over all parameters, of each layer of a bank by itself; 0 turns clipping off.
-    precision: `bf16` runs the encoder's product under autocast; parameters, sums and Adam stay fp32.
+    precision: `bf16` chooses the active features by scores rounded to bf16; everything else stays fp32, but for the
+        products of the auxiliary term.
     dead_after_tokens: silence after which the auxiliary term tries to revive a feature.
     bias_init: where the decoder bias starts, from the first batch; one that is not zero any more is left as it is.
     log_every, checkpoint_every: in steps; 0 turns checkpoints off.
@@ -82,12 +82,10 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     state.optimizer.param_groups[0]["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     with _autocast(config, x_BLD.device):
-        out = dictionary(x_BLD)
-        terms = loss_terms(dictionary, x_BLD, out, dead_GF=state.firing.dead(config.dead_after_tokens))
-    loss = torch.stack(list(terms.values())).sum()
+        out = loss_terms(dictionary, x_BLD, dead_GF=state.firing.dead(config.dead_after_tokens))
+    loss = torch.stack(list(out.terms.values())).sum()
     loss.backward()
-    _project_decoder_gradient(dictionary)
-    norm_G = _gradient_norms(parameters, groups=dictionary.grouped().center_GN.shape[0])
+    norm_G = state.optimizer.gradient_norms()
     norm = norm_G.norm()
     if not bool(torch.isfinite(loss + norm)):
         dictionary.load_state_dict({**dictionary.state_dict(), **before})
@@ -95,22 +93,20 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
             f"step {state.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; the parameters are as they "
             "were before this step. A lower learning_rate is the usual mend."
         )
-    if config.grad_clip and bool((norm_G > config.grad_clip).any()):
-        _scale_gradients(parameters, (config.grad_clip / norm_G).clamp_max(1))
-    state.optimizer.step()
-    normalize_decoder(dictionary)
+    clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
+    state.optimizer.step(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
     state.firing.update(out.code, x_BLD.shape[0])
     state.step += 1
     state.tokens += x_BLD.shape[0]
 
     def numbers() -> Entry:
-        values = {f"loss/{name}": term.item() for name, term in terms.items()}
+        values = {f"loss/{name}": term.item() for name, term in out.terms.items()}
         return {
             "step": state.step,
             "tokens": state.tokens,
             "loss": loss.item(),
             **values,
-            "explained_variance": _mean_explained(x_BLD, out.recon.detach().view(x_BLD.shape)),
+            "explained_variance": _mean_explained(x_BLD, x_BLD + out.error_BLD),
             "l0": out.code.l0().float().mean().item(),
             "silent_features": int(state.firing.dead(config.dead_after_tokens).sum()),
             "gradient_norm": norm.item(),
@@ -128,28 +124,10 @@ def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
         return None
 
 
-def _gradient_norms(parameters: Sequence[nn.Parameter], *, groups: int) -> Tensor:
-    """Gradient norm of each dictionary of a bank over all its parameters, `[G]`: independent SAEs stay independent."""
-    rows = [p.grad.reshape(groups, -1) for p in parameters if p.grad is not None]
-    return torch.stack([torch.einsum("gn,gn->g", row, row) for row in rows]).sum(0).sqrt()
-
-
-def _scale_gradients(parameters: Sequence[nn.Parameter], scale_G: Tensor) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.view(len(scale_G), -1).mul_(scale_G[:, None])
-
-
 def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if config.precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def _project_decoder_gradient(dictionary: Dictionary) -> None:
-    for name, parameter in dictionary.named_parameters():
-        if name == "decoder" and parameter.grad is not None:
-            remove_parallel_gradient(dictionary, parameter.grad)
 
 
 def _require_finite_batch(x_BLD: Tensor, step: int) -> None:

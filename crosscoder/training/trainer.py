@@ -21,6 +21,7 @@ from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress
 from crosscoder.training.checkpoint import TrainState
 from crosscoder.training.firing import FiringTracker
+from crosscoder.training.optimizer import make_optimizer
 from crosscoder.training.run_folder import Entry, RunFolder
 from crosscoder.training.step import NonFiniteError, TrainConfig, take_step
 
@@ -79,7 +80,7 @@ def train(
     groups = dictionary.grouped().center_GN.shape[0]
     state = TrainState(
         dictionary,
-        torch.optim.Adam(dictionary.parameters(), lr=config.learning_rate, fused=True),
+        make_optimizer(dictionary, learning_rate=config.learning_rate, precision=config.precision),
         FiringTracker(groups, dictionary.config.n_features, device=device),
     )
     run = RunFolder(Path(folder), settings) if folder is not None else None

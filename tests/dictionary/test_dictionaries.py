@@ -169,7 +169,7 @@ def test_batch_top_k_without_a_threshold_says_so():
 def test_every_parameter_gets_a_gradient(cls, sparsity):
     dictionary = make(cls, sparsity=sparsity)
     x = inputs(64, 3, 8)
-    sum(loss_terms(dictionary, x, dictionary(x)).values()).backward()
+    sum(loss_terms(dictionary, x).terms.values()).backward()
     for name, parameter in dictionary.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -182,8 +182,7 @@ def test_auxiliary_gradient_reaches_encoder_and_decoder_of_dead_features_only(cl
     dead = torch.zeros(groups, 40, dtype=torch.bool)
     dead[:, :6] = True
     x = inputs(64, 3, 8)
-    out = dictionary(x)
-    loss_terms(dictionary, x, out, dead_GF=dead)["aux_k"].backward()
+    loss_terms(dictionary, x, dead_GF=dead).terms["aux_k"].backward()
     for parameter in (dictionary.encoder, dictionary.decoder, dictionary.encoder_bias):
         grad = parameter.grad.reshape(groups, 40, -1)
         assert grad[:, :6].abs().sum(-1).gt(0).any(1).all()
@@ -195,9 +194,9 @@ def test_auxiliary_loss_is_absent_without_dead_features():
     cc = make(Crosscoder)
     x = inputs(8, 3, 8)
     none_dead = torch.zeros(1, 40, dtype=torch.bool)
-    assert loss_terms(cc, x, cc(x), dead_GF=none_dead).keys() == {"recon"}
+    assert loss_terms(cc, x, dead_GF=none_dead).terms.keys() == {"recon"}
     off = make(Crosscoder, aux_k=0)
-    assert loss_terms(off, x, off(x), dead_GF=~none_dead).keys() == {"recon"}
+    assert loss_terms(off, x, dead_GF=~none_dead).terms.keys() == {"recon"}
 
 
 def test_encoder_starts_as_the_transposed_decoder_with_unit_rows():
@@ -226,17 +225,29 @@ def test_bias_starts_at_the_centre(cls, method):
     assert np.isclose(dictionary.decoder_bias.mean().item(), expected, atol=0.2)
 
 
-def test_unit_decoder_projection_and_renormalisation():
-    cc = make(Crosscoder)
-    grad = inputs(*cc.decoder.shape)
-    initial.normalize_decoder(cc)
-    initial.remove_parallel_gradient(cc, grad)
-    along = (grad * cc.decoder).sum((1, 2))
-    torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-12, rtol=0)
-    free = make(Crosscoder, decoder="free")
-    before = free.decoder.clone()
-    initial.normalize_decoder(free)
-    assert torch.equal(free.decoder, before)
+@BOTH
+@RULES
+def test_the_loss_is_the_error_of_the_forward_pass(cls, sparsity):
+    dictionary = make(cls, sparsity=sparsity)
+    x = inputs(16, 3, 8)
+    out, plain = loss_terms(dictionary, x), dictionary(x)
+    torch.testing.assert_close(out.terms["recon"], torch.nn.functional.mse_loss(plain.recon, x))
+    torch.testing.assert_close(out.error_BLD, (plain.recon - x).detach())
+    assert torch.equal(out.code.features, plain.code.features)
+
+
+@BOTH
+def test_autocast_changes_the_choice_alone(cls):
+    dictionary = make(cls, dtype=torch.float32)
+    x = inputs(64, 3, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        code = dictionary.encode(x)
+        recon = dictionary.decode(code)
+    assert code.values.dtype == recon.dtype == torch.float32
+    plain = dictionary.encode(x).to_dense()
+    both = (code.to_dense() > 0) & (plain > 0)
+    assert both.sum() > 0.9 * (plain > 0).sum()
+    torch.testing.assert_close(code.to_dense()[both], plain[both], rtol=1e-5, atol=1e-5)
 
 
 def test_decoder_of_a_bank_as_joint_rows():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels import workspace
+from triton_kernels.cpu import workspace
 from triton_kernels.reference import row_of_pair
 
 

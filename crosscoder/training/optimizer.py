@@ -1,0 +1,97 @@
+"""Adam for dictionaries: every parameter as rows of features, each row read and written once a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import triton_kernels
+from crosscoder.dictionary import Dictionary
+
+
+class RowAdam(torch.optim.Optimizer):
+    """AdamW over a dictionary's parameters, fused with clipping and, for unit decoders, with keeping norms at 1.
+
+    The state of each parameter is that of `torch.optim.Adam`: `step`, `exp_avg`, `exp_avg_sq`. The decoder of a
+    dictionary with `decoder="unit"` first loses the part of its gradient along each row, which renormalising would undo
+    (Bricken et al. 2023), and has rows of norm 1 again after the step.
+    """
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        keep_working_copy: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(dictionary.parameters(), defaults)
+        self._dictionary = dictionary
+        self._n_groups = dictionary.grouped().center_GN.shape[0]
+        self._keep_working_copy = keep_working_copy
+
+    def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor as rows: one a feature for encoder and decoder, one number each for biases."""
+        if name not in ("encoder", "decoder"):
+            return tensor.reshape(-1, 1)
+        return tensor.reshape(self._n_groups * self._dictionary.config.n_features, -1)
+
+    def _is_unit(self, name: str) -> bool:
+        return name == "decoder" and self._dictionary.config.decoder == "unit"
+
+    @torch.no_grad()
+    def gradient_norms(self) -> Tensor:
+        """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself."""
+        squares = []
+        for name, parameter in self._dictionary.named_parameters():
+            if parameter.grad is not None:
+                unit = self._rows(name, parameter) if self._is_unit(name) else None
+                rows = triton_kernels.row_squares(self._rows(name, parameter.grad), unit)
+                squares.append(rows.view(self._n_groups, -1).sum(1))
+        return torch.stack(squares).sum(0).sqrt()
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[invalid-method-override]
+        """One step; gradients are multiplied by `scale_G`, one number for each dictionary of a bank."""
+        settings = self.param_groups[0]
+        for name, parameter in self._dictionary.named_parameters():
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            triton_kernels.adam_rows(
+                self._rows(name, parameter),
+                self._rows(name, parameter.grad),
+                self._rows(name, state["exp_avg"]),
+                self._rows(name, state["exp_avg_sq"]),
+                step=int(state["step"]),
+                rate=settings["lr"],
+                betas=settings["betas"],
+                eps=settings["eps"],
+                weight_decay=settings["weight_decay"],
+                scale_G=scale_G,
+                unit=self._is_unit(name),
+                working_RN=self._working_copy(name, parameter),
+            )
+
+    def _working_copy(self, name: str, parameter: Tensor) -> Tensor | None:
+        if name != "encoder" or not self._keep_working_copy:
+            return None
+        if self._dictionary.working_encoder is None:
+            self._dictionary.working_encoder = torch.empty_like(parameter, dtype=torch.bfloat16)
+        return self._rows(name, self._dictionary.working_encoder)
+
+
+def make_optimizer(dictionary: Dictionary, *, learning_rate: float, precision: str = "fp32") -> RowAdam:
+    """The optimiser of a training run; on a GPU in bf16 it also keeps the encoder rounded for the next product."""
+    is_gpu = next(iter(dictionary.parameters())).is_cuda
+    return RowAdam(dictionary, lr=learning_rate, keep_working_copy=is_gpu and precision == "bf16")

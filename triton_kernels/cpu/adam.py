@@ -1,0 +1,77 @@
+"""Adam by blocks of rows: what belongs to a row is done to it while it is in cache.
+
+Each block is read and written once for clipping, projection, the update and the norm together. The update itself is
+torch's fused AdamW.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**18  # 1 MiB of each of parameter, gradient and both moments
+
+
+def adam_rows(
+    parameter_RN: Tensor,
+    gradient_RN: Tensor,
+    first_RN: Tensor,
+    second_RN: Tensor,
+    *,
+    step: int,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale_G: Tensor | None,
+    unit: bool,
+    working_RN: Tensor | None,
+    norms_R: Tensor | None,
+) -> None:
+    """See `reference.adam_rows`."""
+    n_rows, width = parameter_RN.shape
+    block = max(1, BLOCK_ELEMENTS // max(1, width))
+    scale_R = None if scale_G is None else scale_G.repeat_interleave(n_rows // scale_G.numel())[:, None]
+    for start in range(0, n_rows, block):
+        rows = slice(start, start + block)
+        parameter, gradient = parameter_RN[rows], gradient_RN[rows]
+        if unit:
+            along = torch.linalg.vecdot(gradient, parameter)[:, None]
+            gradient = torch.addcmul(gradient, along, parameter, value=-1)
+        if scale_R is not None:
+            gradient = gradient * scale_R[rows]
+        torch._fused_adamw_(
+            [parameter],
+            [gradient],
+            [first_RN[rows]],
+            [second_RN[rows]],
+            [],
+            [torch.tensor(float(step))],
+            lr=rate,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if unit:
+            parameter.div_(torch.linalg.vector_norm(parameter, dim=1, keepdim=True).clamp_min_(1e-12))
+        if working_RN is not None:
+            working_RN[rows] = parameter.to(working_RN.dtype)
+        if norms_R is not None:
+            norms_R[rows] = torch.linalg.vector_norm(parameter, dim=1)
+
+
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
+    """See `reference.row_squares`."""
+    if unit_RN is None:
+        return torch.linalg.vector_norm(gradient_RN, dim=1).square()
+    squares = gradient_RN.new_empty(gradient_RN.shape[0])
+    block = max(1, BLOCK_ELEMENTS // max(1, gradient_RN.shape[1]))
+    for start in range(0, gradient_RN.shape[0], block):
+        rows = slice(start, start + block)
+        gradient = gradient_RN[rows]
+        along = torch.linalg.vecdot(gradient, unit_RN[rows])
+        squares[rows] = torch.linalg.vector_norm(gradient, dim=1).square() - along.square()
+    return squares.clamp_min_(0)

@@ -1,0 +1,69 @@
+"""The exact choice of the few largest scores; equal scores go to the lowest index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_kernels.reference import first_largest
+
+GROUP = 32
+TWO_STAGE_COLUMNS = 4096  # from here on finding the best groups first is faster
+PREFILTER_MARGIN = 1.5  # how many times more scores than needed the sampled bound lets through
+PREFILTER_SAMPLES = 2**15
+
+
+def row_top_k(score_RF: Tensor, k: int) -> Tensor:
+    """Columns of the k largest scores of each row, equal scores by lowest column, ascending, `[R, k]` int64."""
+    n_columns = score_RF.shape[1]
+    if k >= n_columns:
+        return torch.arange(n_columns, device=score_RF.device).expand(score_RF.shape[0], -1)
+    if n_columns >= TWO_STAGE_COLUMNS and n_columns % GROUP == 0 and 4 * (k + 1) * GROUP <= n_columns:
+        columns, tied = _top_k_of_groups(score_RF, k)
+    else:
+        best = score_RF.topk(k + 1, dim=1)
+        columns, tied = best.indices[:, :k], best.values[:, k - 1] == best.values[:, k]
+    columns = columns.sort(dim=1).values
+    # torch.topk leaves the choice among equal scores open; only a tie across the cut can change the set.
+    rows = tied.nonzero().squeeze(1)
+    if rows.numel():
+        columns[rows] = first_largest(score_RF[rows], k)
+    return columns
+
+
+def _top_k_of_groups(score_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns of the k largest by way of the k groups with the largest maxima, and rows where a tie may decide.
+
+    A score outside those groups has k scores in them at least as large, so without ties the result is exact.
+    """
+    n_rows, n_groups = score_RF.shape[0], score_RF.shape[1] // GROUP
+    maxima = score_RF.view(n_rows, n_groups, GROUP).amax(-1).topk(k + 1, dim=1)
+    groups = maxima.indices[:, :k]
+    flat = (groups + n_groups * torch.arange(n_rows, device=groups.device)[:, None]).reshape(-1)
+    candidates = score_RF.view(-1, GROUP).index_select(0, flat).view(n_rows, k * GROUP)
+    best = candidates.topk(k + 1, dim=1)
+    inside = best.indices[:, :k]
+    columns = groups.gather(1, inside // GROUP) * GROUP + inside % GROUP
+    smallest = best.values[:, k - 1]
+    return columns, (smallest == best.values[:, k]) | (smallest <= maxima.values[:, k])
+
+
+def sampled_bound(score: Tensor, kept_fraction: float) -> float:
+    """A guess that lets a little more than `kept_fraction` of the scores through; never below zero."""
+    stride = max(1, score.numel() // PREFILTER_SAMPLES) | 1
+    sample = score.reshape(-1)[::stride]
+    keep = int(PREFILTER_MARGIN * kept_fraction * sample.numel()) + 16
+    if keep >= sample.numel():
+        return 0.0
+    return max(0.0, sample.topk(keep).values[-1].item())
+
+
+def keep_largest(score_P: Tensor, count: int) -> Tensor:
+    """Positions, ascending, of the `count` largest; equal scores go to the lowest position."""
+    if score_P.numel() <= count:
+        return torch.arange(score_P.numel(), device=score_P.device)
+    cut = score_P.topk(count, sorted=False).values.amin()
+    above = score_P > cut
+    equal = (score_P == cut).nonzero().squeeze(1)[: count - int(above.sum())]
+    above[equal] = True
+    return above.nonzero().squeeze(1)

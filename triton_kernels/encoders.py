@@ -1,0 +1,151 @@
+"""The three encoders as `torch.library` operators, and their common derivative.
+
+x `[B, G, N]`, center `[G, N]`, encoder `[G, F, N]`, bias `[G, F]`, scale `[G, F]` or None. `product` is the dtype in
+which scores are computed. Where it is the encoder's own, the choice is that of exact scores; where it is bf16 on a
+wider encoder, rounded scores choose and the kept values are computed again in the encoder's dtype, so that values and
+gradients are exact for the chosen pairs. `working` may hold the encoder already rounded to `product`.
+
+Returned features are global, `g * F + f`, ascending within a row, and a row is `b * G + g`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_kernels.ops import DEVICES, backward_encoder, gather_sum, implementation
+
+
+@torch.library.custom_op("crosscoder::encode_top_k", mutates_args=(), device_types=DEVICES)
+def encode_top_k(
+    x_BGN: Tensor,
+    center_GN: Tensor,
+    encoder_GFN: Tensor,
+    bias_GF: Tensor,
+    scale_GF: Tensor | None,
+    k: int,
+    product: torch.dtype,
+    working_GFN: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Values and features, `[B * G * k]` each, of the k best scores of each row; equal scores by lowest feature."""
+    arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN)
+    return implementation(x_BGN).encode_top_k(*arguments)
+
+
+@torch.library.custom_op("crosscoder::encode_batch_top_k", mutates_args=(), device_types=DEVICES)
+def encode_batch_top_k(
+    x_BGN: Tensor,
+    center_GN: Tensor,
+    encoder_GFN: Tensor,
+    bias_GF: Tensor,
+    scale_GF: Tensor | None,
+    k: int,
+    product: torch.dtype,
+    working_GFN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, features, offsets `[B * G + 1]` and cut `[G]` of the B * k largest positive scores of each dictionary.
+
+    Equal scores go to the lowest (row, feature). Fewer pairs come back only where fewer scores are positive; the cut
+    is the smallest kept score, 0 where there is none.
+    """
+    arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN)
+    return implementation(x_BGN).encode_batch_top_k(*arguments)
+
+
+@torch.library.custom_op("crosscoder::encode_threshold", mutates_args=(), device_types=DEVICES)
+def encode_threshold(
+    x_BGN: Tensor,
+    center_GN: Tensor,
+    encoder_GFN: Tensor,
+    bias_GF: Tensor,
+    scale_GF: Tensor | None,
+    threshold_GF: Tensor,
+    window: float,
+    product: torch.dtype,
+    working_GFN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, features, offsets and pre-activations of every positive z with `score > threshold - window / 2`.
+
+    The value is z where the score is above the threshold and 0 in the lower half of the window, whose pairs exist for
+    the threshold's straight-through gradient: `-(theta / window)` for scores within half a window of theta, 0
+    elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435).
+    """
+    arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_GF, window, product, working_GFN)
+    return implementation(x_BGN).encode_threshold(*arguments)
+
+
+@encode_top_k.register_fake
+def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN):
+    n_pairs = x_BGN.shape[0] * x_BGN.shape[1] * k
+    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32)
+
+
+@encode_batch_top_k.register_fake
+def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN):
+    n_pairs = torch.library.get_ctx().new_dynamic_size()
+    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
+    features = x_BGN.new_empty(n_pairs, dtype=torch.int32)
+    return encoder_GFN.new_empty(n_pairs), features, offsets, encoder_GFN.new_empty(x_BGN.shape[1])
+
+
+@encode_threshold.register_fake
+def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_GF, window, product, working_GFN):
+    n_pairs = torch.library.get_ctx().new_dynamic_size()
+    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
+    values = encoder_GFN.new_empty(n_pairs)
+    return values, x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets, torch.empty_like(values)
+
+
+def _save_top_k(ctx, inputs, output):
+    x_BGN, center_GN, encoder_GFN, _, _, k, *_ = inputs
+    values_P, features_P = output
+    offsets = torch.arange(0, values_P.numel() + 1, k, device=values_P.device)
+    ctx.save_for_backward(x_BGN, center_GN, encoder_GFN, values_P, features_P, offsets)
+
+
+def _save_batch_top_k(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[:3])
+
+
+def _save_threshold(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[:3], inputs[4], inputs[5], output[3])
+    ctx.window = inputs[6]
+
+
+def _through_pairs(ctx, grad_values_P):
+    """Gradients to x, center, encoder and bias by way of the kept pairs' z."""
+    x_BGN, center_GN, encoder_GFN, values_P, features_P, offsets = ctx.saved_tensors[:6]
+    n_features, width = encoder_GFN.shape[1:]
+    d_z = torch.where(values_P > 0, grad_values_P, 0)  # relu: a clipped value passes nothing back
+    d_x = d_center = d_encoder = d_bias = None
+    if any(ctx.needs_input_grad[1:4]):
+        d_encoder, d_bias = backward_encoder(d_z, features_P, offsets, x_BGN, center_GN, n_features)
+    if ctx.needs_input_grad[0]:
+        table_FN = encoder_GFN.reshape(-1, width)
+        d_x = gather_sum(d_z, features_P, offsets, table_FN).view(x_BGN.shape).to(x_BGN.dtype)
+    if ctx.needs_input_grad[1]:
+        assert d_bias is not None
+        d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN).to(center_GN.dtype)
+    return d_x, d_center, d_encoder, d_bias
+
+
+def _top_k_backward(ctx, grad_values_P, *_):
+    return (*_through_pairs(ctx, grad_values_P), None, None, None, None)
+
+
+def _threshold_backward(ctx, grad_values_P, *_):
+    d_threshold = None
+    if ctx.needs_input_grad[5] and ctx.window > 0:
+        features_P, (scale_GF, threshold_GF, z_P) = ctx.saved_tensors[4], ctx.saved_tensors[6:]
+        theta_P = threshold_GF.reshape(-1)[features_P]
+        score_P = z_P if scale_GF is None else z_P * scale_GF.reshape(-1)[features_P]
+        inside = (score_P - theta_P).abs() < ctx.window / 2
+        pulls_P = torch.where(inside, -theta_P / ctx.window * grad_values_P, 0)
+        flat = torch.zeros_like(threshold_GF).reshape(-1).index_add(0, features_P, pulls_P.to(threshold_GF.dtype))
+        d_threshold = flat.view(threshold_GF.shape)
+    return (*_through_pairs(ctx, grad_values_P), None, d_threshold, None, None, None)
+
+
+encode_top_k.register_autograd(_top_k_backward, setup_context=_save_top_k)
+encode_batch_top_k.register_autograd(_top_k_backward, setup_context=_save_batch_top_k)
+encode_threshold.register_autograd(_threshold_backward, setup_context=_save_threshold)
