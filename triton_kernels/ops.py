@@ -3,7 +3,7 @@
 Three primitives are closed under differentiation (see `reference`). Three encoders choose which pairs exist: the
 choice is not differentiated, the values are, and where a kept value is positive the gradient passes to the chosen rows
 only. `decode_loss` fuses decoding with the squared error. The device of the tensors picks the implementation:
-`triton_kernels.cpu` or `triton_kernels.gpu`, which offer the same names.
+`triton_kernels.cpu` or `triton_kernels.gpu`, which offer the same names; codes that are not very sparse go to `dense`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from triton_kernels import dense
 
 DEVICES = ("cpu", "cuda")
 
@@ -25,6 +27,11 @@ def implementation(tensor: Tensor) -> ModuleType:
     from triton_kernels import cpu
 
     return cpu
+
+
+def form_for(tensor: Tensor, n_pairs: int, n_rows: int, n_features: int) -> ModuleType:
+    """`dense` where a code of that shape is better written out, else the device's own module."""
+    return dense if dense.pays(tensor.device, n_pairs, n_rows, n_features) else implementation(tensor)
 
 
 @torch.library.custom_op("crosscoder::gather_sum", mutates_args=(), device_types=DEVICES)
@@ -59,7 +66,8 @@ def decode_loss(
 
     `error = decoded + bias - x`; both are differentiable, once.
     """
-    return implementation(x_BGN).decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
+    form = form_for(x_BGN, values_P.numel(), offsets.numel() - 1, decoder_GFN.shape[1])
+    return form.decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
 
 
 @torch.library.custom_op("crosscoder::backward_decoder", mutates_args=(), device_types=DEVICES)
@@ -72,8 +80,8 @@ def backward_decoder(
     decoder_GFN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `sum(weight * squares)` of `decode_loss` to its values `[P]` and decoder `[G, F, N]`."""
-    arguments = (values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN)
-    return implementation(error_BGN).backward_decoder(*arguments)
+    form = form_for(error_BGN, values_P.numel(), offsets.numel() - 1, decoder_GFN.shape[1])
+    return form.backward_decoder(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN)
 
 
 @torch.library.custom_op("crosscoder::backward_encoder", mutates_args=(), device_types=DEVICES)
@@ -81,7 +89,8 @@ def backward_encoder(
     d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the encoder `[G, F, N]` and its bias `[G, F]`, from those to the pairs' pre-activations."""
-    return implementation(x_BGN).backward_encoder(d_z_P, features_P, offsets, x_BGN, center_GN, n_features)
+    form = form_for(x_BGN, d_z_P.numel(), offsets.numel() - 1, n_features)
+    return form.backward_encoder(d_z_P, features_P, offsets, x_BGN, center_GN, n_features)
 
 
 @gather_sum.register_fake

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import triton_kernels as ops
 from tests.kernels.codes import encoder_inputs
 from triton_kernels import reference
-from triton_kernels.cpu import dense, encode, prefilter, selection
+from triton_kernels.cpu import affine as product
+from triton_kernels.cpu import encode, prefilter, selection
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -215,14 +216,15 @@ def test_chunking_does_not_change_the_selection(way, monkeypatch):
 
 def test_only_one_slab_of_scores_exists(way, monkeypatch):
     sizes = []
-    plain = dense.affine
+    plain = product.affine
 
     def spy(x, weight, bias):
         out = plain(x, weight, bias)
         sizes.append(out.numel())
         return out
 
-    monkeypatch.setattr(dense, "affine", spy)
+    monkeypatch.setattr(encode, "affine", spy)
+    monkeypatch.setattr(prefilter, "affine", spy)
     monkeypatch.setattr(encode, "SLAB_ELEMENTS", 100)
     monkeypatch.setattr(prefilter, "SLAB_ELEMENTS", 100)
     ops.encode_top_k(*plain_inputs(n_rows=64, n_features=25, dtype=F32), None, 2, F32, None)
@@ -319,6 +321,6 @@ def test_affine_is_true_fp32():
     x, weight, bias = torch.randn(40, 70), torch.randn(90, 70), torch.randn(90)
     truth = torch.addmm(bias.double(), x.double(), weight.double().T)
     plain = torch.addmm(bias, x, weight.T)
-    error = (dense.affine(x, weight, bias).double() - truth).abs().max()
+    error = (product.affine(x, weight, bias).double() - truth).abs().max()
     assert error <= 4 * (plain.double() - truth).abs().max()
     assert error < 1e-4  # bf16 products would err by about 0.05 here

@@ -5,14 +5,13 @@ import torch
 
 import triton_kernels as ops
 from tests.kernels.codes import random_code
-from triton_kernels import reference
-from triton_kernels.cpu import dense
+from triton_kernels import dense, reference
 
 
 @pytest.fixture(params=["sparse", "dense"])
 def form(request, monkeypatch):
     """Makes the operators take one form or the other, whatever is faster."""
-    monkeypatch.setattr(dense, "FEATURES_PER_ACTIVE", 0 if request.param == "sparse" else 10**9)
+    monkeypatch.setitem(dense.FEATURES_PER_ACTIVE, "cpu", 0 if request.param == "sparse" else 10**9)
     return request.param
 
 
@@ -96,10 +95,11 @@ def test_expanded_gradients_are_taken():
 
 
 def test_the_dense_form_is_taken_where_few_features_are_many_times_active():
-    assert dense.pays(n_pairs=512 * 26, n_rows=512, n_features=512)
-    assert not dense.pays(n_pairs=1024 * 32, n_rows=1024, n_features=8192)
-    assert not dense.pays(n_pairs=10**6, n_rows=10**5, n_features=100)  # it would write out 40 MB
-    assert not dense.pays(n_pairs=0, n_rows=0, n_features=512)
+    cpu = torch.device("cpu")
+    assert dense.pays(cpu, n_pairs=512 * 26, n_rows=512, n_features=512)
+    assert not dense.pays(cpu, n_pairs=1024 * 32, n_rows=1024, n_features=8192)
+    assert not dense.pays(cpu, n_pairs=10**6, n_rows=10**5, n_features=100)  # it would write out 40 MB
+    assert not dense.pays(cpu, n_pairs=0, n_rows=0, n_features=512)
 
 
 def test_two_runs_and_other_thread_counts_give_the_same_bits(form):

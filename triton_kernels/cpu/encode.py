@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_kernels.cpu import dense, prefilter, selection, sparse
+from triton_kernels.cpu import prefilter, selection, sparse
+from triton_kernels.cpu.affine import affine
 
 SLAB_ELEMENTS = 2**21  # 8 MiB in fp32: stays in the last-level cache between the product and the selection
 
@@ -77,7 +78,7 @@ def _slabs(problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
     """`(start, z, score)` of each slab of rows."""
     step = max(1, SLAB_ELEMENTS // problem.encoder_FN.shape[0])
     for start in range(0, problem.x_RN.shape[0], step):
-        z = dense.affine(problem.x_RN[start : start + step], problem.encoder_FN, problem.bias_F)
+        z = affine(problem.x_RN[start : start + step], problem.encoder_FN, problem.bias_F)
         yield start, z, z if problem.scale_F is None else z * problem.scale_F
 
 

@@ -1,4 +1,4 @@
-"""Decoding with its loss, and both backward passes: sparse, or dense where that is faster.
+"""Decoding with its loss, and both backward passes, out of the sparse primitives.
 
 The gradient with respect to the reconstruction is `2 w e`: it is made from the error where it is needed, and the
 forward pass keeps the error alone.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.cpu import dense, sparse
+from triton_kernels.cpu import sparse
 
 
 def decode_loss(
@@ -22,12 +22,9 @@ def decode_loss(
     n_parts: int,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`."""
-    n_groups, n_features, width = decoder_GFN.shape
-    if dense.pays(values_P.numel(), offsets.numel() - 1, n_features):
-        error_BGN = dense.decode(values_P, features_P, offsets, decoder_GFN)
-    else:
-        table_FN = decoder_GFN.reshape(-1, width)
-        error_BGN = sparse.gather_sum(values_P, features_P, offsets, table_FN).view(-1, n_groups, width)
+    n_groups, _, width = decoder_GFN.shape
+    table_FN = decoder_GFN.reshape(-1, width)
+    error_BGN = sparse.gather_sum(values_P, features_P, offsets, table_FN).view(-1, n_groups, width)
     error_BGN.add_(bias_GN).sub_(x_BGN)
     norms_BGL = torch.linalg.vector_norm(error_BGN.unflatten(2, (n_parts, -1)), dim=3)
     return error_BGN, norms_BGL.square().sum(0)
@@ -45,8 +42,6 @@ def backward_decoder(
     n_groups, n_features, width = decoder_GFN.shape
     n_parts = weight_GL.shape[1]
     grad_BGN = (error_BGN.unflatten(2, (n_parts, -1)) * (2 * weight_GL)[..., None]).flatten(2)
-    if dense.pays(values_P.numel(), offsets.numel() - 1, n_features):
-        return dense.decode_backward(values_P, features_P, offsets, grad_BGN, decoder_GFN)
     table_FN, grad_RN = decoder_GFN.reshape(-1, width), grad_BGN.view(-1, width)
     d_values = sparse.gather_dot(grad_RN, features_P, offsets, table_FN)
     d_table = sparse.scatter_outer(values_P, features_P, offsets, grad_RN, n_groups * n_features)
@@ -65,8 +60,6 @@ def backward_encoder(
     n_groups, width = center_GN.shape
     centered_BGN = (x_BGN - center_GN).to(d_z_P.dtype)
     d_bias = d_z_P.new_zeros(n_groups * n_features).index_add_(0, features_P, d_z_P).view(n_groups, n_features)
-    if dense.pays(d_z_P.numel(), offsets.numel() - 1, n_features):
-        return dense.outer(d_z_P, features_P, offsets, centered_BGN, n_features), d_bias
     rows_RN = centered_BGN.reshape(-1, width)
     d_encoder = sparse.scatter_outer(d_z_P, features_P, offsets, rows_RN, n_groups * n_features)
     return d_encoder.view(n_groups, n_features, width), d_bias

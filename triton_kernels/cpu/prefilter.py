@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_kernels.cpu import dense, selection
+from triton_kernels.cpu import selection
+from triton_kernels.cpu.affine import affine
 from triton_kernels.reference import first_largest
 
 SLAB_ELEMENTS = 2**22  # 8 MiB in bf16
@@ -127,7 +128,7 @@ def top_k_candidates(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, encoder: 
     n_features = encoder_FN.shape[0]
     positions = []
     for start, low, margin_R in _margins(x_RN, encoder):
-        score_RF = dense.affine(low, encoder.encoder_FN, encoder.bias_F)
+        score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
         reached_R = _reached_by(score_RF, k)
         slack = RELATIVE if encoder.norm > 0 else 0.0
         bound_R = (reached_R * (1 - slack) - 2 * margin_R) / (1 + slack)
@@ -135,7 +136,7 @@ def top_k_candidates(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, encoder: 
         position = _not_below(score_RF, torch.where(hard, torch.inf, bound_R))
         if bool(hard.any()):
             rows = hard.nonzero().squeeze(1)
-            columns = first_largest(dense.affine(x_RN[start + rows], encoder_FN, bias_F), k)
+            columns = first_largest(affine(x_RN[start + rows], encoder_FN, bias_F), k)
             position = torch.cat([position, (rows[:, None] * n_features + columns).view(-1)]).sort().values
         positions.append(position + start * n_features)
     position = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
@@ -148,7 +149,7 @@ def above_candidates(x_RN: Tensor, encoder: Rounded, threshold: float) -> Candid
     n_features = encoder.encoder_FN.shape[0]
     positions = []
     for start, low, margin_R in _margins(x_RN, encoder):
-        score_RF = dense.affine(low, encoder.encoder_FN, encoder.bias_F)
+        score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
         bound_R = (threshold - margin_R) / (1 + (RELATIVE if encoder.norm > 0 else 0.0))
         if not bool((bound_R > 0).all()):
             return None
@@ -171,7 +172,7 @@ def batch_candidates(x_RN: Tensor, encoder: Rounded, wanted: int) -> Candidates 
     reached = 0.0
     positions, scores, margins = [], [], []
     for start, low, margin_R in slabs:
-        score_RF = dense.affine(low, encoder.encoder_FN, encoder.bias_F)
+        score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
         if start == 0:
             reached = selection.sampled_bound(score_RF, wanted / (x_RN.shape[0] * n_features))
         bound_R = (reached * (1 - slack) - widest - margin_R) / (1 + slack)

@@ -1,0 +1,86 @@
+"""Dense forms of decoding and of both backward passes, for where few features are active many times.
+
+A gather moves a whole row of the table for each pair; a product moves none twice. Where a code is not very sparse, as
+in a bank of narrow layers, writing it out and multiplying wins (`pays`). Stock torch operators, for any device; same
+names and results as the sparse forms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_kernels.reference import row_of_pair
+
+# F / K below which the dense form is faster. CPU: measured, benchmarks/README.md. GPU: by arithmetic, tensor cores
+# against L2 gathers (2 F FLOP against 2 K FLOP at 1/181 of the rate), until a GPU has measured it.
+FEATURES_PER_ACTIVE = {"cpu": 24, "cuda": 181}
+MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # of a code written out
+
+
+def pays(device: torch.device, n_pairs: int, n_rows: int, n_features: int) -> bool:
+    """Whether the dense form is faster for `n_pairs` pairs in `n_rows` rows over `n_features` features."""
+    n_elements = n_rows * n_features
+    return 0 < n_elements <= min(MAX_ELEMENTS[device.type], FEATURES_PER_ACTIVE[device.type] * n_pairs)
+
+
+def positions(features_P: Tensor, offsets: Tensor, n_groups: int, n_features: int) -> Tensor:
+    """Where each pair stands in the flat `[B, G, F]` code."""
+    token_P = row_of_pair(offsets[::n_groups], features_P.numel())
+    return token_P * (n_groups * n_features) + features_P
+
+
+def written_out(values_P: Tensor, positions_P: Tensor, shape_BGF: tuple[int, int, int]) -> Tensor:
+    """The code as `[G, B, F]`, a view of a `[B, G, F]` tensor."""
+    n_elements = shape_BGF[0] * shape_BGF[1] * shape_BGF[2]
+    return values_P.new_zeros(n_elements).scatter_(0, positions_P, values_P).view(shape_BGF).transpose(0, 1)
+
+
+def decode_loss(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    decoder_GFN: Tensor,
+    bias_GN: Tensor,
+    x_BGN: Tensor,
+    n_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_loss`."""
+    n_groups, n_features, _ = decoder_GFN.shape
+    shape = (x_BGN.shape[0], n_groups, n_features)
+    code_GBF = written_out(values_P, positions(features_P, offsets, n_groups, n_features), shape)
+    error_BGN = torch.bmm(code_GBF, decoder_GFN).transpose(0, 1).contiguous()
+    error_BGN.add_(bias_GN).sub_(x_BGN)
+    norms_BGL = torch.linalg.vector_norm(error_BGN.unflatten(2, (n_parts, -1)), dim=3)
+    return error_BGN, norms_BGL.square().sum(0)
+
+
+def backward_decoder(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    error_BGN: Tensor,
+    weight_GL: Tensor,
+    decoder_GFN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.backward_decoder`."""
+    n_groups, n_features, _ = decoder_GFN.shape
+    shape = (error_BGN.shape[0], n_groups, n_features)
+    grad_BGN = (error_BGN.unflatten(2, (weight_GL.shape[1], -1)) * (2 * weight_GL)[..., None]).flatten(2)
+    grad_GBN = grad_BGN.transpose(0, 1)
+    positions_P = positions(features_P, offsets, n_groups, n_features)
+    d_code_GBF = torch.bmm(grad_GBN, decoder_GFN.transpose(1, 2))
+    d_values = d_code_GBF.transpose(0, 1).reshape(-1)[positions_P]
+    code_GBF = written_out(values_P, positions_P, shape)
+    return d_values, torch.bmm(code_GBF.transpose(1, 2), grad_GBN)
+
+
+def backward_encoder(
+    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """See `reference.backward_encoder`."""
+    n_groups = center_GN.shape[0]
+    centered_BGN = (x_BGN - center_GN).to(d_z_P.dtype)
+    shape = (x_BGN.shape[0], n_groups, n_features)
+    d_z_GBF = written_out(d_z_P, positions(features_P, offsets, n_groups, n_features), shape)
+    return torch.bmm(d_z_GBF.transpose(1, 2), centered_BGN.transpose(0, 1)), d_z_GBF.sum(1)
