@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.reference import row_of_pair
+from triton_kernels.reference import row_of_pair, sum_dtype
 
 # F / K below which the dense form is faster. CPU: measured, benchmarks/README.md. GPU: by arithmetic, tensor cores
 # against L2 gathers (2 F FLOP against 2 K FLOP at 1/181 of the rate), until a GPU has measured it.
@@ -51,8 +51,9 @@ def decode_loss(
     code_GBF = written_out(values_P, positions(features_P, offsets, n_groups, n_features), shape)
     error_BGN = torch.bmm(code_GBF, decoder_GFN).transpose(0, 1).contiguous()
     error_BGN.add_(bias_GN).sub_(x_BGN)
-    norms_BGL = torch.linalg.vector_norm(error_BGN.unflatten(2, (n_parts, -1)), dim=3)
-    return error_BGN, norms_BGL.square().sum(0)
+    parts = error_BGN.unflatten(2, (n_parts, -1))
+    norms_BGL = torch.linalg.vector_norm(parts, dim=3, dtype=torch.float64)  # no pass of its own over the squares
+    return error_BGN, norms_BGL.square().sum(0).to(sum_dtype(error_BGN.dtype))
 
 
 def backward_decoder(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels import dense
+from triton_kernels.reference import sum_dtype
 
 DEVICES = ("cpu", "cuda")
 
@@ -110,7 +111,8 @@ def _(values_P, features_P, offsets, x_RN, n_features):
 
 @decode_loss.register_fake
 def _(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts):
-    return decoder_GFN.new_empty(x_BGN.shape), decoder_GFN.new_empty(x_BGN.shape[1], n_parts)
+    squares_GL = decoder_GFN.new_empty(x_BGN.shape[1], n_parts, dtype=sum_dtype(decoder_GFN.dtype))
+    return decoder_GFN.new_empty(x_BGN.shape), squares_GL
 
 
 @backward_decoder.register_fake

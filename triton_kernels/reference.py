@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over a whole batch are given in: float64 for itself, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def row_of_pair(offsets: Tensor, n_pairs: int) -> Tensor:
     """The row that owns each pair, as int64 `[P]`."""
     rows = torch.arange(offsets.numel() - 1, device=offsets.device)
@@ -58,7 +63,8 @@ def decode_loss(
     """
     decoded_RN = gather_sum(values_P, features_P, offsets, decoder_GFN.flatten(0, 1))
     error_BGN = decoded_RN.view(x_BGN.shape) + bias_GN - x_BGN
-    return error_BGN, error_BGN.unflatten(2, (n_parts, -1)).square().sum((0, 3))
+    parts = error_BGN.unflatten(2, (n_parts, -1)).to(sum_dtype(error_BGN.dtype))
+    return error_BGN, parts.square().sum((0, 3))
 
 
 def backward_decoder(

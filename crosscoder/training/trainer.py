@@ -90,6 +90,8 @@ def train(
     except BaseException:
         dictionary.train(was_training)
         raise
+    finally:
+        dictionary.working_encoder = None  # from here on anyone may write to the encoder
     if state.step == 0 or (config.steps is not None and state.step < config.steps):
         raise ValueError(
             f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "

@@ -5,6 +5,7 @@ import torch
 
 from crosscoder import Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary.losses import loss_terms
+from crosscoder.training import train
 from crosscoder.training.optimizer import RowAdam
 
 
@@ -43,3 +44,16 @@ def test_steps_equal_adam_with_the_rows_kept_by_hand(cls, decoder):
         torch.testing.assert_close(parameter, dict(theirs.named_parameters())[name], rtol=1e-4, atol=1e-5)
     norms = ours.grouped().decoder_GFN.norm(dim=-1)
     assert torch.allclose(norms, torch.ones_like(norms)) == (decoder == "unit")
+
+
+def test_the_working_copy_follows_the_encoder_and_ends_with_the_run():
+    dictionary = make(Crosscoder, "unit")
+    optimizer = RowAdam(dictionary, lr=1e-2, keep_working_copy=True)
+    for seed in range(2):
+        optimizer.zero_grad()
+        loss_terms(dictionary, x(seed)).terms["recon"].backward()
+        optimizer.step()
+        assert torch.equal(dictionary.working_encoder, dictionary.encoder.bfloat16())
+        assert dictionary.grouped().working_GFN.shape == dictionary.grouped().encoder_GFN.shape
+    train(dictionary, [x(0)], quiet=True)
+    assert dictionary.working_encoder is None

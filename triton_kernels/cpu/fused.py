@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import sparse
+from triton_kernels.reference import sum_dtype
 
 
 def decode_loss(
@@ -26,8 +27,9 @@ def decode_loss(
     table_FN = decoder_GFN.reshape(-1, width)
     error_BGN = sparse.gather_sum(values_P, features_P, offsets, table_FN).view(-1, n_groups, width)
     error_BGN.add_(bias_GN).sub_(x_BGN)
-    norms_BGL = torch.linalg.vector_norm(error_BGN.unflatten(2, (n_parts, -1)), dim=3)
-    return error_BGN, norms_BGL.square().sum(0)
+    parts = error_BGN.unflatten(2, (n_parts, -1))
+    norms_BGL = torch.linalg.vector_norm(parts, dim=3, dtype=torch.float64)  # no pass of its own over the squares
+    return error_BGN, norms_BGL.square().sum(0).to(sum_dtype(error_BGN.dtype))
 
 
 def backward_decoder(
@@ -59,7 +61,9 @@ def backward_encoder(
     """See `reference.backward_encoder`."""
     n_groups, width = center_GN.shape
     centered_BGN = (x_BGN - center_GN).to(d_z_P.dtype)
-    d_bias = d_z_P.new_zeros(n_groups * n_features).index_add_(0, features_P, d_z_P).view(n_groups, n_features)
+    wide = sum_dtype(d_z_P.dtype)
+    sums_F = torch.zeros(n_groups * n_features, dtype=wide).index_add_(0, features_P, d_z_P.to(wide))
+    d_bias = sums_F.to(d_z_P.dtype).view(n_groups, n_features)
     rows_RN = centered_BGN.reshape(-1, width)
     d_encoder = sparse.scatter_outer(d_z_P, features_P, offsets, rows_RN, n_groups * n_features)
     return d_encoder.view(n_groups, n_features, width), d_bias

@@ -1,0 +1,68 @@
+"""`decode_loss`: reconstruction, bias, residual and squared error by layer from one pass over the pairs.
+
+One program owns a column tile of one token and dictionary: it sums the decoder rows of the token's pairs as
+`gather_sum` does, adds the bias, takes x away, writes the error, and leaves the tile's squared error in a buffer that
+is summed afterwards. Fused: three passes over `[B, G, N]`. A tile never straddles two parts, so one number a program
+is enough. The floor in elements: `B * G * N` for each of x and the error, and one read of the decoder's used rows.
+The grid is token-fast, then tile, then dictionary, so that a slice of one dictionary's decoder stays in L2.
+Deterministic: every error and every partial square belongs to one program; the partials are added in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.gpu.gather_sum import weighted_rows
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+
+
+@jit
+def decode_loss_kernel(
+    values, features, offsets, decoder, bias, x, error, squares,
+    N: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    TILES: tl.constexpr = (PART + COLUMNS - 1) // COLUMNS
+    token, tile, dictionary = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    within = (tile % TILES) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = within < PART
+    columns = (tile // TILES) * PART + within
+    row = token.to(tl.int64) * tl.num_programs(2) + dictionary
+    wanted = tl.load(x + row * N + columns, inside, other=0, eviction_policy="evict_first").to(ACCUMULATE)
+    shift = tl.load(bias + dictionary * N + columns, inside, other=0).to(ACCUMULATE)
+    total = weighted_rows(values, features, offsets, row, decoder, columns, inside, N, PAIRS, ACCUMULATE)
+    difference = total + shift - wanted
+    tl.store(error + row * N + columns, difference.to(error.dtype.element_ty), inside, eviction_policy="evict_first")
+    partial = (dictionary.to(tl.int64) * tl.num_programs(1) + tile) * tl.num_programs(0) + token
+    tl.store(squares + partial, tl.sum(difference * difference, 0))
+
+
+def decode_loss(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    decoder_GFN: Tensor,
+    bias_GN: Tensor,
+    x_BGN: Tensor,
+    n_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """The error `gather_sum(code, decoder) + bias - x` as `[B, G, N]`, and its squares summed as `[G, n_parts]`.
+
+    The squares are summed over the batch and over each of `n_parts` equal runs of columns, before the error is
+    rounded to its dtype, which is the decoder's. They are float32, or float64 for a float64 decoder.
+    """
+    (n_tokens, n_groups, width), n_features = x_BGN.shape, decoder_GFN.shape[1]
+    dtype = decoder_GFN.dtype
+    error_BGN = torch.empty(n_tokens, n_groups, width, dtype=dtype, device=x_BGN.device)
+    part = width // n_parts
+    tile = gather_tile(part, decoder_GFN.itemsize, n_features)
+    n_tiles = tile_count(part, tile.columns)
+    squares = torch.empty(n_groups, n_parts, n_tiles * n_tokens, dtype=torch_accumulator(dtype), device=x_BGN.device)
+    if error_BGN.numel() > 0:
+        decode_loss_kernel[(n_tokens, n_parts * n_tiles, n_groups)](
+            values_P.contiguous(), features_P.contiguous(), offsets.contiguous(), decoder_GFN.contiguous(),
+            bias_GN.contiguous(), x_BGN.contiguous(), error_BGN, squares,
+            width, part, tile.columns, tile.pairs, accumulator(dtype), num_warps=1,
+        )  # fmt: skip
+    return error_BGN, squares.sum(-1)

@@ -1,0 +1,90 @@
+"""`scatter_outer`: every feature's weighted sum of rows, `out[f] = sum over pairs with feature f of value * x[row]`.
+
+Feature-major (see `feature_major`): one program owns a column tile of one chunk and walks its pairs in order, several
+at a time, its sum in registers. Chunks are the fast axis of the grid and column tiles the slow one, so that the slice
+of x stays in L2: the floor is one read of x and one write of the output, `(R + F) * N` elements, against `P * N`
+gathered. The same kernel takes a centre away from every row on load and sums the values for `backward_encoder`.
+Deterministic: a chunk belongs to one program, and chunks of a feature are added in order. No atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.gpu.feature_major import FeatureMajor, add_scratch, feature_major
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+
+
+@jit
+def scatter_outer_kernel(
+    chunks, rows, values, x, center, out, scratch, sums, scratch_sums, n_features, features_each,
+    CENTERED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    chunk = chunks + tl.program_id(0).to(tl.int64) * 4
+    feature, begin, end, spare = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
+    if feature < n_features:
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < N
+        at = begin + tl.arange(0, PAIRS)
+        row = tl.load(rows + at, at < end, other=0)
+        value = tl.load(values + at, at < end, other=0).to(ACCUMULATE)
+        total = tl.full([COLUMNS], 0, ACCUMULATE)
+        summed = tl.full([PAIRS], 0, ACCUMULATE)
+        if CENTERED:
+            own = tl.load(center + (feature // features_each) * N + columns, inside, other=0).to(ACCUMULATE)
+        for _ in range(begin, end, PAIRS):
+            source = x + row.to(tl.int64)[:, None] * N + columns[None, :]
+            gathered = tl.load(source, (at < end)[:, None] & inside[None, :], other=0).to(ACCUMULATE)
+            weight = value
+            at += PAIRS
+            row = tl.load(rows + at, at < end, other=0)
+            value = tl.load(values + at, at < end, other=0).to(ACCUMULATE)
+            if CENTERED:
+                gathered -= own[None, :]
+                summed += weight
+            total += tl.sum(weight[:, None] * gathered, 0)
+        if spare < 0:
+            target = out + feature.to(tl.int64) * N + columns
+            tl.store(target, total.to(out.dtype.element_ty), inside, eviction_policy="evict_first")
+        else:
+            tl.store(scratch + spare.to(tl.int64) * N + columns, total, inside)
+        if CENTERED and tl.program_id(1) == 0:
+            if spare < 0:
+                tl.store(sums + feature, tl.sum(summed, 0).to(sums.dtype.element_ty))
+            else:
+                tl.store(scratch_sums + spare, tl.sum(summed, 0))
+
+
+def scatter_rows(
+    values_P: Tensor, major: FeatureMajor, x_RN: Tensor, center_GN: Tensor | None, out_FN: Tensor, sums_F: Tensor | None
+) -> None:
+    """Write `scatter_outer` of the centred rows into `out_FN`, and each feature's sum of values into `sums_F`.
+
+    `sums_F` is written where a centre is given. At least one pair.
+    """
+    (n_features, width), n_scratch = out_FN.shape, major.scratch_features.numel()
+    n_groups = 1 if center_GN is None else center_GN.shape[0]
+    dtype = torch_accumulator(out_FN.dtype)
+    scratch = torch.empty(n_scratch, width, dtype=dtype, device=out_FN.device)
+    scratch_sums = torch.empty(n_scratch, 1, dtype=dtype, device=out_FN.device)
+    tile = gather_tile(width, x_RN.itemsize, x_RN.shape[0] // n_groups, most_row_bytes=1024)
+    scatter_outer_kernel[(major.chunks.shape[0], tile_count(width, tile.columns))](
+        major.chunks, major.rows_P, values_P[major.order_P], x_RN.contiguous(),
+        x_RN if center_GN is None else center_GN.contiguous(), out_FN, scratch,
+        scratch if sums_F is None else sums_F, scratch_sums, n_features, n_features // n_groups,
+        center_GN is not None, width, tile.columns, tile.pairs, accumulator(out_FN.dtype), num_warps=1,
+    )  # fmt: skip
+    add_scratch(out_FN, scratch, major)
+    if sums_F is not None:
+        add_scratch(sums_F.view(-1, 1), scratch_sums, major)
+
+
+def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
+    """See `reference.scatter_outer`; the output has x's dtype."""
+    if features_P.numel() == 0 or x_RN.shape[1] == 0:
+        return x_RN.new_zeros(n_features, x_RN.shape[1])
+    out_FN = torch.empty(n_features, x_RN.shape[1], dtype=x_RN.dtype, device=x_RN.device)
+    scatter_rows(values_P, feature_major(features_P, offsets, n_features), x_RN, None, out_FN, None)
+    return out_FN
