@@ -1,0 +1,198 @@
+"""AdamW over the rows of a parameter, with everything that belongs to a row: one pass over the four tensors.
+
+Fused: the scale that clips a gradient, the removal of its part along a unit row, the update, renormalising, the copy
+rounded to the working dtype and the norms. Floor: 28 bytes an element in fp32 (30 with a bf16 copy). Without unit rows
+and norms the tensors are walked flat, whatever the row's length. A unit row longer than 4,096 is walked three times
+(dot product, update, division) in tiles that should still be in the L1 or L2 cache. Deterministic: one program owns a
+row, and sums it in tile order.
+
+Parameter and moments are fp32. The copy is rounded to the nearest even in integer arithmetic, which is also right in
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.gpu import tiles
+
+
+@tiles.jit
+def adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps):
+    m += (g - m) * blend_first
+    v = v * decay_second + (g * g) * blend_second
+    return p * keep - rate * m / (tl.sqrt(v) / root + eps), m, v
+
+
+@tiles.jit
+def store_working(working_ptr, place, p, mask):
+    """Store p in the working dtype; bf16 is given as int16."""
+    if working_ptr.dtype.element_ty == tl.int16:
+        bits = p.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # A NaN's low bits could carry into the exponent and make it infinite or zero.
+        tl.store(working_ptr + place, tl.where(p == p, rounded, 0x7FC0).to(tl.int16), mask=mask)
+    else:
+        tl.store(working_ptr + place, p.to(working_ptr.dtype.element_ty), mask=mask)
+
+
+@tiles.jit
+def adam_flat_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr,
+    keep, blend_first, decay_second, blend_second, rate, root, eps, group_elements, n_tiles,
+    SCALED: tl.constexpr, WORKING: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    group = (tl.program_id(0) // n_tiles).to(tl.int64)
+    within = (tl.program_id(0) % n_tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = within < group_elements
+    place = group * group_elements + within
+    g = tl.load(g_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        g *= tl.load(scale_ptr + group).to(tl.float32)
+    p = tl.load(p_ptr + place, mask=mask, other=0.0)
+    m = tl.load(m_ptr + place, mask=mask, other=0.0)
+    v = tl.load(v_ptr + place, mask=mask, other=0.0)
+    p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
+    tl.store(p_ptr + place, p, mask=mask)
+    tl.store(m_ptr + place, m, mask=mask)
+    tl.store(v_ptr + place, v, mask=mask)
+    if WORKING:
+        store_working(working_ptr, place, p, mask)
+
+
+@tiles.jit
+def adam_rows_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr, norms_ptr,
+    keep, blend_first, decay_second, blend_second, rate, root, eps, n_rows, width, group_rows,
+    SCALED: tl.constexpr, UNIT: tl.constexpr, WORKING: tl.constexpr, NORMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of at most COLUMNS, ROWS of them, in registers."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    place = row[:, None] * width + column[None, :]
+    mask = (row < n_rows)[:, None] & (column < width)[None, :]
+    g = tl.load(g_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        g *= tl.load(scale_ptr + row // group_rows, mask=row < n_rows, other=0.0).to(tl.float32)[:, None]
+    p = tl.load(p_ptr + place, mask=mask, other=0.0)
+    m = tl.load(m_ptr + place, mask=mask, other=0.0)
+    v = tl.load(v_ptr + place, mask=mask, other=0.0)
+    if UNIT:
+        g -= tl.sum(g * p, axis=1)[:, None] * p
+    p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
+    tl.store(m_ptr + place, m, mask=mask)
+    tl.store(v_ptr + place, v, mask=mask)
+    norm = tl.sqrt(tl.sum(p * p, axis=1))
+    if UNIT:
+        divisor = tl.maximum(norm, 1e-12)
+        p /= divisor[:, None]
+        norm /= divisor
+    tl.store(p_ptr + place, p, mask=mask)
+    if WORKING:
+        store_working(working_ptr, place, p, mask)
+    if NORMS:
+        tl.store(norms_ptr + row, norm, mask=row < n_rows)
+
+
+@tiles.jit
+def adam_long_rows_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr, norms_ptr,
+    keep, blend_first, decay_second, blend_second, rate, root, eps, width, group_rows,
+    SCALED: tl.constexpr, UNIT: tl.constexpr, WORKING: tl.constexpr, NORMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One row of any length a program, in tiles of COLUMNS."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scale_ptr + row // group_rows).to(tl.float32) if SCALED else 1.0
+    part = 0.0
+    if UNIT:
+        along = tl.full([COLUMNS], 0.0, tl.float32)
+        for start in range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            g = tl.load(g_ptr + row * width + column, mask=column < width, other=0.0).to(tl.float32) * scale
+            along += g * tl.load(p_ptr + row * width + column, mask=column < width, other=0.0)
+        part = tl.sum(along, axis=0)
+    squares = tl.full([COLUMNS], 0.0, tl.float32)
+    for start in range(0, width, COLUMNS):
+        place = row * width + start + tl.arange(0, COLUMNS)
+        mask = place < (row + 1) * width
+        g = tl.load(g_ptr + place, mask=mask, other=0.0).to(tl.float32) * scale
+        p = tl.load(p_ptr + place, mask=mask, other=0.0)
+        m = tl.load(m_ptr + place, mask=mask, other=0.0)
+        v = tl.load(v_ptr + place, mask=mask, other=0.0)
+        if UNIT:
+            g -= part * p
+        p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
+        squares += p * p
+        tl.store(m_ptr + place, m, mask=mask)
+        tl.store(v_ptr + place, v, mask=mask)
+        tl.store(p_ptr + place, p, mask=mask)
+        if WORKING and not UNIT:
+            store_working(working_ptr, place, p, mask)
+    norm = tl.sqrt(tl.sum(squares, axis=0))
+    if UNIT:
+        # What other threads stored above is visible: the sum that gave `norm` ended at a barrier.
+        divide_row(p_ptr + row * width, working_ptr + row * width, width, tl.maximum(norm, 1e-12), WORKING, COLUMNS)
+        norm /= tl.maximum(norm, 1e-12)
+    if NORMS:
+        tl.store(norms_ptr + row, norm)
+
+
+@tiles.jit
+def divide_row(p_ptr, working_ptr, width, divisor, WORKING: tl.constexpr, COLUMNS: tl.constexpr):
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        p = tl.load(p_ptr + column, mask=column < width, other=0.0) / divisor
+        tl.store(p_ptr + column, p, mask=column < width)
+        if WORKING:
+            store_working(working_ptr, column, p, column < width)
+
+
+def adam_rows(
+    parameter_RN: Tensor, gradient_RN: Tensor, first_RN: Tensor, second_RN: Tensor,
+    *, step: int, rate: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    scale_G: Tensor | None, unit: bool, working_RN: Tensor | None, norms_R: Tensor | None,
+) -> None:  # fmt: skip
+    """See `reference.adam_rows`. Parameter and moments are contiguous fp32, changed in place."""
+    for tensor in (parameter_RN, first_RN, second_RN):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"adam_rows works in place on contiguous float32 tensors, got {tensor.dtype}")
+    n_rows, width = parameter_RN.shape
+    if not parameter_RN.numel():
+        return
+    n_scales = 1 if scale_G is None else scale_G.numel()
+    working = parameter_RN if working_RN is None else working_RN
+    if working.dtype == torch.bfloat16:
+        working = working.view(torch.int16)
+    pointers = (
+        parameter_RN, gradient_RN.contiguous(), first_RN, second_RN,
+        parameter_RN if scale_G is None else scale_G.contiguous(), working,
+    )  # fmt: skip
+    numbers = (
+        1 - rate * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
+        rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps,
+    )  # fmt: skip
+    flags = {"SCALED": scale_G is not None, "WORKING": working_RN is not None}
+    if not unit and norms_R is None:
+        elements = parameter_RN.numel() // n_scales
+        n_tiles = tiles.cdiv(elements, tiles.FLAT_TILE)
+        adam_flat_kernel[(n_scales * n_tiles,)](
+            *pointers, *numbers, elements, n_tiles, **flags, TILE=tiles.FLAT_TILE, num_warps=4
+        )
+        return
+    pointers = (*pointers, parameter_RN if norms_R is None else norms_R)
+    flags |= {"UNIT": unit, "NORMS": norms_R is not None}
+    rows, columns, warps = tiles.row_tile(width)
+    if columns < width:
+        adam_long_rows_kernel[(n_rows,)](
+            *pointers, *numbers, width, n_rows // n_scales, **flags, COLUMNS=columns, num_warps=warps
+        )
+    else:
+        adam_rows_kernel[(tiles.cdiv(n_rows, rows),)](
+            *pointers, *numbers, n_rows, width, n_rows // n_scales,
+            **flags, ROWS=rows, COLUMNS=columns, num_warps=warps,
+        )  # fmt: skip
