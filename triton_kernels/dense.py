@@ -1,7 +1,7 @@
 """Dense forms of decoding and of both backward passes, for where few features are active many times.
 
 A gather moves a whole row of the table for each pair; a product moves none twice. Where a code is not very sparse, as
-in a bank of narrow layers, writing it out and multiplying wins (`pays`). Stock torch operators, for any device; same
+in a dictionary hardly larger than its k, writing it out and multiplying wins (`pays`). Stock torch operators, for any device; same
 names and results as the sparse forms.
 """
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from triton_kernels.reference import row_of_pair, sum_dtype
 
-# F / K below which the dense form is faster. CPU: measured, benchmarks/README.md. GPU: by arithmetic, tensor cores
-# against L2 gathers (2 F FLOP against 2 K FLOP at 1/181 of the rate), until a GPU has measured it.
-FEATURES_PER_ACTIVE = {"cpu": 24, "cuda": 181}
+# F / K below which the dense form is faster. CPU: measured (scripts/bench_kernels.py --crossover); gathers win from
+# widths of 64 to 1,536 down to one feature in four. GPU: by arithmetic, tensor cores against gathers from L2, until one
+# has measured it.
+FEATURES_PER_ACTIVE = {"cpu": 4, "cuda": 181}
 MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # of a code written out
 
 
