@@ -1,8 +1,8 @@
 """Dense forms of decoding and of both backward passes, for where few features are active many times.
 
-A gather moves a whole row of the table for each pair; a product moves none twice. Where a code is not very sparse, as
-in a dictionary hardly larger than its k, writing it out and multiplying wins (`pays`). Stock torch operators, for any device; same
-names and results as the sparse forms.
+A gather moves a whole row of the table for each pair; a product moves none twice. Where a code is not sparse, as in a
+dictionary hardly larger than its k, writing it out and multiplying wins (`pays`). Stock torch operators, for any
+device; same names and results as the sparse forms.
 """
 
 from __future__ import annotations
