@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_kernels.reference import row_of_pair, sum_dtype
 
-# F / K below which the dense form is faster. CPU: measured (scripts/bench_kernels.py --crossover); gathers win from
+# F / K below which the dense form is faster. CPU: measured (scripts/bench_crossover.py); gathers win from
 # widths of 64 to 1,536 down to one feature in four. GPU: by arithmetic, tensor cores against gathers from L2, until one
 # has measured it.
 FEATURES_PER_ACTIVE = {"cpu": 4, "cuda": 181}
