@@ -32,7 +32,7 @@ from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 
 SLAB_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 """Scores that the library holds at once."""
-SWEEP_FACTORS = {"B": (0.25, 0.5, 1, 2), "F": (0.125, 0.25, 0.5, 1, 2), "K": (0.25, 0.5, 1, 2, 4), "L": (0.5, 1, 2)}
+SWEEP_FACTORS = {"B": (0.25, 0.5, 1, 2), "F": (0.125, 0.25, 0.5, 1, 2, 4), "K": (0.25, 0.5, 1, 2, 4), "L": (0.5, 1, 2)}
 SWEEP_ARMS = ("dense eager", "library fp32", "library bf16")
 FLOOR_MS = 13.3
 """Floor of a step at `bench_peers.PREDICTED_SHAPE` on an H200, bf16, by arithmetic."""

@@ -96,7 +96,7 @@ def test_expanded_gradients_are_taken():
 
 def test_the_dense_form_is_taken_where_few_features_are_many_times_active():
     cpu = torch.device("cpu")
-    assert dense.pays(cpu, n_pairs=512 * 130, n_rows=512, n_features=512)
+    assert dense.pays(cpu, n_pairs=512 * 260, n_rows=512, n_features=512)
     assert not dense.pays(cpu, n_pairs=512 * 26, n_rows=512, n_features=512)
     assert not dense.pays(cpu, n_pairs=1024 * 32, n_rows=1024, n_features=8192)
     assert not dense.pays(cpu, n_pairs=10**6, n_rows=10**5, n_features=100)  # it would write out 40 MB
