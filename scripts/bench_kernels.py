@@ -20,6 +20,7 @@ from typing import Any
 
 import bench_common as common
 import bench_peers
+import bench_plots
 import torch
 from bench_common import DTYPES, Limits, Problem, Shape, Step, make_problem, number
 from torch import Tensor
@@ -366,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record |= {"limits": asdict(limits), "operators": records, "errors": verdicts, "first_measurements": first}
     common.write_report(given.out, stem, lines, {**record, "machine": machine})
     points = [(r["name"], r["flop"] / r["bytes"], 1e6 * r["GFLOP/s"] * 1e3) for r in records if r["ms"]]
-    common.draw_roofline(given.out / f"{stem}_roofline.svg", limits, points, title)
+    bench_plots.draw_roofline(given.out / f"{stem}_roofline.svg", limits, points, title)
     bad = [r["name"] for r in records if r["ms"] is None]
     bad += [name for name, v in verdicts.items() if not v.get("allowed")]
     print(f"failed or erred too much: {', '.join(bad)}" if bad else "every operator ran and errs as torch does")

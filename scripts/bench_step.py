@@ -25,6 +25,7 @@ from pathlib import Path
 import bench_common as common
 import bench_kernels
 import bench_peers
+import bench_plots
 import torch
 from bench_common import Shape, Step, UnavailableError, number
 
@@ -279,7 +280,7 @@ def sweep(letter: str, shape: Shape, given: argparse.Namespace) -> int:
     common.write_report(
         given.out, stem, lines, {**record, "sums_of_passes": sums, "skipped": reasons, "machine": machine}
     )
-    common.draw_sweep(given.out / f"{stem}.svg", letter, list(jobs), {**curves, **sums}, title)
+    bench_plots.draw_sweep(given.out / f"{stem}.svg", letter, list(jobs), {**curves, **sums}, title)
     return _exit_status(reasons)
 
 
