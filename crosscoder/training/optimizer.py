@@ -56,7 +56,7 @@ class RowAdam(torch.optim.Optimizer):
         return torch.stack(squares).sum(0).sqrt()
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: None = None, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[incompatible-method-override]
         """One step; gradients are multiplied by `scale_G`, one number for each dictionary of a bank."""
         settings = self.param_groups[0]
         for name, parameter in self._dictionary.named_parameters():
