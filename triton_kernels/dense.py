@@ -33,7 +33,7 @@ def positions(features_P: Tensor, offsets: Tensor, n_groups: int, n_features: in
 def written_out(values_P: Tensor, positions_P: Tensor, shape_BGF: tuple[int, int, int]) -> Tensor:
     """The code as `[G, B, F]`, a view of a `[B, G, F]` tensor."""
     n_elements = shape_BGF[0] * shape_BGF[1] * shape_BGF[2]
-    return values_P.new_zeros(n_elements).scatter_(0, positions_P, values_P).view(shape_BGF).transpose(0, 1)
+    return values_P.new_zeros(n_elements).scatter_add_(0, positions_P, values_P).view(shape_BGF).transpose(0, 1)
 
 
 def decode_loss(
@@ -68,6 +68,7 @@ def backward_decoder(
     n_groups, n_features, _ = decoder_GFN.shape
     shape = (error_BGN.shape[0], n_groups, n_features)
     grad_BGN = (error_BGN.unflatten(2, (weight_GL.shape[1], -1)) * (2 * weight_GL)[..., None]).flatten(2)
+    grad_BGN = grad_BGN.to(error_BGN.dtype)
     grad_GBN = grad_BGN.transpose(0, 1)
     positions_P = positions(features_P, offsets, n_groups, n_features)
     d_code_GBF = torch.bmm(grad_GBN, decoder_GFN.transpose(1, 2))

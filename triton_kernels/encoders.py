@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.ops import DEVICES, backward_encoder, gather_sum, implementation
+from triton_kernels.ops import DEVICES, backward_encoder, gather_sum, implementation, on_device_of
 
 
 @torch.library.custom_op("crosscoder::encode_top_k", mutates_args=(), device_types=DEVICES)
@@ -29,7 +29,8 @@ def encode_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Values and features, `[B * G * k]` each, of the k best scores of each row; equal scores by lowest feature."""
     arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN)
-    return implementation(x_BGN).encode_top_k(*arguments)
+    with on_device_of(x_BGN):
+        return implementation(x_BGN).encode_top_k(*arguments)
 
 
 @torch.library.custom_op("crosscoder::encode_batch_top_k", mutates_args=(), device_types=DEVICES)
@@ -49,7 +50,8 @@ def encode_batch_top_k(
     is the smallest kept score, 0 where there is none.
     """
     arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN)
-    return implementation(x_BGN).encode_batch_top_k(*arguments)
+    with on_device_of(x_BGN):
+        return implementation(x_BGN).encode_batch_top_k(*arguments)
 
 
 @torch.library.custom_op("crosscoder::encode_threshold", mutates_args=(), device_types=DEVICES)
@@ -71,7 +73,8 @@ def encode_threshold(
     elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435).
     """
     arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_GF, window, product, working_GFN)
-    return implementation(x_BGN).encode_threshold(*arguments)
+    with on_device_of(x_BGN):
+        return implementation(x_BGN).encode_threshold(*arguments)
 
 
 @encode_top_k.register_fake
@@ -104,10 +107,12 @@ def _save_top_k(ctx, inputs, output):
 
 
 def _save_batch_top_k(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(*inputs[:3], *output[:3])
 
 
 def _save_threshold(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(*inputs[:3], *output[:3], inputs[4], inputs[5], output[3])
     ctx.window = inputs[6]
 
@@ -125,7 +130,8 @@ def _through_pairs(ctx, grad_values_P):
         d_x = gather_sum(d_z, features_P, offsets, table_FN).view(x_BGN.shape).to(x_BGN.dtype)
     if ctx.needs_input_grad[1]:
         assert d_bias is not None
-        d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN).to(center_GN.dtype)
+        with torch.autocast(d_bias.device.type, enabled=False):
+            d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN).to(center_GN.dtype)
     return d_x, d_center, d_encoder, d_bias
 
 

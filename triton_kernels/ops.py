@@ -8,6 +8,8 @@ only. `decode_loss` fuses decoding with the squared error. The device of the ten
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from types import ModuleType
 
 import torch
@@ -30,6 +32,16 @@ def implementation(tensor: Tensor) -> ModuleType:
     return cpu
 
 
+@contextlib.contextmanager
+def on_device_of(tensor: Tensor) -> Generator[None]:
+    """Runs an operator as it is told to: autocast rounds nothing in it, and kernels start on the tensor's own GPU."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+        if tensor.is_cuda:
+            stack.enter_context(torch.cuda.device(tensor.device))
+        yield
+
+
 def form_for(tensor: Tensor, n_pairs: int, n_rows: int, n_features: int) -> ModuleType:
     """`dense` where a code of that shape is better written out, else the device's own module."""
     return dense if dense.pays(tensor.device, n_pairs, n_rows, n_features) else implementation(tensor)
@@ -38,19 +50,22 @@ def form_for(tensor: Tensor, n_pairs: int, n_rows: int, n_features: int) -> Modu
 @torch.library.custom_op("crosscoder::gather_sum", mutates_args=(), device_types=DEVICES)
 def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[r] = sum over pairs p of row r of values[p] * table[features[p]]`, as `[R, N]`."""
-    return implementation(values_P).gather_sum(values_P, features_P, offsets, table_FN)
+    with on_device_of(table_FN):
+        return implementation(table_FN).gather_sum(values_P, features_P.to(torch.int32), offsets, table_FN)
 
 
 @torch.library.custom_op("crosscoder::gather_dot", mutates_args=(), device_types=DEVICES)
 def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[p] = <x[row of p], table[features[p]]>`, as `[P]`."""
-    return implementation(x_RN).gather_dot(x_RN, features_P, offsets, table_FN)
+    with on_device_of(x_RN):
+        return implementation(x_RN).gather_dot(x_RN, features_P.to(torch.int32), offsets, table_FN)
 
 
 @torch.library.custom_op("crosscoder::scatter_outer", mutates_args=(), device_types=DEVICES)
 def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
     """`out[f] = sum over pairs p with features[p] = f of values[p] * x[row of p]`, as `[F, N]`."""
-    return implementation(x_RN).scatter_outer(values_P, features_P, offsets, x_RN, n_features)
+    with on_device_of(x_RN):
+        return implementation(x_RN).scatter_outer(values_P, features_P.to(torch.int32), offsets, x_RN, n_features)
 
 
 @torch.library.custom_op("crosscoder::decode_loss", mutates_args=(), device_types=DEVICES)
@@ -68,7 +83,9 @@ def decode_loss(
     `error = decoded + bias - x`; both are differentiable, once.
     """
     form = form_for(x_BGN, values_P.numel(), offsets.numel() - 1, decoder_GFN.shape[1])
-    return form.decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
+    features_P = features_P.to(torch.int32)
+    with on_device_of(x_BGN):
+        return form.decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
 
 
 @torch.library.custom_op("crosscoder::backward_decoder", mutates_args=(), device_types=DEVICES)
@@ -82,7 +99,9 @@ def backward_decoder(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `sum(weight * squares)` of `decode_loss` to its values `[P]` and decoder `[G, F, N]`."""
     form = form_for(error_BGN, values_P.numel(), offsets.numel() - 1, decoder_GFN.shape[1])
-    return form.backward_decoder(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN)
+    features_P = features_P.to(torch.int32)
+    with on_device_of(error_BGN):
+        return form.backward_decoder(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN)
 
 
 @torch.library.custom_op("crosscoder::backward_encoder", mutates_args=(), device_types=DEVICES)
@@ -91,7 +110,9 @@ def backward_encoder(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the encoder `[G, F, N]` and its bias `[G, F]`, from those to the pairs' pre-activations."""
     form = form_for(x_BGN, d_z_P.numel(), offsets.numel() - 1, n_features)
-    return form.backward_encoder(d_z_P, features_P, offsets, x_BGN, center_GN, n_features)
+    features_P = features_P.to(torch.int32)
+    with on_device_of(x_BGN):
+        return form.backward_encoder(d_z_P, features_P, offsets, x_BGN, center_GN, n_features)
 
 
 @gather_sum.register_fake

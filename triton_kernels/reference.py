@@ -95,10 +95,9 @@ def backward_encoder(
 
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
     """Squared norm of each gradient row, `[R]`, without its part along the given row of norm 1."""
-    squares = gradient_RN.square().sum(1)
     if unit_RN is not None:
-        squares = squares - (gradient_RN * unit_RN).sum(1).square()
-    return squares.clamp_min(0)
+        gradient_RN = gradient_RN - (gradient_RN * unit_RN).sum(1, keepdim=True) * unit_RN
+    return gradient_RN.square().sum(1, dtype=sum_dtype(gradient_RN.dtype))
 
 
 def adam_rows(

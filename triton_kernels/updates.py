@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.ops import implementation
+from triton_kernels.ops import implementation, on_device_of
 
 
 @torch.no_grad()
@@ -31,25 +31,27 @@ def adam_rows(
     rows. unit: rows have norm 1, stay so, and the gradient's part along them is removed. working_RN, norms_R: receive
     the new rows in another dtype, and their norms.
     """
-    implementation(parameter_RN).adam_rows(
-        parameter_RN,
-        gradient_RN,
-        first_RN,
-        second_RN,
-        step=step,
-        rate=rate,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        scale_G=scale_G,
-        unit=unit,
-        working_RN=working_RN,
-        norms_R=norms_R,
-    )
+    with on_device_of(parameter_RN):
+        implementation(parameter_RN).adam_rows(
+            parameter_RN,
+            gradient_RN,
+            first_RN,
+            second_RN,
+            step=step,
+            rate=rate,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            scale_G=scale_G,
+            unit=unit,
+            working_RN=working_RN,
+            norms_R=norms_R,
+        )
     torch.autograd.graph.increment_version(parameter_RN)
 
 
 @torch.no_grad()
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None = None) -> Tensor:
     """Squared norm of each gradient row, `[R]`, without its part along the given row of norm 1, if one is given."""
-    return implementation(gradient_RN).row_squares(gradient_RN, unit_RN)
+    with on_device_of(gradient_RN):
+        return implementation(gradient_RN).row_squares(gradient_RN, unit_RN)

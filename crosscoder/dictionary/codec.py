@@ -37,28 +37,22 @@ def encode_grouped(
     arguments = (x_BGN, grouped.center_GN, encoder_GFN, bias_GF, scale_GF)
     product = _product_dtype(encoder_GFN)
     working_GFN = grouped.working_GFN if scale_GF is None else None
-    with _exact(encoder_GFN):
-        match config.sparsity:
-            case TopK(k=k):
-                values, features = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
-                offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
-                return values, features, offsets, None
-            case BatchTopK(k=k) if training:
-                return triton_kernels.encode_batch_top_k(*arguments, k, product, working_GFN)
-            case BatchTopK():
-                if not bool(torch.isfinite(threshold_G).all()):
-                    raise ValueError(
-                        "this BatchTopK dictionary has no inference threshold yet: train it first, or call .train() "
-                        "to select by the batch"
-                    )
-                threshold_GF = threshold_G[:, None].expand(bias_GF.shape)
-                out = triton_kernels.encode_threshold(*arguments, threshold_GF, 0.0, product, working_GFN)
-                return (*out[:3], None)
-
-
-def _exact(tensor: Tensor) -> torch.autocast:
-    """Operators are told which product to make; autocast must not round what is inside them."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    match config.sparsity:
+        case TopK(k=k):
+            values, features = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
+            offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
+            return values, features, offsets, None
+        case BatchTopK(k=k) if training:
+            return triton_kernels.encode_batch_top_k(*arguments, k, product, working_GFN)
+        case BatchTopK():
+            if not bool(torch.isfinite(threshold_G).all()):
+                raise ValueError(
+                    "this BatchTopK dictionary has no inference threshold yet: train it first, or call .train() "
+                    "to select by the batch"
+                )
+            threshold_GF = threshold_G[:, None].expand(bias_GF.shape)
+            out = triton_kernels.encode_threshold(*arguments, threshold_GF, 0.0, product, working_GFN)
+            return (*out[:3], None)
 
 
 def _product_dtype(encoder: Tensor) -> torch.dtype:
@@ -72,15 +66,13 @@ def squared_error(x_BGN: Tensor, code: SparseCode, grouped: Grouped, *, n_parts:
     decoder_GFN, center_GN = grouped.decoder_GFN, grouped.center_GN
     features = to_global(code, decoder_GFN.shape[0])
     values = code.values.to(decoder_GFN.dtype)
-    with _exact(decoder_GFN):
-        return triton_kernels.decode_loss(values, features, code.offsets, decoder_GFN, center_GN, x_BGN, n_parts)
+    return triton_kernels.decode_loss(values, features, code.offsets, decoder_GFN, center_GN, x_BGN, n_parts)
 
 
 def decode_grouped(values: Tensor, features: Tensor, offsets: Tensor, decoder_GFN: Tensor) -> Tensor:
     """Weighted sums of decoder rows, `[B * G, N]`, without the bias; `features` are global."""
     table_FN = decoder_GFN.reshape(-1, decoder_GFN.shape[-1])
-    with _exact(table_FN):
-        return triton_kernels.gather_sum(values.to(table_FN.dtype), features, offsets, table_FN)
+    return triton_kernels.gather_sum(values.to(table_FN.dtype), features, offsets, table_FN)
 
 
 def to_local(features: Tensor, n_features: int, n_groups: int) -> Tensor:

@@ -23,6 +23,9 @@ def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5
 
     Half the rows may be moved arbitrarily far without moving it far, which the mean does not survive.
     """
+    # Squares of large numbers would overflow; by a power of two, so that other numbers keep their bits.
+    size = torch.ldexp(x_BN.new_ones(()), torch.frexp(x_BN.abs().amax()).exponent)
+    x_BN = x_BN / size
     point_N = x_BN.mean(0)
     for _ in range(n_steps):
         distance_B = (x_BN - point_N).norm(dim=1).clamp_min(1e-12)
@@ -32,7 +35,7 @@ def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5
         point_N = moved_N
         if step <= tolerance * moved_N.norm().clamp_min(1e-12):
             break
-    return point_N
+    return point_N * size
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def loss_terms(dictionary: Dictionary, x: Tensor, *, dead_GF: Tensor | None = No
     """
     x_BLD = checked_input(x, dictionary.config)
     grouped = dictionary.grouped()
-    x_BGN = x_BLD.view(x_BLD.shape[0], *grouped.center_GN.shape)
+    x_BGN = x_BLD.reshape(x_BLD.shape[0], *grouped.center_GN.shape)
     code = dictionary.encode(x_BLD)
     n_parts = dictionary.config.n_layers // x_BGN.shape[1]
     error_BGN, squares_GL = codec.squared_error(x_BGN, code, grouped, n_parts=n_parts)

@@ -103,7 +103,7 @@ def load_checkpoint(path: Path, state: TrainState, *, settings: dict[str, Any]) 
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors.get(f"adam.{key}.{name}")
             if value is not None:
-                entry[key] = value.to(parameter.device).clone()
+                entry[key] = value.clone() if key == "step" else value.to(parameter.device).clone()
         if entry:
             state.optimizer.state[parameter] = entry
     state.step, state.tokens, state.first_batch = int(saved["step"]), int(saved["tokens"]), saved["first_batch"]

@@ -10,6 +10,8 @@ from torch import Tensor
 import triton_kernels
 from crosscoder.dictionary import Dictionary
 
+OWN = ("_dictionary", "_n_groups", "_keep_working_copy")
+
 
 class RowAdam(torch.optim.Optimizer):
     """AdamW over a dictionary's parameters, fused with clipping and, for unit decoders, with keeping norms at 1.
@@ -31,15 +33,32 @@ class RowAdam(torch.optim.Optimizer):
     ) -> None:
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(dictionary.parameters(), defaults)
+        for name, parameter in dictionary.named_parameters():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"{name} is {parameter.dtype}; dictionaries are trained in float32, where precision='bf16' rounds "
+                    "what may be rounded: use dictionary.float()"
+                )
         self._dictionary = dictionary
         self._n_groups = dictionary.grouped().center_GN.shape[0]
         self._keep_working_copy = keep_working_copy
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything that a copy needs to go on."""
+        mine = {key: value for key, value in vars(self).items() if key in OWN}
+        return {**super().__getstate__(), **mine}
+
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as rows: one a feature for encoder and decoder, one number each for biases."""
+        """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy.
+
+        Raises:
+            ValueError: the tensor is not contiguous, so that an update would go to a copy or to the wrong places.
+        """
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous: parameter.data.contiguous()")
         if name not in ("encoder", "decoder"):
-            return tensor.reshape(-1, 1)
-        return tensor.reshape(self._n_groups * self._dictionary.config.n_features, -1)
+            return tensor.view(-1, 1)
+        return tensor.view(self._n_groups * self._dictionary.config.n_features, -1)
 
     def _is_unit(self, name: str) -> bool:
         return name == "decoder" and self._dictionary.config.decoder == "unit"
@@ -47,17 +66,21 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
         """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself."""
-        squares = []
+        squares = [self._dictionary.grouped().center_GN.new_zeros(self._n_groups)]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is not None:
                 unit = self._rows(name, parameter) if self._is_unit(name) else None
-                rows = triton_kernels.row_squares(self._rows(name, parameter.grad), unit)
+                rows = triton_kernels.row_squares(self._rows(name, parameter.grad.contiguous()), unit)
                 squares.append(rows.view(self._n_groups, -1).sum(1))
         return torch.stack(squares).sum(0).sqrt()
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[incompatible-method-override]
+    def step(self, closure: Any = None, *, scale_G: Tensor | None = None) -> Any:
         """One step; gradients are multiplied by `scale_G`, one number for each dictionary of a bank."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         settings = self.param_groups[0]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is None:
@@ -70,7 +93,7 @@ class RowAdam(torch.optim.Optimizer):
             state["step"] += 1
             triton_kernels.adam_rows(
                 self._rows(name, parameter),
-                self._rows(name, parameter.grad),
+                self._rows(name, parameter.grad.contiguous()),
                 self._rows(name, state["exp_avg"]),
                 self._rows(name, state["exp_avg_sq"]),
                 step=int(state["step"]),
@@ -82,6 +105,7 @@ class RowAdam(torch.optim.Optimizer):
                 unit=self._is_unit(name),
                 working_RN=self._working_copy(name, parameter),
             )
+        return loss
 
     def _working_copy(self, name: str, parameter: Tensor) -> Tensor | None:
         if name != "encoder" or not self._keep_working_copy:

@@ -71,28 +71,33 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     """Takes one optimiser step and returns a function that computes what to log about it."""
     dictionary = state.dictionary
     parameters = list(dictionary.parameters())
-    x_BLD = checked_input(x, dictionary.config).to(parameters[0].dtype)
+    x_BLD = checked_input(x.detach(), dictionary.config).to(parameters[0].dtype)
+    if x_BLD.is_inference():
+        x_BLD = x_BLD.clone()
     _require_finite_batch(x_BLD, state.step)
-    before = {name: dictionary.state_dict()[name].clone() for name in ("threshold", "decoder_bias")}
-    if state.step == 0 and not bool(dictionary.grouped().center_GN.any()):
-        initialize_bias(dictionary, x_BLD, method=config.bias_init)
     rate = config.learning_rate * learning_rate_factor(
         state.step, n_steps=n_steps, warmup=config.warmup_steps, decay_fraction=config.decay_fraction
     )
     state.optimizer.param_groups[0]["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-    with _autocast(config, x_BLD.device):
-        out = loss_terms(dictionary, x_BLD, dead_GF=state.firing.dead(config.dead_after_tokens))
-    loss = torch.stack(list(out.terms.values())).sum()
-    loss.backward()
-    norm_G = state.optimizer.gradient_norms()
-    norm = norm_G.norm()
-    if not bool(torch.isfinite(loss + norm)):
+    before = {name: dictionary.state_dict()[name].clone() for name in ("threshold", "decoder_bias")}
+    try:
+        if state.step == 0 and not bool(dictionary.grouped().center_GN.any()):
+            initialize_bias(dictionary, x_BLD, method=config.bias_init)
+        with _autocast(config, x_BLD.device):
+            out = loss_terms(dictionary, x_BLD, dead_GF=state.firing.dead(config.dead_after_tokens))
+        loss = torch.stack(list(out.terms.values())).sum()
+        loss.backward()
+        norm_G = state.optimizer.gradient_norms()
+        norm = norm_G.norm()
+        if not bool(torch.isfinite(loss + norm)):
+            raise NonFiniteError(
+                f"step {state.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; the parameters are as "
+                "they were before this step. A lower learning_rate is the usual mend."
+            )
+    except BaseException:
         dictionary.load_state_dict({**dictionary.state_dict(), **before})
-        raise NonFiniteError(
-            f"step {state.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; the parameters are as they "
-            "were before this step. A lower learning_rate is the usual mend."
-        )
+        raise
     clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
     state.optimizer.step(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
     state.firing.update(out.code, x_BLD.shape[0])

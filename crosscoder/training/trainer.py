@@ -87,16 +87,12 @@ def train(
     metrics = run.open(state, resume=resume) if run else []
     try:
         _take_steps(state, batches, config, n_steps, metrics, run, Progress(label, n_steps, unit="step", quiet=quiet))
+        _require_all_steps(state, config)
     except BaseException:
         dictionary.train(was_training)
         raise
     finally:
         dictionary.working_encoder = None  # from here on anyone may write to the encoder
-    if state.step == 0 or (config.steps is not None and state.step < config.steps):
-        raise ValueError(
-            f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "
-            "give more data or fewer steps"
-        )
     dictionary.eval()
     if run:
         run.finish(state)
@@ -131,6 +127,14 @@ def _take_steps(
                 run.checkpoint(state)
     if log is not None and (not metrics or metrics[-1]["step"] != state.step):
         keep(log())
+
+
+def _require_all_steps(state: TrainState, config: TrainConfig) -> None:
+    if state.step == 0 or (config.steps is not None and state.step < config.steps):
+        raise ValueError(
+            f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "
+            "give more data or fewer steps"
+        )
 
 
 def _length(batches: Batches) -> int | None:

@@ -29,7 +29,7 @@ def bench(monkeypatch):
 
 def run_script(name, *arguments):
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.parametrize("kind", ["crosscoder", "bank"])

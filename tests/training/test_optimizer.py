@@ -1,11 +1,13 @@
 """RowAdam against torch's Adam with projection and renormalisation written out."""
 
+import copy
+
 import pytest
 import torch
 
 from crosscoder import Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary.losses import loss_terms
-from crosscoder.training import train
+from crosscoder.training import TrainConfig, train
 from crosscoder.training.optimizer import RowAdam
 
 
@@ -57,3 +59,50 @@ def test_the_working_copy_follows_the_encoder_and_ends_with_the_run():
         assert dictionary.grouped().working_GFN.shape == dictionary.grouped().encoder_GFN.shape
     train(dictionary, [x(0)], quiet=True)
     assert dictionary.working_encoder is None
+
+
+def test_a_strided_parameter_is_refused_and_a_strided_batch_is_not():
+    bank = make(LayerwiseSAE, "free")
+    bank.encoder.data = bank.encoder.data.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="encoder has strides"):
+        train(bank, [x(0)], quiet=True)
+    train(make(Crosscoder, "free"), [torch.randn(3, 32, 8).transpose(0, 1)], quiet=True)
+
+
+def test_a_copy_of_the_optimiser_goes_on():
+    dictionary = make(Crosscoder, "unit")
+    twin = copy.deepcopy(RowAdam(dictionary, lr=1e-2))
+    loss_terms(twin._dictionary, x(0)).terms["recon"].backward()
+    before = twin._dictionary.encoder.clone()
+    twin.step()
+    assert not torch.equal(before, twin._dictionary.encoder)
+    assert RowAdam(make(Crosscoder, "unit")).gradient_norms().tolist() == [0]
+
+
+def test_narrow_dictionaries_are_refused_with_a_mend():
+    with pytest.raises(ValueError, match=r"use dictionary\.float\(\)"):
+        train(make(Crosscoder, "unit").to(torch.bfloat16), [x(0)], quiet=True)
+
+
+def test_a_batch_of_huge_numbers_leaves_the_dictionary_as_it_was():
+    dictionary = make(Crosscoder, "unit")
+    before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
+    with pytest.raises((FloatingPointError, ValueError)):
+        train(dictionary, [x(0) * 1e30], quiet=True)
+    for name, tensor in dictionary.state_dict().items():
+        assert torch.equal(tensor, before[name]) or tensor.isnan().all(), name
+
+
+def test_batches_made_for_inference_or_with_gradients_are_taken():
+    with torch.inference_mode():
+        made = x(0)
+    wanting = x(1).requires_grad_(True)
+    train(make(Crosscoder, "unit"), [made, wanting], quiet=True)
+    assert wanting.grad is None
+
+
+def test_a_run_that_ends_early_leaves_the_mode_as_it_was():
+    dictionary = make(Crosscoder, "unit").eval()
+    with pytest.raises(ValueError, match="ended after 1 of 5"):
+        train(dictionary, [x(0)], config=TrainConfig(steps=5), quiet=True)
+    assert not dictionary.training

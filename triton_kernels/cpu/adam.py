@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triton_kernels.reference import sum_dtype
+
 BLOCK_ELEMENTS = 2**18  # 1 MiB of each of parameter, gradient and both moments
 
 
@@ -29,7 +31,11 @@ def adam_rows(
     norms_R: Tensor | None,
 ) -> None:
     """See `reference.adam_rows`."""
+    for name, tensor in {"parameter": parameter_RN, "first": first_RN, "second": second_RN}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it is changed in place and must be contiguous")
     n_rows, width = parameter_RN.shape
+    gradient_RN = gradient_RN.contiguous()
     block = max(1, BLOCK_ELEMENTS // max(1, width))
     scale_R = None if scale_G is None else scale_G.repeat_interleave(n_rows // scale_G.numel())[:, None]
     for start in range(0, n_rows, block):
@@ -65,13 +71,15 @@ def adam_rows(
 
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
     """See `reference.row_squares`."""
+    dtype = sum_dtype(gradient_RN.dtype)
     if unit_RN is None:
-        return torch.linalg.vector_norm(gradient_RN, dim=1).square()
-    squares = gradient_RN.new_empty(gradient_RN.shape[0])
+        return torch.linalg.vector_norm(gradient_RN, dim=1, dtype=dtype).square()
+    squares = gradient_RN.new_empty(gradient_RN.shape[0], dtype=dtype)
     block = max(1, BLOCK_ELEMENTS // max(1, gradient_RN.shape[1]))
     for start in range(0, gradient_RN.shape[0], block):
         rows = slice(start, start + block)
         gradient = gradient_RN[rows]
-        along = torch.linalg.vecdot(gradient, unit_RN[rows])
-        squares[rows] = torch.linalg.vector_norm(gradient, dim=1).square() - along.square()
-    return squares.clamp_min_(0)
+        along = torch.linalg.vecdot(gradient, unit_RN[rows])[:, None]
+        across = torch.addcmul(gradient, along, unit_RN[rows], value=-1)  # a difference of squares would cancel
+        squares[rows] = torch.linalg.vector_norm(across, dim=1, dtype=dtype).square()
+    return squares

@@ -42,8 +42,8 @@ class Problem(NamedTuple):
         """Whether candidates come first, certified or not."""
         return self.is_rounded or prefilter.pays(self.encoder_FN, k)
 
-    def rounded(self) -> prefilter.Rounded:
-        """The encoder in bf16."""
+    def rounded(self) -> prefilter.Rounded | None:
+        """The encoder in bf16; None where it cannot stand in for the encoder."""
         return prefilter.rounded(self.encoder_FN, self.bias_F, self.scale_F, certified=not self.is_rounded)
 
     def scaled(self, z: Tensor, features: Tensor) -> Tensor:
@@ -124,7 +124,10 @@ def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_k_of_candidates(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
-    found = prefilter.top_k_candidates(problem.x_RN, problem.encoder_FN, problem.bias_F, problem.rounded(), k)
+    encoder = problem.rounded()
+    if encoder is None:
+        return _top_k_of_slabs(problem, k)
+    found = prefilter.top_k_candidates(problem.x_RN, problem.encoder_FN, problem.bias_F, encoder, k)
     z, score, offsets = _scored_again(problem, found)
     counts = offsets.diff()
     place = torch.arange(score.numel()) - offsets[:-1].repeat_interleave(counts, output_size=score.numel())
@@ -164,7 +167,8 @@ def _batch_top_k(problem: Problem, wanted: int) -> tuple[Pairs, Tensor]:
     """The `wanted` largest positive scores of one dictionary, and the smallest of them (0 where there is none)."""
     found = None
     if wanted and problem.takes_candidates(wanted // problem.x_RN.shape[0]):
-        found = prefilter.batch_candidates(problem.x_RN, problem.rounded(), wanted)
+        encoder = problem.rounded()
+        found = None if encoder is None else prefilter.batch_candidates(problem.x_RN, encoder, wanted)
     if found is not None:
         rows, features = found
         z, score, _ = _scored_again(problem, found)
@@ -229,7 +233,9 @@ def _above(problem: Problem, threshold_F: Tensor, window: float) -> tuple[Pairs,
     n_features = problem.encoder_FN.shape[0]
     found = None
     if n_features and problem.takes_candidates(1):
-        found = prefilter.above_candidates(problem.x_RN, problem.rounded(), lower_F.amin().item())
+        encoder = problem.rounded()
+        lowest = lower_F.amin().item()
+        found = None if encoder is None else prefilter.above_candidates(problem.x_RN, encoder, lowest)
     if found is not None:
         rows, features = found
         z, score, _ = _scored_again(problem, found)

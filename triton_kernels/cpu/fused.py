@@ -43,8 +43,8 @@ def backward_decoder(
     """See `reference.backward_decoder`."""
     n_groups, n_features, width = decoder_GFN.shape
     n_parts = weight_GL.shape[1]
-    grad_BGN = (error_BGN.unflatten(2, (n_parts, -1)) * (2 * weight_GL)[..., None]).flatten(2)
-    table_FN, grad_RN = decoder_GFN.reshape(-1, width), grad_BGN.view(-1, width)
+    grad_BGN = (error_BGN.unflatten(2, (n_parts, -1)) * (2 * weight_GL)[..., None]).flatten(2).to(error_BGN.dtype)
+    table_FN, grad_RN = decoder_GFN.reshape(-1, width), grad_BGN.reshape(-1, width)
     d_values = sparse.gather_dot(grad_RN, features_P, offsets, table_FN)
     d_table = sparse.scatter_outer(values_P, features_P, offsets, grad_RN, n_groups * n_features)
     return d_values, d_table.view(decoder_GFN.shape)

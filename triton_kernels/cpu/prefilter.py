@@ -14,6 +14,7 @@ On random data a certified choice of 32 among 8,192 scores about 70 candidates a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,18 +28,25 @@ from triton_kernels.reference import first_largest
 SLAB_ELEMENTS = 2**22  # 8 MiB in bf16
 RELATIVE = 2.0**-8 * 1.01  # rounding of a result to bf16
 SUMMATION = 2.0**-23  # of a term of a sum in fp32, for both sums that are compared
+SAFE_NORMS = (1e-12, 1e18)  # between them squares of a row and of its rounding neither vanish nor overflow
 ROWS_AT_A_TIME = 512  # of the encoder: its rounded copy and both norms are made while the rows are in cache
 MIN_FEATURES, MIN_WIDTH, FEATURES_PER_ACTIVE = 4096, 128, 64
 
 
 class Rounded(NamedTuple):
-    """An encoder in bf16 and the largest norms over its rows; the norms are 0 where no certificate is wanted."""
+    """An encoder in bf16 and the largest norms over its rows."""
 
     encoder_FN: Tensor
     bias_F: Tensor
-    norm: float
-    error: float
-    bias_error: float
+    certified: bool
+    norm: float = 0.0
+    error: float = 0.0
+    bias_error: float = 0.0
+
+    @property
+    def slack(self) -> float:
+        """Relative rounding of a result that a certificate must allow for."""
+        return RELATIVE if self.certified else 0.0
 
 
 class Candidates(NamedTuple):
@@ -56,8 +64,11 @@ def pays(encoder_FN: Tensor, k: int) -> bool:
     return is_fast and fits and encoder_FN.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def rounded(encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor | None, *, certified: bool) -> Rounded:
-    """The encoder in bf16, rows times `scale_F` where given, with what a certificate needs."""
+def rounded(encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor | None, *, certified: bool) -> Rounded | None:
+    """The encoder in bf16, rows times `scale_F` where given, with what a certificate needs.
+
+    None where none can be given: norms that are not finite, or whose squares leave the range of fp32.
+    """
     low_FN = torch.empty_like(encoder_FN, dtype=torch.bfloat16)
     norms, errors = [], []
     for start in range(0, encoder_FN.shape[0], ROWS_AT_A_TIME):
@@ -70,9 +81,12 @@ def rounded(encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor | None, *, certi
     bias_F = bias_F if scale_F is None else bias_F * scale_F
     low_F = bias_F.to(torch.bfloat16)
     if not certified:
-        return Rounded(low_FN, low_F, 0.0, 0.0, 0.0)
+        return Rounded(low_FN, low_F, certified=False)
+    norm, error = torch.stack(norms).amax().item(), torch.stack(errors).amax().item()
     bias_error = (bias_F - low_F).abs().amax().item()
-    return Rounded(low_FN, low_F, torch.stack(norms).amax().item(), torch.stack(errors).amax().item(), bias_error)
+    if not (SAFE_NORMS[0] < norm < SAFE_NORMS[1] and math.isfinite(error) and math.isfinite(bias_error)):
+        return None
+    return Rounded(low_FN, low_F, True, norm, error, bias_error)
 
 
 def _margins(x_RN: Tensor, encoder: Rounded) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -83,10 +97,12 @@ def _margins(x_RN: Tensor, encoder: Rounded) -> Iterator[tuple[int, Tensor, Tens
         x = x_RN[start : start + step]
         low = x.to(torch.bfloat16)
         margin_R = x.new_zeros(x.shape[0])
-        if encoder.norm > 0:
+        if encoder.certified:
             low_norm_R, error_R = torch.linalg.vector_norm(low.float(), dim=1), torch.linalg.vector_norm(x - low, dim=1)
             sums = SUMMATION * width * (low_norm_R + error_R) * (encoder.norm + encoder.error)
             margin_R = error_R * encoder.norm + low_norm_R * encoder.error + encoder.bias_error + sums
+            safe_R = (low_norm_R > SAFE_NORMS[0]) & (low_norm_R < SAFE_NORMS[1])
+            margin_R = torch.where(safe_R, margin_R, torch.inf)
         yield start, low, margin_R
 
 
@@ -130,11 +146,11 @@ def top_k_candidates(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, encoder: 
     for start, low, margin_R in _margins(x_RN, encoder):
         score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
         reached_R = _reached_by(score_RF, k)
-        slack = RELATIVE if encoder.norm > 0 else 0.0
-        bound_R = (reached_R * (1 - slack) - 2 * margin_R) / (1 + slack)
-        hard = ~(bound_R > 0)
+        bound_R = (reached_R * (1 - encoder.slack) - 2 * margin_R) / (1 + encoder.slack)
+        hard = ~((bound_R > 0) & bound_R.isfinite())
         position = _not_below(score_RF, torch.where(hard, torch.inf, bound_R))
         if bool(hard.any()):
+            position = position[~hard[position.div(n_features, rounding_mode="floor")]]  # a score may be inf itself
             rows = hard.nonzero().squeeze(1)
             columns = first_largest(affine(x_RN[start + rows], encoder_FN, bias_F), k)
             position = torch.cat([position, (rows[:, None] * n_features + columns).view(-1)]).sort().values
@@ -150,7 +166,7 @@ def above_candidates(x_RN: Tensor, encoder: Rounded, threshold: float) -> Candid
     positions = []
     for start, low, margin_R in _margins(x_RN, encoder):
         score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
-        bound_R = (threshold - margin_R) / (1 + (RELATIVE if encoder.norm > 0 else 0.0))
+        bound_R = (threshold - margin_R) / (1 + encoder.slack)
         if not bool((bound_R > 0).all()):
             return None
         positions.append(_not_below(score_RF, bound_R) + start * n_features)
@@ -166,7 +182,7 @@ def batch_candidates(x_RN: Tensor, encoder: Rounded, wanted: int) -> Candidates 
     rounded scores reach it.
     """
     n_features = encoder.encoder_FN.shape[0]
-    slack = RELATIVE if encoder.norm > 0 else 0.0
+    slack = encoder.slack
     slabs = list(_margins(x_RN, encoder))
     widest = max(margin_R.amax().item() for _, _, margin_R in slabs)
     reached = 0.0

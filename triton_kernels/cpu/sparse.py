@@ -60,7 +60,8 @@ def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Featu
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    same_memory = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.data_ptr() == b.data_ptr()
+    return same_memory and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:

@@ -9,6 +9,8 @@ which the C library recycles by itself, are ordinary allocations.
 from __future__ import annotations
 
 import math
+import sys
+import threading
 
 import torch
 from torch import Tensor
@@ -19,9 +21,15 @@ KEPT_BLOCKS = 4
 _blocks: list[torch.UntypedStorage] = []
 
 
-def _is_free(block: torch.UntypedStorage) -> bool:
-    """Whether this module alone holds the block: no tensor, view or saved gradient still reads it."""
-    return torch._C._storage_Use_Count(block._cdata) == 1
+_lock = threading.Lock()
+
+
+def _holders(blocks: list[torch.UntypedStorage], index: int) -> tuple[int, int]:
+    """How many tensors and how many Python names hold a block, this list among them."""
+    return torch._C._storage_Use_Count(blocks[index]._cdata), sys.getrefcount(blocks[index])
+
+
+NOBODY_ELSE = _holders([torch.empty(1).untyped_storage()], 0)
 
 
 def empty(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
@@ -29,12 +37,15 @@ def empty(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes <= RECYCLED_BYTES:
         return torch.empty(shape, dtype=dtype)
-    free = [index for index, block in enumerate(_blocks) if _is_free(block)]
-    for index in free:
-        if _blocks[index].nbytes() == n_bytes:
-            return torch.empty(0, dtype=dtype).set_(_blocks[index]).view(shape)
-    for index in reversed(free[: max(0, len(free) - KEPT_BLOCKS + 1)]):
-        del _blocks[index]  # free and of other sizes: the oldest go
-    out = torch.empty(shape, dtype=dtype)
-    _blocks.append(out.untyped_storage())
+    with _lock:
+        free = [index for index in range(len(_blocks)) if _holders(_blocks, index) == NOBODY_ELSE]
+        fitting = next((index for index in free if _blocks[index].nbytes() == n_bytes), None)
+        if fitting is None:
+            out = torch.empty(shape, dtype=dtype)
+            _blocks.append(out.untyped_storage())
+        else:
+            out = torch.empty(0, dtype=dtype).set_(_blocks[fitting]).view(shape)
+        others = [index for index in free if index != fitting]
+        for index in reversed(others[: max(0, len(others) - KEPT_BLOCKS + 1)]):
+            del _blocks[index]  # the oldest go
     return out

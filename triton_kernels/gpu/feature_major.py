@@ -61,7 +61,15 @@ def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Featu
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.data_ptr(),
+        tensor._version,
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+    )
 
 
 def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:

@@ -25,6 +25,7 @@ from triton_kernels.gpu.group_max import GROUP, group_max, key_bits, load_key
 from triton_kernels.reference import first_largest
 
 MOST_KEPT = 512
+MOST_COUNTED = 2**15
 MOST_DIRECT = 16384  # columns that one program can choose among
 
 
@@ -122,7 +123,8 @@ def select_top_k(
     n_rows, n_features = z_RF.shape
     n_groups = tiles.cdiv(n_features, GROUP)
     gather = k <= MOST_KEPT and (2 * k <= n_groups or n_features > MOST_DIRECT)
-    if z_RF.dtype == torch.float64 or k >= n_features or not (gather or n_features <= MOST_DIRECT):
+    countable = n_groups <= MOST_COUNTED  # equal keys are counted in 15 bits
+    if z_RF.dtype == torch.float64 or k >= n_features or not ((gather and countable) or n_features <= MOST_DIRECT):
         _select_by_sort(z_RF, scale_F, k, first_feature, values_RK, features_RK)
         return
     if not n_rows:

@@ -347,3 +347,18 @@ def test_expanded_and_strided_inputs(device):
         every_encoder(strided, torch.bfloat16), every_encoder(tuple(t.contiguous() for t in strided), torch.bfloat16)
     ):
         assert torch.equal(one, other)
+
+
+def test_more_groups_than_can_be_counted_are_sorted(monkeypatch, device):
+    from triton_kernels.gpu import select_topk
+
+    monkeypatch.setattr(select_topk, "MOST_COUNTED", 1)
+    monkeypatch.setattr(select_topk, "MOST_DIRECT", 8)
+    called = []
+    plain = select_topk._select_by_sort
+    monkeypatch.setattr(select_topk, "_select_by_sort", lambda *a: (called.append(1), plain(*a)))
+    z = torch.zeros(2, 128, device=device)
+    values, features = torch.empty(2, 3, device=device), torch.empty(2, 3, dtype=torch.int32, device=device)
+    select_topk.select_top_k(z, None, 3, 0, values, features)
+    assert called
+    assert features.tolist() == [[0, 1, 2]] * 2
