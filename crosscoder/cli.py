@@ -1,4 +1,4 @@
-"""The `crosscoder` command: prepare, train-subject, harvest, train, evaluate, compare, report.
+"""The `crosscoder` command: prepare, train-subject, harvest, train, evaluate, compare, synthetic, report.
 
 Every command takes `--help`, `--print-config` (the resolved settings as JSON, then stop) and `--dry-run` (what it
 would need, then stop). Wiring only: the work is done by the library.
@@ -172,6 +172,24 @@ class Compare(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Synthetic(Common):
+    """The instruments against planted truth: every estimator on worlds whose features are known.
+
+    Writes report.md, results.json and recovery.png.
+
+    Example: crosscoder synthetic --preset ci
+    """
+
+    preset: Literal["ci", "quick", "full"] = "quick"
+    """ci: under a minute, 64 features. quick: a few minutes on two cores, 256. full: five worlds, more sizes."""
+    out: Path = Path("runs")
+    """The study goes to a folder in here, named by preset and settings."""
+    workers: int | None = None
+    """Processes. Default: one a core on a CPU, one on a GPU."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Common):
     """Write a study's report again from its results.json.
 
@@ -182,7 +200,7 @@ class Report(Common):
     """The study's folder."""
 
 
-Command = Prepare | TrainSubject | Harvest | Train | Evaluate | Compare | Report
+Command = Prepare | TrainSubject | Harvest | Train | Evaluate | Compare | Synthetic | Report
 
 
 def run(command: Command) -> None:

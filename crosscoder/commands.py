@@ -56,6 +56,10 @@ def resolved_config(command: cli.Command) -> Any:
     if isinstance(command, cli.Compare):
         study = subject_config(command) if command.subject else study_config(command)
         return {"command": asdict(command), "study": to_mapping(study)}
+    if isinstance(command, cli.Synthetic):
+        from crosscoder.experiments.synthetic import PRESETS as WORLDS
+
+        return {"command": asdict(command), "study": to_mapping(WORLDS[command.preset])}
     return asdict(command)
 
 
@@ -79,6 +83,17 @@ def compare(command: cli.Compare) -> None:
     for sentence in results["counts"]["answer"]:
         say(sentence)
     print(path)
+
+
+def synthetic(command: cli.Synthetic) -> None:
+    """Run the planted worlds and print the path of their report."""
+    from crosscoder.experiments import synthetic as planted
+
+    config = planted.PRESETS[command.preset]
+    folder = study_folder(config, f"synthetic-{command.preset}", command.out)
+    workers = command.workers or default_workers(command.device)
+    planted.run_synthetic(config, folder=folder, preset=command.preset, device=command.device, workers=workers)
+    print(folder / "report.md")
 
 
 def report(command: cli.Report) -> None:
@@ -210,6 +225,7 @@ ACTIONS: dict[type, Callable[[Any], None]] = {
     cli.Train: train,
     cli.Evaluate: evaluate,
     cli.Compare: compare,
+    cli.Synthetic: synthetic,
     cli.Report: report,
 }
 
@@ -265,8 +281,29 @@ def needs(command: cli.Command) -> Needs:
             return subject_study.study_needs(subject_config(command), dictionary_needs)
         case cli.Compare():
             return _study_needs(study_config(command))
+        case cli.Synthetic():
+            return _synthetic_needs(command)
         case cli.Report():
             return [("reads", str(command.folder / "results.json")), ("writes", str(command.folder / "report.html"))]
+
+
+def _synthetic_needs(command: cli.Synthetic) -> Needs:
+    from crosscoder.experiments import synthetic as planted
+
+    config = planted.PRESETS[command.preset]
+    world = config.world
+    n_pairs = len(config.gammas) * len(planted.SIDES)
+    n_dictionaries = len(config.seeds) * (len(config.sizes) + len(config.bank_sizes)) + n_pairs
+    largest = max(*config.sizes, *config.bank_sizes, config.pair_size)
+    width = world.n_layers * world.d_model
+    return [
+        ("world", f"{world.n_features} features, {world.n_layers} layers x {world.d_model}"),
+        ("dictionaries", str(n_dictionaries)),
+        ("steps of each, and tokens a step", f"{config.fit.steps} x {config.fit.batch}"),
+        ("largest dictionary: weights, gradients, optimiser", human_bytes(32 * largest * width)),
+        ("one batch and its truth", human_bytes(4 * config.fit.batch * (world.n_features + width))),
+        ("writes", f"report.md, results.json and recovery.png, in a folder of {command.out}"),
+    ]
 
 
 def _subject_needs(name: str, n_layers: int, d_model: int, vocab_size: int | None, kept: int) -> Needs:

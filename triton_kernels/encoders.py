@@ -69,8 +69,8 @@ def encode_threshold(
     """Values, features, offsets and pre-activations of every positive z with `score > threshold - window / 2`.
 
     The value is z where the score is above the threshold and 0 in the lower half of the window, whose pairs exist for
-    the threshold's straight-through gradient: `-(theta / window)` for scores within half a window of theta, 0
-    elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435).
+    the threshold's straight-through gradient: `-(theta / scale / window)` for scores within half a window of theta,
+    0 elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435).
     """
     arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_GF, window, product, working_GFN)
     with on_device_of(x_BGN):
@@ -144,9 +144,9 @@ def _threshold_backward(ctx, grad_values_P, *_):
     if ctx.needs_input_grad[5] and ctx.window > 0:
         features_P, (scale_GF, threshold_GF, z_P) = ctx.saved_tensors[4], ctx.saved_tensors[6:]
         theta_P = threshold_GF.reshape(-1)[features_P]
-        score_P = z_P if scale_GF is None else z_P * scale_GF.reshape(-1)[features_P]
-        inside = (score_P - theta_P).abs() < ctx.window / 2
-        pulls_P = torch.where(inside, -theta_P / ctx.window * grad_values_P, 0)
+        scale_P = 1.0 if scale_GF is None else scale_GF.reshape(-1)[features_P]
+        inside = (z_P * scale_P - theta_P).abs() < ctx.window / 2
+        pulls_P = torch.where(inside, -theta_P / scale_P / ctx.window * grad_values_P, 0)  # z is theta / scale there
         flat = torch.zeros_like(threshold_GF).reshape(-1).index_add(0, features_P, pulls_P.to(threshold_GF.dtype))
         d_threshold = flat.view(threshold_GF.shape)
     return (*_through_pairs(ctx, grad_values_P), None, d_threshold, None, None, None)

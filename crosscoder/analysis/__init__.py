@@ -1,7 +1,9 @@
 """Floor 3: finished dictionaries and activations in, plain values and pictures out.
 
-features: activity, layer profiles, spread (functional spread belongs here too). matching: similarities and pairing
-rules (universality between subjects builds on them). counting: alive, distinct, merged, recaptured. capacity:
-neurons, slots, effective dimension (geometry grows here). splice: what the subject loses. schema, tables, figures,
-panels, report: the results value and how it is shown. A verdict, when there is one, reads values alone.
+features: activity, layer profiles. spread: decoder, functional, joint decodability. matching: similarities and
+pairing rules; universality: between subjects. counting: alive, distinct, merged, recaptured; saturation: towards a
+dictionary without end. capacity, geometry: neurons, slots, effective dimension, interference, exponents. statistics:
+bootstrap and equivalence. recovery: scores against planted truth. verdict: the preregistered rule, from values alone.
+splice: what the subject loses. schema, tables, figures, panels, report: the results value and how it is shown; the
+studies' reports do not show what statistics, geometry, saturation, universality, spread and verdict compute yet.
 """

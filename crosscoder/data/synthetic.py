@@ -1,27 +1,87 @@
-"""A world whose features are known: sparse, independent, each with planted directions in some layers."""
+"""A world whose features are known: sparse, each with planted directions in some layers, and what it is mixed with."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from crosscoder.data.tokens import seeded_generator
 
-Kind = Literal["local", "persistent", "drifting"]
+Kind = Literal["local", "persistent", "drifting", "split", "gated"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+GATED_GROUP = 4  # two first halves times two second halves
+DRIFT_TURN = 0.9  # cosine of the dense drift's directions at neighbouring layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Firing:
+    """How often features fire, and which of them together. A group is `group` features with neighbouring ids.
+
+    law: probabilities between p_min and p_max, log-uniform or Zipf (p_max * rank^-s, with p_min at the last rank).
+    dependence: `correlated` gives the members of a group latent Gaussians with correlation `strength` (a Gaussian
+        copula); `hierarchical` makes the first a parent and the others its children, which fire with probability
+        `strength` where it does and never elsewhere; `exclusive` lets at most one of a group fire at a time.
+
+    Probabilities stay as drawn, except that a child's is `strength` times its parent's.
+    """
+
+    law: Literal["log-uniform", "zipf"] = "log-uniform"
+    dependence: Literal["independent", "correlated", "hierarchical", "exclusive"] = "independent"
+    strength: float = 0.5
+    group: int = 2
+
+    def __post_init__(self) -> None:
+        if self.law not in ("log-uniform", "zipf"):
+            raise ValueError(f"law is {self.law!r}, expected 'log-uniform' or 'zipf'")
+        if self.dependence not in ("independent", "correlated", "hierarchical", "exclusive"):
+            raise ValueError(
+                f"dependence is {self.dependence!r}, expected independent, correlated, hierarchical or exclusive"
+            )
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected 0 to 1")
+        if self.group < 2:
+            raise ValueError(f"group is {self.group}, expected at least 2 features")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nuisance:
+    """What is in the activations besides sparse features, and is not part of the truth.
+
+    drift_rank, drift_scale: a dense Gaussian component in that many directions, which turn slowly from layer to layer;
+        its root mean square norm is `drift_scale` at every layer.
+    n_circles, circle_probability: each circle, when it is there, adds a point of a unit circle in a plane of all
+        layers together, at a uniform angle.
+    """
+
+    drift_rank: int = 0
+    drift_scale: float = 1.0
+    n_circles: int = 0
+    circle_probability: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("drift_rank", "n_circles"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if not (math.isfinite(self.drift_scale) and self.drift_scale >= 0):
+            raise ValueError(f"drift_scale is {self.drift_scale}, expected 0 or more")
+        if not 0 <= self.circle_probability <= 1:
+            raise ValueError(f"circle_probability is {self.circle_probability}, expected 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """The planted features.
 
-    A `local` feature lives in one layer, a `persistent` one keeps its direction through a window of
-    neighbouring layers, a `drifting` one turns at each layer of its window so that neighbours have cosine
-    `drift_cosine`.
+    A `local` feature lives in one layer; a `persistent` one keeps its direction through a window of neighbouring
+    layers; a `drifting` one turns at each layer of its window so that neighbours have cosine `drift_cosine`.
+    A `split` one is a word of a product code: one atom a layer, each shared with other split features, any two of
+    which share at most one. A `gated` one is half in one layer and half in the next: four of them combine two first
+    and two second halves. It takes two layers to tell split or gated features apart.
     """
 
     n_features: int = 64
@@ -36,6 +96,8 @@ class WorldConfig:
     noise: float = 0.0
     """Standard deviation of Gaussian noise on every activation."""
     seed: int = 0
+    firing: Firing = dataclasses.field(default_factory=Firing)
+    nuisance: Nuisance = dataclasses.field(default_factory=Nuisance)
 
     def __post_init__(self) -> None:
         for name in ("n_features", "n_layers"):
@@ -43,9 +105,9 @@ class WorldConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.d_model < 2:
             raise ValueError(f"d_model is {self.d_model}, expected at least 2 (directions must be able to turn)")
-        unknown = set(self.kinds) - {"local", "persistent", "drifting"}
+        unknown = set(self.kinds) - set(KINDS)
         if not self.kinds or unknown:
-            raise ValueError(f"kinds are {self.kinds}, expected some of local, persistent, drifting")
+            raise ValueError(f"kinds are {self.kinds}, expected some of {', '.join(KINDS)}")
         if self.n_layers == 1 and set(self.kinds) != {"local"}:
             raise ValueError("with one layer every feature is local; use kinds=('local',) or more layers")
         if not 0 < self.p_min <= self.p_max <= 1:
@@ -54,6 +116,7 @@ class WorldConfig:
             raise ValueError(f"drift_cosine is {self.drift_cosine}, expected -1 to 1")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise is {self.noise}, expected 0 or more")
+        check_exclusive(self.firing, self.p_max)
 
 
 class World:
@@ -63,21 +126,44 @@ class World:
         self.config = config
         generator = seeded_generator("world", config.seed)
         self.kind_F = torch.arange(config.n_features) % len(config.kinds)
-        exponent_F = torch.rand(config.n_features, generator=generator)
-        self.probability_F = config.p_min * (config.p_max / config.p_min) ** exponent_F
-        decoder_FLD = torch.stack([self._profile(config.kinds[kind], generator) for kind in self.kind_F])
+        quantile_F = torch.rand(config.n_features, generator=generator)
+        self.probability_F = firing_probabilities(quantile_F, config.p_min, config.p_max, config.firing)
+        decoder_FLD = torch.zeros(config.n_features, config.n_layers, config.d_model)
+        for feature, index in enumerate(self.kind_F.tolist()):
+            if config.kinds[index] in ("local", "persistent", "drifting"):
+                decoder_FLD[feature] = self._window(config.kinds[index], generator)
+        # Streams of their own: the features drawn above do not depend on which other kinds there are.
+        for kind, draw in (("split", split_profiles), ("gated", gated_profiles)):
+            if kind in config.kinds:
+                chosen_F = torch.tensor([config.kinds[index] == kind for index in self.kind_F.tolist()])
+                own = seeded_generator(f"world {kind}", config.seed)
+                decoder_FLD[chosen_F] = draw(int(chosen_F.sum()), config.n_layers, config.d_model, own)
         if config.equal_energy:
             decoder_FLD = decoder_FLD / decoder_FLD.flatten(1).norm(dim=1)[:, None, None]
         self.decoder_FLD = decoder_FLD
+        self._drift_RLD, self._circles_C2LD = self._nuisance_directions()
+
+    @property
+    def rho_F(self) -> Tensor:
+        """How many layers each feature occupies: the width of its window, over which its norm is even."""
+        return (self.decoder_FLD.norm(dim=2) > 0).sum(1).float()
+
+    @property
+    def effective_dimension(self) -> float:
+        """d_eff of the planted directions: 1 over the mean squared cosine of distinct pairs; nan below two."""
+        return mean_interference_dimension(self.decoder_FLD)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`(x_BLD, activations_BF)` of `n` tokens: active features are uniform in [0.7, 1.3]."""
-        shape = (n, self.config.n_features)
-        active_BF = torch.rand(shape, generator=generator) < self.probability_F
-        activations_BF = active_BF * (0.7 + 0.6 * torch.rand(shape, generator=generator))
+        activations_BF = draw_activations(n, self.probability_F, self.config.firing, generator)
         x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD)
         if self.config.noise:
             x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator)
+        if len(self._drift_RLD):
+            z_BR = torch.randn(n, len(self._drift_RLD), generator=generator)
+            x_BLD = x_BLD + torch.einsum("br,rld->bld", z_BR, self._drift_RLD)
+        if len(self._circles_C2LD):
+            x_BLD = x_BLD + self._circle_points(n, generator)
         return x_BLD, activations_BF
 
     def batches(self, batch_size: int, n_steps: int, seed: int) -> Iterator[Tensor]:
@@ -85,18 +171,156 @@ class World:
         for index in range(n_steps):
             yield self.sample(batch_size, seeded_generator("world batch", seed, index))[0]
 
-    def _profile(self, kind: Kind, generator: torch.Generator) -> Tensor:
+    def _window(self, kind: Kind, generator: torch.Generator) -> Tensor:
         """One feature's direction at every layer, `[L, D]`: unit norm inside its window, zero outside."""
         config = self.config
-        profile_LD = torch.zeros(config.n_layers, config.d_model)
         width = 1 if kind == "local" else _integer(2, config.n_layers, generator)
         first = _integer(0, config.n_layers - width, generator)
-        direction_D = _unit(torch.randn(config.d_model, generator=generator))
-        for layer in range(first, first + width):
-            profile_LD[layer] = direction_D
-            if kind == "drifting":
-                direction_D = _turned(direction_D, config.drift_cosine, generator)
-        return profile_LD
+        cosine = config.drift_cosine if kind == "drifting" else None
+        return window_profile(config.n_layers, config.d_model, first, width, cosine, generator)
+
+    def _nuisance_directions(self) -> tuple[Tensor, Tensor]:
+        """Directions `[R, L, D]` of the dense drift, scaled, and orthonormal pairs `[C, 2, L, D]` of the circles."""
+        config, nuisance = self.config, self.config.nuisance
+        n_layers, d_model = config.n_layers, config.d_model
+        generator = seeded_generator("world nuisance", config.seed)
+        drift_RLD = torch.zeros(nuisance.drift_rank, n_layers, d_model)
+        for rank in range(nuisance.drift_rank):
+            profile_LD = window_profile(n_layers, d_model, 0, n_layers, DRIFT_TURN, generator)
+            drift_RLD[rank] = profile_LD * (nuisance.drift_scale / math.sqrt(nuisance.drift_rank))
+        planes_CN2 = torch.randn(nuisance.n_circles, n_layers * d_model, 2, generator=generator)
+        if nuisance.n_circles:
+            planes_CN2 = torch.linalg.qr(planes_CN2).Q
+        return drift_RLD, planes_CN2.mT.reshape(-1, 2, n_layers, d_model)
+
+    def _circle_points(self, n: int, generator: torch.Generator) -> Tensor:
+        shape = (n, len(self._circles_C2LD))
+        there_BC = torch.rand(shape, generator=generator) < self.config.nuisance.circle_probability
+        angle_BC = 2 * math.pi * torch.rand(shape, generator=generator)
+        point_BC2 = there_BC[..., None] * torch.stack([angle_BC.cos(), angle_BC.sin()], dim=2)
+        return torch.einsum("bcp,cpld->bld", point_BC2, self._circles_C2LD)
+
+
+def check_exclusive(firing: Firing, p_max: float) -> None:
+    """Refuses groups in which at most one may fire but whose probabilities can sum to more than 1."""
+    if firing.dependence == "exclusive" and firing.group * p_max > 1:
+        raise ValueError(
+            f"{firing.group} exclusive features with p_max = {p_max} can sum to more than 1; "
+            "expected group * p_max <= 1"
+        )
+
+
+def firing_probabilities(quantile_F: Tensor, p_min: float, p_max: float, firing: Firing) -> Tensor:
+    """Each feature's firing probability, from where it stands (0 to 1) in the distribution of `firing`."""
+    n_features = len(quantile_F)
+    if firing.law == "log-uniform":
+        probability_F = p_min * (p_max / p_min) ** quantile_F
+    else:
+        rank_F = 1 + quantile_F.argsort(descending=True).argsort()
+        exponent = math.log(p_max / p_min) / math.log(n_features) if n_features > 1 else 0.0
+        probability_F = p_max * rank_F.to(quantile_F.dtype) ** -exponent
+    if firing.dependence == "hierarchical":
+        parent_F = _first_of_group(n_features, firing.group)
+        is_child_F = parent_F != torch.arange(n_features)
+        probability_F = torch.where(is_child_F, firing.strength * probability_F[parent_F], probability_F)
+    return probability_F
+
+
+def draw_activations(n: int, probability_F: Tensor, firing: Firing, generator: torch.Generator) -> Tensor:
+    """Activations `[n, F]`: 0, or uniform in [0.7, 1.3] where the feature fires."""
+    active_BF = _draw_active(n, probability_F, firing, generator)
+    return active_BF * (0.7 + 0.6 * torch.rand(active_BF.shape, generator=generator))
+
+
+def _draw_active(n: int, probability_F: Tensor, firing: Firing, generator: torch.Generator) -> Tensor:
+    n_features = len(probability_F)
+    shape = (n, n_features)
+    first_F = _first_of_group(n_features, firing.group)
+    group_F = first_F // firing.group
+    match firing.dependence:
+        case "independent":
+            return torch.rand(shape, generator=generator) < probability_F
+        case "correlated":
+            shared_BF = torch.randn(n, int(group_F[-1]) + 1, generator=generator)[:, group_F]
+            own_BF = torch.randn(shape, generator=generator)
+            latent_BF = math.sqrt(firing.strength) * shared_BF + math.sqrt(1 - firing.strength) * own_BF
+            return torch.special.ndtr(latent_BF) < probability_F
+        case "hierarchical":
+            is_child_F = first_F != torch.arange(n_features)
+            own_F = probability_F.masked_fill(is_child_F, firing.strength)
+            willing_BF = torch.rand(shape, generator=generator) < own_F
+            return willing_BF & willing_BF[:, first_F]
+        case "exclusive":
+            # One number for the whole group; each member owns an interval as long as its probability.
+            uniform_BF = torch.rand(n, int(group_F[-1]) + 1, generator=generator)[:, group_F]
+            padded_F = torch.nn.functional.pad(probability_F, (0, -n_features % firing.group))
+            upper_GM = padded_F.view(-1, firing.group).cumsum(1)
+            lower_GM = torch.nn.functional.pad(upper_GM[:, :-1], (1, 0))
+            upper_F, lower_F = upper_GM.flatten()[:n_features], lower_GM.flatten()[:n_features]
+            return (uniform_BF < upper_F) & (uniform_BF >= lower_F)
+
+
+def _first_of_group(n_features: int, group: int) -> Tensor:
+    return torch.arange(n_features) // group * group
+
+
+def window_profile(
+    n_layers: int, d_model: int, first: int, width: int, cosine: float | None, generator: torch.Generator
+) -> Tensor:
+    """Unit directions in layers `first` to `first + width - 1`, `[L, D]`: one, or turning by `cosine` at each layer."""
+    profile_LD = torch.zeros(n_layers, d_model)
+    direction_D = _unit(torch.randn(d_model, generator=generator))
+    for layer in range(first, first + width):
+        profile_LD[layer] = direction_D
+        if cosine is not None:
+            direction_D = _turned(direction_D, cosine, generator)
+    return profile_LD
+
+
+def split_profiles(n: int, n_layers: int, d_model: int, generator: torch.Generator) -> Tensor:
+    """Words of a product code over atoms with unit norm, `[n, L, D]`."""
+    word_NL, n_atoms = split_codewords(n, n_layers, generator)
+    atoms_LAD = torch.randn(n_layers, n_atoms, d_model, generator=generator)
+    atoms_LAD = atoms_LAD / atoms_LAD.norm(dim=2, keepdim=True)
+    return atoms_LAD[torch.arange(n_layers), word_NL]
+
+
+def split_codewords(n: int, n_layers: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """`n` different words `[n, L]`, any two with Hamming distance >= L - 1, and the number of letters q.
+
+    A Reed-Solomon code: word (a, b) has letter a + b * l modulo q at layer l. Two such lines meet in one layer at
+    most, because q is a prime not below L; it is also not below sqrt(n), so that there are words enough.
+    """
+    q = max(n_layers, math.isqrt(max(n - 1, 0)) + 1, 2)
+    while any(q % divisor == 0 for divisor in range(2, math.isqrt(q) + 1)):
+        q += 1
+    chosen_N = torch.randperm(q * q, generator=generator)[:n]
+    offset_N1, slope_N1 = (chosen_N // q)[:, None], (chosen_N % q)[:, None]
+    return (offset_N1 + slope_N1 * torch.arange(n_layers)) % q, q
+
+
+def gated_profiles(n: int, n_layers: int, d_model: int, generator: torch.Generator) -> Tensor:
+    """First halves at one layer with second halves at the next, every pair of two and two, `[n, L, D]`."""
+    profile_NLD = torch.zeros(n, n_layers, d_model)
+    for start in range(0, n, GATED_GROUP):
+        layer = _integer(0, n_layers - 2, generator)
+        halves_22D = torch.randn(2, 2, d_model, generator=generator)
+        halves_22D = halves_22D / halves_22D.norm(dim=2, keepdim=True)
+        for member in range(min(GATED_GROUP, n - start)):
+            profile_NLD[start + member, layer] = halves_22D[0, member // 2]
+            profile_NLD[start + member, layer + 1] = halves_22D[1, member % 2]
+    return profile_NLD
+
+
+def mean_interference_dimension(decoder_FLD: Tensor) -> float:
+    """1 over the mean squared cosine of distinct pairs of joint directions; nan below two."""
+    rows_FN = decoder_FLD.double().flatten(1)
+    n_features = len(rows_FN)
+    if n_features < 2:
+        return math.nan
+    rows_FN = rows_FN / rows_FN.norm(dim=1, keepdim=True)
+    square_FF = (rows_FN @ rows_FN.T).square().fill_diagonal_(0)
+    return n_features * (n_features - 1) / square_FF.sum().item()
 
 
 def _integer(low: int, high: int, generator: torch.Generator) -> int:

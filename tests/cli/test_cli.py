@@ -9,7 +9,7 @@ import pytest
 
 from crosscoder.cli import main
 
-COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "report")
+COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "synthetic", "report")
 
 
 @pytest.fixture(scope="module")

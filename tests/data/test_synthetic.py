@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from crosscoder.data.synthetic import World, WorldConfig
+from crosscoder.data.synthetic import Firing, Nuisance, World, WorldConfig, split_codewords
+
+ALL_KINDS = ("local", "persistent", "drifting", "split", "gated")
 
 
 def generator():
@@ -80,8 +82,148 @@ def test_noise_has_the_size_asked_for():
         {"drift_cosine": 1.1},
         {"noise": -1.0},
         {"noise": float("nan")},
+        {"p_max": 0.6, "firing": Firing(dependence="exclusive", group=2)},
     ],
 )
 def test_bad_worlds_are_refused(setting):
     with pytest.raises(ValueError, match=r"expected|every feature is local"):
         WorldConfig(**setting)
+
+
+@pytest.mark.parametrize("setting", [{"law": "pareto"}, {"dependence": "both"}, {"strength": 1.1}, {"group": 1}])
+def test_bad_firing_is_refused(setting):
+    with pytest.raises(ValueError, match="expected"):
+        Firing(**setting)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"drift_rank": -1}, {"n_circles": -1}, {"drift_scale": float("inf")}, {"circle_probability": 2.0}]
+)
+def test_bad_nuisances_are_refused(setting):
+    with pytest.raises(ValueError, match="expected"):
+        Nuisance(**setting)
+
+
+def test_worlds_stay_what_they_were():
+    """The numbers of a world are quoted in results, so its stream of random numbers is part of its meaning."""
+    world = World(WorldConfig())
+    sums = [world.decoder_FLD[i].sum().item() for i in (0, 1, 62)]
+    assert sums == pytest.approx([1.009086, -0.170994, -2.042397], abs=1e-5)
+    assert world.probability_F[[0, 1, 62]].tolist() == pytest.approx([0.036540, 0.016697, 0.023527], abs=1e-6)
+    assert next(world.batches(8, 1, seed=2)).sum().item() == pytest.approx(5.016480, abs=1e-4)
+
+
+def test_composite_kinds_do_not_move_the_others():
+    """Windows are drawn one after another; split and gated features in between take nothing from their stream."""
+    worlds = [
+        World(WorldConfig(n_features=8, kinds=("local", *kinds, "drifting")))
+        for kinds in (("split", "split"), ("split", "gated"), ("gated", "gated"))
+    ]
+    windows_F = torch.tensor([0, 3, 4, 7])
+    for other in worlds[1:]:
+        assert torch.equal(other.decoder_FLD[windows_F], worlds[0].decoder_FLD[windows_F])
+        assert not torch.equal(other.decoder_FLD[2], worlds[0].decoder_FLD[2])
+
+
+@pytest.mark.parametrize(("n", "n_layers"), [(4, 2), (9, 2), (64, 4), (200, 8), (1, 3)])
+def test_split_words_share_one_letter_at_most(n, n_layers):
+    word_NL, n_letters = split_codewords(n, n_layers, generator())
+    assert word_NL.shape == (n, n_layers)
+    assert word_NL.min() >= 0
+    assert word_NL.max() < n_letters
+    shared_NN = (word_NL[:, None] == word_NL[None]).sum(2).fill_diagonal_(0)
+    assert shared_NN.max() <= 1
+
+
+def test_split_features_are_made_of_few_atoms():
+    world = World(WorldConfig(n_features=64, n_layers=4, d_model=32, kinds=("split",)))
+    for layer in range(4):
+        atoms = torch.unique((world.decoder_FLD[:, layer] * 1e4).round(), dim=0)
+        assert len(atoms) <= 11, "64 features, and a layer shows 11 directions"
+    assert len(torch.unique((world.decoder_FLD.flatten(1) * 1e4).round(), dim=0)) == 64
+
+
+def test_gated_features_need_both_layers():
+    world = World(WorldConfig(n_features=16, n_layers=4, d_model=16, kinds=("gated",)))
+    for start in range(0, 16, 4):
+        group_4LD = world.decoder_FLD[start : start + 4]
+        layers = (group_4LD.norm(dim=2) > 0).all(0).nonzero().flatten().tolist()
+        assert len(layers) == 2
+        assert layers[1] == layers[0] + 1
+        for layer in layers:
+            halves = torch.unique((group_4LD[:, layer] * 1e4).round(), dim=0)
+            assert len(halves) == 2, "one layer shows two directions for four features"
+        assert len(torch.unique((group_4LD.flatten(1) * 1e4).round(), dim=0)) == 4
+
+
+def test_truth_is_stated():
+    local = World(WorldConfig(n_features=400, n_layers=4, d_model=16, kinds=("local",)))
+    assert local.rho_F.tolist() == [1.0] * 400
+    assert local.effective_dimension == pytest.approx(4 * 16, rel=0.05)
+    world = World(WorldConfig(n_features=100, kinds=ALL_KINDS, equal_energy=False))
+    rho_F = dict(zip(ALL_KINDS, (world.rho_F[world.kind_F == i] for i in range(5))))
+    assert (rho_F["split"] == 4).all()
+    assert (rho_F["gated"] == 2).all()
+    assert (rho_F["persistent"] >= 2).all()
+    energy_F = world.decoder_FLD.square().sum((1, 2))
+    torch.testing.assert_close(energy_F, world.rho_F)
+
+
+def test_zipf_spans_the_range_in_ranks():
+    world = World(WorldConfig(n_features=64, p_min=0.001, p_max=0.064, firing=Firing(law="zipf")))
+    sorted_F = world.probability_F.sort(descending=True).values
+    torch.testing.assert_close(sorted_F, 0.064 / torch.arange(1, 65))
+
+
+def rates_and_pairs(firing, n=200_000, p=0.1):
+    world = World(WorldConfig(n_features=6, p_min=p, p_max=p, firing=firing))
+    active_BF = (world.sample(n, generator())[1] > 0).float()
+    return world, active_BF.mean(0), (active_BF.T @ active_BF) / n
+
+
+def test_correlated_features_keep_their_rates_and_fire_together():
+    world, rate_F, joint_FF = rates_and_pairs(Firing(dependence="correlated", strength=0.8, group=3))
+    torch.testing.assert_close(rate_F, world.probability_F, atol=0.004, rtol=0)
+    # P(two Gaussians of correlation .8 both below the 10 % quantile), from the bivariate distribution function
+    assert joint_FF[0, 1].item() == pytest.approx(0.05624, abs=0.002)
+    assert joint_FF[0, 3].item() == pytest.approx(0.01, abs=0.002), "groups are independent"
+
+
+def test_children_fire_only_under_their_parent():
+    world, rate_F, joint_FF = rates_and_pairs(Firing(dependence="hierarchical", strength=0.4, group=3))
+    torch.testing.assert_close(world.probability_F, torch.tensor([0.1, 0.04, 0.04, 0.1, 0.04, 0.04]))
+    torch.testing.assert_close(rate_F, world.probability_F, atol=0.004, rtol=0)
+    torch.testing.assert_close(joint_FF[0, 1], rate_F[1])
+    assert joint_FF[1, 2].item() == pytest.approx(0.016, abs=0.002), "siblings are independent given the parent"
+
+
+def test_exclusive_features_keep_their_rates_and_never_meet():
+    world, rate_F, joint_FF = rates_and_pairs(Firing(dependence="exclusive", group=4))
+    torch.testing.assert_close(rate_F, world.probability_F, atol=0.004, rtol=0)
+    assert joint_FF[:4, :4].fill_diagonal_(0).max() == 0
+    assert joint_FF[4, 5] == 0
+    assert joint_FF[0, 4].item() == pytest.approx(0.01, abs=0.002)
+
+
+def residue(nuisance, n=4000):
+    clean, dirty = World(WorldConfig()), World(WorldConfig(nuisance=nuisance))
+    (x_BLD, a_BF), (y_BLD, b_BF) = clean.sample(n, generator()), dirty.sample(n, generator())
+    assert torch.equal(a_BF, b_BF), "the truth is the same with and without"
+    return y_BLD - x_BLD
+
+
+def test_dense_drift_has_its_rank_and_size():
+    drift_BLD = residue(Nuisance(drift_rank=3, drift_scale=0.5))
+    torch.testing.assert_close(drift_BLD.square().sum(2).mean(0), torch.full((4,), 0.25), rtol=0.05, atol=0)
+    assert int(torch.linalg.matrix_rank(drift_BLD.flatten(1), rtol=1e-4)) == 3
+
+
+def test_a_circle_is_a_circle():
+    points_BN = residue(Nuisance(n_circles=1, circle_probability=0.25)).flatten(1)
+    radius_B = points_BN.norm(dim=1)
+    there_B = radius_B > 0.5
+    assert there_B.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(radius_B[there_B], torch.ones(int(there_B.sum())), rtol=1e-4, atol=0)
+    values = torch.linalg.svdvals(points_BN[there_B])
+    assert values[1] > 0.9 * values[0], "both directions alike"
+    assert values[2] < 1e-3 * values[0], "and no third"

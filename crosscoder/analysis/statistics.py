@@ -1,0 +1,312 @@
+"""Intervals over seeds and documents, ratios on the log scale, and the test that two things are equal.
+
+Every interval covers 90 % unless another confidence is asked for. A training seed is the unit of replication: what
+varies within it (dictionary seeds, documents) is averaged, never counted as further replicates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+CONFIDENCE = 0.9
+EQUAL = (0.8, 1.25)  # a ratio inside these bounds counts as 1
+
+DEFINITIONS = {
+    "interval": "Percentile interval, 90 %, of a two-level bootstrap: training seeds are drawn with replacement, then "
+    "dictionary seeds within each, and documents of the held-out text, the same for all dictionaries of a draw. With n "
+    "training seeds deviations are multiplied by sqrt(n / (n - 1)) times the ratio of the t to the normal quantile, "
+    "since few seeds vary too little under resampling. With one training seed the interval leaves out what training "
+    "would vary.",
+    "log_ratio": "Ratio B / A with its interval, formed on the log scale from independent estimates of A and B.",
+    "equivalence": "Equivalence to 1: two one-sided t-tests (Schuirmann 1987) on logs of training-seed means, with "
+    f"unequal variances, against {EQUAL[0]} and {EQUAL[1]}; p is the larger of the two. p < .05 says that the 90 % "
+    "interval lies within these bounds.",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its interval; where nothing could vary, `low == high == value`.
+
+    Raises:
+        ValueError: the interval is the wrong way round, or the confidence is not between 0 and 1.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"the interval runs from {self.low} down to {self.high}; give the lower end first")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence is {self.confidence}; expected a share between 0 and 1, such as .9")
+
+    @property
+    def finite(self) -> bool:
+        """True where value and both ends are finite numbers."""
+        return all(math.isfinite(x) for x in (self.value, self.low, self.high))
+
+    def covers(self, value: float) -> bool:
+        """True where `value` is in the interval, ends included."""
+        return self.low <= value <= self.high
+
+    def inside(self, low: float, high: float) -> bool:
+        """True where the whole interval lies in `[low, high]`, ends included."""
+        return low <= self.low and self.high <= high
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """A statistic on the whole data, its resampled values, and how far these are to be stretched.
+
+    `expansion` is the small-sample factor at the confidence given to `two_level_bootstrap`; `draws` are as resampled.
+    """
+
+    value: float
+    draws: np.ndarray  # [R]
+    expansion: float = 1.0
+
+    def stretched(self) -> np.ndarray:
+        """The draws with their deviations from the value multiplied by `expansion`, `[R]`."""
+        return self.value + self.expansion * (self.draws - self.value)
+
+    def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
+        """The value with the central percentile interval of the stretched draws."""
+        return percentile_interval(self.value, self.stretched(), confidence)
+
+
+def percentile_interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
+    """`value` with the central `confidence` range of `draws` `[R]` (linear between order statistics)."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Estimate(float(value), float(low), float(high), confidence)
+
+
+def document_sums(values_TQ: np.ndarray, document_T: np.ndarray) -> np.ndarray:
+    """Sums of Q token quantities over each document, `[documents, Q]`, documents in order of their labels.
+
+    Totals of such sums give every ratio of sums (a firing probability, an explained variance) of a resampled text.
+
+    Raises:
+        ValueError: the labels are not one per token.
+    """
+    values_TQ = np.asarray(values_TQ, dtype=np.float64)
+    values_TQ = values_TQ[:, None] if values_TQ.ndim == 1 else values_TQ
+    if len(values_TQ) != len(document_T):
+        raise ValueError(f"{len(values_TQ)} tokens have {len(document_T)} document labels; give one for each token")
+    labels, index = np.unique(document_T, return_inverse=True)
+    sums = np.zeros((len(labels), values_TQ.shape[1]))
+    np.add.at(sums, index, values_TQ)
+    return sums
+
+
+def small_sample_expansion(n_units: int, confidence: float = CONFIDENCE) -> float:
+    """`sqrt(n / (n - 1)) t / z` for n independent units, 1 for a single one.
+
+    Resampled means of n values vary by (n - 1) / n of what they should, and a normal quantile ignores that the variance
+    is estimated (Hesterberg 2015, section 5). The factor multiplies deviations, because at three or four seeds no
+    percentile of so few distinct resamples reaches far enough.
+    """
+    if n_units < 2:
+        return 1.0
+    upper = (1 + confidence) / 2
+    return math.sqrt(n_units / (n_units - 1)) * float(stats.t.ppf(upper, n_units - 1) / stats.norm.ppf(upper))
+
+
+def two_level_bootstrap(
+    groups: Sequence[Sequence[ArrayLike]],
+    *,
+    seed: int,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    document_seed: int | None = None,
+    n_draws: int = 2000,
+    confidence: float = CONFIDENCE,
+    small_sample: bool = True,
+) -> Bootstrap:
+    """Mean over training seeds of the mean over their dictionary seeds, resampled at both levels and by document.
+
+    `groups[t][d]` belongs to dictionary seed d of training seed t: a number, or with `statistic` an array
+    `[documents, Q]` from `document_sums`. `statistic` maps totals `[R, Q]` over (resampled) documents to `[R]`. All
+    dictionaries of one draw see the same documents; give two subjects the same `document_seed` and they do too. Drawing
+    both levels with replacement counts the variance within a training seed slightly twice (Davison and Hinkley 1997,
+    section 3.8), so intervals err on the wide side.
+
+    Raises:
+        ValueError: a level is empty, or dictionaries cover different numbers of documents.
+    """
+    if not groups or any(len(group) == 0 for group in groups):
+        raise ValueError(f"dictionary seeds per training seed are {[len(g) for g in groups]}; each needs at least one")
+    if statistic is None:
+        tables = [[np.full(n_draws + 1, float(np.asarray(v))) for v in group] for group in groups]
+    else:
+        weights = _document_weights(groups, n_draws, seed if document_seed is None else document_seed)
+        tables = [[_evaluate(statistic, weights, sums) for sums in group] for group in groups]
+    stacked = [np.stack(group, axis=1) for group in tables]  # one [1 + R, dictionaries] a training seed
+    value = float(np.mean([table[0].mean() for table in stacked]))
+    rng = np.random.default_rng([seed, 1])
+    rows = np.arange(1, n_draws + 1)
+    chosen = rng.integers(len(groups), size=(len(groups), n_draws))
+    draws = np.zeros(n_draws)
+    for slot in chosen:
+        for t, table in enumerate(stacked):
+            picks = rng.integers(table.shape[1], size=(table.shape[1], n_draws))
+            draws += np.where(slot == t, table[rows, picks].mean(0), 0.0)
+    factor = small_sample_expansion(len(groups), confidence) if small_sample else 1.0
+    return Bootstrap(value, draws / len(groups), factor)
+
+
+def _document_weights(groups: Sequence[Sequence[ArrayLike]], n_draws: int, seed: int) -> np.ndarray:
+    """How often each document is in each draw, `[1 + R, documents]`; the first row is the text as it is."""
+    counts = {len(np.asarray(sums)) for group in groups for sums in group}
+    if len(counts) != 1:
+        raise ValueError(f"dictionaries cover {sorted(counts)} documents; sum them over the same documents")
+    n = counts.pop()
+    drawn = np.random.default_rng([seed, 0]).multinomial(n, np.full(n, 1 / n), size=n_draws)
+    return np.concatenate([np.ones((1, n)), drawn])
+
+
+def _evaluate(statistic: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, sums: ArrayLike) -> np.ndarray:
+    values = np.asarray(statistic(weights @ np.asarray(sums, dtype=np.float64)), dtype=np.float64)
+    if values.shape != (len(weights),):
+        raise ValueError(
+            f"the statistic gave shape {values.shape} for {len(weights)} rows of totals; give one value a row"
+        )
+    return values
+
+
+def log_ratio(numerator: Bootstrap, denominator: Bootstrap) -> Bootstrap:
+    """ln(numerator / denominator) draw by draw, each side stretched by its own factor on the log scale.
+
+    Draws are paired by position: independent where the two were resampled with different seeds, and sharing documents
+    where they had the same `document_seed`.
+
+    Raises:
+        ValueError: numbers of draws differ, or a value or draw is not positive.
+    """
+    if len(numerator.draws) != len(denominator.draws):
+        raise ValueError(f"{len(numerator.draws)} and {len(denominator.draws)} draws; resample both equally often")
+    sides = []
+    for name, side in (("numerator", numerator), ("denominator", denominator)):
+        if not (side.value > 0 and (side.draws > 0).all()):
+            raise ValueError(f"the {name} is {side.value:g} with draws from {side.draws.min():g}; a log needs all > 0")
+        value = math.log(side.value)
+        sides.append(Bootstrap(value, value + side.expansion * (np.log(side.draws) - value)))
+    return Bootstrap(sides[0].value - sides[1].value, sides[0].draws - sides[1].draws)
+
+
+def exponentiate(estimate: Estimate) -> Estimate:
+    """exp of a value and of both ends: from a log-ratio to the ratio."""
+    return Estimate(*(math.exp(x) for x in (estimate.value, estimate.low, estimate.high)), estimate.confidence)
+
+
+def linear_combination(terms: Sequence[tuple[float, Estimate]], constant: float = 0.0) -> Estimate:
+    """`constant + sum of coefficient * estimate` of independent estimates, by the method of variance recovery.
+
+    Each end's distance from the value is the root sum of squares of the terms' distances on the side that moves it
+    (Zou and Donner 2008), which keeps lopsided intervals lopsided.
+
+    Raises:
+        ValueError: the terms' confidences differ.
+    """
+    if len({estimate.confidence for _, estimate in terms}) != 1:
+        raise ValueError(f"confidences are {[e.confidence for _, e in terms]}; combine intervals of one confidence")
+    value = constant + sum(c * e.value for c, e in terms)
+    below = math.hypot(*(c * (e.value - (e.low if c > 0 else e.high)) for c, e in terms))
+    above = math.hypot(*(c * ((e.high if c > 0 else e.low) - e.value) for c, e in terms))
+    return Estimate(value, value - below, value + above, terms[0][1].confidence)
+
+
+def ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
+    """numerator / denominator of independent positive estimates, from their intervals alone, on the log scale.
+
+    Raises:
+        ValueError: an interval reaches 0 or below.
+    """
+    logs = []
+    for name, side in (("numerator", numerator), ("denominator", denominator)):
+        if not side.low > 0:
+            raise ValueError(f"the {name}'s interval starts at {side.low:g}; a ratio on the log scale needs it above 0")
+        logs.append(Estimate(*(math.log(x) for x in (side.value, side.low, side.high)), side.confidence))
+    return exponentiate(linear_combination([(1.0, logs[0]), (-1.0, logs[1])]))
+
+
+def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
+    """numerator / denominator of independent estimates where the numerator may be 0 or negative.
+
+    The method of variance recovery for ratios (Donner and Zou 2012, equation 9), from intervals alone; for a known
+    denominator it divides both ends.
+
+    Raises:
+        ValueError: confidences differ, the denominator's interval reaches 0, or it is wider above than its value.
+    """
+    if numerator.confidence != denominator.confidence:
+        raise ValueError(f"confidences are {numerator.confidence} and {denominator.confidence}; give equal ones")
+    top, bottom = numerator, denominator
+    if not (bottom.low > 0 and bottom.high < 2 * bottom.value):
+        raise ValueError(f"the denominator is {bottom.value:g} [{bottom.low:g}, {bottom.high:g}]; too near 0 to divide")
+    product = top.value * bottom.value
+
+    def end(over: float, under: float, sign: int) -> float:
+        spread = product**2 - over * under * (2 * top.value - over) * (2 * bottom.value - under)
+        return (product + sign * math.sqrt(max(spread, 0.0))) / (under * (2 * bottom.value - under))
+
+    low, high = end(top.low, bottom.high, -1), end(top.high, bottom.low, 1)
+    return Estimate(top.value / bottom.value, low, high, top.confidence)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Outcome of two one-sided tests that a ratio lies within `bounds`."""
+
+    ratio: Estimate  # geometric means, with the Welch interval whose inclusion the test decides
+    p_below: float  # against ratio <= lower bound
+    p_above: float  # against ratio >= upper bound
+    bounds: tuple[float, float]
+
+    @property
+    def p(self) -> float:
+        """The larger of both p values."""
+        return max(self.p_below, self.p_above)
+
+    @property
+    def equivalent(self) -> bool:
+        """True where both are rejected at the level that the interval implies (.05 for 90 %)."""
+        return self.p < (1 - self.ratio.confidence) / 2
+
+
+def equivalence_test(
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    *,
+    bounds: tuple[float, float] = EQUAL,
+    confidence: float = CONFIDENCE,
+) -> Equivalence:
+    """Two one-sided Welch t-tests that the ratio of geometric means lies within `bounds` (Schuirmann 1987).
+
+    One value for each training seed (the mean over its dictionary seeds), all positive.
+
+    Raises:
+        ValueError: fewer than two values on a side, one not positive, or no variation on either side.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (numerator, denominator)]
+    if min(len(side) for side in sides) < 2:
+        raise ValueError(f"{len(sides[0])} and {len(sides[1])} training seeds; a test of equivalence needs two of each")
+    if not all((side > 0).all() for side in sides):
+        raise ValueError(f"the smallest values are {sides[0].min():g} and {sides[1].min():g}; logs need all above 0")
+    top, bottom = (np.log(side) for side in sides)
+    if max(np.ptp(top), np.ptp(bottom)) == 0:
+        raise ValueError("all seeds agree exactly, so there is no variance to test with; check that they differ")
+    low, high = (math.log(bound) for bound in bounds)
+    p_below = stats.ttest_ind(top, bottom + low, equal_var=False, alternative="greater").pvalue
+    p_above = stats.ttest_ind(top, bottom + high, equal_var=False, alternative="less").pvalue
+    ends = stats.ttest_ind(top, bottom, equal_var=False).confidence_interval(confidence)
+    ratio = Estimate(float(top.mean() - bottom.mean()), float(ends.low), float(ends.high), confidence)
+    return Equivalence(exponentiate(ratio), float(p_below), float(p_above), bounds)

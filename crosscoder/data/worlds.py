@@ -1,0 +1,204 @@
+"""Pairs of worlds: the same features, firing on the same tokens, in a deep narrow space A and a shallow wide space B.
+
+A has L layers of width D, B has L / 4 of width 2 D: equal parameters, half the neurons. How long features last and how
+they turn is chosen, so the answer that a comparison of the two should give is known beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosscoder.data.synthetic import (
+    Firing,
+    check_exclusive,
+    draw_activations,
+    firing_probabilities,
+    mean_interference_dimension,
+    window_profile,
+)
+from crosscoder.data.tokens import seeded_generator
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+DEPTH_RATIO, WIDTH_RATIO = 4, 2
+TOLERANCE = 0.01  # relative: how far a wished d_eff may lie beyond what windows can give
+
+
+def planted_slot_ratio(gamma: float) -> float:
+    """R = 2 * 4^-gamma: features in occupied slots per neuron, B over A, if lifespans grow as L^gamma."""
+    return WIDTH_RATIO * DEPTH_RATIO**-gamma
+
+
+def planted_density_ratio(delta: float) -> float:
+    """R = 4^delta / 2: entropy load per effective dimension, B over A, if d_eff grows as D L^delta."""
+    return DEPTH_RATIO**delta / WIDTH_RATIO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """One set of features for two shapes.
+
+    gamma: a feature lasts L^gamma layers on average, in one window. 0: one layer; 1: all.
+    delta: d_eff = D L^delta, reached by how far features turn from layer to layer; None is 1 - gamma, features that do
+        not turn. Windows allow 1 - gamma to 1 if L^gamma divides L, and a little less otherwise.
+    """
+
+    n_features: int = 64
+    n_layers: int = 4
+    """Layers of A; a multiple of 4."""
+    d_model: int = 16
+    """Width of A."""
+    gamma: float = 0.5
+    delta: float | None = None
+    p_min: float = 0.01
+    p_max: float = 0.05
+    firing: Firing = dataclasses.field(default_factory=Firing)
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_features < 2:
+            raise ValueError(f"n_features is {self.n_features}, expected at least 2")
+        if self.n_layers < DEPTH_RATIO or self.n_layers % DEPTH_RATIO:
+            raise ValueError(f"n_layers is {self.n_layers}, expected a multiple of {DEPTH_RATIO} (B has a quarter)")
+        if self.d_model < 2:
+            raise ValueError(f"d_model is {self.d_model}, expected at least 2")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}, expected 0 to 1")
+        if not 0 < self.p_min <= self.p_max <= 1:
+            raise ValueError(f"expected 0 < p_min <= p_max <= 1, got {self.p_min} and {self.p_max}")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ValueError(f"noise is {self.noise}, expected 0 or more")
+        check_exclusive(self.firing, self.p_max)
+
+    def shape(self, side: Side) -> tuple[int, int]:
+        """`(layers, width)` of one side."""
+        if side == "A":
+            return self.n_layers, self.d_model
+        return self.n_layers // DEPTH_RATIO, self.d_model * WIDTH_RATIO
+
+
+class WorldPair:
+    """Truth of both sides: `decoder_FLD` and `cosine` (of neighbouring layers) by side, `probability_F` in common.
+
+    Feature i is the same on both sides: it fires on the same tokens with the same activation, and its window lies at
+    the same relative depth. Its joint direction has norm 1 on either side.
+
+    Raises:
+        ValueError: no turning of the features gives the wished d_eff; names what is possible.
+    """
+
+    def __init__(self, config: PairConfig) -> None:
+        self.config = config
+        generator = seeded_generator("world pair", config.seed)
+        n_features = config.n_features
+        quantile_F = torch.rand(n_features, generator=generator)
+        self.probability_F = firing_probabilities(quantile_F, config.p_min, config.p_max, config.firing)
+        # Evenly spaced and shuffled, so that layers are filled evenly and mean widths are exact.
+        depth_F = (torch.randperm(n_features, generator=generator) + 0.5) / n_features
+        length_F = (torch.randperm(n_features, generator=generator) + 0.5) / n_features
+        self.decoder_FLD: dict[Side, Tensor] = {}
+        self.cosine: dict[Side, float] = {}
+        for side in SIDES:
+            n_layers, d_model = config.shape(side)
+            windows = _windows(n_layers, n_layers**config.gamma, depth_F, length_F)
+            cosine = _turning(windows, n_layers, self.delta)
+            own = seeded_generator("world pair", config.seed, side)
+            rows = [window_profile(n_layers, d_model, *window, cosine, own) for window in windows]
+            scale_F = torch.tensor([width**-0.5 for _, width in windows])
+            self.decoder_FLD[side] = torch.stack(rows) * scale_F[:, None, None]
+            self.cosine[side] = cosine
+
+    @property
+    def delta(self) -> float:
+        """The planted exponent of d_eff in L."""
+        return 1 - self.config.gamma if self.config.delta is None else self.config.delta
+
+    def planted_rho(self, side: Side) -> float:
+        """Mean layers a feature occupies, L^gamma."""
+        return self.config.shape(side)[0] ** self.config.gamma
+
+    def planted_dimension(self, side: Side) -> float:
+        """d_eff = D L^delta, for which the turning was chosen."""
+        n_layers, d_model = self.config.shape(side)
+        return d_model * n_layers**self.delta
+
+    def drawn_dimension(self, side: Side) -> float:
+        """d_eff of the directions that were drawn; near `planted_dimension` for many features."""
+        return mean_interference_dimension(self.decoder_FLD[side])
+
+    def sample(self, n: int, seed: int, index: int = 0) -> tuple[dict[Side, Tensor], Tensor]:
+        """`({side: x_BLD}, activations_BF)` of `n` tokens, a pure function of (seed, index, n)."""
+        activations_BF = self._activations(n, seed, index)
+        return {side: self._place(side, activations_BF, seed, index) for side in SIDES}, activations_BF
+
+    def batches(self, side: Side, batch_size: int, n_steps: int, seed: int) -> Iterator[Tensor]:
+        """`n_steps` batches `x_BLD` of one side; with the same seed the other side's show the same tokens."""
+        for index in range(n_steps):
+            yield self._place(side, self._activations(batch_size, seed, index), seed, index)
+
+    def _activations(self, n: int, seed: int, index: int) -> Tensor:
+        generator = seeded_generator("pair batch", seed, index)
+        return draw_activations(n, self.probability_F, self.config.firing, generator)
+
+    def _place(self, side: Side, activations_BF: Tensor, seed: int, index: int) -> Tensor:
+        x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD[side])
+        if self.config.noise:
+            generator = seeded_generator("pair noise", side, seed, index)
+            x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator)
+        return x_BLD
+
+
+def _windows(n_layers: int, mean_width: float, depth_F: Tensor, length_F: Tensor) -> list[tuple[int, int]]:
+    """`(first layer, width)` of each feature: whole widths around `mean_width`, laid side by side from layer 0.
+
+    Windows of one width do not overlap (but for the last, where the width does not divide L): only so can features
+    that do not turn have d_eff = D L / width.
+    """
+    narrow = math.floor(mean_width + 1e-9)
+    windows = []
+    for depth, length in zip(depth_F.tolist(), length_F.tolist()):
+        width = min(narrow + (length < mean_width - narrow), n_layers)
+        n_places = -(-n_layers // width)
+        windows.append((min(int(depth * n_places) * width, n_layers - width), width))
+    return windows
+
+
+def _turning(windows: list[tuple[int, int]], n_layers: int, delta: float) -> float:
+    """The cosine of neighbouring layers, 0 to 1, at which these windows have d_eff = D L^delta, by bisection."""
+    wished = n_layers**delta
+    most, least = (_dimension_per_width(windows, cosine) for cosine in (0.0, 1.0))
+    if not least * (1 - TOLERANCE) <= wished <= most * (1 + TOLERANCE):
+        low, high = (math.log(value) / math.log(n_layers) if n_layers > 1 else 0.0 for value in (least, most))
+        raise ValueError(
+            f"delta = {delta:g} cannot be had at {n_layers} layers with these lifespans; "
+            f"expected {low:.2f} to {high:.2f}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _dimension_per_width(windows, middle) > wished else (low, middle)
+    return 1.0 if least >= wished * (1 - TOLERANCE / 10) else high
+
+
+def _dimension_per_width(windows: list[tuple[int, int]], cosine: float) -> float:
+    """d_eff / D expected of features drawn at random from these windows.
+
+    Independent features with shares o of common layers have E[G^2] = sum_lm cosine^(2|l - m|) / (D w_i w_j) over
+    pairs of common layers, because a direction k layers on still has the mean cosine^k along the first.
+    """
+    kinds = sorted(set(windows))
+    share = [windows.count(kind) / len(windows) for kind in kinds]
+    total = 0.0
+    for (first, width), share_a in zip(kinds, share):
+        for (other_first, other_width), share_b in zip(kinds, share):
+            common = min(first + width, other_first + other_width) - max(first, other_first)
+            terms = [(common - k) * cosine ** (2 * k) * (1 if k == 0 else 2) for k in range(max(common, 0))]
+            total += share_a * share_b * sum(terms) / (width * other_width)
+    return 1 / total

@@ -1,0 +1,85 @@
+"""Pairs of worlds: the same features on the same tokens, with the lifespans and dimensions that were asked for."""
+
+import pytest
+import torch
+
+from crosscoder.data.worlds import SIDES, PairConfig, WorldPair, planted_density_ratio, planted_slot_ratio
+
+
+@pytest.mark.parametrize(("gamma", "ratio"), [(0, 2), (0.5, 1), (1, 0.5)])
+def test_planted_ratios(gamma, ratio):
+    assert planted_slot_ratio(gamma) == pytest.approx(ratio)
+    assert planted_density_ratio(1 - gamma) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "gamma", "delta"),
+    [
+        *[(16, 0, None), (16, 0.5, None), (16, 1, None), (4, 0, None), (4, 0.5, None), (4, 1, None)],
+        *[(16, 1, 0.5), (8, 1, 0.5), (16, 0.5, 0.75), (8, 0.5, 0.8)],
+    ],
+)
+def test_lifespans_and_dimensions_are_those_asked_for(n_layers, gamma, delta):
+    pair = WorldPair(PairConfig(n_features=512, n_layers=n_layers, d_model=32, gamma=gamma, delta=delta))
+    for side in SIDES:
+        depth, width = pair.config.shape(side)
+        decoder_FLD = pair.decoder_FLD[side]
+        assert decoder_FLD.shape == (512, depth, width)
+        torch.testing.assert_close(decoder_FLD.flatten(1).norm(dim=1), torch.ones(512))
+        rho_F = (decoder_FLD.norm(dim=2) > 0).sum(1).float()
+        assert rho_F.mean().item() == pytest.approx(depth**gamma, abs=1 / 512 + 1e-6)
+        assert pair.planted_rho(side) == pytest.approx(depth**gamma)
+        assert pair.planted_dimension(side) == pytest.approx(width * depth**pair.delta)
+        assert pair.drawn_dimension(side) == pytest.approx(pair.planted_dimension(side), rel=0.05)
+        assert decoder_FLD.norm(dim=2).gt(0).any(0).all(), "every layer is used"
+    ratio = pair.planted_dimension("A") / pair.planted_dimension("B")
+    assert ratio == pytest.approx(planted_density_ratio(pair.delta))
+
+
+def test_features_are_the_same_on_both_sides():
+    pair = WorldPair(PairConfig(n_layers=8, gamma=0.5, delta=0.8))
+    x, activations_BF = pair.sample(100, seed=3, index=1)
+    for side in SIDES:
+        torch.testing.assert_close(x[side], torch.einsum("bf,fld->bld", activations_BF, pair.decoder_FLD[side]))
+        assert torch.equal(list(pair.batches(side, 100, 2, seed=3))[1], x[side])
+    layers = {
+        side: pair.decoder_FLD[side].norm(dim=2).gt(0).float() @ (torch.arange(pair.config.shape(side)[0]) + 0.5)
+        for side in SIDES
+    }
+    widths = {side: pair.decoder_FLD[side].norm(dim=2).gt(0).sum(1) for side in SIDES}
+    depth_A, depth_B = layers["A"] / widths["A"] / 8, layers["B"] / widths["B"] / 2
+    assert (depth_A - depth_B).abs().max() <= 0.5, "at the same relative depth, as far as two layers can tell"
+    assert torch.corrcoef(torch.stack([depth_A, depth_B]))[0, 1] > 0.3
+
+
+def test_noise_differs_between_sides_and_follows_the_seeds():
+    quiet, loud = WorldPair(PairConfig()), WorldPair(PairConfig(noise=0.5))
+    x, y = quiet.sample(3000, seed=0)[0], loud.sample(3000, seed=0)[0]
+    for side in SIDES:
+        assert (y[side] - x[side]).std().item() == pytest.approx(0.5, rel=0.03)
+        assert torch.equal(loud.sample(3000, seed=0)[0][side], y[side])
+        assert not torch.equal(loud.sample(3000, seed=1)[0][side], y[side])
+    assert not torch.equal((y["A"] - x["A"]).flatten()[:1000], (y["B"] - x["B"]).flatten()[:1000])
+    assert not torch.equal(WorldPair(PairConfig(seed=1)).decoder_FLD["A"], quiet.decoder_FLD["A"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"n_layers": 6},
+        {"n_layers": 2},
+        {"gamma": 1.5},
+        {"n_features": 1},
+        {"d_model": 1},
+        {"p_min": 0.0},
+        {"noise": -1},
+    ],
+)
+def test_bad_pairs_are_refused(setting):
+    with pytest.raises(ValueError, match="expected"):
+        PairConfig(**setting)
+
+
+def test_an_impossible_dimension_is_refused_with_what_is_possible():
+    with pytest.raises(ValueError, match=r"delta = 0\.2 cannot be had at 16 layers .* expected 0\.50 to 1\.00"):
+        WorldPair(PairConfig(n_features=512, n_layers=16, gamma=0.5, delta=0.2))
