@@ -12,11 +12,13 @@ Dimension letters, used as suffixes of tensor names everywhere (`x_BLD`, `values
 from crosscoder.dictionary import (
     BatchTopK,
     Crosscoder,
+    JumpReLU,
     LayerwiseSAE,
+    ReLU,
     SparseCode,
     TopK,
     load_dictionary,
 )
 
 __version__ = "0.1.0"
-__all__ = ["BatchTopK", "Crosscoder", "LayerwiseSAE", "SparseCode", "TopK", "load_dictionary"]
+__all__ = ["BatchTopK", "Crosscoder", "JumpReLU", "LayerwiseSAE", "ReLU", "SparseCode", "TopK", "load_dictionary"]

@@ -104,6 +104,8 @@ class Train(Common):
     """Train one dictionary on stored activations; a killed run continues with --resume to the same bits.
 
     Example: crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
+    Example: crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
+    Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
     """
 
     activations: Path

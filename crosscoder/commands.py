@@ -12,7 +12,7 @@ from typing import Any
 from crosscoder import cli
 from crosscoder.experiments import subject_study
 from crosscoder.experiments.aspect_ratio import run_study, study_cells
-from crosscoder.experiments.budget import CLASSES
+from crosscoder.experiments.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
 from crosscoder.experiments.cells import Cell
 from crosscoder.experiments.presets import PRESETS, StudyConfig
 from crosscoder.experiments.stages import study_folder
@@ -230,16 +230,19 @@ ACTIONS: dict[type, Callable[[Any], None]] = {
 }
 
 
-def dictionary_needs(arm: str, n_layers: int, d_model: int, n_features: int, k: int, batch: int) -> Needs:
-    """What training one dictionary takes, from its shape alone."""
-    from crosscoder.dictionary import DICTIONARIES, DictionaryConfig, TopK
+def dictionary_needs(arm: Arm, n_layers: int, d_model: int, budget: DictionaryBudget) -> Needs:
+    """What training one dictionary takes, from its shape and rule alone."""
+    from crosscoder.dictionary import DICTIONARIES, DictionaryConfig
     from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
-    config = DictionaryConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, sparsity=TopK(k=k))
+    batch, n_features = budget.batch, budget.n_features
+    config = DictionaryConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, sparsity=budget.sparsity(arm))
     shapes = DICTIONARIES[CLASSES[arm]].tensor_shapes(config)
     sizes = {name: _product(shape) for name, shape in shapes.items() if name not in ("threshold", "input_scale")}
     parameters = sum(sizes.values())
-    pairs = batch * k * (1 if arm == "crosscoder" else n_layers)
+    # Before a penalty has had its effect about half of all features are active.
+    active = n_features // 2 if budget.selection in HAS_PENALTY else budget.k(arm)
+    pairs = batch * active * (1 if arm == "crosscoder" else n_layers)
     return [
         (f"{arm}: parameters", f"{parameters:,}"),
         (f"{arm}: weights", human_bytes(4 * parameters)),
@@ -270,8 +273,7 @@ def needs(command: cli.Command) -> Needs:
             return _harvest_needs(command)
         case cli.Train():
             store = _stored_shape(command.activations / "train", command.site)
-            b = command.budget
-            return dictionary_needs(command.arm, *store, b.n_features, b.sparsity(command.arm).k, b.batch)
+            return dictionary_needs(command.arm, *store, command.budget)
         case cli.Evaluate():
             return [
                 ("reads", f"{command.dictionary}, {command.activations}"),
@@ -362,8 +364,7 @@ def _study_needs(config: StudyConfig) -> Needs:
         disk += tokens * (shape.n_layers + 1) * shape.d_model * 4
         for arm in CLASSES:
             cell: Cell = next(c for c in cells if c.subject == name and c.arm == arm and c.role == "main")
-            k, b = cell.budget.sparsity(cell.arm).k, cell.budget
-            found = dictionary_needs(arm, shape.n_layers, shape.d_model, b.n_features, k, b.batch)
+            found = dictionary_needs(cell.arm, shape.n_layers, shape.d_model, cell.budget)
             rows += [(f"{name}, {label}", value) for label, value in found]
     kept = "kept" if config.keep_activations else "removed at the end"
     rows.append((f"activations on disk ({kept})", human_bytes(disk)))

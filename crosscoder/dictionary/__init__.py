@@ -12,7 +12,17 @@ from crosscoder.dictionary.interface import (
     SparseCode,
 )
 from crosscoder.dictionary.layerwise import LayerwiseSAE
-from crosscoder.dictionary.sparsity import BatchTopK, Sparsity, TopK
+from crosscoder.dictionary.sparsity import (
+    BatchTopK,
+    JumpReLU,
+    L0Penalty,
+    NormPenalty,
+    ReLU,
+    Sparsity,
+    TanhPenalty,
+    TargetL0Penalty,
+    TopK,
+)
 
 DICTIONARIES: dict[str, Any] = {"Crosscoder": Crosscoder, "LayerwiseSAE": LayerwiseSAE}
 
@@ -29,9 +39,15 @@ __all__ = [
     "Dictionary",
     "DictionaryConfig",
     "DictionaryOutput",
+    "JumpReLU",
+    "L0Penalty",
     "LayerwiseSAE",
+    "NormPenalty",
+    "ReLU",
     "SparseCode",
     "Sparsity",
+    "TanhPenalty",
+    "TargetL0Penalty",
     "TopK",
     "load_dictionary",
 ]

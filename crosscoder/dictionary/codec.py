@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 import triton_kernels
 from crosscoder.dictionary.interface import DictionaryConfig, Grouped, SparseCode
-from crosscoder.dictionary.sparsity import BatchTopK, TopK
+from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
 
 def selection_scale(grouped: Grouped, config: DictionaryConfig) -> Tensor | None:
     """What each feature's score is multiplied by in selection, `[G, F]`, without gradient; None for no scaling."""
     if config.selection_weight == "none":
         return None
-    decoder_GFN = grouped.decoder_GFN.detach()
-    if config.selection_weight == "l2":
+    return decoder_norms(grouped.decoder_GFN.detach(), config.selection_weight, d_model=config.d_model)
+
+
+def decoder_norms(decoder_GFN: Tensor, norm: Literal["l1", "l2"], *, d_model: int) -> Tensor:
+    """The norm of each feature's decoder row, `[G, F]`: of all layers together (`l2`), or summed over layers (`l1`)."""
+    if norm == "l2":
         return decoder_GFN.norm(dim=-1)
-    return decoder_GFN.unflatten(-1, (-1, config.d_model)).norm(dim=-1).sum(-1)
+    return decoder_GFN.unflatten(-1, (-1, d_model)).norm(dim=-1).sum(-1)
+
+
+def thresholds(grouped: Grouped, config: DictionaryConfig, threshold_G: Tensor) -> Tensor:
+    """The score above which each feature is active, `[G, F]`, for rules and modes that have one.
+
+    Raises:
+        ValueError: a BatchTopK dictionary in evaluation mode has no threshold yet.
+    """
+    bias_GF = grouped.encoder_bias_GF
+    match config.sparsity:
+        case ReLU():
+            return torch.zeros_like(bias_GF)
+        case JumpReLU():
+            assert grouped.log_threshold_GF is not None
+            return grouped.log_threshold_GF.exp()
+        case _:
+            if not bool(torch.isfinite(threshold_G).all()):
+                raise ValueError(
+                    "this BatchTopK dictionary has no inference threshold yet: train it first, or call .train() "
+                    "to select by the batch"
+                )
+            return threshold_G[:, None].expand(bias_GF.shape)
 
 
 def encode_grouped(
@@ -44,14 +72,10 @@ def encode_grouped(
             return values, features, offsets, None
         case BatchTopK(k=k) if training:
             return triton_kernels.encode_batch_top_k(*arguments, k, product, working_GFN)
-        case BatchTopK():
-            if not bool(torch.isfinite(threshold_G).all()):
-                raise ValueError(
-                    "this BatchTopK dictionary has no inference threshold yet: train it first, or call .train() "
-                    "to select by the batch"
-                )
-            threshold_GF = threshold_G[:, None].expand(bias_GF.shape)
-            out = triton_kernels.encode_threshold(*arguments, threshold_GF, 0.0, product, working_GFN)
+        case rule:
+            threshold_GF = thresholds(grouped, config, threshold_G)
+            window = rule.window if training and isinstance(rule, JumpReLU) else 0.0
+            out = triton_kernels.encode_threshold(*arguments, threshold_GF, window, product, working_GFN)
             return (*out[:3], None)
 
 
@@ -105,6 +129,12 @@ def encode_dense_grouped(
             order = score_GX.sort(dim=-1, descending=True, stable=True).indices[:, : k * x_BGN.shape[0]]
             kept_GX = torch.zeros_like(score_GX, dtype=torch.bool).scatter(-1, order, True)
             kept_BGF = kept_GX.view(-1, x_BGN.shape[0], config.n_features).transpose(0, 1)
+        case JumpReLU(window=window) if training:
+            theta_GF = thresholds(grouped, config, threshold_G)
+            inside_BGF = (z_BGF > 0) & ((z_BGF - theta_GF).abs() < window / 2)
+            pull_BGF = torch.where(inside_BGF, -theta_GF / window, 0).detach()
+            # Zero, but with the pseudo-derivative to theta (Rajamanoharan et al. 2024, section 3).
+            return torch.where(score_BGF > theta_GF, z_BGF.relu(), 0) + pull_BGF * (theta_GF - theta_GF.detach())
         case _:
-            kept_BGF = score_BGF > threshold_G[:, None]
+            kept_BGF = score_BGF > thresholds(grouped, config, threshold_G)
     return torch.where(kept_BGF, z_BGF.relu(), 0)

@@ -17,6 +17,7 @@ from crosscoder.dictionary.interface import (
     checked_input,
     finite_input,
 )
+from crosscoder.dictionary.sparsity import JumpReLU
 
 
 class Crosscoder(nn.Module):
@@ -26,8 +27,9 @@ class Crosscoder(nn.Module):
     their relu, and `recon_l = sum_f code_f decoder[f, l] + decoder_bias_l`. With L = 1 it is an ordinary SAE.
 
     Keyword arguments are those of `DictionaryConfig`. Parameters: `encoder`, `decoder` `[F, L, D]`, `encoder_bias`
-    `[F]`, `decoder_bias` `[L, D]`. Buffers: `threshold` `[1]` (BatchTopK at inference; nan until trained) and
-    `input_scale` `[L]` (what raw activations were multiplied by to become this dictionary's inputs).
+    `[F]`, `decoder_bias` `[L, D]`, and with JumpReLU `log_threshold` `[F]`. Buffers: `threshold` `[1]` (BatchTopK at
+    inference; nan until trained) and `input_scale` `[L]` (what raw activations were multiplied by to become this
+    dictionary's inputs).
 
     Raises:
         ValueError: a setting is out of range, or k > n_features.
@@ -42,8 +44,10 @@ class Crosscoder(nn.Module):
         self.decoder = nn.Parameter(decoder_FLD)
         self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
         self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
+        self.register_parameter("log_threshold", initial.log_threshold(shapes, config.sparsity))
         self.register_buffer("threshold", torch.full(shapes["threshold"], float("nan")))
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+        self.log_threshold: nn.Parameter | None
         self.threshold: Tensor
         self.input_scale: Tensor
         self.working_encoder: Tensor | None = None  # the trainer's, between two of its steps
@@ -51,7 +55,7 @@ class Crosscoder(nn.Module):
     @staticmethod
     def tensor_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a dictionary of this config holds, without making one."""
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "encoder": (config.n_features, config.n_layers, config.d_model),
             "decoder": (config.n_features, config.n_layers, config.d_model),
             "encoder_bias": (config.n_features,),
@@ -59,6 +63,9 @@ class Crosscoder(nn.Module):
             "threshold": (1,),
             "input_scale": (config.n_layers,),
         }
+        if isinstance(config.sparsity, JumpReLU):
+            shapes["log_threshold"] = (config.n_features,)
+        return shapes
 
     def grouped(self) -> Grouped:
         """The parameters with L and D flattened, as one dictionary of width N = L * D."""
@@ -68,6 +75,7 @@ class Crosscoder(nn.Module):
             self.encoder_bias[None],
             self.decoder_bias.flatten()[None],
             None if self.working_encoder is None else self.working_encoder.flatten(1)[None],
+            None if self.log_threshold is None else self.log_threshold[None],
         )
 
     def decoder_FLD(self) -> Tensor:

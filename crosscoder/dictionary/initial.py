@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosscoder.dictionary.interface import Dictionary
-from crosscoder.dictionary.sparsity import BatchTopK
+from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, Sparsity
 
 
 def unit_rows(shape: tuple[int, ...], *, row_dims: int, seed: int) -> Tensor:
@@ -16,6 +17,13 @@ def unit_rows(shape: tuple[int, ...], *, row_dims: int, seed: int) -> Tensor:
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     dims = tuple(range(-row_dims, 0))
     return rows / rows.norm(dim=dims, keepdim=True)
+
+
+def log_threshold(shapes: dict[str, tuple[int, ...]], sparsity: Sparsity) -> nn.Parameter | None:
+    """The logarithm of JumpReLU's threshold, the same for every feature at first; None for other rules."""
+    if not isinstance(sparsity, JumpReLU):
+        return None
+    return nn.Parameter(torch.full(shapes["log_threshold"], math.log(sparsity.threshold)))
 
 
 def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:

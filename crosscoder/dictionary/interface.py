@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from crosscoder.dictionary.sparsity import Sparsity, TopK
+from crosscoder.dictionary.sparsity import BatchTopK, Sparsity, TopK
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,8 @@ class SparseCode:
 
     Row r owns pairs `offsets[r] : offsets[r + 1]`; within a row features ascend. For a crosscoder a row is a token
     and `batch_shape` is the input's leading shape; for a bank a row is a (token, layer), `batch_shape` ends in L, and
-    `features` count from 0 within each layer. Values are >= 0; a TopK code may hold zeros, which are not active.
+    `features` count from 0 within each layer. Values are >= 0; codes of TopK, and of JumpReLU in training, may hold
+    zeros, which are not active.
     """
 
     values: Tensor  # [P]
@@ -49,6 +51,18 @@ class SparseCode:
         counts.index_add_(0, self.rows(), (self.values > 0).long())
         return counts.view(self.batch_shape)
 
+    def prefix(self, size: int) -> SparseCode:
+        """The code of the first `size` features alone, in a bank of each layer's; the same rows and `n_features`."""
+        kept_P = self.features < size
+        ends = torch.nn.functional.pad(kept_P.cumsum(0), (1, 0))
+        return replace(
+            self,
+            values=self.values[kept_P],
+            features=self.features[kept_P],
+            offsets=ends[self.offsets],
+            global_features=None if self.global_features is None else self.global_features[kept_P],
+        )
+
     def to_dense(self) -> Tensor:
         """The code with its zeros, `[*batch_shape, F]`; differentiable in `values`. Costs R * F numbers."""
         flat = self.values.new_zeros(self.n_rows * self.n_features)
@@ -72,6 +86,8 @@ class DictionaryConfig:
         feature's whole decoder row (`l2`), or the sum over layers of its norms (`l1`, Lindsey et al. 2024).
     aux_k: dead features asked to reconstruct the residual (AuxK, Gao et al. 2024, section A.2); None chooses half the
         width that one feature reads, at most 512; 0 turns the term off.
+    prefixes: fractions of the features, ascending, that must also reconstruct alone: the first ones by index
+        (Matryoshka, Bussmann et al. 2025); with any sparsity rule. None by default.
     seed: of the initial decoder directions.
     """
 
@@ -82,6 +98,7 @@ class DictionaryConfig:
     decoder: Literal["unit", "free"] = "unit"
     selection_weight: Literal["none", "l2", "l1"] = "none"
     aux_k: int | None = None
+    prefixes: tuple[float, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +106,7 @@ class DictionaryConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
-        if self.sparsity.k > self.n_features:
+        if isinstance(self.sparsity, TopK | BatchTopK) and self.sparsity.k > self.n_features:
             raise ValueError(
                 f"k = {self.sparsity.k} active features cannot come from n_features = {self.n_features}; "
                 "lower k or raise n_features"
@@ -98,10 +115,25 @@ class DictionaryConfig:
             raise ValueError(f"decoder is {self.decoder!r}; expected 'unit' or 'free'")
         if self.selection_weight not in ("none", "l2", "l1"):
             raise ValueError(f"selection_weight is {self.selection_weight!r}; expected 'none', 'l2' or 'l1'")
+        if self.selection_weight != "none" and not isinstance(self.sparsity, TopK | BatchTopK):
+            raise ValueError(
+                f"selection_weight is {self.selection_weight!r}, but {type(self.sparsity).__name__} does not rank "
+                "features; use 'none'"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**63 - 1")
         if self.aux_k is not None and self.aux_k < 0:
             raise ValueError(f"aux_k is {self.aux_k}; expected 0 (off), a positive number, or None for the default")
+        sizes = (0, *self.prefix_sizes(), self.n_features)
+        if not isinstance(self.prefixes, tuple) or any(a >= b for a, b in pairwise(sizes)):
+            raise ValueError(
+                f"prefixes are {self.prefixes!r}, which are {sizes[1:-1]} of {self.n_features} features; expected a "
+                "tuple of rising fractions between 0 and 1, such as (0.125, 0.25, 0.5)"
+            )
+
+    def prefix_sizes(self) -> tuple[int, ...]:
+        """How many features each of `prefixes` holds, at each layer in a bank."""
+        return tuple(round(fraction * self.n_features) for fraction in self.prefixes)
 
 
 class Grouped(NamedTuple):
@@ -116,6 +148,8 @@ class Grouped(NamedTuple):
     center_GN: Tensor
     working_GFN: Tensor | None = None
     """The encoder rounded for its product, where a trainer keeps one beside it."""
+    log_threshold_GF: Tensor | None = None
+    """Of a JumpReLU dictionary."""
 
 
 class Dictionary(Protocol):

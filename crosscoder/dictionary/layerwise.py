@@ -17,6 +17,7 @@ from crosscoder.dictionary.interface import (
     checked_input,
     finite_input,
 )
+from crosscoder.dictionary.sparsity import JumpReLU
 
 
 class LayerwiseSAE(nn.Module):
@@ -26,7 +27,8 @@ class LayerwiseSAE(nn.Module):
     layer, and `recon_l = sum_f code_lf decoder[l, f] + decoder_bias_l`. With L = 1 it equals a one-layer crosscoder.
 
     Keyword arguments are those of `DictionaryConfig`. Parameters: `encoder`, `decoder` `[L, F, D]`, `encoder_bias`
-    `[L, F]`, `decoder_bias` `[L, D]`. Buffers: `threshold` `[L]` and `input_scale` `[L]`, as in `Crosscoder`.
+    `[L, F]`, `decoder_bias` `[L, D]`, and with JumpReLU `log_threshold` `[L, F]`. Buffers: `threshold` `[L]` and
+    `input_scale` `[L]`, as in `Crosscoder`.
 
     Raises:
         ValueError: a setting is out of range, or k > n_features.
@@ -41,8 +43,10 @@ class LayerwiseSAE(nn.Module):
         self.decoder = nn.Parameter(decoder_LFD)
         self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
         self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
+        self.register_parameter("log_threshold", initial.log_threshold(shapes, config.sparsity))
         self.register_buffer("threshold", torch.full(shapes["threshold"], float("nan")))
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+        self.log_threshold: nn.Parameter | None
         self.threshold: Tensor
         self.input_scale: Tensor
         self.working_encoder: Tensor | None = None  # the trainer's, between two of its steps
@@ -50,7 +54,7 @@ class LayerwiseSAE(nn.Module):
     @staticmethod
     def tensor_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a dictionary of this config holds, without making one."""
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "encoder": (config.n_layers, config.n_features, config.d_model),
             "decoder": (config.n_layers, config.n_features, config.d_model),
             "encoder_bias": (config.n_layers, config.n_features),
@@ -58,10 +62,14 @@ class LayerwiseSAE(nn.Module):
             "threshold": (config.n_layers,),
             "input_scale": (config.n_layers,),
         }
+        if isinstance(config.sparsity, JumpReLU):
+            shapes["log_threshold"] = (config.n_layers, config.n_features)
+        return shapes
 
     def grouped(self) -> Grouped:
         """The parameters as they are: L dictionaries of width D."""
-        return Grouped(self.encoder, self.decoder, self.encoder_bias, self.decoder_bias, self.working_encoder)
+        biases = self.encoder_bias, self.decoder_bias
+        return Grouped(self.encoder, self.decoder, *biases, self.working_encoder, self.log_threshold)
 
     def decoder_FLD(self) -> Tensor:
         """What each of the L * F features writes to each layer, `[L * F, L, D]`: zero off its own layer."""

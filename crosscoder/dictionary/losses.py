@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crosscoder.dictionary import codec
-from crosscoder.dictionary.interface import Dictionary, SparseCode, checked_input
+from crosscoder.dictionary.interface import Dictionary, Grouped, SparseCode, checked_input
+from crosscoder.dictionary.sparsity import JumpReLU, L0Penalty, NormPenalty, ReLU, TanhPenalty, TargetL0Penalty
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, section A.2
 MAX_DEFAULT_AUX_K = 512
@@ -27,24 +28,73 @@ class LossOutput(NamedTuple):
     """Reconstruction minus input, without gradient."""
 
 
-def loss_terms(dictionary: Dictionary, x: Tensor, *, dead_GF: Tensor | None = None) -> LossOutput:
-    """`recon`, the mean squared error per number, and, where features are dead, `aux_k`.
+def loss_terms(
+    dictionary: Dictionary, x: Tensor, *, dead_GF: Tensor | None = None, penalty_factor: float = 1.0
+) -> LossOutput:
+    """`recon`, the mean squared error per number, and what the config asks for beside it.
+
+    `recon_prefixes`: errors of `config.prefixes` alone. With the whole dictionary they are M nested ones, each counts
+    1 / M, and `recon` holds the whole one's share (Bussmann et al. 2025, arXiv 2503.17547, section 3, as a mean).
+    `penalty`: what the sparsity rule charges. `aux_k`: where features are dead, see `_auxiliary_loss`.
 
     Decoding and error are one operator, so the reconstruction itself is never stored.
 
     dead_GF: True for features that the auxiliary term should revive; None or all False leaves the term out.
+    penalty_factor: what the penalty is multiplied by, for its warm-up.
     """
-    x_BLD = checked_input(x, dictionary.config)
+    config = dictionary.config
+    x_BLD = checked_input(x, config)
     grouped = dictionary.grouped()
     x_BGN = x_BLD.reshape(x_BLD.shape[0], *grouped.center_GN.shape)
     code = dictionary.encode(x_BLD)
-    n_parts = dictionary.config.n_layers // x_BGN.shape[1]
+    n_parts = config.n_layers // x_BGN.shape[1]
     error_BGN, squares_GL = codec.squared_error(x_BGN, code, grouped, n_parts=n_parts)
     error_BLD = error_BGN.detach().view(x_BLD.shape)
-    terms = {"recon": squares_GL.sum() / x_BLD.numel()}
-    if dead_GF is not None and dictionary.config.aux_k != 0 and bool(dead_GF.any()):
+    n_numbers = x_BLD.numel() * (1 + len(config.prefixes))
+    terms = {"recon": squares_GL.sum() / n_numbers}
+    if config.prefixes:
+        nested = [code.prefix(size) for size in config.prefix_sizes()]
+        squares = [codec.squared_error(x_BGN, part, grouped, n_parts=n_parts)[1].sum() for part in nested]
+        terms["recon_prefixes"] = torch.stack(squares).sum() / n_numbers
+    if isinstance(config.sparsity, ReLU | JumpReLU):
+        terms["penalty"] = penalty_factor * sparsity_penalty(code, grouped, config.sparsity, d_model=config.d_model)
+    if dead_GF is not None and config.aux_k != 0 and bool(dead_GF.any()):
         terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, -error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
+
+
+def sparsity_penalty(code: SparseCode, grouped: Grouped, sparsity: ReLU | JumpReLU, *, d_model: int) -> Tensor:
+    """What the rule's penalty charges for a code, coefficient included: the mean over rows."""
+    penalty, n_rows = sparsity.penalty, max(1, code.n_rows)
+    features = codec.to_global(code, grouped.center_GN.shape[0])
+    match penalty:
+        case NormPenalty(norm=norm):
+            norms_GF = codec.decoder_norms(grouped.decoder_GFN, norm, d_model=d_model)
+            charge = (code.values * norms_GF.flatten()[features]).sum() / (n_rows * grouped.decoder_GFN.shape[-1])
+        case TanhPenalty(scale=scale):
+            norms_GF = codec.decoder_norms(grouped.decoder_GFN, "l2", d_model=d_model)
+            charge = (scale * code.values * norms_GF.flatten()[features]).tanh().sum() / n_rows
+        case L0Penalty():
+            charge = _active_per_token(code, features, grouped, sparsity).mean()
+        case TargetL0Penalty(target=target):
+            charge = (_active_per_token(code, features, grouped, sparsity) / target - 1).square().mean()
+    return penalty.coefficient * charge
+
+
+def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, sparsity: ReLU | JumpReLU) -> Tensor:
+    """The mean number of active features, `[G]`, with JumpReLU's pseudo-derivative `-1 / window` to the threshold.
+
+    A pair with value 0 is there because its score lies in the lower half of the window.
+    """
+    assert isinstance(sparsity, JumpReLU)
+    assert grouped.log_threshold_GF is not None
+    n_groups, n_features = grouped.log_threshold_GF.shape
+    theta_P = grouped.log_threshold_GF.exp().flatten()[features]
+    inside_P = code.values.detach() < theta_P.detach() + sparsity.window / 2
+    pull_P = torch.where(inside_P, (theta_P.detach() - theta_P) / sparsity.window, 0)
+    active_P = (code.values > 0).to(pull_P.dtype) + pull_P
+    totals_G = active_P.new_zeros(n_groups).index_add(0, features.long() // n_features, active_P)
+    return totals_G / max(1, code.n_rows // n_groups)
 
 
 def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor, dead_GF: Tensor) -> Tensor:
@@ -53,7 +103,7 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
     The residual already excludes the decoder bias, so none is added. Gradient reaches encoder, encoder bias and
     decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
     """
-    encoder_GFN, decoder_GFN, bias_GF, center_GN, _ = dictionary.grouped()
+    encoder_GFN, decoder_GFN, bias_GF, center_GN = dictionary.grouped()[:4]
     n_rows, n_groups, width = x_BLD.shape[0], *center_GN.shape
     x_BGN = x_BLD.reshape(n_rows, n_groups, width) - center_GN.detach()
     residual_BGN = residual_BLD.reshape(n_rows, n_groups, width)

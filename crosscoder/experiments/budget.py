@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-from crosscoder.dictionary import BatchTopK, Sparsity, TopK
+from crosscoder.dictionary import BatchTopK, JumpReLU, NormPenalty, ReLU, Sparsity, TargetL0Penalty, TopK
 from crosscoder.training import TrainConfig
 
 Arm = Literal["crosscoder", "layerwise"]
+Selection = Literal["batch_topk", "topk", "jumprelu", "l1_of_norms", "l2_of_norms"]
+HAS_PENALTY = ("jumprelu", "l1_of_norms", "l2_of_norms")
+Charged = TypeVar("Charged", TargetL0Penalty, NormPenalty)
 CLASSES: dict[str, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
 
 
@@ -19,10 +22,17 @@ class DictionaryBudget:
     n_features: int = 512
     """Features of the crosscoder, and of each layer's SAE."""
     k_crosscoder: int = 40
-    """Features active per token, over all layers."""
+    """Features active per token, over all layers. A penalty of norms does not use it."""
     k_layerwise: int = 26
-    """Features active per token and layer."""
-    selection: Literal["batch_topk", "topk"] = "batch_topk"
+    """Features active per token and layer. A penalty of norms does not use it."""
+    selection: Selection = "batch_topk"
+    """batch_topk: the best B * k of a batch of B tokens. topk: the best k of each token. jumprelu: a learned threshold
+    for each feature, with a penalty that aims at k. l1_of_norms, l2_of_norms: every positive one, with a penalty on
+    value times decoder norm, summed over layers or of all layers together; decoders are free."""
+    penalty: float | None = None
+    """Coefficient of the penalty of jumprelu, l1_of_norms or l2_of_norms. Default: the rule's own."""
+    prefixes: tuple[float, ...] = ()
+    """Rising fractions of the features, such as 0.125 0.25 0.5, that must also reconstruct alone (Matryoshka)."""
     steps: int = 540
     batch: int = 512
     learning_rate: float = 3.5e-3
@@ -37,11 +47,33 @@ class DictionaryBudget:
         most = max(self.k_crosscoder, self.k_layerwise)
         if most > self.n_features:
             raise ValueError(f"k = {most} is more than n_features = {self.n_features}; lower k or raise n_features")
+        if self.penalty is not None and self.selection not in HAS_PENALTY:
+            raise ValueError(f"penalty is {self.penalty}, but {self.selection} has none; try one of {HAS_PENALTY}")
+
+    def k(self, arm: Arm) -> int:
+        """Features active per row of one arm, by construction or as the aim."""
+        return self.k_crosscoder if arm == "crosscoder" else self.k_layerwise
 
     def sparsity(self, arm: Arm) -> Sparsity:
         """The selection rule of one arm."""
-        k = self.k_crosscoder if arm == "crosscoder" else self.k_layerwise
-        return TopK(k=k) if self.selection == "topk" else BatchTopK(k=k)
+        match self.selection:
+            case "topk":
+                return TopK(k=self.k(arm))
+            case "batch_topk":
+                return BatchTopK(k=self.k(arm))
+            case "jumprelu":
+                return JumpReLU(penalty=self._charged(TargetL0Penalty(target=self.k(arm))))
+            case "l1_of_norms":
+                return ReLU(self._charged(NormPenalty(norm="l1")))
+            case "l2_of_norms":
+                return ReLU(self._charged(NormPenalty(norm="l2")))
+
+    def decoder(self) -> Literal["unit", "free"]:
+        """Whether decoder norms are held at 1: not where the penalty weighs them."""
+        return "free" if self.selection.endswith("of_norms") else "unit"
+
+    def _charged(self, penalty: Charged) -> Charged:
+        return penalty if self.penalty is None else replace(penalty, coefficient=self.penalty)
 
     def train_config(self) -> TrainConfig:
         """The trainer's settings, the same for both arms."""
@@ -49,6 +81,7 @@ class DictionaryBudget:
             steps=self.steps,
             learning_rate=self.learning_rate,
             warmup_steps=max(1, self.steps // 5),
+            penalty_warmup_steps=max(1, self.steps // 5),
             dead_after_tokens=self.dead_after_tokens,
             precision=self.precision,
             log_every=max(1, self.steps // 20),

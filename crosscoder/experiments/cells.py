@@ -61,7 +61,7 @@ class Cell:
     @property
     def name(self) -> str:
         """A file name that tells the cells of one study apart."""
-        k = self.budget.sparsity(self.arm).k
+        k = self.budget.k(self.arm)
         return f"{self.subject}-{self.state}-{self.site}-{self.arm}-n{self.budget.n_features}-k{k}"
 
     def identity(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Cell:
             "arm": self.arm,
             "role": self.role,
             "n_features": self.budget.n_features,
-            "k": self.budget.sparsity(self.arm).k,
+            "k": self.budget.k(self.arm),
         }
 
 
@@ -131,6 +131,8 @@ def new_dictionary(arm: Arm, view: SiteView, budget: DictionaryBudget, *, seed: 
         d_model=view.d_model,
         n_features=budget.n_features,
         sparsity=budget.sparsity(arm),
+        decoder=budget.decoder(),
+        prefixes=budget.prefixes,
         seed=seed,
     )
     dictionary.input_scale.copy_(view.scale_L)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ def study_needs(
         ("activations on disk", human_bytes(4 * tokens * n_layers * found.hidden_size)),
         ("dictionaries", str(2 * len(config.seeds))),
     ]
-    per_arm: Mapping[Arm, int] = {"layerwise": budget.k_layerwise, "crosscoder": budget.k_crosscoder}
-    for arm, k in per_arm.items():
-        rows += dictionary_needs(arm, n_layers, found.hidden_size, budget.n_features, k, budget.batch)
+    arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
+    for arm in arms:
+        rows += dictionary_needs(arm, n_layers, found.hidden_size, budget)
     return rows

@@ -16,7 +16,7 @@ from crosscoder.dictionary.interface import checked_input
 from crosscoder.dictionary.losses import explained_variance, loss_terms
 from crosscoder.training.checkpoint import TrainState
 from crosscoder.training.run_folder import Entry
-from crosscoder.training.schedule import learning_rate_factor
+from crosscoder.training.schedule import learning_rate_factor, linear_rise
 
 
 class NonFiniteError(FloatingPointError):
@@ -30,6 +30,7 @@ class TrainConfig:
     steps: how many; None takes every batch. With None and batches of unknown number the rate never decays.
     learning_rate: the peak, for Adam with betas (0.9, 0.999).
     warmup_steps, decay_fraction: linear rise over the first steps, linear fall over the last fraction of the run.
+    penalty_warmup_steps: linear rise of the penalty of a sparsity rule that has one.
     grad_clip: largest gradient norm over all parameters, of each layer of a bank by itself; 0 turns clipping off.
     precision: `bf16` chooses the active features by scores rounded to bf16; everything else stays fp32, but for the
         products of the auxiliary term.
@@ -42,6 +43,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     decay_fraction: float = 0.3
+    penalty_warmup_steps: int = 50
     grad_clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     dead_after_tokens: int = 100_000
@@ -60,7 +62,7 @@ class TrainConfig:
             raise ValueError(f"precision is {self.precision!r}; expected 'fp32' or 'bf16'")
         if self.bias_init not in ("geometric_median", "mean", "zero"):
             raise ValueError(f"bias_init is {self.bias_init!r}; expected 'geometric_median', 'mean' or 'zero'")
-        for name in ("warmup_steps", "grad_clip", "dead_after_tokens", "checkpoint_every"):
+        for name in ("warmup_steps", "penalty_warmup_steps", "grad_clip", "dead_after_tokens", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.log_every < 1:
@@ -85,7 +87,12 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
         if state.step == 0 and not bool(dictionary.grouped().center_GN.any()):
             initialize_bias(dictionary, x_BLD, method=config.bias_init)
         with _autocast(config, x_BLD.device):
-            out = loss_terms(dictionary, x_BLD, dead_GF=state.firing.dead(config.dead_after_tokens))
+            out = loss_terms(
+                dictionary,
+                x_BLD,
+                dead_GF=state.firing.dead(config.dead_after_tokens),
+                penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
+            )
         loss = torch.stack(list(out.terms.values())).sum()
         loss.backward()
         norm_G = state.optimizer.gradient_norms()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from crosscoder import Crosscoder
 from crosscoder.cli import main
 
 COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "synthetic", "report")
@@ -106,6 +107,27 @@ def test_resume_of_a_finished_run_changes_nothing(pipeline):
     assert (pipeline / "cc/dictionary/model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize(
+    "given", [["--budget.selection", "jumprelu"], ["--budget.selection", "l1_of_norms", "--budget.penalty", "0.5"]]
+)
+def test_other_rules_train_and_are_measured(pipeline, given, capsys):
+    out = str(pipeline / given[1])
+    arguments = ["train", "--activations", str(pipeline / "acts"), "--out", out, *given, "--budget.n-features", "64"]
+    arguments += ["--budget.k-crosscoder", "8", "--budget.steps", "20", "--budget.prefixes", "0.25", "0.5"]
+    assert main([*arguments, "--dry-run"]) == 0
+    stated = capsys.readouterr().out
+    assert main(arguments) == 0
+    folder = pipeline / given[1] / "dictionary"
+    config = json.loads((folder / "config.json").read_text())["settings"]
+    assert config["prefixes"] == [0.25, 0.5]
+    assert config["sparsity"]["kind"] == {"jumprelu": "JumpReLU", "l1_of_norms": "ReLU"}[given[1]]
+    assert config["decoder"] == {"jumprelu": "unit", "l1_of_norms": "free"}[given[1]]
+    assert f"{sum(p.numel() for p in Crosscoder.from_pretrained(folder).parameters()):,}" in stated
+    capsys.readouterr()
+    assert main(["evaluate", "--dictionary", str(folder), "--activations", str(pipeline / "acts")]) == 0
+    assert json.loads(capsys.readouterr().out)["quality"]["explained_variance"] > 0
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -125,8 +147,6 @@ def test_dry_run_counts_before_any_work(tmp_path, capsys):
 
 
 def test_dry_run_states_the_true_number_of_parameters(pipeline, capsys):
-    from crosscoder import Crosscoder
-
     arguments = ["train", "--activations", str(pipeline / "acts"), "--out", "unused", "--dry-run"]
     assert main([*arguments, "--budget.n-features", "64"]) == 0
     true = sum(p.numel() for p in Crosscoder.from_pretrained(pipeline / "cc/dictionary").parameters())

@@ -146,6 +146,7 @@ def test_wrong_batches_are_refused():
         ({"bias_init": "median"}, "bias_init is 'median'"),
         ({"log_every": 0}, "log_every is 0"),
         ({"grad_clip": -1.0}, "grad_clip is -1.0"),
+        ({"penalty_warmup_steps": -1}, "penalty_warmup_steps is -1"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
