@@ -250,6 +250,7 @@ def dictionary_needs(arm: Arm, n_layers: int, d_model: int, budget: DictionaryBu
         (f"{arm}: optimiser (Adam moments)", human_bytes(8 * parameters)),
         (f"{arm}: batch, reconstruction, gradient", human_bytes(3 * 4 * batch * n_layers * d_model)),
         (f"{arm}: score slab (never all of [B, F])", human_bytes(4 * min(SLAB_ELEMENTS, batch * n_features))),
+        (f"{arm}: encoder rounded to bf16, where that is fast", human_bytes(2 * _product(shapes["encoder"]))),
         (f"{arm}: active pairs", human_bytes(pairs * 12)),
         (f"{arm}: one checkpoint on disk", human_bytes(12 * parameters)),
     ]

@@ -8,6 +8,7 @@ is `b * G + g`.
 Which product makes the scores is the caller's `product`. Where it is the encoder's own dtype the choice is that of
 exact scores, whether or not candidates help to find it (see `prefilter`). Where it is bf16 on a wider encoder, scores
 rounded to bf16 choose the candidates, and their exact scores decide among them and are the values.
+The CPU rounds the encoder anew at each call and leaves a given `working` copy unread.
 """
 
 from __future__ import annotations

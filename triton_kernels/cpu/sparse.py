@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_kernels.cpu import workspace
+from triton_kernels.kept import Latest
 from triton_kernels.reference import row_of_pair
 
 
@@ -30,38 +31,12 @@ class FeatureMajor(NamedTuple):
     offsets: Tensor  # [F + 1], int32
 
 
-class _Transposed(NamedTuple):
-    features_P: Tensor
-    offsets: Tensor
-    versions: tuple[int, int]
-    n_features: int
-    major: FeatureMajor
-
-
-_latest: list[_Transposed] = []
+_latest: Latest[FeatureMajor] = Latest()
 
 
 def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
-    """The code's pairs in feature-major order, from one stable sort; the latest answer is kept.
-
-    A backward pass asks for the same code three times in a row. The kept entry holds its inputs, so their memory
-    cannot be given to another code, and their version counters tell whether they were written to since.
-    """
-    if features_P.is_inference() or offsets.is_inference():
-        return _transpose(features_P, offsets, n_features)
-    versions = (features_P._version, offsets._version)
-    for kept in _latest:
-        same = kept.n_features == n_features and kept.versions == versions
-        if same and _is_same(kept.features_P, features_P) and _is_same(kept.offsets, offsets):
-            return kept.major
-    major = _transpose(features_P, offsets, n_features)
-    _latest[:] = [_Transposed(features_P.detach(), offsets.detach(), versions, n_features, major)]
-    return major
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    same_memory = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.data_ptr() == b.data_ptr()
-    return same_memory and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    """The code's pairs in feature-major order, from one stable sort; the latest answer is kept."""
+    return _latest.get(features_P, offsets, (n_features,), lambda: _transpose(features_P, offsets, n_features))
 
 
 def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
+from triton_kernels.kept import Latest
 
 CHUNK = 128
 
@@ -33,43 +34,12 @@ class FeatureMajor(NamedTuple):
     first_scratch: Tensor  # [F + 1], int32: where each feature's scratch rows begin
 
 
-class _Transposed(NamedTuple):
-    features_P: Tensor
-    offsets: Tensor
-    key: tuple[object, ...]
-    major: FeatureMajor
-
-
-_latest: list[_Transposed] = []
+_latest: Latest[FeatureMajor] = Latest()
 
 
 def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
-    """The code's pairs in feature-major order; the latest answer is kept.
-
-    A backward pass asks for the same code once a table. The kept entry holds its inputs, so their memory cannot be
-    given to another code, and their version counters tell whether they were written to since.
-    """
-    if features_P.is_inference() or offsets.is_inference():
-        return _transpose(features_P, offsets, n_features)
-    key = (n_features, CHUNK, *_identity(features_P), *_identity(offsets))
-    for kept in _latest:
-        if kept.key == key:
-            return kept.major
-    major = _transpose(features_P, offsets, n_features)
-    _latest[:] = [_Transposed(features_P.detach(), offsets.detach(), key, major)]
-    return major
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return (
-        tensor.untyped_storage()._cdata,
-        tensor.data_ptr(),
-        tensor._version,
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.device,
-    )
+    """The code's pairs in feature-major order; the latest answer is kept."""
+    return _latest.get(features_P, offsets, (n_features, CHUNK), lambda: _transpose(features_P, offsets, n_features))
 
 
 def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
