@@ -36,7 +36,7 @@ class Latest(Generic[Answer]):
         key = (*settings, *_identity(features_P), *_identity(offsets))
         entry = self._entry
         if entry is not None and entry.key == key:
-            return entry.answer  # ty: ignore[invalid-return-type]
+            return entry.answer  # ty: ignore[invalid-explicit-return]
         answer = make()
         self._entry = _Entry((features_P.detach(), offsets.detach()), key, answer)
         return answer
