@@ -228,11 +228,12 @@ def answer(cells: Sequence[dict[str, Any]], subjects: dict[str, Any]) -> list[st
 
 def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[str, float] | None]) -> str:
     mains = [cell for cell in cells if cell["counts"]["role"] == "main" and cell["counts"]["state"] == "trained"]
-    alive = [1 - cell["quality"]["summary"]["dead_share"]["mean"] for cell in mains]
+    alive = [1 - cell["quality"]["summary"]["dead_share"]["high"] for cell in mains]
     if min(alive) >= SATURATED:
+        share = math.floor(100 * min(alive))  # "at least" must not be rounded up
         limit = (
-            f"This is spread, not yet a count: at least {min(alive):.0%} of every dictionary is alive, so the number "
-            "of features is the number that was asked for and only the layers each occupies are measured"
+            f"This is spread, not yet a count: at least {share}% of every dictionary is alive, so the number of "
+            "features is the number that was asked for and only the layers each occupies are measured"
         )
     else:
         limit = (

@@ -187,7 +187,9 @@ def _draw_score(ax: Any, results: Results, key: str) -> None:
         plot_points(ax, points, color=_color(results, name), arm=arm, label=name)
     truth = [1.0] if key == "mcc" else [entry[f"{key}_true"]["mean"] for entry in summary]
     ax.axhline(sum(truth) / len(truth), color=INK, linewidth=1.2, linestyle=":", label="planted")
-    log_axis(ax.xaxis, [float(entry["size"]) for entry in summary])
+    sizes = sorted({entry["size"] for entry in summary})
+    log_axis(ax.xaxis, [float(size) for size in sizes])
+    ax.set_xticks(sizes, [str(size) for size in sizes])
 
 
 def _draw_recall(ax: Any, results: Results) -> None:
