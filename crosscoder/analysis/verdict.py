@@ -22,7 +22,10 @@ DEFINITIONS = {
     "R": "Density ratio R = lambda_B / lambda_A, with lambda = entropy load over effective dimension (energy-weighted, "
     "two-seed debiased), at equal explained variance, on what blocks write.",
     "in_band": "A value is inside, above or below a bound when its whole 90 % interval is (for a band around 1 this is "
-    "the two one-sided test at 5 %); consistent with a number when its interval covers it.",
+    "the two one-sided test at 5 %).",
+    "consistent_with_0": "Consistent with 0: the interval reaches to within a negligible size of 0 and stays inside a "
+    "bound, so that neither a precise trace of bias refutes 0 nor a wide interval confirms it. Negligible and bound are "
+    "in the rule. X is above 0 when its whole interval is above what is negligible.",
     "gamma_excess": "gamma of the trained subjects less gamma of the same subjects untrained.",
     "count_gain": "Gain of joint counting: ln of the features of A's bank active on a token, over all layers, per "
     "active feature of A's crosscoder at equal explained variance. 0 where every feature lives in one layer; above 0 "
@@ -47,7 +50,7 @@ DEFINITIONS = {
 class Rule:
     """The constants of the rule; a change of any of them is a new version."""
 
-    version: str = "crosscoder.verdict/1"
+    version: str = "crosscoder.verdict/2"  # 1 asked that an interval cover 0, whatever its width
     confidence: float = CONFIDENCE
     loss_gap: float = 0.01
     explained_variance_gap: float = 0.05
@@ -63,6 +66,9 @@ class Rule:
     alternative_alpha: float = 2.0
     removal_share: float = 0.5
     ceiling: float = 1.0
+    zero_gamma: tuple[float, float] = (0.05, 0.25)  # negligible, bound
+    zero_cross_layer: tuple[float, float] = (0.05, 0.25)
+    zero_count_gain: tuple[float, float] = (0.1, 0.4)
 
 
 RULE = Rule()
@@ -251,7 +257,7 @@ def _read_ratio(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...],
     ratio = _known(evidence.ratio)
     shown = f"R is {_show(ratio)}"
     if ratio.inside(*rule.complete):
-        against = _against_complete(evidence)
+        against = _against_complete(evidence, rule)
         return ("undecided", (), (f"{shown}, in the band of H0", *against)) if against else ("H0", (), (shown,))
     if ratio.inside(*rule.equal):
         against = _against_reconciled(evidence, rule)
@@ -273,10 +279,27 @@ def _read_ratio(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...],
     return "H2", tuple(kinds), (shown,)
 
 
-def _against_complete(evidence: Evidence) -> tuple[str, ...]:
-    named = {"gamma": evidence.gamma, "X": evidence.cross_layer, "count gain": evidence.count_gain}
-    known = {name: _known(value) for name, value in named.items()}
-    return tuple(f"{name} is {_show(v)}, not consistent with 0" for name, v in known.items() if not v.covers(0))
+def _against_complete(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
+    named = (
+        ("gamma", evidence.gamma, rule.zero_gamma),
+        ("X", evidence.cross_layer, rule.zero_cross_layer),
+        ("count gain", evidence.count_gain, rule.zero_count_gain),
+    )
+    against = []
+    for name, value, zero in named:
+        known = _known(value)
+        if not _consistent_with_zero(known, zero):
+            against.append(f"{name} is {_show(known)}, not consistent with 0")
+    return tuple(against)
+
+
+def _consistent_with_zero(value: Estimate, zero: tuple[float, float]) -> bool:
+    negligible, bound = zero
+    return value.low <= negligible and value.high >= -negligible and value.inside(-bound, bound)
+
+
+def _above_zero(cross_layer: Estimate, rule: Rule) -> bool:
+    return cross_layer.low > rule.zero_cross_layer[0]
 
 
 def _against_reconciled(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
@@ -286,7 +309,7 @@ def _against_reconciled(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
     if not delta.inside(*rule.delta):
         against.append(f"delta is {_show(delta)}, not inside [{rule.delta[0]:g}, {rule.delta[1]:g}]")
     persistent = gamma.low > rule.gamma and excess.low > 0
-    if not (persistent or cross_layer.low > 0):
+    if not (persistent or _above_zero(cross_layer, rule)):
         against.append(
             f"neither is gamma above {rule.gamma:g} and beyond the untrained control (gamma {_show(gamma)}, excess "
             f"{_show(excess)}) nor is X above 0 ({_show(cross_layer)})"
@@ -299,7 +322,7 @@ def _against_reconciled(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
 def _kind_of_reconciliation(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
     ratio, cross_layer, shift = _known(evidence.ratio), _known(evidence.cross_layer), evidence.removal_shift
     shown = f"R is {_show(ratio)}"
-    if not cross_layer.low > 0:
+    if not _above_zero(cross_layer, rule):
         return "H1a", (), (shown, f"X is {_show(cross_layer)}, not above 0")
     if shift is None or not shift.finite:
         return "H1", (), (shown, "R without the genuinely cross-layer features was not measured")

@@ -12,7 +12,7 @@ from crosscoder.analysis.statistics import Estimate
 from crosscoder.analysis.verdict import BELOW_CEILING, RULE, Evidence, decide
 
 ZERO = Estimate(0.0, -0.05, 0.05)
-ABOVE = Estimate(0.2, 0.1, 0.3)
+ABOVE = Estimate(0.3, 0.2, 0.4)
 
 COMPLETE = Evidence(
     loss_gap=0.004,
@@ -75,6 +75,9 @@ def with_ratio(low, high, base=COMPLETE):
         (with_ratio(2.3, 2.9), "undecided", ()),
         (dataclasses.replace(COMPLETE, gamma=Estimate(-0.2, -0.3, -0.1)), "undecided", ()),
         (dataclasses.replace(COMPLETE, count_gain=ABOVE), "undecided", ()),
+        (dataclasses.replace(COMPLETE, gamma=Estimate(1e-4, 0.9e-4, 1.1e-4)), "H0", ()),  # a precise trace of bias
+        (dataclasses.replace(COMPLETE, gamma=Estimate(0.1, -0.4, 0.6)), "undecided", ()),  # too wide to say anything
+        (dataclasses.replace(PERSISTENT, cross_layer=Estimate(0.01, 0.005, 0.015)), "H1a", ()),
         (dataclasses.replace(PERSISTENT, count_gain=ZERO), "undecided", ()),
         (dataclasses.replace(PERSISTENT, count_gain=Estimate(0.1, -0.1, 0.3)), "undecided", ()),
         (dataclasses.replace(PERSISTENT, gamma=Estimate(0.5, 0.2, 0.8)), "undecided", ()),
@@ -85,7 +88,7 @@ def with_ratio(low, high, base=COMPLETE):
 def test_values_that_give_each_verdict(evidence, label, kinds):
     found = decide(evidence)
     assert (found.label, found.kinds) == (label, kinds)
-    assert found.version == "crosscoder.verdict/1"
+    assert found.version == "crosscoder.verdict/2"
     assert all(gate.passed for gate in found.gates)
     assert found.label in verdict.DEFINITIONS  # and `not-testable`, where the space would break the anchor
     assert found.sentence.endswith(".")

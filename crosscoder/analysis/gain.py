@@ -1,0 +1,41 @@
+"""What joint counting gains: how many active features of a bank one active crosscoder feature stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DEFINITIONS = {
+    "count_gain": "ln of the features of the bank active on a token, over all layers, per active feature of the "
+    "crosscoder at equal explained variance. The bank's L0 at the crosscoder's explained variance is interpolated in "
+    "ln L0 against ln(1 - explained variance) between banks of several k, and never extrapolated.",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One dictionary: active features of a token over the whole model, and explained variance."""
+
+    l0: float
+    explained_variance: float
+
+
+def count_gain(crosscoder: Point, bank: Sequence[Point]) -> float | str:
+    """ln(L0 of the bank / L0 of the crosscoder) at the crosscoder's explained variance, or why there is none.
+
+    With planted features of one layer each it is 0; with features that last all L layers ln L.
+    """
+    points = sorted(bank, key=lambda point: point.explained_variance)
+    if not crosscoder.l0 > 0 or any(not point.l0 > 0 for point in points):
+        return "a dictionary without active features"
+    target = crosscoder.explained_variance
+    if not points or not points[0].explained_variance <= target <= points[-1].explained_variance:
+        known = ", ".join(f"{point.explained_variance:.3f}" for point in points) or "no bank"
+        return f"the crosscoder explains {target:.3f}, outside what the banks do ({known}); train banks of other k"
+    x = [-math.log(max(1 - point.explained_variance, 1e-12)) for point in points]
+    y = [math.log(point.l0) for point in points]
+    at = float(np.interp(-math.log(max(1 - target, 1e-12)), x, y))
+    return at - math.log(crosscoder.l0)

@@ -1,0 +1,86 @@
+"""The evidence of a whole comparison, and the plain values that the report is made of."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from crosscoder.analysis import comparison, evidence
+from crosscoder.analysis.comparison import SiteReadings, Statistic
+from crosscoder.analysis.density import PRIMARY
+from crosscoder.analysis.statistics import Estimate
+from tests.analysis.test_comparison import DOCUMENT_T, F, subject
+
+
+@pytest.fixture(scope="module")
+def readings() -> SiteReadings:
+    """Features of one layer in the trained pair, of all layers in the control: R is 2 and 1/2."""
+    shapes = (("A", 8, 32), ("B", 2, 64))
+    return SiteReadings(
+        site="write",
+        trained={name: subject(name, layers, width, 1) for name, layers, width in shapes},
+        untrained={name: subject(name, layers, width, layers) for name, layers, width in shapes},
+        document_T=DOCUMENT_T,
+    )
+
+
+def conditions(**changes) -> evidence.Conditions:
+    settings = {
+        "loss_gap": 0.001,
+        "loss_matched": True,
+        "calibration": evidence.Calibration(count_error=0.01, rho_error=0.02, same_sizes=True),
+        "cross_layer": Statistic("cross_layer", Estimate(0.0, -0.01, 0.01), "cross_layer_excess"),
+        "count_gain": Statistic("count_gain", Estimate(0.0, -0.1, 0.1), "count_gain"),
+    }
+    return evidence.Conditions(**(settings | changes))
+
+
+def test_planted_single_layer_features_give_h0(readings):
+    sites = {"write": comparison.measure_site(readings)}
+    found = evidence.gather(sites, readings, conditions())
+    assert found.ratio.covers(2)
+    described = evidence.describe(sites, found, conditions())
+    assert described["label"] == "H0", described["sentence"]
+    assert all(gate["passed"] for gate in described["gates"])
+    json.dumps(described, allow_nan=False)
+
+
+def test_a_broken_gate_is_named(readings):
+    sites = {"write": comparison.measure_site(readings)}
+    broken = conditions(calibration=evidence.Calibration(count_error=0.2, rho_error=0.02, same_sizes=True))
+    described = evidence.describe(sites, evidence.gather(sites, readings, broken), broken)
+    assert described["label"] == "not testable"
+    assert "calibration count" in described["sentence"]
+
+
+def test_every_estimator_stands_in_the_table_with_its_reason_if_missing(readings):
+    alone = SiteReadings(site="write", trained=readings.trained, document_T=DOCUMENT_T)
+    sites = {"write": comparison.measure_site(alone)}
+    described = evidence.describe(sites, evidence.gather(sites, alone, conditions()), conditions())
+    assert len(described["estimators"]) == 8
+    assert sum(row["primary"] for row in described["estimators"]) == 1
+    row = next(r for r in described["statistics"] if r["name"] == f"R untrained, {PRIMARY}")
+    assert row["estimate"] is None
+    assert row["missing"]
+    assert {row["definition"] for row in described["statistics"]} <= evidence.DEFINITIONS.keys()
+    assert {row["definition"] for row in described["estimators"]} <= evidence.DEFINITIONS.keys()
+
+
+def test_removing_half_of_all_features_halves_no_ratio_but_missing_masks_are_said(readings):
+    half = np.random.default_rng(0).random(F) < 0.5
+    masks = {(name, t, d): half for name in "AB" for t in range(2) for d in range(2)}
+    shift = evidence.removal_shift(readings, masks)
+    assert abs(shift.estimate.value) < 0.25
+    only_b = {key: mask & (key[0] == "B") for key, mask in masks.items()}
+    assert evidence.removal_shift(readings, only_b).estimate.value == pytest.approx(-math.log(2), abs=0.25)
+    del masks["A", 0, 0]
+    assert evidence.removal_shift(readings, masks).missing
+
+
+def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():
+    assert evidence.seeds_statistic("count_gain", [[1.0, 1.2], [0.9]]).estimate.value == pytest.approx(1.0)
+    assert evidence.seeds_statistic("count_gain", [[1.0], ["no bank"]]).missing == "no bank"
+    assert evidence.seeds_statistic("count_gain", []).missing == "not run"
