@@ -24,8 +24,8 @@ DEFINITIONS = {
     "in_band": "A value is inside, above or below a bound when its whole 90 % interval is (for a band around 1 this is "
     "the two one-sided test at 5 %).",
     "consistent_with_0": "Consistent with 0: the interval reaches to within a negligible size of 0 and stays inside a "
-    "bound, so that neither a precise trace of bias refutes 0 nor a wide interval confirms it. Negligible and bound are "
-    "in the rule. X is above 0 when its whole interval is above what is negligible.",
+    "bound, so that neither a precise trace of bias refutes 0 nor a wide interval confirms it. Both numbers are "
+    "constants of the rule. X is above 0 when its whole interval is above what is negligible.",
     "gamma_excess": "gamma of the trained subjects less gamma of the same subjects untrained.",
     "count_gain": "Gain of joint counting: ln of the features of A's bank active on a token, over all layers, per "
     "active feature of A's crosscoder at equal explained variance. 0 where every feature lives in one layer; above 0 "
