@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +20,7 @@ from crosscoder.analysis import capacity, counting, features, matching
 from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards
-from crosscoder.data.store import SiteView, select_site_numbers, select_sites
+from crosscoder.data.store import select_site_numbers, select_sites
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
 from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget
 from crosscoder.training import train
@@ -124,7 +124,15 @@ def run_cell(cell: Cell, stores: Stores, *, device: str = "cpu", save_to: Path |
     return result
 
 
-def new_dictionary(arm: Arm, view: SiteView, budget: DictionaryBudget, *, seed: int) -> Any:
+class Sized(Protocol):
+    """What a dictionary must know of activations to fit them."""
+
+    n_layers: int
+    d_model: int
+    scale_L: Tensor
+
+
+def new_dictionary(arm: Arm, view: Sized, budget: DictionaryBudget, *, seed: int) -> Any:
     """An untrained dictionary of one arm that fits the activations of `view` and carries their scales."""
     dictionary = DICTIONARIES[CLASSES[arm]](
         n_layers=view.n_layers,
