@@ -1,0 +1,97 @@
+"""Dictionaries written in the format of SAELens 6 (checked against 6.54), which is not needed for it.
+
+One folder holds one flat SAE: a layer of a bank, or a whole crosscoder over all its layers laid side by side. The
+file reads raw activations: input scales, and the weights by which a selection rule ranks features, are folded into
+the tensors. With activations a, scales c (one number for each of the N inputs) and weights s of the score:
+
+    W_enc = c * encoder^T * s, b_enc = encoder_bias * s, W_dec = decoder / (s * c), b_dec = decoder_bias / c.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crosscoder.dictionary.codec import selection_scale, thresholds
+from crosscoder.dictionary.interface import Dictionary
+from crosscoder.dictionary.sparsity import ReLU, TopK
+from crosscoder.foundation.artifact import committed_directory, write_json
+
+SCHEMA = "saelens/6"
+WRITTEN_FOR = "6.54.12"
+
+
+@torch.no_grad()
+def saelens_tensors(dictionary: Dictionary, group: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The `cfg.json` and the tensors of one flat SAE with N inputs: `W_enc [N, F]`, `W_dec [F, N]`, biases, threshold.
+
+    group: the layer of a bank, counted from 0; 0 for a crosscoder, whose N = L * D inputs are its layers in order.
+
+    A TopK rule becomes `topk`, ReLU `standard`; JumpReLU, and BatchTopK with its inference threshold, become
+    `jumprelu`. A feature with score weight 0 (a decoder row of zeros) becomes one that is never active.
+
+    Raises:
+        ValueError: there is no such group, or a BatchTopK dictionary has no inference threshold yet.
+    """
+    config, grouped = dictionary.config, dictionary.grouped()
+    n_groups, width = grouped.center_GN.shape
+    if not 0 <= group < n_groups:
+        raise ValueError(f"group is {group}; expected 0 to {n_groups - 1}, the flat dictionaries side by side here")
+    scale_GF = selection_scale(grouped, config)
+    weight_F = torch.ones(config.n_features) if scale_GF is None else scale_GF[group].float().cpu()
+    divisor_F = torch.where(weight_F > 0, weight_F, torch.ones_like(weight_F))
+    input_GN = dictionary.input_scale.repeat_interleave(config.d_model).view(n_groups, width)
+    input_N = input_GN[group].float().cpu()
+    encoder_FN, decoder_FN = (table[group].float().cpu() for table in (grouped.encoder_GFN, grouped.decoder_GFN))
+    tensors = {
+        "W_enc": (encoder_FN * input_N * weight_F[:, None]).T.contiguous(),
+        "b_enc": grouped.encoder_bias_GF[group].float().cpu() * weight_F,
+        "W_dec": decoder_FN / input_N / divisor_F[:, None],
+        "b_dec": grouped.center_GN[group].float().cpu() / input_N,
+    }
+    cfg: dict[str, Any] = {
+        "d_in": width,
+        "d_sae": config.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    match config.sparsity:
+        case TopK(k=k):
+            return {**cfg, "architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}, tensors
+        case ReLU():
+            return {**cfg, "architecture": "standard"}, tensors
+        case _:
+            tensors["threshold"] = thresholds(grouped, config, dictionary.threshold)[group].float().cpu().clone()
+            return {**cfg, "architecture": "jumprelu"}, tensors
+
+
+def save_saelens(
+    dictionary: Dictionary, folder: str | Path, *, group: int = 0, metadata: dict[str, Any] | None = None
+) -> None:
+    """Write `cfg.json` and `sae_weights.safetensors` to `folder`, whole or not at all.
+
+    metadata: what SAELens should know of the activations, such as `hook_name`, `model_name`, `context_size`. A
+        crosscoder of several layers is marked as one and has no hook, so that tools for one site refuse it.
+
+    Raises:
+        ValueError: see `saelens_tensors`; or a hook is named for a crosscoder of several layers.
+    """
+    cfg, tensors = saelens_tensors(dictionary, group)
+    known = {"sae_lens_version": WRITTEN_FOR, **(metadata or {})}
+    if cfg["d_in"] != dictionary.config.d_model:
+        if known.get("hook_name") is not None:
+            raise ValueError(
+                f"hook_name is {known['hook_name']!r}, but this crosscoder reads {dictionary.config.n_layers} layers; "
+                "name them in metadata['hook_names']"
+            )
+        known |= {"crosscoder": True, "hook_name": None}
+    with committed_directory(folder, schema=SCHEMA) as temporary:
+        write_json(temporary / "cfg.json", {**cfg, "metadata": known})
+        save_file(tensors, temporary / "sae_weights.safetensors")
