@@ -1,6 +1,7 @@
 """Floor 3: finished dictionaries and activations in, plain values and pictures out.
 
-features: activity, layer profiles. spread: decoder, functional, joint decodability. matching: similarities and
+features: activity, layer profiles. spread: decoder, functional, joint decodability; probes, probe_passes: the same
+measured on a dictionary; cross_layer: X with its interval. matching: similarities and
 pairing rules; universality: between subjects. counting: alive, distinct, merged, recaptured; saturation: towards a
 dictionary without end. capacity, geometry: neurons, slots, effective dimension, interference, exponents. statistics:
 bootstrap and equivalence. recovery: scores against planted truth. verdict: the preregistered rule, from values alone.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.codec import to_global
+from crosscoder.dictionary.interface import SparseCode
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Mea
     parts, n_tokens = [], 0
     for x_BLD in batches:
         out = dictionary(x_BLD)
-        parts.append(_sparse_rows(out.code, x_BLD.shape[0], n_groups, n_features))
+        parts.append(sparse_rows(out.code, x_BLD.shape[0], n_groups, n_features))
         error_L += (x_BLD - out.recon).double().square().sum((0, 2)).cpu()
         square_L += x_BLD.double().square().sum((0, 2)).cpu()
         sum_LD += x_BLD.double().sum(0).cpu()
@@ -90,7 +91,8 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Mea
     )
 
 
-def _sparse_rows(code, n_tokens: int, n_groups: int, n_features: int) -> sparse.csr_array:
+def sparse_rows(code: SparseCode, n_tokens: int, n_groups: int, n_features: int) -> sparse.csr_array:
+    """The active features of a batch's code as one matrix `[T, G * F]`, float32, without stored zeros."""
     values = code.values.float().cpu().numpy()
     columns = to_global(code, n_groups).cpu().numpy()
     starts = code.offsets[::n_groups].cpu().numpy()  # rows of one token are neighbours

@@ -96,7 +96,12 @@ def functional_profile(contribution_PL: np.ndarray, feature_P: np.ndarray, n_fea
     Contributions are summed over a feature's active tokens first, then negative sums are set to 0: a layer that lowers
     the pre-activation on average is not one that the feature is read from.
     """
-    total = np.maximum(_sum_by_feature(contribution_PL, feature_P, n_features), 0.0)
+    return profile_of_totals(_sum_by_feature(contribution_PL, feature_P, n_features))
+
+
+def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:
+    """`functional_profile` from contributions that are summed over each feature's active tokens already, `[F, L]`."""
+    total = np.maximum(total_FL, 0.0)
     whole = total.sum(1, keepdims=True)
     return np.divide(total, whole, out=np.zeros_like(total), where=whole > 0)
 
@@ -141,13 +146,18 @@ def joint_gain(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> np.ndarray:
     return np.asarray(auc_joint_F) - np.asarray(auc_FL).max(1)
 
 
+def genuine_features(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> np.ndarray:
+    """True for features that are genuinely cross-layer, J > .05 and no one-layer AUC of .9, `[F]`; false for nan."""
+    known = np.isfinite(auc_joint_F) & np.isfinite(auc_FL).all(1)
+    return known & (joint_gain(auc_joint_F, auc_FL) > GAIN) & (np.asarray(auc_FL).max(1) < DECODABLE)
+
+
 def genuine_share(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> float:
     """Share of features that are genuinely cross-layer: J > .05 and no one-layer AUC of .9; nan AUCs are left out."""
     known = np.isfinite(auc_joint_F) & np.isfinite(auc_FL).all(1)
     if not known.any():
         return float("nan")
-    joint, single = np.asarray(auc_joint_F)[known], np.asarray(auc_FL)[known]
-    return float(((joint_gain(joint, single) > GAIN) & (single.max(1) < DECODABLE)).mean())
+    return float(genuine_features(auc_joint_F, auc_FL)[known].mean())
 
 
 @dataclass(frozen=True)
@@ -191,29 +201,33 @@ def latent_scaling(
     Raises:
         ValueError: shapes do not fit together.
     """
-    n_tokens, n_features = code.shape
+    n_tokens = code.shape[0]
     if x_TLD.shape != recon_TLD.shape or len(x_TLD) != n_tokens or x_TLD.shape[1:] != decoder_FLD.shape[1:]:
         raise ValueError(
             f"code {code.shape}, x {x_TLD.shape}, recon {recon_TLD.shape} and decoder {decoder_FLD.shape} do not fit; "
             "expected [T, F], [T, L, D] twice and [F, L, D]"
         )
-    decoder = np.asarray(decoder_FLD, dtype=np.float64)
-    peak_F = np.square(decoder).sum(2).argmax(1)
-    rows = np.arange(n_features)
-    direction_FD = decoder[rows, peak_F]
-    square_F = np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel()
-    scale_F = (square_F * np.square(direction_FD).sum(1))[:, None]
-
-    def beta(moment_FLD: np.ndarray) -> np.ndarray:
-        along = np.einsum("fd,fld->fl", direction_FD, moment_FLD)
-        return np.divide(along, scale_F, out=np.full_like(along, np.nan), where=scale_F > 0)
 
     def moment(target_TLD: np.ndarray) -> np.ndarray:
-        return np.asarray(code.T @ target_TLD.reshape(n_tokens, -1), dtype=np.float64).reshape(decoder.shape)
+        return np.asarray(code.T @ target_TLD.reshape(n_tokens, -1), dtype=np.float64).reshape(decoder_FLD.shape)
 
-    own = square_F[:, None, None] * decoder
+    square_F = np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel()
+    return scaling_of_moments(moment(x_TLD - recon_TLD), moment(recon_TLD), square_F, decoder_FLD)
+
+
+def scaling_of_moments(
+    error_FLD: np.ndarray, recon_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.ndarray
+) -> LatentScaling:
+    """`latent_scaling` from sums over tokens: `f_t (x_t - recon_t)`, `f_t recon_t` and `f_t^2` of each feature."""
+    decoder = np.asarray(decoder_FLD, dtype=np.float64)
+    rows = np.arange(len(decoder))
+    peak_F = np.square(decoder).sum(2).argmax(1)
+    direction_FD = decoder[rows, peak_F]
+    scale_F = (square_F * np.square(direction_FD).sum(1))[:, None]
     scaled = []
-    for beta_FL in (beta(moment(x_TLD - recon_TLD) + own), beta(moment(recon_TLD))):
+    for moment_FLD in (error_FLD + square_F[:, None, None] * decoder, recon_FLD):
+        along = np.einsum("fd,fld->fl", direction_FD, moment_FLD)
+        beta_FL = np.divide(along, scale_F, out=np.full_like(along, np.nan), where=scale_F > 0)
         at_peak = beta_FL[rows, peak_F][:, None]
         scaled.append(np.divide(beta_FL, at_peak, out=np.full_like(beta_FL, np.nan), where=at_peak > 0))
     return LatentScaling(*scaled)

@@ -9,6 +9,7 @@ MODULES = (
     "capacity",
     "counting",
     "geometry",
+    "probes",
     "saturation",
     "splice",
     "spread",
