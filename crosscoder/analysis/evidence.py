@@ -23,6 +23,7 @@ from crosscoder.analysis import (
 )
 from crosscoder.analysis.comparison import SiteReadings, SiteStatistics, Statistic
 from crosscoder.analysis.density import PRIMARY, Subject
+from crosscoder.analysis.reading import Reading
 from crosscoder.analysis.statistics import Bootstrap, Estimate, two_level_bootstrap
 
 DEFINITIONS = {
@@ -124,21 +125,16 @@ def worst_self_cosine(subjects: Sequence[Subject]) -> float | None:
     return min((value for value in found if not math.isnan(value)), default=None)
 
 
-def removal_shift(readings: SiteReadings, genuine: Mapping[tuple[str, int, int], np.ndarray]) -> Statistic:
-    """ln R without the features marked genuinely cross-layer, less ln R with them.
-
-    genuine: masks `[F]` by (subject, training seed, position of the dictionary seed); all of A and B are needed.
-    """
+def removal_shift(readings: SiteReadings) -> Statistic:
+    """ln R without the features marked genuinely cross-layer in the readings of A and B, less ln R with them."""
     sides = {name: readings.trained[name] for name in ("A", "B")}
-    keys = {(name, t, d) for name, s in sides.items() for t, group in enumerate(s.seeds) for d in range(len(group))}
-    if not keys <= genuine.keys():
+    if any(reading.genuine_F is None for subject in sides.values() for reading in subject.readings):
         return Statistic("removal_shift", None, "removal_shift", "not every dictionary of A and B was probed")
-    without = {}
-    for name, s in sides.items():
-        kept = tuple(
-            tuple(r.only(~genuine[name, t, d]) for d, r in enumerate(group)) for t, group in enumerate(s.seeds)
-        )
-        without[name] = Subject(name, s.n_layers, s.d_model, kept)
+
+    def others(reading: Reading) -> np.ndarray:
+        return np.ones(len(reading), dtype=bool) if reading.genuine_F is None else ~reading.genuine_F
+
+    without = {name: subject.only(others) for name, subject in sides.items()}
     logs = [density.density_ratio(x["B"], x["A"], PRIMARY, readings.document_T) for x in (without, sides)]
     for log in logs:
         if isinstance(log, str):

@@ -19,7 +19,7 @@ from scipy.sparse import csgraph
 from crosscoder.analysis import counting, features, geometry, matching
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
 
-_KEYS = ("decoder_FLD", "values", "rows", "starts", "shape", "numbers")
+_KEYS = ("decoder_FLD", "values", "rows", "starts", "shape", "numbers", "index_F")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Reading:
 
     decoder_FLD: what each writes. code: their activations `[T, F]`. seed: the dictionary's. explained_variance, l0
     (active features a token) and dead_share (of the dictionary) are of the whole dictionary, duplicates and dead
-    features included.
+    features included. index_F: the features' numbers in the dictionary. genuine_F: which are genuinely cross-layer,
+    where that was probed.
     """
 
     seed: int
@@ -37,6 +38,8 @@ class Reading:
     explained_variance: float
     dead_share: float
     l0: float
+    index_F: np.ndarray | None = None
+    genuine_F: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.decoder_FLD)
@@ -69,7 +72,13 @@ class Reading:
 
     def only(self, kept_F: np.ndarray) -> Reading:
         """The reading of some of its features: where `kept_F` (bool or indices) says so."""
-        return replace(self, decoder_FLD=self.decoder_FLD[kept_F], code=sparse.csc_array(self.code[:, kept_F]))
+        return replace(
+            self,
+            decoder_FLD=self.decoder_FLD[kept_F],
+            code=sparse.csc_array(self.code[:, kept_F]),
+            index_F=None if self.index_F is None else self.index_F[kept_F],
+            genuine_F=None if self.genuine_F is None else self.genuine_F[kept_F],
+        )
 
 
 def read_dictionary(measured: features.Measured, decoder_FLD: np.ndarray, *, seed: int) -> Reading:
@@ -88,6 +97,7 @@ def read_dictionary(measured: features.Measured, decoder_FLD: np.ndarray, *, see
         explained_variance=measured.explained_variance,
         dead_share=1 - len(alive) / activity.code.shape[1],
         l0=activity.code.nnz / activity.n_tokens,
+        index_F=kept,
     )
 
 
@@ -113,7 +123,10 @@ def save_reading(reading: Reading, path: str | Path) -> None:
         "starts": code.indptr.astype(np.int64),
         "shape": np.array([reading.seed, *code.shape], dtype=np.int64),
         "numbers": np.array([reading.explained_variance, reading.dead_share, reading.l0], dtype=np.float64),
+        "index_F": np.arange(len(reading)) if reading.index_F is None else reading.index_F.astype(np.int64),
     }
+    if reading.genuine_F is not None:
+        tensors["genuine_F"] = reading.genuine_F.astype(np.uint8)
     replace_file(Path(path), save(tensors))
 
 
@@ -138,4 +151,5 @@ def load_reading(path: str | Path) -> Reading:
     except Exception as error:
         raise DamagedArtifactError(f"{path} is not a reading: {error}; delete it and run the study again") from error
     explained, dead, l0 = (float(value) for value in found["numbers"])
-    return Reading(seed, found["decoder_FLD"], code, explained, dead, l0)
+    genuine_F = found["genuine_F"].astype(bool) if "genuine_F" in found else None
+    return Reading(seed, found["decoder_FLD"], code, explained, dead, l0, found["index_F"], genuine_F)

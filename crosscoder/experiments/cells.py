@@ -7,8 +7,8 @@ on the data seed, never on the dictionary's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,19 +16,25 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from crosscoder.analysis import capacity, counting, features, matching
+from crosscoder.analysis import capacity, counting, features, matching, probes
+from crosscoder.analysis.reading import Reading, read_dictionary, save_reading
 from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards
+from crosscoder.data.shuffled import shuffle_layers, shuffle_stream
 from crosscoder.data.store import select_site_numbers, select_sites
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
 from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget
 from crosscoder.training import train
 
 Site = Literal["residual", "write"]
-State = Literal["trained", "untrained"]
+State = Literal["trained", "untrained", "shuffled"]  # shuffled: trained, each layer's tokens in an order of its own
 Role = Literal["main", "size", "k"]
 EVALUATION_BATCH = 4096
+SHUFFLE_SEED = 1
+PROBED_SITE = "write"
+MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
+_SPREAD_IDENTITY = ("subject", "state", "site", "n_features", "k", "training_seed")
 HISTOGRAM_BINS = 20
 HEATMAP_ROWS = 200
 
@@ -57,12 +63,24 @@ class Cell:
     role: Role
     budget: DictionaryBudget
     seeds: tuple[int, ...] = (0, 1)
+    training_seed: int = 0
+    """Position of the subject's training seed in the study's list."""
 
     @property
     def name(self) -> str:
         """A file name that tells the cells of one study apart."""
         k = self.budget.k(self.arm)
-        return f"{self.subject}-{self.state}-{self.site}-{self.arm}-n{self.budget.n_features}-k{k}"
+        run = f"{self.subject}{self.training_seed}"
+        return f"{run}-{self.state}-{self.site}-{self.arm}-n{self.budget.n_features}-k{k}"
+
+    @property
+    def compared(self) -> bool:
+        """Whether its dictionaries are read by the verdict: the main crosscoders."""
+        return self.role == "main" and self.arm == "crosscoder"
+
+    def reading_name(self, seed: int) -> str:
+        """The file that one seed's reading is kept in."""
+        return f"{self.name}-seed{seed}.safetensors"
 
     def identity(self) -> dict[str, Any]:
         """The columns that say which cell a row of results belongs to."""
@@ -74,6 +92,7 @@ class Cell:
             "role": self.role,
             "n_features": self.budget.n_features,
             "k": self.budget.k(self.arm),
+            "training_seed": self.training_seed,
         }
 
 
@@ -88,13 +107,25 @@ class _Trained:
     layers: list[counting.LayerFeatures]  # one for each group, alive features
     threshold: list[float] | None
     splice: dict[str, Any] | None
+    functional: dict[str, float | None] | None = None
 
 
-def run_cell(cell: Cell, stores: Stores, *, device: str = "cpu", save_to: Path | None = None) -> dict[str, Any]:
-    """Train, measure and count every seed of `cell`; the result's keys are documented in docs/results.md."""
+def run_cell(
+    cell: Cell,
+    stores: Stores,
+    *,
+    device: str = "cpu",
+    save_to: Path | None = None,
+    readings_to: Path | None = None,
+) -> dict[str, Any]:
+    """Train, measure and count every seed of `cell`; the result's keys are documented in docs/results.md.
+
+    Readings of compared cells are kept in `readings_to`, dictionaries in `save_to`.
+    """
     source = ActivationShards.load(stores.train, verify=False)
     held_out = ActivationShards.load(stores.held_out, verify=False)
-    trained = [_train_seed(cell, seed, source, held_out, stores, device, save_to) for seed in cell.seeds]
+    homes = save_to, readings_to
+    trained = [_train_seed(cell, seed, source, held_out, stores, device, homes) for seed in cell.seeds]
     n_held_out = trained[0].measured.activity.n_tokens
     counts = [_count(cell.arm, one) for one in trained]
     quality = [_quality(cell.arm, one) for one in trained]
@@ -114,7 +145,7 @@ def run_cell(cell: Cell, stores: Stores, *, device: str = "cpu", save_to: Path |
     if cell.arm == "crosscoder":
         spread = [_spread(one) for one in trained]
         result["spread"] = {
-            **{key: cell.identity()[key] for key in ("subject", "state", "site", "n_features", "k")},
+            **{key: cell.identity()[key] for key in _SPREAD_IDENTITY},
             "role": cell.role,
             "per_seed": spread,
             "heatmap": _heatmap(trained[0]),
@@ -154,27 +185,51 @@ def _train_seed(
     held_out: ActivationShards,
     stores: Stores,
     device: str,
-    save_to: Path | None,
+    homes: tuple[Path | None, Path | None],
 ) -> _Trained:
+    save_to, readings_to = homes
     view = source.view(cell.site)
     budget = cell.budget
     dictionary = new_dictionary(cell.arm, view, budget, seed=seed)
+    shuffled = cell.state == "shuffled"
+    drawn = shuffle_layers(view, SHUFFLE_SEED) if shuffled else view
 
     def batches(start: int) -> Iterator[Tensor]:
         for index in range(start, budget.steps):
-            yield view.batch(index, budget.batch, budget.data_seed)
+            yield drawn.batch(index, budget.batch, budget.data_seed)
+
+    def held() -> Iterator[Tensor]:
+        stream = _held_out_batches(held_out, cell.site, view.scale_L)
+        return (x.to(device) for x in (shuffle_stream(stream, SHUFFLE_SEED) if shuffled else stream))
 
     label = f"{cell.name} seed {seed}"
     train(dictionary, batches, config=budget.train_config(), device=device, label=label, quiet=True)
-    measured = features.measure_dictionary(
-        dictionary, (x.to(device) for x in _held_out_batches(held_out, cell.site, view.scale_L))
-    )
+    measured = features.measure_dictionary(dictionary, held())
     splice = None
     if stores.subject is not None and seed == cell.seeds[0]:
         splice = _splice(cell, dictionary, source, stores, device)
     if save_to is not None:
         dictionary.save_pretrained(save_to / f"{cell.name}-seed{seed}")
-    return _describe_dictionary(dictionary, measured, seed=seed, splice=splice)
+    one = _describe_dictionary(dictionary, measured, seed=seed, splice=splice)
+    if cell.compared and readings_to is not None:
+        one = _keep_reading(cell, one, dictionary, held, readings_to)
+    return one
+
+
+def _keep_reading(
+    cell: Cell, one: _Trained, dictionary: Any, held: Callable[[], Iterator[Tensor]], home: Path
+) -> _Trained:
+    """Write the reading of a compared dictionary; on the primary site with what its features are read from."""
+    reading: Reading = read_dictionary(one.measured, one.decoder, seed=one.seed)
+    if cell.site == PROBED_SITE and len(reading) and one.decoder.shape[1] > 1:
+        config = probes.ProbeConfig(n_features=None if reading.decoder_FLD.shape[0] <= MOST_PROBED else MOST_PROBED)
+        found = probes.measure_functional_spread(dictionary, held, config=config)
+        one = replace(one, functional={key: _finite(value) for key, value in found.summary().items()})
+        if config.n_features is None and reading.index_F is not None:
+            reading = replace(reading, genuine_F=found.genuine_F()[reading.index_F])
+    home.mkdir(parents=True, exist_ok=True)
+    save_reading(reading, home / cell.reading_name(one.seed))
+    return one
 
 
 def _describe_dictionary(
@@ -310,6 +365,7 @@ def _spread(one: _Trained) -> dict[str, Any]:
         "mean_adjacent_cosine": _mean(cosine),
         "rho_histogram": {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()},
         "lifespan_counts": np.bincount(span, minlength=n_layers + 1)[1:].tolist(),
+        "functional": one.functional,
     }
 
 

@@ -18,6 +18,7 @@ from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 
+READINGS = "readings"  # folder of what the verdict reads
 PRESENTATION = ("cli.py", "commands.py", "report.py", "figures.py", "panels.py", "tables.py", "schema.py")
 
 
@@ -58,14 +59,14 @@ def save_splice_ids(held_out: TokenBlocks, folder: Path, n_blocks: int) -> Path 
     return path
 
 
-def _run_and_keep(cell: Cell, stores: Stores, path: Path, device: str, save_to: Path | None) -> None:
-    write_json(path, run_cell(cell, stores, device=device, save_to=save_to))
+def _run_and_keep(cell: Cell, stores: Stores, path: Path, device: str, save_to: Path | None, readings_to: Path) -> None:
+    write_json(path, run_cell(cell, stores, device=device, save_to=save_to, readings_to=readings_to))
 
 
 def run_cells(
     cells: Sequence[Cell],
     wanted: Mapping[str, Path],
-    stores: Mapping[tuple[str, str], Stores],
+    stores: Mapping[tuple[str, int, str], Stores],
     folder: Path,
     device: str,
     workers: int,
@@ -76,11 +77,12 @@ def run_cells(
     for cell in cells:
         if wanted[cell.name].is_file():
             continue
-        here = stores[cell.subject, cell.state]
-        if cell.role != "main":
+        state = "trained" if cell.state == "shuffled" else cell.state
+        here = stores[cell.subject, cell.training_seed, state]
+        if cell.role != "main" or cell.state == "shuffled":
             here = replace(here, subject=None, held_out_ids=None)
         save_to = folder / "dictionaries" if cell.role == "main" and cell.state == "trained" else None
-        jobs[cell.name] = partial(_run_and_keep, cell, here, wanted[cell.name], device, save_to)
+        jobs[cell.name] = partial(_run_and_keep, cell, here, wanted[cell.name], device, save_to, folder / READINGS)
     if jobs:
         n_dictionaries = sum(len(cell.seeds) for cell in cells if cell.name in jobs)
         say(f"training {n_dictionaries} dictionaries in {len(jobs)} cells")

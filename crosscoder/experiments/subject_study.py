@@ -68,7 +68,7 @@ def run_subject_study(
     if not all(path.is_file() for path in wanted.values()):
         stores = _stores(config, harvester, tokens, folder)
         clock.lap("activations")
-        run_cells(cells, wanted, {(NAME, "trained"): stores}, folder, device, workers)
+        run_cells(cells, wanted, {(NAME, 0, "trained"): stores}, folder, device, workers)
         if not config.keep_activations:
             shutil.rmtree(folder / "activations", ignore_errors=True)
     clock.lap("dictionaries")

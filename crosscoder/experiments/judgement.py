@@ -1,0 +1,146 @@
+"""From a study's cells to its verdict: readings are gathered by site, controls subtracted, the rule applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosscoder.analysis import comparison, cross_layer, density, evidence, gain
+from crosscoder.analysis.comparison import SiteReadings, Statistic
+from crosscoder.analysis.density import Subject
+from crosscoder.analysis.reading import load_reading
+from crosscoder.analysis.statistics import Bootstrap, two_level_bootstrap
+from crosscoder.experiments.calibration import CalibrationConfig, calibrate, worst_calibration
+from crosscoder.experiments.cells import Cell
+from crosscoder.experiments.presets import StudyConfig
+from crosscoder.experiments.stages import READINGS
+from crosscoder.experiments.workers import run_jobs
+
+COMPARED = ("A", "B")
+Results = dict[str, Any]
+
+
+def calibrate_study(config: StudyConfig, folder: Path, *, device: str, workers: int) -> list[Results]:
+    """Scores of planted worlds of the compared shapes' own sizes, kept beside the studies so that others reuse them."""
+    wanted = {
+        f"{name}-world{seed}": CalibrationConfig(
+            n_layers=shape.n_layers,
+            d_model=shape.d_model,
+            budget=shape.budget(config.dictionaries),
+            tokens_train=config.tokens_train,
+            tokens_held_out=config.tokens_held_out,
+            seed=seed,
+        )
+        for name, shape in config.subjects.shapes().items()
+        if name in COMPARED
+        for seed in range(config.calibration_worlds)
+    }
+    root = folder.parent / "calibration"
+    jobs = {name: partial(calibrate, one, root=root, device=device) for name, one in wanted.items()}
+    if not jobs:
+        return []
+    rows = run_jobs(jobs, workers=workers, device=device, label="calibration")
+    return [{"subject": name.split("-")[0], **row} for name, row in rows.items()]
+
+
+def judge(
+    config: StudyConfig,
+    results: Sequence[Results],
+    folder: Path,
+    calibration: Sequence[Results],
+    *,
+    loss_gap: float,
+    loss_matched: bool,
+) -> Results:
+    """The verdict section of the results, from the readings that the study's cells left in its folder."""
+    sites = {site: _read_site(config, folder, site) for site in (evidence.PRIMARY_SITE, evidence.SECONDARY_SITE)}
+    measured = {site: comparison.measure_site(found) for site, found in sites.items()}
+    primary = sites[evidence.PRIMARY_SITE]
+    conditions = evidence.Conditions(
+        loss_gap=loss_gap,
+        loss_matched=loss_matched,
+        calibration=worst_calibration(calibration),
+        cross_layer=_cross_layer(results, len(config.subjects.seeds)),
+        count_gain=_count_gain(results, len(config.subjects.seeds)),
+        removal_shift=evidence.removal_shift(primary),
+    )
+    found = evidence.gather(measured, primary, conditions)
+    return {**evidence.describe(measured, found, conditions), "calibration": list(calibration)}
+
+
+def _read_site(config: StudyConfig, folder: Path, site: Any) -> SiteReadings:
+    def subject(name: str, state: Any) -> Subject:
+        shape = config.subjects.shapes()[name]
+        groups = []
+        for t in range(len(config.subjects.seeds)):
+            cell = Cell(
+                subject=name,
+                training_seed=t,
+                state=state,
+                site=site,
+                arm="crosscoder",
+                role="main",
+                budget=shape.budget(config.dictionaries),
+                seeds=config.seeds,
+            )
+            groups.append(tuple(load_reading(folder / READINGS / cell.reading_name(s)) for s in config.seeds))
+        return Subject(name, shape.n_layers, shape.d_model, tuple(groups))
+
+    trained = {name: subject(name, "trained") for name in config.subjects.shapes()}
+    untrained = {name: subject(name, "untrained") for name in COMPARED}
+    n_tokens = trained["A"].readings[0].n_tokens
+    # One token of every block, the first, is not harvested.
+    return SiteReadings(
+        site=site,
+        trained=trained,
+        untrained=untrained,
+        document_T=np.arange(n_tokens) // (config.subjects.context - 1),
+    )
+
+
+def _shares(results: Sequence[Results], state: str, n_seeds: int) -> list[list[float]]:
+    """Genuinely cross-layer shares of A's crosscoders on the primary site, by training and dictionary seed."""
+    groups: list[list[float]] = [[] for _ in range(n_seeds)]
+    for cell in results:
+        spread = cell["spread"]
+        if not spread or spread["role"] != "main" or spread["subject"] != "A" or spread["state"] != state:
+            continue
+        for row in spread["per_seed"]:
+            if row["functional"] is not None and row["functional"]["genuine_share"] is not None:
+                groups[spread["training_seed"]].append(row["functional"]["genuine_share"])
+    return groups
+
+
+def _cross_layer(results: Sequence[Results], n_seeds: int) -> Statistic:
+    """X of A: its share of genuinely cross-layer features less the larger of both nulls'."""
+    sides: list[Bootstrap] = []
+    for seed, state in enumerate(("trained", "shuffled", "untrained")):
+        groups = _shares(results, state, n_seeds)
+        if not all(groups):
+            return Statistic("cross_layer", None, "cross_layer_excess", f"no {state} crosscoder of A was probed")
+        sides.append(two_level_bootstrap(groups, seed=seed, n_draws=density.N_DRAWS))
+    found = cross_layer.excess_bootstrap(sides[0], sides[1], sides[2])
+    return Statistic("cross_layer", found.estimate(), "cross_layer_excess")
+
+
+def _count_gain(results: Sequence[Results], n_seeds: int) -> Statistic:
+    """ln(L0 of A's bank / L0 of A's crosscoder) at the crosscoder's explained variance, on the primary site."""
+    groups: list[list[float | str]] = []
+    for t in range(n_seeds):
+        banks, crosscoders = [], []
+        for cell in results:
+            quality = cell["quality"]
+            where = (quality["subject"], quality["state"], quality["site"], quality["training_seed"])
+            if where != ("A", "trained", evidence.PRIMARY_SITE, t):
+                continue
+            points = [gain.Point(row["l0_token"], row["explained_variance"]) for row in quality["per_seed"]]
+            if quality["arm"] == "layerwise":
+                banks.append(points[0])
+            elif quality["role"] == "main":
+                crosscoders = points
+        groups.append([gain.count_gain(point, banks) for point in crosscoders])
+    return evidence.seeds_statistic("count_gain", groups)
