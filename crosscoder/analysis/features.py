@@ -6,6 +6,7 @@ function of it and of the decoder. For a bank the columns of layer l are `l * F 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Measured:
     """One pass of a dictionary over held-out tokens."""
 
     activity: Activity
-    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance
+    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where nobody writes
     explained_variance: float  # the same ratio of sums over all layers of the scaled activations
 
 
@@ -58,13 +59,15 @@ class Measured:
 def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Measured:
     """Activity and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
 
-    Sums are float64 over all tokens, so the batch size does not matter.
+    Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure leaves
+    unwritten count in no sum. Groups are what has a row of its own for every token: the layers of a bank, also of one
+    whose layers share their weights.
 
     Raises:
         ValueError: there is no token, or a layer is constant.
     """
     n_layers, n_features = dictionary.config.n_layers, dictionary.config.n_features
-    n_groups = dictionary.grouped().center_GN.shape[0]
+    written, n_groups = dictionary.config.written(), 1
     was_training = dictionary.training
     dictionary.eval()
     error_L, square_L = torch.zeros(n_layers, dtype=torch.float64), torch.zeros(n_layers, dtype=torch.float64)
@@ -72,6 +75,7 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Mea
     parts, n_tokens = [], 0
     for x_BLD in batches:
         out = dictionary(x_BLD)
+        n_groups = math.prod(out.code.batch_shape[1:])
         parts.append(sparse_rows(out.code, x_BLD.shape[0], n_groups, n_features))
         error_L += (x_BLD - out.recon).double().square().sum((0, 2)).cpu()
         square_L += x_BLD.double().square().sum((0, 2)).cpu()
@@ -81,13 +85,15 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Mea
     if n_tokens == 0:
         raise ValueError("no tokens to measure the dictionary on; the held-out activations are empty")
     variance_L = square_L - sum_LD.square().sum(1) / n_tokens
-    if not bool((variance_L > 0).all()):
+    if not bool((variance_L[written] > 0).all()):
         raise ValueError(f"a layer is constant over the {n_tokens} held-out tokens: no variance to explain")
     code = sparse.csr_array(sparse.vstack(parts, format="csr"))
+    explained_L = torch.full_like(error_L, torch.nan)
+    explained_L[written] = 1 - error_L[written] / variance_L[written]
     return Measured(
         Activity(code, n_groups),
-        (1 - error_L / variance_L).numpy(),
-        float(1 - error_L.sum() / variance_L.sum()),
+        explained_L.numpy(),
+        float(1 - error_L[written].sum() / variance_L[written].sum()),
     )
 
 

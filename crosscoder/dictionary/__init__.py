@@ -23,6 +23,16 @@ from crosscoder.dictionary.sparsity import (
     TargetL0Penalty,
     TopK,
 )
+from crosscoder.dictionary.structure import (
+    Acausal,
+    Diffing,
+    LocalWindow,
+    StrictlyCausal,
+    Structure,
+    Transcoder,
+    WeaklyCausal,
+    stack_subjects,
+)
 
 DICTIONARIES: dict[str, Any] = {"Crosscoder": Crosscoder, "LayerwiseSAE": LayerwiseSAE}
 
@@ -34,20 +44,28 @@ def load_dictionary(folder: str | Path, *, verify: bool = True) -> Any:
 
 __all__ = [
     "DICTIONARIES",
+    "Acausal",
     "BatchTopK",
     "Crosscoder",
     "Dictionary",
     "DictionaryConfig",
     "DictionaryOutput",
+    "Diffing",
     "JumpReLU",
     "L0Penalty",
     "LayerwiseSAE",
+    "LocalWindow",
     "NormPenalty",
     "ReLU",
     "SparseCode",
     "Sparsity",
+    "StrictlyCausal",
+    "Structure",
     "TanhPenalty",
     "TargetL0Penalty",
     "TopK",
+    "Transcoder",
+    "WeaklyCausal",
     "load_dictionary",
+    "stack_subjects",
 ]

@@ -21,10 +21,12 @@ from crosscoder.dictionary.sparsity import JumpReLU
 
 
 class Crosscoder(nn.Module):
-    """Acausal crosscoder (Lindsey et al. 2024): one code for all L layers of a token.
+    """Crosscoder (Lindsey et al. 2024): one code for all L layers of a token.
 
     `z_f = sum_l <encoder[f, l], x_l - decoder_bias_l> + encoder_bias_f`; the sparsity rule keeps some z, the code is
-    their relu, and `recon_l = sum_f code_f decoder[f, l] + decoder_bias_l`. With L = 1 it is an ordinary SAE.
+    their relu, and `recon_l = sum_f code_f decoder[f, l] + decoder_bias_l`. With L = 1 it is an ordinary SAE. Both sums
+    run over the layers that `structure` gives each feature: all by default; causal, local, transcoding and diffing
+    crosscoders are this class with other masks.
 
     Keyword arguments are those of `DictionaryConfig`. Parameters: `encoder`, `decoder` `[F, L, D]`, `encoder_bias`
     `[F]`, `decoder_bias` `[L, D]`, and with JumpReLU `log_threshold` `[F]`. Buffers: `threshold` `[1]` (BatchTopK at
@@ -38,15 +40,22 @@ class Crosscoder(nn.Module):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.config = config = DictionaryConfig(**settings)
+        if config.shared:
+            raise ValueError("shared=True is for a LayerwiseSAE; a Crosscoder is one dictionary already")
         shapes = self.tensor_shapes(config)
-        decoder_FLD = initial.unit_rows(shapes["decoder"], row_dims=2, seed=config.seed)
-        self.encoder = nn.Parameter(decoder_FLD.clone())
-        self.decoder = nn.Parameter(decoder_FLD)
+        read, write = config.masks() or (None, None)
+        self.register_buffer("read_mask", read, persistent=False)
+        self.register_buffer("write_mask", write, persistent=False)
+        rows_FLD = initial.directions(shapes["decoder"], layer_dim=1, initial=config.initial, seed=config.seed)
+        self.encoder = nn.Parameter(initial.unit_rows(rows_FLD, row_dims=2, mask=read))
+        self.decoder = nn.Parameter(initial.unit_rows(rows_FLD, row_dims=2, mask=write))
         self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
         self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
         self.register_parameter("log_threshold", initial.log_threshold(shapes, config.sparsity))
         self.register_buffer("threshold", torch.full(shapes["threshold"], float("nan")))
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+        self.read_mask: Tensor | None
+        self.write_mask: Tensor | None
         self.log_threshold: nn.Parameter | None
         self.threshold: Tensor
         self.input_scale: Tensor
@@ -68,10 +77,10 @@ class Crosscoder(nn.Module):
         return shapes
 
     def grouped(self) -> Grouped:
-        """The parameters with L and D flattened, as one dictionary of width N = L * D."""
+        """The parameters with L and D flattened, as one dictionary of width N = L * D, and 0 outside the masks."""
         return Grouped(
-            self.encoder.flatten(1)[None],
-            self.decoder.flatten(1)[None],
+            _masked(self.encoder, self.read_mask).flatten(1)[None],
+            _masked(self.decoder, self.write_mask).flatten(1)[None],
             self.encoder_bias[None],
             self.decoder_bias.flatten()[None],
             None if self.working_encoder is None else self.working_encoder.flatten(1)[None],
@@ -80,7 +89,7 @@ class Crosscoder(nn.Module):
 
     def decoder_FLD(self) -> Tensor:
         """What each feature writes to each layer, `[F, L, D]`, without gradient."""
-        return self.decoder.detach()
+        return _masked(self.decoder.detach(), self.write_mask)
 
     def encode(self, x: Tensor) -> SparseCode:
         """The code of `x` `[..., L, D]`; a row is a token.
@@ -103,7 +112,7 @@ class Crosscoder(nn.Module):
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction `[..., L, D]` of a code."""
-        recon_RN = codec.decode_grouped(code.values, code.features, code.offsets, self.decoder.flatten(1)[None])
+        recon_RN = codec.decode_grouped(code.values, code.features, code.offsets, self.grouped().decoder_GFN)
         recon_BLD = recon_RN.unflatten(1, self.decoder_bias.shape) + self.decoder_bias
         return recon_BLD.view(*code.batch_shape, *self.decoder_bias.shape)
 
@@ -132,3 +141,7 @@ class Crosscoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Crosscoder:
         """The crosscoder saved in `folder`, in evaluation mode, after its files are verified."""
         return pretrained.load_dictionary(folder, {cls.__name__: cls})
+
+
+def _masked(weight_FLD: Tensor, mask: Tensor | None) -> Tensor:
+    return weight_FLD if mask is None else weight_FLD * mask

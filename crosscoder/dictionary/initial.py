@@ -12,9 +12,18 @@ from crosscoder.dictionary.interface import Dictionary
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, Sparsity
 
 
-def unit_rows(shape: tuple[int, ...], *, row_dims: int, seed: int) -> Tensor:
-    """Gaussian directions with norm 1 over the last `row_dims` axes together, a pure function of `seed`."""
-    rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def directions(shape: tuple[int, ...], *, layer_dim: int, initial: Literal["independent", "same"], seed: int) -> Tensor:
+    """Gaussian rows, a pure function of `seed`; with `same` they do not change along `layer_dim`."""
+    drawn = list(shape)
+    if initial == "same":
+        drawn[layer_dim] = 1
+    return torch.randn(drawn, generator=torch.Generator().manual_seed(seed)).expand(shape)
+
+
+def unit_rows(rows: Tensor, *, row_dims: int, mask: Tensor | None = None) -> Tensor:
+    """The rows, masked, with norm 1 over their last `row_dims` axes together, as a tensor of its own."""
+    if mask is not None:
+        rows = rows * mask
     dims = tuple(range(-row_dims, 0))
     return rows / rows.norm(dim=dims, keepdim=True)
 
@@ -52,7 +61,7 @@ def initialize_bias(
 ) -> None:
     """Set the decoder bias of every layer to the centre of a first batch."""
     center_GN = dictionary.grouped().center_GN
-    x_BGN = x_BLD.reshape(x_BLD.shape[0], *center_GN.shape).to(center_GN)
+    x_BGN = x_BLD.reshape(-1, *center_GN.shape).to(center_GN)
     match method:
         case "geometric_median":
             center_GN.copy_(torch.stack([geometric_median(x_BGN[:, g]) for g in range(x_BGN.shape[1])]))

@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from crosscoder.dictionary import structure as layers
 from crosscoder.dictionary.sparsity import BatchTopK, Sparsity, TopK
+from crosscoder.dictionary.structure import Acausal, Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,10 @@ class DictionaryConfig:
     prefixes: fractions of the features, ascending, that must also reconstruct alone: the first ones by index
         (Matryoshka, Bussmann et al. 2025); with any sparsity rule. None by default.
     seed: of the initial decoder directions.
+    structure: which layers each feature of a crosscoder reads and writes, see `structure`. A bank takes the default.
+    initial: `independent` draws a direction for each layer of a feature; `same` draws one for all of its layers, so
+        that a bank's SAEs all start alike.
+    shared: a bank whose layers are one and the same SAE (MLSAE); a crosscoder takes the default.
     """
 
     n_layers: int
@@ -100,6 +106,9 @@ class DictionaryConfig:
     aux_k: int | None = None
     prefixes: tuple[float, ...] = ()
     seed: int = 0
+    structure: Structure = field(default_factory=Acausal)
+    initial: Literal["independent", "same"] = "independent"
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_features"):
@@ -130,16 +139,42 @@ class DictionaryConfig:
                 f"prefixes are {self.prefixes!r}, which are {sizes[1:-1]} of {self.n_features} features; expected a "
                 "tuple of rising fractions between 0 and 1, such as (0.125, 0.25, 0.5)"
             )
+        if self.initial not in ("independent", "same"):
+            raise ValueError(f"initial is {self.initial!r}; expected 'independent' or 'same'")
+        if not isinstance(self.structure, Structure):
+            raise ValueError(f"structure is {self.structure!r}; expected one such as Acausal() or LocalWindow(2)")
+        shape = {"n_features": self.n_features, "n_layers": self.n_layers, "d_model": self.d_model}
+        layers.check_structure(self.structure, **shape)
 
     def prefix_sizes(self) -> tuple[int, ...]:
         """How many features each of `prefixes` holds, at each layer in a bank."""
         return tuple(round(fraction * self.n_features) for fraction in self.prefixes)
 
+    def masks(self) -> layers.Masks | None:
+        """Which weights of a crosscoder exist; None where all do."""
+        shape = {"n_features": self.n_features, "n_layers": self.n_layers, "d_model": self.d_model}
+        return layers.feature_masks(self.structure, **shape)
+
+    def written(self) -> slice:
+        """The layers that are reconstructed; the others count in no error."""
+        return slice(layers.first_written(self.structure, self.n_layers), None)
+
+    def n_written(self) -> int:
+        """How many numbers of a token are reconstructed: L * D, without padding and layers that nobody writes."""
+        widths = layers.layer_widths(self.structure, n_layers=self.n_layers, d_model=self.d_model)
+        return sum(widths[self.written()])
+
+    def n_read(self) -> int:
+        """The most numbers of a token that one feature of a crosscoder reads."""
+        return layers.read_width(self.structure, n_layers=self.n_layers, d_model=self.d_model)
+
 
 class Grouped(NamedTuple):
     """A dictionary's parameters as G independent dictionaries side by side, each reading N numbers.
 
-    A crosscoder is G = 1, N = L * D; a bank is G = L, N = D. Views: writing to them writes to the dictionary.
+    A crosscoder is G = 1, N = L * D; a bank is G = L, N = D; an SAE that all layers share is G = 1, N = D, and has L
+    rows a token. `x.reshape(-1, G, N)` is what they read of `x_BLD`. The centre is a view: writing to it writes to the
+    dictionary; weights are views too where no structure masks them.
     """
 
     encoder_GFN: Tensor

@@ -1,4 +1,4 @@
-"""The bank: L independent sparse autoencoders, one a layer, trained in one pass over the same tokens."""
+"""The bank: a sparse autoencoder for each layer, or one for all, trained in one pass over the same tokens."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from crosscoder.dictionary.interface import (
     finite_input,
 )
 from crosscoder.dictionary.sparsity import JumpReLU
+from crosscoder.dictionary.structure import Acausal
 
 
 class LayerwiseSAE(nn.Module):
@@ -26,9 +27,14 @@ class LayerwiseSAE(nn.Module):
     At layer l: `z_lf = <encoder[l, f], x_l - decoder_bias_l> + encoder_bias_lf`; the sparsity rule acts within each
     layer, and `recon_l = sum_f code_lf decoder[l, f] + decoder_bias_l`. With L = 1 it equals a one-layer crosscoder.
 
-    Keyword arguments are those of `DictionaryConfig`. Parameters: `encoder`, `decoder` `[L, F, D]`, `encoder_bias`
-    `[L, F]`, `decoder_bias` `[L, D]`, and with JumpReLU `log_threshold` `[L, F]`. Buffers: `threshold` `[L]` and
-    `input_scale` `[L]`, as in `Crosscoder`.
+    `initial="same"` starts all SAEs alike, so that feature f of two layers begins as one. `shared=True` makes them one
+    SAE with one set of weights, which reads every layer by itself (the multi-layer SAE of Lawson et al. 2024, arXiv
+    2409.04185): `z_lf = <encoder[f], x_l - decoder_bias> + encoder_bias_f`. Its rows are (token, layer) too; a
+    BatchTopK batch makes one cut over all layers, and a feature is dead if no layer activates it.
+
+    Keyword arguments are those of `DictionaryConfig`. Parameters, with G = L, or 1 for a shared SAE: `encoder`,
+    `decoder` `[G, F, D]`, `encoder_bias` `[G, F]`, `decoder_bias` `[G, D]`, and with JumpReLU `log_threshold` `[G, F]`.
+    Buffers: `threshold` `[G]` and `input_scale` `[L]`, as in `Crosscoder`.
 
     Raises:
         ValueError: a setting is out of range, or k > n_features.
@@ -37,10 +43,12 @@ class LayerwiseSAE(nn.Module):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.config = config = DictionaryConfig(**settings)
+        if not isinstance(config.structure, Acausal):
+            raise ValueError(f"structure {config.structure} is for a Crosscoder; each SAE of a bank has one layer")
         shapes = self.tensor_shapes(config)
-        decoder_LFD = initial.unit_rows(shapes["decoder"], row_dims=1, seed=config.seed)
-        self.encoder = nn.Parameter(decoder_LFD.clone())
-        self.decoder = nn.Parameter(decoder_LFD)
+        rows_GFD = initial.directions(shapes["decoder"], layer_dim=0, initial=config.initial, seed=config.seed)
+        self.encoder = nn.Parameter(initial.unit_rows(rows_GFD, row_dims=1))
+        self.decoder = nn.Parameter(initial.unit_rows(rows_GFD, row_dims=1))
         self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
         self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
         self.register_parameter("log_threshold", initial.log_threshold(shapes, config.sparsity))
@@ -54,26 +62,27 @@ class LayerwiseSAE(nn.Module):
     @staticmethod
     def tensor_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a dictionary of this config holds, without making one."""
+        n_groups = 1 if config.shared else config.n_layers
         shapes: dict[str, tuple[int, ...]] = {
-            "encoder": (config.n_layers, config.n_features, config.d_model),
-            "decoder": (config.n_layers, config.n_features, config.d_model),
-            "encoder_bias": (config.n_layers, config.n_features),
-            "decoder_bias": (config.n_layers, config.d_model),
-            "threshold": (config.n_layers,),
+            "encoder": (n_groups, config.n_features, config.d_model),
+            "decoder": (n_groups, config.n_features, config.d_model),
+            "encoder_bias": (n_groups, config.n_features),
+            "decoder_bias": (n_groups, config.d_model),
+            "threshold": (n_groups,),
             "input_scale": (config.n_layers,),
         }
         if isinstance(config.sparsity, JumpReLU):
-            shapes["log_threshold"] = (config.n_layers, config.n_features)
+            shapes["log_threshold"] = (n_groups, config.n_features)
         return shapes
 
     def grouped(self) -> Grouped:
-        """The parameters as they are: L dictionaries of width D."""
+        """The parameters as they are: L dictionaries of width D, or one that all layers share."""
         biases = self.encoder_bias, self.decoder_bias
         return Grouped(self.encoder, self.decoder, *biases, self.working_encoder, self.log_threshold)
 
     def decoder_FLD(self) -> Tensor:
         """What each of the L * F features writes to each layer, `[L * F, L, D]`: zero off its own layer."""
-        n_layers, n_features, d_model = self.decoder.shape
+        n_layers, n_features, d_model = self.config.n_layers, *self.decoder.shape[1:]
         out = self.decoder.new_zeros(n_layers, n_features, n_layers, d_model)
         index = torch.arange(n_layers, device=out.device)
         out[index, :, index] = self.decoder.detach()
@@ -89,18 +98,23 @@ class LayerwiseSAE(nn.Module):
         if not self.training:
             finite_input(x_BLD)
         values, features, offsets, cut = codec.encode_grouped(
-            x_BLD, self.grouped(), self.config, threshold_G=self.threshold, training=self.training
+            x_BLD.reshape(-1, *self.decoder_bias.shape),
+            self.grouped(),
+            self.config,
+            threshold_G=self.threshold,
+            training=self.training,
         )
         initial.update_threshold(self, cut)
-        local = codec.to_local(features, self.config.n_features, self.config.n_layers)
-        return SparseCode(values, local, offsets, self.config.n_features, tuple(x.shape[:-1]), features)
+        local = codec.to_local(features, self.config.n_features, len(self.decoder))
+        by_layer = None if self.config.shared else features
+        return SparseCode(values, local, offsets, self.config.n_features, tuple(x.shape[:-1]), by_layer)
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction `[..., L, D]` of a code."""
-        features = codec.to_global(code, self.config.n_layers)
+        features = codec.to_global(code, len(self.decoder))
         recon_RD = codec.decode_grouped(code.values, features, code.offsets, self.decoder)
-        recon_BLD = recon_RD.unflatten(0, (-1, self.config.n_layers)) + self.decoder_bias
-        return recon_BLD.view(*code.batch_shape, self.config.d_model)
+        recon_BGD = recon_RD.unflatten(0, (-1, len(self.decoder))) + self.decoder_bias
+        return recon_BGD.view(*code.batch_shape, self.config.d_model)
 
     def forward(self, x: Tensor) -> DictionaryOutput:
         """`recon` `[..., L, D]` and `code` of `x` `[..., L, D]`."""
@@ -110,10 +124,14 @@ class LayerwiseSAE(nn.Module):
     def encode_dense(self, x: Tensor) -> Tensor:
         """The code of `x` as `[..., L, F]`, by dense operators that autograd differentiates."""
         x_BLD = checked_input(x, self.config)
-        code_BLF = codec.encode_dense_grouped(
-            x_BLD, self.grouped(), self.config, threshold_G=self.threshold, training=self.training
+        code_BGF = codec.encode_dense_grouped(
+            x_BLD.reshape(-1, *self.decoder_bias.shape),
+            self.grouped(),
+            self.config,
+            threshold_G=self.threshold,
+            training=self.training,
         )
-        return code_BLF.view(*x.shape[:-1], self.config.n_features)
+        return code_BGF.view(*x.shape[:-1], self.config.n_features)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights to `folder`, whole or not at all."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crosscoder.dictionary import codec
-from crosscoder.dictionary.interface import Dictionary, Grouped, SparseCode, checked_input
+from crosscoder.dictionary.interface import Dictionary, DictionaryConfig, Grouped, SparseCode, checked_input
 from crosscoder.dictionary.sparsity import JumpReLU, L0Penalty, NormPenalty, ReLU, TanhPenalty, TargetL0Penalty
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, section A.2
@@ -31,7 +31,7 @@ class LossOutput(NamedTuple):
 def loss_terms(
     dictionary: Dictionary, x: Tensor, *, dead_GF: Tensor | None = None, penalty_factor: float = 1.0
 ) -> LossOutput:
-    """`recon`, the mean squared error per number, and what the config asks for beside it.
+    """`recon`, the mean squared error per number that is reconstructed, and what the config asks for beside it.
 
     `recon_prefixes`: errors of `config.prefixes` alone. With the whole dictionary they are M nested ones, each counts
     1 / M, and `recon` holds the whole one's share (Bussmann et al. 2025, arXiv 2503.17547, section 3, as a mean).
@@ -45,32 +45,44 @@ def loss_terms(
     config = dictionary.config
     x_BLD = checked_input(x, config)
     grouped = dictionary.grouped()
-    x_BGN = x_BLD.reshape(x_BLD.shape[0], *grouped.center_GN.shape)
+    x_BGN = x_BLD.reshape(-1, *grouped.center_GN.shape)
     code = dictionary.encode(x_BLD)
-    n_parts = config.n_layers // x_BGN.shape[1]
-    error_BGN, squares_GL = codec.squared_error(x_BGN, code, grouped, n_parts=n_parts)
+    error_BGN, square = _written_error(x_BGN, code, grouped, config)
     error_BLD = error_BGN.detach().view(x_BLD.shape)
-    n_numbers = x_BLD.numel() * (1 + len(config.prefixes))
-    terms = {"recon": squares_GL.sum() / n_numbers}
+    n_written = x_BLD.shape[0] * config.n_written()
+    n_nested = 1 + len(config.prefixes)
+    terms = {"recon": square / (n_written * n_nested)}
     if config.prefixes:
         nested = [code.prefix(size) for size in config.prefix_sizes()]
-        squares = [codec.squared_error(x_BGN, part, grouped, n_parts=n_parts)[1].sum() for part in nested]
-        terms["recon_prefixes"] = torch.stack(squares).sum() / n_numbers
+        squares = [_written_error(x_BGN, part, grouped, config)[1] for part in nested]
+        terms["recon_prefixes"] = torch.stack(squares).sum() / (n_written * n_nested)
     if isinstance(config.sparsity, ReLU | JumpReLU):
-        terms["penalty"] = penalty_factor * sparsity_penalty(code, grouped, config.sparsity, d_model=config.d_model)
+        charge = sparsity_penalty(code, grouped, config.sparsity, d_model=config.d_model, n_written=n_written)
+        terms["penalty"] = penalty_factor * charge
     if dead_GF is not None and config.aux_k != 0 and bool(dead_GF.any()):
         terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, -error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
 
 
-def sparsity_penalty(code: SparseCode, grouped: Grouped, sparsity: ReLU | JumpReLU, *, d_model: int) -> Tensor:
-    """What the rule's penalty charges for a code, coefficient included: the mean over rows."""
+def _written_error(
+    x_BGN: Tensor, code: SparseCode, grouped: Grouped, config: DictionaryConfig
+) -> tuple[Tensor, Tensor]:
+    """Error of a code's reconstruction `[B, G, N]`, and the sum of its squares over the layers that are written."""
+    n_parts = x_BGN.shape[2] // config.d_model
+    error_BGN, squares_GL = codec.squared_error(x_BGN, code, grouped, n_parts=n_parts)
+    return error_BGN, squares_GL.flatten()[config.written()].sum()
+
+
+def sparsity_penalty(
+    code: SparseCode, grouped: Grouped, sparsity: ReLU | JumpReLU, *, d_model: int, n_written: int
+) -> Tensor:
+    """What the rule's penalty charges for a code of `n_written` numbers, coefficient included: the mean over rows."""
     penalty, n_rows = sparsity.penalty, max(1, code.n_rows)
     features = codec.to_global(code, grouped.center_GN.shape[0])
     match penalty:
         case NormPenalty(norm=norm):
             norms_GF = codec.decoder_norms(grouped.decoder_GFN, norm, d_model=d_model)
-            charge = (code.values * norms_GF.flatten()[features]).sum() / (n_rows * grouped.decoder_GFN.shape[-1])
+            charge = (code.values * norms_GF.flatten()[features]).sum() / max(1, n_written)
         case TanhPenalty(scale=scale):
             norms_GF = codec.decoder_norms(grouped.decoder_GFN, "l2", d_model=d_model)
             charge = (scale * code.values * norms_GF.flatten()[features]).tanh().sum() / n_rows
@@ -104,12 +116,15 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
     decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
     """
     encoder_GFN, decoder_GFN, bias_GF, center_GN = dictionary.grouped()[:4]
-    n_rows, n_groups, width = x_BLD.shape[0], *center_GN.shape
-    x_BGN = x_BLD.reshape(n_rows, n_groups, width) - center_GN.detach()
-    residual_BGN = residual_BLD.reshape(n_rows, n_groups, width)
+    n_groups = center_GN.shape[0]
+    x_BGN = x_BLD.reshape(-1, *center_GN.shape) - center_GN.detach()
+    is_written_L1 = torch.zeros(x_BLD.shape[1], 1, dtype=x_BLD.dtype, device=x_BLD.device)
+    is_written_L1[dictionary.config.written()] = 1
+    residual_BGN = (residual_BLD * is_written_L1).reshape(x_BGN.shape)
     k_aux = dictionary.config.aux_k
     if k_aux is None:
-        k_aux = min(MAX_DEFAULT_AUX_K, max(1, width // 2))
+        n_read = min(center_GN.shape[1], dictionary.config.n_read())
+        k_aux = min(MAX_DEFAULT_AUX_K, max(1, n_read // 2))
     total = x_BLD.new_zeros(())
     for group in range(n_groups):
         dead = _bounded(dead_GF[group].nonzero().squeeze(1), limit=max(k_aux, dead_GF.shape[1] // 4))

@@ -2,6 +2,10 @@
 
 A row is what one dictionary reads of one token: the token for a crosscoder, each (token, layer) for a bank. A penalty
 is a mean over rows, beside an error that is a mean over numbers.
+
+Gated SAEs (Rajamanoharan et al. 2024, arXiv 2404.16014) are left out: their forward pass with tied weights is that of
+JumpReLU (their appendix), and their gate needs a second pre-activation and a reconstruction of its own in the loss,
+which no other rule has.
 """
 
 from __future__ import annotations
@@ -126,7 +130,7 @@ class ReLU:
     """Every feature with a positive pre-activation is active; `penalty` makes them few (Lindsey et al. 2024).
 
     Meant for `decoder="free"`: the penalty weighs values by decoder norms, which a unit decoder holds at 1. A feature
-    that is positive on no token stays dead: the auxiliary term cannot reach it, and nothing resamples it.
+    that is positive on no token gets no gradient: the trainer's `resample_every` starts it again.
     """
 
     penalty: NormPenalty | TanhPenalty = field(default_factory=NormPenalty)

@@ -236,7 +236,8 @@ def _describe_dictionary(
     dictionary: Any, measured: features.Measured, *, seed: int, splice: dict[str, Any] | None = None
 ) -> _Trained:
     alive_GF = counting.alive_features(measured.activity)
-    groups = dictionary.grouped().decoder_GFN.detach().float().cpu().numpy()
+    decoder_GFN = dictionary.grouped().decoder_GFN.detach().float().cpu()
+    groups = decoder_GFN.expand(len(alive_GF), -1, -1).numpy()  # layers that share an SAE share its decoder
     layers = [
         counting.LayerFeatures(groups[g][alive], measured.activity.group(g)[:, alive.nonzero()[0]])
         for g, alive in enumerate(alive_GF)
@@ -337,7 +338,7 @@ def _quality(arm: Arm, one: _Trained) -> dict[str, Any]:
     return {
         "seed": one.seed,
         "explained_variance": one.measured.explained_variance,
-        "explained_variance_per_layer": one.measured.explained_variance_L.tolist(),
+        "explained_variance_per_layer": [_finite(value) for value in one.measured.explained_variance_L],
         "l0_token": l0_token,
         "l0_token_layer": l0_token_layer,
         "dead_share": 1 - float(one.alive_GF.mean()),

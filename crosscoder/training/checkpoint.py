@@ -35,7 +35,8 @@ class TrainState:
     """All that a training run carries from one step to the next.
 
     The dictionary's state includes its inference threshold and input scale. The data cursor is `step`: batch number
-    `step` is the next one. Nothing in a step draws random numbers, so there is no generator to keep.
+    `step` is the next one. What a step draws at random it draws from a generator seeded by `step`, so there is none to
+    keep.
     """
 
     dictionary: Dictionary

@@ -107,6 +107,23 @@ class RowAdam(torch.optim.Optimizer):
             )
         return loss
 
+    @torch.no_grad()
+    def replace_rows(self, features: Tensor, rows: dict[str, Tensor]) -> None:
+        """Write new rows of the named parameters and forget their moments, as if they had never been trained.
+
+        features: counted over all dictionaries of a bank. The count of steps is the whole parameter's and stays.
+        """
+        parameters = dict(self._dictionary.named_parameters())
+        for name, new_RN in rows.items():
+            parameter = parameters[name]
+            self._rows(name, parameter)[features] = new_RN.to(parameter.dtype)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in self.state[parameter]:
+                    self._rows(name, self.state[parameter][key])[features] = 0
+            working_RN = self._working_copy(name, parameter)
+            if working_RN is not None:
+                working_RN[features] = new_RN.to(working_RN.dtype)
+
     def _working_copy(self, name: str, parameter: Tensor) -> Tensor | None:
         if name != "encoder" or not self._keep_working_copy:
             return None

@@ -15,6 +15,7 @@ from crosscoder.dictionary.initial import initialize_bias
 from crosscoder.dictionary.interface import checked_input
 from crosscoder.dictionary.losses import explained_variance, loss_terms
 from crosscoder.training.checkpoint import TrainState
+from crosscoder.training.resample import resample_dead
 from crosscoder.training.run_folder import Entry
 from crosscoder.training.schedule import learning_rate_factor, linear_rise
 
@@ -37,6 +38,8 @@ class TrainConfig:
     dead_after_tokens: silence after which the auxiliary term tries to revive a feature.
     bias_init: where the decoder bias starts, from the first batch; one that is not zero any more is left as it is.
     log_every, checkpoint_every: in steps; 0 turns checkpoints off.
+    resample_every: steps between two resamplings of the dead features (`resample_dead`), 0 for none. The last one is
+        before the rate begins to fall, so that every feature is trained to the end.
     """
 
     steps: int | None = None
@@ -50,6 +53,7 @@ class TrainConfig:
     bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
     log_every: int = 50
     checkpoint_every: int = 0
+    resample_every: int = 0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -62,9 +66,12 @@ class TrainConfig:
             raise ValueError(f"precision is {self.precision!r}; expected 'fp32' or 'bf16'")
         if self.bias_init not in ("geometric_median", "mean", "zero"):
             raise ValueError(f"bias_init is {self.bias_init!r}; expected 'geometric_median', 'mean' or 'zero'")
-        for name in ("warmup_steps", "penalty_warmup_steps", "grad_clip", "dead_after_tokens", "checkpoint_every"):
+        for name in ("warmup_steps", "penalty_warmup_steps", "grad_clip", "dead_after_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("checkpoint_every", "resample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (off) or a number of steps")
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every}; expected at least 1")
 
@@ -110,6 +117,8 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     state.firing.update(out.code, x_BLD.shape[0])
     state.step += 1
     state.tokens += x_BLD.shape[0]
+    resampled = _resample_if_due(state, x_BLD, out.error_BLD, config, n_steps)
+    written = dictionary.config.written()
 
     def numbers() -> Entry:
         values = {f"loss/{name}": term.item() for name, term in out.terms.items()}
@@ -118,14 +127,27 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
             "tokens": state.tokens,
             "loss": loss.item(),
             **values,
-            "explained_variance": _mean_explained(x_BLD, x_BLD + out.error_BLD),
+            "explained_variance": _mean_explained(x_BLD[:, written], (x_BLD + out.error_BLD)[:, written]),
             "l0": out.code.l0().float().mean().item(),
             "silent_features": int(state.firing.dead(config.dead_after_tokens).sum()),
             "gradient_norm": norm.item(),
             "learning_rate": rate,
+            **resampled,
         }
 
     return numbers
+
+
+def _resample_if_due(
+    state: TrainState, x_BLD: Tensor, error_BLD: Tensor, config: TrainConfig, n_steps: int | None
+) -> Entry:
+    """How many features were resampled after this step, to log; nothing where resampling is off."""
+    if not config.resample_every:
+        return {}
+    is_falling = n_steps is not None and state.step > n_steps * (1 - config.decay_fraction)
+    if state.step % config.resample_every or is_falling:
+        return {"resampled": 0}
+    return {"resampled": resample_dead(state, x_BLD, error_BLD, dead_after_tokens=config.dead_after_tokens)}
 
 
 def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:

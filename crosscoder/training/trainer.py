@@ -1,8 +1,8 @@
 """One training loop for every dictionary.
 
-`train` takes any iterable of `x_BLD`. Every step is a function of the state and its batch alone: no random number is
-drawn, order comes from the batches, and a run that was killed continues from its newest verified checkpoint to the
-same bits, metrics included.
+`train` takes any iterable of `x_BLD`. Every step is a function of the state and its batch alone: order comes from the
+batches, the one thing that is drawn (whom to resample where) comes from the seed and the step, and a run that was
+killed continues from its newest verified checkpoint to the same bits, metrics included.
 """
 
 from __future__ import annotations

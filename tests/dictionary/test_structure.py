@@ -1,0 +1,423 @@
+"""Structures: which layers a feature reads and writes, what then counts as error, and the symmetries between them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK, load_dictionary
+from crosscoder.analysis.features import measure_dictionary
+from crosscoder.dictionary import (
+    Acausal,
+    DictionaryConfig,
+    Diffing,
+    LocalWindow,
+    NormPenalty,
+    StrictlyCausal,
+    Transcoder,
+    WeaklyCausal,
+    stack_subjects,
+)
+from crosscoder.dictionary.losses import loss_terms
+from crosscoder.dictionary.structure import feature_owners
+from crosscoder.foundation.artifact import read_json, write_json
+from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.training import TrainConfig, train
+from crosscoder.training.optimizer import RowAdam
+from tests.dictionary.test_pretrained import reseal
+
+L, D, F = 4, 6, 24
+MASKED = [
+    WeaklyCausal(),
+    StrictlyCausal(),
+    LocalWindow(2),
+    LocalWindow(1),
+    Transcoder(),
+    Diffing(n_layers=(3, 1), d_models=(6, 4), dedicated=(0.25, 0.125)),
+]
+EVERY = pytest.mark.parametrize("structure", [Acausal(), *MASKED], ids=str)
+EVERY_MASK = pytest.mark.parametrize("structure", MASKED, ids=str)
+
+
+def make(structure, *, sparsity=None, seed=0, **settings):
+    """A float64 crosscoder whose parameters all differ, also outside its masks."""
+    shape = {"n_layers": L, "d_model": D, "n_features": F}
+    cc = Crosscoder(**{**shape, "sparsity": sparsity or TopK(k=5), "structure": structure, "seed": seed, **settings})
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in cc.double().parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return cc
+
+
+def inputs(n, *, seed=5, n_layers=L, d_model=D):
+    return torch.randn(n, n_layers, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def masks(cc):
+    """Read and write masks in full, `[F, L, D]`."""
+    found = cc.config.masks()
+    shape = cc.encoder.shape
+    return [torch.ones(shape, dtype=torch.bool)] * 2 if found is None else [mask.expand(shape) for mask in found]
+
+
+def test_masks_of_a_small_crosscoder_by_hand():
+    def table(structure, n_layers, n_features):
+        config = DictionaryConfig(
+            n_layers=n_layers, d_model=2, n_features=n_features, sparsity=TopK(k=1), structure=structure
+        )
+        read, write = config.masks()
+        return [["".join("x" if on else "." for on in row) for row in mask[:, :, 0]] for mask in (read, write)]
+
+    assert table(WeaklyCausal(), 3, 4) == [["x..", ".x.", "..x", "x.."], ["xxx", ".xx", "..x", "xxx"]]
+    assert table(StrictlyCausal(), 3, 3) == [["x..", ".x.", "x.."], [".xx", "..x", ".xx"]]
+    assert table(LocalWindow(2), 3, 3) == [["xx.", ".xx", "xx."]] * 2
+    assert table(Transcoder(), 4, 3) == [["x...", ".x..", "x..."], ["..xx", "...x", "..xx"]]
+    assert DictionaryConfig(n_layers=3, d_model=2, n_features=4, sparsity=TopK(k=1)).masks() is None
+
+
+def test_masks_of_two_subjects_by_hand():
+    structure = Diffing(n_layers=(2, 1), d_models=(2, 1), dedicated=(0.25, 0.25))
+    assert sorted(feature_owners(structure, 8).tolist()) == [-1] * 4 + [0, 0, 1, 1]
+    assert sorted(feature_owners(structure, 8)[:4].tolist()) == [-1, -1, 0, 1]  # in turns, so also in a prefix
+    config = DictionaryConfig(n_layers=3, d_model=2, n_features=8, sparsity=TopK(k=1), structure=structure)
+    read, write = config.masks()
+    assert torch.equal(read, write)
+    for owner, mask_LD in zip(feature_owners(structure, 8).tolist(), read.tolist(), strict=True):
+        first, second = [[owner != 1] * 2] * 2, [owner != 0, False]
+        assert mask_LD == [*first, second]
+    assert config.n_written() == 5
+
+
+@EVERY
+@pytest.mark.parametrize("sparsity", [TopK(k=5), BatchTopK(k=5), JumpReLU(0.6), ReLU()], ids=lambda s: type(s).__name__)
+def test_sparse_path_equals_dense_path_and_gradients_stay_inside(structure, sparsity):
+    cc = make(structure, sparsity=sparsity, decoder="free")
+    x = inputs(60)
+    read, write = masks(cc)
+    out, dense = cc(x), cc.encode_dense(x)
+    torch.testing.assert_close(out.code.to_dense(), dense)
+    recon = torch.einsum("bf,fld->bld", dense, cc.decoder * write) + cc.decoder_bias
+    torch.testing.assert_close(out.recon, recon)
+    weights = [cc.encoder, cc.decoder]
+    found = torch.autograd.grad((out.recon - x).square().sum(), weights)
+    wanted = torch.autograd.grad((recon - x).square().sum(), weights)
+    for grad, expected, mask in zip(found, wanted, (read, write), strict=True):
+        torch.testing.assert_close(grad, expected)
+        assert grad[~mask].eq(0).all()
+        assert grad[mask].ne(0).float().mean() > 0.5
+
+
+@EVERY
+def test_weights_start_inside_the_masks_with_unit_rows(structure):
+    cc = Crosscoder(n_layers=L, d_model=D, n_features=F, sparsity=TopK(k=5), structure=structure)
+    for weight, mask in zip((cc.encoder, cc.decoder), masks(cc), strict=True):
+        assert weight[~mask].eq(0).all()
+        assert weight[mask].ne(0).all()
+        torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(F))
+
+
+def batches_of(structure, n, *, size=64):
+    """Sparse combinations of fixed directions, with zeros where the structure has padding."""
+    directions = torch.randn(16, L, D, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(3)
+    widths = (
+        torch.tensor(structure.d_models).repeat_interleave(torch.tensor(structure.n_layers))
+        if isinstance(structure, Diffing)
+        else torch.full((L,), D)
+    )
+    directions *= torch.arange(D) < widths[:, None]
+    active = [torch.rand(size, 16, generator=generator) for _ in range(n)]
+    return [torch.einsum("bf,fld->bld", (a > 0.85) * a, directions) for a in active]
+
+
+@EVERY_MASK
+@pytest.mark.parametrize(
+    ("sparsity", "decoder"),
+    [(TopK(k=4), "unit"), (BatchTopK(k=4), "free"), (ReLU(NormPenalty("l1", 0.1)), "free"), (JumpReLU(), "unit")],
+    ids=["TopK", "BatchTopK", "ReLU", "JumpReLU"],
+)
+def test_the_trainer_keeps_masked_weights_at_zero(structure, sparsity, decoder):
+    cc = Crosscoder(
+        n_layers=L, d_model=D, n_features=F, sparsity=sparsity, structure=structure, decoder=decoder, prefixes=(0.5,)
+    )
+    before = cc.decoder.detach().clone()
+    config = TrainConfig(learning_rate=1e-2, dead_after_tokens=64, resample_every=5, log_every=100)
+    train(cc, batches_of(structure, 25), config=config, quiet=True)
+    for weight, mask in zip((cc.encoder, cc.decoder), masks(cc), strict=True):
+        assert weight[~mask].eq(0).all()
+        assert weight[mask].ne(0).all()
+    assert not torch.equal(cc.decoder, before)
+    if decoder == "unit":
+        torch.testing.assert_close(cc.decoder.flatten(1).norm(dim=1), torch.ones(F))
+    if isinstance(structure, Diffing):
+        assert cc.decoder_bias[3, 4:].eq(0).all()
+
+
+@EVERY_MASK
+def test_weight_decay_and_clipping_keep_masked_weights_at_zero(structure):
+    cc = Crosscoder(n_layers=L, d_model=D, n_features=F, sparsity=TopK(k=4), structure=structure, decoder="unit")
+    optimizer = RowAdam(cc, lr=0.05, weight_decay=0.1)
+    for x in batches_of(structure, 5):
+        optimizer.zero_grad()
+        sum(loss_terms(cc, x).terms.values()).backward()
+        optimizer.step(scale_G=torch.tensor([0.5]))
+    for weight, mask in zip((cc.encoder, cc.decoder), masks(cc), strict=True):
+        assert weight[~mask].eq(0).all()
+
+
+@EVERY
+def test_every_parameter_gets_a_gradient(structure):
+    cc = make(structure, sparsity=JumpReLU(0.6))
+    sum(loss_terms(cc, inputs(64)).terms.values()).backward()
+    for name, parameter in cc.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+FIRST_WRITTEN = {StrictlyCausal(): 1, Transcoder(): 2}
+
+
+@EVERY
+def test_loss_counts_the_layers_that_are_written(structure):
+    cc = make(structure, sparsity=ReLU(NormPenalty("l2", 0.7)), prefixes=(0.5,), decoder="free")
+    structure_widths = [6, 6, 6, 4] if isinstance(structure, Diffing) else [D] * L
+    first = FIRST_WRITTEN.get(structure, 0)
+    x = inputs(30)
+    with torch.no_grad():
+        for layer, width in enumerate(structure_widths):
+            x[:, layer, width:] = 0
+            cc.decoder_bias[layer, width:] = 0
+    n_numbers = 30 * sum(structure_widths[first:])
+    out = cc(x)
+    terms = loss_terms(cc, x).terms
+    error = (out.recon - x)[:, first:].square().sum() / n_numbers
+    torch.testing.assert_close(terms["recon"], error / 2)
+    norms = (cc.decoder * masks(cc)[1]).flatten(1).norm(dim=1)
+    charge = 0.7 * (out.code.to_dense() * norms).sum() / n_numbers
+    torch.testing.assert_close(terms["penalty"], charge)
+    with torch.no_grad():
+        half = cc.decode(out.code.prefix(F // 2))
+    torch.testing.assert_close(terms["recon_prefixes"], (half - x)[:, first:].square().sum() / n_numbers / 2)
+
+
+@EVERY
+def test_explained_variance_counts_the_layers_that_are_written(structure):
+    cc = make(structure).eval()
+    x = inputs(200)
+    first = FIRST_WRITTEN.get(structure, 0)
+    measured = measure_dictionary(cc, x.split(64))
+    error = (cc(x).recon.detach() - x).square().sum((0, 2)).numpy()
+    variance = (x - x.mean(0)).square().sum((0, 2)).numpy()
+    assert np.isnan(measured.explained_variance_L[:first]).all()
+    np.testing.assert_allclose(measured.explained_variance_L[first:], 1 - error[first:] / variance[first:])
+    assert measured.explained_variance == pytest.approx(1 - error[first:].sum() / variance[first:].sum())
+    result = train(make(structure), [x], quiet=True)
+    expected = (
+        loss_terms(make(structure), x).error_BLD[:, first:].square().sum((0, 2)).numpy() / variance[first:]
+    ).mean()
+    assert result.metrics[0]["explained_variance"] == pytest.approx(1 - expected)
+
+
+@EVERY
+def test_the_auxiliary_term_counts_the_layers_that_are_written(structure):
+    cc = make(structure, aux_k=2)
+    dead = torch.zeros(1, F, dtype=torch.bool)
+    dead[0, :6] = True
+    x, first = inputs(40), FIRST_WRITTEN.get(structure, 0)
+    read, write = masks(cc)
+    term = loss_terms(cc, x, dead_GF=dead).terms["aux_k"]
+    z = torch.einsum("bld,fld->bf", x - cc.decoder_bias, (cc.encoder * read)[:6]) + cc.encoder_bias[:6]
+    best = z.relu().topk(2, dim=1)
+    code = torch.zeros_like(z).scatter(1, best.indices, best.values)
+    residual = (x - cc(x).recon).detach()[:, first:]
+    error = torch.einsum("bf,fld->bld", code, (cc.decoder * write)[:6])[:, first:] - residual
+    torch.testing.assert_close(term, error.square().sum() / residual.square().sum() / 32)
+    term.backward()
+    for weight, mask in ((cc.encoder, read), (cc.decoder, write)):
+        assert weight.grad[6:].eq(0).all()
+        assert weight.grad[~mask].eq(0).all()
+        assert weight.grad[:6].abs().sum() > 0
+
+
+@EVERY
+@pytest.mark.parametrize("means", ["aux_k", "resampling"])
+def test_dead_features_revive(structure, means):
+    """Features that are too weak to be chosen, or negative on every token, where AuxK has no gradient."""
+
+    def active_pairs(*, on):
+        aux_k = None if on and means == "aux_k" else 0
+        shape = {"n_layers": L, "d_model": D, "n_features": F}
+        cc = Crosscoder(**shape, sparsity=TopK(k=3), structure=structure, aux_k=aux_k)
+        with torch.no_grad():
+            if means == "aux_k":
+                cc.encoder[:8] *= 1e-3
+            else:
+                cc.encoder_bias[:8] = -10.0
+        every = 20 if on and means == "resampling" else 0
+        config = TrainConfig(learning_rate=2e-2, dead_after_tokens=128, resample_every=every, log_every=200)
+        train(cc, data, config=config, quiet=True)
+        return int(cc.encode(torch.cat(data[-10:])).to_dense()[:, :8].gt(0).sum())
+
+    data = batches_of(structure, 80)
+    assert active_pairs(on=True) > 1.5 * active_pairs(on=False) + 20
+
+
+@EVERY
+def test_round_trip_by_mapping_and_by_folder(structure, tmp_path):
+    cc = make(structure, sparsity=JumpReLU(0.5), initial="same").float()
+    assert from_mapping(DictionaryConfig, to_mapping(cc.config)) == cc.config
+    cc.save_pretrained(tmp_path / "saved")
+    again = load_dictionary(tmp_path / "saved")
+    assert again.config == cc.config
+    assert again.state_dict().keys() == Crosscoder.tensor_shapes(cc.config).keys()
+    x = inputs(9).float()
+    assert torch.equal(again(x).recon, cc.eval()(x).recon)
+
+
+def test_a_config_written_before_structures_existed_still_loads(tmp_path):
+    cc = make(Acausal()).float()
+    cc.save_pretrained(tmp_path / "saved")
+    config = read_json(tmp_path / "saved" / "config.json")
+    for key in ("structure", "initial", "shared"):
+        del config["settings"][key]
+    write_json(tmp_path / "saved" / "config.json", config)
+    reseal(tmp_path / "saved")
+    assert load_dictionary(tmp_path / "saved").config == cc.config
+    assert json.loads(json.dumps(to_mapping(cc.config)))["structure"] == {"kind": "Acausal"}
+
+
+def test_a_window_of_all_layers_is_acausal():
+    plain, window = make(Acausal(), sparsity=BatchTopK(k=5)), make(LocalWindow(L), sparsity=BatchTopK(k=5))
+    data = [x.double() for x in batches_of(Acausal(), 10)]
+    for cc in (plain, window):
+        train(cc, data, config=TrainConfig(learning_rate=1e-2), quiet=True)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, window.state_dict()[name]), name
+    other = make(LocalWindow(L - 1), sparsity=BatchTopK(k=5))
+    train(other, data, config=TrainConfig(learning_rate=1e-2), quiet=True)
+    assert not torch.equal(other.encoder, plain.encoder)
+
+
+def test_windows_of_one_layer_are_a_bank_where_features_are_chosen_by_themselves():
+    cc = make(LocalWindow(1), sparsity=JumpReLU(0.3))
+    bank = LayerwiseSAE(n_layers=L, d_model=D, n_features=F // L, sparsity=JumpReLU(0.3)).double()
+    with torch.no_grad():
+        bank.decoder_bias.copy_(cc.decoder_bias)
+        for layer in range(L):
+            own = torch.arange(layer, F, L)
+            bank.encoder[layer], bank.decoder[layer] = cc.encoder[own, layer], cc.decoder[own, layer]
+            bank.encoder_bias[layer], bank.log_threshold[layer] = cc.encoder_bias[own], cc.log_threshold[own]
+    x = inputs(50)
+    torch.testing.assert_close(cc(x).recon, bank(x).recon)
+    ours = cc.encode(x).to_dense().view(50, F // L, L)
+    torch.testing.assert_close(ours.transpose(1, 2), bank.encode(x).to_dense())
+    torch.testing.assert_close(loss_terms(cc, x).terms["recon"], loss_terms(bank, x).terms["recon"])
+
+
+@pytest.mark.parametrize(
+    ("structure", "changed", "same", "different"),
+    [
+        (WeaklyCausal(), 1, [0], [1, 2, 3]),
+        (WeaklyCausal(), 3, [0, 1, 2], [3]),
+        (StrictlyCausal(), 1, [0, 1], [2, 3]),
+        (StrictlyCausal(), 3, [0, 1, 2, 3], []),
+        (LocalWindow(2), 0, [2, 3], [0, 1]),
+        (LocalWindow(2), 1, [3], [0, 1, 2]),
+        (Transcoder(), 1, [0, 1, 2], [3]),
+        (Transcoder(), 0, [0, 1], [2, 3]),
+        (Transcoder(), 2, [0, 1, 2, 3], []),
+        (Acausal(), 3, [], [0, 1, 2, 3]),
+        (Diffing((3, 1), (6, 6), (0.5, 0.5)), 3, [0, 1, 2], [3]),
+        (Diffing((3, 1), (6, 6), (0.5, 0.25)), 3, [], [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_what_depends_on_what(structure, changed, same, different):
+    cc = make(structure, sparsity=ReLU())
+    x = inputs(20)
+    before = cc(x).recon
+    x[:, changed] += 1.0
+    moved = (cc(x).recon - before).abs().amax((0, 2))
+    assert moved[same].eq(0).all()
+    assert moved[different].gt(1e-3).all()
+
+
+@EVERY
+def test_permuting_features_with_the_same_base_layer_leaves_the_reconstruction(structure):
+    cc = make(structure)
+    x, kinds = inputs(20), {}
+    for feature, mask in enumerate(zip(*masks(cc), strict=True)):
+        kinds.setdefault(str([part.tolist() for part in mask]), []).append(feature)
+    order = torch.arange(F)
+    for members in kinds.values():
+        order[members] = torch.tensor(members[1:] + members[:1])
+    before = cc(x).recon
+    with torch.no_grad():
+        for parameter in (cc.encoder, cc.decoder, cc.encoder_bias):
+            parameter.copy_(parameter[order].clone())
+    assert not torch.equal(order, torch.arange(F))
+    torch.testing.assert_close(cc(x).recon, before)
+    if structure != Acausal():
+        with torch.no_grad():
+            for parameter in (cc.encoder, cc.decoder, cc.encoder_bias):
+                parameter.copy_(parameter.roll(1, 0).clone())
+        assert not torch.allclose(cc(x).recon, before)
+
+
+def test_a_subject_beside_itself_is_written_alike():
+    cc = Crosscoder(
+        n_layers=2 * L, d_model=D, n_features=F, sparsity=TopK(k=4), structure=Diffing((L, L), (D, D)), initial="same"
+    ).double()
+    data = [stack_subjects([x.double(), x.double()]) for x in batches_of(Acausal(), 40)]
+    train(cc, data, config=TrainConfig(learning_rate=1e-2), quiet=True)
+    torch.testing.assert_close(cc.decoder[:, :L], cc.decoder[:, L:])
+    torch.testing.assert_close(cc(data[0]).recon[:, :L], cc(data[0]).recon[:, L:])
+    assert not torch.allclose(cc.decoder[:, 0], cc.decoder[:, 1])
+
+
+def test_subjects_are_stacked_with_zeros_at_the_end():
+    a, b = inputs(3, n_layers=2, d_model=4), inputs(3, n_layers=1, d_model=6)
+    x = stack_subjects([a, b])
+    assert x.shape == (3, 3, 6)
+    assert torch.equal(x[:, :2, :4], a)
+    assert x[:, :2, 4:].eq(0).all()
+    assert torch.equal(x[:, 2:], b)
+    for wrong in ([], [a, b[:2]], [a[0]]):
+        with pytest.raises(ValueError, match="with the same B tokens"):
+            stack_subjects(wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"structure": "weakly_causal"}, r"structure is 'weakly_causal'; expected one such as Acausal\(\)"),
+        ({"structure": StrictlyCausal(), "n_layers": 1}, "StrictlyCausal needs a layer to read and a later one"),
+        ({"structure": LocalWindow(5)}, "window of 5 layers does not fit n_layers = 4"),
+        ({"structure": Transcoder(), "n_layers": 3}, "n_layers is 3, expected an even number"),
+        ({"structure": Diffing((2, 1), (6, 4))}, r"subjects have \(2, 1\) layers of width \(6, 4\), the dictionary"),
+        ({"structure": Diffing((2, 2), (4, 4))}, "expected their sum and their largest"),
+        ({"structure": WeaklyCausal(), "n_features": 3, "sparsity": TopK(k=1)}, "over 4 layers; n_features is 3"),
+        ({"initial": "zero"}, "initial is 'zero'; expected 'independent' or 'same'"),
+        ({"shared": True}, "shared=True is for a LayerwiseSAE"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Crosscoder(**{"n_layers": L, "d_model": D, "n_features": F, "sparsity": TopK(k=2), **settings})
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: LocalWindow(0), "width is 0; expected a whole number of layers"),
+        (lambda: Diffing((2, 1), (4,)), "expected one positive number of each"),
+        (lambda: Diffing((2, 1), (4, 4), (0.1,)), "dedicated has 1 shares for 2 subjects"),
+        (lambda: Diffing((2, 1), (4, 4), (0.7, 0.7)), "that sum to at most 1"),
+        (lambda: LayerwiseSAE(n_layers=2, d_model=4, n_features=40, structure=WeaklyCausal()), "is for a Crosscoder"),
+    ],
+)
+def test_wrong_structures_are_refused(make_it, message):
+    with pytest.raises(ValueError, match=message):
+        make_it()
