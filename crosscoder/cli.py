@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from crosscoder.experiments.budget import DictionaryBudget
+from crosscoder.experiments.budget import Bank, DictionaryBudget, WholeStructure
 from crosscoder.foundation.console import say
 
 EXIT_BAD_INPUT = 2
@@ -106,6 +106,8 @@ class Train(Common):
     Example: crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
     Example: crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
     Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
+    Example: crosscoder train --activations runs/acts --out runs/causal --budget.structure weakly_causal
+    Example: crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
     """
 
     activations: Path
@@ -166,6 +168,12 @@ class Compare(Common):
     """Training steps of each dictionary."""
     n_features: int | None = None
     """Features of the crosscoder and of each layer's SAE."""
+    structure: WholeStructure | None = None
+    """Which layers the crosscoder's features read and write: all, one and from it on, or `window` neighbours."""
+    window: int | None = None
+    """Layers of a window."""
+    bank: Bank | None = None
+    """How the bank's SAEs begin: independent, all alike, each from the trained one before it, or one shared by all."""
     out: Path = Path("runs")
     """Studies go to a folder in here, named by preset and settings; the same study is continued, not repeated."""
     workers: int | None = None

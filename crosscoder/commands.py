@@ -24,11 +24,15 @@ from crosscoder.foundation.console import human_bytes, say
 Needs = list[tuple[str, str]]
 
 
+def _dictionary_changes(command: cli.Compare) -> dict[str, Any]:
+    names = ("steps", "n_features", "structure", "window", "bank")
+    return {name: value for name in names if (value := getattr(command, name)) is not None}
+
+
 def study_config(command: cli.Compare) -> StudyConfig:
     """The preset with the command's own settings put in."""
     config = PRESETS[command.preset]
-    changes = {"steps": command.steps, "n_features": command.n_features}
-    budget = replace(config.dictionaries, **{key: value for key, value in changes.items() if value is not None})
+    budget = replace(config.dictionaries, **_dictionary_changes(command))
     config = replace(config, dictionaries=budget, seeds=command.seeds or config.seeds)
     if command.text is not None:
         config = replace(config, subjects=replace(config.subjects, text=command.text))
@@ -39,8 +43,7 @@ def subject_config(command: cli.Compare) -> subject_study.SubjectStudyConfig:
     """The single-model study that the command asks for."""
     assert command.subject is not None
     base = subject_study.SubjectStudyConfig(subject=command.subject)
-    changes = {"steps": command.steps, "n_features": command.n_features}
-    budget = replace(base.dictionaries, **{key: value for key, value in changes.items() if value is not None})
+    budget = replace(base.dictionaries, **_dictionary_changes(command))
     given = {
         "text": command.text,
         "layers": command.layers,
@@ -179,7 +182,6 @@ def train(command: cli.Train) -> None:
     """Train one dictionary on a store."""
     from crosscoder.data.shards import ActivationShards
     from crosscoder.experiments.cells import new_dictionary
-    from crosscoder.training import train as train_dictionary
 
     store = ActivationShards.load(command.activations / "train")
     view = store.view(command.site)
@@ -189,7 +191,7 @@ def train(command: cli.Train) -> None:
     def batches(start: int) -> Iterator[Any]:
         return (view.batch(index, budget.batch, budget.data_seed) for index in range(start, budget.steps))
 
-    result = train_dictionary(
+    result = budget.trainer(command.arm)(
         dictionary,
         batches,
         config=replace(budget.train_config(), checkpoint_every=command.checkpoint_every),
@@ -236,7 +238,7 @@ def dictionary_needs(arm: Arm, n_layers: int, d_model: int, budget: DictionaryBu
     from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
     batch, n_features = budget.batch, budget.n_features
-    config = DictionaryConfig(n_layers=n_layers, d_model=d_model, n_features=n_features, sparsity=budget.sparsity(arm))
+    config = DictionaryConfig(n_layers=n_layers, d_model=d_model, **budget.settings(arm))
     shapes = DICTIONARIES[CLASSES[arm]].tensor_shapes(config)
     sizes = {name: _product(shape) for name, shape in shapes.items() if name not in ("threshold", "input_scale")}
     parameters = sum(sizes.values())

@@ -27,7 +27,7 @@ DEFINITIONS = {
     "times mean rho over L. With dictionaries of equal size that are all but full, and N fixed, "
     "alpha = 2 - 2 gamma whatever the models do.",
     "trained_difference": "ln R of the trained pair less ln R of the untrained pair, primary estimator.",
-    "universality_floor": "U of the untrained subjects, on the scale of the trained ones.",
+    "universality_floor": "u of the untrained subjects: how alike features are that no training made.",
 }
 
 

@@ -18,12 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosscoder.analysis import tables
-from crosscoder.analysis.figures import PICTURES
+from crosscoder.analysis.figures import PICTURES as COUNTED
 from crosscoder.analysis.panels import to_png
 from crosscoder.analysis.schema import validate_results
+from crosscoder.analysis.verdict_figures import draw_verdict
+from crosscoder.analysis.verdict_tables import verdict_tables
 from crosscoder.foundation.artifact import read_json, replace_file, write_json
 
 RESULTS = "results.json"
+PICTURES = {"verdict": draw_verdict, **COUNTED}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
@@ -148,6 +151,8 @@ def _view(results: dict[str, Any], figures: dict[str, tuple[str, int]]) -> dict[
         "lead": words["lead"][provenance["kind"]],
         "kicker": f"Preset {provenance['preset']} · {names}",
         "answer": results["counts"]["answer"],
+        "verdict": verdict_tables(results),
+        "notes": (results["verdict"] or {}).get("notes", []),
         "definitions": results["definitions"],
         "seeds_note": tables.seeds_note(results),
         "group_titles": tables.GROUP_TITLE,

@@ -1,203 +1,59 @@
 """What a study's `results.json` may hold: `validate_results` refuses anything else by its path.
 
-The keys, their units and their meaning are documented in `docs/results.md`. A specification is a function of
-`(value, path)` that raises; larger ones are built from smaller ones below.
+The keys, their units and their meaning are documented in `docs/results.md`.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-SCHEMA = "crosscoder.results/1"
+from crosscoder.analysis.specs import (
+    Spec,
+    boolean,
+    count,
+    either,
+    fail,
+    keyed_by_name,
+    list_of,
+    number,
+    one_of,
+    optional,
+    plain,
+    seed_range,
+    share,
+    table,
+    text,
+)
+
+SCHEMA = "crosscoder.results/2"
 SITES = ("residual", "write")
 ARMS = ("crosscoder", "layerwise")
-STATES = ("trained", "untrained")
+STATES = ("trained", "untrained", "shuffled")
 ROLES = ("main", "size", "k")
 GROUPS = ("subject", "per-layer", "cross-layer", "control")
 KINDS = ("aspect_ratio", "subject_study")
 MAX_HEATMAP_ROWS = 200
-_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # becomes an anchor and a label: no spaces, no markup
-_MAX_DEPTH = 32
-_LARGEST = 1e30  # beyond this, infinite or nonsense; NaN fails the comparison too
-
-Spec = Callable[[Any, str], None]
-
-
-def _fail(path: str, expected: str, seen: Any) -> NoReturn:
-    shown = repr(seen)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    raise ValueError(f"{path}: expected {expected}, got {shown}")
-
-
-def text(value: Any, path: str) -> None:
-    """A string that UTF-8 can hold."""
-    if not isinstance(value, str):
-        _fail(path, "a string", value)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        _fail(path, "a string that UTF-8 can hold", value)
-
-
-def number(value: Any, path: str) -> None:
-    """A finite number; True and False are not numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _fail(path, "a number", value)
-    if not abs(value) < _LARGEST:
-        _fail(path, "a finite number (write null where a quantity is undefined)", value)
-
-
-def share(value: Any, path: str) -> None:
-    """A number from 0 to 1."""
-    number(value, path)
-    if not -1e-9 <= value <= 1 + 1e-9:
-        _fail(path, "a share between 0 and 1", value)
-
-
-def count(value: Any, path: str) -> None:
-    """A whole number, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST:
-        _fail(path, "a whole number of 0 or more", value)
-
-
-def boolean(value: Any, path: str) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        _fail(path, "true or false", value)
-
-
-def plain(value: Any, path: str, depth: int = 0) -> None:
-    """Any JSON value without NaN, Infinity or absurd nesting."""
-    if depth > _MAX_DEPTH:
-        _fail(path, f"at most {_MAX_DEPTH} levels", value)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            text(key, f"{path} (key)")
-            plain(item, f"{path}.{key}", depth + 1)
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            plain(item, f"{path}[{i}]", depth + 1)
-    elif isinstance(value, str):
-        text(value, path)
-    elif value is not None and not isinstance(value, bool):
-        number(value, path)
-
-
-def optional(spec: Spec) -> Spec:
-    """`spec`, or null."""
-
-    def check(value: Any, path: str) -> None:
-        if value is not None:
-            spec(value, path)
-
-    return check
-
-
-def either(first: Spec, second: Spec, expected: str) -> Spec:
-    """`first` or `second`."""
-
-    def check(value: Any, path: str) -> None:
-        for spec in (first, second):
-            try:
-                spec(value, path)
-            except ValueError:
-                continue
-            return
-        _fail(path, expected, value)
-
-    return check
-
-
-def one_of(*options: str) -> Spec:
-    """One of these strings."""
-
-    def check(value: Any, path: str) -> None:
-        if value not in options:
-            _fail(path, f"one of {list(options)}", value)
-
-    return check
-
-
-def list_of(spec: Spec, *, least: int = 0, exactly: int | None = None) -> Spec:
-    """A list whose items meet `spec`."""
-
-    def check(value: Any, path: str) -> None:
-        if not isinstance(value, list | tuple):
-            _fail(path, "a list", value)
-        if exactly is not None and len(value) != exactly:
-            _fail(path, f"a list of {exactly}", value)
-        if len(value) < least:
-            _fail(path, f"a list of at least {least}", value)
-        for i, item in enumerate(value):
-            spec(item, f"{path}[{i}]")
-
-    return check
-
-
-def keyed_by_name(spec: Spec, *, least: int = 0) -> Spec:
-    """A table with free keys (letters, digits, '_', '.', '-'), each holding `spec`."""
-
-    def check(value: Any, path: str) -> None:
-        if not isinstance(value, dict):
-            _fail(path, "a table", value)
-        if len(value) < least:
-            _fail(path, f"a table with at least {least} entries", value)
-        for key, item in value.items():
-            if not isinstance(key, str) or not _KEY.fullmatch(key):
-                _fail(path, "keys of letters, digits, '_', '.', '-' that start with a letter", key)
-            spec(item, f"{path}.{key}")
-
-    return check
-
-
-def table(fields: dict[str, Spec], *, may_lack: tuple[str, ...] = (), open_ended: bool = False) -> Spec:
-    """A table with exactly these keys, less some of `may_lack`; `open_ended` lets others hold any plain value."""
-
-    def check(value: Any, path: str) -> None:
-        if not isinstance(value, dict):
-            _fail(path, f"a table with {list(fields)}", value)
-        missing = [key for key in fields if key not in value and key not in may_lack]
-        if missing:
-            raise ValueError(f"{path}: expected the key {missing[0]!r}, got only {sorted(map(str, value))}")
-        for key, item in value.items():
-            if key in fields:
-                fields[key](item, f"{path}.{key}")
-            elif open_ended:
-                plain(item, f"{path}.{key}")
-            else:
-                raise ValueError(f"{path}: got the unknown key {key!r}, expected only {list(fields)}")
-
-    return check
-
-
-def seed_range(value: Any, path: str) -> None:
-    """`{"mean", "low", "high"}` over dictionary seeds."""
-    table({"mean": number, "low": number, "high": number})(value, path)
-    if value["low"] > value["high"]:
-        _fail(path, "low <= high", value)
 
 
 def _histogram(value: Any, path: str) -> None:
     table({"edges": list_of(share, least=2), "counts": list_of(number)})(value, path)
     edges = value["edges"]
     if len(value["counts"]) != len(edges) - 1:
-        _fail(f"{path}.counts", f"{len(edges) - 1} counts for {len(edges)} edges", value["counts"])
+        fail(f"{path}.counts", f"{len(edges) - 1} counts for {len(edges)} edges", value["counts"])
     if any(b <= a for a, b in itertools.pairwise(edges)):
-        _fail(f"{path}.edges", "increasing edges", edges)
+        fail(f"{path}.edges", "increasing edges", edges)
 
 
 def _heatmap(cell: dict[str, Any], path: str) -> None:
     rows, n_layers = cell["heatmap"], len(cell["layers"])
     if len(rows) > MAX_HEATMAP_ROWS:
-        _fail(f"{path}.heatmap", f"at most {MAX_HEATMAP_ROWS} features", f"{len(rows)} features")
+        fail(f"{path}.heatmap", f"at most {MAX_HEATMAP_ROWS} features", f"{len(rows)} features")
     for i, row in enumerate(rows):
         if len(row) != n_layers:
-            _fail(f"{path}.heatmap[{i}]", f"{n_layers} shares, one a label in layers", row)
+            fail(f"{path}.heatmap[{i}]", f"{n_layers} shares, one a label in layers", row)
         if abs(sum(row) - 1) > 0.01:
-            _fail(f"{path}.heatmap[{i}]", "shares that sum to 1", sum(row))
+            fail(f"{path}.heatmap[{i}]", "shares that sum to 1", sum(row))
 
 
 def _spread_cell(value: Any, path: str) -> None:
@@ -209,6 +65,7 @@ _maybe = optional(number)
 _summary = keyed_by_name(optional(seed_range))
 _PARAMETERS = table({"non_embedding": count, "embedding": count, "norms": count})
 _CURVE_POINT = table({"step": count, "tokens": count, "held_out_loss": number})
+_RUN = table({"seed": count, "held_out_loss": number, "tokens": count, "untrained_loss": number})
 _SUBJECT = table(
     {
         "name": text,
@@ -223,8 +80,10 @@ _SUBJECT = table(
         "epochs": _maybe,
         "curve": list_of(_CURVE_POINT),
         "untrained_loss": _maybe,
+        "runs": list_of(_RUN),
         "description": text,
-    }
+    },
+    may_lack=("runs",),
 )
 _MATCHED_ITEM = table(
     {
@@ -270,6 +129,7 @@ _WHERE: dict[str, Spec] = {
     "site": one_of(*SITES),
     "n_features": count,
     "k": count,
+    "training_seed": count,
 }
 _ARM: dict[str, Spec] = {"arm": one_of(*ARMS), "role": one_of(*ROLES)}
 _COUNT_CELL = table(
@@ -294,7 +154,9 @@ _SPREAD_SEED = table(
         "mean_adjacent_cosine": _maybe,
         "rho_histogram": _histogram,
         "lifespan_counts": list_of(count),
-    }
+        "functional": optional(keyed_by_name(_maybe)),
+    },
+    may_lack=("functional",),
 )
 _SPREAD_FIELDS = table(
     {
@@ -329,6 +191,51 @@ _QUALITY_SEED = table(
     }
 )
 _QUALITY_CELL = table({**_WHERE, **_ARM, "per_seed": list_of(_QUALITY_SEED, least=1), "summary": _summary})
+_GATE = table(
+    {
+        "name": text,
+        "value": optional(either(number, text, "a finite number or a string")),
+        "requirement": text,
+        "passed": boolean,
+    }
+)
+_ESTIMATE = optional(seed_range)
+_STATISTIC = table(
+    {"site": one_of(*SITES), "name": text, "words": text, "estimate": _ESTIMATE, "missing": optional(text)}
+    | {"definition": text}
+)
+_ESTIMATOR = table(
+    {"site": one_of(*SITES), "estimator": text, "primary": boolean, "trained": _ESTIMATE, "untrained": _ESTIMATE}
+    | {"missing": optional(text), "definition": text}
+)
+POINT_FIELDS = ("features", "rho", "load", "d_eff_raw", "d_eff_weighted", "d_eff_debiased", "self_cosine")
+POINT_FIELDS += ("matched_share", "explained_variance", "dead_share", "l0")
+_POINT = table(
+    {"site": one_of(*SITES), "subject": text, "state": one_of(*STATES), "training_seed": count}
+    | dict.fromkeys(POINT_FIELDS, _maybe)
+)
+_AGREEMENT = table(
+    {"u": _ESTIMATE, "null": number, "ceiling": _ESTIMATE, "floor": _maybe, "normalised": _ESTIMATE}
+    | {"shares": keyed_by_name(number), "rates": optional(keyed_by_name(_maybe)), "missing": optional(text)}
+)
+_VERDICT = table(
+    {
+        "version": text,
+        "label": text,
+        "kinds": list_of(text),
+        "universality": text,
+        "sentence": text,
+        "reasons": list_of(text),
+        "notes": list_of(text),
+        "gates": list_of(_GATE, least=1),
+        "statistics": list_of(_STATISTIC),
+        "estimators": list_of(_ESTIMATOR),
+        "points": list_of(_POINT),
+        "universality_by_site": keyed_by_name(_AGREEMENT),
+        "rule": plain,
+        "calibration": list_of(plain),
+    }
+)
 _PROVENANCE = table(
     {
         "schema": one_of(SCHEMA),
@@ -349,6 +256,7 @@ _PROVENANCE = table(
 )
 _RESULTS = table(
     {
+        "verdict": optional(_VERDICT),
         "subjects": keyed_by_name(_SUBJECT, least=1),
         "matched": table({"items": list_of(_MATCHED_ITEM)}),
         "counts": table(
@@ -375,14 +283,19 @@ def validate_results(results: Any) -> None:
     for name in ("counts", "spread", "quality"):
         for i, cell in enumerate(results[name]["cells"]):
             if cell["subject"] not in subjects:
-                _fail(f"results.{name}.cells[{i}].subject", f"one of {list(subjects)}", cell["subject"])
+                fail(f"results.{name}.cells[{i}].subject", f"one of {list(subjects)}", cell["subject"])
     for i, row in enumerate(results["counts"]["table"]):
         if row["definition"] is not None and row["definition"] not in definitions:
             path = f"results.counts.table[{i}].definition"
-            _fail(path, f"null or one of {sorted(definitions)}", row["definition"])
+            fail(path, f"null or one of {sorted(definitions)}", row["definition"])
+    judged = results["verdict"] or {"statistics": [], "estimators": []}
+    for name in ("statistics", "estimators"):
+        for i, row in enumerate(judged[name]):
+            if row["definition"] not in definitions:
+                fail(f"results.verdict.{name}[{i}].definition", f"one of {sorted(definitions)}", row["definition"])
     rows = [("counts.table", row) for row in results["counts"]["table"]]
     rows += [("matched.items", row) for row in results["matched"]["items"]]
     for where, row in rows:
         for key in row["values"]:
             if key not in subjects:
-                _fail(f"results.{where} ({row['quantity']}).values", f"only {list(subjects)}", key)
+                fail(f"results.{where} ({row['quantity']}).values", f"only {list(subjects)}", key)

@@ -139,8 +139,8 @@ def seeds_note(results: Results) -> str:
         return "Values are from one dictionary seed, so no interval is shown."
     shown = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     return (
-        f"Values are means with [low, high] over {shown} dictionary seeds: the range, not a confidence "
-        "interval. Without brackets, the seeds agree or there is one."
+        f"Values are means with [low, high] over training seeds and {shown} dictionary seeds: the range, not a "
+        "confidence interval. Without brackets, the seeds agree or there is one."
     )
 
 
@@ -153,7 +153,8 @@ def _subject_heads(results: Results) -> list[Head]:
     return [Head(subject, mark=subject_mark(results, subject)) for subject in sorted(results["subjects"])]
 
 
-def _known(results: Results, definition: str | None) -> str | None:
+def known_definition(results: Results, definition: str | None) -> str | None:
+    """The key of a definition, if the study recorded it."""
     return definition if definition in results["definitions"] else None
 
 
@@ -166,19 +167,19 @@ def measured_table(results: Results, group: str) -> Table:
 
     What stands before ": " in a quantity becomes a heading shared by the rows that have it.
     """
-    subjects = sorted(results["subjects"])
-    ratio = len(subjects) == 2
-    heads = [Head("quantity", word=True), *_subject_heads(results)]
+    rows_here = [entry for entry in results["counts"]["table"] if entry["group"] == group]
+    subjects = [s for s in sorted(results["subjects"]) if any(entry["values"].get(s) for entry in rows_here)]
+    ratio = {"A", "B"} <= set(subjects)
+    heads = [Head("quantity", word=True), *(Head(s, mark=subject_mark(results, s)) for s in subjects)]
     if ratio:
-        heads.append(Head(f"{subjects[1]}/{subjects[0]}"))
+        heads.append(Head("B/A"))
     rows = []
-    for entry in results["counts"]["table"]:
-        if entry["group"] == group:
-            where, _, what = entry["quantity"].rpartition(": ")
-            cells = [Value(what, style="word", definition=entry["definition"])]
-            cells += [format_range(_entry(entry["values"].get(subject))) for subject in subjects]
-            cells += [format_range(_entry(entry["ratio"]))] if ratio else []
-            rows.append(Row(cells, group=where))
+    for entry in rows_here:
+        where, _, what = entry["quantity"].rpartition(": ")
+        cells = [Value(what, style="word", definition=entry["definition"])]
+        cells += [format_range(_entry(entry["values"].get(subject))) for subject in subjects]
+        cells += [format_range(_entry(entry["ratio"]))] if ratio else []
+        rows.append(Row(cells, group=where))
     return Table(heads, rows, ABSENT[group], wide=False)
 
 
@@ -222,7 +223,12 @@ def _lead(results: Results, cell: Cell) -> list[Value]:
     n_seeds = len(cell["per_seed"])
     size = f"n = {format_number(cell['n_features'])}, k = {format_number(cell['k'])}"
     return [
-        Value(cell["subject"], cell["state"], "word", subject_mark(results, cell["subject"])),
+        Value(
+            f"{cell['subject']}{cell['training_seed']}",
+            cell["state"],
+            "word",
+            subject_mark(results, cell["subject"]),
+        ),
         Value(SITE_NAME[cell["site"]], style="word"),
         Value(ARM_NAME[cell.get("arm", "crosscoder")], size, "word"),
         Value(_ROLE_NAME[cell.get("role", "main")], f"{n_seeds} seed{'s' if n_seeds != 1 else ''}", "word"),
@@ -231,7 +237,7 @@ def _lead(results: Results, cell: Cell) -> list[Value]:
 
 def _heads(results: Results, columns: Any) -> list[Head]:
     heads = [Head(name, word=True) for name in _LEAD]
-    return heads + [Head(name, definition=_known(results, key)) for name, _, key in columns]
+    return heads + [Head(name, definition=known_definition(results, key)) for name, _, key in columns]
 
 
 def quality_table(results: Results) -> Table:
@@ -309,7 +315,7 @@ def splice_table(results: Results) -> Table:
             cells += [format_range(ranges[i][1]) for ranges in columns.values()]
             rows.append(Row(cells, sweep=cell["role"] != "main"))
     heads = [*_heads(results, ()), Head("spliced layer")]
-    heads += [Head(name, definition=_known(results, quantity)) for name, quantity in _SPLICE]
+    heads += [Head(name, definition=known_definition(results, quantity)) for name, quantity in _SPLICE]
     note = f"Compared with: {'; '.join(sorted(kinds))}. {seeds_note(results)}"
     return Table(heads, rows, "No reconstruction was spliced into a model.", note=note)
 

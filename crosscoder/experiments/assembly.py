@@ -1,6 +1,6 @@
 """Cells and subjects put together into one results value: the seed paper's table, the answer, what was matched.
 
-All arithmetic here is on finished numbers; intervals are ranges over dictionary seeds.
+All arithmetic here is on finished numbers; ranges are over training and dictionary seeds.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from crosscoder.analysis import capacity, counting, splice
+from crosscoder.analysis import capacity, counting, evidence, probes, recovery, splice
+from crosscoder.experiments import calibration
 from crosscoder.foundation.provenance import describe_run
 
-SCHEMA = "crosscoder.results/1"
-SATURATED = 0.8  # alive share from which a dictionary is said to return its own size
+SCHEMA = "crosscoder.results/2"
 
 DEFINITIONS = {
+    **evidence.DEFINITIONS,
+    **probes.DEFINITIONS,
+    **recovery.DEFINITIONS,
+    **calibration.DEFINITIONS,
     **counting.DEFINITIONS,
     **capacity.DEFINITIONS,
     **splice.DEFINITIONS,
@@ -38,9 +42,9 @@ DEFINITIONS = {
     "l0_token": "L0 of a token over the whole model: active features of the crosscoder, or of all layers' SAEs.",
     "l0_token_layer": "L0 of a token and layer: an SAE's active features; for the crosscoder, active features that "
     "hold the layer in their lifespan.",
-    "interval": "[low, high] is the range over dictionary seeds of one trained subject: it says how far the "
-    "dictionary's randomness moves a number, not how far another training run would.",
-    "ratio": "B / A, with the interval from B's low over A's high to B's high over A's low.",
+    "seed_range": "In the tables [low, high] is the range over training and dictionary seeds that were run; the "
+    "verdict's intervals are bootstrapped.",
+    "seed_ratio": "B / A, with the range from B's low over A's high to B's high over A's low.",
 }
 
 
@@ -54,6 +58,7 @@ def assemble(
     *,
     subjects: dict[str, Any],
     matched: Sequence[dict[str, Any]],
+    judged: dict[str, Any] | None = None,
     config: dict[str, Any],
     kind: str,
     preset: str,
@@ -73,10 +78,11 @@ def assemble(
         "tokens_fingerprint": tokens_fingerprint,
     }
     return {
+        "verdict": judged,
         "subjects": subjects,
         "matched": {"items": [*matched, *_dictionary_items(cells, list(subjects))]},
         "counts": {
-            "answer": answer(cells, subjects),
+            "answer": answer(cells, subjects, judged),
             "table": table,
             "cells": [cell["counts"] for cell in cells],
         },
@@ -87,13 +93,13 @@ def assemble(
     }
 
 
-def find_cell(cells: Sequence[dict[str, Any]], **wanted: str) -> dict[str, Any] | None:
-    """The main cell with the given subject, state, site and arm, if it was run."""
-    for cell in cells:
-        identity = cell["counts"]
-        if identity["role"] == "main" and all(identity[key] == value for key, value in wanted.items()):
-            return cell
-    return None
+def find_cells(cells: Sequence[dict[str, Any]], **wanted: str) -> list[dict[str, Any]]:
+    """The main cells with the given subject, state, site and arm: one for each training seed that was run."""
+    return [
+        cell
+        for cell in cells
+        if cell["counts"]["role"] == "main" and all(cell["counts"][key] == value for key, value in wanted.items())
+    ]
 
 
 def ratio(b: dict[str, float], a: dict[str, float]) -> dict[str, float] | None:
@@ -108,7 +114,7 @@ def _exactly(value: float) -> dict[str, float]:
 
 
 def _row(quantity: str, values: dict[str, Any], group: str, definition: str | None) -> dict[str, Any]:
-    both = ratio(values["B"], values["A"]) if {"A", "B"} <= values.keys() else None
+    both = ratio(values["B"], values["A"]) if values.get("A") and values.get("B") else None
     return {"quantity": quantity, "values": values, "ratio": both, "definition": definition, "group": group}
 
 
@@ -143,9 +149,20 @@ _CROSS_LAYER_ROWS = (
 )
 
 
-def _number(cell: dict[str, Any] | None, section: str, key: str) -> dict[str, float] | None:
-    if cell is None:
+def _number(cells: Sequence[dict[str, Any]], section: str, key: str) -> dict[str, float] | None:
+    """Mean and range over training seeds and dictionary seeds; None where a cell lacks the number, or there is none."""
+    found = [_of_cell(cell, section, key) for cell in cells]
+    known = [value for value in found if value is not None]
+    if not known or len(known) < len(found):
         return None
+    return {
+        "mean": sum(value["mean"] for value in known) / len(known),
+        "low": min(value["low"] for value in known),
+        "high": max(value["high"] for value in known),
+    }
+
+
+def _of_cell(cell: dict[str, Any], section: str, key: str) -> dict[str, float] | None:
     if section == "pair":
         pair = cell["counts"]["pair"]
         return None if pair is None or pair.get(key) is None else _exactly(float(pair[key]))
@@ -174,10 +191,10 @@ def paper_table(cells: Sequence[dict[str, Any]], subjects: dict[str, Any]) -> li
                 ("layerwise", "per-layer", _PER_LAYER_ROWS),
                 ("crosscoder", "cross-layer", _CROSS_LAYER_ROWS),
             ):
-                found = {name: find_cell(cells, subject=name, state=state, site=site, arm=arm) for name in subjects}
+                found = {name: find_cells(cells, subject=name, state=state, site=site, arm=arm) for name in subjects}
                 for section, key, words, definition in wanted:
-                    values = {name: _number(cell, section, key) for name, cell in found.items()}
-                    if not values or any(value is None for value in values.values()):
+                    values = {name: _number(group, section, key) for name, group in found.items()}
+                    if any(values[name] is None for name in subjects if name != "C"):  # C has crosscoders only
                         continue
                     if state == "untrained":
                         label = f"untrained, {place}, {'bank' if arm == 'layerwise' else 'crosscoder'}: {words}"
@@ -193,85 +210,33 @@ def _interval(value: dict[str, float], digits: int = 2) -> str:
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
-def _density_ratio(cells: Sequence[dict[str, Any]], state: str, site: str, arm: str) -> dict[str, float] | None:
-    """Features per neuron and layer, B over A."""
-    found = [
-        _number(find_cell(cells, subject=name, state=state, site=site, arm=arm), "counts", "per_neuron_layer")
-        for name in ("A", "B")
-    ]
-    if found[0] is None or found[1] is None:
-        return None
-    return ratio(found[1], found[0])
-
-
-def answer(cells: Sequence[dict[str, Any]], subjects: dict[str, Any]) -> list[str]:
-    """The answer in two sentences: what was measured, and what that does and does not support."""
-    if set(subjects) != {"A", "B"}:
+def answer(cells: Sequence[dict[str, Any]], subjects: dict[str, Any], judged: dict[str, Any] | None) -> list[str]:
+    """The answer in two sentences: the verdict, and how far the ratio moves with the estimator and without training."""
+    if judged is None:
         return _answer_for_one(cells, next(iter(subjects)))
-    cross = {
-        (state, site): _density_ratio(cells, state, site, "crosscoder")
-        for state in ("trained", "untrained")
-        for site in ("residual", "write")
-    }
-    r, w = cross["trained", "residual"], cross["trained", "write"]
-    if r is None or w is None:
-        return ["The crosscoder cells of both subjects are missing.", "Nothing can be said."]
-    n = subjects["A"]["parameters"]["non_embedding"]
-    first = (
-        f"At {n:,} parameters and held-out losses of {subjects['A']['held_out_loss']:.3f} (A) and "
-        f"{subjects['B']['held_out_loss']:.3f} (B) nats a token, crosscoders of equal size put {_interval(r)} times as "
-        f"many features on a neuron of B as on one of A in the residual stream and {_interval(w)} times in the block "
-        "writes, where 2 is the paradox and 1 would be reconciliation."
+    found = [row for row in judged["estimators"] if row["site"] == evidence.PRIMARY_SITE]
+    trained, untrained = (
+        sorted(row[state]["mean"] for row in found if row[state] is not None) for state in ("trained", "untrained")
     )
-    return [first, _support(cells, cross)]
-
-
-def _support(cells: Sequence[dict[str, Any]], cross: dict[tuple[str, str], dict[str, float] | None]) -> str:
-    mains = [cell for cell in cells if cell["counts"]["role"] == "main" and cell["counts"]["state"] == "trained"]
-    alive = [1 - cell["quality"]["summary"]["dead_share"]["high"] for cell in mains]
-    if min(alive) >= SATURATED:
-        share = math.floor(100 * min(alive))  # "at least" must not be rounded up
-        limit = (
-            f"This is spread, not yet a count: at least {share}% of every dictionary is alive, so the number of "
-            "features is the number that was asked for and only the layers each occupies are measured"
+    n = subjects["A"]["parameters"]["non_embedding"]
+    losses = ", ".join(f"{subject['held_out_loss']:.3f} ({name})" for name, subject in subjects.items())
+    second = f"Subjects have {n:,} parameters and held-out losses of {losses} nats a token"
+    if trained:
+        second += (
+            f"; on the block writes B's features over A's, for the room they have, run from {trained[0]:.2f} to "
+            f"{trained[-1]:.2f} by estimator"
         )
-    else:
-        limit = (
-            f"Counts here are not yet trustworthy: between {min(alive):.0%} and {max(alive):.0%} of the dictionaries "
-            "is alive, and dead features are a failure of training before they are a sign of few features"
-        )
-    controls = [(site, cross["untrained", site]) for site in ("residual", "write")]
-    shown = " and ".join(f"{_interval(value)} ({site})" for site, value in controls if value)
-    apart = [site for site, value in controls if value and _apart(cross["trained", site], value)]
-    if not shown:
-        control = "no untrained control was run, so none of this can be laid to training"
-    elif not _have_width(cross):
-        control = f"the untrained pair gives {shown}, and one dictionary seed cannot tell whether that differs"
-    elif apart:
-        control = f"the untrained pair gives {shown}, which differs on the {_words(apart)}"
-    else:
-        control = f"the untrained pair gives {shown}, so training is not what these ratios show"
-    return f"{limit}; {control}; with one training run of each shape no verdict is given."
-
-
-def _have_width(cross: dict[tuple[str, str], dict[str, float] | None]) -> bool:
-    return all(value["high"] > value["low"] for value in cross.values() if value)
-
-
-def _apart(a: dict[str, float] | None, b: dict[str, float]) -> bool:
-    return a is not None and (a["low"] > b["high"] or a["high"] < b["low"])
-
-
-def _words(sites: Sequence[str]) -> str:
-    names = {"residual": "residual stream", "write": "block writes"}
-    return " and ".join(names[site] for site in sites)
+    if untrained:
+        second += f", and from {untrained[0]:.2f} to {untrained[-1]:.2f} in the untrained pair"
+    return [judged["sentence"], second + ", where 2 is the paradox and 1 reconciliation."]
 
 
 def _answer_for_one(cells: Sequence[dict[str, Any]], name: str) -> list[str]:
-    bank = find_cell(cells, subject=name, state="trained", site="residual", arm="layerwise")
-    cross = find_cell(cells, subject=name, state="trained", site="residual", arm="crosscoder")
-    if bank is None or cross is None:
+    banks = find_cells(cells, subject=name, state="trained", site="residual", arm="layerwise")
+    crosscoders = find_cells(cells, subject=name, state="trained", site="residual", arm="crosscoder")
+    if not banks or not crosscoders:
         return ["One of the two arms is missing.", "Nothing can be compared."]
+    bank, cross = banks[0], crosscoders[0]
     b, c, s = bank["counts"]["summary"], cross["counts"]["summary"], cross["spread"]["summary"]
     n_layers = len(cross["quality"]["per_seed"][0]["explained_variance_per_layer"])
     first = (
@@ -297,15 +262,16 @@ def _dictionary_items(cells: Sequence[dict[str, Any]], names: list[str]) -> list
     items = []
     for site in ("residual", "write"):
         for arm in ("layerwise", "crosscoder"):
-            found = {name: find_cell(cells, subject=name, state="trained", site=site, arm=arm) for name in names}
-            if any(cell is None for cell in found.values()):
+            found = {name: find_cells(cells, subject=name, state="trained", site=site, arm=arm) for name in names}
+            found = {name: group for name, group in found.items() if group}
+            if not found:
                 continue
             for section, key, words, tolerance in (
                 ("counts", "dictionary_size", "dictionary size", 0.0),
                 ("quality", "explained_variance", "explained variance", 0.05),
                 ("quality", "l0_token", "L0 of a token", 0.05),
             ):
-                values = {name: _number(cell, section, key) for name, cell in found.items()}
+                values = {name: _number(group, section, key) for name, group in found.items()}
                 means = {name: value["mean"] for name, value in values.items() if value}
                 items.append(
                     matched_item(

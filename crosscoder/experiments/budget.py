@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from crosscoder.dictionary import BatchTopK, JumpReLU, NormPenalty, ReLU, Sparsity, TargetL0Penalty, TopK
-from crosscoder.training import TrainConfig
+from crosscoder.dictionary import (
+    Acausal,
+    BatchTopK,
+    JumpReLU,
+    LocalWindow,
+    NormPenalty,
+    ReLU,
+    Sparsity,
+    StrictlyCausal,
+    Structure,
+    TargetL0Penalty,
+    TopK,
+    WeaklyCausal,
+)
+from crosscoder.training import TrainConfig, TrainResult, train, train_warm_chain
 
 Arm = Literal["crosscoder", "layerwise"]
 Selection = Literal["batch_topk", "topk", "jumprelu", "l1_of_norms", "l2_of_norms"]
+WholeStructure = Literal["acausal", "weakly_causal", "window"]
+StructureName = WholeStructure | Literal["strictly_causal"]
+Bank = Literal["independent", "same_start", "warm_chain", "shared"]
 HAS_PENALTY = ("jumprelu", "l1_of_norms", "l2_of_norms")
 Charged = TypeVar("Charged", TargetL0Penalty, NormPenalty)
 CLASSES: dict[str, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
@@ -33,6 +50,16 @@ class DictionaryBudget:
     """Coefficient of the penalty of jumprelu, l1_of_norms or l2_of_norms. Default: the rule's own."""
     prefixes: tuple[float, ...] = ()
     """Rising fractions of the features, such as 0.125 0.25 0.5, that must also reconstruct alone (Matryoshka)."""
+    structure: StructureName = "acausal"
+    """What the crosscoder's features read and write. acausal: all layers. weakly_causal: read one, write it and later
+    ones. strictly_causal: read one, write later ones, so that layer 0 is left out. window: `window` neighbours."""
+    window: int = 2
+    """Layers of a window."""
+    bank: Bank = "independent"
+    """How the bank's SAEs begin. independent: each by itself. same_start: all alike. warm_chain: each from the trained
+    one before it. shared: there is one, for all layers (MLSAE)."""
+    resample_every: int = 0
+    """Steps between two resamplings of dead features, 0 for none; for l1_of_norms and l2_of_norms."""
     steps: int = 540
     batch: int = 512
     learning_rate: float = 3.5e-3
@@ -41,7 +68,7 @@ class DictionaryBudget:
     data_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "k_crosscoder", "k_layerwise", "steps", "batch"):
+        for name in ("n_features", "k_crosscoder", "k_layerwise", "steps", "batch", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         most = max(self.k_crosscoder, self.k_layerwise)
@@ -72,6 +99,35 @@ class DictionaryBudget:
         """Whether decoder norms are held at 1: not where the penalty weighs them."""
         return "free" if self.selection.endswith("of_norms") else "unit"
 
+    def layers(self) -> Structure:
+        """The crosscoder's structure."""
+        match self.structure:
+            case "acausal":
+                return Acausal()
+            case "weakly_causal":
+                return WeaklyCausal()
+            case "strictly_causal":
+                return StrictlyCausal()
+            case "window":
+                return LocalWindow(self.window)
+
+    def settings(self, arm: Arm) -> dict[str, Any]:
+        """Keyword arguments of one arm's dictionary, all but its shape and seed."""
+        common = {
+            "n_features": self.n_features,
+            "sparsity": self.sparsity(arm),
+            "decoder": self.decoder(),
+            "prefixes": self.prefixes,
+        }
+        if arm == "crosscoder":
+            return {**common, "structure": self.layers()}
+        initial = "same" if self.bank == "same_start" else "independent"
+        return {**common, "initial": initial, "shared": self.bank == "shared"}
+
+    def trainer(self, arm: Arm) -> Callable[..., TrainResult]:
+        """What trains one arm: `train`, or for a warm-started bank `train_warm_chain`."""
+        return train_warm_chain if arm == "layerwise" and self.bank == "warm_chain" else train
+
     def _charged(self, penalty: Charged) -> Charged:
         return penalty if self.penalty is None else replace(penalty, coefficient=self.penalty)
 
@@ -83,6 +139,7 @@ class DictionaryBudget:
             warmup_steps=max(1, self.steps // 5),
             penalty_warmup_steps=max(1, self.steps // 5),
             dead_after_tokens=self.dead_after_tokens,
+            resample_every=self.resample_every,
             precision=self.precision,
             log_every=max(1, self.steps // 20),
         )

@@ -7,16 +7,14 @@ on the data seed, never on the dictionary's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from crosscoder.analysis import capacity, counting, features, matching, probes
+from crosscoder.analysis import counting, features, probes
 from crosscoder.analysis.reading import Reading, read_dictionary, save_reading
 from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import find_blocks
@@ -24,8 +22,9 @@ from crosscoder.data.shards import ActivationShards
 from crosscoder.data.shuffled import shuffle_layers, shuffle_stream
 from crosscoder.data.store import select_site_numbers, select_sites
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
+from crosscoder.experiments import cell_values
 from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget
-from crosscoder.training import train
+from crosscoder.experiments.cell_values import Trained, finite
 
 Site = Literal["residual", "write"]
 State = Literal["trained", "untrained", "shuffled"]  # shuffled: trained, each layer's tokens in an order of its own
@@ -35,8 +34,6 @@ SHUFFLE_SEED = 1
 PROBED_SITE = "write"
 MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
 _SPREAD_IDENTITY = ("subject", "state", "site", "n_features", "k", "training_seed")
-HISTOGRAM_BINS = 20
-HEATMAP_ROWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +62,13 @@ class Cell:
     seeds: tuple[int, ...] = (0, 1)
     training_seed: int = 0
     """Position of the subject's training seed in the study's list."""
+
+    def __post_init__(self) -> None:
+        if self.budget.structure == "strictly_causal":
+            raise ValueError(
+                "a strictly causal crosscoder leaves the first layer out, and a study compares all layers; use "
+                "'weakly_causal', or train one by itself"
+            )
 
     @property
     def name(self) -> str:
@@ -96,20 +100,6 @@ class Cell:
         }
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """One seed's dictionary and what it did on the held-out tokens, alive features only."""
-
-    seed: int
-    measured: features.Measured
-    alive_GF: np.ndarray
-    decoder: np.ndarray  # [G * F, L, D]
-    layers: list[counting.LayerFeatures]  # one for each group, alive features
-    threshold: list[float] | None
-    splice: dict[str, Any] | None
-    functional: dict[str, float | None] | None = None
-
-
 def run_cell(
     cell: Cell,
     stores: Stores,
@@ -127,8 +117,8 @@ def run_cell(
     homes = save_to, readings_to
     trained = [_train_seed(cell, seed, source, held_out, stores, device, homes) for seed in cell.seeds]
     n_held_out = trained[0].measured.activity.n_tokens
-    counts = [_count(cell.arm, one) for one in trained]
-    quality = [_quality(cell.arm, one) for one in trained]
+    counts = [cell_values.count(cell.arm, one) for one in trained]
+    quality = [cell_values.quality(cell.arm, one) for one in trained]
     result: dict[str, Any] = {
         "counts": {
             **cell.identity(),
@@ -136,21 +126,21 @@ def run_cell(
             "tokens_held_out": n_held_out,
             "p_min": counting.minimum_probability(n_held_out),
             "per_seed": counts,
-            "pair": _compare_seeds(cell, trained),
-            "summary": summarize(counts),
+            "pair": cell_values.compare_seeds(cell.arm, trained),
+            "summary": cell_values.summarize(counts),
         },
-        "quality": {**cell.identity(), "per_seed": quality, "summary": summarize(quality)},
+        "quality": {**cell.identity(), "per_seed": quality, "summary": cell_values.summarize(quality)},
         "spread": None,
     }
     if cell.arm == "crosscoder":
-        spread = [_spread(one) for one in trained]
+        spread = [cell_values.spread(one) for one in trained]
         result["spread"] = {
             **{key: cell.identity()[key] for key in _SPREAD_IDENTITY},
             "role": cell.role,
             "per_seed": spread,
-            "heatmap": _heatmap(trained[0]),
+            "heatmap": cell_values.heatmap(trained[0]),
             "layers": [str(site) for site in select_site_numbers(source.sites, cell.site)],
-            "summary": summarize(spread),
+            "summary": cell_values.summarize(spread),
         }
     return result
 
@@ -168,11 +158,8 @@ def new_dictionary(arm: Arm, view: Sized, budget: DictionaryBudget, *, seed: int
     dictionary = DICTIONARIES[CLASSES[arm]](
         n_layers=view.n_layers,
         d_model=view.d_model,
-        n_features=budget.n_features,
-        sparsity=budget.sparsity(arm),
-        decoder=budget.decoder(),
-        prefixes=budget.prefixes,
         seed=seed,
+        **budget.settings(arm),
     )
     dictionary.input_scale.copy_(view.scale_L)
     return dictionary
@@ -186,7 +173,7 @@ def _train_seed(
     stores: Stores,
     device: str,
     homes: tuple[Path | None, Path | None],
-) -> _Trained:
+) -> Trained:
     save_to, readings_to = homes
     view = source.view(cell.site)
     budget = cell.budget
@@ -203,6 +190,7 @@ def _train_seed(
         return (x.to(device) for x in (shuffle_stream(stream, SHUFFLE_SEED) if shuffled else stream))
 
     label = f"{cell.name} seed {seed}"
+    train = budget.trainer(cell.arm)
     train(dictionary, batches, config=budget.train_config(), device=device, label=label, quiet=True)
     measured = features.measure_dictionary(dictionary, held())
     splice = None
@@ -217,14 +205,14 @@ def _train_seed(
 
 
 def _keep_reading(
-    cell: Cell, one: _Trained, dictionary: Any, held: Callable[[], Iterator[Tensor]], home: Path
-) -> _Trained:
+    cell: Cell, one: Trained, dictionary: Any, held: Callable[[], Iterator[Tensor]], home: Path
+) -> Trained:
     """Write the reading of a compared dictionary; on the primary site with what its features are read from."""
     reading: Reading = read_dictionary(one.measured, one.decoder, seed=one.seed)
     if cell.site == PROBED_SITE and len(reading) and one.decoder.shape[1] > 1:
         config = probes.ProbeConfig(n_features=None if reading.decoder_FLD.shape[0] <= MOST_PROBED else MOST_PROBED)
         found = probes.measure_functional_spread(dictionary, held, config=config)
-        one = replace(one, functional={key: _finite(value) for key, value in found.summary().items()})
+        one = replace(one, functional={key: finite(value) for key, value in found.summary().items()})
         if config.n_features is None and reading.index_F is not None:
             reading = replace(reading, genuine_F=found.genuine_F()[reading.index_F])
     home.mkdir(parents=True, exist_ok=True)
@@ -234,7 +222,7 @@ def _keep_reading(
 
 def _describe_dictionary(
     dictionary: Any, measured: features.Measured, *, seed: int, splice: dict[str, Any] | None = None
-) -> _Trained:
+) -> Trained:
     alive_GF = counting.alive_features(measured.activity)
     decoder_GFN = dictionary.grouped().decoder_GFN.detach().float().cpu()
     groups = decoder_GFN.expand(len(alive_GF), -1, -1).numpy()  # layers that share an SAE share its decoder
@@ -245,7 +233,7 @@ def _describe_dictionary(
     is_batch = isinstance(dictionary.config.sparsity, BatchTopK)
     threshold = dictionary.threshold.tolist() if is_batch else None
     decoder = dictionary.decoder_FLD().float().cpu().numpy()
-    return _Trained(seed, measured, alive_GF, decoder, layers, threshold, splice)
+    return Trained(seed, measured, alive_GF, decoder, layers, threshold, splice)
 
 
 def evaluate_dictionary(dictionary: Any, held_out: ActivationShards, *, site: Site, device: str) -> dict[str, Any]:
@@ -256,8 +244,8 @@ def evaluate_dictionary(dictionary: Any, held_out: ActivationShards, *, site: Si
     one = _describe_dictionary(
         dictionary, features.measure_dictionary(dictionary, batches), seed=dictionary.config.seed
     )
-    spread = _spread(one) if arm == "crosscoder" else None
-    return {"counts": _count(arm, one), "quality": _quality(arm, one), "spread": spread}
+    spread = cell_values.spread(one) if arm == "crosscoder" else None
+    return {"counts": cell_values.count(arm, one), "quality": cell_values.quality(arm, one), "spread": spread}
 
 
 def _held_out_batches(store: ActivationShards, site: Site, scale_L: Tensor) -> Iterator[Tensor]:
@@ -279,144 +267,3 @@ def _splice(cell: Cell, dictionary: Any, source: ActivationShards, stores: Store
     layers = select_site_numbers(source.sites, cell.site)
     blocks = find_blocks(model, stores.blocks_path)
     return splice_losses(dictionary, model, list(blocks), ids, layers=layers, kind=cell.site)
-
-
-def _count(arm: Arm, one: _Trained) -> dict[str, Any]:
-    """Counts of one seed, each by the definition of the same name."""
-    probability = one.measured.activity.firing_probability().reshape(one.alive_GF.shape)
-    alive = int(one.alive_GF.sum())
-    _, n_layers, d_model = one.decoder.shape
-    row: dict[str, Any] = {
-        "seed": one.seed,
-        "dictionary_size": one.alive_GF.size,
-        "alive": alive,
-        "dead_share": 1 - alive / one.alive_GF.size,
-        "ultra_dense": int((probability > counting.ULTRA_DENSE).sum()),
-        "distinct": None,
-        "merged": None,
-        "merged_low": None,
-        "merged_high": None,
-        "entropy_load": float(counting.binary_entropy(probability[one.alive_GF]).sum()) / len(one.layers),
-        "effective_dimension": _finite(np.mean([capacity.effective_dimension(x.decoder) for x in one.layers])),
-    }
-    if arm == "crosscoder":
-        profile_FL = features.layer_profile(one.decoder[one.alive_GF[0]])
-        row["distinct"] = joint = counting.distinct_features(one.layers[0].decoder, one.layers[0].code)
-        row["alive_per_layer"] = features.occupied_layers(profile_FL).sum(0).tolist()
-        mean_rho = float(features.participation_ratio(profile_FL).mean()) if alive else 0.0
-        row["features_per_layer"] = joint * mean_rho / n_layers
-    else:
-        merged = counting.merged_counts(one.layers)
-        every = [count for rules in merged.values() for count in rules.values()]
-        row["merged"] = joint = merged["correlation"]["mutual nearest"]
-        row["merged_low"], row["merged_high"] = min(every), max(every)
-        row["alive_per_layer"] = one.alive_GF.sum(1).tolist()
-        row["features_per_layer"] = alive / n_layers
-    row["per_neuron_layer"] = row["features_per_layer"] / d_model
-    row["per_neuron_joint"] = joint / (n_layers * d_model)
-    return row
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
-def _finite(value: Any) -> float | None:
-    """`value`, or None where it is undefined, as JSON can say."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _quality(arm: Arm, one: _Trained) -> dict[str, Any]:
-    activity = one.measured.activity
-    n_layers = one.decoder.shape[1]
-    l0_token = activity.code.nnz / activity.n_tokens
-    if arm == "crosscoder":
-        span = features.lifespan(features.layer_profile(one.decoder))
-        l0_token_layer = float(activity.firing_probability() @ span) / n_layers
-    else:
-        l0_token_layer = l0_token / n_layers
-    return {
-        "seed": one.seed,
-        "explained_variance": one.measured.explained_variance,
-        "explained_variance_per_layer": [_finite(value) for value in one.measured.explained_variance_L],
-        "l0_token": l0_token,
-        "l0_token_layer": l0_token_layer,
-        "dead_share": 1 - float(one.alive_GF.mean()),
-        "threshold": one.threshold,
-        "splice": one.splice,
-    }
-
-
-def _spread(one: _Trained) -> dict[str, Any]:
-    """How the alive features of one crosscoder lie over the layers."""
-    decoder_FLD = one.decoder[one.alive_GF[0]]
-    profile_FL = features.layer_profile(decoder_FLD)
-    n_layers = profile_FL.shape[1]
-    rho = features.participation_ratio(profile_FL)
-    span = features.lifespan(profile_FL)
-    cosine = features.adjacent_cosine(decoder_FLD, profile_FL)
-    cosine = cosine[~np.isnan(cosine)]
-    counts, edges = np.histogram(rho / n_layers, bins=HISTOGRAM_BINS, range=(0, 1))
-    return {
-        "seed": one.seed,
-        "mean_rho": _mean(rho),
-        "mean_rho_share": _mean(rho / n_layers),
-        "mean_lifespan": _mean(span),
-        "single_layer_share": _mean(span == 1),
-        "mean_adjacent_cosine": _mean(cosine),
-        "rho_histogram": {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()},
-        "lifespan_counts": np.bincount(span, minlength=n_layers + 1)[1:].tolist(),
-        "functional": one.functional,
-    }
-
-
-def _heatmap(one: _Trained) -> list[list[float]]:
-    """Layer profiles of up to 200 alive features, evenly drawn from all sorted by centre of mass."""
-    profile_FL = features.layer_profile(one.decoder[one.alive_GF[0]])
-    order = np.argsort(features.center_of_mass(profile_FL), kind="stable")
-    rows = order[np.linspace(0, len(order) - 1, min(HEATMAP_ROWS, len(order))).round().astype(int)]
-    return np.round(profile_FL[rows], 4).tolist()
-
-
-def _compare_seeds(cell: Cell, trained: Sequence[_Trained]) -> dict[str, Any] | None:
-    """Agreement of dictionary seeds, the mean over all pairs; None with a single seed."""
-    if len(trained) < 2:
-        return None
-    rows = [_compare_two(first, second) for first, second in combinations(trained, 2)]
-    pair: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    pair.update(q_adjacent=None, q_same=None, survival=None, lifespan=None, corrected=None)
-    n_layers = len(trained[0].layers)
-    if cell.arm == "layerwise" and n_layers > 1:
-        q_adjacent = float(np.mean([counting.adjacent_share(one.layers) for one in trained]))
-        q_same = pair["matched_share"]
-        survival, span = counting.seed_corrected_lifespan(q_adjacent, q_same, n_layers)
-        alive = float(np.mean([one.alive_GF.sum() for one in trained]))
-        pair.update(q_adjacent=_finite(q_adjacent), q_same=q_same)
-        if np.isfinite(survival):
-            pair.update(survival=survival, lifespan=span, corrected=alive / span)
-    return pair
-
-
-def _compare_two(first: _Trained, second: _Trained) -> dict[str, float]:
-    """Matched features of two seeds, layer by layer; for a crosscoder all layers are one."""
-    matched, chapman, shares = 0, 0.0, []
-    for a, b in zip(first.layers, second.layers, strict=True):
-        similarity = counting.similarity(a, b, "correlation")
-        pairs = matching.mutual_nearest_pairs(similarity, counting.LINK)
-        matched += len(pairs)
-        chapman += counting.chapman(*similarity.shape, len(pairs))
-        if min(similarity.shape):
-            shares.append(len(pairs) / min(similarity.shape))
-    return {"matched": matched, "matched_share": float(np.mean(shares)) if shares else 0.0, "chapman": chapman}
-
-
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and range over seeds of every number that all rows have."""
-    summary = {}
-    for key, value in rows[0].items():
-        if key == "seed" or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        values = [float(row[key]) for row in rows if isinstance(row[key], int | float)]
-        if len(values) == len(rows):
-            summary[key] = {"mean": float(np.mean(values)), "low": min(values), "high": max(values)}
-    return summary

@@ -91,7 +91,7 @@ class StudyConfig:
     subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
     dictionaries: DictionaryBudget = field(
         default_factory=lambda: DictionaryBudget(
-            n_features=256, k_crosscoder=8, k_layerwise=4, steps=1000, learning_rate=2e-2
+            n_features=256, k_crosscoder=8, k_layerwise=4, steps=1000, learning_rate=1.5e-2
         )
     )
     seeds: tuple[int, ...] = (0, 1)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from crosscoder.analysis import density, evidence, verdict
+from crosscoder.analysis.comparison import SiteStatistics, Statistic, Universality
+from crosscoder.analysis.evidence import Conditions
+from crosscoder.analysis.schema import POINT_FIELDS
+from crosscoder.analysis.statistics import Estimate
+
 SHAPES = {"A": (8, 64), "B": (2, 128), "S": (6, 96)}
-DEFINITIONS = {
+DEFINITIONS = evidence.DEFINITIONS | {
+    "calibration": "A planted world of the study's own sizes.",
     "alive": "A feature is alive if it is active on more than a share p_min of the held-out tokens.",
     "dead_share": "Share of a dictionary's features that are not alive.",
     "distinct": "Alive features after joining duplicates.",
@@ -90,6 +97,7 @@ def count_cell(subject: str, state: str, site: str, arm: str, n_features: int, k
         "arm": arm,
         "n_features": n_features,
         "k": k,
+        "training_seed": 0,
         "role": role,
         "tokens_train": 1_228_800,
         "tokens_held_out": 65_536,
@@ -123,6 +131,7 @@ def spread_cell(subject: str, state: str, site: str) -> dict[str, Any]:
         "site": site,
         "n_features": 1024,
         "k": 16,
+        "training_seed": 0,
         "per_seed": [{"seed": i, **seed} for i in range(2)],
         "heatmap": rows if state == "trained" else [],
         "layers": [str(i + 1) for i in range(n_layers)],
@@ -161,7 +170,7 @@ def quality_cell(count: dict[str, Any]) -> dict[str, Any]:
                 "splice": splice if count["role"] == "main" and count["site"] == "residual" else None,
             }
         )
-    keys = ("subject", "state", "site", "arm", "n_features", "k", "role")
+    keys = ("subject", "state", "site", "arm", "n_features", "k", "training_seed", "role")
     return {**{key: count[key] for key in keys}, "per_seed": seeds, "summary": {}}
 
 
@@ -190,6 +199,46 @@ def table_rows(subjects: list[str]) -> list[dict[str, Any]]:
         row("block writes: features per neuron", "cross-layer", 1.7578125, "per_neuron_joint", 0.009765625),
         row("untrained, residual stream, crosscoder: distinct features", "control", 988.25, "distinct", 5.75),
     ]
+
+
+def make_verdict() -> dict[str, Any]:
+    """A verdict on values that pass every gate, described as a study does."""
+    ratio = Estimate(1.9, 1.7, 2.2)
+    found = verdict.Evidence(
+        loss_gap=0.004,
+        loss_matched=True,
+        explained_variance=(0.9, 0.89),
+        dead_share=0.04,
+        self_cosine=0.93,
+        calibration_count_error=0.05,
+        calibration_rho_error=0.02,
+        calibration_same_sizes=True,
+        trained_difference=Estimate(0.5, 0.3, 0.7),
+        ratio=ratio,
+        universality=Estimate(0.95, 0.9, 1.0),
+        alpha=Estimate(1.9, 1.7, 2.1),
+        gamma=Estimate(0.0, -0.02, 0.02),
+        gamma_excess=Estimate(0.0, -0.02, 0.02),
+        delta=Estimate(0.95, 0.9, 1.0),
+        cross_layer=Estimate(0.0, -0.01, 0.01),
+        count_gain=Estimate(0.0, -0.05, 0.05),
+        n_training_seeds=2,
+    )
+    names = {f"R, {e}": ratio for e in density.ESTIMATORS} | {"gamma": found.gamma, "delta": found.delta}
+    statistics = {n: Statistic(n, e, n.removeprefix("R, ")) for n, e in names.items()}
+    agreement = Universality(
+        ratio, 0.1, ratio, 0.5, found.universality, {"forward_7": 0.8, "backward_7": 0.7}, None, None
+    )
+    fields = dict.fromkeys(POINT_FIELDS, 0.9)
+    points = [
+        {"subject": s, "state": "trained", "training_seed": t, **fields, "d_eff_debiased": 60.0 + t}
+        for s in "AB"
+        for t in range(2)
+    ]
+    sites = {"write": SiteStatistics("write", statistics, agreement, points)}
+    conditions = Conditions(loss_gap=0.004, loss_matched=True)
+    world = {"subject": "A", "world_seed": 0, "mcc": 0.97, "count": 120, "count_true": 128, "count_error": -0.0625}
+    return {**evidence.describe(sites, found, conditions), "calibration": [world]}
 
 
 def make_results(subjects: tuple[str, ...] = ("A", "B")) -> dict[str, Any]:
@@ -226,6 +275,7 @@ def make_results(subjects: tuple[str, ...] = ("A", "B")) -> dict[str, Any]:
         },
     ]
     return {
+        "verdict": make_verdict() if len(keys) == 2 else None,
         "subjects": {s: make_subject(s) for s in keys},
         "matched": {"items": matched if len(keys) == 2 else []},
         "counts": {
@@ -242,7 +292,7 @@ def make_results(subjects: tuple[str, ...] = ("A", "B")) -> dict[str, Any]:
         "quality": {"cells": [quality_cell(cell) for cell in counts]},
         "definitions": dict(DEFINITIONS),
         "provenance": {
-            "schema": "crosscoder.results/1",
+            "schema": "crosscoder.results/2",
             "kind": "aspect_ratio" if len(keys) == 2 else "subject_study",
             "preset": "tiny",
             "seconds": {"subjects": 201.5, "dictionaries": 377.25},

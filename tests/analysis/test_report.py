@@ -14,11 +14,10 @@ import pytest
 from study_results import make_results
 
 from crosscoder.analysis import figures, report
-from crosscoder.analysis.figures import PICTURES
-from crosscoder.analysis.report import clean_strings, escape_markdown, load_results, render_report
+from crosscoder.analysis.report import PICTURES, clean_strings, escape_markdown, load_results, render_report
 from crosscoder.analysis.tables import format_number, format_range
 
-SECTIONS = ("table", "pictures", "matched", "subjects", "quality", "counts", "pairs", "spread", "splice")
+SECTIONS = ("table", "pictures", "verdict", "matched", "subjects", "quality", "counts", "pairs", "spread", "splice")
 SECTIONS += ("definitions", "provenance")
 INJECTION = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e $x^{$ | `a` **b** 模型"
 
@@ -80,8 +79,9 @@ def test_every_section_and_picture_is_there(study, request):
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
     assert [i for i in page.ids if i.startswith("figure-")] == [f"figure-{slug}" for slug in PICTURES]
     images = [a["src"] for tag, a in page.tags if tag == "img"]
-    assert len(images) == len(PICTURES)
-    for slug in PICTURES:
+    drawn = [slug for slug in PICTURES if slug != "verdict" or study == "pair"]  # one model has no pair to compare
+    assert len(images) == len(drawn)
+    for slug in drawn:
         assert (path.parent / "figures" / f"{slug}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(figures/{slug}.png)" in markdown
     for sentence in load_results(path.parent)["counts"]["answer"]:
@@ -140,7 +140,7 @@ def test_every_number_of_the_tables_is_printed_in_both_forms(study, request):
 
 def test_markdown_tables_are_well_formed(pair):
     tables = re.findall(r"(?:^\|.*\n)+", (pair.parent / "report.md").read_text(), re.M)
-    assert len(tables) == 12
+    assert len(tables) == 17
     for lines in (table.splitlines() for table in tables):
         assert re.fullmatch(r"\|( (:--|--:) \|)+", lines[1])
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
@@ -245,7 +245,7 @@ def test_a_study_without_sweeps_pairs_splices_or_writes_is_drawn(tmp_path):
         cell["per_seed"] = [seed | {"splice": None} for seed in cell["per_seed"][:1]]
     results["spread"]["cells"] = figures.select(results["spread"]["cells"], site="write", state="trained")
     page = Page(render_report(results, tmp_path).read_text())
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PICTURES) - 1
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PICTURES) - 2
     assert "from one dictionary seed" in page.text
 
 
@@ -267,7 +267,7 @@ def test_degenerate_numbers_are_drawn(tmp_path):
     results["subjects"]["S"]["curve"] = results["subjects"]["S"]["curve"][:1]
     render_report(results, tmp_path)
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert drawn == set(PICTURES) - {"profiles", "splice"}
+    assert drawn == set(PICTURES) - {"verdict", "profiles", "splice"}
 
 
 @pytest.mark.usefixtures("undrawn")

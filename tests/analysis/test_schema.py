@@ -56,7 +56,8 @@ def test_empty_lists_pass():
 CELL = ("counts", "cells", 0)
 DAMAGE = {
     "a missing top-level key": (drop("spread"), "results: expected the key 'spread'"),
-    "an eighth top-level key": (set_at("verdict", to={}), "unknown key 'verdict'"),
+    "a ninth top-level key": (set_at("opinion", to={}), "unknown key 'opinion'"),
+    "a verdict without a version": (set_at("verdict", to={}), "expected the key 'version'"),
     "a missing key": (drop(*CELL, "p_min"), r"results\.counts\.cells\[0\]: expected the key 'p_min'"),
     "an unknown key": (
         set_at(*CELL, "colour", to=1),

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from crosscoder import Crosscoder
+from crosscoder import Crosscoder, load_dictionary
 from crosscoder.cli import main
+from crosscoder.experiments.budget import DictionaryBudget
+from crosscoder.experiments.cells import Cell
 
 COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "synthetic", "report")
 
@@ -126,6 +128,63 @@ def test_other_rules_train_and_are_measured(pipeline, given, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--dictionary", str(folder), "--activations", str(pipeline / "acts")]) == 0
     assert json.loads(capsys.readouterr().out)["quality"]["explained_variance"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arm", "given"),
+    [
+        ("crosscoder", {"structure": "weakly_causal"}),
+        ("crosscoder", {"structure": "strictly_causal", "selection": "l1_of_norms", "resample-every": "5"}),
+        ("crosscoder", {"structure": "window", "window": "1"}),
+        ("layerwise", {"bank": "same_start"}),
+        ("layerwise", {"bank": "warm_chain"}),
+        ("layerwise", {"bank": "shared"}),
+    ],
+    ids=str,
+)
+def test_structures_and_banks_train_and_are_measured(pipeline, arm, given, capsys):
+    out = str(pipeline / "-".join((arm, *given.values())))
+    arguments = ["train", "--activations", str(pipeline / "acts"), "--out", out, "--arm", arm]
+    for key, value in {"n-features": "64", "k-crosscoder": "8", "k-layerwise": "8", "steps": "20", **given}.items():
+        arguments += [f"--budget.{key}", value]
+    assert main([*arguments, "--dry-run"]) == 0
+    stated = capsys.readouterr().out
+    assert main(arguments) == 0
+    dictionary = load_dictionary(Path(out) / "dictionary")
+    assert f"{sum(p.numel() for p in dictionary.parameters()):,}" in stated
+    assert dictionary.config.shared == ("shared" in given.values())
+    assert dictionary.config.initial == ("same" if "same_start" in given.values() else "independent")
+    names = {"weakly_causal": "WeaklyCausal", "strictly_causal": "StrictlyCausal", "window": "LocalWindow"}
+    assert type(dictionary.config.structure).__name__ == names.get(given.get("structure"), "Acausal")
+    assert (Path(out) / "layer-1").exists() == ("warm_chain" in given.values())
+    capsys.readouterr()
+    assert main(["evaluate", "--dictionary", f"{out}/dictionary", "--activations", str(pipeline / "acts")]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert quality["explained_variance"] > 0
+    unwritten = [value is None for value in quality["explained_variance_per_layer"]]
+    assert unwritten == [given.get("structure") == "strictly_causal", False]
+
+
+def test_compare_takes_structures_and_banks(pipeline, texts, capsys):
+    given = ["--structure", "window", "--window", "1", "--bank", "shared"]
+    arguments = ["compare", "--subject", str(pipeline / "with_tokenizer"), "--text", str(texts), "--layers", "1", "2"]
+    arguments += ["--steps", "20", "--n-features", "128", "--tokens", "2000", "--out", str(pipeline / "runs"), *given]
+    assert main(arguments) == 0
+    report = Path(capsys.readouterr().out.strip().splitlines()[-1])
+    results = json.loads((report.parent / "results.json").read_text())
+    assert {cell["arm"] for cell in results["counts"]["cells"]} == {"layerwise", "crosscoder"}
+
+
+def test_a_study_refuses_a_dictionary_that_leaves_layers_out():
+    with pytest.raises(ValueError, match="leaves the first layer out, and a study compares all layers"):
+        Cell(
+            subject="A",
+            state="trained",
+            site="residual",
+            arm="crosscoder",
+            role="main",
+            budget=DictionaryBudget(structure="strictly_causal"),
+        )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,6 +1,6 @@
 """The main job at its smallest: everything runs, twice to the same bytes, and its report says only what it knows."""
 
-import copy
+import html
 import json
 from dataclasses import replace
 
@@ -10,7 +10,6 @@ from crosscoder.analysis.report import load_results
 from crosscoder.analysis.schema import validate_results
 from crosscoder.cli import main
 from crosscoder.data.subject_training import SubjectCheckpoint
-from crosscoder.experiments import assembly
 from crosscoder.experiments.aspect_ratio import match_losses, study_cells
 from crosscoder.experiments.presets import PRESETS
 
@@ -24,7 +23,7 @@ def studies(tmp_path_factory):
     for name in ("first", "second"):
         root = tmp_path_factory.mktemp(name)
         assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
-        folders.append(next(root.iterdir()))
+        folders.append(next(root.glob("smoke-*")))
     return folders
 
 
@@ -42,14 +41,23 @@ def test_same_seeds_give_the_same_bytes(studies):
 def test_results_are_valid_and_have_exactly_the_documented_keys(studies):
     results = load_results(studies[0])
     validate_results(results)
-    assert set(results) == {"subjects", "matched", "counts", "spread", "quality", "definitions", "provenance"}
+    assert set(results) == {
+        "verdict",
+        "subjects",
+        "matched",
+        "counts",
+        "spread",
+        "quality",
+        "definitions",
+        "provenance",
+    }
 
 
 def test_report_shows_the_answer_and_every_number_of_the_table(studies):
-    html = (studies[0] / "report.html").read_text()
+    page = html.unescape((studies[0] / "report.html").read_text())
     results = load_results(studies[0])
     for sentence in results["counts"]["answer"]:
-        assert sentence[:40] in html
+        assert sentence[:40] in page
     assert (studies[0] / "report.md").stat().st_size > 1000
     assert len(list((studies[0] / "figures").glob("*.png"))) >= 5
 
@@ -57,10 +65,11 @@ def test_report_shows_the_answer_and_every_number_of_the_table(studies):
 def test_both_arms_are_given_the_same_budget(studies):
     cells = load_results(studies[0])["counts"]["cells"]
     main_cells = [cell for cell in cells if cell["role"] == "main"]
-    assert len(main_cells) == 16  # 2 subjects x 2 states x 2 sites x 2 arms
+    # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks: 2 shapes x 2 sites
+    assert len(main_cells) == 12 + 8 + 2 + 4
     assert {cell["n_features"] for cell in main_cells} == {96}
     assert {cell["tokens_train"] for cell in main_cells} == {60 * 256}
-    assert all(len(cell["per_seed"]) == 2 for cell in main_cells)
+    assert {len(cell["per_seed"]) for cell in main_cells if cell["state"] != "shuffled"} == {2}
 
 
 def test_subjects_have_equal_parameters(studies):
@@ -93,16 +102,21 @@ def checkpoints(*losses):
     ]
 
 
-def test_matching_prefers_the_latest_close_pair():
-    pair = match_losses(checkpoints(6, 4, 3.5, 3.0), checkpoints(6, 4.5, 4.0, 3.51))
-    assert pair.index == {"A": 2, "B": 3}
-    assert pair.matched
+def test_matching_prefers_the_latest_close_choice():
+    found = match_losses({("A", 0): checkpoints(6, 4, 3.5, 3.0), ("B", 0): checkpoints(6, 4.5, 4.0, 3.51)})
+    assert found.index == {("A", 0): 2, ("B", 0): 3}
+    assert found.matched
 
 
-def test_matching_takes_the_closest_pair_and_says_so_when_none_is_close():
-    pair = match_losses(checkpoints(6, 3.0, 2.0), checkpoints(6, 5.0, 4.0))
-    assert pair.index == {"A": 1, "B": 2}
-    assert not pair.matched
+def test_matching_takes_the_closest_choice_and_says_so_when_none_is_close():
+    found = match_losses({("A", 0): checkpoints(6, 3.0, 2.0), ("B", 0): checkpoints(6, 5.0, 4.0)})
+    assert found.index == {("A", 0): 1, ("B", 0): 2}
+    assert not found.matched
+
+
+def test_matching_waits_for_the_slowest_of_many_runs():
+    runs = {("A", 0): checkpoints(6, 3.5, 3.0), ("A", 1): checkpoints(6, 3.6, 3.49), ("B", 0): checkpoints(6, 3.5, 2.9)}
+    assert match_losses(runs).index == {("A", 0): 1, ("A", 1): 2, ("B", 0): 1}
 
 
 def test_the_longest_cells_come_first_and_names_differ():
@@ -112,20 +126,24 @@ def test_the_longest_cells_come_first_and_names_differ():
     assert cells[0].subject == "A"
 
 
-def test_the_answer_follows_the_numbers(studies):
+def test_the_verdict_opens_the_report_and_every_gate_is_printed(studies):
     results = load_results(studies[0])
-    cells = [
-        {"counts": c, "quality": q, "spread": None}
-        for c, q in zip(results["counts"]["cells"], results["quality"]["cells"], strict=True)
-    ]
-    before = assembly.answer(cells, results["subjects"])
-    changed = copy.deepcopy(cells)
-    for cell in changed:
-        if cell["counts"]["subject"] == "B" and cell["counts"]["state"] == "trained":
-            for value in cell["counts"]["summary"]["per_neuron_layer"]:
-                cell["counts"]["summary"]["per_neuron_layer"][value] *= 10
-    after = assembly.answer(changed, results["subjects"])
-    assert before[0] != after[0]
+    verdict = results["verdict"]
+    assert results["counts"]["answer"][0] == verdict["sentence"]
+    page = html.unescape((studies[0] / "report.html").read_text())
+    assert page.index(verdict["sentence"]) < page.index("The counting table")
+    for gate in verdict["gates"]:
+        assert gate["requirement"] in page
+    # three steps of training make no dictionary that two seeds agree on
+    assert verdict["label"] == "not testable"
+    assert "self-cosine" in verdict["sentence"]
+
+
+def test_readings_of_every_compared_dictionary_are_kept(studies):
+    kept = {path.name for path in (studies[0] / "readings").iterdir()}
+    cells = [cell for cell in study_cells(PRESETS["smoke"]) if cell.compared]
+    assert len({cell.state for cell in cells}) == 3
+    assert {path.split("-")[0] for path in kept} == {"A0", "A1", "B0", "B1", "C0", "C1"}
 
 
 def test_a_seed_given_twice_is_refused():
