@@ -113,13 +113,15 @@ def test_what_cannot_be_exported_is_refused():
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-def test_saelens_reads_it_and_gives_the_same(rule, tmp_path):
+@pytest.mark.parametrize(("kind", "group"), [(LayerwiseSAE, 2), (Crosscoder, 0)])
+def test_saelens_reads_it_and_gives_the_same(kind, group, rule, tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
-    bank = trained(LayerwiseSAE, sparsity=rule)
-    save_saelens(bank, tmp_path / "sae", group=2)
+    dictionary = trained(kind, sparsity=rule)
+    save_saelens(dictionary, tmp_path / "sae", group=group)
     sae = sae_lens.SAE.load_from_disk(str(tmp_path / "sae"))
     a_BLD = raw_inputs()
     with torch.no_grad():
-        ours = bank(a_BLD * bank.input_scale[:, None]).recon[:, 2] / bank.input_scale[2]
-        theirs = sae.decode(sae.encode(a_BLD[:, 2]))
+        ours = dictionary(a_BLD * dictionary.input_scale[:, None]).recon / dictionary.input_scale[:, None]
+        a_BN, ours = (a_BLD[:, group], ours[:, group]) if kind is LayerwiseSAE else (a_BLD.flatten(1), ours.flatten(1))
+        theirs = sae.decode(sae.encode(a_BN))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
