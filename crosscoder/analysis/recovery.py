@@ -152,6 +152,20 @@ def kind_confusion(found_FLD: np.ndarray, kind_F: np.ndarray, n_kinds: int, assi
     return table
 
 
+def absorption_rate(active_T: np.ndarray, parent_T: np.ndarray, child_T: np.ndarray) -> float:
+    """How much less often a parent's feature is active where a child of it is too; nan where it is not active alone.
+
+    `1 - P(active | parent and child) / P(active | parent without child)`: 0 where it fires alike, 1 where the child's
+    feature says the parent too and the parent's own stays silent.
+    The effect of Chanin et al. 2024, arXiv 2409.14507, measured on planted activity: `child_T` is true only where
+    `parent_T` is. Cosines do not show it, since the parent's direction can be right. Slightly below 0 by chance.
+    """
+    alone, both = parent_T & ~child_T, parent_T & child_T
+    if not (alone.any() and both.any() and active_T[alone].any()):
+        return float("nan")
+    return float(1 - active_T[both].mean() / active_T[alone].mean())
+
+
 def is_saturated(count: int, size: int) -> bool:
     """Whether a dictionary of `size` features is so full that its count is only a lower bound."""
     return count >= SATURATED * size

@@ -11,6 +11,7 @@ MODULES = (
     "geometry",
     "probes",
     "saturation",
+    "shrinkage",
     "splice",
     "spread",
     "statistics",
