@@ -81,6 +81,7 @@ class Harvest(Common):
     """Store a subject's residual stream: every chosen layer of every token, in hashed safetensors shards.
 
     Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/acts
+    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --reads mlp --out runs/mlps
     """
 
     subject: str
@@ -91,6 +92,8 @@ class Harvest(Common):
     """Folder to write: train/ and held_out/."""
     layers: tuple[int, ...] | None = None
     """Sites to read: 0 is the embedding, l the output of block l. Default: all."""
+    reads: Literal["residual", "mlp"] = "residual"
+    """The residual stream, or what the MLPs of these blocks are given and what they return, for a transcoder."""
     blocks_path: str | None = None
     """Where the decoder blocks are in the model, if they are not found by themselves, for example model.layers."""
     max_tokens: int = 250_000
@@ -108,6 +111,7 @@ class Train(Common):
     Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
     Example: crosscoder train --activations runs/acts --out runs/causal --budget.structure weakly_causal
     Example: crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
+    Example: crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
     """
 
     activations: Path

@@ -161,7 +161,7 @@ def harvest(command: cli.Harvest) -> None:
     from crosscoder.data.tokens import TokenBlocks
 
     model = load_model(command.subject, device=command.device)
-    harvester = ResidualHarvester(model, layers=command.layers, blocks_path=command.blocks_path)
+    harvester = ResidualHarvester(model, layers=command.layers, blocks_path=command.blocks_path, reads=command.reads)
     for split, most in (("train", command.max_tokens), ("held_out", command.max_held_out_tokens)):
         blocks = TokenBlocks.load(command.tokens_folder / split)
         store = write_shards(
@@ -328,7 +328,9 @@ def _harvest_needs(command: cli.Harvest) -> Needs:
     from crosscoder.data.subject import locate
 
     config = AutoConfig.from_pretrained(**locate(command.subject))
-    sites = len(command.layers) if command.layers is not None else config.num_hidden_layers + 1
+    n_all = config.num_hidden_layers + (command.reads == "residual")
+    sites = len(command.layers) if command.layers is not None else n_all
+    sites *= 2 if command.reads == "mlp" else 1
     tokens = command.max_tokens + command.max_held_out_tokens
     itemsize = 4 if command.dtype == "float32" else 2
     return [

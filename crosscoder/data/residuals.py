@@ -3,7 +3,7 @@
 Site 0 is what enters the first block (the embedding), site l is what leaves block l. `output_hidden_states`
 is not used: its last entry is after the final norm, and it keeps every layer of every token alive. All
 sites of a token are written to one row of one buffer, and the model is stopped once the last site has been
-read.
+read. With `reads="mlp"` the sites are what the blocks' MLPs are given and what they return, for transcoders.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,24 @@ def find_embedding(model: nn.Module) -> nn.Module:
     return model.get_submodule(tables[0])
 
 
+def find_mlp(block: nn.Module) -> nn.Module:
+    """The block's MLP: its child of that name.
+
+    Raises:
+        ValueError: it has none; its children are listed.
+    """
+    module = getattr(block, "mlp", None)
+    if not isinstance(module, nn.Module):
+        children = ", ".join(name for name, _ in block.named_children())
+        raise ValueError(f"{type(block).__name__} has no child named mlp; it has: {children}")
+    return module
+
+
 class ResidualHarvester:
     """Reads chosen sites of a model: `sites` in increasing order (all of 0 to n by default).
+
+    `reads="mlp"` reads the MLPs of the chosen blocks instead (all of 1 to n by default): [what each is given, after the
+    block's norm; what each returns], so that `sites` names every block twice.
 
     The first `skip_positions` tokens of each sequence are dropped (their norms can be thousands of times the
     rest), and so is padding: what `attention_mask` marks as 0 or, without a mask, the run of `pad_token_id`
@@ -94,12 +110,17 @@ class ResidualHarvester:
         *,
         layers: Sequence[int] | None = None,
         blocks_path: str | None = None,
+        reads: Literal["residual", "mlp"] = "residual",
         skip_positions: int = 1,
         pad_token_id: int | None = None,
     ) -> None:
         self.model = model
         self.blocks = find_blocks(model, blocks_path)
-        self.sites = _check_sites(layers, len(self.blocks))
+        if reads not in ("residual", "mlp"):
+            raise ValueError(f"reads is {reads!r}, expected 'residual' or 'mlp'")
+        self.reads: Literal["residual", "mlp"] = reads
+        chosen = _check_sites(layers, len(self.blocks), first=int(reads == "mlp"))
+        self.sites = 2 * chosen if reads == "mlp" else chosen
         if skip_positions < 0:
             raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
         self.skip_positions, self.pad_token_id = skip_positions, pad_token_id
@@ -187,9 +208,13 @@ class ResidualHarvester:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             store(slot, output if isinstance(output, Tensor) else output[0])
 
-        if site == 0:
-            return self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-        return self.blocks[site - 1].register_forward_hook(after)
+        if self.reads == "residual":
+            module, is_input = self.blocks[max(0, site - 1)], site == 0
+        else:
+            module, is_input = find_mlp(self.blocks[site - 1]), slot < len(self.sites) // 2
+        if is_input:
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
     def _check_call(self, ids_BS: Tensor) -> None:
         if self.model.training:
@@ -263,12 +288,13 @@ def _configured_layers(model: nn.Module) -> int | None:
     return getattr(config, "num_hidden_layers", None)
 
 
-def _check_sites(layers: Sequence[int] | None, n_blocks: int) -> tuple[int, ...]:
-    sites = tuple(range(n_blocks + 1)) if layers is None else tuple(int(layer) for layer in layers)
+def _check_sites(layers: Sequence[int] | None, n_blocks: int, *, first: int) -> tuple[int, ...]:
+    sites = tuple(range(first, n_blocks + 1)) if layers is None else tuple(int(layer) for layer in layers)
     if not sites:
         raise ValueError("no layers were chosen; name at least one, or leave the choice out for all")
     if sites != tuple(sorted(set(sites))):
         raise ValueError(f"layers {list(sites)} are not in increasing order without repeats")
-    if sites[0] < 0 or sites[-1] > n_blocks:
-        raise ValueError(f"layers {list(sites)}: expected 0 (the embedding) to {n_blocks} (the last block's output)")
+    if sites[0] < first or sites[-1] > n_blocks:
+        lowest = "1 (the first block)" if first else "0 (the embedding)"
+        raise ValueError(f"layers {list(sites)}: expected {lowest} to {n_blocks} (the last block's output)")
     return sites

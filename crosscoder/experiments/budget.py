@@ -18,6 +18,7 @@ from crosscoder.dictionary import (
     Structure,
     TargetL0Penalty,
     TopK,
+    Transcoder,
     WeaklyCausal,
 )
 from crosscoder.training import TrainConfig, TrainResult, train, train_warm_chain
@@ -25,7 +26,8 @@ from crosscoder.training import TrainConfig, TrainResult, train, train_warm_chai
 Arm = Literal["crosscoder", "layerwise"]
 Selection = Literal["batch_topk", "topk", "jumprelu", "l1_of_norms", "l2_of_norms"]
 WholeStructure = Literal["acausal", "weakly_causal", "window"]
-StructureName = WholeStructure | Literal["strictly_causal"]
+PartialStructure = Literal["strictly_causal", "transcoder"]
+StructureName = WholeStructure | PartialStructure
 Bank = Literal["independent", "same_start", "warm_chain", "shared"]
 HAS_PENALTY = ("jumprelu", "l1_of_norms", "l2_of_norms")
 Charged = TypeVar("Charged", TargetL0Penalty, NormPenalty)
@@ -52,7 +54,8 @@ class DictionaryBudget:
     """Rising fractions of the features, such as 0.125 0.25 0.5, that must also reconstruct alone (Matryoshka)."""
     structure: StructureName = "acausal"
     """What the crosscoder's features read and write. acausal: all layers. weakly_causal: read one, write it and later
-    ones. strictly_causal: read one, write later ones, so that layer 0 is left out. window: `window` neighbours."""
+    ones. strictly_causal: read one, write later ones, so that layer 0 is left out. window: `window` neighbours.
+    transcoder: read one MLP's input, write its output and later ones; for stores made with `harvest --reads mlp`."""
     window: int = 2
     """Layers of a window."""
     bank: Bank = "independent"
@@ -110,6 +113,8 @@ class DictionaryBudget:
                 return StrictlyCausal()
             case "window":
                 return LocalWindow(self.window)
+            case "transcoder":
+                return Transcoder()
 
     def settings(self, arm: Arm) -> dict[str, Any]:
         """Keyword arguments of one arm's dictionary, all but its shape and seed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from crosscoder.data.shuffled import shuffle_layers, shuffle_stream
 from crosscoder.data.store import select_site_numbers, select_sites
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
 from crosscoder.experiments import cell_values
-from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget
+from crosscoder.experiments.budget import CLASSES, Arm, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.experiments.cell_values import Trained, finite
 
 Site = Literal["residual", "write"]
@@ -64,10 +64,10 @@ class Cell:
     """Position of the subject's training seed in the study's list."""
 
     def __post_init__(self) -> None:
-        if self.budget.structure == "strictly_causal":
+        if self.budget.structure in get_args(PartialStructure):
             raise ValueError(
-                "a strictly causal crosscoder leaves the first layer out, and a study compares all layers; use "
-                "'weakly_causal', or train one by itself"
+                f"a crosscoder that is {self.budget.structure} leaves layers out, and a study compares all layers; use "
+                f"one of {get_args(WholeStructure)}, or train it by itself"
             )
 
     @property

@@ -9,6 +9,7 @@ import pytest
 
 from crosscoder import Crosscoder, load_dictionary
 from crosscoder.cli import main
+from crosscoder.dictionary import Transcoder
 from crosscoder.experiments.budget import DictionaryBudget
 from crosscoder.experiments.cells import Cell
 
@@ -165,6 +166,24 @@ def test_structures_and_banks_train_and_are_measured(pipeline, arm, given, capsy
     assert unwritten == [given.get("structure") == "strictly_causal", False]
 
 
+def test_a_transcoder_trains_on_what_mlps_read_and_write(pipeline, capsys):
+    subject, tokens, mlps = (str(pipeline / name) for name in ("subject/step-62", "tokens", "mlps"))
+    arguments = ["harvest", "--subject", subject, "--tokens-folder", tokens, "--out", mlps, "--reads", "mlp"]
+    arguments += ["--max-tokens", "2000", "--max-held-out-tokens", "500"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["sites", "4"]
+    assert main(arguments) == 0
+    arguments = ["train", "--activations", mlps, "--out", str(pipeline / "clt"), "--budget.structure", "transcoder"]
+    arguments += ["--budget.n-features", "64", "--budget.k-crosscoder", "8", "--budget.k-layerwise", "8"]
+    assert main([*arguments, "--budget.steps", "200", "--budget.batch", "128"]) == 0
+    assert load_dictionary(pipeline / "clt/dictionary").config.structure == Transcoder()
+    capsys.readouterr()
+    assert main(["evaluate", "--dictionary", str(pipeline / "clt/dictionary"), "--activations", mlps]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert quality["explained_variance_per_layer"][:2] == [None, None]
+    assert quality["explained_variance"] > 0.2
+
+
 def test_compare_takes_structures_and_banks(pipeline, texts, capsys):
     given = ["--structure", "window", "--window", "1", "--bank", "shared"]
     arguments = ["compare", "--subject", str(pipeline / "with_tokenizer"), "--text", str(texts), "--layers", "1", "2"]
@@ -176,7 +195,7 @@ def test_compare_takes_structures_and_banks(pipeline, texts, capsys):
 
 
 def test_a_study_refuses_a_dictionary_that_leaves_layers_out():
-    with pytest.raises(ValueError, match="leaves the first layer out, and a study compares all layers"):
+    with pytest.raises(ValueError, match="is strictly_causal leaves layers out, and a study compares all layers"):
         Cell(
             subject="A",
             state="trained",

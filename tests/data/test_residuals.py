@@ -10,6 +10,7 @@ from crosscoder.data.residuals import (
     estimate_scales,
     find_blocks,
     find_embedding,
+    find_mlp,
 )
 
 
@@ -50,6 +51,32 @@ def test_sites_are_the_residual_stream(kind):
     last = x_BSLD[:, :, 3]
     torch.testing.assert_close(model.get_submodule(FINAL_NORM[kind])(last), states[3], rtol=0, atol=0)
     assert not torch.allclose(last, states[3]), "the final norm is too weak for this test to say anything"
+
+
+@pytest.mark.parametrize("kind", FINAL_NORM)
+@pytest.mark.parametrize("layers", [None, [1, 3]])
+def test_mlps_are_read_at_both_ends(kind, layers):
+    model = make_model(kind)
+    harvester = ResidualHarvester(model, layers=layers, reads="mlp", skip_positions=0)
+    chosen = layers or [1, 2, 3]
+    assert harvester.sites == (*chosen, *chosen)
+    x_TLD = harvester.harvest(IDS).x_TLD
+    assert x_TLD.shape == (36, 2 * len(chosen), 16)
+    given_TLD, returned_TLD = x_TLD.chunk(2, dim=1)
+    for slot, layer in enumerate(chosen):
+        mlp = find_mlp(find_blocks(model)[layer - 1])
+        torch.testing.assert_close(mlp(given_TLD[None, :, slot])[0], returned_TLD[:, slot])
+    assert not torch.allclose(given_TLD[:, 0], given_TLD[:, 1])
+    assert harvester.fingerprint != ResidualHarvester(model, layers=chosen, skip_positions=0).fingerprint
+
+
+def test_mlps_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match=r"layers \[0, 1\]: expected 1 \(the first block\) to 3"):
+        ResidualHarvester(make_model("gpt2"), layers=[0, 1], reads="mlp")
+    with pytest.raises(ValueError, match="reads is 'attention', expected 'residual' or 'mlp'"):
+        ResidualHarvester(make_model("gpt2"), reads="attention")
+    with pytest.raises(ValueError, match="Linear has no child named mlp; it has: "):
+        find_mlp(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("kind", FINAL_NORM)
