@@ -76,6 +76,22 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_untrained(
+    name_or_path: str | Path, *, seed: int = 0, device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model of the same configuration as `load_model` gives, with its initial weights drawn anew: the control.
+
+    Weights are as the model's own class initialises them; the global random state is left as it was.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(**locate(name_or_path), trust_remote_code=trust_remote_code)
+    with torch.random.fork_rng(devices=[]), without_progress_bars():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def locate(name_or_path: str | Path) -> dict[str, Any]:
     """The keyword arguments by which `from_pretrained` finds a Hub name, a folder, a .gguf file or `package:NAME`."""
     name = str(name_or_path)

@@ -11,11 +11,11 @@ from typing import Any
 from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import write_shards
-from crosscoder.data.subject import count_parameters, load_subject, locate
+from crosscoder.data.subject import count_parameters, load_subject, load_untrained, locate
 from crosscoder.data.subject_training import causal_loss
 from crosscoder.experiments import assembly
 from crosscoder.experiments.budget import Arm, DictionaryBudget
-from crosscoder.experiments.cells import Cell, Site, Stores
+from crosscoder.experiments.cells import Cell, Site, State, Stores
 from crosscoder.experiments.stages import Clock, run_cells, save_splice_ids
 from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.config import to_mapping
@@ -45,6 +45,8 @@ class SubjectStudyConfig:
     tokens_train: int = 50_000
     tokens_held_out: int = 20_000
     splice_blocks: int = 8
+    untrained: bool = True
+    """Whether the same dictionaries are also trained on the model with new initial weights: the control."""
     keep_activations: bool = False
 
     def __post_init__(self) -> None:
@@ -62,13 +64,20 @@ def run_subject_study(
     clock.lap("model")
     tokens = _tokens(config, subject.tokenizer, folder)
     clock.lap("tokens")
-    harvester = ResidualHarvester(subject.model, layers=_sites(config, subject.model), blocks_path=config.blocks_path)
-    cells = study_cells(config)
+    layers = _sites(config, subject.model)
+    harvester = ResidualHarvester(subject.model, layers=layers, blocks_path=config.blocks_path)
+    cells = study_cells(config, layers)
     wanted = {cell.name: folder / "cells" / f"{cell.name}.json" for cell in cells}
     if not all(path.is_file() for path in wanted.values()):
-        stores = _stores(config, harvester, tokens, folder)
+        stores: dict[tuple[str, int, str], Stores] = {}
+        stores[NAME, 0, "trained"] = _stores(config, "trained", harvester, tokens, folder)
+        if config.untrained:
+            control = load_untrained(config.subject, device=device)
+            reader = ResidualHarvester(control, layers=layers, blocks_path=config.blocks_path)
+            stores[NAME, 0, "untrained"] = _stores(config, "untrained", reader, tokens, folder)
+            del control, reader
         clock.lap("activations")
-        run_cells(cells, wanted, {(NAME, 0, "trained"): stores}, folder, device, workers)
+        run_cells(cells, wanted, stores, folder, device, workers)
         if not config.keep_activations:
             shutil.rmtree(folder / "activations", ignore_errors=True)
     clock.lap("dictionaries")
@@ -95,14 +104,16 @@ def run_subject_study(
     )
 
 
-def study_cells(config: SubjectStudyConfig) -> list[Cell]:
-    """One cell an arm, on the residual stream."""
+def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cell]:
+    """One cell for each arm, site and state; block writes are differences, so they need neighbouring layers."""
+    neighbours = len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1))
+    sites: tuple[Site, ...] = ("residual", "write") if neighbours else ("residual",)
+    states: tuple[State, ...] = ("trained", "untrained") if config.untrained else ("trained",)
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
-    site: Site = "residual"
     return [
         Cell(
             subject=NAME,
-            state="trained",
+            state=state,
             site=site,
             arm=arm,
             role="main",
@@ -110,6 +121,8 @@ def study_cells(config: SubjectStudyConfig) -> list[Cell]:
             seeds=config.seeds,
         )
         for arm in arms
+        for site in sites
+        for state in states
     ]
 
 
@@ -126,16 +139,18 @@ def _tokens(config: SubjectStudyConfig, tokenizer: Any, folder: Path) -> Prepare
     return PreparedTokens.load(folder / "tokens")
 
 
-def _stores(config: SubjectStudyConfig, harvester: ResidualHarvester, tokens: PreparedTokens, folder: Path) -> Stores:
-    home = folder / "activations"
-    home.mkdir(exist_ok=True)
-    ids = save_splice_ids(tokens.held_out, home, config.splice_blocks)
+def _stores(
+    config: SubjectStudyConfig, state: State, harvester: ResidualHarvester, tokens: PreparedTokens, folder: Path
+) -> Stores:
+    home = folder / "activations" / state
+    home.mkdir(parents=True, exist_ok=True)
+    ids = save_splice_ids(tokens.held_out, home, config.splice_blocks) if state == "trained" else None
     for split, blocks, most in (
         ("train", tokens.train, config.tokens_train),
         ("held_out", tokens.held_out, config.tokens_held_out),
     ):
         if not (home / split).is_dir():
-            say(f"harvesting {most:,} {split} tokens")
+            say(f"harvesting {most:,} {split} tokens, {state}")
             write_shards(harvester, blocks, home / split, max_tokens=most, quiet=False)
     return Stores(
         train=home / "train",
@@ -186,8 +201,8 @@ def study_needs(
         ("subject", config.subject),
         ("layers x width", f"{n_layers} x {found.hidden_size}"),
         ("tokens run through the subject", f"{tokens:,}"),
-        ("activations on disk", human_bytes(4 * tokens * n_layers * found.hidden_size)),
-        ("dictionaries", str(2 * len(config.seeds))),
+        ("activations on disk", human_bytes(4 * tokens * n_layers * found.hidden_size * (1 + config.untrained))),
+        ("dictionaries, at most", str(2 * 2 * (1 + config.untrained) * len(config.seeds))),
     ]
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
     for arm in arms:
