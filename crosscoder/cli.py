@@ -178,6 +178,9 @@ class Compare(Common):
     """Layers of a window."""
     bank: Bank | None = None
     """How the bank's SAEs begin: independent, all alike, each from the trained one before it, or one shared by all."""
+    part: tuple[int, int] = (0, 1)
+    """Without --subject: `I N` does share I (from 0) of N of the work, for N machines on one disk. Every machine runs
+    it twice, first for the subjects and then for the dictionaries; then one runs it without --part."""
     out: Path = Path("runs")
     """Studies go to a folder in here, named by preset and settings; the same study is continued, not repeated."""
     workers: int | None = None

@@ -14,6 +14,7 @@ from crosscoder.experiments import subject_study
 from crosscoder.experiments.aspect_ratio import run_study, study_cells
 from crosscoder.experiments.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
 from crosscoder.experiments.cells import Cell
+from crosscoder.experiments.matched import OtherPartsError, Part
 from crosscoder.experiments.presets import PRESETS, StudyConfig
 from crosscoder.experiments.stages import study_folder
 from crosscoder.experiments.workers import default_workers
@@ -81,7 +82,15 @@ def compare(command: cli.Compare) -> None:
         config = study_config(command)
         folder = study_folder(config, command.preset, command.out)
         say(f"study folder: {folder}")
-        results = run_study(config, folder=folder, preset=command.preset, device=command.device, workers=workers)
+        part = Part(*command.part)
+        try:
+            results = run_study(
+                config, folder=folder, preset=command.preset, device=command.device, workers=workers, part=part
+            )
+        except OtherPartsError as left:
+            say(f"{left}; when all are done, run once more without --part")
+            print(folder)
+            return
     path = render_report(results, folder)
     for sentence in results["counts"]["answer"]:
         say(sentence)

@@ -10,30 +10,26 @@ it was.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
-from crosscoder.data.subject import count_parameters
 from crosscoder.data.subject_training import (
-    SubjectCheckpoint,
     SubjectConfig,
     SubjectRun,
-    held_out_loss,
     load_checkpoint,
     train_subject,
 )
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.experiments import assembly, judgement
+from crosscoder.experiments import matched as matched_runs
 from crosscoder.experiments.budget import Arm, DictionaryBudget, with_k, with_size
 from crosscoder.experiments.cells import Cell, Role, Site, State, Stores
+from crosscoder.experiments.matched import MatchedRuns, OtherPartsError, Part, Run
 from crosscoder.experiments.presets import StudyConfig, SubjectsConfig
 from crosscoder.experiments.stages import Clock, run_cells, save_splice_ids
 from crosscoder.experiments.workers import run_jobs
@@ -41,80 +37,58 @@ from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 
-LOSS_GAP = 0.01  # held-out losses further apart than this are not called matched
 STATES: tuple[State, ...] = ("trained", "untrained")
 SITES: tuple[Site, ...] = ("write", "residual")
 COMPARED = ("A", "B")
-Run = tuple[str, int]  # a shape and the position of its training seed
-
-
-@dataclass(frozen=True)
-class MatchedRuns:
-    """One checkpoint of every run, so that all held-out losses agree as well as can be, as late as can be."""
-
-    index: dict[Run, int]
-    checkpoints: dict[Run, SubjectCheckpoint]
-    gap: float  # largest less smallest loss, over their mean
-
-    @property
-    def matched(self) -> bool:
-        """Whether the gap is within the limit."""
-        return self.gap <= LOSS_GAP
-
-
-def match_losses(runs: Mapping[Run, Sequence[SubjectCheckpoint]]) -> MatchedRuns:
-    """Among choices within half the allowed gap the one with the lowest loss; without any, the closest.
-
-    For every loss that some checkpoint has, each run offers the checkpoint nearest to it. The initial weights (the
-    first checkpoint of each) take no part.
-    """
-    losses = {run: np.array([c.held_out_loss for c in found[1:]]) for run, found in runs.items()}
-    choices = []
-    for target in sorted(set(np.concatenate(list(losses.values())).tolist())):
-        index = {run: int(np.abs(values - target).argmin()) for run, values in losses.items()}
-        chosen = np.array([losses[run][i] for run, i in index.items()])
-        choices.append((float(np.ptp(chosen) / chosen.mean()), float(chosen.mean()), index))
-    close = [choice for choice in choices if choice[0] <= LOSS_GAP / 2]
-    gap, _, index = min(close, key=lambda c: c[1]) if close else min(choices, key=lambda c: c[0])
-    found = {run: i + 1 for run, i in index.items()}
-    return MatchedRuns(found, {run: runs[run][i] for run, i in found.items()}, gap)
 
 
 def run_study(
-    config: StudyConfig, *, folder: Path, preset: str, device: str = "cpu", workers: int = 2
+    config: StudyConfig, *, folder: Path, preset: str, device: str = "cpu", workers: int = 2, part: Part | None = None
 ) -> dict[str, Any]:
-    """The study's results (docs/results.md); every stage is kept under `folder` and not run twice."""
+    """The study's results (docs/results.md); every stage is kept under `folder` and not run twice.
+
+    Raises:
+        OtherPartsError: `part` is not the whole study, and other parts are not done yet.
+    """
+    part = part or Part()
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock()
     tokens = _tokens(config.subjects, folder)
     clock.lap("tokens")
-    runs = _subjects(config.subjects, tokens, folder, device, workers)
-    matched = match_losses({run: found.checkpoints for run, found in runs.items()})
-    said = [f"{name}{t} {c.held_out_loss:.4f} after {c.tokens:,}" for (name, t), c in matched.checkpoints.items()]
-    say(f"matched checkpoints, nats/token after tokens: {', '.join(said)}; gap {matched.gap:.2%}")
+    runs = _subjects(config.subjects, tokens, folder, device, workers, part)
+    chosen = matched_runs.match_losses({run: found.checkpoints for run, found in runs.items()})
+    said = [f"{name}{t} {c.held_out_loss:.4f} after {c.tokens:,}" for (name, t), c in chosen.checkpoints.items()]
+    say(f"matched checkpoints, nats/token after tokens: {', '.join(said)}; gap {chosen.gap:.2%}")
     clock.lap("subjects")
     cells = study_cells(config)
     wanted = {cell.name: folder / "cells" / f"{cell.name}.json" for cell in cells}
-    if not all(path.is_file() for path in wanted.values()):
-        stores = _stores(config, tokens, runs, matched, folder, device, workers)
+    own = [cell for cell in cells if part.holds((cell.subject, cell.training_seed), list(runs))]
+    if not all(wanted[cell.name].is_file() for cell in own):
+        mine = {run: found for run, found in runs.items() if part.holds(run, list(runs))}
+        stores = _stores(config, tokens, mine, chosen, folder, device, workers)
         clock.lap("activations")
-        run_cells(cells, wanted, stores, folder, device, workers)
+        run_cells(own, wanted, stores, folder, device, workers)
         if not config.keep_activations:
-            shutil.rmtree(folder / "activations", ignore_errors=True)
+            for name, t in mine:
+                for home in (folder / "activations").glob(f"{name}{t}-*"):
+                    shutil.rmtree(home, ignore_errors=True)
     clock.lap("dictionaries")
+    left = sum(not path.is_file() for path in wanted.values())
+    if left:
+        raise OtherPartsError(f"this part is done; {left} of {len(cells)} cells are left for other parts")
     results = [read_json(path) for path in wanted.values()]
     subjects = {
-        name: _describe_subject(name, config, runs, matched, tokens, device) for name in config.subjects.shapes()
+        name: matched_runs.describe_subject(name, config, runs, chosen, tokens) for name in config.subjects.shapes()
     }
-    gap = _gap([loss for subject in subjects.values() for loss in _losses(subject)])
+    gap = matched_runs.relative_gap([loss for subject in subjects.values() for loss in matched_runs.losses(subject)])
     calibration = judgement.calibrate_study(config, folder, device=device, workers=workers)
     clock.lap("calibration")
-    judged = judgement.judge(config, results, folder, calibration, loss_gap=gap, loss_matched=matched.matched)
+    judged = judgement.judge(config, results, folder, calibration, loss_gap=gap, loss_matched=chosen.matched)
     clock.lap("verdict")
     return assembly.assemble(
         results,
         subjects=subjects,
-        matched=_matched_items(config, matched, subjects, tokens),
+        matched=matched_runs.matched_items(config, chosen, subjects, tokens),
         judged=judged,
         config=to_mapping(config),
         kind="aspect_ratio",
@@ -192,18 +166,21 @@ def _train_one(config: SubjectConfig, tokens: Path, folder: Path, device: str) -
 
 
 def _subjects(
-    config: SubjectsConfig, tokens: PreparedTokens, folder: Path, device: str, workers: int
+    config: SubjectsConfig, tokens: PreparedTokens, folder: Path, device: str, workers: int, part: Part
 ) -> dict[Run, SubjectRun]:
     runs = config.runs()
     homes = {(name, t): folder / "subjects" / f"{name}{t}" for name, t in runs}
     jobs: dict[str, Callable[[], Any]] = {
         homes[run].name: partial(_train_one, training, folder / "tokens", homes[run], device)
         for run, training in runs.items()
-        if not (homes[run] / "run.json").is_file()
+        if part.holds(run, list(runs)) and not (homes[run] / "run.json").is_file()
     }
     if jobs:
         say(f"training subjects {', '.join(jobs)} on a text of {tokens.train.n_tokens:,} tokens")
         run_jobs(jobs, workers=workers, device=device, label="subjects")
+    left = [home.name for home in homes.values() if not (home / "run.json").is_file()]
+    if left:
+        raise OtherPartsError(f"this part's subjects are trained; {', '.join(left)} are left for other parts")
     return {run: SubjectRun.load(home) for run, home in homes.items()}
 
 
@@ -248,119 +225,3 @@ def _stores(
         ActivationShards.load(store.train)  # hashes are checked once here, and not again by every cell
         ActivationShards.load(store.held_out)
     return stores
-
-
-def _describe_subject(
-    name: str,
-    config: StudyConfig,
-    runs: dict[Run, SubjectRun],
-    matched: MatchedRuns,
-    tokens: PreparedTokens,
-    device: str,
-) -> dict[str, Any]:
-    """One shape: sizes, and the losses of all its training runs; curve and text of the first."""
-    run, checkpoint = runs[name, 0], matched.checkpoints[name, 0]
-    stride = max(1, len(tokens.held_out) // 256)
-    rows = []
-    for t, seed in enumerate(config.subjects.seeds):
-        model = runs[name, t].load_model(matched.index[name, t])
-        rows.append(
-            {
-                "seed": seed,
-                "held_out_loss": held_out_loss(model, tokens.held_out[::stride]),
-                "tokens": matched.checkpoints[name, t].tokens,
-                "untrained_loss": runs[name, t].checkpoints[0].held_out_loss,
-            }
-        )
-    counts = count_parameters(run.load_model(matched.index[name, 0]))
-    shape = run.config
-    return {
-        "name": name,
-        "n_layers": shape.n_layers,
-        "d_model": shape.d_model,
-        "parameters": {
-            "non_embedding": counts.non_embedding_matrices,
-            "embedding": counts.embedding,
-            "norms": counts.norms,
-        },
-        "neurons_per_layer": shape.d_model,
-        "total_neurons": shape.n_layers * shape.d_model,
-        "held_out_loss": float(np.mean([row["held_out_loss"] for row in rows])),
-        "held_out_loss_unit": "nats/token",
-        "tokens": round(np.mean([row["tokens"] for row in rows])),
-        "epochs": run.epochs * checkpoint.tokens / run.checkpoints[-1].tokens,
-        "curve": [{"step": c.step, "tokens": c.tokens, "held_out_loss": c.held_out_loss} for c in run.checkpoints[1:]],
-        "runs": rows,
-        "untrained_loss": run.checkpoints[0].held_out_loss,
-        "description": f"Llama-style decoder, {shape.n_layers} layers of width {shape.d_model}, vocabulary "
-        f"{tokens.train.vocab_size}, context {shape.context}, learning rate {shape.learning_rate:g}; trained with "
-        f"seeds {', '.join(map(str, config.subjects.seeds))}",
-    }
-
-
-def _losses(subject: dict[str, Any]) -> list[float]:
-    return [row["held_out_loss"] for row in subject["runs"]]
-
-
-def _gap(losses: Sequence[float]) -> float:
-    return float(np.ptp(losses) / np.mean(losses))
-
-
-def _matched_items(
-    config: StudyConfig, matched: MatchedRuns, subjects: dict[str, Any], tokens: PreparedTokens
-) -> list[dict[str, Any]]:
-    """What of the subjects was made equal, and what was not; dictionaries are added from their results."""
-
-    def both(function: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        return {name: function(subject) for name, subject in subjects.items()}
-
-    gap = _gap([loss for subject in subjects.values() for loss in _losses(subject)])
-    parameters = both(lambda s: s["parameters"]["non_embedding"])
-    seen = both(lambda s: s["tokens"])
-    return [
-        assembly.matched_item(
-            "non-embedding parameters",
-            parameters,
-            max(parameters.values()) <= 1.02 * min(parameters.values()),
-            "matrices of the blocks; 12 L d^2 to within rounding of the widths; C's width is rounded to an even head",
-        ),
-        assembly.matched_item(
-            "held-out loss, nats/token",
-            both(lambda s: s["held_out_loss"]),
-            gap <= LOSS_GAP,
-            f"means over training seeds; largest gap of any two runs {gap:.2%} on a larger held-out sample, "
-            f"{matched.gap:.2%} where checkpoints were chosen; limit {LOSS_GAP:.0%}",
-        ),
-        assembly.matched_item(
-            "training tokens at the matched checkpoint",
-            seen,
-            len(set(seen.values())) == 1,
-            "means over training seeds; equal loss does not hold at equal tokens, so checkpoints are matched by loss; "
-            "earlier ones were taken before their learning rate had fallen as far",
-        ),
-        assembly.matched_item(
-            "text, its order, tokenizer",
-            both(lambda _: f"{config.subjects.text}, vocabulary {tokens.train.vocab_size}"),
-            True,
-            f"the same blocks in the same order; {tokens.train.n_tokens:,} training tokens in all",
-        ),
-        assembly.matched_item(
-            "embedding parameters",
-            both(lambda s: s["parameters"]["embedding"]),
-            False,
-            "vocabulary times width: B has twice A's; tied with the output matrix",
-        ),
-        assembly.matched_item("norm parameters", both(lambda s: s["parameters"]["norms"]), False, "not counted in N"),
-        assembly.matched_item(
-            "total neurons L * D",
-            both(lambda s: s["total_neurons"]),
-            False,
-            "the question itself: equal parameters, half the neurons",
-        ),
-        assembly.matched_item(
-            "training seeds",
-            both(lambda s: len(s["runs"])),
-            True,
-            "trainings of each shape; intervals of the verdict cover them, ranges in the tables below too",
-        ),
-    ]

@@ -10,7 +10,8 @@ from crosscoder.analysis.report import load_results
 from crosscoder.analysis.schema import validate_results
 from crosscoder.cli import main
 from crosscoder.data.subject_training import SubjectCheckpoint
-from crosscoder.experiments.aspect_ratio import match_losses, study_cells
+from crosscoder.experiments.aspect_ratio import study_cells
+from crosscoder.experiments.matched import Part, match_losses
 from crosscoder.experiments.presets import PRESETS
 
 TIMES = ("started", "seconds", "command", "git_commit")
@@ -144,6 +145,15 @@ def test_readings_of_every_compared_dictionary_are_kept(studies):
     cells = [cell for cell in study_cells(PRESETS["smoke"]) if cell.compared]
     assert len({cell.state for cell in cells}) == 3
     assert {path.split("-")[0] for path in kept} == {"A0", "A1", "B0", "B1", "C0", "C1"}
+
+
+def test_parts_share_the_runs_and_miss_none():
+    runs = [(name, t) for name in "ABC" for t in range(2)]
+    held = [[run for run in runs if Part(i, 4).holds(run, runs)] for i in range(4)]
+    assert sorted(run for share in held for run in share) == sorted(runs)
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    with pytest.raises(ValueError, match="from 0 to 3"):
+        Part(4, 4)
 
 
 def test_a_seed_given_twice_is_refused():
