@@ -34,6 +34,8 @@ class CeilingConfig:
 
     densities: features per dimension L * D, the effective dimension of local features.
     size_factor: features of the dictionary over those of the world.
+    fit: short training raises C, most at high density: 3 features per dimension with 4 active were found to .87 after
+        1,000 steps and to .97 after 3,000.
     """
 
     n_layers: int = 2
