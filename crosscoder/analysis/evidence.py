@@ -51,6 +51,7 @@ WORDS = {
     "count_gain": "count gain of the crosscoder over the bank, ln",
     "removal_shift": "ln R shift when those features are left out",
     "residual": "alpha + 2 gamma - 2",
+    "headroom": "headroom below the ceiling (above 1: no contradiction)",
 }
 
 
@@ -171,6 +172,10 @@ def describe(
         if site == PRIMARY_SITE:
             listed += extra
             listed.append(Statistic("residual", decided.residual, "residual", "alpha or gamma was not measured"))
+            unbounded = (
+                "no d_eff" if conditions.headroom is None else "no firing probability is too high at this density"
+            )
+            listed.append(Statistic("headroom", conditions.headroom, "headroom", unbounded))
         rows += [_row(site, statistic) for statistic in listed]
     return {
         "version": decided.version,
@@ -204,7 +209,7 @@ def _row(site: str, statistic: Statistic) -> dict[str, Any]:
         "name": statistic.name,
         "words": WORDS.get(statistic.name, statistic.name),
         "estimate": plain(statistic.estimate),
-        "missing": None if statistic.estimate is not None else statistic.missing or "not measured",
+        "missing": None if plain(statistic.estimate) is not None else statistic.missing or "not measured",
         "definition": statistic.definition,
     }
 

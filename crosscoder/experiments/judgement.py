@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.analysis import comparison, cross_layer, density, evidence, gain
+from crosscoder.analysis import comparison, cross_layer, density, evidence, gain, geometry
 from crosscoder.analysis.comparison import SiteReadings, Statistic
 from crosscoder.analysis.density import Subject
 from crosscoder.analysis.reading import load_reading
-from crosscoder.analysis.statistics import Bootstrap, two_level_bootstrap
+from crosscoder.analysis.statistics import Bootstrap, Estimate, two_level_bootstrap
 from crosscoder.experiments.calibration import CalibrationConfig, calibrate, worst_calibration
+from crosscoder.experiments.ceiling import MEASURED as C
 from crosscoder.experiments.cells import Cell
 from crosscoder.experiments.presets import StudyConfig
 from crosscoder.experiments.stages import READINGS
@@ -67,9 +68,26 @@ def judge(
         cross_layer=_cross_layer(results, len(config.subjects.seeds)),
         count_gain=_count_gain(results, len(config.subjects.seeds)),
         removal_shift=evidence.removal_shift(primary),
+        headroom=_headroom(primary),
     )
     found = evidence.gather(measured, primary, conditions)
     return {**evidence.describe(measured, found, conditions), "calibration": list(calibration)}
+
+
+def _headroom(primary: SiteReadings) -> Estimate | None:
+    """The lowest headroom of A's and B's dictionaries; the interval is that of the ceiling's constant alone."""
+    lowest: tuple[float, float, float] | None = None
+    for name in COMPARED:
+        for pairs in primary.trained[name].pairs:
+            for pair in pairs:
+                dimension, reading = pair.debiased.value, pair.first
+                if dimension is None or not len(reading):
+                    continue
+                phi, p = len(reading) / dimension, float(reading.probability_F.mean())
+                value, low, high = (geometry.headroom(phi, p, c) for c in (C.value, C.high, C.low))
+                if lowest is None or value < lowest[0]:
+                    lowest = value, low, high
+    return None if lowest is None else Estimate(*lowest)
 
 
 def _read_site(config: StudyConfig, folder: Path, site: Any) -> SiteReadings:
