@@ -16,6 +16,7 @@ from crosscoder.analysis import (
     density,
     gain,
     geometry,
+    saturation,
     spread,
     statistics,
     universality,
@@ -35,9 +36,16 @@ DEFINITIONS = {
     **density.DEFINITIONS,
     **comparison.DEFINITIONS,
     **gain.DEFINITIONS,
+    **saturation.DEFINITIONS,
     **verdict.DEFINITIONS,
 }
 PRIMARY_SITE, SECONDARY_SITE = "write", "residual"
+FURTHER = {
+    "chapman": "features of {} by capture-recapture of two dictionary seeds",
+    "chao2": "features of {} by Chao2",
+    "stable": "stable features of {}",
+    "F_inf": "features of {} as dictionaries grow",
+}
 WORDS = {
     f"R, {PRIMARY}": "R, density of B over A (primary estimator)",
     f"R untrained, {PRIMARY}": "R of the untrained pair",
@@ -75,6 +83,8 @@ class Conditions:
     count_gain: Statistic | None = None
     removal_shift: Statistic | None = None
     headroom: Estimate | None = None
+    further: tuple[Statistic, ...] = ()
+    """Statistics of the primary site that the report shows and the rule does not read."""
 
 
 def gather(sites: Mapping[str, SiteStatistics], readings: SiteReadings, conditions: Conditions) -> verdict.Evidence:
@@ -170,7 +180,7 @@ def describe(
             u = found.universality
             listed.append(Statistic("universality", u.normalised, "universality", u.missing))
         if site == PRIMARY_SITE:
-            listed += extra
+            listed += [*extra, *conditions.further]
             listed.append(Statistic("residual", decided.residual, "residual", "alpha or gamma was not measured"))
             unbounded = (
                 "no d_eff" if conditions.headroom is None else "no firing probability is too high at this density"
@@ -207,7 +217,8 @@ def _row(site: str, statistic: Statistic) -> dict[str, Any]:
     return {
         "site": site,
         "name": statistic.name,
-        "words": WORDS.get(statistic.name, statistic.name),
+        "words": WORDS.get(statistic.name)
+        or FURTHER.get(statistic.name.split(" ")[0], "{}").format(statistic.name.split(" ")[-1]),
         "estimate": plain(statistic.estimate),
         "missing": None if plain(statistic.estimate) is not None else statistic.missing or "not measured",
         "definition": statistic.definition,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.analysis import comparison, cross_layer, density, evidence, gain, geometry
+from crosscoder.analysis import comparison, cross_layer, density, evidence, gain, geometry, seeds
 from crosscoder.analysis.comparison import SiteReadings, Statistic
 from crosscoder.analysis.density import Subject
 from crosscoder.analysis.reading import load_reading
@@ -69,9 +69,23 @@ def judge(
         count_gain=_count_gain(results, len(config.subjects.seeds)),
         removal_shift=evidence.removal_shift(primary),
         headroom=_headroom(primary),
+        further=tuple(row for name in COMPARED for row in _counts(results, primary, name)),
     )
     found = evidence.gather(measured, primary, conditions)
     return {**evidence.describe(measured, found, conditions), "calibration": list(calibration)}
+
+
+def _counts(results: Sequence[Results], primary: SiteReadings, name: str) -> list[Statistic]:
+    """How many features a subject has, from its dictionary seeds and from growing dictionaries."""
+    sizes, counts = [], []
+    for cell in results:
+        found = cell["counts"]
+        where = (found["subject"], found["state"], found["site"], found["arm"])
+        if where == (name, "trained", evidence.PRIMARY_SITE, "crosscoder") and found["role"] in ("main", "size"):
+            rows = found["per_seed"]
+            sizes += [row["dictionary_size"] for row in rows]
+            counts += [row["distinct"] for row in rows]
+    return [*seeds.seed_counts(primary.trained[name]), seeds.size_limit(name, sizes, counts)]
 
 
 def _headroom(primary: SiteReadings) -> Estimate | None:

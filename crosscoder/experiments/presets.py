@@ -96,7 +96,7 @@ class StudyConfig:
     )
     seeds: tuple[int, ...] = (0, 1)
     """Dictionary seeds of every cell that is compared; the debiased dimension needs two."""
-    sizes: tuple[int, ...] = (64, 128)
+    sizes: tuple[int, ...] = (32, 64, 128)
     """Further dictionary sizes, on the trained block writes, one seed."""
     k_factors: tuple[float, ...] = (0.5, 2.0)
     """Further sparsities, as multiples of k, on the trained block writes, one seed. Banks of several k also say how
