@@ -63,7 +63,8 @@ def resolved_config(command: cli.Command) -> Any:
     if isinstance(command, cli.Synthetic):
         from crosscoder.experiments.synthetic import PRESETS as WORLDS
 
-        return {"command": asdict(command), "study": to_mapping(WORLDS[command.preset])}
+        worlds = replace(WORLDS[command.preset], verdicts=command.verdicts)
+        return {"command": asdict(command), "study": to_mapping(worlds)}
     return asdict(command)
 
 
@@ -101,7 +102,7 @@ def synthetic(command: cli.Synthetic) -> None:
     """Run the planted worlds and print the path of their report."""
     from crosscoder.experiments import synthetic as planted
 
-    config = planted.PRESETS[command.preset]
+    config = replace(planted.PRESETS[command.preset], verdicts=command.verdicts)
     folder = study_folder(config, f"synthetic-{command.preset}", command.out)
     workers = command.workers or default_workers(command.device)
     planted.run_synthetic(config, folder=folder, preset=command.preset, device=command.device, workers=workers)

@@ -1,6 +1,7 @@
 """Pairs of worlds: the same features, firing on the same tokens, in a deep narrow space A and a shallow wide space B.
 
-A has L layers of width D, B has L / 4 of width 2 D: equal parameters, half the neurons. How long features last and how
+A has L layers of width D, B has L / 4 of width 2 D: equal parameters, half the neurons. A third shape C lies between
+them, L / 2 layers of width D sqrt(2), for slopes. How long features last and how
 they turn is chosen, so the answer that a comparison of the two should give is known beforehand.
 """
 
@@ -24,7 +25,7 @@ from crosscoder.data.synthetic import (
 )
 from crosscoder.data.tokens import seeded_generator
 
-Side = Literal["A", "B"]
+Side = Literal["A", "B", "C"]
 SIDES: tuple[Side, Side] = ("A", "B")
 DEPTH_RATIO, WIDTH_RATIO = 4, 2
 TOLERANCE = 0.01  # relative: how far a wished d_eff may lie beyond what windows can give
@@ -61,8 +62,18 @@ class PairConfig:
     firing: Firing = dataclasses.field(default_factory=Firing)
     noise: float = 0.0
     seed: int = 0
+    training_seed: int = 0
+    """Another one is another training of the same shapes: the same features on the same tokens, other directions."""
+    sides: tuple[Side, ...] = SIDES
+    """A, B and, where wished, C."""
+    crowding: float = 0.0
+    """Directions lie in D L^-crowding dimensions of each layer, so that d_eff = D L^(delta - crowding)."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.crowding < 1:
+            raise ValueError(f"crowding is {self.crowding}, expected 0 or more and less than 1")
+        if not set(SIDES) <= set(self.sides) <= {*SIDES, "C"}:
+            raise ValueError(f"sides are {self.sides}, expected A, B and perhaps C")
         if self.n_features < 2:
             raise ValueError(f"n_features is {self.n_features}, expected at least 2")
         if self.n_layers < DEPTH_RATIO or self.n_layers % DEPTH_RATIO:
@@ -81,7 +92,14 @@ class PairConfig:
         """`(layers, width)` of one side."""
         if side == "A":
             return self.n_layers, self.d_model
+        if side == "C":
+            return self.n_layers // 2, round(self.d_model * math.sqrt(2))
         return self.n_layers // DEPTH_RATIO, self.d_model * WIDTH_RATIO
+
+    def rank(self, side: Side) -> int:
+        """How many dimensions of each layer the directions of one side lie in."""
+        n_layers, d_model = self.shape(side)
+        return max(2, round(d_model * n_layers**-self.crowding))
 
 
 class WorldPair:
@@ -103,16 +121,19 @@ class WorldPair:
         # Evenly spaced and shuffled, so that layers are filled evenly and mean widths are exact.
         depth_F = (torch.randperm(n_features, generator=generator) + 0.5) / n_features
         length_F = (torch.randperm(n_features, generator=generator) + 0.5) / n_features
+        again = [config.training_seed] if config.training_seed else []
         self.decoder_FLD: dict[Side, Tensor] = {}
         self.cosine: dict[Side, float] = {}
-        for side in SIDES:
+        for side in config.sides:
             n_layers, d_model = config.shape(side)
             windows = _windows(n_layers, n_layers**config.gamma, depth_F, length_F)
             cosine = _turning(windows, n_layers, self.delta)
-            own = seeded_generator("world pair", config.seed, side)
-            rows = [window_profile(n_layers, d_model, *window, cosine, own) for window in windows]
+            own = seeded_generator("world pair", config.seed, side, *again)
+            rank = config.rank(side)
+            rows = [window_profile(n_layers, rank, *window, cosine, own) for window in windows]
             scale_F = torch.tensor([width**-0.5 for _, width in windows])
-            self.decoder_FLD[side] = torch.stack(rows) * scale_F[:, None, None]
+            decoder_FLD = torch.stack(rows) * scale_F[:, None, None]
+            self.decoder_FLD[side] = torch.nn.functional.pad(decoder_FLD, (0, d_model - rank))
             self.cosine[side] = cosine
 
     @property
@@ -125,9 +146,8 @@ class WorldPair:
         return self.config.shape(side)[0] ** self.config.gamma
 
     def planted_dimension(self, side: Side) -> float:
-        """d_eff = D L^delta, for which the turning was chosen."""
-        n_layers, d_model = self.config.shape(side)
-        return d_model * n_layers**self.delta
+        """d_eff = D L^delta, for which the turning was chosen; with fewer dimensions than D where they are crowded."""
+        return self.config.rank(side) * self.config.shape(side)[0] ** self.delta
 
     def drawn_dimension(self, side: Side) -> float:
         """d_eff of the directions that were drawn; near `planted_dimension` for many features."""
@@ -136,7 +156,7 @@ class WorldPair:
     def sample(self, n: int, seed: int, index: int = 0) -> tuple[dict[Side, Tensor], Tensor]:
         """`({side: x_BLD}, activations_BF)` of `n` tokens, a pure function of (seed, index, n)."""
         activations_BF = self._activations(n, seed, index)
-        return {side: self._place(side, activations_BF, seed, index) for side in SIDES}, activations_BF
+        return {side: self._place(side, activations_BF, seed, index) for side in self.config.sides}, activations_BF
 
     def batches(self, side: Side, batch_size: int, n_steps: int, seed: int) -> Iterator[Tensor]:
         """`n_steps` batches `x_BLD` of one side; with the same seed the other side's show the same tokens."""

@@ -23,6 +23,8 @@ from crosscoder.analysis import capacity, counting, features, matching, recovery
 from crosscoder.data.synthetic import World, WorldConfig
 from crosscoder.data.worlds import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
+from crosscoder.experiments import planted_verdict
+from crosscoder.experiments.planted_readings import VerdictConfig
 from crosscoder.experiments.stages import Clock
 from crosscoder.experiments.synthetic_report import render_markdown, render_picture
 from crosscoder.experiments.workers import run_jobs
@@ -72,6 +74,9 @@ class SyntheticConfig:
     pair_size: int = 96
     gammas: tuple[float, ...] = (0.0, 1.0)
     """A pair of worlds for each exponent of the lifespan, with features that do not turn; `pair.gamma` is not used."""
+    verdicts: int = 0
+    """Seeds on which each planted answer goes through the whole chain to the rule."""
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -332,7 +337,7 @@ def check_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def study_jobs(config: SyntheticConfig, device: str) -> dict[str, Callable[[], list[dict[str, Any]]]]:
-    """Every training of the study by name; names of pairs begin with `pair`."""
+    """Every training of the study by name; names of pairs begin with `pair`, of verdicts with `verdicts`."""
     jobs: dict[str, Callable[[], list[dict[str, Any]]]] = {}
     for seed in config.seeds:
         for size in config.sizes:
@@ -341,7 +346,7 @@ def study_jobs(config: SyntheticConfig, device: str) -> dict[str, Callable[[], l
             jobs[f"bank {size}, world {seed}"] = partial(measure_bank, config, size, seed, device)
     for gamma in config.gammas:
         jobs[f"pair gamma {gamma:g}"] = partial(measure_pair, config, gamma, config.seeds[0], device)
-    return jobs
+    return jobs | planted_verdict.verdict_jobs(config.verdict, config.verdicts, device)
 
 
 def run_synthetic(
@@ -351,17 +356,22 @@ def run_synthetic(
     clock = Clock()
     folder.mkdir(parents=True, exist_ok=True)
     done = run_jobs(study_jobs(config, device), workers=workers, device=device, label="planted worlds")
-    rows = [row for name, found in done.items() if not name.startswith("pair") for row in found]
+
+    def rows_of(*kinds: str) -> list[dict[str, Any]]:
+        return [row for name, found in done.items() if name.split()[0].strip(",") in kinds for row in found]
+
+    rows, verdicts = rows_of("crosscoder", "bank"), rows_of("verdicts")
     clock.lap("training and scoring")
     results = {
         "schema": SCHEMA,
         "preset": preset,
         "run": describe_run(to_mapping(config)),
-        "definitions": recovery.DEFINITIONS,
+        "definitions": {**recovery.DEFINITIONS, **(planted_verdict.DEFINITIONS if verdicts else {})},
         "rows": rows,
         "summary": summarize_rows(rows),
         "targets": check_targets(rows),
-        "pairs": [row for name, found in done.items() if name.startswith("pair") for row in found],
+        "pairs": rows_of("pair"),
+        "verdicts": {"rows": verdicts, "summary": planted_verdict.summarize_verdicts(verdicts)},
         "seconds": clock.seconds,
     }
     write_json(folder / "results.json", results)

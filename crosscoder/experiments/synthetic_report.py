@@ -43,6 +43,7 @@ def render_markdown(results: Results) -> str:
         *_recall(results),
         "",
         *_pairs(results),
+        *_verdicts(results),
         "![Estimates beside the truth](recovery.png)",
         "",
         "## Words",
@@ -148,6 +149,42 @@ def _pairs(results: Results) -> list[str]:
         "",
         *_table(title, rows),
         "",
+    ]
+
+
+def _verdicts(results: Results) -> list[str]:
+    summary = results.get("verdicts", {}).get("summary")
+    if not summary:
+        return []
+    rows = []
+    for entry in summary:
+        labels = ", ".join(f"{label} {count}" for label, count in entry["labels"].items())
+        cells = [entry["plant"], entry["expected"], f"{entry['right']} of {entry['n']}", labels]
+        for key in ("R", "gamma", "delta"):
+            one = entry[key]
+            cells += [
+                f"{_number(one['mean'])} ({one['planted']:.3g})",
+                f"{one['covered']}, {one['covered_drawn']} of {one['n']}",
+            ]
+        rows.append(cells)
+    wrong = [
+        f"- {row['plant']}, seed {row['seed']}: {row['label']}: {'; '.join(row['reasons'])}"
+        for row in results["verdicts"]["rows"]
+        if not row["right"]
+    ]
+    title = ["planted", "right verdict", "found", "verdicts"]
+    for key in ("R", "gamma", "delta"):
+        title += [f"{key}, mean (planted)", f"{key}'s interval covers planted, drawn"]
+    return [
+        "## Verdicts",
+        "",
+        "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, "
+        "control, statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the "
+        "directions drawn.",
+        "",
+        *_table(title, rows),
+        "",
+        *(["Verdicts that were not right:", "", *wrong, ""] if wrong else []),
     ]
 
 

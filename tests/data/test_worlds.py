@@ -73,6 +73,8 @@ def test_noise_differs_between_sides_and_follows_the_seeds():
         {"d_model": 1},
         {"p_min": 0.0},
         {"noise": -1},
+        {"crowding": 1.0},
+        {"sides": ("A", "C")},
     ],
 )
 def test_bad_pairs_are_refused(setting):
@@ -83,3 +85,32 @@ def test_bad_pairs_are_refused(setting):
 def test_an_impossible_dimension_is_refused_with_what_is_possible():
     with pytest.raises(ValueError, match=r"delta = 0\.2 cannot be had at 16 layers .* expected 0\.50 to 1\.00"):
         WorldPair(PairConfig(n_features=512, n_layers=16, gamma=0.5, delta=0.2))
+
+
+def test_another_training_has_the_same_features_in_other_directions():
+    first, second = WorldPair(PairConfig()), WorldPair(PairConfig(training_seed=1))
+    assert torch.equal(first.sample(50, seed=0)[1], second.sample(50, seed=0)[1])
+    for side in SIDES:
+        a, b = first.decoder_FLD[side], second.decoder_FLD[side]
+        assert torch.equal(a.norm(dim=2) > 0, b.norm(dim=2) > 0), "the same windows"
+        assert (a.flatten(1) * b.flatten(1)).sum(1).abs().mean() < 0.3
+
+
+def test_a_third_shape_lies_between():
+    config = PairConfig(n_features=512, n_layers=8, d_model=32, gamma=1, delta=0.5, sides=("A", "B", "C"))
+    pair = WorldPair(config)
+    assert config.shape("C") == (4, 45)
+    assert pair.sample(10, seed=0)[0]["C"].shape == (10, 4, 45)
+    assert pair.drawn_dimension("C") == pytest.approx(pair.planted_dimension("C"), rel=0.05)
+    assert torch.equal(
+        pair.decoder_FLD["A"], WorldPair(PairConfig(**{**vars(config), "sides": SIDES})).decoder_FLD["A"]
+    )
+
+
+def test_crowded_directions_leave_fewer_dimensions():
+    pair = WorldPair(PairConfig(n_features=512, n_layers=4, d_model=32, gamma=0, crowding=0.5))
+    assert (pair.config.rank("A"), pair.config.rank("B")) == (16, 64)
+    assert pair.planted_dimension("A") == 64
+    for side in SIDES:
+        assert pair.drawn_dimension(side) == pytest.approx(pair.planted_dimension(side), rel=0.05)
+        torch.testing.assert_close(pair.decoder_FLD[side].flatten(1).norm(dim=1), torch.ones(512))
