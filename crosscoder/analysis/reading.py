@@ -7,6 +7,7 @@ of the same set.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,7 @@ class Reading:
     @cached_property
     def rows_FN(self) -> np.ndarray:
         """Joint decoder rows, `[F, L * D]`, float64."""
-        return self.decoder_FLD.reshape(len(self), -1).astype(np.float64) if len(self) else np.zeros((0, 1))
+        return self.decoder_FLD.reshape(len(self), math.prod(self.decoder_FLD.shape[1:])).astype(np.float64)
 
     @cached_property
     def rho_F(self) -> np.ndarray:

@@ -79,8 +79,9 @@ def _decodability(reading: Reading, x_TLD: np.ndarray) -> tuple[np.ndarray, np.n
     active_TF = (reading.code[: len(x_TLD)] > 0).toarray()
     score_TFL = np.einsum("tld,fld->tfl", x_TLD, reading.decoder_FLD)
     both = np.concatenate([score_TFL, score_TFL.sum(2, keepdims=True)], axis=2)
-    auc = np.stack([spread.area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))])
-    return auc[:, -1], auc[:, :-1]
+    auc = [spread.area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))]
+    auc_FQ = np.array(auc).reshape(len(reading), both.shape[2])
+    return auc_FQ[:, -1], auc_FQ[:, :-1]
 
 
 def measure_errors(planted: Planted, subjects: Mapping[str, Subject]) -> evidence.Calibration:
@@ -173,10 +174,14 @@ def describe_verdict(plant: Plant, planted: Planted, case: Case) -> dict[str, An
         "right": decided.label == plant.label and set(plant.kinds) <= set(decided.kinds),
         "reasons": list(decided.reasons),
         "sentence": decided.sentence,
-        "gates": {gate.name: gate.value for gate in decided.gates},
+        "gates": {gate.name: _plain_value(gate.value) for gate in decided.gates},
         "statistics": statistics,
         "beside": {name: evidence.plain(getattr(found, name)) for name in beside},
     }
+
+
+def _plain_value(value: float | str | None) -> float | str | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure_seed(config: VerdictConfig, seed: int, device: str = "cpu") -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from crosscoder.analysis import evidence, gain
 from crosscoder.analysis.density import Subject
 from crosscoder.analysis.reading import Reading
 from crosscoder.analysis.statistics import Estimate
-from crosscoder.experiments import planted_verdict
+from crosscoder.experiments import planted_verdict, synthetic
 from crosscoder.experiments.planted_readings import PLANTS, Plant, Planted, VerdictConfig
 from crosscoder.experiments.planted_verdict import Case, judge, measure_case
+from crosscoder.foundation.artifact import read_json
 
 CONFIG = VerdictConfig(held_out=4096)
 
@@ -160,6 +161,20 @@ def test_settings_that_cannot_be_are_refused():
         VerdictConfig(training_seeds=0)
     with pytest.raises(ValueError, match="probability_range is 1"):
         VerdictConfig(probability_range=1)
+
+
+def test_the_study_shows_them(tmp_path):
+    small = VerdictConfig(
+        n_features=12, d_model=8, active=2.0, training_seeds=2, steps=40, batch=64, held_out=2048, plants=PLANTS[1:2]
+    )
+    config = replace(synthetic.PRESETS["ci"], sizes=(), bank_sizes=(), gammas=(), verdicts=1, verdict=small)
+    results = synthetic.run_synthetic(config, folder=tmp_path, preset="ci")
+    (entry,) = results["verdicts"]["summary"]
+    assert entry["n"] == 1
+    page = (tmp_path / "report.md").read_text()
+    assert "| persistent | H1a | " in page
+    assert "coverage" in page
+    assert read_json(tmp_path / "results.json")["verdicts"]["rows"] == results["verdicts"]["rows"]
 
 
 @pytest.mark.slow
