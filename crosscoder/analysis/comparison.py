@@ -19,6 +19,7 @@ from crosscoder.analysis.statistics import Bootstrap, Estimate, exponentiate, tw
 
 NULL_DRAWS = 100
 POOLS = 3
+CONTROL = (PRIMARY, "load_weighted")
 
 DEFINITIONS = {
     "ratio": "R: density of B over density of A, by the named estimator.",
@@ -26,7 +27,9 @@ DEFINITIONS = {
     "alpha": "Slope of ln(features per layer) on ln(D) over the shapes, features per layer being distinct features "
     "times mean rho over L. With dictionaries of equal size that are all but full, and N fixed, "
     "alpha = 2 - 2 gamma whatever the models do.",
-    "trained_difference": "ln R of the trained pair less ln R of the untrained pair, primary estimator.",
+    "trained_difference": "ln R of the trained pair less ln R of the untrained pair: by the primary estimator where both "
+    "have it, else by entropy load over the energy-weighted dimension of single dictionaries. Two seeds seldom agree on "
+    "the directions of an untrained subject, and without agreement there is no debiased dimension.",
     "universality_floor": "u of the untrained subjects: how alike features are that no training made.",
 }
 
@@ -95,13 +98,7 @@ def measure_site(readings: SiteReadings) -> SiteStatistics:
             logs[state, estimator] = log
             name = f"{'R' if state == 'trained' else 'R untrained'}, {estimator}"
             found.append(_as_statistic(name, log, estimator, transform=exponentiate))
-    found.append(
-        _as_statistic(
-            "trained_difference",
-            _less(logs["trained", PRIMARY], logs["untrained", PRIMARY]),
-            "trained_difference",
-        )
-    )
+    found.append(_as_statistic("trained_difference", _control_difference(logs), "trained_difference"))
     slopes = {state: _slopes(readings.side(state)) for state in ("trained", "untrained")}
     for name, slope in slopes["trained"].items():
         found.append(_as_statistic(name, slope, name if name != "delta" else "dimension_growth"))
@@ -116,6 +113,13 @@ def measure_site(readings: SiteReadings) -> SiteStatistics:
         universality=measure_universality(readings) if both else None,
         points=[point for state in ("trained", "untrained") for point in _points(readings, state)],
     )
+
+
+def _control_difference(logs: Mapping[tuple[str, str], Bootstrap | str]) -> Bootstrap | str:
+    """ln R trained less untrained, by the first estimator of `CONTROL` that both have."""
+    differences = [_less(logs["trained", estimator], logs["untrained", estimator]) for estimator in CONTROL]
+    known = [difference for difference in differences if isinstance(difference, Bootstrap)]
+    return known[0] if known else differences[0]
 
 
 def _log_ratio(sides: Mapping[str, Subject], estimator: str, document_T: np.ndarray) -> Bootstrap | str:

@@ -112,9 +112,11 @@ def study_cells(config: StudyConfig) -> list[Cell]:
     def add(
         name: str, t: int, state: State, site: Site, arm: Arm, role: Role, budget: DictionaryBudget, seeds=config.seeds
     ) -> None:
-        cells.append(
-            Cell(subject=name, training_seed=t, state=state, site=site, arm=arm, role=role, budget=budget, seeds=seeds)
-        )
+        # X is A's, beside its controls; leaving its features out of R needs those of trained B too.
+        probed = site == "write" and arm == "crosscoder" and role == "main"
+        probed = probed and (name == "A" or (name, state) == ("B", "trained"))
+        where = {"subject": name, "training_seed": t, "state": state, "site": site}
+        cells.append(Cell(**where, arm=arm, role=role, budget=budget, seeds=seeds, probed=probed))
 
     for name, shape in shapes.items():
         budget = shape.budget(config.dictionaries)

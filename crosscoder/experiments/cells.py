@@ -31,7 +31,6 @@ State = Literal["trained", "untrained", "shuffled"]  # shuffled: trained, each l
 Role = Literal["main", "size", "k"]
 EVALUATION_BATCH = 4096
 SHUFFLE_SEED = 1
-PROBED_SITE = "write"
 MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
 _SPREAD_IDENTITY = ("subject", "state", "site", "n_features", "k", "training_seed")
 
@@ -62,6 +61,8 @@ class Cell:
     seeds: tuple[int, ...] = (0, 1)
     training_seed: int = 0
     """Position of the subject's training seed in the study's list."""
+    probed: bool = False
+    """Whether it is measured what the features of a crosscoder are read from, and whether one layer would tell."""
 
     def __post_init__(self) -> None:
         if self.budget.structure in get_args(PartialStructure):
@@ -207,9 +208,9 @@ def _train_seed(
 def _keep_reading(
     cell: Cell, one: Trained, dictionary: Any, held: Callable[[], Iterator[Tensor]], home: Path
 ) -> Trained:
-    """Write the reading of a compared dictionary; on the primary site with what its features are read from."""
+    """Write the reading of a compared dictionary; where that is probed, with what its features are read from."""
     reading: Reading = read_dictionary(one.measured, one.decoder, seed=one.seed)
-    if cell.site == PROBED_SITE and len(reading) and one.decoder.shape[1] > 1:
+    if cell.probed and len(reading) and one.decoder.shape[1] > 1:
         config = probes.ProbeConfig(n_features=None if reading.decoder_FLD.shape[0] <= MOST_PROBED else MOST_PROBED)
         found = probes.measure_functional_spread(dictionary, held, config=config)
         one = replace(one, functional={key: finite(value) for key, value in found.summary().items()})

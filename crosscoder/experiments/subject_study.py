@@ -119,6 +119,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
             role="main",
             budget=config.dictionaries,
             seeds=config.seeds,
+            probed=arm == "crosscoder" and site == "write",
         )
         for arm in arms
         for site in sites

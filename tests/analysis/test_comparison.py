@@ -154,6 +154,16 @@ def test_the_control_is_subtracted():
     assert found.estimate("gamma_excess").value == pytest.approx(-1, abs=0.05)
 
 
+def test_a_control_without_agreement_is_compared_by_single_dictionaries():
+    trained = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
+    noisy = {"A": subject("A", 8, 32, 8, noise=1.0), "B": subject("B", 2, 64, 2, noise=1.0)}
+    site = comparison.SiteReadings(site="write", trained=trained, untrained=noisy, document_T=DOCUMENT_T)
+    found = comparison.measure_site(site)
+    assert found.estimate(f"R untrained, {density.PRIMARY}") is None
+    weighted = [math.log(found.estimate(f"{r}, load_weighted").value) for r in ("R", "R untrained")]
+    assert found.estimate("trained_difference").value == pytest.approx(weighted[0] - weighted[1])
+
+
 def test_universality_is_one_for_the_same_features_and_near_null_for_others():
     same = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
     site = comparison.SiteReadings(site="write", trained=same, document_T=DOCUMENT_T)
