@@ -27,9 +27,9 @@ DEFINITIONS = {
     "alpha": "Slope of ln(features per layer) on ln(D) over the shapes, features per layer being distinct features "
     "times mean rho over L. With dictionaries of equal size that are all but full, and N fixed, "
     "alpha = 2 - 2 gamma whatever the models do.",
-    "trained_difference": "ln R of the trained pair less ln R of the untrained pair: by the primary estimator where both "
-    "have it, else by entropy load over the energy-weighted dimension of single dictionaries. Two seeds seldom agree on "
-    "the directions of an untrained subject, and without agreement there is no debiased dimension.",
+    "trained_difference": "ln R of the trained pair less ln R of the untrained pair: by the primary estimator where "
+    "both have it, else by entropy load over the energy-weighted dimension of single dictionaries. Two seeds seldom "
+    "agree on the directions of an untrained subject, and without agreement there is no debiased dimension.",
     "universality_floor": "u of the untrained subjects: how alike features are that no training made.",
 }
 
