@@ -179,14 +179,15 @@ def _drift(results: Results) -> Comparison:
 
 
 def _functional_layers(results: Results) -> Comparison:
-    names = ("mean_functional_rho", "functional_rho")
-    found = [value for name in names if (value := _average(results, "spread", name, state="trained")) is not None]
-    norm = _average(results, "spread", "mean_rho", state="trained")
-    if not found:
-        shown = "–" if norm is None else f"rho by norm {norm:.2f}; functional –"
-        return Comparison(shown, "not measured", "functional spread is not in these results")
-    shown = f"functional rho {found[0]:.2f}, by norm {norm:.2f}" if norm is not None else f"functional {found[0]:.2f}"
-    return Comparison(shown, "agrees" if found[0] <= 2 else "disagrees", "our participation ratio, their coherence")
+    seeds = [seed for cell in _cells(results, "spread", state="trained") for seed in cell.get("per_seed", ())]
+    probed = [found for seed in seeds if (found := seed.get("functional"))]
+    both = [(found.get("functional_rho"), found.get("decoder_rho")) for found in probed]
+    pairs = [pair for pair in both if None not in pair]
+    if not pairs:
+        return Comparison("–", "not measured", "functional spread is not in these results")
+    functional, norm = np.mean(pairs, axis=0)
+    shown = f"functional rho {functional:.2f}, by norm {norm:.2f}"
+    return Comparison(shown, "agrees" if functional <= 2 else "disagrees", "our participation ratio, their coherence")
 
 
 def _shared_by_seeds(results: Results) -> Comparison:
@@ -314,7 +315,7 @@ CLAIMS: tuple[Claim, ...] = (
         key="functional-layers", source="Demou et al. 2026 (fmxcoders)", where="arXiv 2605.09438", checked="abstract",
         setting="standard crosscoders on GPT2-Small, Pythia-410M and -1.4B, Gemma2-2B",
         figure="one or two layers drive a feature on average, though decoder norms are spread evenly",
-        ours="spread.cells[].mean_functional_rho beside mean_rho", rule="functional rho at most 2",
+        ours="spread.cells[].per_seed[].functional", rule="functional rho at most 2",
         compare=_functional_layers,
     ),
     Claim(

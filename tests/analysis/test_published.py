@@ -73,8 +73,14 @@ def test_seeds_and_dead_features():
 
 
 def test_spread():
-    def cell(layers=8, **values):
-        return {"state": "trained", "layers": [str(layer) for layer in range(layers)], "summary": summary(**values)}
+    def cell(layers=8, functional_rho=None, **values):
+        functional = functional_rho and {"functional_rho": functional_rho, "decoder_rho": values["mean_rho"]}
+        return {
+            "state": "trained",
+            "layers": [str(layer) for layer in range(layers)],
+            "summary": summary(**values),
+            "per_seed": [{"functional": functional}],
+        }
 
     subjects = {"A": {"d_model": 100}}
     usual = {"single_layer_share": 0.2, "mean_rho_share": 0.5, "mean_adjacent_cosine": 0.8, "mean_rho": 4.0}
