@@ -147,8 +147,9 @@ class Evaluate(Common):
 class Compare(Common):
     """The main job: per-layer and cross-layer feature counts compared, with a report.
 
-    Without --subject: two small transformers of equal parameters and unequal shape are trained, matched by loss, and
-    compared, trained and untrained. With --subject: the two kinds of dictionary are compared on that model alone.
+    Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
+    compared, trained and untrained; the report opens with the verdict of a rule that was fixed beforehand. With
+    --subject: the two kinds of dictionary are compared on that model alone, beside the same model untrained.
 
     Example: crosscoder compare --preset smoke
     Example: crosscoder compare --subject HuggingFaceTB/SmolLM2-135M --text my_texts/ --layers 10 11 12 13
@@ -167,7 +168,9 @@ class Compare(Common):
     tokens: int | None = None
     """With --subject: tokens to train the dictionaries on."""
     seeds: tuple[int, ...] | None = None
-    """Dictionary seeds."""
+    """Dictionary seeds. The debiased dimension compares two; stable features need three."""
+    training_seeds: tuple[int, ...] | None = None
+    """Without --subject: training seeds of every shape. With one there is no ceiling, and so no verdict."""
     steps: int | None = None
     """Training steps of each dictionary."""
     n_features: int | None = None

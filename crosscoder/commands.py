@@ -37,6 +37,8 @@ def study_config(command: cli.Compare) -> StudyConfig:
     config = replace(config, dictionaries=budget, seeds=command.seeds or config.seeds)
     if command.text is not None:
         config = replace(config, subjects=replace(config.subjects, text=command.text))
+    if command.training_seeds is not None:
+        config = replace(config, subjects=replace(config.subjects, seeds=command.training_seeds))
     return config
 
 
@@ -362,6 +364,7 @@ def _study_needs(config: StudyConfig) -> Needs:
     cells = study_cells(config)
     rows: Needs = [
         ("text", config.subjects.text),
+        ("training runs", str(len(config.subjects.runs()))),
         ("cells", str(len(cells))),
         ("dictionaries", str(sum(len(cell.seeds) for cell in cells))),
         ("steps of each, and tokens a step", f"{config.dictionaries.steps} x {config.dictionaries.batch}"),
@@ -375,10 +378,12 @@ def _study_needs(config: StudyConfig) -> Needs:
             config.subjects.vocab_size,
             config.subjects.n_checkpoints,
         )
-        tokens = 2 * (config.tokens_train + config.tokens_held_out)
+        mains = [cell for cell in cells if cell.subject == name and cell.role == "main"]
+        stores = {(cell.training_seed, cell.state) for cell in mains if cell.state != "shuffled"}
+        tokens = len(stores) * (config.tokens_train + config.tokens_held_out)
         disk += tokens * (shape.n_layers + 1) * shape.d_model * 4
-        for arm in CLASSES:
-            cell: Cell = next(c for c in cells if c.subject == name and c.arm == arm and c.role == "main")
+        for arm in dict.fromkeys(cell.arm for cell in mains):
+            cell: Cell = next(cell for cell in mains if cell.arm == arm)
             found = dictionary_needs(cell.arm, shape.n_layers, shape.d_model, cell.budget)
             rows += [(f"{name}, {label}", value) for label, value in found]
     kept = "kept" if config.keep_activations else "removed at the end"
