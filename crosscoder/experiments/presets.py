@@ -38,9 +38,9 @@ class Shape:
 class SubjectsConfig:
     """The subjects and the text they are trained on. A and B are compared; C, between them, is for slopes."""
 
-    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=500_000, k_crosscoder=7))
+    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=500_000, k_crosscoder=5))
     b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128, tokens=550_000, k_crosscoder=2))
-    c: Shape | None = field(default_factory=lambda: Shape(n_layers=4, d_model=90, tokens=400_000, k_crosscoder=5))
+    c: Shape | None = field(default_factory=lambda: Shape(n_layers=4, d_model=90, tokens=400_000, k_crosscoder=4))
     text: str = "sotu"
     """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
     vocab_size: int = 512
@@ -91,7 +91,7 @@ class StudyConfig:
     subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
     dictionaries: DictionaryBudget = field(
         default_factory=lambda: DictionaryBudget(
-            n_features=160, k_crosscoder=7, k_layerwise=3, steps=1000, learning_rate=2e-2
+            n_features=160, k_crosscoder=5, k_layerwise=3, steps=1200, learning_rate=1.7e-2
         )
     )
     seeds: tuple[int, ...] = (0, 1)
