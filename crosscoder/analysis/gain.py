@@ -11,7 +11,7 @@ import numpy as np
 DEFINITIONS = {
     "count_gain": "ln of the features of the bank active on a token, over all layers, per active feature of the "
     "crosscoder at equal explained variance. The bank's L0 at the crosscoder's explained variance is interpolated in "
-    "ln L0 against ln(1 - explained variance) between banks of several k, and never extrapolated.",
+    "ln L0 against explained variance between banks of several k, and never extrapolated.",
 }
 
 
@@ -26,7 +26,10 @@ class Point:
 def count_gain(crosscoder: Point, bank: Sequence[Point]) -> float | str:
     """ln(L0 of the bank / L0 of the crosscoder) at the crosscoder's explained variance, or why there is none.
 
-    With planted features of one layer each it is 0; with features that last all L layers ln L.
+    With planted features of one layer each it is 0; with features that last all L layers ln L. Below the true L0 each
+    active feature that is left out costs its share of the variance, and above it nothing is left to explain: on a scale
+    of ln(1 - explained variance) the bank that just has enough would be far to the right, and a chord to it would ask
+    for too few features at every point before. Variances themselves bend little between neighbouring k.
     """
     points = sorted(bank, key=lambda point: point.explained_variance)
     if not crosscoder.l0 > 0 or any(not point.l0 > 0 for point in points):
@@ -35,7 +38,6 @@ def count_gain(crosscoder: Point, bank: Sequence[Point]) -> float | str:
     if not points or not points[0].explained_variance <= target <= points[-1].explained_variance:
         known = ", ".join(f"{point.explained_variance:.3f}" for point in points) or "no bank"
         return f"the crosscoder explains {target:.3f}, outside what the banks do ({known}); train banks of other k"
-    x = [-math.log(max(1 - point.explained_variance, 1e-12)) for point in points]
-    y = [math.log(point.l0) for point in points]
-    at = float(np.interp(-math.log(max(1 - target, 1e-12)), x, y))
+    logs = [math.log(point.l0) for point in points]
+    at = float(np.interp(target, [point.explained_variance for point in points], logs))
     return at - math.log(crosscoder.l0)

@@ -46,7 +46,7 @@ def measure_gain(planted: Planted, subject: Subject) -> Statistic:
         wanted = [reading.explained_variance for reading in readings]
         points = {k: planted.bank(pair, k)}
         while max(p.explained_variance for p in points.values()) < max(wanted) and max(points) < planted.config.size:
-            further = min(planted.config.size, max(max(points) + 1, round(1.3 * max(points))))
+            further = min(planted.config.size, max(max(points) + 1, round(1.5 * max(points))))
             points[further] = planted.bank(pair, further)
         while min(p.explained_variance for p in points.values()) > min(wanted) and min(points) > 1:
             points[min(points) - 1] = planted.bank(pair, min(points) - 1)

@@ -207,5 +207,11 @@ def test_count_gain_by_hand():
     bank = [gain.Point(20, 0.8), gain.Point(80, 0.95)]
     assert gain.count_gain(gain.Point(20, 0.8), bank) == pytest.approx(0)
     assert gain.count_gain(gain.Point(10, 0.95), bank) == pytest.approx(math.log(8))
-    assert gain.count_gain(gain.Point(10, 0.9), bank) == pytest.approx(math.log(4))  # halfway in ln(1 - EV)
+    assert gain.count_gain(gain.Point(10, 0.875), bank) == pytest.approx(math.log(4))  # halfway
     assert "outside" in gain.count_gain(gain.Point(10, 0.97), bank)
+
+
+def test_count_gain_is_near_0_between_a_bank_with_too_few_features_and_one_with_enough():
+    """Six features of one layer each: a bank with 4.4 of them explains that share, one with 6.5 everything."""
+    bank = [gain.Point(4.4, 0.82), gain.Point(6.5, 0.9999)]
+    assert abs(gain.count_gain(gain.Point(6.0, 0.98), bank)) < 0.05
