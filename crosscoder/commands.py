@@ -319,6 +319,7 @@ def _synthetic_needs(command: cli.Synthetic) -> Needs:
         ("steps of each, and tokens a step", f"{config.fit.steps} x {config.fit.batch}"),
         ("largest dictionary: weights, gradients, optimiser", human_bytes(32 * largest * width)),
         ("one batch and its truth", human_bytes(4 * config.fit.batch * (world.n_features + width))),
+        ("verdicts", f"{command.verdicts} seeds of {len(config.verdict.plants)} planted answers, 3 minutes a seed"),
         ("writes", f"report.md, results.json and recovery.png, in a folder of {command.out}"),
     ]
 
