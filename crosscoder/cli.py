@@ -203,7 +203,7 @@ class Synthetic(Common):
     preset: Literal["ci", "quick", "full"] = "quick"
     """ci: under a minute, 64 features. quick: a few minutes on two cores, 256. full: five worlds, more sizes."""
     verdicts: int = 0
-    """Seeds on which planted answers (R of 2, 1 and 1/2) go through the whole chain to the verdict; three minutes each
+    """Seeds on which planted answers (R of 2, 1 and 1/2) go through the whole chain to the verdict; a few minutes each
     on one core."""
     out: Path = Path("runs")
     """The study goes to a folder in here, named by preset and settings."""

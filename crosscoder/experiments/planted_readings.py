@@ -65,7 +65,7 @@ class VerdictConfig:
     training_seeds: int = 3
     dictionary_seeds: int = 2
     sides: tuple[Side, ...] = ("A", "B")
-    control_crowding: float = 0.75
+    control_crowding: float = 0.9
     steps: int = 300
     batch: int = 512
     learning_rate: float = 1e-2

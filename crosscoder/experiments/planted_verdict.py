@@ -32,7 +32,7 @@ DEFINITIONS = {
     "planted_verdict": "A pair of worlds with planted gamma and delta through the whole chain: right if the label and "
     "the kind of H2 are those that the planted values stand for.",
     "planted_control": "The untrained control of a planted pair is planted too: the same features on the same tokens, "
-    "each in one layer, their directions in D L^-0.75 dimensions, so that R is 0.71.",
+    "each in one layer, their directions in D L^-0.9 dimensions, so that R is 0.57.",
     "coverage": "Share of verdicts whose 90 % interval holds the planted value (R = 4^delta / 2), and, apart, that "
     "of the directions that were drawn, which scatter about it because features are few.",
 }
