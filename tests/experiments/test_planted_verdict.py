@@ -83,6 +83,13 @@ def test_another_way_to_the_same_answer():
     assert judge(case_of(plant))[2].label == "H1a"
 
 
+def test_a_third_shape_joins_the_slopes():
+    config = replace(CONFIG, sides=("A", "B", "C"), held_out=2048, training_seeds=2)
+    _, found, _ = judge(case_of(PLANTS[2], config=config))
+    assert found.gamma.value == pytest.approx(1, abs=0.02)
+    assert found.delta.value == pytest.approx(0, abs=0.15)
+
+
 def changed(case, change, names=("A", "B")):
     """The case with every trained reading of some shapes changed."""
     trained = dict(case.readings.trained)
