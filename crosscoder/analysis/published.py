@@ -157,12 +157,17 @@ def _total_l0(pair: _Pair) -> Comparison | None:
 
 
 def _feature_profiles(results: Results) -> Comparison:
-    single = _average(results, "spread", "single_layer_share", state="trained")
-    share = _average(results, "spread", "mean_rho_share", state="trained")
-    if single is None or share is None:
+    """Profiles over the layers of the deepest subject: a shallow one has no decay to see."""
+    cells = _cells(results, "spread", state="trained")
+    depth = max((len(cell.get("layers") or []) for cell in cells), default=0)
+    deepest = [cell for cell in cells if len(cell.get("layers") or []) >= depth - 1]  # writes have a layer less
+    pairs = [(_mean(cell, "single_layer_share"), _mean(cell, "mean_rho_share")) for cell in deepest]
+    known = [pair for pair in pairs if None not in pair]
+    if not known:
         return Comparison("–", "not measured", "no crosscoder's spread")
-    shown = f"single-layer share {single:.3f}, rho / L {share:.3f}"
-    if min(len(cell.get("layers") or []) for cell in _cells(results, "spread", state="trained")) < MANY_LAYERS:
+    single, share = np.mean(known, axis=0)
+    shown = f"single-layer share {single:.3f}, rho / L {share:.3f} over {depth} layers"
+    if depth < MANY_LAYERS:
         return Comparison(shown, "not comparable", f"fewer than {MANY_LAYERS} layers: too few to see a decay")
     why = "no share was published; decoder norms alone do not show that a layer uses a feature"
     return Comparison(shown, "agrees" if single < MINORITY and share < EVEN else "disagrees", why)
@@ -231,13 +236,15 @@ def _planted_recovery(results: Results) -> Comparison:
 
 
 def _random_models(results: Results) -> Comparison:
-    wanted: dict[str, Any] = {"arm": "layerwise", "site": "residual", "role": "main"}
-    values = [_average(results, "quality", "explained_variance", state=s, **wanted) for s in ("trained", "untrained")]
-    trained, untrained = values
-    if trained is None or untrained is None:
-        return Comparison("–", "not measured", "no untrained control")
-    verdict: Verdict = "agrees" if abs(trained - untrained) <= SIMILAR else "disagrees"
-    return Comparison(f"EV {trained:.3f} trained, {untrained:.3f} untrained", verdict, "explained variance alone")
+    for arm in ("layerwise", "crosscoder"):
+        wanted: dict[str, Any] = {"arm": arm, "site": "residual", "role": "main"}
+        states = ("trained", "untrained")
+        trained, untrained = (_average(results, "quality", "explained_variance", state=s, **wanted) for s in states)
+        if trained is not None and untrained is not None:
+            verdict: Verdict = "agrees" if abs(trained - untrained) <= SIMILAR else "disagrees"
+            what = "explained variance alone" + ("" if arm == "layerwise" else ", of crosscoders")
+            return Comparison(f"EV {trained:.3f} trained, {untrained:.3f} untrained", verdict, what)
+    return Comparison("–", "not measured", "no untrained control")
 
 
 def _equal_parameters(results: Results) -> Comparison:
