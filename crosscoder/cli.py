@@ -171,6 +171,8 @@ class Compare(Common):
     """Dictionary seeds. The debiased dimension compares two; stable features need three."""
     training_seeds: tuple[int, ...] | None = None
     """Without --subject: training seeds of every shape. With one there is no ceiling, and so no verdict."""
+    joint: bool = False
+    """Without --subject: also train crosscoders over two subjects at once, to see which features are one's alone."""
     steps: int | None = None
     """Training steps of each dictionary."""
     n_features: int | None = None

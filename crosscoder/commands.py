@@ -39,7 +39,7 @@ def study_config(command: cli.Compare) -> StudyConfig:
         config = replace(config, subjects=replace(config.subjects, text=command.text))
     if command.training_seeds is not None:
         config = replace(config, subjects=replace(config.subjects, seeds=command.training_seeds))
-    return config
+    return replace(config, joint=True) if command.joint else config
 
 
 def subject_config(command: cli.Compare) -> subject_study.SubjectStudyConfig:

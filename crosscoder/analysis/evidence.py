@@ -45,6 +45,7 @@ FURTHER = {
     "chao2": "features of {} by Chao2",
     "stable": "stable features of {}",
     "F_inf": "features of {} as dictionaries grow",
+    "exclusive": "features of a joint crosscoder that are {}'s alone",
 }
 WORDS = {
     f"R, {PRIMARY}": "R, density of B over A (primary estimator)",
@@ -155,13 +156,17 @@ def removal_shift(readings: SiteReadings) -> Statistic:
     return Statistic("removal_shift", both.estimate(), "removal_shift")
 
 
-def seeds_statistic(name: str, groups: Sequence[Sequence[float | str]]) -> Statistic:
-    """A number of each dictionary of each training seed as one statistic; the first reason where one is missing."""
+def seeds_statistic(name: str, groups: Sequence[Sequence[float | str]], *, definition: str | None = None) -> Statistic:
+    """A number of each dictionary of each training seed as one statistic; the first reason where one is missing.
+
+    `definition` is the key of its definition, where that is not the name.
+    """
+    key = definition or name
     reasons = [value for group in groups for value in group if isinstance(value, str)]
     if reasons or not groups or not all(groups):
-        return Statistic(name, None, name, reasons[0] if reasons else "not run")
+        return Statistic(name, None, key, reasons[0] if reasons else "not run")
     values = [[float(value) for value in group] for group in groups]
-    return Statistic(name, two_level_bootstrap(values, seed=0, n_draws=density.N_DRAWS).estimate(), name)
+    return Statistic(name, two_level_bootstrap(values, seed=0, n_draws=density.N_DRAWS).estimate(), key)
 
 
 def describe(

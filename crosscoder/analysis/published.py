@@ -165,7 +165,7 @@ def _feature_profiles(results: Results) -> Comparison:
     known = [pair for pair in pairs if None not in pair]
     if not known:
         return Comparison("–", "not measured", "no crosscoder's spread")
-    single, share = np.mean(known, axis=0)
+    single, share = np.array(known, dtype=np.float64).mean(0)
     shown = f"single-layer share {single:.3f}, rho / L {share:.3f} over {depth} layers"
     if depth < MANY_LAYERS:
         return Comparison(shown, "not comparable", f"fewer than {MANY_LAYERS} layers: too few to see a decay")

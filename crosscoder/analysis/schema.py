@@ -218,6 +218,15 @@ _AGREEMENT = table(
     {"u": _ESTIMATE, "null": number, "ceiling": _ESTIMATE, "floor": _maybe, "normalised": _ESTIMATE}
     | {"shares": keyed_by_name(number), "rates": optional(keyed_by_name(_maybe)), "missing": optional(text)}
 )
+_JOINT_SEED = table(
+    {"seed": count, "alive": count, "dead_share": share, "l0_token": number}
+    | {"explained_variance_first": _maybe, "explained_variance_second": _maybe}
+    | {"exclusive_first": share, "exclusive_second": share, "hidden_first": share, "hidden_second": share}
+)
+_JOINT = table(
+    {"first": text, "second": text, "training_seeds": list_of(count), "state": one_of(*STATES)}
+    | {"site": one_of(*SITES), "n_features": count, "k": count, "per_seed": list_of(_JOINT_SEED, least=1)}
+)
 _VERDICT = table(
     {
         "version": text,
@@ -233,8 +242,10 @@ _VERDICT = table(
         "points": list_of(_POINT),
         "universality_by_site": keyed_by_name(_AGREEMENT),
         "rule": plain,
+        "joint": list_of(_JOINT),
         "calibration": list_of(plain),
-    }
+    },
+    may_lack=("joint",),
 )
 _PROVENANCE = table(
     {

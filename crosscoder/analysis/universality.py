@@ -35,6 +35,13 @@ DEFINITIONS = {
     "the rank correlation of the rates.",
     "exclusive_share": "Share of features of a joint crosscoder over [A's layers ; B's layers] with more than "
     f"{EXCLUSIVE:.0%} of their decoder energy, averaged over each subject's layers, in one subject.",
+    "hidden_share": "Share of features of a joint crosscoder that are one subject's alone by decoder energy and whose "
+    "activity no layer of the other tells either (AUC of a linear probe below .9 everywhere). A penalty or the "
+    "competition for few active features can empty a decoder row though the other subject has the feature; the probe "
+    "sees through that, also where widths differ and latent scaling is not defined.",
+    "joint_dictionary": "One crosscoder over [first's layers ; second's layers] on the same tokens, each subject "
+    "scaled to the same total energy. The pair of two trainings of one shape says how much is exclusive without any "
+    "difference of shape, the untrained pair how much without training.",
 }
 
 
@@ -224,12 +231,12 @@ def compare_rates(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarra
     return RateComparison(len(a), float(median), float(low), float(high), rank, float(b.sum() / a.sum()))
 
 
-def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float, float]:
-    """Share of a joint crosscoder's features that are the first subject's own, and the second's.
+def exclusive_features(profile_FL: np.ndarray, n_first_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which features of a joint crosscoder are the first subject's own, and which the second's, `[F]` each.
 
-    `profile_FL` are shares of decoder energy over [A's layers ; B's layers]. Energies are averaged over each subject's
-    layers before they are compared, so that the subject with more layers does not own everything; a row of zeros is
-    nobody's. L1 penalties overstate both shares (Minder et al. 2025, arXiv 2504.02922).
+    `profile_FL` are shares of decoder energy over [A's layers ; B's layers], layers in units of equal energy. Energies
+    are averaged over each subject's layers before they are compared, so that the subject with more layers does not own
+    everything; a row of zeros is nobody's. L1 penalties overstate both (Minder et al. 2025, arXiv 2504.02922).
 
     Raises:
         ValueError: one of the subjects has no layers.
@@ -238,4 +245,25 @@ def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float
         raise ValueError(f"{n_first_layers} of {profile_FL.shape[1]} layers are the first subject's; both need some")
     first, second = profile_FL[:, :n_first_layers].mean(1), profile_FL[:, n_first_layers:].mean(1)
     total = first + second
-    return float((first > EXCLUSIVE * total).mean()), float((second > EXCLUSIVE * total).mean())
+    return first > EXCLUSIVE * total, second > EXCLUSIVE * total
+
+
+def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float, float]:
+    """Share of a joint crosscoder's features that are the first subject's own, and the second's."""
+    first_F, second_F = exclusive_features(profile_FL, n_first_layers)
+    return float(first_F.mean()), float(second_F.mean())
+
+
+def hidden_shares(
+    profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int, *, decodable: float
+) -> tuple[float, float]:
+    """Share of features that are one subject's own and that no layer of the other tells: the first's, the second's.
+
+    `auc_FL` are AUCs of probes of each layer for the feature's activity; nan tells nothing, and a feature without a
+    probe is not called hidden.
+    """
+    first_F, second_F = exclusive_features(profile_FL, n_first_layers)
+    known_F1 = np.isfinite(auc_FL).all(1, keepdims=True)
+    told = np.where(known_F1, auc_FL, 1.0)
+    by_first, by_second = told[:, :n_first_layers].max(1), told[:, n_first_layers:].max(1)
+    return float((first_F & (by_second < decodable)).mean()), float((second_F & (by_first < decodable)).mean())

@@ -1,4 +1,4 @@
-"""The tables of the verdict: gates, statistics, every estimator, universality, calibration."""
+"""The tables of the verdict: gates, statistics, every estimator, universality, joint crosscoders, calibration."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ _CALIBRATION = (
     ("d_eff error", "d_eff_error", "d_eff_error"),
     ("explained variance", "explained_variance", "explained_variance"),
     ("dead share", "dead_share", "dead_share"),
+)
+_JOINT = (
+    ("features", "alive", "alive"),
+    ("explained variance, first", "explained_variance_first", "explained_variance"),
+    ("second", "explained_variance_second", "explained_variance"),
+    ("first's alone", "exclusive_first", "exclusive_share"),
+    ("second's alone", "exclusive_second", "exclusive_share"),
+    ("first's, hidden from the second", "hidden_first", "hidden_share"),
+    ("second's, hidden from the first", "hidden_second", "hidden_share"),
 )
 _AGREEMENT = (
     ("u(A, B)", "u", "u"),
@@ -94,6 +103,25 @@ def agreement_table(results: Results) -> Table:
     return Table(heads, rows if found else [], NO_VERDICT, wide=False)
 
 
+def joint_table(results: Results) -> Table:
+    """Crosscoders over two subjects: what is one's alone, beside two trainings of one shape and untrained subjects."""
+    heads = [
+        Head("first and second", word=True, definition=known_definition(results, "joint_dictionary")),
+        Head("state", word=True),
+        *(Head(words, definition=known_definition(results, key)) for words, _, key in _JOINT),
+    ]
+    rows = []
+    for row in _judged(results).get("joint", []):
+        name = ", ".join(f"{row[side]} seed {t}" for side, t in zip(("first", "second"), row["training_seeds"]))
+        seeds = row["per_seed"]
+        cells = [Value(name, style="word"), Value(row["state"], style="word")]
+        for _, key, _ in _JOINT:
+            known = [seed[key] for seed in seeds if seed[key] is not None]
+            cells.append(format_range((sum(known) / len(known), min(known), max(known)) if known else None))
+        rows.append(Row(cells))
+    return Table(heads, rows, "No crosscoder over two subjects was trained (`--joint`).")
+
+
 def calibration_table(results: Results) -> Table:
     """What the study's dictionaries find in planted worlds of its own sizes."""
     found = _judged(results).get("calibration", [])
@@ -120,5 +148,6 @@ def verdict_tables(results: Results) -> dict[str, Table]:
         "statistics": statistic_table(results),
         "estimators": estimator_table(results),
         "agreement": agreement_table(results),
+        "joint": joint_table(results),
         "calibration": calibration_table(results),
     }

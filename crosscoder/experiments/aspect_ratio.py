@@ -29,9 +29,10 @@ from crosscoder.experiments import assembly, judgement
 from crosscoder.experiments import matched as matched_runs
 from crosscoder.experiments.budget import Arm, DictionaryBudget, with_k, with_size
 from crosscoder.experiments.cells import Cell, Role, Site, State, Stores
+from crosscoder.experiments.joint import JointCell
 from crosscoder.experiments.matched import MatchedRuns, OtherPartsError, Part, Run
 from crosscoder.experiments.presets import StudyConfig, SubjectsConfig
-from crosscoder.experiments.stages import Clock, run_cells, save_splice_ids
+from crosscoder.experiments.stages import Clock, run_cells, run_joints, save_splice_ids
 from crosscoder.experiments.workers import run_jobs
 from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.config import to_mapping
@@ -60,14 +61,17 @@ def run_study(
     said = [f"{name}{t} {c.held_out_loss:.4f} after {c.tokens:,}" for (name, t), c in chosen.checkpoints.items()]
     say(f"matched checkpoints, nats/token after tokens: {', '.join(said)}; gap {chosen.gap:.2%}")
     clock.lap("subjects")
-    cells = study_cells(config)
-    wanted = {cell.name: folder / "cells" / f"{cell.name}.json" for cell in cells}
+    cells, joints = study_cells(config), study_joints(config)
+    wanted = {cell.name: folder / "cells" / f"{cell.name}.json" for cell in [*cells, *joints]}
     own = [cell for cell in cells if part.holds((cell.subject, cell.training_seed), list(runs))]
-    if not all(wanted[cell.name].is_file() for cell in own):
-        mine = {run: found for run, found in runs.items() if part.holds(run, list(runs))}
+    own_joints = [cell for cell in joints if part.holds(cell.first, list(runs))]
+    if not all(wanted[cell.name].is_file() for cell in [*own, *own_joints]):
+        seconds = {cell.second for cell in own_joints}
+        mine = {run: found for run, found in runs.items() if run in seconds or part.holds(run, list(runs))}
         stores = _stores(config, tokens, mine, chosen, folder, device, workers)
         clock.lap("activations")
         run_cells(own, wanted, stores, folder, device, workers)
+        run_joints(own_joints, wanted, stores, device, workers)
         if not config.keep_activations:
             for name, t in mine:
                 for home in (folder / "activations").glob(f"{name}{t}-*"):
@@ -75,15 +79,18 @@ def run_study(
     clock.lap("dictionaries")
     left = sum(not path.is_file() for path in wanted.values())
     if left:
-        raise OtherPartsError(f"this part is done; {left} of {len(cells)} cells are left for other parts")
-    results = [read_json(path) for path in wanted.values()]
+        raise OtherPartsError(f"this part is done; {left} of {len(wanted)} cells are left for other parts")
+    results = [read_json(wanted[cell.name]) for cell in cells]
+    joint = [read_json(wanted[cell.name]) for cell in joints]
     subjects = {
         name: matched_runs.describe_subject(name, config, runs, chosen, tokens) for name in config.subjects.shapes()
     }
     gap = matched_runs.relative_gap([loss for subject in subjects.values() for loss in matched_runs.losses(subject)])
     calibration = judgement.calibrate_study(config, folder, device=device, workers=workers)
     clock.lap("calibration")
-    judged = judgement.judge(config, results, folder, calibration, loss_gap=gap, loss_matched=chosen.matched)
+    judged = judgement.judge(
+        config, results, folder, calibration, joint=joint, loss_gap=gap, loss_matched=chosen.matched
+    )
     clock.lap("verdict")
     return assembly.assemble(
         results,
@@ -144,6 +151,23 @@ def study_cells(config: StudyConfig) -> list[Cell]:
         return len(cell.seeds) * cell.budget.n_features * layers * (2 if cell.arm == "layerwise" else 1)
 
     return sorted(cells, key=cost, reverse=True)
+
+
+def study_joints(config: StudyConfig) -> list[JointCell]:
+    """Crosscoders over two subjects, on the block writes: A and B of each training seed, two trainings of A, and A and
+    B untrained. The last two have every dictionary seed, since they have one pair of runs."""
+    if not config.joint:
+        return []
+    budget = config.subjects.a.budget(config.dictionaries)
+
+    def cell(first: Run, second: Run, state: State = "trained", seeds: tuple[int, ...] = config.seeds) -> JointCell:
+        return JointCell(first=first, second=second, state=state, site="write", budget=budget, seeds=seeds)
+
+    every = range(len(config.subjects.seeds))
+    cells = [cell(("A", t), ("B", t), seeds=config.seeds[:1]) for t in every]
+    if len(every) > 1:
+        cells.append(cell(("A", 0), ("A", 1)))
+    return [*cells, cell(("A", 0), ("B", 0), "untrained")]
 
 
 def _variants(config: StudyConfig, budget: DictionaryBudget) -> list[tuple[Role, DictionaryBudget]]:

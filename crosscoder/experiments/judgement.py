@@ -54,10 +54,14 @@ def judge(
     folder: Path,
     calibration: Sequence[Results],
     *,
+    joint: Sequence[Results] = (),
     loss_gap: float,
     loss_matched: bool,
 ) -> Results:
-    """The verdict section of the results, from the readings that the study's cells left in its folder."""
+    """The verdict section of the results, from the readings that the study's cells left in its folder.
+
+    `joint` are the rows of crosscoders over two subjects.
+    """
     sites = {site: _read_site(config, folder, site) for site in (evidence.PRIMARY_SITE, evidence.SECONDARY_SITE)}
     measured = {site: comparison.measure_site(found) for site, found in sites.items()}
     primary = sites[evidence.PRIMARY_SITE]
@@ -69,10 +73,25 @@ def judge(
         count_gain=_count_gain(results, len(config.subjects.seeds)),
         removal_shift=evidence.removal_shift(primary),
         headroom=_headroom(primary),
-        further=tuple(row for name in COMPARED for row in _counts(results, primary, name)),
+        further=(*(row for name in COMPARED for row in _counts(results, primary, name)), *_exclusive(joint)),
     )
     found = evidence.gather(measured, primary, conditions)
-    return {**evidence.describe(measured, found, conditions), "calibration": list(calibration)}
+    described = evidence.describe(measured, found, conditions)
+    return {**described, "joint": list(joint), "calibration": list(calibration)}
+
+
+def _exclusive(joint: Sequence[Results]) -> list[Statistic]:
+    """How much of a joint crosscoder is A's alone and B's alone, over training seeds."""
+    rows = [row for row in joint if (row["first"], row["second"], row["state"]) == ("A", "B", "trained")]
+    return [
+        evidence.seeds_statistic(
+            f"exclusive {name}",
+            [[seed[f"exclusive_{side}"] for seed in row["per_seed"]] for row in rows],
+            definition="exclusive_share",
+        )
+        for name, side in (("A", "first"), ("B", "second"))
+        if rows
+    ]
 
 
 def _counts(results: Sequence[Results], primary: SiteReadings, name: str) -> list[Statistic]:

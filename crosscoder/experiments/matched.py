@@ -12,10 +12,9 @@ from crosscoder.data.prepared import PreparedTokens
 from crosscoder.data.subject import count_parameters
 from crosscoder.data.subject_training import SubjectCheckpoint, SubjectRun, held_out_loss
 from crosscoder.experiments import assembly
-from crosscoder.experiments.presets import StudyConfig
+from crosscoder.experiments.presets import Run, StudyConfig
 
 LOSS_GAP = 0.01  # held-out losses further apart than this are not called matched
-Run = tuple[str, int]  # a shape and the position of its training seed
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.experiments.budget import DictionaryBudget
 
+Run = tuple[str, int]  # a shape and the position of its training seed
 MIN_HELD_OUT = 1000
 """Held-out tokens below which a feature would have to be active on more than 1 % of them to count as alive."""
 
@@ -75,7 +76,7 @@ class SubjectsConfig:
         """The subjects by name."""
         return {"A": self.a, "B": self.b} | ({} if self.c is None else {"C": self.c})
 
-    def runs(self) -> dict[tuple[str, int], SubjectConfig]:
+    def runs(self) -> dict[Run, SubjectConfig]:
         """Every training run by shape and position of its seed."""
         return {
             (name, t): self.training(shape, seed)
@@ -108,6 +109,9 @@ class StudyConfig:
     """Held-out sequences on which reconstructions are spliced into the subject; 0 leaves that out."""
     calibration_worlds: int = 2
     """Planted worlds of each compared shape, of the study's own sizes, on which its instruments are tried; 0: none."""
+    joint: bool = False
+    """Whether crosscoders over two subjects at once are trained: A and B, two trainings of A, A and B untrained. Left
+    out of `quick` for its ten minutes."""
     keep_activations: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +140,7 @@ PRESETS: dict[str, StudyConfig] = {
         tokens_held_out=4_000,
         splice_blocks=4,
         calibration_worlds=1,
+        joint=True,
     ),
     "quick": StudyConfig(),
     "full": StudyConfig(
@@ -163,5 +168,6 @@ PRESETS: dict[str, StudyConfig] = {
         tokens_train=3_000_000,
         tokens_held_out=200_000,
         splice_blocks=64,
+        joint=True,
     ),
 }

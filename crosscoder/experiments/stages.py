@@ -13,6 +13,7 @@ from typing import Any
 
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.experiments.cells import Cell, Stores, run_cell
+from crosscoder.experiments.joint import JointCell, run_joint
 from crosscoder.experiments.workers import run_jobs
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.config import to_mapping
@@ -87,3 +88,31 @@ def run_cells(
         n_dictionaries = sum(len(cell.seeds) for cell in cells if cell.name in jobs)
         say(f"training {n_dictionaries} dictionaries in {len(jobs)} cells")
         run_jobs(jobs, workers=workers, device=device, label="dictionaries")
+
+
+def _run_joint_and_keep(cell: JointCell, stores: tuple[Stores, Stores], path: Path, device: str) -> None:
+    write_json(path, run_joint(cell, stores, device=device))
+
+
+def run_joints(
+    cells: Sequence[JointCell],
+    wanted: Mapping[str, Path],
+    stores: Mapping[tuple[str, int, str], Stores],
+    device: str,
+    workers: int,
+) -> None:
+    """Run every crosscoder over two subjects whose result is not in its file yet."""
+    jobs = {
+        cell.name: partial(
+            _run_joint_and_keep,
+            cell,
+            (stores[*cell.first, cell.state], stores[*cell.second, cell.state]),
+            wanted[cell.name],
+            device,
+        )
+        for cell in cells
+        if not wanted[cell.name].is_file()
+    }
+    if jobs:
+        say(f"training crosscoders over two subjects: {', '.join(jobs)}")
+        run_jobs(jobs, workers=workers, device=device, label="joint crosscoders")

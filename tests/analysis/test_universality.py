@@ -132,6 +132,15 @@ def test_rates_of_matched_features():
         universality.compare_rates(a, b * [0, 1, 1, 1], np.array([[0, 0]]))
 
 
+def test_hidden_features_are_exclusive_and_told_by_no_layer_of_the_other():
+    alone_first, alone_second, shared = [0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.3, 0.3, 0.4]
+    profile = np.array([alone_first, alone_first, alone_first, alone_second, shared])
+    auc = np.array([[0.99, 0.5, 0.7], [0.99, 0.5, 0.95], [0.99, np.nan, 0.5], [0.95, 0.5, 0.99], [0.5, 0.5, 0.5]])
+    # the first is hidden; the second is told by layer 2; the third has no probe; the fourth is told by layer 0
+    assert universality.hidden_shares(profile, auc, 2, decodable=0.9) == (0.2, 0.0)
+    assert universality.hidden_shares(profile, auc, 2, decodable=0.96) == (0.4, 0.2)
+
+
 def test_exclusive_shares_do_not_depend_on_how_many_layers_a_subject_has():
     profile = np.array([[0.25] * 4 + [0.0], [0.23] * 4 + [0.08], [0.0] * 4 + [1.0], [0.0] * 5])
     assert universality.exclusive_shares(profile, 4) == (0.25, 0.25)
