@@ -5,7 +5,7 @@ Nothing here grows with the number of tokens: moments are sums, and scores are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from crosscoder.dictionary.codec import selection_scale, thresholds
 BINS = 1024
 REACH = 6.0  # asinh of the largest standardised score that is told apart, 200 standard deviations
 STRETCH_OF_TOKENS = 256  # what counts as a document where none are given
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # among which a probe's penalty is chosen
+CHOOSING = 64  # features that choose it
 
 Batches = Callable[[], Iterable[Tensor]]
 
@@ -125,11 +127,14 @@ class Probes:
         yield x_BLD.flatten(1) @ self.joint_nN.T
 
 
-def fit_probes(moments: Moments, chosen_n: np.ndarray, n_layers: int, ridge: float, device: torch.device) -> Probes:
+def fit_probes(
+    moments: Moments, chosen_n: np.ndarray, n_layers: int, ridges: Sequence[float], device: torch.device
+) -> Probes:
     """Ridge regressions of each chosen feature's label on x, by one Cholesky factor a layer and one for all.
 
-    The penalty is `ridge` times the mean variance of what a probe reads; regression on a label and linear discriminant
-    analysis with one covariance have the same direction, and only the direction matters to an AUC.
+    The penalty is a probe's own of `ridges` (the layers', then that of all) times the mean variance of what it reads;
+    regression on a label and linear discriminant analysis with one covariance have the same direction, and only the
+    direction matters to an AUC.
 
     Raises:
         ValueError: a layer is constant on the documents that probes are fitted on.
@@ -141,7 +146,7 @@ def fit_probes(moments: Moments, chosen_n: np.ndarray, n_layers: int, ridge: flo
     delta_nN = moments.active_sum_HFN[0][chosen_n] / active_n1 - mean_N
     d_model = width // n_layers
 
-    def solve(part: slice) -> Tensor:
+    def solve(part: slice, ridge: float) -> Tensor:
         own = torch.from_numpy(covariance_NN[part, part])
         level = float(own.diagonal().mean())
         if not level > 0:
@@ -151,9 +156,47 @@ def fit_probes(moments: Moments, chosen_n: np.ndarray, n_layers: int, ridge: flo
         deviation_n = torch.einsum("in,ij,jn->n", weight_Nn, own, weight_Nn).clamp_min(1e-60).sqrt()
         return (weight_Nn / deviation_n).T.float().to(device)
 
-    layers = [solve(slice(layer * d_model, (layer + 1) * d_model)) for layer in range(n_layers)]
+    layers = [solve(slice(layer * d_model, (layer + 1) * d_model), ridges[layer]) for layer in range(n_layers)]
     offset_N = torch.from_numpy(moments.shift_N + mean_N).float().to(device)
-    return Probes(layers, solve(slice(0, width)), offset_N)
+    return Probes(layers, solve(slice(0, width), ridges[-1]), offset_N)
+
+
+def choose_ridges(
+    dictionary: Dictionary, batches: Batches, documents: Documents, moments: Moments, chosen_n: np.ndarray
+) -> list[float]:
+    """The penalty of each layer's probe and of the one that reads all: of `RIDGES`, the best mean AUC, `[L + 1]`.
+
+    A penalty that suits one layer lets a probe of all of them fit noise where tokens are few against L * D, and a
+    joint AUC below that of a layer says nothing of the features. The mean is over at most `CHOOSING` features, on the
+    scored documents: one choice among five for all features gains next to nothing by chance.
+    """
+    some_n = chosen_n[:: max(1, len(chosen_n) // CHOOSING)][:CHOOSING]
+    n, n_layers = len(some_n), dictionary.config.n_layers
+    device = dictionary.grouped().encoder_GFN.device
+    tried = [fit_probes(moments, some_n, n_layers, [ridge] * (n_layers + 1), device) for ridge in RIDGES]
+    counts = torch.zeros(len(RIDGES), 2, n_layers + 1, n * BINS, dtype=torch.int32)
+    start = 0
+    for x_BLD in batches():
+        scored_B = torch.from_numpy(documents.scored(start, start + len(x_BLD))).to(device)
+        label_Bn = _chosen_code(dictionary, dictionary.encode(x_BLD), some_n).to(device)[scored_B] > 0
+        for probes, count in zip(tried, counts, strict=True):
+            _count_scores(count, probes, x_BLD[scored_B], label_Bn)
+        start += len(x_BLD)
+    auc_RSn = np.stack([placements(one.view(2, n_layers + 1, n, BINS).numpy())[2] for one in counts])
+    known_n = np.isfinite(auc_RSn).all((0, 1))
+    if not known_n.any():
+        return [RIDGES[0]] * (n_layers + 1)
+    return [RIDGES[best] for best in auc_RSn[:, :, known_n].mean(2).argmax(0)]
+
+
+def _count_scores(counts: Tensor, probes: Probes, x_BLD: Tensor, label_Bn: Tensor) -> None:
+    """Add scored tokens to `counts` `[2, S, n * BINS]`, by label, probe, feature and bin."""
+    n = label_Bn.shape[1]
+    first_bin_n = torch.arange(n, device=x_BLD.device) * BINS
+    for probe, score_Bn in enumerate(probes.scores(x_BLD)):
+        place_Bn = bins_of(score_Bn) + first_bin_n
+        for value in (0, 1):
+            counts[value, probe] += torch.bincount(place_Bn[label_Bn == value], minlength=n * BINS).int().cpu()
 
 
 @dataclass(frozen=True)
@@ -208,7 +251,6 @@ def score_probes(
     before_n, square_n = torch.zeros(2, n, dtype=torch.float64)
     after_nL = torch.zeros(n, n_layers, dtype=torch.float64)
     scaling = torch.zeros(2, n, n_layers * d_model, dtype=torch.float64)
-    first_bin_n = torch.arange(n, device=device) * BINS
     start = 0
     for x_BLD in batches():
         x_BLD = x_BLD.float()
@@ -222,11 +264,7 @@ def score_probes(
         for row, target_BLD in enumerate((x_BLD - out.recon, out.recon - bias_LD)):
             scaling[row] += (f_Bn.T @ target_BLD.flatten(1)).double().cpu()
         scored_B = torch.from_numpy(documents.scored(start, start + len(x_BLD))).to(device)
-        label_Bn = f_Bn[scored_B] > 0
-        for probe, score_Bn in enumerate(probes.scores(x_BLD[scored_B])):
-            place_Bn = bins_of(score_Bn) + first_bin_n
-            for value in (0, 1):
-                counts[value, probe] += torch.bincount(place_Bn[label_Bn == value], minlength=n * BINS).int().cpu()
+        _count_scores(counts, probes, x_BLD[scored_B], f_Bn[scored_B] > 0)
         start += len(x_BLD)
     numbers = counts.view(2, n_layers + 1, n, BINS).numpy()
     error, recon = scaling.view(2, n, n_layers, d_model).numpy()

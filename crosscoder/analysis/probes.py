@@ -7,6 +7,7 @@ passes whose memory does not grow with the text (a third where intervals over do
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,9 @@ RECALL = 0.9  # at which the precision of probes is quoted
 
 DEFINITIONS = {
     "probe": "Probes of joint decodability: ridge regressions of the label 'feature active' on one layer [D] and on "
-    "all layers [L * D], fitted on every other document and scored on the rest; the penalty is a set share of the "
-    "mean variance of what the probe reads.",
+    "all layers [L * D], fitted on every other document and scored on the rest; the penalty is a share of the mean "
+    "variance of what the probe reads, for each layer and for all together the one of five, a thousandth to ten, with "
+    "the best mean AUC.",
     "probe_precision": f"Precision of a probe at recall {RECALL}: share of tokens with the feature among those that "
     "score at least as high as all but the lowest tenth of the tokens with it, on the scored documents. Unlike an AUC "
     "it falls when few tokens without the feature score as high, if they are many against those with it.",
@@ -34,20 +36,21 @@ class ProbeConfig:
     """What is measured. Memory is `(L * D)^2 + F * L * D` numbers and 2,048 counts for each feature and layer.
 
     n_features: how many alive features, drawn at random; None measures all of them.
-    ridge: penalty of the probes, as a share of the mean variance of what they read.
+    ridge: penalty of the probes, as a share of the mean variance of what they read; None chooses it for each layer's
+        probe and for the joint one (`probe_passes.choose_ridges`), in a further pass.
     n_blocks: blocks of documents for intervals, which cost a third pass; 0 leaves them out.
     """
 
     n_features: int | None = 256
-    ridge: float = 1e-3
+    ridge: float | None = None
     n_blocks: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.n_features is not None and self.n_features < 1:
             raise ValueError(f"n_features is {self.n_features}; expected at least 1, or None for all")
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise ValueError(f"ridge is {self.ridge}; expected a positive share of the variance, such as 1e-3")
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise ValueError(f"ridge is {self.ridge}; expected a positive share of the variance, such as .1, or None")
         if self.n_blocks < 0 or self.n_blocks == 1:
             raise ValueError(f"n_blocks is {self.n_blocks}; expected at least 2 blocks of documents, or 0 for none")
 
@@ -73,6 +76,7 @@ class FunctionalSpread:
     nu_recon_nL: np.ndarray
     corrected_rho_n: np.ndarray
     block_sums: np.ndarray | None  # [blocks, Q] for `genuine_bootstrap`
+    ridges: tuple[float, ...]  # penalty of each layer's probe, then of the joint one
 
     @property
     def gain_n(self) -> np.ndarray:
@@ -115,6 +119,7 @@ class FunctionalSpread:
             "functional_rho": _mean(self.functional_rho_n),
             "corrected_rho": _mean(self.corrected_rho_n),
             "largest_drop": _mean(self.drop_nL.max(1)),
+            "joint_ridge": self.ridges[-1],
             "joint_auc": _mean(self.auc_joint_n),
             "best_layer_auc": _mean(self.auc_nL.max(1)),
             "joint_gain": _mean(self.gain_n),
@@ -168,7 +173,12 @@ def measure_functional_spread(
         moments = probe_passes.collect_moments(dictionary, batches, documents)
         chosen_n, n_alive = _choose(moments, config)
         device = dictionary.grouped().encoder_GFN.device
-        probes = probe_passes.fit_probes(moments, chosen_n, n_layers, config.ridge, device)
+        ridges = (
+            [config.ridge] * (n_layers + 1)
+            if config.ridge is not None
+            else probe_passes.choose_ridges(dictionary, batches, documents, moments, chosen_n)
+        )
+        probes = probe_passes.fit_probes(moments, chosen_n, n_layers, ridges, device)
         center_N = moments.shift_N + moments.mean_N
         scores = probe_passes.score_probes(dictionary, batches, documents, probes, chosen_n, center_N)
         sums = None
@@ -180,7 +190,7 @@ def measure_functional_spread(
         parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(len(chosen_n), n_layers, width // n_layers)
         for parameter_FN in (dictionary.grouped().encoder_GFN[0], dictionary.grouped().decoder_GFN[0])
     )
-    return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, sums)
+    return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, sums, ridges)
 
 
 def _choose(moments: Moments, config: ProbeConfig) -> tuple[np.ndarray, int]:
@@ -202,6 +212,7 @@ def _assemble(
     encoder_nLD: np.ndarray,
     decoder_nLD: np.ndarray,
     block_sums: np.ndarray | None,
+    ridges: Sequence[float],
 ) -> FunctionalSpread:
     active_Hn = moments.active_HF[:, chosen_n]
     n_tokens = moments.tokens_H.sum()
@@ -231,4 +242,5 @@ def _assemble(
         nu_recon_nL=scaling.nu_recon_FL,
         corrected_rho_n=features.participation_ratio(spread.corrected_profile(decoder_nLD, scaling.nu_error_FL)),
         block_sums=block_sums,
+        ridges=tuple(ridges),
     )

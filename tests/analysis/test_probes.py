@@ -14,7 +14,7 @@ from crosscoder.analysis.probes import ProbeConfig, measure_functional_spread
 from crosscoder.dictionary import JumpReLU
 
 N_LAYERS, D_MODEL = 3, 8
-ALL = ProbeConfig(n_features=None, n_blocks=8)
+ALL = ProbeConfig(n_features=None, n_blocks=8, ridge=1e-3)
 
 
 def planted_crosscoder(encoder_FLD, decoder_FLD, *, threshold=0.4, **settings):
@@ -190,7 +190,7 @@ class TestIntervals:
 class TestWhatIsMeasured:
     def test_a_sample_is_drawn_from_the_alive(self, seen, measured):
         dictionary, x, document = seen
-        some = ProbeConfig(n_features=3, seed=1)
+        some = ProbeConfig(n_features=3, seed=1, ridge=1e-3)
         found = measure_functional_spread(dictionary, batches_of(x), document_T=document, config=some)
         assert len(found.feature_n) == 3
         np.testing.assert_allclose(found.auc_nL, measured.auc_nL[found.feature_n], atol=1e-6)
@@ -265,3 +265,23 @@ def test_removal_keeps_pairs_on_the_same_features():
         cross_layer.remove_genuine(probability, decoder, pairs, np.zeros(3))
     with pytest.raises(ValueError, match="nothing is left"):
         cross_layer.remove_genuine(probability, decoder, pairs, np.ones(4))
+
+
+def test_trap_a_joint_probe_with_few_tokens_fits_noise():
+    """Noisy features of all layers, 250 fitted tokens, 4 layers of 48: all layers together tell more than one, but a
+    probe of 192 numbers with a small penalty fits noise and hides it."""
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.nn.functional.normalize(torch.randn(12, 4, 48, generator=generator), dim=-1)
+    active = (torch.rand(500, 12, generator=generator) < 0.15) * 1.0
+    x = torch.einsum("tf,fld->tld", active, direction) + 0.4 * torch.randn(500, 4, 48, generator=generator)
+    dictionary = planted_crosscoder(direction, direction / 4, threshold=2.0)
+    small, chosen = (
+        measure_functional_spread(
+            dictionary, batches_of(x), document_T=np.arange(500) // 20, config=ProbeConfig(n_features=None, ridge=ridge)
+        )
+        for ridge in (1e-3, None)
+    )
+    assert np.nanmean(chosen.gain_n) > np.nanmean(small.gain_n) + 0.03
+    assert np.nanmean(chosen.gain_n) > 0
+    assert chosen.ridges[-1] > 0.1
+    assert len(chosen.ridges) == 5
