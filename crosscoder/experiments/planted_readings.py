@@ -12,7 +12,7 @@ from torch import Tensor
 from crosscoder.analysis import features, gain, verdict
 from crosscoder.analysis.density import Subject
 from crosscoder.analysis.reading import Reading, read_dictionary
-from crosscoder.data.worlds import PairConfig, Side, WorldPair, planted_density_ratio
+from crosscoder.data.worlds import PairConfig, Side, WorldPair
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.training import TrainConfig, train
 
@@ -28,11 +28,6 @@ class Plant:
     delta: float
     label: verdict.Label
     kinds: tuple[str, ...] = ()
-
-    @property
-    def truth(self) -> dict[str, float]:
-        """The planted value of each statistic whose coverage is counted."""
-        return {"R": planted_density_ratio(self.delta), "gamma": self.gamma, "delta": self.delta}
 
 
 PLANTS = (
@@ -54,9 +49,9 @@ class VerdictConfig:
         no direction in it; it has no debiased dimension, hence no R to differ from.
     """
 
-    n_features: int = 80
+    n_features: int = 120
     n_layers: int = 4
-    d_model: int = 64
+    d_model: int = 96
     active: float = 6.0
     """Features active on a token, and k of the crosscoders."""
     probability_range: float = 3.5

@@ -33,14 +33,19 @@ DEFINITIONS = {
     "the kind of H2 are those that the planted values stand for.",
     "planted_control": "The untrained control of a planted pair is planted too: the same features on the same tokens, "
     "each in one layer, their directions in D L^-0.9 dimensions, so that R is 0.57.",
-    "coverage": "Share of verdicts whose 90 % interval holds the planted value (R = 4^delta / 2), and, apart, that "
-    "of the directions that were drawn, which scatter about it because features are few.",
+    "coverage": "Share of verdicts whose 90 % interval holds the planted value, and, apart, that of the directions "
+    "that were drawn, which scatter about it because features are few. Planted are R = 4^delta / 2 and delta as "
+    "expected of so many features: laid evenly over the layers, few share one a little less often than many would.",
 }
 
 
 def measure_gain(planted: Planted, subject: Subject) -> Statistic:
-    """Count gain of A: banks of rising or falling k until their explained variances enclose the crosscoder's."""
-    k = max(1, math.ceil(planted.config.active / subject.n_layers))
+    """Count gain of A: banks of rising or falling k until their explained variances enclose the crosscoder's.
+
+    The first k gives a bank one active feature for each layer that the crosscoder's active features occupy.
+    """
+    rho = np.mean([reading.rho_F.mean() for reading in subject.readings])
+    k = max(1, math.ceil(planted.config.active * rho / subject.n_layers))
     groups = []
     for pair, readings in zip(planted.pairs, subject.seeds, strict=True):
         wanted = [reading.explained_variance for reading in readings]
@@ -96,13 +101,22 @@ def measure_errors(planted: Planted, subjects: Mapping[str, Subject]) -> evidenc
     return evidence.Calibration(count_error=max(count), rho_error=max(rho), same_sizes=True)
 
 
+def planted_truth(planted: Planted) -> dict[str, float]:
+    """R, gamma and delta expected of the planted features over all directions that could be drawn."""
+    pair = planted.pairs[0]
+    return _truth({side: np.array([pair.expected_dimension(side)]) for side in ("A", "B")}, planted)
+
+
 def drawn_truth(planted: Planted) -> dict[str, float]:
     """R, gamma and delta of the directions that were drawn, energy-weighted, over training seeds as they are over
     readings: densities are averaged for R, dimensions for delta."""
-    dimension = {side: np.array([_drawn_dimension(pair, side) for pair in planted.pairs]) for side in ("A", "B")}
-    rho = {side: recovery.mean_rho(planted.pairs[0].decoder_FLD[side].numpy()) for side in ("A", "B")}
-    widths = {side: planted.pairs[0].config.shape(side)[1] for side in ("A", "B")}
-    relative = {side: dimension[side].mean() / widths[side] for side in ("A", "B")}
+    return _truth({s: np.array([_drawn_dimension(pair, s) for pair in planted.pairs]) for s in ("A", "B")}, planted)
+
+
+def _truth(dimension: Mapping[str, np.ndarray], planted: Planted) -> dict[str, float]:
+    pair = planted.pairs[0]
+    rho = {side: recovery.mean_rho(pair.decoder_FLD[side].numpy()) for side in ("A", "B")}
+    relative = {side: dimension[side].mean() / pair.config.shape(side)[1] for side in ("A", "B")}
     return {
         "R": float((1 / dimension["B"]).mean() / (1 / dimension["A"]).mean()),
         "gamma": math.log(rho["A"] / rho["B"]) / math.log(DEPTH_RATIO),
@@ -153,15 +167,15 @@ def judge(case: Case) -> tuple[comparison.SiteStatistics, verdict.Evidence, verd
 def describe_verdict(plant: Plant, planted: Planted, case: Case) -> dict[str, Any]:
     """The verdict on one plant beside the truth, as plain values."""
     site, found, decided = judge(case)
-    drawn = drawn_truth(planted)
+    truth, drawn = planted_truth(planted), drawn_truth(planted)
     statistics: dict[str, Any] = {}
     for name, key in (("R", f"R, {PRIMARY}"), ("gamma", "gamma"), ("delta", "delta")):
         estimate = site.estimate(key)
         statistics[name] = {
             "found": evidence.plain(estimate),
-            "planted": plant.truth[name],
+            "planted": truth[name],
             "drawn": drawn[name],
-            "covers": None if estimate is None else estimate.covers(plant.truth[name]),
+            "covers": None if estimate is None else estimate.covers(truth[name]),
             "covers_drawn": None if estimate is None else estimate.covers(drawn[name]),
         }
     beside = ("alpha", "gamma_excess", "trained_difference", "cross_layer", "count_gain", "universality")

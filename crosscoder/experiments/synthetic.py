@@ -26,7 +26,7 @@ from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.experiments import planted_verdict
 from crosscoder.experiments.planted_readings import VerdictConfig
 from crosscoder.experiments.stages import Clock
-from crosscoder.experiments.synthetic_report import render_markdown, render_picture
+from crosscoder.experiments.synthetic_report import render_markdown, render_picture, render_verdicts
 from crosscoder.experiments.workers import run_jobs
 from crosscoder.foundation.artifact import replace_file, write_json
 from crosscoder.foundation.config import to_mapping
@@ -377,4 +377,6 @@ def run_synthetic(
     write_json(folder / "results.json", results)
     replace_file(folder / "report.md", render_markdown(results).encode())
     replace_file(folder / "recovery.png", render_picture(results))
+    if results["verdicts"]["summary"]:
+        replace_file(folder / "verdicts.png", render_verdicts(results["verdicts"]))
     return results

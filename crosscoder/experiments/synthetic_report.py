@@ -1,4 +1,4 @@
-"""The planted-truth study shown: a Markdown page and one picture, from its plain results."""
+"""The planted-truth study shown: a Markdown page and pictures, from its plain results."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from crosscoder.analysis.panels import (
     share_legend,
     to_png,
 )
+from crosscoder.analysis.verdict import RULE
 
 Results = dict[str, Any]
 
@@ -153,9 +154,15 @@ def _pairs(results: Results) -> list[str]:
 
 
 def _verdicts(results: Results) -> list[str]:
-    summary = results.get("verdicts", {}).get("summary")
-    if not summary:
+    verdicts = results.get("verdicts") or {}
+    if not verdicts.get("summary"):
         return []
+    return ["## Verdicts", "", *verdict_lines(verdicts), "![R and delta by world](verdicts.png)", ""]
+
+
+def verdict_lines(verdicts: Results) -> list[str]:
+    """The table of planted verdicts, how often intervals cover, and what was wrong, in Markdown."""
+    summary = verdicts["summary"]
     rows = []
     for entry in summary:
         labels = ", ".join(f"{label} {count}" for label, count in entry["labels"].items())
@@ -169,15 +176,13 @@ def _verdicts(results: Results) -> list[str]:
         rows.append(cells)
     wrong = [
         f"- {row['plant']}, seed {row['seed']}: {row['label']}: {'; '.join(row['reasons'])}"
-        for row in results["verdicts"]["rows"]
+        for row in verdicts["rows"]
         if not row["right"]
     ]
     title = ["planted", "right verdict", "found", "verdicts"]
     for key in ("R", "gamma", "delta"):
         title += [f"{key}, mean (planted)", f"{key}'s interval covers planted, drawn"]
     return [
-        "## Verdicts",
-        "",
         "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, "
         "control, statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the "
         "directions drawn.",
@@ -205,6 +210,44 @@ def render_picture(results: Results) -> bytes:
     _draw_pairs(axes[1][2], results)
     share_legend(figure, axes)
     return to_png(figure)
+
+
+def render_verdicts(verdicts: Results) -> bytes:
+    """R and delta of every planted world with their 90 % intervals beside what was planted, as PNG."""
+    plants = [entry["plant"] for entry in verdicts["summary"]]
+    figure, axes = make_panels(2, len(plants), (4.3 * len(plants), 7.0))
+    bands = {"R": ((RULE.complete, PALETTE[4], "H0"), (RULE.equal, PALETTE[2], "H1"))}
+    bands["delta"] = ((RULE.delta, PALETTE[2], "H1"),)
+    for column, plant in enumerate(plants):
+        rows = [row for row in verdicts["rows"] if row["plant"] == plant]
+        n_right = sum(row["right"] for row in rows)
+        for ax, key in zip(axes[:, column], bands, strict=True):
+            for (low, high), color, name in bands[key]:
+                ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=f"band of {name}")
+            _draw_intervals(ax, rows, key)
+        axis_title(axes[0][column], f"{plant}: {n_right} of {len(rows)} verdicts right")
+        axes[0][column].set_xscale("log")
+        axes[0][column].set(xlim=(0.25, 4))
+        axes[0][column].set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+        axes[0][column].minorticks_off()
+        axes[1][column].set(xlim=(-0.4, 1.4))
+        axis_labels(axes[0][column], "R, density of B over A", "world" if column == 0 else None)
+        axis_labels(axes[1][column], "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
+    share_legend(figure, axes)
+    return to_png(figure)
+
+
+def _draw_intervals(ax: Any, rows: list[Results], key: str) -> None:
+    for row in rows:
+        found = row["statistics"][key]["found"]
+        if found is None:
+            continue
+        covers = row["statistics"][key]["covers"]
+        color = PALETTE[0] if covers else PALETTE[1]
+        label = f"90 % interval that {'holds' if covers else 'misses'} it"
+        ax.plot([found["low"], found["high"]], [row["seed"]] * 2, color=color, linewidth=1.6, label=label)
+        ax.plot(found["mean"], row["seed"], "o" if row["right"] else "X", color=color, markersize=5)
+    ax.axvline(rows[0]["statistics"][key]["planted"], color=INK, linewidth=1.2, linestyle=":", label="planted")
 
 
 def _color(results: Results, estimator: str) -> str:
