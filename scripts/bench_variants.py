@@ -1,4 +1,4 @@
-"""Every kind of dictionary at one L0: six sparsity rules, five layer structures, three banks and the shared SAE.
+"""Every kind of dictionary at one L0: six sparsity rules, six layer structures, three banks and the shared SAE.
 
 On a planted world, and with --activations on a real model's stored residual streams (`crosscoder harvest`). Writes one
 table with its JSON for each; a variant that the JSON already holds under the same settings is not trained again.

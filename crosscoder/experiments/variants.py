@@ -67,6 +67,7 @@ VARIANTS: dict[str, Variant] = {
     "matryoshka": Variant(arm="crosscoder", changes={"prefixes": PREFIXES}),
     "weakly causal": Variant(arm="crosscoder", changes={"structure": "weakly_causal"}),
     "strictly causal": Variant(arm="crosscoder", changes={"structure": "strictly_causal"}),
+    "transcoder": Variant(arm="crosscoder", changes={"structure": "transcoder"}),
     "window of 2": Variant(arm="crosscoder", changes={"structure": "window", "window": 2}),
     "window of 4": Variant(arm="crosscoder", changes={"structure": "window", "window": 4}),
     "bank": Variant(arm="layerwise"),
@@ -159,12 +160,19 @@ class StoredSource:
 
 
 def applicable(n_layers: int) -> dict[str, Variant]:
-    """The variants that make sense for this many layers: windows are narrower than the model."""
-    return {
-        name: variant
-        for name, variant in VARIANTS.items()
-        if variant.changes.get("structure") != "window" or variant.changes["window"] < n_layers
-    }
+    """The variants that make sense for this many layers: windows are narrower, transcoders have as many outputs as
+    inputs."""
+
+    def fits(variant: Variant) -> bool:
+        match variant.changes.get("structure"):
+            case "window":
+                return variant.changes["window"] < n_layers
+            case "transcoder":
+                return n_layers % 2 == 0
+            case _:
+                return True
+
+    return {name: variant for name, variant in VARIANTS.items() if fits(variant)}
 
 
 def variant_budget(variant: Variant, config: VariantsConfig, *, n_layers: int, d_model: int) -> DictionaryBudget:
@@ -257,6 +265,7 @@ def fit_variant(
     alive_RF = counting.alive_features(measured.activity)
     alive_GF = alive_RF.reshape(-1, n_groups, alive_RF.shape[1]).any(0)  # of a shared SAE: at any layer
     later_L = measured.explained_variance_L[1:]
+    later_L = later_L[np.isfinite(later_L)]  # layers that nobody writes
     return {
         "l0": measured.activity.code.nnz / measured.activity.n_tokens,
         "explained_variance": measured.explained_variance,
@@ -370,8 +379,8 @@ def markdown_table(rows: Sequence[dict[str, Any]], config: VariantsConfig) -> li
     if not all(row["matched"] for row in rows):
         lines[-1] += f" *: off by more than {config.tolerance:.0%}."
     lines.append(
-        "Explained variance is over the layers that the variant reconstructs, all but layer 0 for strictly causal; "
-        "without layer 0 it is the mean over layers."
+        "Explained variance is over the layers that the variant reconstructs: all but layer 0 for strictly causal, the "
+        "second half, told from the first, for the transcoder; without layer 0 it is the mean over layers."
     )
     for name, inside in lies_between(rows).items():
         lines.append(f"{name}: {'lies' if inside else 'does not lie'} between the bank and the acausal crosscoder.")

@@ -95,7 +95,8 @@ def test_the_closest_coefficient_is_kept_when_the_search_ends():
 def test_windows_are_narrower_than_the_model():
     assert "window of 4" not in applicable(4)
     assert set(VARIANTS) - set(applicable(4)) == {"window of 4"}
-    assert applicable(5) == VARIANTS
+    assert applicable(6) == VARIANTS
+    assert set(VARIANTS) - set(applicable(5)) == {"transcoder"}, "as many outputs as inputs"
 
 
 def test_rows_are_averaged_and_placed():
