@@ -80,6 +80,8 @@ class SiteStatistics:
     statistics: dict[str, Statistic]
     universality: Universality | None
     points: list[dict[str, object]]
+    difference_by: str | None = None
+    """The estimator of the difference between the trained and the untrained pair."""
 
     def estimate(self, name: str) -> Estimate | None:
         """The estimate of a statistic; None where it was not measured."""
@@ -98,7 +100,8 @@ def measure_site(readings: SiteReadings) -> SiteStatistics:
             logs[state, estimator] = log
             name = f"{'R' if state == 'trained' else 'R untrained'}, {estimator}"
             found.append(_as_statistic(name, log, estimator, transform=exponentiate))
-    found.append(_as_statistic("trained_difference", _control_difference(logs), "trained_difference"))
+    by, difference = _control_difference(logs)
+    found.append(_as_statistic("trained_difference", difference, "trained_difference"))
     slopes = {state: _slopes(readings.side(state)) for state in ("trained", "untrained")}
     for name, slope in slopes["trained"].items():
         found.append(_as_statistic(name, slope, name if name != "delta" else "dimension_growth"))
@@ -112,14 +115,17 @@ def measure_site(readings: SiteReadings) -> SiteStatistics:
         statistics={statistic.name: statistic for statistic in found},
         universality=measure_universality(readings) if both else None,
         points=[point for state in ("trained", "untrained") for point in _points(readings, state)],
+        difference_by=by,
     )
 
 
-def _control_difference(logs: Mapping[tuple[str, str], Bootstrap | str]) -> Bootstrap | str:
-    """ln R trained less untrained, by the first estimator of `CONTROL` that both have."""
-    differences = [_less(logs["trained", estimator], logs["untrained", estimator]) for estimator in CONTROL]
-    known = [difference for difference in differences if isinstance(difference, Bootstrap)]
-    return known[0] if known else differences[0]
+def _control_difference(logs: Mapping[tuple[str, str], Bootstrap | str]) -> tuple[str | None, Bootstrap | str]:
+    """ln R trained less untrained, by the first estimator of `CONTROL` that both have, and which that is."""
+    differences = {by: _less(logs["trained", by], logs["untrained", by]) for by in CONTROL}
+    for by, difference in differences.items():
+        if isinstance(difference, Bootstrap):
+            return by, difference
+    return None, differences[CONTROL[0]]
 
 
 def _log_ratio(sides: Mapping[str, Subject], estimator: str, document_T: np.ndarray) -> Bootstrap | str:

@@ -42,8 +42,8 @@ DEFINITIONS = {
 PRIMARY_SITE, SECONDARY_SITE = "write", "residual"
 FURTHER = {
     "chapman": "features of {} by capture-recapture of two dictionary seeds",
-    "chao2": "features of {} by Chao2",
-    "stable": "stable features of {}",
+    "chao2": "features of {} by Chao2, first training seed",
+    "stable": "stable features of {}, first training seed",
     "F_inf": "features of {} as dictionaries grow",
     "exclusive": "features of a joint crosscoder that are {}'s alone",
 }
@@ -70,6 +70,7 @@ class Calibration:
 
     count_error: float | None = None
     rho_error: float | None = None
+    d_eff_error: float | None = None  # shown; no gate
     same_sizes: bool = False
 
 
@@ -105,6 +106,7 @@ def gather(sites: Mapping[str, SiteStatistics], readings: SiteReadings, conditio
         calibration_rho_error=conditions.calibration.rho_error,
         calibration_same_sizes=conditions.calibration.same_sizes,
         trained_difference=primary.estimate("trained_difference"),
+        trained_difference_by=primary.difference_by,
         ratio=primary.estimate(f"R, {PRIMARY}"),
         universality=None if u is None else u.normalised,
         alpha=primary.estimate("alpha"),
@@ -199,8 +201,9 @@ def describe(
         "universality": decided.universality,
         "sentence": decided.sentence,
         "reasons": list(decided.reasons),
-        "notes": list(decided.notes),
+        "notes": [*decided.notes, *_further_notes(sites, conditions, rule)],
         "gates": [_gate(gate) for gate in decided.gates],
+        "conditions": [dataclasses.asdict(condition) for condition in decided.conditions],
         "statistics": rows,
         "estimators": [row for site, found in sites.items() for row in _estimators(site, found)],
         "points": [{"site": site, **point} for site, found in sites.items() for point in found.points],
@@ -209,6 +212,32 @@ def describe(
         },
         "rule": {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(rule).items()},
     }
+
+
+def _further_notes(sites: Mapping[str, SiteStatistics], conditions: Conditions, rule: verdict.Rule) -> list[str]:
+    """What a reader of R must know and no statistic says."""
+    notes = []
+    error = conditions.calibration.d_eff_error
+    if error is not None:
+        notes.append(f"no gate asks for it: d_eff is up to {error:.1%} off in the planted worlds, and R with it")
+    rows = [row for row in sites[PRIMARY_SITE].points if row["state"] == "trained"]
+    loads = {name: [float(str(row["load"])) for row in rows if row["subject"] == name] for name in ("A", "B")}
+    if all(loads.values()):
+        share = float(np.mean(loads["B"]) / np.mean(loads["A"]))
+        low, high = (math.log(2 * bound / share) / math.log(4) for bound in rule.equal)
+        notes.append(
+            f"R = (load of B over A) 4^delta / 2 for L and L / 4 layers; at the loads measured ({share:.3g}) an R in "
+            f"[{rule.equal[0]:g}, {rule.equal[1]:g}] goes with delta from {low:.2f} to {high:.2f}, and H1 asks for "
+            f"[{rule.delta[0]:g}, {rule.delta[1]:g}]"
+        )
+    for site, found in sites.items():
+        u = found.universality
+        if u is not None and u.floor is not None and u.ceiling is not None and u.floor >= u.ceiling.value:
+            notes.append(
+                f"on the {'block writes' if site == PRIMARY_SITE else 'residual stream'} untrained subjects are as "
+                f"alike (u {u.floor:.3g}) as two trainings of one shape ({u.ceiling.value:.3g}): U says nothing there"
+            )
+    return notes
 
 
 def _gate(gate: verdict.Gate) -> dict[str, Any]:

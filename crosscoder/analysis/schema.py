@@ -218,6 +218,9 @@ _AGREEMENT = table(
     {"u": _ESTIMATE, "null": number, "ceiling": _ESTIMATE, "floor": _maybe, "normalised": _ESTIMATE}
     | {"shares": keyed_by_name(number), "rates": optional(keyed_by_name(_maybe)), "missing": optional(text)}
 )
+_CONDITION = table(
+    {"hypothesis": text, "statistic": text, "requirement": text, "measured": text, "met": optional(boolean)}
+)
 _JOINT_SEED = table(
     {"seed": count, "alive": count, "dead_share": share, "l0_token": number}
     | {"explained_variance_first": _maybe, "explained_variance_second": _maybe}
@@ -242,10 +245,11 @@ _VERDICT = table(
         "points": list_of(_POINT),
         "universality_by_site": keyed_by_name(_AGREEMENT),
         "rule": plain,
+        "conditions": list_of(_CONDITION),
         "joint": list_of(_JOINT),
         "calibration": list_of(plain),
     },
-    may_lack=("joint",),
+    may_lack=("conditions", "joint"),
 )
 _PROVENANCE = table(
     {

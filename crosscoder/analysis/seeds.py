@@ -16,10 +16,10 @@ NEEDS_THREE = "needs three dictionary seeds of one training; this study has fewe
 
 
 def seed_counts(subject: Subject) -> list[Statistic]:
-    """Chapman, Chao2 and the stable count of a subject's first training seed.
+    """Chapman over all training seeds of a subject, Chao2 and the stable count of its first.
 
-    Chapman compares the first two dictionary seeds; Chao2 and the stable count (mean over seeds, interval their range)
-    need at least three.
+    Chapman compares the first two dictionary seeds of each training: the mean, from the lowest to the highest end of
+    their intervals. Chao2 and the stable count (mean over seeds, interval their range) need at least three.
     """
     group = subject.seeds[0]
     names = {key: f"{key} {subject.name}" for key in ("chapman", "chao2", "stable")}
@@ -27,8 +27,13 @@ def seed_counts(subject: Subject) -> list[Statistic]:
         missing = "needs two dictionary seeds of one training"
         return [Statistic(name, None, _definition(key), missing) for key, name in names.items()]
     pairs = {(i, j): SeedPair(group[i], group[j]) for i, j in combinations(range(len(group)), 2)}
-    first = pairs[0, 1]
-    chapman = saturation.chapman_interval(len(first.first), len(first.second), len(first.pairs_m2))
+    each = [
+        saturation.chapman_interval(len(pair.first), len(pair.second), len(pair.pairs_m2))
+        for pair in (SeedPair(*one[:2]) for one in subject.seeds)
+    ]
+    chapman = Estimate(
+        float(np.mean([one.value for one in each])), min(one.low for one in each), max(one.high for one in each)
+    )
     found = [Statistic(names["chapman"], chapman, "chapman_interval")]
     if len(group) < 3:
         return found + [Statistic(names[key], None, key, NEEDS_THREE) for key in ("chao2", "stable")]

@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from crosscoder.analysis.statistics import CONFIDENCE, EQUAL, Estimate, linear_combination
+from crosscoder.analysis.conditions import Condition, above_zero, check_conditions
+from crosscoder.analysis.rule import RULE, Evidence, Rule, known, show
+from crosscoder.analysis.statistics import Estimate, linear_combination
 
 Label = Literal["H0", "H1a", "H1b", "H1", "H2-u", "H2", "undecided", "not testable"]
 
@@ -47,65 +49,6 @@ DEFINITIONS = {
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The constants of the rule; a change of any of them is a new version."""
-
-    version: str = "crosscoder.verdict/2"  # 1 asked that an interval cover 0, whatever its width
-    confidence: float = CONFIDENCE
-    loss_gap: float = 0.01
-    explained_variance_gap: float = 0.05
-    dead_share: float = 0.1
-    self_cosine: float = 0.9
-    calibration_error: float = 0.1
-    universal: float = 0.8
-    not_universal: float = 0.5
-    complete: tuple[float, float] = (1.6, 2.5)
-    equal: tuple[float, float] = EQUAL
-    delta: tuple[float, float] = (0.35, 0.65)
-    gamma: float = 0.25
-    alternative_alpha: float = 2.0
-    removal_share: float = 0.5
-    ceiling: float = 1.0
-    zero_gamma: tuple[float, float] = (0.05, 0.25)  # negligible, bound
-    zero_cross_layer: tuple[float, float] = (0.05, 0.25)
-    zero_count_gain: tuple[float, float] = (0.1, 0.4)
-
-
-RULE = Rule()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """All that the rule looks at; None is a value that was not measured.
-
-    Shares and gaps are from 0 to 1; `loss_gap` is relative to the lower loss. Of several subjects or seeds the worst
-    value belongs here. `removal_shift` is needed only where X is above 0.
-    """
-
-    loss_gap: float | None
-    loss_matched: bool  # checkpoints were chosen for equal loss
-    explained_variance: tuple[float, float] | None  # A, B
-    dead_share: float | None
-    self_cosine: float | None
-    calibration_count_error: float | None  # relative, on planted worlds
-    calibration_rho_error: float | None
-    calibration_same_sizes: bool  # planted at the study's sizes
-    trained_difference: Estimate | None  # trained less untrained, of the primary statistic
-    ratio: Estimate | None  # R on what blocks write
-    universality: Estimate | None
-    alpha: Estimate | None
-    gamma: Estimate | None
-    gamma_excess: Estimate | None
-    delta: Estimate | None
-    cross_layer: Estimate | None  # X
-    count_gain: Estimate | None
-    removal_shift: Estimate | None = None
-    ratio_residual: Estimate | None = None  # R on the residual stream
-    headroom: Estimate | None = None
-    n_training_seeds: int = 1  # of the shape with fewest
-
-
-@dataclass(frozen=True)
 class Gate:
     """One condition without which the ratio cannot be read."""
 
@@ -127,15 +70,12 @@ class Verdict:
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
     gates: tuple[Gate, ...]
+    conditions: tuple[Condition, ...]
     residual: Estimate | None  # alpha + 2 gamma - 2
 
 
 REQUIRED = ("ratio", "universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
 OPTIONAL = ("removal_shift", "ratio_residual")  # `headroom` may be infinite
-
-
-def _show(estimate: Estimate) -> str:
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def _at_most(name: str, value: float | None, limit: float, what: str) -> Gate:
@@ -177,8 +117,8 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
         ),
         Gate(
             "trained against untrained",
-            None if difference is None else _show(difference),
-            "a difference whose interval leaves out 0",
+            None if difference is None else show(difference),
+            f"a difference in ln R whose interval leaves out 0 (by {e.trained_difference_by or 'any estimator'})",
             differs,
         ),
         Gate(
@@ -205,7 +145,7 @@ def decide(evidence: Evidence, rule: Rule = RULE) -> Verdict:
         label: Label = "not testable"
         reasons = tuple(f"{gate.name}: {_value(gate)}; required: {gate.requirement}" for gate in failed)
     elif _universality(evidence, rule) == "not universal":
-        label, reasons = "H2-u", (f"U is {_show(_known(evidence.universality))}, below {rule.not_universal:g}",)
+        label, reasons = "H2-u", (f"U is {show(known(evidence.universality))}, below {rule.not_universal:g}",)
     else:
         label, kinds, reasons = _read_ratio(evidence, rule)
     sentence = _sentence(label, kinds, reasons, evidence)
@@ -220,6 +160,7 @@ def decide(evidence: Evidence, rule: Rule = RULE) -> Verdict:
         reasons=reasons,
         notes=_notes(evidence, rule),
         gates=gates,
+        conditions=check_conditions(evidence, rule),
         residual=line_residual(evidence.alpha, evidence.gamma),
     )
 
@@ -229,12 +170,6 @@ def line_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimate | 
     if alpha is None or gamma is None or not (alpha.finite and gamma.finite) or alpha.confidence != gamma.confidence:
         return None
     return linear_combination([(1.0, alpha), (2.0, gamma)], constant=-2.0)
-
-
-def _known(estimate: Estimate | None) -> Estimate:
-    if estimate is None:
-        raise ValueError("a statistic of the rule is missing although the gates passed")
-    return estimate
 
 
 def _value(gate: Gate) -> str:
@@ -254,15 +189,20 @@ def _universality(evidence: Evidence, rule: Rule) -> Literal["universal", "not u
 
 def _read_ratio(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
     """Label, kinds of H2 and reasons, by where the interval of R lies."""
-    ratio = _known(evidence.ratio)
-    shown = f"R is {_show(ratio)}"
+    ratio = known(evidence.ratio)
+    shown = f"R is {show(ratio)}"
+    conditions = check_conditions(evidence, rule)
+    against = {
+        name: tuple(c.against for c in conditions if c.hypothesis == name and c.statistic != "R" and not c.met)
+        for name in ("H0", "H1")
+    }
     if ratio.inside(*rule.complete):
-        against = _against_complete(evidence, rule)
-        return ("undecided", (), (f"{shown}, in the band of H0", *against)) if against else ("H0", (), (shown,))
+        if against["H0"]:
+            return "undecided", (), (f"{shown}, in the band of H0", *against["H0"])
+        return "H0", (), (shown,)
     if ratio.inside(*rule.equal):
-        against = _against_reconciled(evidence, rule)
-        if against:
-            return "undecided", (), (f"{shown}, in the band of H1", *against)
+        if against["H1"]:
+            return "undecided", (), (f"{shown}, in the band of H1", *against["H1"])
         return _kind_of_reconciliation(evidence, rule)
     kinds = []
     if ratio.high < rule.equal[0]:
@@ -272,83 +212,62 @@ def _read_ratio(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...],
     elif ratio.low > rule.complete[1]:
         kinds.append("denser")
     else:
-        bounds = ", ".join(f"{bound:g}" for bound in (*rule.equal, *rule.complete))
-        return "undecided", (), (f"{shown}, an interval that crosses one of the bounds {bounds}",)
-    if _known(evidence.alpha).covers(rule.alternative_alpha) and _known(evidence.gamma).high < rule.gamma:
+        return "undecided", (), (_across(ratio, rule), *_beside(conditions))
+    if known(evidence.alpha).covers(rule.alternative_alpha) and known(evidence.gamma).high < rule.gamma:
         kinds.append("alternative compression")
     return "H2", tuple(kinds), (shown,)
 
 
-def _against_complete(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
-    named = (
-        ("gamma", evidence.gamma, rule.zero_gamma),
-        ("X", evidence.cross_layer, rule.zero_cross_layer),
-        ("count gain", evidence.count_gain, rule.zero_count_gain),
-    )
-    against = []
-    for name, value, zero in named:
-        known = _known(value)
-        if not _consistent_with_zero(known, zero):
-            against.append(f"{name} is {_show(known)}, not consistent with 0")
-    return tuple(against)
+def _across(ratio: Estimate, rule: Rule) -> str:
+    held = [f"{bound:g}" for bound in (*rule.equal, *rule.complete) if ratio.covers(bound)]
+    listed = held[0] if len(held) == 1 else f"{', '.join(held[:-1])} and {held[-1]}"
+    return f"R is {show(ratio)}, an interval that crosses the rule's bound{'s' * (len(held) > 1)} {listed}"
 
 
-def _consistent_with_zero(value: Estimate, zero: tuple[float, float]) -> bool:
-    negligible, bound = zero
-    return value.low <= negligible and value.high >= -negligible and value.inside(-bound, bound)
-
-
-def _above_zero(cross_layer: Estimate, rule: Rule) -> bool:
-    return cross_layer.low > rule.zero_cross_layer[0]
-
-
-def _against_reconciled(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
-    delta, gamma, excess = (_known(v) for v in (evidence.delta, evidence.gamma, evidence.gamma_excess))
-    cross_layer, gain = _known(evidence.cross_layer), _known(evidence.count_gain)
-    against = []
-    if not delta.inside(*rule.delta):
-        against.append(f"delta is {_show(delta)}, not inside [{rule.delta[0]:g}, {rule.delta[1]:g}]")
-    persistent = gamma.low > rule.gamma and excess.low > 0
-    if not (persistent or _above_zero(cross_layer, rule)):
-        against.append(
-            f"neither is gamma above {rule.gamma:g} and beyond the untrained control (gamma {_show(gamma)}, excess "
-            f"{_show(excess)}) nor is X above 0 ({_show(cross_layer)})"
-        )
-    if not gain.low > 0:
-        against.append(f"count gain is {_show(gain)}, not above 0")
-    return tuple(against)
+def _beside(conditions: tuple[Condition, ...]) -> tuple[str, ...]:
+    """What a sharper R would not mend: the hypotheses that other statistics already speak against."""
+    said = []
+    for name in ("H0", "H1"):
+        unmet = [c.statistic for c in conditions if c.hypothesis == name and c.statistic != "R" and not c.met]
+        if unmet:
+            said.append(f"{name} also lacks {', '.join(unmet)}")
+    return tuple(said)
 
 
 def _kind_of_reconciliation(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
-    ratio, cross_layer, shift = _known(evidence.ratio), _known(evidence.cross_layer), evidence.removal_shift
-    shown = f"R is {_show(ratio)}"
-    if not _above_zero(cross_layer, rule):
-        return "H1a", (), (shown, f"X is {_show(cross_layer)}, not above 0")
+    ratio, cross_layer, shift = known(evidence.ratio), known(evidence.cross_layer), evidence.removal_shift
+    shown = f"R is {show(ratio)}"
+    if not above_zero(cross_layer, rule):
+        return "H1a", (), (shown, f"X is {show(cross_layer)}, not above 0")
     if shift is None or not shift.finite:
         return "H1", (), (shown, "R without the genuinely cross-layer features was not measured")
     needed = rule.removal_share * (math.log(2) - math.log(ratio.value))
-    moved = f"without the genuinely cross-layer features ln R moves by {_show(shift)}; half the way is {needed:.3g}"
-    return ("H1b" if shift.value >= needed else "H1"), (), (shown, f"X is {_show(cross_layer)}", moved)
+    moved = f"without the genuinely cross-layer features ln R moves by {show(shift)}; half the way is {needed:.3g}"
+    return ("H1b" if shift.value >= needed else "H1"), (), (shown, f"X is {show(cross_layer)}", moved)
 
 
 def _notes(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
     notes = []
     if evidence.headroom is not None and evidence.headroom.value > rule.ceiling:
         notes.append(BELOW_CEILING)
+    if evidence.headroom is not None and evidence.headroom.high < rule.ceiling:
+        notes.append(
+            f"headroom is {show(evidence.headroom)}: the features found are denser than the ceiling of independent "
+            "noise allows"
+        )
     if _universality(evidence, rule) == "between":
-        notes.append(f"universality is {_show(_known(evidence.universality))}: neither shown nor refuted")
+        notes.append(f"universality is {show(known(evidence.universality))}: neither shown nor refuted")
     if evidence.n_training_seeds < 2:
         notes.append("one training run of each shape: no interval says what another run would give")
     primary, secondary = evidence.ratio, evidence.ratio_residual
     if primary is not None and secondary is not None:
         apart = primary.high < secondary.low or secondary.high < primary.low
-        notes.append(
-            f"R on the residual stream is {_show(secondary)}, {'apart from' if apart else 'within reach of'} R"
-        )
+        notes.append(f"R on the residual stream is {show(secondary)}, {'apart from' if apart else 'within reach of'} R")
     residual = line_residual(evidence.alpha, evidence.gamma)
     if residual is not None:
         fits = "consistent" if residual.covers(0) else "not consistent"
-        notes.append(f"alpha + 2 gamma - 2 is {_show(residual)}, {fits} with 0")
+        forced = "; equal dictionaries that are all but full give 0 whatever the models do"
+        notes.append(f"alpha + 2 gamma - 2 is {show(residual)}, {fits} with 0{forced}")
     return tuple(notes)
 
 
@@ -375,6 +294,6 @@ SENTENCES: dict[Label, str] = {
 
 
 def _sentence(label: Label, kinds: tuple[str, ...], reasons: tuple[str, ...], evidence: Evidence) -> str:
-    ratio = "an unmeasured number" if evidence.ratio is None else _show(evidence.ratio)
+    ratio = "an unmeasured number" if evidence.ratio is None else show(evidence.ratio)
     explained = "; ".join(f"{KINDS[kind]} ({kind})" for kind in kinds)
     return SENTENCES[label].format(ratio=ratio, reasons="; ".join(reasons), kinds=explained)

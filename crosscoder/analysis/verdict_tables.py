@@ -56,6 +56,22 @@ def gate_table(results: Results) -> Table:
     return Table(heads, rows, NO_VERDICT, wide=False)
 
 
+def condition_table(results: Results) -> Table:
+    """What each hypothesis asks for, beside what was measured."""
+    heads = [Head("statistic", word=True), Head("required", word=True), Head("measured"), Head("met")]
+    rows = []
+    for row in _judged(results).get("conditions", []):
+        signs = {True: Value("✓", mark="yes"), False: Value("✗", mark="no"), None: Value("?")}
+        cells = [
+            Value(row["statistic"], style="word"),
+            Value(row["requirement"], style="word prose"),
+            Value(row["measured"]),
+            signs[row["met"]],
+        ]
+        rows.append(Row(cells, group=row["hypothesis"]))
+    return Table(heads, rows, NO_VERDICT, wide=False)
+
+
 def statistic_table(results: Results) -> Table:
     """Every statistic of the rule with its 90 % interval, or why it is missing."""
     heads = [Head("statistic", word=True), Head("value"), Head("note", word=True)]
@@ -94,6 +110,9 @@ def agreement_table(results: Results) -> Table:
     for words, key, definition in _AGREEMENT:
         values = [_range(v) if isinstance(v := one[key], dict) else Value(format_number(v)) for one in found.values()]
         rows.append(Row([Value(words, style="word", definition=definition), *values]))
+    if any(one["floor"] is not None and one["ceiling"] for one in found.values()):
+        values = [Value(format_number(_scaled_floor(one))) for one in found.values()]
+        rows.append(Row([Value("the floor on U's scale", style="word", definition="universality_floor"), *values]))
     for words, key in (("of A's features, correlation above .7", "forward_7"), ("of B's", "backward_7")):
         values = [Value(format_number(one["shares"].get(key))) for one in found.values()]
         rows.append(Row([Value(words, style="word", definition="u_share"), *values]))
@@ -122,6 +141,13 @@ def joint_table(results: Results) -> Table:
     return Table(heads, rows, "No crosscoder over two subjects was trained (`--joint`).")
 
 
+def _scaled_floor(found: dict[str, Any]) -> float | None:
+    """The untrained pair's u as U; above 1 where it is more alike than two trainings of one shape."""
+    if found["floor"] is None or not found["ceiling"] or found["ceiling"]["mean"] <= found["null"]:
+        return None
+    return (found["floor"] - found["null"]) / (found["ceiling"]["mean"] - found["null"])
+
+
 def calibration_table(results: Results) -> Table:
     """What the study's dictionaries find in planted worlds of its own sizes."""
     found = _judged(results).get("calibration", [])
@@ -145,6 +171,7 @@ def verdict_tables(results: Results) -> dict[str, Table]:
     """All tables of the verdict by the name of their heading."""
     return {
         "gates": gate_table(results),
+        "conditions": condition_table(results),
         "statistics": statistic_table(results),
         "estimators": estimator_table(results),
         "agreement": agreement_table(results),

@@ -11,6 +11,7 @@ from typing import Any
 
 from crosscoder.analysis import capacity, counting, evidence, probes, recovery, splice
 from crosscoder.experiments import calibration
+from crosscoder.experiments.ceiling import MEASURED as C
 from crosscoder.foundation.provenance import describe_run
 
 SCHEMA = "crosscoder.results/2"
@@ -29,6 +30,8 @@ DEFINITIONS = {
     "write": "Site 'write': what each block adds to the stream, x_l - x_(l-1).",
     "scale": "Each layer is multiplied by one number so that its usual norm (mean over tokens within ten times the "
     "median) is sqrt(D); the first position of every sequence is dropped.",
+    "ceiling_constant": f"C of the headroom, measured on planted worlds: {C.value:.3g} [{C.low:.3g}, {C.high:.3g}]; "
+    "headroom's interval is that of C alone.",
     "control": "The same subjects with their initial, untrained weights, through the same pipeline.",
     "rho": "Spread: participation ratio rho = 1 / sum over layers of e^2, with e the share of a feature's squared "
     "decoder norm on each layer; from 1 (one layer) to L (evenly on all).",
@@ -214,21 +217,28 @@ def answer(cells: Sequence[dict[str, Any]], subjects: dict[str, Any], judged: di
     """The answer in two sentences: the verdict, and how far the ratio moves with the estimator and without training."""
     if judged is None:
         return _answer_for_one(cells, next(iter(subjects)))
-    found = [row for row in judged["estimators"] if row["site"] == evidence.PRIMARY_SITE]
-    trained, untrained = (
-        sorted(row[state]["mean"] for row in found if row[state] is not None) for state in ("trained", "untrained")
-    )
     n = subjects["A"]["parameters"]["non_embedding"]
     losses = ", ".join(f"{subject['held_out_loss']:.3f} ({name})" for name, subject in subjects.items())
-    second = f"Subjects have {n:,} parameters and held-out losses of {losses} nats a token"
-    if trained:
-        second += (
-            f"; on the block writes B's features over A's, for the room they have, run from {trained[0]:.2f} to "
-            f"{trained[-1]:.2f} by estimator"
-        )
-    if untrained:
-        second += f", and from {untrained[0]:.2f} to {untrained[-1]:.2f} in the untrained pair"
-    return [judged["sentence"], second + ", where 2 is the paradox and 1 reconciliation."]
+    shapes = ", ".join(f"{name} {one['n_layers']} layers of {one['d_model']}" for name, one in subjects.items())
+    second = f"Models of {n:,} parameters in A's blocks ({shapes}) with held-out losses of {losses} nats a token"
+    by_load, by_count = (_spread(judged, kind) for kind in ("load", "count"))
+    if by_load:
+        second += f"; on what blocks write, R (B's density over A's) is {by_load} by the entropy load of the features"
+    if by_count:
+        second += f" and {by_count} by their number, which full dictionaries of one size all but fix"
+    return [judged["sentence"], second + "; 2 would be the paradox and 1 reconciliation."]
+
+
+def _spread(judged: dict[str, Any], kind: str) -> str:
+    """From the lowest to the highest R of one kind of estimator on the primary site, and of the untrained pair."""
+    found = [row for row in judged["estimators"] if row["site"] == evidence.PRIMARY_SITE]
+    found = [row for row in found if row["estimator"].startswith(kind)]
+    said = []
+    for state in ("trained", "untrained"):
+        values = [row[state]["mean"] for row in found if row[state] is not None]
+        if values:
+            said.append(f"{min(values):.2f} to {max(values):.2f}")
+    return "" if not said else said[0] if len(said) == 1 else f"{said[0]} (untrained {said[1]})"
 
 
 def _answer_for_one(cells: Sequence[dict[str, Any]], name: str) -> list[str]:

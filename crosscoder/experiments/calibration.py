@@ -210,4 +210,9 @@ def worst_calibration(rows: Sequence[dict[str, Any]], *, same_sizes: bool = True
             return None
         return max(abs(value) for value in values)
 
-    return Calibration(count_error=worst("count_error"), rho_error=worst("rho_error"), same_sizes=same_sizes)
+    return Calibration(
+        count_error=worst("count_error"),
+        rho_error=worst("rho_error"),
+        d_eff_error=worst("d_eff_error"),
+        same_sizes=same_sizes,
+    )

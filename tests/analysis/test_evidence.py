@@ -93,3 +93,27 @@ def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():
     assert evidence.seeds_statistic("count_gain", [[1.0, 1.2], [0.9]]).estimate.value == pytest.approx(1.0)
     assert evidence.seeds_statistic("count_gain", [[1.0], ["no bank"]]).missing == "no bank"
     assert evidence.seeds_statistic("count_gain", []).missing == "not run"
+
+
+def test_notes_say_what_no_gate_asks(readings):
+    """R, loads and delta are one equation; an untrained pair as alike as two trainings makes U empty."""
+    site = comparison.measure_site(readings)
+    given = conditions(
+        calibration=evidence.Calibration(count_error=0.01, rho_error=0.02, d_eff_error=0.155, same_sizes=True)
+    )
+    found = evidence.gather({"write": site}, readings, given)
+    notes = evidence.describe({"write": site}, found, given)["notes"]
+    assert any("d_eff is up to 15.5% off" in note for note in notes)
+    load = next(note for note in notes if "at the loads measured" in note)
+    assert "(1)" in load, load  # the same tokens and rates on both sides
+    assert "delta from 0.34 to 0.66" in load, load  # ln(2 * .8) / ln 4 and ln(2 * 1.25) / ln 4
+    for floor, empty in ((0.1, False), (2.0, True)):
+        other = dataclasses.replace(site, universality=dataclasses.replace(site.universality, floor=floor))
+        notes = evidence.describe({"write": other}, found, given)["notes"]
+        assert any("U says nothing there" in note for note in notes) == empty
+
+
+def test_the_gate_names_the_estimator_of_the_control(readings):
+    sites = {"write": comparison.measure_site(readings)}
+    gates = evidence.describe(sites, evidence.gather(sites, readings, conditions()), conditions())["gates"]
+    assert PRIMARY in next(gate["requirement"] for gate in gates if gate["name"] == "trained against untrained")

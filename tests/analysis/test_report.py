@@ -140,7 +140,7 @@ def test_every_number_of_the_tables_is_printed_in_both_forms(study, request):
 
 def test_markdown_tables_are_well_formed(pair):
     tables = re.findall(r"(?:^\|.*\n)+", (pair.parent / "report.md").read_text(), re.M)
-    assert len(tables) == 17
+    assert len(tables) == 18
     for lines in (table.splitlines() for table in tables):
         assert re.fullmatch(r"\|( (:--|--:) \|)+", lines[1])
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1

@@ -44,3 +44,13 @@ def test_a_dictionary_that_stops_growing_has_a_limit_and_one_that_does_not_has_n
     assert 85 < size_limit("A", sizes, stops).estimate.value < 110
     assert size_limit("A", sizes, sizes).missing
     assert size_limit("A", [], []).missing
+
+
+def test_chapman_is_the_mean_over_trainings_and_reaches_over_all_of_them():
+    whole = three_seeds()
+    close, far = whole.seeds[0][:2], (whole.seeds[0][0], whole.seeds[0][1].only(np.r_[0:10, 30:40]))
+    one, other = (seed_counts(Subject("A", 4, 16, (group,)))[0].estimate for group in (close, far))
+    both = seed_counts(Subject("A", 4, 16, (close, far)))[0].estimate
+    assert one.value < other.value
+    assert both.value == pytest.approx((one.value + other.value) / 2)
+    assert (both.low, both.high) == (min(one.low, other.low), max(one.high, other.high))

@@ -95,6 +95,33 @@ def test_values_that_give_each_verdict(evidence, label, kinds):
     assert "{" not in found.sentence
 
 
+def test_an_interval_over_several_bounds_names_them_and_what_a_sharper_one_would_not_mend():
+    wide = dataclasses.replace(with_ratio(0.6, 1.7, PERSISTENT), delta=Estimate(0.9, 0.5, 1.3), count_gain=ABOVE)
+    sentence = decide(wide).sentence
+    assert "crosses the rule's bounds 0.8, 1.25 and 1.6" in sentence
+    assert "H0 also lacks gamma, count gain" in sentence
+    assert "H1 also lacks delta" in sentence
+    assert "crosses the rule's bound 1.25" in decide(with_ratio(1.1, 1.5)).sentence
+
+
+@pytest.mark.parametrize(("evidence", "hypothesis"), [(COMPLETE, "H0"), (PERSISTENT, "H1"), (GENUINE, "H1")])
+def test_conditions_are_met_where_the_verdict_says_so(evidence, hypothesis):
+    found = decide(evidence)
+    met = {name: [c.met for c in found.conditions if c.hypothesis == name] for name in ("H0", "H1", "H2", "H2-u")}
+    assert all(met[hypothesis])
+    assert not any(all(value) for name, value in met.items() if name != hypothesis)
+
+
+def test_conditions_are_listed_also_where_a_gate_fails_or_a_value_is_missing():
+    found = decide(dataclasses.replace(COMPLETE, loss_gap=0.5, delta=None, cross_layer=None))
+    assert found.label == "not testable"
+    assert [(c.statistic, c.measured) for c in found.conditions if c.met is None] == [
+        ("X", "not measured"),
+        ("delta", "not measured"),
+        ("structure across layers", "not measured"),
+    ]
+
+
 BROKEN = [
     ("loss gap", {"loss_gap": 0.0101}),
     ("loss gap", {"loss_gap": -0.02}),

@@ -5,30 +5,37 @@ import pytest
 from crosscoder.experiments import assembly
 
 
-def judged(trained: list[float], untrained: list[float]) -> dict:
-    def entry(mean: float) -> dict[str, float]:
-        return {"mean": mean, "low": mean, "high": mean}
+def judged(**rows: tuple[float, float | None]) -> dict:
+    """R by estimator, trained and untrained, on what blocks write."""
 
-    rows = [
-        {"site": "write", "trained": entry(a), "untrained": entry(b)} for a, b in zip(trained, untrained, strict=True)
+    def entry(mean: float | None) -> dict[str, float] | None:
+        return None if mean is None else {"mean": mean, "low": mean, "high": mean}
+
+    found = [
+        {"site": "write", "estimator": name, "trained": entry(trained), "untrained": entry(untrained)}
+        for name, (trained, untrained) in rows.items()
     ]
-    return {"sentence": "Undecided: R crosses a bound.", "estimators": rows}
+    elsewhere = {"site": "residual", "estimator": "load_raw", "trained": entry(9.0), "untrained": None}
+    return {"sentence": "Undecided: R crosses a bound.", "estimators": [*found, elsewhere]}
 
 
-SUBJECTS = {name: {"parameters": {"non_embedding": 393_216}, "held_out_loss": 3.4} for name in ("A", "B")}
+SUBJECTS = {
+    name: {"parameters": {"non_embedding": 393_216}, "held_out_loss": 3.4, "n_layers": depth, "d_model": width}
+    for name, depth, width in (("A", 8, 64), ("B", 2, 128))
+}
 
 
-def test_the_answer_opens_with_the_verdict_and_shows_how_far_estimators_differ():
-    answer = assembly.answer([], SUBJECTS, judged([1.7, 0.5], [2.0, 0.9]))
+def test_the_answer_opens_with_the_verdict_and_tells_loads_from_counts():
+    rows = {"load_raw": (1.7, 2.0), "load_debiased": (0.5, 0.9), "count_joint": (2.1, 2.2)}
+    answer = assembly.answer([], SUBJECTS, judged(**rows))
     assert answer[0] == "Undecided: R crosses a bound."
-    assert "from 0.50 to 1.70 by estimator" in answer[1]
-    assert "from 0.90 to 2.00 in the untrained pair" in answer[1]
+    assert "is 0.50 to 1.70 (untrained 0.90 to 2.00) by the entropy load" in answer[1]
+    assert "2.10 to 2.10 (untrained 2.20 to 2.20) by their number" in answer[1]
+    assert "A 8 layers of 64, B 2 layers of 128" in answer[1]
 
 
 def test_without_a_control_nothing_is_said_of_one():
-    without = judged([1.7], [1.0])
-    without["estimators"][0]["untrained"] = None
-    assert "untrained" not in assembly.answer([], SUBJECTS, without)[1]
+    assert "untrained" not in assembly.answer([], SUBJECTS, judged(load_raw=(1.7, None)))[1]
 
 
 def test_numbers_are_pooled_over_training_seeds():
