@@ -105,11 +105,18 @@ def run_subject_study(
 
 
 def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cell]:
-    """One cell for each arm, site and state; block writes are differences, so they need neighbouring layers."""
+    """One cell for each arm, site and state; block writes are differences, so they need neighbouring layers.
+
+    Beside the untrained model, the crosscoder on block writes has a second control: each layer's tokens in an order of
+    their own, so that nothing but chance joins layers.
+    """
     neighbours = len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1))
     sites: tuple[Site, ...] = ("residual", "write") if neighbours else ("residual",)
     states: tuple[State, ...] = ("trained", "untrained") if config.untrained else ("trained",)
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
+    kinds: list[tuple[Arm, Site, State]] = [(arm, site, state) for arm in arms for site in sites for state in states]
+    if config.untrained and neighbours and len(layers) > 2:  # two layers have one write between them
+        kinds.append(("crosscoder", "write", "shuffled"))
     return [
         Cell(
             subject=NAME,
@@ -118,12 +125,10 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
             arm=arm,
             role="main",
             budget=config.dictionaries,
-            seeds=config.seeds,
+            seeds=config.seeds[:1] if state == "shuffled" else config.seeds,
             probed=arm == "crosscoder" and site == "write",
         )
-        for arm in arms
-        for site in sites
-        for state in states
+        for arm, site, state in kinds
     ]
 
 

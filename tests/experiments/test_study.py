@@ -13,6 +13,8 @@ from crosscoder.data.subject_training import SubjectCheckpoint
 from crosscoder.experiments.aspect_ratio import study_cells
 from crosscoder.experiments.matched import Part, match_losses
 from crosscoder.experiments.presets import PRESETS
+from crosscoder.experiments.subject_study import SubjectStudyConfig
+from crosscoder.experiments.subject_study import study_cells as subject_cells
 
 TIMES = ("started", "seconds", "command", "git_commit")
 
@@ -159,3 +161,13 @@ def test_parts_share_the_runs_and_miss_none():
 def test_a_seed_given_twice_is_refused():
     with pytest.raises(ValueError, match="all different"):
         replace(PRESETS["smoke"], seeds=(1, 1))
+
+
+@pytest.mark.parametrize(("layers", "n_shuffled"), [((4, 5, 6), 1), ((4, 5), 0), ((4, 6, 8), 0)])
+def test_one_model_has_a_shuffled_control_where_writes_of_several_layers_can_be_joined(layers, n_shuffled):
+    config = SubjectStudyConfig(subject="any")
+    shuffled = [cell for cell in subject_cells(config, layers) if cell.state == "shuffled"]
+    assert len(shuffled) == n_shuffled
+    for cell in shuffled:
+        assert (cell.site, cell.arm, cell.seeds, cell.probed) == ("write", "crosscoder", config.seeds[:1], True)
+    assert not [c for c in subject_cells(replace(config, untrained=False), layers) if c.state != "trained"]
