@@ -120,3 +120,18 @@ def test_the_page_holds_every_claim():
     lines = published_table([("one", {}), ("two", {})])
     assert len({line.count(" | ") for line in lines}) == 1
     assert lines[0].endswith("| ours: one | ours: two |")
+
+
+@pytest.mark.parametrize(
+    ("explained", "expected"),
+    [
+        ((0.85, 0.92, 0.96, 0.97, 0.98), ["agrees", "agrees"]),
+        ((0.85, 0.96, 0.92, 0.99, 0.98), ["disagrees", "disagrees"]),
+        ((0.85, 0.92, None, 0.97, 0.98), ["agrees", "not measured"]),
+    ],
+)
+def test_structured_crosscoders_are_held_against_both_ends(explained, expected):
+    names = ("bank", "window of 2", "window of 4", "weakly causal", "batch_topk, acausal")
+    rows = [{"variant": name, "explained_variance": ev} for name, ev in zip(names, explained, strict=True)]
+    found = compare_published({"table": rows})
+    assert [found[key].verdict for key in ("weakly-causal", "local-windows")] == expected
