@@ -45,6 +45,7 @@ FURTHER = {
     "chao2": "features of {} by Chao2, first training seed",
     "stable": "stable features of {}, first training seed",
     "F_inf": "features of {} as dictionaries grow",
+    "equal_variance": "ln R shift if explained variance were exactly equal",
     "exclusive": "features of a joint crosscoder that are {}'s alone",
 }
 WORDS = {

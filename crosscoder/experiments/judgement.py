@@ -73,11 +73,36 @@ def judge(
         count_gain=_count_gain(results, len(config.subjects.seeds)),
         removal_shift=evidence.removal_shift(primary),
         headroom=_headroom(primary),
-        further=(*(row for name in COMPARED for row in _counts(results, primary, name)), *_exclusive(joint)),
+        further=(
+            _equal_variance(results),
+            *(row for name in COMPARED for row in _counts(results, primary, name)),
+            *_exclusive(joint),
+        ),
     )
     found = evidence.gather(measured, primary, conditions)
     described = evidence.describe(measured, found, conditions)
     return {**described, "joint": list(joint), "calibration": list(calibration)}
+
+
+def _equal_variance(results: Sequence[Results]) -> Statistic:
+    """What R owes to A's and B's unequal explained variances, from their dictionaries of several k."""
+    points: dict[str, list[gain.Density]] = {name: [] for name in COMPARED}
+    for cell in sorted(results, key=lambda cell: cell["counts"]["role"] != "main"):
+        found = cell["counts"]
+        where = (found["state"], found["site"], found["arm"], found["training_seed"])
+        wanted = found["subject"] in COMPARED and found["role"] in ("main", "k")
+        if not wanted or where != ("trained", evidence.PRIMARY_SITE, "crosscoder", 0):
+            continue
+        rows = list(zip(found["per_seed"], cell["quality"]["per_seed"], strict=True))
+        known = [(count["entropy_load"], count["effective_dimension"], row) for count, row in rows]
+        if all(load and room for load, room, _ in known):
+            explained = float(np.mean([row["explained_variance"] for _, _, row in known]))
+            log_density = float(np.mean([np.log(load / room) for load, room, _ in known]))
+            points[found["subject"]].append(gain.Density(explained, log_density))
+    shift = gain.equal_variance_shift(points["B"], points["A"])
+    if isinstance(shift, str):
+        return Statistic("equal_variance", None, "equal_variance", shift)
+    return Statistic("equal_variance", Estimate(shift, shift, shift), "equal_variance")
 
 
 def _exclusive(joint: Sequence[Results]) -> list[Statistic]:
