@@ -171,7 +171,7 @@ def verdict_lines(verdicts: Results) -> list[str]:
             one = entry[key]
             cells += [
                 f"{_number(one['mean'])} ({one['planted']:.3g})",
-                f"{one['covered']}, {one['covered_drawn']} of {one['n']}",
+                f"{one['covered']}, {one['covered_drawn']} of {one['n']}" + _missed(one["largest_miss"]),
             ]
         rows.append(cells)
     wrong = [
@@ -191,6 +191,10 @@ def verdict_lines(verdicts: Results) -> list[str]:
         "",
         *(["Verdicts that were not right:", "", *wrong, ""] if wrong else []),
     ]
+
+
+def _missed(largest: float | None) -> str:
+    return f"; by at most {largest:.1g}" if largest else ""
 
 
 def _table(title: list[str], rows: list[list[Any]]) -> list[str]:
@@ -247,6 +251,7 @@ def _draw_intervals(ax: Any, rows: list[Results], key: str) -> None:
         label = f"90 % interval that {'holds' if covers else 'misses'} it"
         ax.plot([found["low"], found["high"]], [row["seed"]] * 2, color=color, linewidth=1.6, label=label)
         ax.plot(found["mean"], row["seed"], "o" if row["right"] else "X", color=color, markersize=5)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.axvline(rows[0]["statistics"][key]["planted"], color=INK, linewidth=1.2, linestyle=":", label="planted")
 
 

@@ -14,7 +14,7 @@ from crosscoder.analysis import evidence, gain
 from crosscoder.analysis.density import Subject
 from crosscoder.analysis.reading import Reading
 from crosscoder.analysis.statistics import Estimate
-from crosscoder.experiments import planted_verdict, synthetic
+from crosscoder.experiments import planted_verdict, synthetic, synthetic_report
 from crosscoder.experiments.planted_readings import PLANTS, Plant, Planted, VerdictConfig
 from crosscoder.experiments.planted_verdict import Case, judge, measure_case
 from crosscoder.foundation.artifact import read_json
@@ -75,6 +75,23 @@ def test_the_planted_verdict_is_returned(read_well):
     assert found.ratio.value == pytest.approx(row["statistics"]["R"]["planted"], rel=0.2)
     (entry,) = planted_verdict.summarize_verdicts([row])
     assert (entry["right"], entry["n"]) == (1, 1)
+    assert (entry["R"]["largest_miss"] == 0) == row["statistics"]["R"]["covers"]
+
+
+def test_how_far_an_interval_misses_is_said():
+    def row(seed, low, high):
+        found = {"found": {"mean": low, "low": low, "high": high}, "planted": 1.0}
+        one = {**found, "covers": low <= 1 <= high, "covers_drawn": True}
+        names = {"plant": "persistent", "label": "H1a", "kinds": [], "expected": ["H1a"], "right": True, "reasons": []}
+        return {**names, "seed": seed, "statistics": {key: one for key in ("R", "gamma", "delta")}}
+
+    rows = [row(0, 0.9, 1.1), row(1, 0.7, 0.96), row(2, 1.02, 1.3)]
+    summary = planted_verdict.summarize_verdicts(rows)
+    assert summary[0]["R"]["covered"] == 1
+    assert summary[0]["R"]["largest_miss"] == pytest.approx(0.04)
+    table = "\n".join(synthetic_report.verdict_lines({"rows": rows, "summary": summary}))
+    assert "1, 3 of 3; by at most 0.04" in table
+    assert synthetic_report.render_verdicts({"rows": rows, "summary": summary}).startswith(b"\x89PNG")
 
 
 def test_another_way_to_the_same_answer():
