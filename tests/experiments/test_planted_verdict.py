@@ -83,7 +83,7 @@ def test_how_far_an_interval_misses_is_said():
         found = {"found": {"mean": low, "low": low, "high": high}, "planted": 1.0}
         one = {**found, "covers": low <= 1 <= high, "covers_drawn": True}
         names = {"plant": "persistent", "label": "H1a", "kinds": [], "expected": ["H1a"], "right": True, "reasons": []}
-        return {**names, "seed": seed, "statistics": {key: one for key in ("R", "gamma", "delta")}}
+        return {**names, "seed": seed, "statistics": dict.fromkeys(("R", "gamma", "delta"), one)}
 
     rows = [row(0, 0.9, 1.1), row(1, 0.7, 0.96), row(2, 1.02, 1.3)]
     summary = planted_verdict.summarize_verdicts(rows)
