@@ -1,7 +1,7 @@
-"""The report's pictures: each function draws one from plain results, or returns None without data for it.
+"""The report's pictures of features: each function draws one from plain results, or returns None without data.
 
 A colour is a subject and a line style is an arm, in every picture. `PICTURES` lists them in the report's
-order; their words are in `templates/words.json`.
+order; their words are in `templates/words.json`. `model_figures` has those of losses and layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from crosscoder.analysis.panels import (
     PALETTE,
     axis_labels,
     axis_title,
-    error_bars,
     log_axis,
     make_panels,
     mark_empty,
@@ -23,7 +22,6 @@ from crosscoder.analysis.panels import (
     plot_points,
     safe_label,
     share_legend,
-    token_formatter,
 )
 
 if TYPE_CHECKING:
@@ -218,165 +216,9 @@ def draw_frontier(results: Results) -> Figure | None:
     return figure
 
 
-def draw_loss(results: Results) -> Figure | None:
-    """Held-out loss of each subject against tokens; a ring marks the pair that the study compares."""
-    subjects = [s for s in sorted(results["subjects"]) if results["subjects"][s]["curve"]]
-    if not subjects:
-        return None
-    figure, axes = make_panels(1, 2, (10, 4.0))
-    for column, ax in enumerate(axes[0]):
-        for subject in subjects:
-            entry, color = results["subjects"][subject], subject_color(results, subject)
-            curve = sorted(entry["curve"], key=lambda point: point["tokens"])
-            tokens = [point["tokens"] for point in curve]
-            loss = [point["held_out_loss"] for point in curve]
-            label = subject_label(results, subject)
-            ax.plot(tokens, loss, color=color, linewidth=1.8, marker=".", markersize=5, label=label)
-            if entry["tokens"] is not None and entry["held_out_loss"] is not None:
-                _ring(ax, entry, color, annotate=column == 1)
-    unit = safe_label(results["subjects"][subjects[0]]["held_out_loss_unit"])
-    axis_labels(axes[0][0], "training tokens", f"held-out loss ({unit})")
-    axis_labels(axes[0][1], "training tokens", None)
-    axis_title(axes[0][0], "Whole training")
-    axis_title(axes[0][1], "Around the compared checkpoints")
-    _zoom(axes[0][1], results, subjects)
-    if any(results["subjects"][subject]["held_out_loss"] is not None for subject in subjects):
-        ring = {"markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "color": FAINT}
-        axes[0][0].plot([], [], "o", label="compared checkpoint", **ring)
-    for ax in axes[0]:
-        ax.xaxis.set_major_formatter(token_formatter())
-    share_legend(figure, axes)
-    return figure
-
-
-def _ring(ax: Axes, entry: dict[str, Any], color: str, *, annotate: bool) -> None:
-    x, y = entry["tokens"], entry["held_out_loss"]
-    ax.plot([x], [y], "o", markersize=13, fillstyle="none", markeredgewidth=2, color=color)
-    if annotate:
-        ax.axhline(y, color=color, linewidth=0.9, linestyle=":")
-        ax.annotate(f"{y:.3f}", (x, y), (0, 11), textcoords="offset points", ha="center", color=color, fontsize=9)
-
-
-def _zoom(ax: Axes, results: Results, subjects: list[str]) -> None:
-    entries = [results["subjects"][subject] for subject in subjects]
-    marks = [e["held_out_loss"] for e in entries if e["held_out_loss"] is not None]
-    lowest = min(point["held_out_loss"] for e in entries for point in e["curve"])
-    if not marks:
-        return
-    low, high = min(lowest, *marks), max(marks)
-    margin = max(high - low, 0.02 * abs(high), 1e-6)
-    ax.set_ylim(low - 0.5 * margin, high + 1.5 * margin)
-    inside = [p["tokens"] for e in entries for p in e["curve"] if p["held_out_loss"] <= high + 1.5 * margin]
-    inside += [e["tokens"] for e in entries if e["tokens"] is not None]
-    if inside and max(inside) > min(inside):
-        pad = 0.08 * (max(inside) - min(inside))
-        ax.set_xlim(min(inside) - pad, max(inside) + pad)
-
-
-def draw_layers(results: Results) -> Figure | None:
-    """Explained variance of every layer as bars, one panel a subject and site, both arms side by side."""
-    from matplotlib.patches import Patch
-
-    cells = select(results["quality"]["cells"], state="trained", role="main")
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
-    if not sites:
-        return None
-    subjects = sorted(results["subjects"])
-    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.8 * len(sites) + 0.6)
-    figure, axes = make_panels(len(sites), len(subjects), size, sharey=True)
-    for row, site in enumerate(sites):
-        for column, subject in enumerate(subjects):
-            ax, color = axes[row][column], subject_color(results, subject)
-            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            for arm, shift in (("crosscoder", -0.2), ("layerwise", 0.2)):
-                for cell in select(cells, subject=subject, site=site, arm=arm)[:1]:
-                    _layer_bars(ax, cell, shift, color)
-            last = "layer" if row == len(sites) - 1 else None
-            axis_labels(ax, last, "explained variance" if column == 0 else None)
-            ax.grid(False, axis="x")
-            if not ax.has_data():
-                mark_empty(ax)
-    filled = Patch(facecolor=FAINT, edgecolor=FAINT)
-    hatched = Patch(facecolor="white", edgecolor=FAINT, hatch="////")
-    share_legend(figure, axes, {ARM_NAME["crosscoder"]: filled, ARM_NAME["layerwise"]: hatched})
-    return figure
-
-
-def _layer_bars(ax: Axes, cell: Cell, shift: float, color: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    layers = list(zip(*(seed["explained_variance_per_layer"] for seed in cell["per_seed"]), strict=False))
-    ranges = [(sum(v) / len(v), min(v), max(v)) for v in layers]
-    x = [i + 1 + shift for i in range(len(ranges))]
-    filled = cell["arm"] == "crosscoder"
-    ax.bar(
-        x,
-        [mean for mean, _, _ in ranges],
-        0.38,
-        yerr=error_bars(ranges),
-        color=color if filled else "white",
-        edgecolor=color,
-        hatch=None if filled else "////",
-        ecolor=INK,
-        capsize=2,
-        label=ARM_NAME[cell["arm"]],
-    )
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-
-
-def draw_splice(results: Results) -> Figure | None:
-    """Loss recovered when a site is replaced by its reconstruction, one panel a subject."""
-    cells = [
-        cell
-        for cell in select(results["quality"]["cells"], state="trained", role="main")
-        if any(seed["splice"] and seed["splice"]["sites"] for seed in cell["per_seed"])
-    ]
-    if not cells:
-        return None
-    subjects = sorted({cell["subject"] for cell in cells})
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
-    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
-    figure, axes = make_panels(len(sites), len(subjects), size, sharey="row")
-    for row, site in enumerate(sites):
-        for column, subject in enumerate(subjects):
-            ax = axes[row][column]
-            _splice_panel(ax, select(cells, subject=subject, site=site), subject_color(results, subject))
-            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            last = "spliced layer" if row == len(sites) - 1 else None
-            axis_labels(ax, last, "loss recovered" if column == 0 else None)
-    return figure
-
-
-def _splice_panel(ax: Axes, cells: list[Cell], color: str) -> None:
-    names: list[str] = []
-    for cell in cells:
-        ranges = dict(splice_ranges(cell, "loss_recovered"))
-        names += [name for name in ranges if name not in names]
-        points = [((names.index(n), names.index(n), names.index(n)), v) for n, v in ranges.items()]
-        plot_points(ax, points, color=color, arm=cell["arm"], label=ARM_NAME[cell["arm"]])
-    if names:
-        ticks = sorted({*range(0, len(names), 1 + len(names) // 16), len(names) - 1})
-        ax.set_xticks(ticks, [safe_label(names[i], 8) for i in ticks])
-        ax.axhline(1, color=FAINT, linewidth=1, linestyle=":")
-        ax.margins(y=0.3)
-    own_legend(ax, "lower left")
-
-
-def splice_ranges(cell: Cell, quantity: str) -> list[tuple[str, tuple[float, float, float]]]:
-    """Each spliced site with `(mean, low, high)` of `quantity` over the seeds, in the order seen."""
-    values: dict[str, list[float]] = {}
-    for seed in cell["per_seed"]:
-        for site in (seed["splice"] or {"sites": []})["sites"]:
-            values.setdefault(site["site"], []).append(site[quantity])
-    return [(name, (sum(v) / len(v), min(v), max(v))) for name, v in values.items()]
-
-
 PICTURES: dict[str, Callable[[Results], Figure | None]] = {
     "counts": draw_counts,
     "profiles": draw_profiles,
     "spread": draw_spread,
     "frontier": draw_frontier,
-    "loss": draw_loss,
-    "layers": draw_layers,
-    "splice": draw_splice,
 }

@@ -18,7 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosscoder.analysis import tables
-from crosscoder.analysis.figures import PICTURES as COUNTED
+from crosscoder.analysis.figures import PICTURES as OF_FEATURES
+from crosscoder.analysis.model_figures import PICTURES as OF_MODELS
 from crosscoder.analysis.panels import to_png
 from crosscoder.analysis.schema import validate_results
 from crosscoder.analysis.verdict_figures import draw_verdict
@@ -26,7 +27,7 @@ from crosscoder.analysis.verdict_tables import verdict_tables
 from crosscoder.foundation.artifact import read_json, replace_file, write_json
 
 RESULTS = "results.json"
-PICTURES = {"verdict": draw_verdict, **COUNTED}
+PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")

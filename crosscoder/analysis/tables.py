@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from crosscoder.analysis.figures import ARM_NAME, SITE_NAME, Cell, Results, seed_range, splice_ranges
+from crosscoder.analysis.figures import ARM_NAME, SITE_NAME, Cell, Results, seed_range
+from crosscoder.analysis.model_figures import splice_ranges
 
 NOTHING = "–"
 _ROLE_NAME = {"main": "main", "size": "size sweep", "k": "k sweep"}
