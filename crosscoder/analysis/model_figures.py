@@ -34,59 +34,89 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def subject_runs(entry: dict[str, Any]) -> list[tuple[int, float]]:
+    """`(tokens, held-out loss)` of each training seed's checkpoint, the first seed's first; the means without runs."""
+    runs = sorted(entry.get("runs", []), key=lambda run: run["seed"])
+    if runs:
+        return [(run["tokens"], run["held_out_loss"]) for run in runs]
+    known = entry["tokens"] is not None and entry["held_out_loss"] is not None
+    return [(entry["tokens"], entry["held_out_loss"])] if known else []
+
+
 def draw_loss(results: Results) -> Figure | None:
-    """Held-out loss of each subject against tokens; a ring marks the pair that the study compares."""
+    """Held-out loss of each subject's first run against tokens; rings mark the checkpoints that the study compares."""
     subjects = [s for s in sorted(results["subjects"]) if results["subjects"][s]["curve"]]
     if not subjects:
         return None
-    figure, axes = make_panels(1, 2, (10, 4.0))
-    for column, ax in enumerate(axes[0]):
+    figure, axes = make_panels(1, 2, (11, 4.4))
+    for ax in axes[0]:
         for subject in subjects:
-            entry, color = results["subjects"][subject], subject_color(results, subject)
-            curve = sorted(entry["curve"], key=lambda point: point["tokens"])
-            tokens = [point["tokens"] for point in curve]
-            loss = [point["held_out_loss"] for point in curve]
+            color = subject_color(results, subject)
+            curve = sorted(results["subjects"][subject]["curve"], key=lambda point: point["tokens"])
+            x, y = [point["tokens"] for point in curve], [point["held_out_loss"] for point in curve]
             label = subject_label(results, subject)
-            ax.plot(tokens, loss, color=color, linewidth=1.8, marker=".", markersize=5, label=label)
-            if entry["tokens"] is not None and entry["held_out_loss"] is not None:
-                _ring(ax, entry, color, annotate=column == 1)
+            ax.plot(x, y, color=color, linewidth=1.8, marker=".", markersize=5, label=label)
+            for i, (tokens, loss) in enumerate(subject_runs(results["subjects"][subject])):
+                ax.plot([tokens], [loss], "o", color=color, **_ring_style(i))
     unit = safe_label(results["subjects"][subjects[0]]["held_out_loss_unit"])
     axis_labels(axes[0][0], "training tokens", f"held-out loss ({unit})")
     axis_labels(axes[0][1], "training tokens", None)
     axis_title(axes[0][0], "Whole training")
     axis_title(axes[0][1], "Around the compared checkpoints")
     _zoom(axes[0][1], results, subjects)
-    if any(results["subjects"][subject]["held_out_loss"] is not None for subject in subjects):
-        ring = {"markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "color": FAINT}
-        axes[0][0].plot([], [], "o", label="compared checkpoint", **ring)
+    longest = max(len(subject_runs(results["subjects"][subject])) for subject in subjects)
+    for i, words in enumerate(("compared checkpoint", "compared checkpoint, further training seeds")[:longest]):
+        axes[0][0].plot([], [], "o", label=words, color=INK, **_ring_style(i))
     for ax in axes[0]:
         ax.xaxis.set_major_formatter(token_formatter())
     share_legend(figure, axes)
     return figure
 
 
-def _ring(ax: Axes, entry: dict[str, Any], color: str, *, annotate: bool) -> None:
-    x, y = entry["tokens"], entry["held_out_loss"]
-    ax.plot([x], [y], "o", markersize=13, fillstyle="none", markeredgewidth=2, color=color)
-    if annotate:
-        ax.axhline(y, color=color, linewidth=0.9, linestyle=":")
-        ax.annotate(f"{y:.3f}", (x, y), (0, 11), textcoords="offset points", ha="center", color=color, fontsize=9)
+def _ring_style(i: int) -> dict[str, Any]:
+    """The first training seed's mark is full; further ones are wide rings, so that neither hides the other."""
+    return {"markersize": 8} if i == 0 else {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2}
 
 
 def _zoom(ax: Axes, results: Results, subjects: list[str]) -> None:
+    """The neighbourhood of the rings, each with its loss."""
     entries = [results["subjects"][subject] for subject in subjects]
-    marks = [e["held_out_loss"] for e in entries if e["held_out_loss"] is not None]
-    lowest = min(point["held_out_loss"] for e in entries for point in e["curve"])
+    marks = [(*run, subject) for subject, entry in zip(subjects, entries) for run in subject_runs(entry)]
     if not marks:
         return
-    low, high = min(lowest, *marks), max(marks)
-    margin = max(high - low, 0.02 * abs(high), 1e-6)
-    ax.set_ylim(low - 0.5 * margin, high + 1.5 * margin)
-    inside = [p["tokens"] for e in entries for p in e["curve"] if p["held_out_loss"] <= high + 1.5 * margin]
-    inside += [e["tokens"] for e in entries if e["tokens"] is not None]
-    if inside and max(inside) > min(inside):
-        pad = 0.08 * (max(inside) - min(inside))
-        ax.set_xlim(min(inside) - pad, max(inside) + pad)
+    losses = [loss for _, loss, _ in marks]
+    low, high = min(losses), max(losses)
+    margin = max(3 * (high - low), 0.02 * abs(high), 1e-6)
+    ax.set_ylim(low - margin, high + 1.5 * margin)
+    near = [p["tokens"] for e in entries for p in e["curve"] if low - margin <= p["held_out_loss"] <= high + margin]
+    near += [tokens for tokens, _, _ in marks]
+    pad = 0.12 * (max(near) - min(near)) or 1.0
+    left, right = min(near) - pad, max(near) + pad
+    ax.set_xlim(left, right)
+    _label_losses(ax, [(tokens, loss, subject_color(results, subject)) for tokens, loss, subject in sorted(marks)])
+
+
+def _label_losses(ax: Axes, marks: list[tuple[int, float, str]]) -> None:
+    """Each ring's loss below and to its left, where a curve that falls has not been; close ones one under the other."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    width, line = 0.1 * (right - left), 0.062 * (top - bottom)
+    start = min(loss for _, loss, _ in marks) - 1.3 * line
+    placed: list[tuple[int, int]] = []
+    for tokens, loss, color in marks:
+        level = next(n for n in range(len(marks)) if all(n != m or tokens - x > width for x, m in placed))
+        placed.append((tokens, level))
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5}
+        arrow["relpos"] = (1, 0.5)
+        ax.annotate(
+            f"{loss:.3f}",
+            (tokens, loss),
+            (tokens - 0.15 * width, start - level * line),
+            ha="right",
+            va="center",
+            color=color,
+            fontsize=9,
+            arrowprops=arrow,
+        )
 
 
 def draw_layers(results: Results) -> Figure | None:

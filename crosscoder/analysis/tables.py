@@ -214,9 +214,17 @@ def subject_table(results: Results) -> Table:
         "epochs": "epochs",
         "description": "description",
     }
-    lines += [(name, [e[key] for e in entries]) for name, key in fields.items()]
     rows = [Row([Value(name, style="word"), *(Value(format_number(v)) for v in values)]) for name, values in lines]
+    for name, key in fields.items():
+        values = [Value(format_number(entry[key]), _each_run(entry, key)) for entry in entries]
+        rows.append(Row([Value(name, style="word"), *values]))
     return Table([Head("quantity", word=True), *_subject_heads(results)], rows, "No model.", wide=False)
+
+
+def _each_run(entry: dict[str, Any], key: str) -> str:
+    """The value of every training seed, where there are several and they differ from the mean."""
+    values = [run[key] for run in sorted(entry.get("runs", []), key=lambda run: run["seed"]) if key in run]
+    return f"seeds {'; '.join(format_number(v) for v in values)}" if len(set(values)) > 1 else ""
 
 
 def _lead(results: Results, cell: Cell) -> list[Value]:
