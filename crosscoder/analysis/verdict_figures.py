@@ -88,25 +88,24 @@ def _draw_dimensions(ax: Axes, judged: dict[str, Any], shapes: dict[str, tuple[i
     if not seen:
         mark_empty(ax)
         return
-    first = min(depth for depth, *_ in seen)
-    last = max(depth for depth, *_ in seen)
-    base = float(np.exp(np.mean([np.log(v) for depth, v, _, site in seen if depth == first])))
+    primary = [point for point in seen if point[3] == "write"] or seen
+    first, last = min(depth for depth, *_ in primary), max(depth for depth, *_ in seen)
+    base = float(np.exp(np.mean([np.log(v) for depth, v, *_ in primary if depth == first])))
     x = np.array([first, last])
     for slope, style in ((0.0, ":"), (0.5, "-"), (1.0, "--")):
         ax.plot(x, base * (x / first) ** slope, style, color=FAINT, linewidth=1.2)
-        ax.annotate(f" δ = {slope:g}", (x[1], base * (x[1] / first) ** slope), fontsize=8.5, color=INK, va="center")
+        end = (x[1], base * (x[1] / first) ** slope)
+        ax.annotate(f"δ = {slope:g}", end, (9, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
     low, high = judged["rule"]["delta"]
     ax.fill_between(x, base * (x / first) ** low, base * (x / first) ** high, color=PALETTE[2], alpha=0.18, linewidth=0)
-    for subject, (depth, _) in shapes.items():
-        top = max((v for d, v, name, _ in seen if name == subject), default=None)
-        if top is not None:
-            ax.annotate(safe_label(subject), (depth, top), xytext=(0, 7), textcoords="offset points", ha="center")
-    ax.set(xscale="log", yscale="log", xlim=(first / 1.2, last * 1.45))
-    shown = sorted({depth for depth, *_ in seen})
-    ax.set_xticks(shown, [str(depth) for depth in shown])
+    ax.set(xscale="log", yscale="log", xlim=(min(depth for depth, *_ in seen) / 1.2, last * 1.5))
+    names: dict[int, set[str]] = {}
+    for depth, _, subject, _ in seen:
+        names.setdefault(depth, set()).add(safe_label(subject))
+    ax.set_xticks(sorted(names), [f"{depth}\n{', '.join(sorted(names[depth]))}" for depth in sorted(names)])
     low, high = ax.get_ylim()
     heights = [tick for tick in HEIGHTS if low <= tick <= high]
     ax.set_yticks(heights, [f"{tick:g}" for tick in heights])
     ax.minorticks_off()
     axis_title(ax, "Effective dimension over width" + ("" if key == "d_eff_debiased" else " (not debiased)"))
-    axis_labels(ax, "layers L", "d_eff / D")
+    axis_labels(ax, "layers L, model", "d_eff / D")

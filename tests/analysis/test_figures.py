@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 from matplotlib.text import Text
 from study_results import make_results
 
 from crosscoder.analysis import model_figures
 from crosscoder.analysis.tables import subject_table
+from crosscoder.analysis.verdict_figures import draw_verdict
 
 RUNS = {"A": ((307_200, 2.64), (430_080, 2.62)), "B": ((530_432, 2.618), (530_432, 2.615))}
 
@@ -69,3 +71,40 @@ def test_the_models_table_shows_every_run():
     assert rows["training tokens"][2].detail == ""  # B's runs agree
     assert rows["held-out loss (nats/token)"][2].detail == "seeds 2.618; 2.615"
     assert rows["epochs"][1].detail == ""
+
+
+def with_points(*points: tuple[str, str, float | None]) -> dict[str, Any]:
+    """A study whose verdict has these trained points: site, subject and debiased d_eff."""
+    results = make_results()
+    like = results["verdict"]["points"][0]
+    results["verdict"]["points"] = [
+        like | {"site": site, "subject": subject, "d_eff_debiased": value} for site, subject, value in points
+    ]
+    return results
+
+
+def test_reference_lines_start_at_the_block_writes_alone():
+    writes = [("write", "B", 32.0), ("write", "B", 32.0), ("write", "A", 60.0)]
+    expected = [line.get_ydata()[0] for line in slopes(draw_verdict(with_points(*writes)).axes[1])]
+    assert expected == pytest.approx([0.25] * 3)
+    mixed = draw_verdict(with_points(*writes, ("residual", "B", 4.0), ("residual", "A", None)))
+    assert [line.get_ydata()[0] for line in slopes(mixed.axes[1])] == pytest.approx(expected)
+    only = draw_verdict(with_points(("residual", "B", 16.0), ("residual", "A", 16.0)))
+    assert [line.get_ydata()[0] for line in slopes(only.axes[1])] == pytest.approx([0.125] * 3)
+
+
+def slopes(ax) -> list[Any]:
+    return [line for line in ax.lines if len(line.get_xdata()) == 2]
+
+
+def test_names_of_slopes_lie_on_no_mark():
+    for value in (16.0, 32.0, 64.0):  # at the ends of the slopes 0, 1/2 and 1
+        figure = draw_verdict(with_points(("write", "B", 32.0), ("write", "A", value)))
+        ax = figure.axes[1]
+        boxes = shown_boxes(figure, ax)
+        assert set(boxes) == {"δ = 0", "δ = 0.5", "δ = 1"}
+        for x, y, _ in single_marks(ax):
+            at = ax.transData.transform((x, y))
+            radius = 3.5 * figure.dpi / 72
+            assert not any(b.padded(radius).contains(*at) for b in boxes.values())
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2\nB", "8\nA"]
