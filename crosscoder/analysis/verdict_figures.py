@@ -32,7 +32,7 @@ def draw_verdict(results: dict[str, Any]) -> Figure | None:
     judged = results["verdict"]
     if judged is None:
         return None
-    figure, axes = make_panels(1, 2, (11, 5.2), width_ratios=(1.25, 1))
+    figure, axes = make_panels(1, 2, (11.5, 5.6), width_ratios=(1.25, 1))
     _draw_ratios(axes[0][0], judged)
     shapes = {name: (subject["n_layers"], subject["d_model"]) for name, subject in results["subjects"].items()}
     _draw_dimensions(axes[0][1], judged, shapes)
@@ -59,9 +59,6 @@ def _draw_ratios(ax: Axes, judged: dict[str, Any]) -> None:
             ax.plot([low, high], [height + shift] * 2, color=color, linewidth=1.4, alpha=0.9 if face == color else 0.5)
             label = f"{words}, {state}"
             ax.plot(mean, height + shift, marker, color=color, markerfacecolor=face, markersize=6, label=label, ls="")
-    for i, name in enumerate(names):
-        if not any(row["trained"] for row in rows if row["estimator"] == name):
-            ax.text(1.0, len(names) - i, "not measured", color=FAINT, ha="center", va="center", fontsize=8.5)
     ax.set(xscale="log", xlim=(SMALLEST, LARGEST), ylim=(0.4, len(names) + 0.6))
     ticks = [0.125, 0.25, 0.5, 1, 2, 4, 8]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -69,8 +66,22 @@ def _draw_ratios(ax: Axes, judged: dict[str, Any]) -> None:
     primary = {row["estimator"] for row in rows if row["primary"]}
     shown = [name.replace("_", ", ") + (" *" if name in primary else "") for name in names]
     ax.set_yticks(range(len(names), 0, -1), shown)
+    _name_missing(ax, rows, names)
     axis_title(ax, "R: density of B over density of A (* decides, on the writes)")
     axis_labels(ax, "R; 2 the paradox, 1 reconciliation", None)
+
+
+def _name_missing(ax: Axes, rows: list[dict[str, Any]], names: list[str]) -> None:
+    """Under an estimator's name, left of the panel: which values of which site it lacks."""
+    for i, name in enumerate(names):
+        lines = []
+        for row in (row for row in rows if row["estimator"] == name):
+            missing = [state for state in ("trained", "untrained") if row[state] is None]
+            if missing:
+                state = f"{missing[0]} " if len(missing) == 1 else ""
+                lines.append(f"{SITES[row['site']][0]}: {state}not measured")
+        at = (-0.02, len(names) - i - 0.17)
+        ax.text(*at, "\n".join(lines), transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize=7, color=INK)
 
 
 def _draw_dimensions(ax: Axes, judged: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> None:

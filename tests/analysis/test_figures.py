@@ -108,3 +108,21 @@ def test_names_of_slopes_lie_on_no_mark():
             radius = 3.5 * figure.dpi / 72
             assert not any(b.padded(radius).contains(*at) for b in boxes.values())
         assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2\nB", "8\nA"]
+
+
+def test_what_was_not_measured_is_said_left_of_the_panel():
+    results = make_results()
+    ratio = {"mean": 1.0, "low": 0.9, "high": 1.1}
+    rows = [row | {"trained": ratio, "untrained": ratio} for row in results["verdict"]["estimators"][:3]]
+    rows[0]["untrained"] = rows[1]["trained"] = None
+    rows[2] |= {"trained": None, "untrained": None, "site": "residual"}
+    results["verdict"]["estimators"] = rows
+    figure = draw_verdict(results)
+    boxes = shown_boxes(figure, figure.axes[0])
+    assert set(boxes) == {
+        "block writes: untrained not measured",
+        "block writes: trained not measured",
+        "residual stream: not measured",
+    }
+    edge = figure.axes[0].get_window_extent().x0
+    assert all(0 < box.x0 < box.x1 < edge for box in boxes.values())
