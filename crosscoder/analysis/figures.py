@@ -62,23 +62,37 @@ def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
     ]
 
 
+def swept_site(cells: list[Cell]) -> str:
+    """The site where one arm of one subject has the most dictionary sizes; block writes if none has more."""
+    sizes: dict[tuple[str, str, str], set[int]] = {}
+    for cell in cells:
+        sizes.setdefault((cell["site"], cell["subject"], cell["arm"]), set()).add(cell["n_features"])
+    return max(sizes, key=lambda key: (len(sizes[key]), key[0] == "write"))[0]
+
+
 def draw_counts(results: Results) -> Figure | None:
-    """Feature count against dictionary size, both arms, all subjects: alive (left) and distinct (right)."""
-    cells = select(results["counts"]["cells"], state="trained", site="residual", role=("main", "size"))
+    """Feature count against dictionary size, both arms, all subjects: alive (left) and distinct (right).
+
+    The site is the one with a sweep of sizes. Marks of later subjects are smaller and in front, so that all show where
+    they coincide.
+    """
+    cells = select(results["counts"]["cells"], state="trained", role=("main", "size"))
     if not cells:
         return None
+    site = swept_site(cells)
+    cells = select(cells, site=site)
     figure, axes = make_panels(1, 2, (10, 4.6), sharex=True, sharey=True)
     seen: list[float] = []
+    size = {subject: 4.0 + 3 * i for i, subject in enumerate(sorted(results["subjects"], reverse=True))}
     panels = {"alive": {"crosscoder": "alive", "layerwise": "alive"}}
     panels["distinct"] = {"crosscoder": "distinct", "layerwise": "merged"}
     for ax, quantities in zip(axes[0], panels.values(), strict=True):
         for subject in sorted(results["subjects"]):
             for arm, quantity in quantities.items():
                 chosen = select(cells, subject=subject, arm=arm)
-                points = [(seed_range(c, "dictionary_size"), seed_range(c, quantity)) for c in chosen]
-                label = f"{subject_label(results, subject)}, {ARM_NAME[arm]}"
-                plot_points(ax, points, color=subject_color(results, subject), arm=arm, label=label)
-                seen += [v[0] for pair in points for v in pair if v is not None and v[0] > 0]
+                _plot_sweep(ax, results, chosen, "n_features", ("dictionary_size", quantity), size[subject])
+                pairs = [(seed_range(c, "dictionary_size"), seed_range(c, quantity)) for c in chosen]
+                seen += [v[0] for pair in pairs for v in pair if v is not None and v[0] > 0]
                 if quantity == "merged":
                     _rule_band(ax, chosen, subject_color(results, subject))
     if not seen:
@@ -89,12 +103,24 @@ def draw_counts(results: Results) -> Figure | None:
         ax.set(xlim=(low, high), ylim=(low, high))
         log_axis(ax.xaxis, seen)
         log_axis(ax.yaxis, seen)
-    axis_title(axes[0][0], "Alive features")
-    axis_title(axes[0][1], "Distinct features (duplicates joined, chains merged)")
+    axis_title(axes[0][0], f"{SITE_NAME[site].capitalize()}: alive features")
+    axis_title(axes[0][1], f"{SITE_NAME[site].capitalize()}: distinct (duplicates joined, chains merged)")
     axis_labels(axes[0][0], "dictionary size (features)", "features counted")
     axis_labels(axes[0][1], "dictionary size (features)", None)
     share_legend(figure, axes)
     return figure
+
+
+def _plot_sweep(
+    ax: Axes, results: Results, cells: list[Cell], swept: str, axes: tuple[str, str], size: float = 6
+) -> None:
+    """The cells of one subject and arm: a line joins those of one training seed only, in the order of what is swept."""
+    for training_seed in sorted({cell["training_seed"] for cell in cells}):
+        chosen = sorted(select(cells, training_seed=training_seed), key=lambda cell: cell[swept])
+        subject, arm = chosen[0]["subject"], chosen[0]["arm"]
+        points = [(seed_range(cell, axes[0]), seed_range(cell, axes[1])) for cell in chosen]
+        label = f"{subject_label(results, subject)}, {ARM_NAME[arm]}"
+        plot_points(ax, points, color=subject_color(results, subject), arm=arm, label=label, size=size)
 
 
 def _rule_band(ax: Axes, cells: list[Cell], color: str) -> None:
@@ -206,9 +232,7 @@ def draw_frontier(results: Results) -> Figure | None:
             for subject in sorted(results["subjects"]):
                 for arm in ARM_NAME:
                     chosen = select(cells, subject=subject, arm=arm, site=site)
-                    points = [(seed_range(c, quantity), seed_range(c, "explained_variance")) for c in chosen]
-                    label = f"{subject_label(results, subject)}, {ARM_NAME[arm]}"
-                    plot_points(ax, points, color=subject_color(results, subject), arm=arm, label=label)
+                    _plot_sweep(ax, results, chosen, "k", (quantity, "explained_variance"))
             axis_title(ax, f"{SITE_NAME[site].capitalize()}")
             axis_labels(ax, axis_names[quantity] if row == len(sites) - 1 else None, None)
         axis_labels(axes[row][0], None, "explained variance")

@@ -88,20 +88,19 @@ def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = Non
         )
 
 
-def plot_points(ax: Axes, points: list[Any], *, color: str, arm: str, label: str) -> None:
-    """Means joined by a line, with the seed range as bars: `points` hold `(x range, y range)`."""
-    points = sorted((x, y) for x, y in points if x is not None and y is not None)
+def plot_points(ax: Axes, points: list[Any], *, color: str, arm: str, label: str, size: float = 6) -> None:
+    """Means joined by a line in the given order, with the seed range as bars: `points` hold `(x range, y range)`."""
+    points = [(x, y) for x, y in points if x is not None and y is not None]
     if not points:
         return
     x, y = zip(*points, strict=True)
-    mean_x, mean_y = [v[0] for v in x], [v[0] for v in y]
     ax.errorbar(
-        mean_x,
-        mean_y,
+        [v[0] for v in x],
+        [v[0] for v in y],
         xerr=error_bars(x),
         yerr=error_bars(y),
         color=color,
-        markersize=6,
+        markersize=size,
         markerfacecolor=color if arm == "crosscoder" else "white",
         capsize=3,
         linewidth=1.6,

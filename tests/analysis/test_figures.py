@@ -9,7 +9,7 @@ import pytest
 from matplotlib.text import Text
 from study_results import make_results
 
-from crosscoder.analysis import model_figures
+from crosscoder.analysis import figures, model_figures
 from crosscoder.analysis.tables import subject_table
 from crosscoder.analysis.verdict_figures import draw_verdict
 
@@ -126,3 +126,60 @@ def test_what_was_not_measured_is_said_left_of_the_panel():
     }
     edge = figure.axes[0].get_window_extent().x0
     assert all(0 < box.x0 < box.x1 < edge for box in boxes.values())
+
+
+def with_second_training(results: dict[str, Any]) -> dict[str, Any]:
+    """The main dictionaries again, of a further training seed."""
+    for name in ("counts", "quality"):
+        cells = results[name]["cells"]
+        cells += [cell | {"training_seed": 1} for cell in cells if cell["role"] == "main"]
+    return results
+
+
+def joined(ax) -> list[list[float]]:
+    """The x values of each line that has marks."""
+    containers = [container for container in ax.containers if hasattr(container, "has_xerr")]
+    return [list(container.lines[0].get_xdata()) for container in containers]
+
+
+def test_counts_are_drawn_on_the_site_that_has_sizes():
+    results = make_results()
+    figure = figures.draw_counts(results)
+    assert figure.axes[0].get_title(loc="left") == "Residual stream: alive features"
+    moved = {"residual": "write", "write": "residual"}
+    for cell in results["counts"]["cells"]:
+        cell["site"] = moved[cell["site"]]
+    figure = figures.draw_counts(results)
+    assert figure.axes[0].get_title(loc="left") == "Block writes: alive features"
+    assert max(len(x) for x in joined(figure.axes[0])) == 4
+    results["counts"]["cells"] = figures.select(results["counts"]["cells"], site="residual", role="main")
+    assert figures.draw_counts(results).axes[0].get_title(loc="left") == "Residual stream: alive features"
+
+
+def test_marks_at_one_place_all_show():
+    results = make_results()
+    cells = figures.select(results["counts"]["cells"], state="trained", site="residual", arm="crosscoder", role="main")
+    results["counts"]["cells"] = cells
+    for cell in cells:
+        cell["per_seed"], cell["summary"] = [cells[0]["per_seed"][0]], {}
+    ax = figures.draw_counts(results).axes[0]
+    drawn = [c.lines[0] for c in ax.containers]
+    assert len({(*line.get_xdata(), *line.get_ydata()) for line in drawn}) == 1
+    sizes = [line.get_markersize() for line in drawn]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(drawn) == 2
+
+
+@pytest.mark.parametrize(("draw", "n_joined"), [(figures.draw_frontier, 3), (figures.draw_counts, 4)])
+def test_lines_join_one_training_seed_in_order(draw, n_joined):
+    ax = draw(with_second_training(make_results())).axes[0]
+    found = joined(ax)
+    assert sorted(len(x) for x in found) == [1] * 4 + [n_joined] * 4  # two subjects, two arms
+    assert all(x == sorted(x) for x in found)
+
+
+def test_a_site_without_a_sweep_has_no_frontier():
+    figure = figures.draw_frontier(with_second_training(make_results()))
+    writes = [ax for ax in figure.axes if ax.get_title(loc="left") == "Block writes"]
+    assert len(writes) == 2
+    assert all(len(x) == 1 for ax in writes for x in joined(ax))
