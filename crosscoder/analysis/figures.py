@@ -137,13 +137,16 @@ def _is_main(results: Results, cell: Cell) -> bool:
 
 
 def main_spread(results: Results, **wanted: Any) -> Cell | None:
-    """The spread cell of the main crosscoder, else the first that matches; None if there is none."""
-    cells = select(results["spread"]["cells"], **wanted)
+    """The first training seed's spread cell of the main crosscoder, else of any; None if none matches."""
+    cells = sorted(select(results["spread"]["cells"], **wanted), key=lambda cell: cell["training_seed"])
     return next((cell for cell in cells if _is_main(results, cell)), cells[0] if cells else None)
 
 
 def draw_profiles(results: Results) -> Figure | None:
-    """Layer profiles as heat maps: a row of pixels is one feature, sorted by its centre of mass."""
+    """Layer profiles as heat maps: a row of pixels is one feature, sorted by its centre of mass.
+
+    Colours are shares times layers, so that an even feature has the same colour in every shape.
+    """
     from matplotlib.colors import PowerNorm
 
     found = {
@@ -157,6 +160,8 @@ def draw_profiles(results: Results) -> Figure | None:
     sites = [site for site in SITE_NAME if any(key[0] == site for key in found)]
     subjects = sorted({key[1] for key in found})
     figure, axes = make_panels(len(sites), len(subjects), (4.6 * len(subjects) + 0.9, 3.5 * len(sites)))
+    deepest = max(len(cell["layers"]) for cell in found.values())
+    norm = PowerNorm(0.5, vmin=0, vmax=deepest)
     image: Any = None
     for row, site in enumerate(sites):
         for column, subject in enumerate(subjects):
@@ -166,14 +171,16 @@ def draw_profiles(results: Results) -> Figure | None:
             if cell is None:
                 mark_empty(ax)
                 continue
-            norm = PowerNorm(0.5, vmin=0, vmax=1)
-            image = ax.imshow(cell["heatmap"], aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
+            shown = [[share * len(cell["layers"]) for share in shares] for shares in cell["heatmap"]]
+            image = ax.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
             step = 1 + (len(cell["layers"]) - 1) // 16
             ticks = list(range(0, len(cell["layers"]), step))
             ax.set_xticks(ticks, [safe_label(cell["layers"][i], 8) for i in ticks])
             axis_labels(ax, "layer" if row == len(sites) - 1 else None, "feature, sorted" if column == 0 else None)
-    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8, pad=0.02, ticks=[0, 0.05, 0.125, 0.25, 0.5, 1])
-    bar.set_label("share of the feature's squared decoder norm", fontsize=9.5, color=INK)
+    ticks = [tick for tick in (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= deepest]
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8, pad=0.02, ticks=ticks)
+    bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    bar.set_label("share of the feature's squared decoder norm × layers (1 = even)", fontsize=9.5, color=INK)
     bar.ax.tick_params(labelsize=9, colors=INK)
     return figure
 
@@ -191,15 +198,20 @@ def draw_spread(results: Results) -> Figure | None:
         for column, subject in enumerate(subjects):
             ax, color = axes[row][column], subject_color(results, subject)
             axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            for state in ("trained", "untrained"):
-                cell = main_spread(results, subject=subject, site=site, state=state)
-                if cell is not None:
-                    _histogram(ax, cell, state, color)
+            states = {s: main_spread(results, subject=subject, site=site, state=s) for s in ("trained", "untrained")}
+            drawn = {state: cell for state, cell in states.items() if cell is not None}
+            for state, cell in drawn.items():
+                _histogram(ax, cell, state, color)
+            for cell in list(drawn.values())[:1]:
+                least = 1 / len(cell["layers"])
+                ax.axvline(
+                    least, ymax=0.7, color=INK, linewidth=1, linestyle=":", label=f"1 / L = {least:.3g}, one layer"
+                )
             ax.set(xlim=(0, 1.0))
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # the legend has the upper part to itself
             last = "ρ / L  (1 = evenly on every layer)" if row == len(sites) - 1 else None
             axis_labels(ax, last, "share of features" if column == 0 else None)
-            own_legend(ax, "best")
+            own_legend(ax, "upper left")
     return figure
 
 

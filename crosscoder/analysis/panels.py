@@ -60,7 +60,7 @@ def mark_empty(ax: Axes) -> None:
     ax.grid(False)
 
 
-def own_legend(ax: Axes, place: Literal["best", "lower left"]) -> None:
+def own_legend(ax: Axes, place: Literal["upper left", "lower left"]) -> None:
     """The panel's own legend, or a word in its place where the panel is empty."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=8.5, loc=place)

@@ -183,3 +183,34 @@ def test_a_site_without_a_sweep_has_no_frontier():
     writes = [ax for ax in figure.axes if ax.get_title(loc="left") == "Block writes"]
     assert len(writes) == 2
     assert all(len(x) == 1 for ax in writes for x in joined(ax))
+
+
+def test_an_even_feature_has_one_colour_in_every_shape():
+    results = make_results()
+    for cell in results["spread"]["cells"]:
+        n_layers = len(cell["layers"])
+        if cell["heatmap"]:
+            cell["heatmap"] = [[1 / n_layers] * n_layers, [1.0] + [0.0] * (n_layers - 1)]
+    figure = figures.draw_profiles(results)
+    images = [ax.images[0] for ax in figure.axes if ax.images]
+    assert {image.get_array().shape for image in images} == {(2, 8), (2, 2)}
+    assert len({image.to_rgba(image.get_array()[0, 0]) for image in images}) == 1
+    assert {float(image.get_array().max()) for image in images} == {8.0, 2.0}
+    assert len({image.get_clim() for image in images}) == 1
+    bar = next(ax for ax in figure.axes if "1 = even" in ax.get_ylabel())
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0", "0.25", "0.5", "1", "2", "4", "8"]
+
+
+def test_the_smallest_spread_of_each_shape_is_marked():
+    axes = figures.draw_spread(make_results()).axes
+    least = {ax.get_title(loc="left")[0]: [line.get_xdata()[0] for line in ax.lines] for ax in axes}
+    assert least == {"A": [1 / 8], "B": [1 / 2]}
+
+
+def test_spreads_are_of_the_first_training_seed():
+    results = make_results()
+    cells = results["spread"]["cells"]
+    results["spread"]["cells"] = [cell | {"training_seed": 1} for cell in cells] + cells
+    found = figures.main_spread(results, subject="A", site="write", state="trained")
+    assert found is not None
+    assert found["training_seed"] == 0
