@@ -17,6 +17,7 @@ from crosscoder.analysis.figures import (
 from crosscoder.analysis.panels import (
     FAINT,
     INK,
+    MARKER,
     axis_labels,
     axis_title,
     error_bars,
@@ -32,6 +33,8 @@ from crosscoder.analysis.panels import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+SMALL_HARM = 0.02  # nats a token: where ablating a site costs less, the share of it that is recovered is noise
 
 
 def subject_runs(entry: dict[str, Any]) -> list[tuple[int, float]]:
@@ -196,10 +199,21 @@ def draw_splice(results: Results) -> Figure | None:
 def _splice_panel(ax: Axes, cells: list[Cell], color: str) -> None:
     names: list[str] = []
     for cell in cells:
-        ranges = dict(splice_ranges(cell, "loss_recovered"))
+        ranges, harms = dict(splice_ranges(cell, "loss_recovered")), splice_harms(cell)
         names += [name for name in ranges if name not in names]
-        points = [((names.index(n), names.index(n), names.index(n)), v) for n, v in ranges.items()]
-        plot_points(ax, points, color=color, arm=cell["arm"], label=ARM_NAME[cell["arm"]])
+        at = {name: (names.index(name),) * 3 for name in ranges}
+        plot_points(
+            ax,
+            [(at[name], ranges[name]) for name in ranges],
+            color=color,
+            arm=cell["arm"],
+            label=ARM_NAME[cell["arm"]],
+            face=color,
+        )
+        noisy = [name for name, value in ranges.items() if value is not None and harms[name] < SMALL_HARM]
+        for name in noisy:
+            y = [(ranges[name] or (0.0,))[0]]
+            ax.plot(at[name][:1], y, MARKER[cell["arm"]], color=color, markerfacecolor="white", markersize=6, zorder=5)
     if names:
         ticks = sorted({*range(0, len(names), 1 + len(names) // 16), len(names) - 1})
         ax.set_xticks(ticks, [safe_label(names[i], 8) for i in ticks])
@@ -208,13 +222,23 @@ def _splice_panel(ax: Axes, cells: list[Cell], color: str) -> None:
     own_legend(ax, "lower left")
 
 
-def splice_ranges(cell: Cell, quantity: str) -> list[tuple[str, tuple[float, float, float]]]:
-    """Each spliced site with `(mean, low, high)` of `quantity` over the seeds, in the order seen."""
+def splice_ranges(cell: Cell, quantity: str) -> list[tuple[str, tuple[float, float, float] | None]]:
+    """Each spliced site with `(mean, low, high)` of `quantity` over the seeds that have it, in the order seen."""
     values: dict[str, list[float]] = {}
     for seed in cell["per_seed"]:
         for site in (seed["splice"] or {"sites": []})["sites"]:
-            values.setdefault(site["site"], []).append(site[quantity])
-    return [(name, (sum(v) / len(v), min(v), max(v))) for name, v in values.items()]
+            known = values.setdefault(site["site"], [])
+            known += [] if site[quantity] is None else [site[quantity]]
+    return [(name, (sum(v) / len(v), min(v), max(v)) if v else None) for name, v in values.items()]
+
+
+def splice_harms(cell: Cell) -> dict[str, float]:
+    """What ablating each spliced site costs, ablated less clean loss in nats a token, on average over the seeds."""
+    costs: dict[str, list[float]] = {}
+    for splice in (seed["splice"] for seed in cell["per_seed"] if seed["splice"]):
+        for site in splice["sites"]:
+            costs.setdefault(site["site"], []).append(site["ablated_loss"] - splice["clean_loss"])
+    return {name: sum(values) / len(values) for name, values in costs.items()}
 
 
 PICTURES: dict[str, Callable[[Results], Figure | None]] = {

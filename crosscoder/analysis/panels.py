@@ -88,8 +88,13 @@ def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = Non
         )
 
 
-def plot_points(ax: Axes, points: list[Any], *, color: str, arm: str, label: str, size: float = 6) -> None:
-    """Means joined by a line in the given order, with the seed range as bars: `points` hold `(x range, y range)`."""
+def plot_points(
+    ax: Axes, points: list[Any], *, color: str, arm: str, label: str, size: float = 6, face: str | None = None
+) -> None:
+    """Means joined by a line in the given order, with the seed range as bars: `points` hold `(x range, y range)`.
+
+    Marks are filled for a crosscoder and white for a bank, or of colour `face`.
+    """
     points = [(x, y) for x, y in points if x is not None and y is not None]
     if not points:
         return
@@ -101,7 +106,7 @@ def plot_points(ax: Axes, points: list[Any], *, color: str, arm: str, label: str
         yerr=error_bars(y),
         color=color,
         markersize=size,
-        markerfacecolor=color if arm == "crosscoder" else "white",
+        markerfacecolor=face or (color if arm == "crosscoder" else "white"),
         capsize=3,
         linewidth=1.6,
         elinewidth=1.1,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscoder.analysis.figures import ARM_NAME, SITE_NAME, Cell, Results, seed_range
-from crosscoder.analysis.model_figures import splice_ranges
+from crosscoder.analysis.model_figures import SMALL_HARM, splice_ranges
 
 NOTHING = "–"
 _ROLE_NAME = {"main": "main", "size": "size sweep", "k": "k sweep"}
@@ -312,10 +312,11 @@ def spread_table(results: Results) -> Table:
 
 def splice_table(results: Results) -> Table:
     """Loss with each site replaced by its reconstruction."""
-    rows, kinds = [], set()
+    rows, kinds, seeds = [], set(), set()
     for cell in results["quality"]["cells"]:
         splices = [seed["splice"] for seed in cell["per_seed"] if seed["splice"]]
-        kinds |= {f"{s['ablation']} ablation, {format_number(s['tokens'])} tokens" for s in splices}
+        kinds |= {f"{s['ablation']} ablation, on {format_number(s['tokens'])} tokens" for s in splices}
+        seeds |= {(cell["training_seed"], i) for i, seed in enumerate(cell["per_seed"]) if seed["splice"]}
         clean = [splice["clean_loss"] for splice in splices]
         columns = {quantity: splice_ranges(cell, quantity) for _, quantity in _SPLICE[1:]}
         for i, (site, _) in enumerate(columns["loss"]):
@@ -325,8 +326,18 @@ def splice_table(results: Results) -> Table:
             rows.append(Row(cells, sweep=cell["role"] != "main"))
     heads = [*_heads(results, ()), Head("spliced layer")]
     heads += [Head(name, definition=known_definition(results, quantity)) for name, quantity in _SPLICE]
-    note = f"Compared with: {'; '.join(sorted(kinds))}. {seeds_note(results)}"
+    of = "the first training seed's first dictionary seed"
+    if seeds != {(0, 0)}:
+        of = f"training seeds {_listed({t for t, _ in seeds})}, dictionary seeds {_listed({i for _, i in seeds})}"
+    note = (
+        f"Splices are of {of}; compared with {'; '.join(sorted(kinds))}. Where ablation costs less than {SMALL_HARM} "
+        "nats a token, what is recovered of it is noise."
+    )
     return Table(heads, rows, "No reconstruction was spliced into a model.", note=note)
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(str(number) for number in sorted(numbers))
 
 
 def provenance_table(provenance: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from study_results import make_results
 
 from crosscoder.analysis import figures, model_figures
-from crosscoder.analysis.tables import subject_table
+from crosscoder.analysis.tables import splice_table, subject_table
 from crosscoder.analysis.verdict_figures import draw_verdict
 
 RUNS = {"A": ((307_200, 2.64), (430_080, 2.62)), "B": ((530_432, 2.618), (530_432, 2.615))}
@@ -214,3 +214,45 @@ def test_spreads_are_of_the_first_training_seed():
     found = figures.main_spread(results, subject="A", site="write", state="trained")
     assert found is not None
     assert found["training_seed"] == 0
+
+
+def with_splices(costs: dict[str, float]) -> dict[str, Any]:
+    """Every spliced site's ablation costs 1 nat, those named as told."""
+    results = make_results()
+    for cell in results["quality"]["cells"]:
+        for splice in filter(None, (seed["splice"] for seed in cell["per_seed"])):
+            for site in splice["sites"]:
+                site["ablated_loss"] = splice["clean_loss"] + costs.get(site["site"], 1.0)
+    return results
+
+
+def test_recovery_of_a_loss_that_ablation_hardly_costs_is_drawn_hollow():
+    ax = model_figures.draw_splice(with_splices({"2": 0.019, "3": 0.021})).axes[0]
+    marks = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert [(line.get_xdata()[0], line.get_markerfacecolor()) for line in marks] == [(1, "white")] * 2  # both arms
+    through = [c.lines[0] for c in ax.containers]
+    assert all(mark.get_ydata()[0] in line.get_ydata() for mark, line in zip(marks, through, strict=True))
+    assert all(line.get_markerfacecolor() != "white" for line in through)
+
+
+def test_recovery_that_is_undefined_leaves_a_gap():
+    results = with_splices({})
+    for cell in results["quality"]["cells"]:
+        for splice in filter(None, (seed["splice"] for seed in cell["per_seed"])):
+            splice["sites"][1] |= {"ablated_loss": splice["clean_loss"], "loss_recovered": None}
+    ax = model_figures.draw_splice(results).axes[0]
+    assert all(1 not in c.lines[0].get_xdata() for c in ax.containers)
+    row = splice_table(results).rows[1]
+    assert [cell.text for cell in row.cells[4:]][:1] == ["2"]
+    assert row.cells[-2].text == "–"
+    assert row.cells[-1].text == "0.0625"
+
+
+def test_the_table_of_splices_says_what_they_are_of():
+    results = make_results()
+    note = splice_table(results).note
+    assert "training seeds 0, dictionary seeds 0, 1" in note
+    assert "on 16,384 tokens" in note
+    for cell in results["quality"]["cells"]:
+        cell["per_seed"][1]["splice"] = None
+    assert splice_table(results).note.startswith("Splices are of the first training seed's first dictionary seed;")
