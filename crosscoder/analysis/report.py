@@ -22,6 +22,7 @@ from crosscoder.analysis.figures import PICTURES as OF_FEATURES
 from crosscoder.analysis.model_figures import PICTURES as OF_MODELS
 from crosscoder.analysis.panels import to_png
 from crosscoder.analysis.schema import validate_results
+from crosscoder.analysis.spread_tables import read_table, spread_table
 from crosscoder.analysis.verdict_figures import draw_verdict
 from crosscoder.analysis.verdict_tables import verdict_tables
 from crosscoder.foundation.artifact import read_json, replace_file, write_json
@@ -165,7 +166,8 @@ def _view(results: dict[str, Any], figures: dict[str, tuple[str, int]]) -> dict[
             "quality": tables.quality_table(results),
             "counts": tables.count_table(results),
             "pairs": tables.pair_table(results),
-            "spread": tables.spread_table(results),
+            "spread": spread_table(results),
+            "read": read_table(results),
             "splice": tables.splice_table(results),
             "provenance": tables.provenance_table(provenance),
         },

@@ -54,13 +54,6 @@ _PAIRS = (
     ("lifespan (layers)", "lifespan", "lifespan_bank"),
     ("corrected count", "corrected", "corrected"),
 )
-_SPREAD = (
-    ("mean ρ (layers)", "mean_rho", "rho"),
-    ("mean ρ / L", "mean_rho_share", "rho"),
-    ("mean lifespan (layers)", "mean_lifespan", "lifespan"),
-    ("single-layer share", "single_layer_share", "lifespan"),
-    ("adjacent cosine", "mean_adjacent_cosine", "adjacent_cosine"),
-)
 _SPLICE = (
     ("clean loss", "clean_loss"),
     ("loss", "loss"),
@@ -227,7 +220,7 @@ def _each_run(entry: dict[str, Any], key: str) -> str:
     return f"seeds {'; '.join(format_number(v) for v in values)}" if len(set(values)) > 1 else ""
 
 
-def _lead(results: Results, cell: Cell) -> list[Value]:
+def lead_cells(results: Results, cell: Cell) -> list[Value]:
     """Which dictionary a line is about, in the order of `_LEAD`; a spread cell has no arm and no role."""
     n_seeds = len(cell["per_seed"])
     size = f"n = {format_number(cell['n_features'])}, k = {format_number(cell['k'])}"
@@ -244,7 +237,8 @@ def _lead(results: Results, cell: Cell) -> list[Value]:
     ]
 
 
-def _heads(results: Results, columns: Any) -> list[Head]:
+def lead_heads(results: Results, columns: Any) -> list[Head]:
+    """Headings of `lead_cells`, then of `(heading, quantity, key of its definition)` each."""
     heads = [Head(name, word=True) for name in _LEAD]
     return heads + [Head(name, definition=known_definition(results, key)) for name, _, key in columns]
 
@@ -255,9 +249,9 @@ def quality_table(results: Results) -> Table:
     rows = []
     for cell in results["quality"]["cells"]:
         values = [format_range(seed_range(cell, quantity)) for _, quantity, _ in _QUALITY]
-        lead = _lead(results, cell)
+        lead = lead_cells(results, cell)
         rows.append(Row([*lead, values[0], _worst_layer(cell), *values[1:]], sweep=cell["role"] != "main"))
-    heads = _heads(results, (_QUALITY[0], worst, *_QUALITY[1:]))
+    heads = lead_heads(results, (_QUALITY[0], worst, *_QUALITY[1:]))
     return Table(heads, rows, "No dictionary's quality was measured.", note=seeds_note(results))
 
 
@@ -283,9 +277,9 @@ def count_table(results: Results) -> Table:
         low, high = seed_range(cell, "merged_low"), seed_range(cell, "merged_high")
         rules = f"{format_number(low[1])} to {format_number(high[2])}" if low and high else NOTHING
         tail = [Value(format_number(cell["tokens_held_out"])), Value(format_number(cell["p_min"]))]
-        lead = _lead(results, cell)
+        lead = lead_cells(results, cell)
         rows.append(Row([*lead, *values[:6], Value(rules), *values[6:], *tail], sweep=cell["role"] != "main"))
-    return Table(_heads(results, columns), rows, "No dictionary was counted.", note=seeds_note(results))
+    return Table(lead_heads(results, columns), rows, "No dictionary was counted.", note=seeds_note(results))
 
 
 def pair_table(results: Results) -> Table:
@@ -293,21 +287,12 @@ def pair_table(results: Results) -> Table:
     cells = [cell for cell in results["counts"]["cells"] if cell["pair"] is not None]
     rows = [
         Row(
-            _lead(results, cell) + [Value(format_number(cell["pair"][quantity])) for _, quantity, _ in _PAIRS],
+            lead_cells(results, cell) + [Value(format_number(cell["pair"][quantity])) for _, quantity, _ in _PAIRS],
             sweep=cell["role"] != "main",
         )
         for cell in cells
     ]
-    return Table(_heads(results, _PAIRS), rows, "No dictionary was trained with a second seed.")
-
-
-def spread_table(results: Results) -> Table:
-    """How many layers the features of each crosscoder occupy."""
-    rows = []
-    for cell in results["spread"]["cells"]:
-        values = [format_range(seed_range(cell, quantity)) for _, quantity, _ in _SPREAD]
-        rows.append(Row(_lead(results, cell) + values, sweep=cell.get("role", "main") != "main"))
-    return Table(_heads(results, _SPREAD), rows, "No spread of a crosscoder was measured.", note=seeds_note(results))
+    return Table(lead_heads(results, _PAIRS), rows, "No dictionary was trained with a second seed.")
 
 
 def splice_table(results: Results) -> Table:
@@ -320,11 +305,11 @@ def splice_table(results: Results) -> Table:
         clean = [splice["clean_loss"] for splice in splices]
         columns = {quantity: splice_ranges(cell, quantity) for _, quantity in _SPLICE[1:]}
         for i, (site, _) in enumerate(columns["loss"]):
-            cells = [*_lead(results, cell), Value(site)]
+            cells = [*lead_cells(results, cell), Value(site)]
             cells.append(format_range((sum(clean) / len(clean), min(clean), max(clean))))
             cells += [format_range(ranges[i][1]) for ranges in columns.values()]
             rows.append(Row(cells, sweep=cell["role"] != "main"))
-    heads = [*_heads(results, ()), Head("spliced layer")]
+    heads = [*lead_heads(results, ()), Head("spliced layer")]
     heads += [Head(name, definition=known_definition(results, quantity)) for name, quantity in _SPLICE]
     of = "the first training seed's first dictionary seed"
     if seeds != {(0, 0)}:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from study_results import make_results
 
-from crosscoder.analysis import figures, report
+from crosscoder.analysis import figures, report, spread_tables
 from crosscoder.analysis.report import PICTURES, clean_strings, escape_markdown, load_results, render_report
 from crosscoder.analysis.tables import format_number, format_range
 
@@ -150,6 +150,25 @@ def test_rows_of_one_place_share_a_heading(pair):
     source = pair.read_text()
     assert source.count(">residual stream</th>") == 2
     assert "| residual stream: distinct features, merged |" in (pair.parent / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_features_are_read_from_is_a_table_where_it_was_measured(pair, tmp_path):
+    results = make_results()
+    title = "Read from one layer, or from all"
+    assert title not in pair.read_text() + (pair.parent / "report.md").read_text()
+    cell = figures.select(results["spread"]["cells"], subject="A", site="write", state="untrained")[0]
+    for seed, precision in zip(cell["per_seed"], (0.70125, 0.80125), strict=True):
+        seed["functional"] = {"probed": 98.0, "joint_precision": precision, "joint_auc": None, "functional_rho": 4.75}
+    path = render_report(results, tmp_path)
+    for text in (Page(path.read_text()).text, (tmp_path / "report.md").read_text()):
+        assert title in text
+        for shown in ("0.7512", "[0.7013, 0.8013]", "4.75", "saturated"):
+            assert shown in text
+    rows = spread_tables.read_table(results).rows
+    assert [[cell.text for cell in row.cells[:3]] for row in rows] == [["A0", "block writes", "98"]]
+    assert rows[0].cells[0].detail == "untrained"
+    assert rows[0].cells[6].text == "–"  # an AUC that no seed has
 
 
 def test_nothing_is_fetched(pair):
