@@ -13,7 +13,7 @@ from crosscoder.analysis.tables import (
     known_definition,
     lead_cells,
     lead_heads,
-    seeds_note,
+    line_note,
 )
 
 _SPREAD = (
@@ -43,7 +43,7 @@ def spread_table(results: Results) -> Table:
         values = [format_range(seed_range(cell, quantity)) for _, quantity, _ in _SPREAD]
         rows.append(Row(lead_cells(results, cell) + values, sweep=cell.get("role", "main") != "main"))
     absent = "No spread of a crosscoder was measured."
-    return Table(lead_heads(results, _SPREAD), rows, absent, note=seeds_note(results))
+    return Table(lead_heads(results, _SPREAD), rows, absent, note=line_note(results))
 
 
 def read_table(results: Results) -> Table:
@@ -58,7 +58,7 @@ def read_table(results: Results) -> Table:
         rows.append(Row([model, site, Value(format_number(probed[0] if probed else None)), *values]))
     heads = [Head("model", word=True), Head("site", word=True), Head("features probed")]
     heads += [Head(name, definition=known_definition(results, key)) for name, _, key in _READ]
-    return Table(heads, rows, "No feature was read.", note=seeds_note(results))
+    return Table(heads, rows, "No feature was read.", note=line_note(results))
 
 
 def _functional_range(cell: Cell, quantity: str) -> tuple[float, float, float] | None:

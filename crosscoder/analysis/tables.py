@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from crosscoder.analysis.figures import ARM_NAME, SITE_NAME, Cell, Results, seed_range
+from crosscoder.analysis.figures import ARM_NAME, SITE_NAME, Cell, Results, seed_range, select
 from crosscoder.analysis.model_figures import SMALL_HARM, splice_ranges
 
 NOTHING = "–"
@@ -125,17 +125,53 @@ def format_range(entry: tuple[float, float, float] | None, style: str = "") -> V
 
 
 def seeds_note(results: Results) -> str:
-    """What a printed interval means in this study, with the number of dictionary seeds."""
-    numbers = sorted({len(cell["per_seed"]) for cell in results["counts"]["cells"]})
-    if not numbers:
+    """What a printed range means in the table of groups, each of which names its own seeds."""
+    cells = results["counts"]["cells"]
+    if not cells:
         return "No dictionary was counted."
-    if numbers == [1]:
+    if max(len(cell["per_seed"]) for cell in cells) == 1 and len({cell["training_seed"] for cell in cells}) == 1:
         return "Values are from one dictionary seed, so no interval is shown."
-    shown = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     return (
-        f"Values are means with [low, high] over training seeds and {shown} dictionary seeds: the range, not a "
-        "confidence interval. Without brackets, the seeds agree or there is one."
+        "Values are means with [low, high], the range over the seeds named under each group: not a confidence "
+        "interval. Without brackets, the seeds agree or there is one."
     )
+
+
+def line_note(results: Results) -> str:
+    """What a printed range means where each line is one training."""
+    line = "Each line is one training seed, the number behind the model's letter"
+    if all(len(cell["per_seed"]) == 1 for cell in results["counts"]["cells"]):
+        return f"{line}; values are from one dictionary seed, so no interval is shown."
+    return (
+        f"{line}. Values are means with [low, high] over its dictionary seeds: the range, not a confidence interval. "
+        "Without brackets, the seeds agree or there is one."
+    )
+
+
+def group_note(results: Results, group: str) -> str:
+    """Which seeds the rows of a group are over; for the models, what a neuron is."""
+    if group == "subject":
+        return "A neuron here is one of the D numbers of the residual stream, not a unit of an MLP."
+    wanted: dict[str, Any] = {"state": "untrained" if group == "control" else "trained", "role": "main"}
+    if group != "control":
+        wanted["arm"] = "layerwise" if group == "per-layer" else "crosscoder"
+    said: dict[str, list[str]] = {}
+    for subject in sorted(results["subjects"]):
+        cells = select(results["counts"]["cells"], subject=subject, **wanted)
+        if cells:
+            over = f"{_number_of({cell['training_seed'] for cell in cells}, 'training seed')}, "
+            sizes = sorted({len(cell["per_seed"]) for cell in cells})
+            each = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+            over += f"{each} dictionary seed{'' if sizes[-1] == 1 else 's'} each"
+            said.setdefault(over, []).append(subject)
+    if len(said) == 1:
+        return f"Over {next(iter(said))}."
+    parts = [f"{', '.join(names)} over {over}" for over, names in said.items()]
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _number_of(things: set[int], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def subject_mark(results: Results, subject: str) -> str:
@@ -174,7 +210,7 @@ def measured_table(results: Results, group: str) -> Table:
         cells += [format_range(_entry(entry["values"].get(subject))) for subject in subjects]
         cells += [format_range(_entry(entry["ratio"]))] if ratio else []
         rows.append(Row(cells, group=where))
-    return Table(heads, rows, ABSENT[group], wide=False)
+    return Table(heads, rows, ABSENT[group], note=group_note(results, group), wide=False)
 
 
 def matched_table(results: Results) -> Table:
@@ -252,7 +288,7 @@ def quality_table(results: Results) -> Table:
         lead = lead_cells(results, cell)
         rows.append(Row([*lead, values[0], _worst_layer(cell), *values[1:]], sweep=cell["role"] != "main"))
     heads = lead_heads(results, (_QUALITY[0], worst, *_QUALITY[1:]))
-    return Table(heads, rows, "No dictionary's quality was measured.", note=seeds_note(results))
+    return Table(heads, rows, "No dictionary's quality was measured.", note=line_note(results))
 
 
 def _worst_layer(cell: Cell) -> Value:
@@ -279,7 +315,7 @@ def count_table(results: Results) -> Table:
         tail = [Value(format_number(cell["tokens_held_out"])), Value(format_number(cell["p_min"]))]
         lead = lead_cells(results, cell)
         rows.append(Row([*lead, *values[:6], Value(rules), *values[6:], *tail], sweep=cell["role"] != "main"))
-    return Table(lead_heads(results, columns), rows, "No dictionary was counted.", note=seeds_note(results))
+    return Table(lead_heads(results, columns), rows, "No dictionary was counted.", note=line_note(results))
 
 
 def pair_table(results: Results) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from study_results import make_results
 
-from crosscoder.analysis import figures, report, spread_tables
+from crosscoder.analysis import figures, report, spread_tables, tables
 from crosscoder.analysis.report import PICTURES, clean_strings, escape_markdown, load_results, render_report
 from crosscoder.analysis.tables import format_number, format_range
 
@@ -139,9 +139,9 @@ def test_every_number_of_the_tables_is_printed_in_both_forms(study, request):
 
 
 def test_markdown_tables_are_well_formed(pair):
-    tables = re.findall(r"(?:^\|.*\n)+", (pair.parent / "report.md").read_text(), re.M)
-    assert len(tables) == 18
-    for lines in (table.splitlines() for table in tables):
+    found = re.findall(r"(?:^\|.*\n)+", (pair.parent / "report.md").read_text(), re.M)
+    assert len(found) == 18
+    for lines in (table.splitlines() for table in found):
         assert re.fullmatch(r"\|( (:--|--:) \|)+", lines[1])
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
@@ -150,6 +150,42 @@ def test_rows_of_one_place_share_a_heading(pair):
     source = pair.read_text()
     assert source.count(">residual stream</th>") == 2
     assert "| residual stream: distinct features, merged |" in (pair.parent / "report.md").read_text()
+
+
+def test_each_group_says_over_which_seeds_it_is():
+    results = make_results()
+    for cell in figures.select(results["counts"]["cells"], arm="crosscoder", role="main", state="trained"):
+        results["counts"]["cells"].append(cell | {"training_seed": 1})
+    for cell in figures.select(results["counts"]["cells"], arm="layerwise", role="main", subject="B"):
+        cell["per_seed"] = cell["per_seed"][:1]
+    notes = {group: tables.measured_table(results, group).note for group in tables.GROUP_TITLE}
+    assert "not a unit of an MLP" in notes["subject"]
+    assert notes["cross-layer"] == "Over 2 training seeds, 2 dictionary seeds each."
+    seeds = "1 training seed, {} each"
+    assert notes["per-layer"] == (
+        f"A over {seeds.format('2 dictionary seeds')}; B over {seeds.format('1 dictionary seed')}."
+    )
+    assert notes["control"] == (
+        f"A over {seeds.format('2 dictionary seeds')}; B over {seeds.format('1 to 2 dictionary seeds')}."
+    )
+    results["counts"]["cells"] = []
+    assert tables.measured_table(results, "control").note == ""
+
+
+def test_a_line_of_one_training_is_not_said_to_be_over_training_seeds(pair):
+    text = Page(pair.read_text()).text
+    assert "over training seeds and" not in text
+    quality = tables.quality_table(make_results())
+    assert "one training seed" in quality.note
+    assert "over its dictionary seeds" in quality.note
+
+
+def test_intervals_of_a_formula_are_excepted_where_coverage_is_claimed(pair):
+    for text in (Page(pair.read_text()).text, (pair.parent / "report.md").read_text()):
+        claims = [line for line in text.split("\n") if "cover 90 %" in line]
+        assert claims
+        assert all("capture-recapture" in line and "headroom" in line for line in claims)
+        assert "moves more with the estimator than with the models" not in text
 
 
 @pytest.mark.usefixtures("undrawn")
