@@ -138,7 +138,8 @@ def draw_layers(results: Results) -> Figure | None:
             ax, color = axes[row][column], subject_color(results, subject)
             axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
             for arm, shift in (("crosscoder", -0.2), ("layerwise", 0.2)):
-                for cell in select(cells, subject=subject, site=site, arm=arm)[:1]:
+                chosen = select(cells, subject=subject, site=site, arm=arm)
+                for cell in sorted(chosen, key=lambda cell: cell["training_seed"])[:1]:
                     _layer_bars(ax, cell, shift, color)
             last = "layer" if row == len(sites) - 1 else None
             axis_labels(ax, last, "explained variance" if column == 0 else None)

@@ -31,6 +31,7 @@ RESULTS = "results.json"
 PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
+_CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 
 
@@ -90,13 +91,25 @@ def _clean_character(c: str) -> str:
 
 
 def escape_markdown(value: Any) -> Markup:
-    """`value` as one line of Markdown text that cannot become markup, HTML, a link or a table cell border."""
+    """`value` as one line of Markdown text that cannot become markup, HTML, a link or a table cell border.
+
+    Code spans of plain characters stay; of the rest, only what Markdown would read as markup is escaped.
+    """
     if isinstance(value, Markup):
         return value
-    text = " ".join(str(value).split("\n")).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*|])", r"\\\1", text)
+    parts = _CODE_SPAN.split(" ".join(str(value).split("\n")))  # texts at even places, code spans between them
+    text = "".join(part if i % 2 else _escape_text(part) for i, part in enumerate(parts))
+    # A quotation, a list or the definition of a link, where the value stands at the beginning of a line.
+    return Markup(re.sub(r"^(\s*)(>|\*|\[(?=.*\]:))", r"\1\\\2", text))
+
+
+def _escape_text(text: str) -> str:
+    """What opens an entity, a tag, a code span, a table border, an emphasis or a link."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = re.sub(r"([\\`|]|(?<!\s)\*|\*(?!\s))", r"\\\1", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
-    return Markup(re.sub(r"\](?=[(\[:])", r"\\]", text))
+    return re.sub(r"\](?=\()", r"\\]", text)
 
 
 def _indented(body: str) -> Markup:
@@ -113,6 +126,7 @@ def _environment(*, markdown: bool = False) -> Environment:
         finalize=escape_markdown if markdown else None,
     )
     environment.filters["indented"] = _indented
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
 

@@ -261,7 +261,7 @@ def test_strings_of_the_results_cannot_become_markup(tmp_path):
     assert not set("<>&") & set(body)
     assert html.escape("<script>alert(1)</script>") in source
     outside_code = [line for line in markdown.split("\n") if not line.startswith("    ")]
-    assert not any("<" in line for line in outside_code)
+    assert not any(re.search(r"<[A-Za-z/!?]", line) for line in outside_code)
     for text in (source, markdown):
         assert "\x1b" not in text
         assert "\u202e" not in text
@@ -379,5 +379,27 @@ def test_control_characters_are_stripped():
     assert clean_strings({"a\x00": ["b\x1b[0m\u202ec\nd\u2028e"]}) == {"a": ["b[0mc d e"]}
 
 
-def test_markdown_is_escaped():
-    assert escape_markdown("a|b `c` *d* [e](f) <g> p_min _h_") == (r"a\|b \`c\` \*d\* [e\](f) &lt;g&gt; p_min \_h\_")
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("a|b ``c` *d* [e](f) <g> p_min _h_", r"a\|b \`\`c\` \*d\* [e\](f) &lt;g> p_min \_h\_"),
+        ("0.948 [0.692, 1.49]: p < .05, n >= 2, 3 * 4 & [5]", "0.948 [0.692, 1.49]: p < .05, n >= 2, 3 * 4 & [5]"),
+        ("asked for (`--joint`) or `a|b` here", r"asked for (`--joint`) or \`a\|b\` here"),
+        ("`<b>` \\`x`", r"\`&lt;b>\` \\\`x\`"),
+        ("&lt;b> <!-- x", "&amp;lt;b> &lt;!-- x"),
+        ("[a](b]: https://x.org", r"\[a\](b]: https://x.org"),
+        ("> quoted", r"\> quoted"),
+        (" * item", r" \* item"),
+    ],
+)
+def test_markdown_escapes_what_would_be_markup_and_no_more(value, shown):
+    assert escape_markdown(value) == shown
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_note_keeps_its_capitals(tmp_path):
+    results = make_results()
+    results["verdict"]["notes"] = ["universality of A and B is not measured"]
+    path = render_report(results, tmp_path)
+    for text in (path.read_text(), (tmp_path / "report.md").read_text()):
+        assert "Universality of A and B is not measured." in text
