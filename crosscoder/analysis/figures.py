@@ -120,7 +120,8 @@ def _plot_sweep(
         subject, arm = chosen[0]["subject"], chosen[0]["arm"]
         points = [(seed_range(cell, axes[0]), seed_range(cell, axes[1])) for cell in chosen]
         label = f"{subject_label(results, subject)}, {ARM_NAME[arm]}"
-        plot_points(ax, points, color=subject_color(results, subject), arm=arm, label=label, size=size)
+        color = subject_color(results, subject)
+        plot_points(ax, points, color=color, arm=arm, label=label, size=size, in_order=True)
 
 
 def _rule_band(ax: Axes, cells: list[Cell], color: str) -> None:

@@ -89,13 +89,23 @@ def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = Non
 
 
 def plot_points(
-    ax: Axes, points: list[Any], *, color: str, arm: str, label: str, size: float = 6, face: str | None = None
+    ax: Axes,
+    points: list[Any],
+    *,
+    color: str,
+    arm: str,
+    label: str,
+    size: float = 6,
+    face: str | None = None,
+    in_order: bool = False,
 ) -> None:
-    """Means joined by a line in the given order, with the seed range as bars: `points` hold `(x range, y range)`.
+    """Means joined by a line, with the seed range as bars: `points` hold `(x range, y range)`.
 
-    Marks are filled for a crosscoder and white for a bank, or of colour `face`.
+    The line goes by x, or `in_order` as the points are given. Marks are filled for a crosscoder and white for a bank,
+    or of colour `face`.
     """
     points = [(x, y) for x, y in points if x is not None and y is not None]
+    points = points if in_order else sorted(points)
     if not points:
         return
     x, y = zip(*points, strict=True)

@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from study_results import make_results
 
 from crosscoder.analysis import figures, model_figures
+from crosscoder.analysis.panels import make_panels, plot_points
 from crosscoder.analysis.tables import splice_table, subject_table
 from crosscoder.analysis.verdict_figures import draw_verdict
 
@@ -256,3 +257,11 @@ def test_the_table_of_splices_says_what_they_are_of():
     for cell in results["quality"]["cells"]:
         cell["per_seed"][1]["splice"] = None
     assert splice_table(results).note.startswith("Splices are of the first training seed's first dictionary seed;")
+
+
+def test_points_are_joined_by_x_unless_they_have_an_order():
+    _, axes = make_panels(1, 1, (3, 3))
+    points = [((x, x, x), (1.0, 1.0, 1.0)) for x in (3.0, 1.0, 2.0)]
+    for in_order in (False, True):
+        plot_points(axes[0][0], [*points, (None, None)], color="k", arm="crosscoder", label="", in_order=in_order)
+    assert joined(axes[0][0]) == [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]
