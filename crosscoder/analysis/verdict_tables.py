@@ -138,7 +138,7 @@ def joint_table(results: Results) -> Table:
             known = [seed[key] for seed in seeds if seed[key] is not None]
             cells.append(format_range((sum(known) / len(known), min(known), max(known)) if known else None))
         rows.append(Row(cells))
-    return Table(heads, rows, "No crosscoder over two subjects was trained (`--joint`).")
+    return Table(heads, rows, "No crosscoder over two subjects was trained (--joint).")
 
 
 def _scaled_floor(found: dict[str, Any]) -> float | None:
