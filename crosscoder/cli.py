@@ -149,7 +149,8 @@ class Compare(Common):
 
     Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
     compared, trained and untrained; the report opens with the verdict of a rule that was fixed beforehand. With
-    --subject: the two kinds of dictionary are compared on that model alone, beside the same model untrained.
+    --subject: the two kinds of dictionary are compared on that model alone, beside the same model untrained
+    and, on neighbouring layers, with its layers shuffled apart.
 
     Example: crosscoder compare --preset smoke
     Example: crosscoder compare --subject HuggingFaceTB/SmolLM2-135M --text my_texts/ --layers 10 11 12 13
@@ -197,7 +198,7 @@ class Compare(Common):
 class Synthetic(Common):
     """The instruments against planted truth: every estimator on worlds whose features are known.
 
-    Writes report.md, results.json and recovery.png.
+    Writes report.md, results.json and pictures.
 
     Example: crosscoder synthetic --preset ci
     """
@@ -236,7 +237,9 @@ def run(command: Command) -> None:
         print(json.dumps(commands.resolved_config(command), indent=2, sort_keys=True, default=str))
         return
     if command.dry_run:
-        for label, value in commands.needs(command):
+        from crosscoder.needs import needs
+
+        for label, value in needs(command):
             print(f"{label:<44} {value}")
         return
     commands.ACTIONS[type(command)](command)

@@ -1,7 +1,7 @@
 """Planted pairs of worlds through the whole chain: how often the rule returns what was planted, world by world.
 
 Every world has features and directions of its own; three answers are planted in each (R of 2, 1 and 1/2). Worlds that
-the JSON already holds are not run again, so it may be stopped. About 200 s of a core a world.
+the JSON already holds are not run again, so it may be stopped. About five minutes of a core a world.
 
     python scripts/bench_verdicts.py --worlds 20 --workers 2
 """

@@ -20,7 +20,10 @@ from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 
 READINGS = "readings"  # folder of what the verdict reads
-PRESENTATION = ("cli.py", "commands.py", "report.py", "figures.py", "panels.py", "tables.py", "schema.py")
+PRESENTATION = ("cli.py", "commands.py", "needs.py", "report.py", "panels.py", "schema.py", "specs.py")
+PRESENTATION += ("figures.py", "model_figures.py", "verdict_figures.py")
+PRESENTATION += ("tables.py", "spread_tables.py", "verdict_tables.py", "synthetic_report.py")
+PRESENTATION += ("published.py", "published_rules.py")
 
 
 class Clock:
