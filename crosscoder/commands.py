@@ -20,6 +20,17 @@ from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 
+FOR_SUBJECT = ("layers", "blocks_path", "tokens")
+FOR_STUDY = ("preset", "training_seeds", "joint", "part")
+
+
+def _refuse_idle(command: cli.Compare, names: tuple[str, ...], instead: str) -> None:
+    """Refuses settings that would change nothing."""
+    usual = cli.Compare()
+    idle = [f"--{name.replace('_', '-')}" for name in names if getattr(command, name) != getattr(usual, name)]
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would change nothing here: {instead}")
+
 
 def _dictionary_changes(command: cli.Compare) -> dict[str, Any]:
     names = ("steps", "n_features", "structure", "window", "bank")
@@ -27,7 +38,12 @@ def _dictionary_changes(command: cli.Compare) -> dict[str, Any]:
 
 
 def study_config(command: cli.Compare) -> StudyConfig:
-    """The preset with the command's own settings put in."""
+    """The preset with the command's own settings put in.
+
+    Raises:
+        ValueError: a setting is given that only a single model has.
+    """
+    _refuse_idle(command, FOR_SUBJECT, "only a single model has that; name one with --subject")
     config = PRESETS[command.preset]
     budget = replace(config.dictionaries, **_dictionary_changes(command))
     config = replace(config, dictionaries=budget, seeds=command.seeds or config.seeds)
@@ -39,8 +55,13 @@ def study_config(command: cli.Compare) -> StudyConfig:
 
 
 def subject_config(command: cli.Compare) -> subject_study.SubjectStudyConfig:
-    """The single-model study that the command asks for."""
+    """The single-model study that the command asks for.
+
+    Raises:
+        ValueError: a setting is given that only the study of several shapes has.
+    """
     assert command.subject is not None
+    _refuse_idle(command, FOR_STUDY, "only the study of several shapes has that; leave out --subject")
     base = subject_study.SubjectStudyConfig(subject=command.subject)
     budget = replace(base.dictionaries, **_dictionary_changes(command))
     given = {

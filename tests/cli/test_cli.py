@@ -242,6 +242,8 @@ def test_print_config_is_json(capsys):
         (["report", "nowhere"], "nowhere"),
         (["train", "--activations", "nowhere", "--out", "x"], "nowhere"),
         (["compare", "--preset", "smoke", "--n-features", "4"], "more than n_features = 4"),
+        (["compare", "--layers", "1", "2", "--tokens", "9"], "--layers, --tokens would change nothing here"),
+        (["compare", "--subject", "x", "--joint"], "--joint would change nothing here"),
         (["harvest", "--subject", "no.gguf", "--tokens-folder", "x", "--out", "y"], "no file no.gguf"),
     ],
 )
