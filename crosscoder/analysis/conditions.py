@@ -41,7 +41,9 @@ def check_conditions(evidence: Evidence, rule: Rule) -> tuple[Condition, ...]:
         _inside("H1", "delta", e.delta, rule.delta),
         _shared(e, rule),
         _condition("H1", "count gain", e.count_gain, "above 0", lambda value: value.low > 0),
-        _condition("H2", "R", e.ratio, f"{outside}{rule.complete[1]:g}", lambda value: _outside(value, rule)),
+        _condition(
+            "H2", "R", e.ratio, f"{outside}{rule.complete[1]:g}", lambda value: kind_outside(value, rule) is not None
+        ),
         _condition(
             "H2-u",
             "U",
@@ -84,9 +86,13 @@ def above_zero(cross_layer: Estimate, rule: Rule) -> bool:
     return cross_layer.low > rule.zero_cross_layer[0]
 
 
-def _outside(ratio: Estimate, rule: Rule) -> bool:
-    partial = rule.equal[1] < ratio.low and ratio.high < rule.complete[0]
-    return ratio.high < rule.equal[0] or partial or ratio.low > rule.complete[1]
+def kind_outside(ratio: Estimate, rule: Rule) -> str | None:
+    """Which kind of H2 an interval of R wholly outside both bands is; None for one that touches a band."""
+    if ratio.high < rule.equal[0]:
+        return "over-reconciled"
+    if rule.equal[1] < ratio.low and ratio.high < rule.complete[0]:
+        return "partial"
+    return "denser" if ratio.low > rule.complete[1] else None
 
 
 def _shared(evidence: Evidence, rule: Rule) -> Condition:

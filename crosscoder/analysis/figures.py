@@ -6,7 +6,7 @@ order; their words are in `templates/words.json`. `model_figures` has those of l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.analysis.panels import (
@@ -186,33 +186,44 @@ def draw_profiles(results: Results) -> Figure | None:
     return figure
 
 
+def subject_panels(
+    results: Results, cells: Sequence[Cell], subjects: Sequence[str], labels: tuple[str, str], **shared: Any
+) -> tuple[Figure, Any, list[tuple[Axes, str, str, str]]]:
+    """A panel for each site (rows) and subject (columns), titled, labelled on the outside.
+
+    The figure, its axes, and `(axes, site, subject, colour)` of every panel.
+    """
+    sites = [site for site in SITE_NAME if select(cells, site=site)]
+    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
+    figure, axes = make_panels(len(sites), len(subjects), size, **shared)
+    panels = []
+    for row, site in enumerate(sites):
+        for column, subject in enumerate(subjects):
+            ax = axes[row][column]
+            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
+            axis_labels(ax, labels[0] if row == len(sites) - 1 else None, labels[1] if column == 0 else None)
+            panels.append((ax, site, subject, subject_color(results, subject)))
+    return figure, axes, panels
+
+
 def draw_spread(results: Results) -> Figure | None:
     """Histogram of rho / L, trained (filled) against untrained (outline), by site and subject."""
     cells = results["spread"]["cells"]
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
-    if not sites:
+    if not cells:
         return None
-    subjects = sorted(results["subjects"])
-    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.4)
-    figure, axes = make_panels(len(sites), len(subjects), size, sharex=True)
-    for row, site in enumerate(sites):
-        for column, subject in enumerate(subjects):
-            ax, color = axes[row][column], subject_color(results, subject)
-            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            states = {s: main_spread(results, subject=subject, site=site, state=s) for s in ("trained", "untrained")}
-            drawn = {state: cell for state, cell in states.items() if cell is not None}
-            for state, cell in drawn.items():
-                _histogram(ax, cell, state, color)
-            for cell in list(drawn.values())[:1]:
-                least = 1 / len(cell["layers"])
-                ax.axvline(
-                    least, ymax=0.7, color=INK, linewidth=1, linestyle=":", label=f"1 / L = {least:.3g}, one layer"
-                )
-            ax.set(xlim=(0, 1.0))
-            ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # the legend has the upper part to itself
-            last = "ρ / L  (1 = evenly on every layer)" if row == len(sites) - 1 else None
-            axis_labels(ax, last, "share of features" if column == 0 else None)
-            own_legend(ax, "upper left")
+    labels = ("ρ / L  (1 = evenly on every layer)", "share of features")
+    figure, _, panels = subject_panels(results, cells, sorted(results["subjects"]), labels, sharex=True)
+    for ax, site, subject, color in panels:
+        states = {s: main_spread(results, subject=subject, site=site, state=s) for s in ("trained", "untrained")}
+        drawn = {state: cell for state, cell in states.items() if cell is not None}
+        for state, cell in drawn.items():
+            _histogram(ax, cell, state, color)
+        for cell in list(drawn.values())[:1]:
+            least = 1 / len(cell["layers"])
+            ax.axvline(least, ymax=0.7, color=INK, linewidth=1, linestyle=":", label=f"1 / L = {least:.3g}, one layer")
+        ax.set(xlim=(0, 1.0))
+        ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # the legend has the upper part to itself
+        own_legend(ax, "upper left")
     return figure
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from crosscoder.analysis.figures import (
     ARM_NAME,
-    SITE_NAME,
     Cell,
     Results,
     select,
     subject_color,
     subject_label,
+    subject_panels,
 )
 from crosscoder.analysis.panels import (
     FAINT,
@@ -127,25 +127,18 @@ def draw_layers(results: Results) -> Figure | None:
     from matplotlib.patches import Patch
 
     cells = select(results["quality"]["cells"], state="trained", role="main")
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
-    if not sites:
+    if not cells:
         return None
-    subjects = sorted(results["subjects"])
-    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.8 * len(sites) + 0.6)
-    figure, axes = make_panels(len(sites), len(subjects), size, sharey=True)
-    for row, site in enumerate(sites):
-        for column, subject in enumerate(subjects):
-            ax, color = axes[row][column], subject_color(results, subject)
-            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            for arm, shift in (("crosscoder", -0.2), ("layerwise", 0.2)):
-                chosen = select(cells, subject=subject, site=site, arm=arm)
-                for cell in sorted(chosen, key=lambda cell: cell["training_seed"])[:1]:
-                    _layer_bars(ax, cell, shift, color)
-            last = "layer" if row == len(sites) - 1 else None
-            axis_labels(ax, last, "explained variance" if column == 0 else None)
-            ax.grid(False, axis="x")
-            if not ax.has_data():
-                mark_empty(ax)
+    labels = ("layer", "explained variance")
+    figure, axes, panels = subject_panels(results, cells, sorted(results["subjects"]), labels, sharey=True)
+    for ax, site, subject, color in panels:
+        for arm, shift in (("crosscoder", -0.2), ("layerwise", 0.2)):
+            chosen = select(cells, subject=subject, site=site, arm=arm)
+            for cell in sorted(chosen, key=lambda cell: cell["training_seed"])[:1]:
+                _layer_bars(ax, cell, shift, color)
+        ax.grid(False, axis="x")
+        if not ax.has_data():
+            mark_empty(ax)
     filled = Patch(facecolor=FAINT, edgecolor=FAINT)
     hatched = Patch(facecolor="white", edgecolor=FAINT, hatch="////")
     share_legend(figure, axes, {ARM_NAME["crosscoder"]: filled, ARM_NAME["layerwise"]: hatched})
@@ -184,16 +177,9 @@ def draw_splice(results: Results) -> Figure | None:
     if not cells:
         return None
     subjects = sorted({cell["subject"] for cell in cells})
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
-    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
-    figure, axes = make_panels(len(sites), len(subjects), size, sharey="row")
-    for row, site in enumerate(sites):
-        for column, subject in enumerate(subjects):
-            ax = axes[row][column]
-            _splice_panel(ax, select(cells, subject=subject, site=site), subject_color(results, subject))
-            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            last = "spliced layer" if row == len(sites) - 1 else None
-            axis_labels(ax, last, "loss recovered" if column == 0 else None)
+    figure, _, panels = subject_panels(results, cells, subjects, ("spliced layer", "loss recovered"), sharey="row")
+    for ax, site, subject, color in panels:
+        _splice_panel(ax, select(cells, subject=subject, site=site), color)
     return figure
 
 

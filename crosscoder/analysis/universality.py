@@ -13,6 +13,7 @@ import numpy as np
 from scipy import optimize, sparse, stats
 
 from crosscoder.analysis.matching import activation_correlation
+from crosscoder.analysis.spread import DECODABLE
 from crosscoder.analysis.statistics import Estimate, linear_combination, signed_ratio_of
 
 SHARES = (0.5, 0.7)
@@ -36,9 +37,9 @@ DEFINITIONS = {
     "exclusive_share": "Share of features of a joint crosscoder over [A's layers ; B's layers] with more than "
     f"{EXCLUSIVE:.0%} of their decoder energy, averaged over each subject's layers, in one subject.",
     "hidden_share": "Share of features of a joint crosscoder that are one subject's alone by decoder energy and whose "
-    "activity no layer of the other tells either (AUC of a linear probe below .9 everywhere). A penalty or the "
-    "competition for few active features can empty a decoder row though the other subject has the feature; the probe "
-    "sees through that, also where widths differ and latent scaling is not defined.",
+    f"activity no layer of the other tells either (AUC of a linear probe below {DECODABLE} everywhere). A penalty or "
+    "the competition for few active features can empty a decoder row though the other subject has the feature; the "
+    "probe sees through that, also where widths differ and latent scaling is not defined.",
     "joint_dictionary": "One crosscoder over [first's layers ; second's layers] on the same tokens, each subject "
     "scaled to the same total energy. The pair of two trainings of one shape says how much is exclusive without any "
     "difference of shape, the untrained pair how much without training.",
@@ -255,7 +256,7 @@ def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float
 
 
 def hidden_shares(
-    profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int, *, decodable: float
+    profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int, *, decodable: float = DECODABLE
 ) -> tuple[float, float]:
     """Share of features that are one subject's own and that no layer of the other tells: the first's, the second's.
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from crosscoder.analysis.conditions import Condition, above_zero, check_conditions
+from crosscoder.analysis.conditions import Condition, above_zero, check_conditions, kind_outside
 from crosscoder.analysis.rule import RULE, Evidence, Rule, known, show
 from crosscoder.analysis.statistics import Estimate, linear_combination
 
@@ -204,18 +204,11 @@ def _read_ratio(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...],
         if against["H1"]:
             return "undecided", (), (f"{shown}, in the band of H1", *against["H1"])
         return _kind_of_reconciliation(evidence, rule)
-    kinds = []
-    if ratio.high < rule.equal[0]:
-        kinds.append("over-reconciled")
-    elif ratio.low > rule.equal[1] and ratio.high < rule.complete[0]:
-        kinds.append("partial")
-    elif ratio.low > rule.complete[1]:
-        kinds.append("denser")
-    else:
+    kind = kind_outside(ratio, rule)
+    if kind is None:
         return "undecided", (), (_across(ratio, rule), *_beside(conditions))
-    if known(evidence.alpha).covers(rule.alternative_alpha) and known(evidence.gamma).high < rule.gamma:
-        kinds.append("alternative compression")
-    return "H2", tuple(kinds), (shown,)
+    squared = known(evidence.alpha).covers(rule.alternative_alpha) and known(evidence.gamma).high < rule.gamma
+    return "H2", (kind, "alternative compression") if squared else (kind,), (shown,)
 
 
 def _across(ratio: Estimate, rule: Rule) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosscoder.analysis import counting, features, probes, spread, universality
+from crosscoder.analysis import counting, features, probes, universality
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.store import select_sites
 from crosscoder.dictionary import Crosscoder, Diffing, stack_subjects
@@ -157,7 +157,7 @@ def _train_seed(cell: JointCell, pair: Pair, seed: int, device: str) -> dict[str
     profile_FL = features.layer_profile(decoder_FLD)
     own = universality.exclusive_shares(profile_FL[alive_F], n_first)
     probed = profile_FL[found.feature_n], found.auc_nL
-    hidden = universality.hidden_shares(*probed, n_first, decodable=spread.DECODABLE)
+    hidden = universality.hidden_shares(*probed, n_first)
     explained_L = measured.explained_variance_L
     return {
         "seed": seed,
