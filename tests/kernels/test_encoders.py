@@ -98,7 +98,7 @@ def test_certified_candidates_hold_the_exact_choice_whatever_the_data(seed, spre
     bias = torch.randn(512, generator=generator) * spread
     found = prefilter.top_k_candidates(x, encoder, bias, prefilter.rounded(encoder, bias, None, certified=True), k)
     candidates = torch.zeros(6, 512, dtype=torch.bool)
-    candidates[found.rows, found.features] = True
+    candidates[found.rows(), found.features] = True
     exact = x.double() @ encoder.double().T + bias.double()
     kth = exact.topk(k, dim=1).values[:, -1:]
     resolution = 1e-6 * x.norm(dim=1, keepdim=True) * encoder.norm(dim=1).amax()  # of fp32 itself; bf16's is 0.004
@@ -113,7 +113,7 @@ def test_without_its_margin_the_certificate_would_be_wrong():
     bias = torch.zeros(512)
     found = prefilter.top_k_candidates(x, encoder, bias, prefilter.rounded(encoder, bias, None, certified=False), 8)
     candidates = torch.zeros(64, 512, dtype=torch.bool)
-    candidates[found.rows, found.features] = True
+    candidates[found.rows(), found.features] = True
     exact = x.double() @ encoder.double().T
     assert not candidates[exact >= exact.topk(8, dim=1).values[:, -1:]].all()
 

@@ -1,7 +1,7 @@
 """Adam by blocks of rows: what belongs to a row is done to it while it is in cache.
 
-Each block is read and written once for clipping, projection, the update and the norm together. The update itself is
-torch's fused AdamW.
+Each block is read and written once for clipping, projection, the update and the norm together: in C for fp32, else
+around torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triton_kernels.cpu import native
 from triton_kernels.reference import sum_dtype
 
 BLOCK_ELEMENTS = 2**18  # 1 MiB of each of parameter, gradient and both moments
@@ -34,6 +35,14 @@ def adam_rows(
     for name, tensor in {"parameter": parameter_RN, "first": first_RN, "second": second_RN}.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it is changed in place and must be contiguous")
+    if native.serves(parameter_RN, gradient_RN, first_RN, second_RN, scale_G):
+        settings = {"step": step, "rate": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        native.adam_rows(parameter_RN, gradient_RN, first_RN, second_RN, **settings, scale_G=scale_G, unit=unit)
+        if working_RN is not None:
+            working_RN.copy_(parameter_RN)
+        if norms_R is not None:
+            norms_R.copy_(torch.linalg.vector_norm(parameter_RN, dim=1))
+        return
     n_rows, width = parameter_RN.shape
     gradient_RN = gradient_RN.contiguous()
     block = max(1, BLOCK_ELEMENTS // max(1, width))
@@ -71,6 +80,8 @@ def adam_rows(
 
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
     """See `reference.row_squares`."""
+    if native.serves(gradient_RN, unit_RN):
+        return native.row_squares(gradient_RN, unit_RN)
     dtype = sum_dtype(gradient_RN.dtype)
     if unit_RN is None:
         return torch.linalg.vector_norm(gradient_RN, dim=1, dtype=dtype).square()

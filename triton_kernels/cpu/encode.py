@@ -83,12 +83,11 @@ def _slabs(problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield start, z, z if problem.scale_F is None else z * problem.scale_F
 
 
-def _scored_again(problem: Problem, found: prefilter.Candidates) -> tuple[Tensor, Tensor, Tensor]:
-    """z, score and row offsets of candidates, in the encoder's own dtype."""
-    features = found.features.to(torch.int32)
-    offsets = _offsets(found.rows, problem.x_RN.shape[0])
-    z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN) + problem.bias_F[found.features]
-    return z, problem.scaled(z, found.features), offsets
+def _scored_again(problem: Problem, found: prefilter.Candidates) -> tuple[Tensor, Tensor]:
+    """z and score of candidates, in the encoder's own dtype."""
+    features, offsets = found
+    z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN) + problem.bias_F[features]
+    return z, problem.scaled(z, features)
 
 
 def encode_top_k(
@@ -129,13 +128,8 @@ def _top_k_of_candidates(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     if encoder is None:
         return _top_k_of_slabs(problem, k)
     found = prefilter.top_k_candidates(problem.x_RN, problem.encoder_FN, problem.bias_F, encoder, k)
-    z, score, offsets = _scored_again(problem, found)
-    counts = offsets.diff()
-    place = torch.arange(score.numel()) - offsets[:-1].repeat_interleave(counts, output_size=score.numel())
-    width = int(counts.amax()) if counts.numel() else k
-    padded = score.new_full((counts.numel(), width), -torch.inf)
-    padded.view(-1)[found.rows * width + place] = score
-    kept = offsets[:-1, None] + selection.row_top_k(padded, k)
+    z, score = _scored_again(problem, found)
+    kept = selection.list_top_k(score, found.offsets, k)
     return z[kept], found.features[kept]
 
 
@@ -171,8 +165,8 @@ def _batch_top_k(problem: Problem, wanted: int) -> tuple[Pairs, Tensor]:
         encoder = problem.rounded()
         found = None if encoder is None else prefilter.batch_candidates(problem.x_RN, encoder, wanted)
     if found is not None:
-        rows, features = found
-        z, score, _ = _scored_again(problem, found)
+        rows, features = found.rows(), found.features
+        z, score = _scored_again(problem, found)
         kept = selection.keep_largest(score, wanted)
     else:
         position, score, z = _survivors(problem, wanted)
@@ -238,8 +232,8 @@ def _above(problem: Problem, threshold_F: Tensor, window: float) -> tuple[Pairs,
         lowest = lower_F.amin().item()
         found = None if encoder is None else prefilter.above_candidates(problem.x_RN, encoder, lowest)
     if found is not None:
-        rows, features = found
-        z, score, _ = _scored_again(problem, found)
+        rows, features = found.rows(), found.features
+        z, score = _scored_again(problem, found)
         kept = (score > lower_F[features]) & (z > 0)
         return Pairs(z[kept], rows[kept], features[kept]), score[kept]
     parts = []

@@ -1,4 +1,4 @@
-"""Decoding with its loss, and both backward passes, out of the sparse primitives.
+"""Decoding with its loss, and both backward passes: in C for fp32, else out of the sparse primitives.
 
 The gradient with respect to the reconstruction is `2 w e`: it is made from the error where it is needed, and the
 forward pass keeps the error alone.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.cpu import sparse
+from triton_kernels.cpu import native, sparse, workspace
 from triton_kernels.reference import sum_dtype
 
 
@@ -23,6 +23,9 @@ def decode_loss(
     n_parts: int,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`."""
+    if native.serves(values_P, decoder_GFN, bias_GN, x_BGN):
+        error_BGN, squares_GL = native.decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
+        return error_BGN, squares_GL.float()
     n_groups, _, width = decoder_GFN.shape
     table_FN = decoder_GFN.reshape(-1, width)
     error_BGN = sparse.gather_sum(values_P, features_P, offsets, table_FN).view(-1, n_groups, width)
@@ -43,6 +46,10 @@ def backward_decoder(
     """See `reference.backward_decoder`."""
     n_groups, n_features, width = decoder_GFN.shape
     n_parts = weight_GL.shape[1]
+    if native.serves(values_P, error_BGN, weight_GL, decoder_GFN):
+        major = sparse.feature_major(features_P, offsets, n_groups * n_features)
+        d_decoder = workspace.empty((n_groups, n_features, width), dtype=torch.float32)
+        return native.backward_decoder(values_P, major, error_BGN, weight_GL, decoder_GFN, d_decoder), d_decoder
     grad_BGN = (error_BGN.unflatten(2, (n_parts, -1)) * (2 * weight_GL)[..., None]).flatten(2).to(error_BGN.dtype)
     table_FN, grad_RN = decoder_GFN.reshape(-1, width), grad_BGN.reshape(-1, width)
     d_values = sparse.gather_dot(grad_RN, features_P, offsets, table_FN)
@@ -60,6 +67,13 @@ def backward_encoder(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.backward_encoder`."""
     n_groups, width = center_GN.shape
+    if native.serves(d_z_P, x_BGN, center_GN):
+        major = sparse.feature_major(features_P, offsets, n_groups * n_features)
+        d_encoder = workspace.empty((n_groups, n_features, width), dtype=torch.float32)
+        d_bias = d_z_P.new_empty(n_groups, n_features)
+        out_FN = d_encoder.view(-1, width)
+        native.scatter_outer(d_z_P, major, x_BGN, out_FN, center_GN=center_GN, sums_F=d_bias)
+        return d_encoder, d_bias
     centered_BGN = (x_BGN - center_GN).to(d_z_P.dtype)
     wide = sum_dtype(d_z_P.dtype)
     sums_F = torch.zeros(n_groups * n_features, dtype=wide).index_add_(0, features_P, d_z_P.to(wide))

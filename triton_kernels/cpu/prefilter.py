@@ -21,15 +21,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_kernels.cpu import selection
+from triton_kernels.cpu import native, selection
 from triton_kernels.cpu.affine import affine
-from triton_kernels.reference import first_largest
+from triton_kernels.reference import first_largest, row_of_pair
 
 SLAB_ELEMENTS = 2**22  # 8 MiB in bf16
 RELATIVE = 2.0**-8 * 1.01  # rounding of a result to bf16
 SUMMATION = 2.0**-23  # of a term of a sum in fp32, for both sums that are compared
 SAFE_NORMS = (1e-12, 1e18)  # between them squares of a row and of its rounding neither vanish nor overflow
-ROWS_AT_A_TIME = 512  # of the encoder: its rounded copy and both norms are made while the rows are in cache
+ROWS_AT_A_TIME = 512  # of a table that is rounded: copy and both norms are made while the rows are in cache
 MIN_FEATURES, MIN_WIDTH, FEATURES_PER_ACTIVE = 4096, 128, 64
 
 
@@ -50,10 +50,14 @@ class Rounded(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Pairs in row-major order: `rows` and `features` are int64."""
+    """Features of each row, ascending, as CSR."""
 
-    rows: Tensor
-    features: Tensor
+    features: Tensor  # int32
+    offsets: Tensor  # [R + 1], int64
+
+    def rows(self) -> Tensor:
+        """The row of each candidate."""
+        return row_of_pair(self.offsets, self.features.numel())
 
 
 def pays(encoder_FN: Tensor, k: int) -> bool:
@@ -69,58 +73,65 @@ def rounded(encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor | None, *, certi
 
     None where none can be given: norms that are not finite, or whose squares leave the range of fp32.
     """
-    low_FN = torch.empty_like(encoder_FN, dtype=torch.bfloat16)
-    norms, errors = [], []
-    for start in range(0, encoder_FN.shape[0], ROWS_AT_A_TIME):
-        part = slice(start, start + ROWS_AT_A_TIME)
-        rows = encoder_FN[part] if scale_F is None else encoder_FN[part] * scale_F[part, None]
-        low_FN[part] = rows
-        if certified:
-            norms.append(torch.linalg.vector_norm(rows, dim=1).amax())
-            errors.append(torch.linalg.vector_norm(rows - low_FN[part], dim=1).amax())
+    low_FN, norm_F, error_F = _rounded_rows(encoder_FN, scale_F)
     bias_F = bias_F if scale_F is None else bias_F * scale_F
     low_F = bias_F.to(torch.bfloat16)
     if not certified:
         return Rounded(low_FN, low_F, certified=False)
-    norm, error = torch.stack(norms).amax().item(), torch.stack(errors).amax().item()
+    norm, error = norm_F.amax().item(), error_F.amax().item()
     bias_error = (bias_F - low_F).abs().amax().item()
     if not (SAFE_NORMS[0] < norm < SAFE_NORMS[1] and math.isfinite(error) and math.isfinite(bias_error)):
         return None
     return Rounded(low_FN, low_F, True, norm, error, bias_error)
 
 
-def _margins(x_RN: Tensor, encoder: Rounded) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """`(start, rows in bf16, margin)` of each slab of rows."""
-    n_features, width = encoder.encoder_FN.shape
-    step = max(1, SLAB_ELEMENTS // n_features)
-    for start in range(0, x_RN.shape[0], step):
-        x = x_RN[start : start + step]
-        low = x.to(torch.bfloat16)
-        margin_R = x.new_zeros(x.shape[0])
-        if encoder.certified:
-            low_norm_R, error_R = torch.linalg.vector_norm(low.float(), dim=1), torch.linalg.vector_norm(x - low, dim=1)
-            sums = SUMMATION * width * (low_norm_R + error_R) * (encoder.norm + encoder.error)
-            margin_R = error_R * encoder.norm + low_norm_R * encoder.error + encoder.bias_error + sums
-            safe_R = (low_norm_R > SAFE_NORMS[0]) & (low_norm_R < SAFE_NORMS[1])
-            margin_R = torch.where(safe_R, margin_R, torch.inf)
-        yield start, low, margin_R
+def _rounded_rows(table_RN: Tensor, scale_R: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows times their scale in bf16, and the norms of the rows and of what rounding took from them."""
+    if native.serves(table_RN, scale_R):
+        return native.round_rows(table_RN, scale_R)
+    low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
+    norm_R, error_R = table_RN.new_empty(2, table_RN.shape[0])
+    for start in range(0, table_RN.shape[0], ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        rows = table_RN[part] if scale_R is None else table_RN[part] * scale_R[part, None]
+        low_RN[part] = rows
+        norm_R[part] = torch.linalg.vector_norm(rows, dim=1)
+        error_R[part] = torch.linalg.vector_norm(rows - low_RN[part], dim=1)
+    return low_RN, norm_R, error_R
 
 
-def _not_below(score_RF: Tensor, bound_R: Tensor) -> Tensor:
-    """Flat positions, ascending, of the bf16 scores not below their row's bound, which must be positive.
+def _rounded_x(x_RN: Tensor, encoder: Rounded) -> tuple[Tensor, Tensor]:
+    """Rows in bf16 and how far rounding can move their scores, `[R]`: infinite where that cannot be said."""
+    low_RN, norm_R, error_R = _rounded_rows(x_RN, None)
+    if not encoder.certified:
+        return low_RN, norm_R.zero_()
+    low_norm_R = norm_R + error_R  # at least that of the rounded row
+    margin_R = error_R * encoder.norm + low_norm_R * encoder.error + encoder.bias_error
+    margin_R += SUMMATION * x_RN.shape[1] * low_norm_R * (encoder.norm + encoder.error)
+    is_safe_R = (norm_R > SAFE_NORMS[0]) & (norm_R < SAFE_NORMS[1])
+    return low_RN, torch.where(is_safe_R, margin_R, torch.inf)
 
-    Positive bf16 numbers compare as their bits do, which the CPU does many at a time; eight answers make one word,
-    and few words are not zero.
+
+def _slabs(low_RN: Tensor, encoder: Rounded) -> Iterator[tuple[slice, Tensor]]:
+    """The rounded scores of each slab of rows."""
+    step = max(1, SLAB_ELEMENTS // encoder.encoder_FN.shape[0])
+    for start in range(0, low_RN.shape[0], step):
+        part = slice(start, start + step)
+        yield part, affine(low_RN[part], encoder.encoder_FN, encoder.bias_F)
+
+
+def _not_below(score_RF: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns, ascending, of the bf16 scores not below their row's bound, which must be positive; and their counts.
+
+    Positive bf16 numbers compare as their bits do, which the CPU does many at a time.
     """
     low_R = bound_R.to(torch.bfloat16)
-    keys_R = low_R.view(torch.int16) - (low_R.float() > bound_R).to(torch.int16)
-    kept = score_RF.view(torch.int16) >= keys_R[:, None]
-    if kept.shape[1] % 8:
-        return kept.view(-1).nonzero().squeeze(1)
-    words = kept.view(-1).view(torch.int64)
-    index = words.nonzero().squeeze(1)
-    word, byte = words[index].view(torch.bool).view(-1, 8).nonzero(as_tuple=True)
-    return index[word] * 8 + byte
+    bound_R = low_R.view(torch.int16) - (low_R.float() > bound_R).to(torch.int16)
+    keys_RF = score_RF.view(torch.int16)
+    if native.serves():
+        return native.not_below(keys_RF, bound_R)
+    rows, columns = (keys_RF >= bound_R[:, None]).nonzero(as_tuple=True)
+    return columns.to(torch.int32), torch.bincount(rows, minlength=keys_RF.shape[0])
 
 
 def _reached_by(score_RF: Tensor, k: int) -> Tensor:
@@ -129,50 +140,45 @@ def _reached_by(score_RF: Tensor, k: int) -> Tensor:
     Negative scores may be compared in the wrong order; a value at or below 0 is therefore no answer.
     """
     keys_RF = score_RF.view(torch.int16)
-    n_rows, n_features = keys_RF.shape
-    n_groups = min(n_features, max(256, 8 * k))
+    n_features = keys_RF.shape[1]
+    n_groups = min(n_features, max(256, selection.GROUPS_PER_KEPT * k))
+    if native.serves():
+        return native.reached_keys(keys_RF, n_groups, k).view(torch.bfloat16).float()
     whole = n_features // n_groups * n_groups
     maxima = keys_RF[:, :whole].unflatten(1, (whole // n_groups, n_groups)).amax(1)
     if whole < n_features:
         maxima = torch.cat([maxima, keys_RF[:, whole:]], dim=1)
     best = maxima.view(torch.bfloat16).float().topk(k, dim=1, sorted=False)
-    return best.values.amin(1) if n_rows else best.values.new_empty(0)
+    return best.values.amin(1) if keys_RF.shape[0] else best.values.new_empty(0)
 
 
 def top_k_candidates(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, encoder: Rounded, k: int) -> Candidates:
     """At least k features of each row, the k best scores among them; `encoder` is `rounded(encoder_FN, bias_F)`."""
-    n_features = encoder_FN.shape[0]
-    positions = []
-    for start, low, margin_R in _margins(x_RN, encoder):
-        score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
-        reached_R = _reached_by(score_RF, k)
-        bound_R = (reached_R * (1 - encoder.slack) - 2 * margin_R) / (1 + encoder.slack)
+    low_RN, margin_R = _rounded_x(x_RN, encoder)
+    features, counts = [], []
+    for part, score_RF in _slabs(low_RN, encoder):
+        bound_R = (_reached_by(score_RF, k) * (1 - encoder.slack) - 2 * margin_R[part]) / (1 + encoder.slack)
         hard = ~((bound_R > 0) & bound_R.isfinite())
-        position = _not_below(score_RF, torch.where(hard, torch.inf, bound_R))
-        if bool(hard.any()):
-            position = position[~hard[position.div(n_features, rounding_mode="floor")]]  # a score may be inf itself
-            rows = hard.nonzero().squeeze(1)
-            columns = first_largest(affine(x_RN[start + rows], encoder_FN, bias_F), k)
-            position = torch.cat([position, (rows[:, None] * n_features + columns).view(-1)]).sort().values
-        positions.append(position + start * n_features)
-    position = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    rows = position.div(n_features, rounding_mode="floor")
-    return Candidates(rows, position - rows * n_features)
+        columns, counts_R = _not_below(score_RF, torch.where(hard, torch.inf, bound_R))
+        if bool(hard.any()):  # those rows are scored again as a whole
+            best = first_largest(affine(x_RN[part][hard], encoder_FN, bias_F), k).to(torch.int32)
+            lists = list(columns.split(counts_R.tolist()))
+            for row, chosen in zip(hard.nonzero().flatten().tolist(), best, strict=True):
+                lists[row] = chosen
+            columns, counts_R = torch.cat(lists), counts_R.masked_fill(hard, k)
+        features.append(columns)
+        counts.append(counts_R)
+    return _joined(features, counts)
 
 
 def above_candidates(x_RN: Tensor, encoder: Rounded, threshold: float) -> Candidates | None:
     """Every feature whose score may exceed `threshold`; None where the threshold is too near 0 to certify."""
-    n_features = encoder.encoder_FN.shape[0]
-    positions = []
-    for start, low, margin_R in _margins(x_RN, encoder):
-        score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
-        bound_R = (threshold - margin_R) / (1 + encoder.slack)
-        if not bool((bound_R > 0).all()):
-            return None
-        positions.append(_not_below(score_RF, bound_R) + start * n_features)
-    position = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    rows = position.div(n_features, rounding_mode="floor")
-    return Candidates(rows, position - rows * n_features)
+    low_RN, margin_R = _rounded_x(x_RN, encoder)
+    bound_R = (threshold - margin_R) / (1 + encoder.slack)
+    if not bool((bound_R > 0).all()):
+        return None
+    found = [_not_below(score_RF, bound_R[part]) for part, score_RF in _slabs(low_RN, encoder)]
+    return _joined([columns for columns, _ in found], [counts_R for _, counts_R in found])
 
 
 def batch_candidates(x_RN: Tensor, encoder: Rounded, wanted: int) -> Candidates | None:
@@ -181,27 +187,33 @@ def batch_candidates(x_RN: Tensor, encoder: Rounded, wanted: int) -> Candidates 
     A sample of the first slab sets the bound that pairs must reach to be looked at. It was low enough if `wanted`
     rounded scores reach it.
     """
-    n_features = encoder.encoder_FN.shape[0]
-    slack = encoder.slack
-    slabs = list(_margins(x_RN, encoder))
-    widest = max(margin_R.amax().item() for _, _, margin_R in slabs)
-    reached = 0.0
-    positions, scores, margins = [], [], []
-    for start, low, margin_R in slabs:
-        score_RF = affine(low, encoder.encoder_FN, encoder.bias_F)
-        if start == 0:
-            reached = selection.sampled_bound(score_RF, wanted / (x_RN.shape[0] * n_features))
-        bound_R = (reached * (1 - slack) - widest - margin_R) / (1 + slack)
-        if not bool((bound_R > 0).all()):
-            return None
-        position = _not_below(score_RF, bound_R)
-        positions.append(position + start * n_features)
-        scores.append(score_RF.view(-1)[position].float())
-        margins.append(margin_R)
-    position, score, margin_R = torch.cat(positions), torch.cat(scores), torch.cat(margins)
+    low_RN, margin_R = _rounded_x(x_RN, encoder)
+    below_R = margin_R + margin_R.amax()
+    reached, bound_R = 0.0, margin_R
+    features, counts, scores = [], [], []
+    for part, score_RF in _slabs(low_RN, encoder):
+        if part.start == 0:
+            reached = selection.sampled_bound(score_RF, wanted / (x_RN.shape[0] * score_RF.shape[1]))
+            bound_R = (reached * (1 - encoder.slack) - below_R) / (1 + encoder.slack)
+            if not bool((bound_R > 0).all()):
+                return None
+        columns, counts_R = _not_below(score_RF, bound_R[part])
+        rows = torch.arange(score_RF.shape[0]).repeat_interleave(counts_R, output_size=columns.numel())
+        features.append(columns)
+        counts.append(counts_R)
+        scores.append(score_RF[rows, columns.long()].float())
+    found, score = _joined(features, counts), torch.cat(scores)
     if int((score >= reached).sum()) < wanted:
         return None
     cut = score.topk(wanted, sorted=False).values.amin()
-    rows = position.div(n_features, rounding_mode="floor")
-    near = score >= (cut * (1 - slack) - widest - margin_R[rows]) / (1 + slack)
-    return Candidates(rows[near], position[near] - rows[near] * n_features)
+    rows = found.rows()
+    near = score >= (cut * (1 - encoder.slack) - below_R[rows]) / (1 + encoder.slack)
+    counts_R = torch.bincount(rows[near], minlength=x_RN.shape[0])
+    return _joined([found.features[near]], [counts_R])
+
+
+def _joined(features: list[Tensor], counts: list[Tensor]) -> Candidates:
+    """Candidates of successive rows."""
+    if not features:
+        return Candidates(torch.empty(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+    return Candidates(torch.cat(features), torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels.reference import first_largest
+from triton_kernels.cpu import native
+from triton_kernels.reference import first_largest, row_of_pair
 
 GROUP = 32
+GROUPS_PER_KEPT = 8  # columns are looked at again where they reach the k-th largest of so many groups' maxima
 TWO_STAGE_COLUMNS = 4096  # from here on finding the best groups first is faster
 PREFILTER_MARGIN = 1.5  # how many times more scores than needed the sampled bound lets through
 PREFILTER_SAMPLES = 2**15
@@ -18,6 +20,9 @@ def row_top_k(score_RF: Tensor, k: int) -> Tensor:
     n_columns = score_RF.shape[1]
     if k >= n_columns:
         return torch.arange(n_columns, device=score_RF.device).expand(score_RF.shape[0], -1)
+    if native.serves(score_RF):
+        n_groups = GROUPS_PER_KEPT * k
+        return native.top_k_of_rows(score_RF, n_groups if 2 * n_groups <= n_columns else 0, k)
     if n_columns >= TWO_STAGE_COLUMNS and n_columns % GROUP == 0 and 4 * (k + 1) * GROUP <= n_columns:
         columns, tied = _top_k_of_groups(score_RF, k)
     else:
@@ -29,6 +34,19 @@ def row_top_k(score_RF: Tensor, k: int) -> Tensor:
     if rows.numel():
         columns[rows] = first_largest(score_RF[rows], k)
     return columns
+
+
+def list_top_k(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """Positions of the k largest scores of each row of a CSR code, as `row_top_k` chooses them, `[R, k]` int64."""
+    if native.serves(score_P):
+        return native.top_k_of_lists(score_P, offsets, k)
+    counts = offsets.diff()
+    rows = row_of_pair(offsets, score_P.numel())
+    place = torch.arange(score_P.numel()) - offsets[rows]
+    width = int(counts.amax()) if counts.numel() else k
+    padded = score_P.new_full((counts.numel(), width), -torch.inf)
+    padded.view(-1)[rows * width + place] = score_P
+    return offsets[:-1, None] + row_top_k(padded, k)
 
 
 def _top_k_of_groups(score_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The sparse primitives in the fastest form that stock torch operators give.
+"""The sparse primitives: in C for fp32, else in the fastest form that stock torch operators give.
 
 `embedding_bag` is a CSR-times-dense product and its per-sample-weight gradient is the sampled dense-dense product, so
 nothing here materialises `[P, N]`. Products that own one row a feature run in feature-major order: a stable sort of
@@ -11,25 +11,15 @@ the row-major one takes 13-17 ms, since the big table is then read in order and 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.cpu import workspace
+from triton_kernels.cpu import native, workspace
+from triton_kernels.cpu.native import FeatureMajor
 from triton_kernels.kept import Latest
 from triton_kernels.reference import row_of_pair
-
-
-class FeatureMajor(NamedTuple):
-    """The transpose of a CSR code: pairs sorted by feature (ties in row order), and where each feature begins."""
-
-    order_P: Tensor  # position in the row-major code
-    features_P: Tensor  # sorted, int32
-    rows_P: Tensor  # the row of each sorted pair, int32
-    offsets: Tensor  # [F + 1], int32
-
 
 _latest: Latest[FeatureMajor] = Latest()
 
@@ -40,12 +30,13 @@ def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Featu
 
 
 def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
-    sorted_P, order_P = torch.sort(features_P, stable=True)
+    if native.serves():
+        return native.feature_major(features_P, offsets, n_features)
+    order_P = torch.sort(features_P, stable=True).indices
     rows_P = row_of_pair(offsets, features_P.numel()).to(torch.int32)[order_P]
-    counts_F = torch.bincount(features_P, minlength=n_features)
     starts = torch.zeros(n_features + 1, dtype=torch.int32, device=features_P.device)
-    starts[1:] = counts_F.cumsum(0)
-    return FeatureMajor(order_P, sorted_P, rows_P, starts)
+    starts[1:] = torch.bincount(features_P, minlength=n_features).cumsum(0)
+    return FeatureMajor(order_P, rows_P, starts)
 
 
 def _weighted_bags(values_P: Tensor, indices_P: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
@@ -63,6 +54,8 @@ def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: 
     """See `reference.gather_sum`."""
     if features_P.numel() == 0:
         return table_FN.new_zeros(offsets.numel() - 1, table_FN.shape[1])
+    if native.serves(values_P, table_FN):
+        return native.gather_sum(values_P, features_P, offsets, table_FN)
     return _weighted_bags(values_P, features_P, offsets, table_FN.contiguous())
 
 
@@ -71,9 +64,11 @@ def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tens
     if features_P.numel() == 0:
         return x_RN.new_zeros(0)
     major = feature_major(features_P, offsets, table_FN.shape[0])
+    if native.serves(x_RN, table_FN):
+        return native.gather_dot(x_RN, major, table_FN)
     # The roles are swapped on purpose: bags are features, so the long table is streamed and x is gathered.
     dots_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        table_FN.contiguous(), x_RN.contiguous(), major.rows_P, major.offsets[:-1], major.features_P, 0, -1
+        table_FN.contiguous(), x_RN.contiguous(), major.rows_P, major.offsets[:-1], features_P[major.order_P], 0, -1
     )
     return torch.empty_like(dots_P).scatter_(0, major.order_P, dots_P)
 
@@ -83,6 +78,10 @@ def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: T
     if features_P.numel() == 0:
         return x_RN.new_zeros(n_features, x_RN.shape[1])
     major = feature_major(features_P, offsets, n_features)
+    if native.serves(values_P, x_RN):
+        out_FN = workspace.empty((n_features, x_RN.shape[1]), dtype=x_RN.dtype)
+        native.scatter_outer(values_P, major, x_RN, out_FN)
+        return out_FN
     values_P, x_RN = values_P[major.order_P], x_RN.contiguous()
     if not _recycles(x_RN, n_features):
         return _weighted_bags(values_P, major.rows_P, major.offsets, x_RN)

@@ -1,0 +1,197 @@
+"""Sparse operators, row updates and selection in C, for fp32 on the CPU.
+
+What stock torch operators cannot do in one pass over memory: gradients of a table written once and past the caches,
+both gradients of the decoder from one reading of the error, Adam with what belongs to a row, rounding together with
+its norms, and selection without sorting. Sums are in a fixed order and one thread owns each of them, so the bits do
+not depend on the number of threads, which is torch's own.
+
+`serves` says whether tensors can be given to the functions here; they check nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_kernels.cpu.native import build
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are fp32 on the CPU and the library is there."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in given)
+    return plain and build.library() is not None
+
+
+def _call(name: str, *arguments: Tensor | float | None) -> None:
+    """Runs a C function: tensors go as pointers, None as NULL, whole numbers as int64, others as float."""
+    held = [argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments]
+    getattr(build.library(), name)(*map(_as_c, held))
+
+
+def _as_c(argument: Tensor | float | None) -> ctypes._SimpleCData:
+    match argument:
+        case None:
+            return ctypes.c_void_p()
+        case Tensor():
+            return ctypes.c_void_p(argument.data_ptr())
+        case int():
+            return ctypes.c_int64(argument)
+        case _:
+            return ctypes.c_float(argument)
+
+
+class FeatureMajor(NamedTuple):
+    """The transpose of a CSR code: pairs sorted by feature (ties in row order), and where each feature begins."""
+
+    order_P: Tensor  # position in the row-major code, int64
+    rows_P: Tensor  # the row of each sorted pair, int32
+    offsets: Tensor  # [F + 1], int32
+
+
+def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
+    """The code's pairs in feature-major order; features are int32."""
+    order_P = torch.empty(features_P.numel(), dtype=torch.int64)
+    rows_P, starts = torch.empty_like(order_P, dtype=torch.int32), torch.empty(n_features + 1, dtype=torch.int32)
+    _call("feature_major", offsets.numel() - 1, n_features, features_P, offsets.long(), starts, rows_P, order_P)
+    return FeatureMajor(order_P, rows_P, starts)
+
+
+def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
+    """See `reference.gather_sum`."""
+    out_RN = table_FN.new_empty(offsets.numel() - 1, table_FN.shape[1])
+    _call("gather_sum", *out_RN.shape, values_P, features_P, offsets.long(), table_FN, out_RN)
+    return out_RN
+
+
+def gather_dot(x_RN: Tensor, major: FeatureMajor, table_FN: Tensor) -> Tensor:
+    """See `reference.gather_dot`."""
+    out_P = x_RN.new_empty(major.order_P.numel())
+    _call("gather_dot", *table_FN.shape, major.offsets, major.rows_P, major.order_P, x_RN, table_FN, out_P)
+    return out_P
+
+
+def scatter_outer(
+    values_P: Tensor,
+    major: FeatureMajor,
+    x_RN: Tensor,
+    out_FN: Tensor,
+    *,
+    center_GN: Tensor | None = None,
+    sums_F: Tensor | None = None,
+) -> None:
+    """Writes `reference.scatter_outer` of `x - center` to `out_FN`, and each feature's sum of values to `sums_F`."""
+    n_groups = 1 if center_GN is None else center_GN.shape[0]
+    sizes = (out_FN.shape[0], n_groups, out_FN.shape[1])
+    indices = (major.offsets, major.rows_P, major.order_P)
+    _call("scatter_outer", *sizes, *indices, values_P, x_RN, center_GN, out_FN, sums_F)
+
+
+def decode_loss(
+    values_P: Tensor,
+    features_P: Tensor,
+    offsets: Tensor,
+    decoder_GFN: Tensor,
+    bias_GN: Tensor,
+    x_BGN: Tensor,
+    n_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_loss`; the squares are in float64."""
+    n_groups, n_features, width = decoder_GFN.shape
+    n_rows = x_BGN.shape[0] * n_groups
+    error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
+    squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
+    progress_R = torch.empty(n_rows, dtype=torch.int64)
+    sizes = (n_rows, n_groups, n_groups * n_features, width, n_parts)
+    code = (values_P, features_P, offsets.long())
+    _call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_BGN, squares_BGL, progress_R)
+    return error_BGN, squares_BGL.sum(0)
+
+
+def backward_decoder(
+    values_P: Tensor,
+    major: FeatureMajor,
+    error_BGN: Tensor,
+    weight_GL: Tensor,
+    decoder_GFN: Tensor,
+    d_decoder_GFN: Tensor,
+) -> Tensor:
+    """See `reference.backward_decoder`; the decoder's gradient is written to `d_decoder_GFN`."""
+    n_groups, n_features, width = decoder_GFN.shape
+    d_values_P = torch.empty(values_P.shape)
+    sizes = (n_groups * n_features, n_groups, width, weight_GL.shape[1])
+    inputs = (major.offsets, major.rows_P, major.order_P, values_P, error_BGN, weight_GL, decoder_GFN)
+    _call("backward_decoder", *sizes, *inputs, d_values_P, d_decoder_GFN)
+    return d_values_P
+
+
+def adam_rows(
+    parameter_RN: Tensor,
+    gradient_RN: Tensor,
+    first_RN: Tensor,
+    second_RN: Tensor,
+    *,
+    step: int,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale_G: Tensor | None,
+    unit: bool,
+) -> None:
+    """See `reference.adam_rows`; what is changed in place must be contiguous."""
+    n_rows, width = parameter_RN.shape
+    n_groups = 1 if scale_G is None else scale_G.numel()
+    state = (parameter_RN, gradient_RN, first_RN, second_RN)
+    new = (rate / (1 - betas[0] ** step), 1.0 - betas[0], float(betas[1]), 1.0 - betas[1], float(eps))
+    rest = ((1 - betas[1] ** step) ** 0.5, 1.0 - rate * weight_decay, scale_G, int(unit))
+    _call("adam_rows", n_rows, n_groups, width, *state, *new, *rest)
+
+
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
+    """See `reference.row_squares`."""
+    squares_R = gradient_RN.new_empty(gradient_RN.shape[0])
+    _call("row_squares", *gradient_RN.shape, gradient_RN, unit_RN, squares_R)
+    return squares_R
+
+
+def round_rows(table_RN: Tensor, scale_R: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows times their scale in bf16 `[R, N]`, and the norms `[R]` of the rows and of what rounding took from them."""
+    low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
+    squares_R, errors_R = table_RN.new_empty(2, table_RN.shape[0])
+    _call("round_rows", *table_RN.shape, table_RN, scale_R, low_RN, squares_R, errors_R)
+    return low_RN, squares_R.sqrt_(), errors_R.sqrt_()
+
+
+def reached_keys(keys_RF: Tensor, n_groups: int, k: int) -> Tensor:
+    """A key that at least k of each row's int16 keys reach, `[R]`: the k-th largest maximum of `n_groups` groups."""
+    out_R = keys_RF.new_empty(keys_RF.shape[0])
+    _call("reached_keys", *keys_RF.shape, n_groups, k, keys_RF, out_R)
+    return out_R
+
+
+def not_below(keys_RF: Tensor, bounds_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns, int32 and ascending, of the int16 keys not below their row's bound, and each row's count of them."""
+    counts_R = torch.empty(keys_RF.shape[0], dtype=torch.int64)
+    _call("count_not_below", *keys_RF.shape, keys_RF, bounds_R, counts_R)
+    offsets = torch.nn.functional.pad(counts_R.cumsum(0), (1, 0))
+    columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    _call("list_not_below", *keys_RF.shape, keys_RF, bounds_R, offsets, columns)
+    return columns, counts_R
+
+
+def top_k_of_lists(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """Positions, ascending, of the k largest scores of each row of a CSR code, `[R, k]` int64."""
+    kept = torch.empty(offsets.numel() - 1, k, dtype=torch.int64)
+    _call("top_k_of_lists", *kept.shape, offsets, score_P, kept)
+    return kept
+
+
+def top_k_of_rows(score_RF: Tensor, n_groups: int, k: int) -> Tensor:
+    """Columns, ascending, of the k largest scores of each row, `[R, k]` int64; `n_groups` >= k, or 0 for no groups."""
+    columns = torch.empty(score_RF.shape[0], k, dtype=torch.int64)
+    _call("top_k_of_rows", *score_RF.shape, n_groups, k, score_RF, columns)
+    return columns

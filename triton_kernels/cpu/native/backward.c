@@ -1,0 +1,92 @@
+/* Products that have one row a feature, feature by feature: the table is read in order and once, and one thread owns a
+   feature and adds in the order of its rows. `starts`, `rows` and `order` are those of `feature_major`. */
+#include "vectors.h"
+
+/* out[order[p]] = <x[rows[p]], table[f]> for the pairs of each feature f. */
+void gather_dot(int64_t n_features, int64_t n, const int32_t *starts, const int32_t *rows, const int64_t *order,
+                const float *x, const float *table, float *out)
+{
+#pragma omp parallel for schedule(dynamic, 64)
+    for (int64_t f = 0; f < n_features; f++)
+        for (int64_t p = starts[f]; p < starts[f + 1]; p++) out[order[p]] = dot(x + rows[p] * n, table + f * n, n);
+}
+
+/* out += v (x - c) over n numbers. */
+static void add_centered(float *restrict out, float v, const float *x, const float *c, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, load(out + i) + v * (load(x + i) - load(c + i)));
+    for (; i < n; i++) out[i] += v * (x[i] - c[i]);
+}
+
+/* out[f] = sum over the feature's pairs of values * (x[row] - center[group]), and sums[f] that of the values.
+   `center` and `sums` may be NULL. */
+void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n, const int32_t *starts, const int32_t *rows,
+                   const int64_t *order, const float *values, const float *x, const float *center, float *out,
+                   float *sums)
+{
+#pragma omp parallel
+    {
+        float *acc = malloc(n * sizeof *acc);
+#pragma omp for schedule(dynamic, 64)
+        for (int64_t f = 0; f < n_features; f++) {
+            double sum = 0;
+            memset(acc, 0, n * sizeof *acc);
+            for (int64_t p = starts[f]; p < starts[f + 1]; p++) {
+                const float v = values[order[p]];
+                sum += v;
+                if (center) add_centered(acc, v, x + rows[p] * n, center + (rows[p] % n_groups) * n, n);
+                else add_scaled(acc, v, x + rows[p] * n, n);
+            }
+            stream_scaled(out + f * n, 1, acc, n);
+            if (sums) sums[f] = (float)sum;
+        }
+        free(acc);
+    }
+}
+
+/* <e, w> over n numbers, and acc += v e in the same reading of e. */
+static float dot_and_add(const float *restrict e, const float *restrict w, float v, float *restrict acc, int64_t n)
+{
+    vec s0 = {0}, s1 = {0};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        const vec a = load(e + i), b = load(e + i + LANES);
+        s0 += a * load(w + i);
+        s1 += b * load(w + i + LANES);
+        store(acc + i, load(acc + i) + v * a);
+        store(acc + i + LANES, load(acc + i + LANES) + v * b);
+    }
+    float s = sum_lanes(s0 + s1);
+    for (; i < n; i++) {
+        s += e[i] * w[i];
+        acc[i] += v * e[i];
+    }
+    return s;
+}
+
+/* Both gradients of the decoder in one reading of the error, with w = 2 weight, one number for each part of a row:
+   d_values[order[p]] = <error[row], w table[f]> and d_table[f] = w sum of values * error[row]. */
+void backward_decoder(int64_t n_features, int64_t n_groups, int64_t n, int64_t n_parts, const int32_t *starts,
+                      const int32_t *rows, const int64_t *order, const float *values, const float *error,
+                      const float *weight, const float *table, float *d_values, float *d_table)
+{
+    const int64_t width = n / n_parts, per_group = n_features / n_groups;
+#pragma omp parallel
+    {
+        float *scaled = malloc(2 * n * sizeof *scaled), *acc = scaled + n;
+#pragma omp for schedule(dynamic, 64)
+        for (int64_t f = 0; f < n_features; f++) {
+            const float *w = weight + f / per_group * n_parts;
+            memset(acc, 0, n * sizeof *acc);
+            if (starts[f] < starts[f + 1])
+                for (int64_t l = 0; l < n_parts; l++)
+                    for (int64_t i = l * width; i < (l + 1) * width; i++) scaled[i] = 2 * w[l] * table[f * n + i];
+            for (int64_t p = starts[f]; p < starts[f + 1]; p++)
+                d_values[order[p]] = dot_and_add(error + rows[p] * n, scaled, values[order[p]], acc, n);
+            for (int64_t l = 0; l < n_parts; l++)
+                stream_scaled(d_table + f * n + l * width, 2 * w[l], acc + l * width, width);
+        }
+        free(scaled);
+    }
+}
