@@ -43,12 +43,18 @@ class Clock:
 
 def study_folder(config: Any, prefix: str, root: Path) -> Path:
     """`root/<prefix>-<hash>`: other settings, or another version of the code that computes, is another folder."""
-    package = Path(__file__).parents[1]
     digest = hashlib.sha256(json.dumps(to_mapping(config), sort_keys=True).encode())
-    for path in sorted([*package.rglob("*.py"), *package.parent.glob("triton_kernels/*.py")]):
-        if path.name not in PRESENTATION:
-            digest.update(path.read_bytes())
+    for path in computing_sources():
+        digest.update(path.read_bytes())
     return root / f"{prefix}-{digest.hexdigest()[:10]}"
+
+
+def computing_sources() -> list[Path]:
+    """Every file whose change may change a result: both packages, the kernels in C too, without what only shows."""
+    package = Path(__file__).parents[1]
+    kernels = package.parent / "triton_kernels"
+    found = [*package.rglob("*.py"), *kernels.rglob("*.py"), *kernels.rglob("*.[ch]")]
+    return sorted(path for path in found if path.name not in PRESENTATION)
 
 
 def save_splice_ids(held_out: TokenBlocks, folder: Path, n_blocks: int) -> Path | None:
