@@ -10,10 +10,14 @@ Returned features are global, `g * F + f`, ascending within a row, and a row is 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from triton_kernels.ops import DEVICES, backward_encoder, gather_sum, implementation, on_device_of
+
+PARTS_OF_A_SUM = 8
 
 
 @torch.library.custom_op("crosscoder::encode_top_k", mutates_args=(), device_types=DEVICES)
@@ -131,8 +135,16 @@ def _through_pairs(ctx, grad_values_P):
     if ctx.needs_input_grad[1]:
         assert d_bias is not None
         with torch.autocast(d_bias.device.type, enabled=False):
-            d_center = -torch.einsum("gf,gfn->gn", d_bias, encoder_GFN).to(center_GN.dtype)
+            d_center = -_sum_of_rows(d_bias, encoder_GFN).to(center_GN.dtype)
     return d_x, d_center, d_encoder, d_bias
+
+
+def _sum_of_rows(weight_GF: Tensor, table_GFN: Tensor) -> Tensor:
+    """`sum over f of weight[g, f] * table[g, f]`, `[G, N]`: a few products at a time, so that no thread waits."""
+    n_groups, n_features, width = table_GFN.shape
+    n_parts = math.gcd(n_features, PARTS_OF_A_SUM)
+    parts = torch.bmm(weight_GF.reshape(n_groups * n_parts, 1, -1), table_GFN.reshape(n_groups * n_parts, -1, width))
+    return parts.view(n_groups, n_parts, width).sum(1)
 
 
 def _top_k_backward(ctx, grad_values_P, *_):

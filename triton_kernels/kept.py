@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Answer = TypeVar("Answer")
@@ -13,7 +14,15 @@ Answer = TypeVar("Answer")
 class _Entry(NamedTuple):
     inputs: tuple[Tensor, Tensor]
     key: tuple[object, ...]
+    offsets: tuple[object, ...]
     answer: object
+
+    def has_offsets(self, offsets: Tensor, identity: tuple[object, ...]) -> bool:
+        """Whether the entry was made from these offsets, or from equal ones that nobody has written to since."""
+        if self.offsets == identity:
+            return True
+        kept = self.inputs[1]
+        return offsets.is_cpu and _identity(kept) == self.offsets and torch.equal(offsets, kept)
 
 
 class Latest(Generic[Answer]):
@@ -21,7 +30,8 @@ class Latest(Generic[Answer]):
 
     A backward pass asks for the same transpose several times in a row. The entry holds its inputs, so their memory
     cannot be given to another code, and their version counters tell whether they were written to since. Writes that
-    torch does not count, through `.data` or `.numpy()`, go unseen.
+    torch does not count, through `.data` or `.numpy()`, go unseen. Offsets that were made anew may be equal instead:
+    on the CPU that costs nothing to find out.
     """
 
     def __init__(self) -> None:
@@ -33,12 +43,12 @@ class Latest(Generic[Answer]):
         """The kept answer if inputs and settings are those it was made from, else a new one from `make`."""
         if features_P.is_inference() or offsets.is_inference():  # they have no version counter
             return make()
-        key = (*settings, *_identity(features_P), *_identity(offsets))
+        key, its_offsets = (*settings, *_identity(features_P)), _identity(offsets)
         entry = self._entry
-        if entry is not None and entry.key == key:
+        if entry is not None and entry.key == key and entry.has_offsets(offsets, its_offsets):
             return entry.answer  # ty: ignore[invalid-explicit-return]
         answer = make()
-        self._entry = _Entry((features_P.detach(), offsets.detach()), key, answer)
+        self._entry = _Entry((features_P.detach(), offsets.detach()), key, its_offsets, answer)
         return answer
 
     def clear(self) -> None:

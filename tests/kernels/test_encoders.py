@@ -96,7 +96,7 @@ def test_certified_candidates_hold_the_exact_choice_whatever_the_data(seed, spre
     if uneven:
         encoder *= torch.rand(512, 1, generator=generator) * 5
     bias = torch.randn(512, generator=generator) * spread
-    found = prefilter.top_k_candidates(x, encoder, bias, prefilter.rounded(encoder, bias, None, certified=True), k)
+    found = prefilter.top_k_candidates(prefilter.rounded(x), prefilter.Encoder(encoder, bias, None, True), k)
     candidates = torch.zeros(6, 512, dtype=torch.bool)
     candidates[found.rows(), found.features] = True
     exact = x.double() @ encoder.double().T + bias.double()
@@ -111,7 +111,7 @@ def test_without_its_margin_the_certificate_would_be_wrong():
     x = torch.randn(64, 64, generator=generator)
     encoder = torch.randn(1, 64, generator=generator) + 1e-2 * torch.randn(512, 64, generator=generator)
     bias = torch.zeros(512)
-    found = prefilter.top_k_candidates(x, encoder, bias, prefilter.rounded(encoder, bias, None, certified=False), 8)
+    found = prefilter.top_k_candidates(prefilter.rounded(x), prefilter.Encoder(encoder, bias, None, False), 8)
     candidates = torch.zeros(64, 512, dtype=torch.bool)
     candidates[found.rows(), found.features] = True
     exact = x.double() @ encoder.double().T

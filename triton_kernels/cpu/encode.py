@@ -13,6 +13,7 @@ The CPU rounds the encoder anew at each call and leaves a given `working` copy u
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from triton_kernels.cpu import prefilter, selection, sparse
 from triton_kernels.cpu.affine import affine
+from triton_kernels.cpu.lists import Candidates
 
 SLAB_ELEMENTS = 2**21  # 8 MiB in fp32: stays in the last-level cache between the product and the selection
 
@@ -41,11 +43,11 @@ class Problem(NamedTuple):
 
     def takes_candidates(self, k: int) -> bool:
         """Whether candidates come first, certified or not."""
-        return self.is_rounded or prefilter.pays(self.encoder_FN, k)
+        return self.x_RN.shape[0] > 0 and (self.is_rounded or prefilter.pays(self.encoder_FN, k))
 
-    def rounded(self) -> prefilter.Rounded | None:
-        """The encoder in bf16; None where it cannot stand in for the encoder."""
-        return prefilter.rounded(self.encoder_FN, self.bias_F, self.scale_F, certified=not self.is_rounded)
+    def for_candidates(self) -> prefilter.Encoder:
+        """What candidates are looked for with."""
+        return prefilter.Encoder(self.encoder_FN, self.bias_F, self.scale_F, certified=not self.is_rounded)
 
     def scaled(self, z: Tensor, features: Tensor) -> Tensor:
         """Scores of pairs from their z."""
@@ -83,7 +85,7 @@ def _slabs(problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield start, z, z if problem.scale_F is None else z * problem.scale_F
 
 
-def _scored_again(problem: Problem, found: prefilter.Candidates) -> tuple[Tensor, Tensor]:
+def _scored_again(problem: Problem, found: Candidates) -> tuple[Tensor, Tensor]:
     """z and score of candidates, in the encoder's own dtype."""
     features, offsets = found
     z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN) + problem.bias_F[features]
@@ -124,13 +126,22 @@ def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_k_of_candidates(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
-    encoder = problem.rounded()
-    if encoder is None:
+    x = prefilter.rounded(problem.x_RN)
+    safe_R = prefilter.is_safe(x)
+    if not bool(safe_R.all()):  # rows without a certificate are scored as a whole
+        values, columns = problem.x_RN.new_empty(safe_R.numel(), k), torch.empty(safe_R.numel(), k, dtype=torch.int64)
+        for chosen_R, choose in ((safe_R, _top_k_of_candidates), (~safe_R, _top_k_of_slabs)):
+            if bool(chosen_R.any()):
+                part = problem._replace(x_RN=problem.x_RN[chosen_R])
+                values[chosen_R], columns[chosen_R] = choose(part, k)
+        return values, columns
+    try:
+        found = prefilter.top_k_candidates(x, problem.for_candidates(), k)
+    except prefilter.UnsafeError:
         return _top_k_of_slabs(problem, k)
-    found = prefilter.top_k_candidates(problem.x_RN, problem.encoder_FN, problem.bias_F, encoder, k)
     z, score = _scored_again(problem, found)
     kept = selection.list_top_k(score, found.offsets, k)
-    return z[kept], found.features[kept]
+    return z[kept], found.features[kept].long()
 
 
 def encode_batch_top_k(
@@ -162,8 +173,8 @@ def _batch_top_k(problem: Problem, wanted: int) -> tuple[Pairs, Tensor]:
     """The `wanted` largest positive scores of one dictionary, and the smallest of them (0 where there is none)."""
     found = None
     if wanted and problem.takes_candidates(wanted // problem.x_RN.shape[0]):
-        encoder = problem.rounded()
-        found = None if encoder is None else prefilter.batch_candidates(problem.x_RN, encoder, wanted)
+        with contextlib.suppress(prefilter.UnsafeError):
+            found = prefilter.batch_candidates(_safe_rows(problem), problem.for_candidates(), wanted)
     if found is not None:
         rows, features = found.rows(), found.features
         z, score = _scored_again(problem, found)
@@ -176,6 +187,18 @@ def _batch_top_k(problem: Problem, wanted: int) -> tuple[Pairs, Tensor]:
     score = score[kept]
     cut = score.amin() if score.numel() else score.new_zeros(())
     return Pairs(z[kept], rows[kept], features[kept]), cut
+
+
+def _safe_rows(problem: Problem) -> prefilter.Rows:
+    """The rows in bf16.
+
+    Raises:
+        UnsafeError: not every row can have a certificate.
+    """
+    x = prefilter.rounded(problem.x_RN)
+    if not bool(prefilter.is_safe(x).all()):
+        raise prefilter.UnsafeError
+    return x
 
 
 def _survivors(problem: Problem, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,9 +251,8 @@ def _above(problem: Problem, threshold_F: Tensor, window: float) -> tuple[Pairs,
     n_features = problem.encoder_FN.shape[0]
     found = None
     if n_features and problem.takes_candidates(1):
-        encoder = problem.rounded()
-        lowest = lower_F.amin().item()
-        found = None if encoder is None else prefilter.above_candidates(problem.x_RN, encoder, lowest)
+        with contextlib.suppress(prefilter.UnsafeError):
+            found = prefilter.above_candidates(_safe_rows(problem), problem.for_candidates(), lower_F.amin().item())
     if found is not None:
         rows, features = found.rows(), found.features
         z, score = _scored_again(problem, found)

@@ -5,9 +5,12 @@ With x~ and w~ the rounded vectors, Cauchy and Schwarz bound what rounding can d
     |z~ - z| <= |x - x~| |w| + |x~| |w - w~| + |b - b~| + the sums' own rounding,
 
 where the norms of the residuals are measured, not guessed. A feature whose rounded score is further below the k-th
-best than twice that margin cannot be among the k best, whatever the data, so scoring the others again in fp32 gives
-the selection of an fp32 product: `certified`. Without the margin the rounded scores alone decide who is a candidate
-and fp32 decides among candidates: that is the setting `bf16`.
+best than both margins together cannot be among the k best, whatever the data, so scoring the others again in fp32
+gives the selection of an fp32 product: `certified`. Without the margin the rounded scores alone decide who is a
+candidate and fp32 decides among candidates: that is the setting `bf16`.
+
+The encoder is rounded a chunk of features at a time, and only one slab of scores exists at a time. What a chunk's
+scores prove about the k-th best goes on to the next one, and to a last sieve over all chunks' candidates.
 
 On random data a certified choice of 32 among 8,192 scores about 70 candidates a row again.
 """
@@ -15,17 +18,19 @@ On random data a certified choice of 32 among 8,192 scores about 70 candidates a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_kernels.cpu import native, selection
+from triton_kernels.cpu import lists, native, selection
 from triton_kernels.cpu.affine import affine
-from triton_kernels.reference import first_largest, row_of_pair
+from triton_kernels.cpu.lists import Candidates, Lists
 
-SLAB_ELEMENTS = 2**22  # 8 MiB in bf16
+SLAB_ELEMENTS = 2**22  # of scores: 8 MiB in bf16
+CHUNK_ELEMENTS = 2**22  # of the encoder
+MIN_CHUNK, CHUNK_PER_KEPT = 1024, 16  # features of a chunk, at least, and for each that is kept
 RELATIVE = 2.0**-8 * 1.01  # rounding of a result to bf16
 SUMMATION = 2.0**-23  # of a term of a sum in fp32, for both sums that are compared
 SAFE_NORMS = (1e-12, 1e18)  # between them squares of a row and of its rounding neither vanish nor overflow
@@ -33,31 +38,43 @@ ROWS_AT_A_TIME = 512  # of a table that is rounded: copy and both norms are made
 MIN_FEATURES, MIN_WIDTH, FEATURES_PER_ACTIVE = 4096, 128, 64
 
 
-class Rounded(NamedTuple):
-    """An encoder in bf16 and the largest norms over its rows."""
+class Encoder(NamedTuple):
+    """What candidates are looked for with: rows times `scale_F` where given, certified or not."""
 
-    encoder_FN: Tensor
+    weight_FN: Tensor
     bias_F: Tensor
+    scale_F: Tensor | None
     certified: bool
-    norm: float = 0.0
-    error: float = 0.0
-    bias_error: float = 0.0
 
     @property
     def slack(self) -> float:
         """Relative rounding of a result that a certificate must allow for."""
         return RELATIVE if self.certified else 0.0
 
+    def n_chunks(self, k: int) -> int:
+        """In how many chunks of features the candidates of k are looked for."""
+        n_features, width = self.weight_FN.shape
+        return max(1, min(-(-n_features * width // CHUNK_ELEMENTS), n_features // max(MIN_CHUNK, CHUNK_PER_KEPT * k)))
 
-class Candidates(NamedTuple):
-    """Features of each row, ascending, as CSR."""
 
-    features: Tensor  # int32
-    offsets: Tensor  # [R + 1], int64
+class Rows(NamedTuple):
+    """Rows of x in bf16, with the norms of the rows and of what rounding took from them."""
 
-    def rows(self) -> Tensor:
-        """The row of each candidate."""
-        return row_of_pair(self.offsets, self.features.numel())
+    low_RN: Tensor
+    norm_R: Tensor
+    error_R: Tensor
+
+
+class Slab(NamedTuple):
+    """Rounded scores of some rows for one chunk of features, and how far rounding can have moved each row's."""
+
+    rows: slice
+    score_RF: Tensor
+    margin_R: Tensor
+
+
+class UnsafeError(ArithmeticError):
+    """Some row has no certificate: numbers that are not finite, or whose squares leave the range of fp32."""
 
 
 def pays(encoder_FN: Tensor, k: int) -> bool:
@@ -68,27 +85,10 @@ def pays(encoder_FN: Tensor, k: int) -> bool:
     return is_fast and fits and encoder_FN.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def rounded(encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor | None, *, certified: bool) -> Rounded | None:
-    """The encoder in bf16, rows times `scale_F` where given, with what a certificate needs.
-
-    None where none can be given: norms that are not finite, or whose squares leave the range of fp32.
-    """
-    low_FN, norm_F, error_F = _rounded_rows(encoder_FN, scale_F)
-    bias_F = bias_F if scale_F is None else bias_F * scale_F
-    low_F = bias_F.to(torch.bfloat16)
-    if not certified:
-        return Rounded(low_FN, low_F, certified=False)
-    norm, error = norm_F.amax().item(), error_F.amax().item()
-    bias_error = (bias_F - low_F).abs().amax().item()
-    if not (SAFE_NORMS[0] < norm < SAFE_NORMS[1] and math.isfinite(error) and math.isfinite(bias_error)):
-        return None
-    return Rounded(low_FN, low_F, True, norm, error, bias_error)
-
-
-def _rounded_rows(table_RN: Tensor, scale_R: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(table_RN: Tensor, scale_R: Tensor | None = None) -> Rows:
     """Rows times their scale in bf16, and the norms of the rows and of what rounding took from them."""
     if native.serves(table_RN, scale_R):
-        return native.round_rows(table_RN, scale_R)
+        return Rows(*native.round_rows(table_RN, scale_R))
     low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
     norm_R, error_R = table_RN.new_empty(2, table_RN.shape[0])
     for start in range(0, table_RN.shape[0], ROWS_AT_A_TIME):
@@ -97,123 +97,140 @@ def _rounded_rows(table_RN: Tensor, scale_R: Tensor | None) -> tuple[Tensor, Ten
         low_RN[part] = rows
         norm_R[part] = torch.linalg.vector_norm(rows, dim=1)
         error_R[part] = torch.linalg.vector_norm(rows - low_RN[part], dim=1)
-    return low_RN, norm_R, error_R
+    return Rows(low_RN, norm_R, error_R)
 
 
-def _rounded_x(x_RN: Tensor, encoder: Rounded) -> tuple[Tensor, Tensor]:
-    """Rows in bf16 and how far rounding can move their scores, `[R]`: infinite where that cannot be said."""
-    low_RN, norm_R, error_R = _rounded_rows(x_RN, None)
-    if not encoder.certified:
-        return low_RN, norm_R.zero_()
-    low_norm_R = norm_R + error_R  # at least that of the rounded row
-    margin_R = error_R * encoder.norm + low_norm_R * encoder.error + encoder.bias_error
-    margin_R += SUMMATION * x_RN.shape[1] * low_norm_R * (encoder.norm + encoder.error)
-    is_safe_R = (norm_R > SAFE_NORMS[0]) & (norm_R < SAFE_NORMS[1])
-    return low_RN, torch.where(is_safe_R, margin_R, torch.inf)
+def is_safe(x: Rows) -> Tensor:
+    """Whether each row's score can be certified at all, `[R]`."""
+    return (x.norm_R > SAFE_NORMS[0]) & (x.norm_R < SAFE_NORMS[1])
 
 
-def _slabs(low_RN: Tensor, encoder: Rounded) -> Iterator[tuple[slice, Tensor]]:
-    """The rounded scores of each slab of rows."""
-    step = max(1, SLAB_ELEMENTS // encoder.encoder_FN.shape[0])
-    for start in range(0, low_RN.shape[0], step):
-        part = slice(start, start + step)
-        yield part, affine(low_RN[part], encoder.encoder_FN, encoder.bias_F)
+def _scan(x: Rows, encoder: Encoder, n_chunks: int, take: Callable[[Slab], None]) -> None:
+    """Gives `take` slab by slab of rows, of chunk by chunk of features; a slab's memory is the next one's.
 
-
-def _not_below(score_RF: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns, ascending, of the bf16 scores not below their row's bound, which must be positive; and their counts.
-
-    Positive bf16 numbers compare as their bits do, which the CPU does many at a time.
+    Raises:
+        UnsafeError: the encoder cannot be rounded.
     """
-    low_R = bound_R.to(torch.bfloat16)
-    bound_R = low_R.view(torch.int16) - (low_R.float() > bound_R).to(torch.int16)
-    keys_RF = score_RF.view(torch.int16)
-    if native.serves():
-        return native.not_below(keys_RF, bound_R)
-    rows, columns = (keys_RF >= bound_R[:, None]).nonzero(as_tuple=True)
-    return columns.to(torch.int32), torch.bincount(rows, minlength=keys_RF.shape[0])
+    low_norm_R = x.norm_R + x.error_R  # at least that of the rounded row
+    for chunk in range(n_chunks):
+        scale_F = None if encoder.scale_F is None else encoder.scale_F[chunk::n_chunks]
+        weight = rounded(encoder.weight_FN[chunk::n_chunks], scale_F)
+        bias_F = encoder.bias_F[chunk::n_chunks]
+        bias_F = bias_F if scale_F is None else bias_F * scale_F
+        low_F = bias_F.to(torch.bfloat16)
+        norm, error = weight.norm_R.amax().item(), weight.error_R.amax().item()
+        bias_error = (bias_F - low_F).abs().amax().item()
+        if not (SAFE_NORMS[0] < norm < SAFE_NORMS[1] and math.isfinite(error) and math.isfinite(bias_error)):
+            raise UnsafeError
+        margin_R = torch.zeros_like(x.norm_R)
+        if encoder.certified:
+            sums = SUMMATION * x.low_RN.shape[1] * (norm + error)
+            margin_R = x.error_R * norm + low_norm_R * (error + sums) + bias_error
+        step = max(1, SLAB_ELEMENTS // low_F.numel())
+        for start in range(0, x.low_RN.shape[0], step):
+            part = slice(start, start + step)
+            take(Slab(part, affine(x.low_RN[part], weight.low_RN, low_F), margin_R[part]))
 
 
-def _reached_by(score_RF: Tensor, k: int) -> Tensor:
-    """A value that at least k scores of each row reach, in fp32: the k-th largest of the maxima of groups.
+class _Found:
+    """Lists of candidates as they come, slab by slab."""
 
-    Negative scores may be compared in the wrong order; a value at or below 0 is therefore no answer.
+    def __init__(self, n_rows: int) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.margin_R = torch.zeros(n_rows)  # the largest of all chunks
+
+    def add(self, slab: Slab, bound_R: Tensor) -> None:
+        """Takes in the scores that reach the bound."""
+        self._parts.append(lists.not_below(slab.score_RF, bound_R))
+        self.margin_R[slab.rows] = torch.maximum(self.margin_R[slab.rows], slab.margin_R)
+
+    def lists(self) -> Lists:
+        """All of them."""
+        columns, keys, counts = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return Lists(columns, keys, offsets, self.margin_R.numel())
+
+
+def _proven(score: Tensor, margin: Tensor, slack: float) -> Tensor:
+    """What an exact score is at least, whose rounded one is `score`."""
+    return score * torch.where(score >= 0, 1 - slack, 1 + slack) - margin
+
+
+def _within_reach(exact: Tensor, margin: Tensor, slack: float) -> Tensor:
+    """The smallest rounded score whose exact one may be `exact`."""
+    score = exact - margin
+    return score / torch.where(score >= 0, 1 + slack, 1 - slack)
+
+
+def top_k_candidates(x: Rows, encoder: Encoder, k: int) -> Candidates:
+    """At least k features of each row, the k best scores among them; all rows must be safe.
+
+    Raises:
+        UnsafeError: the encoder has no certificate.
     """
-    keys_RF = score_RF.view(torch.int16)
-    n_features = keys_RF.shape[1]
-    n_groups = min(n_features, max(256, selection.GROUPS_PER_KEPT * k))
-    if native.serves():
-        return native.reached_keys(keys_RF, n_groups, k).view(torch.bfloat16).float()
-    whole = n_features // n_groups * n_groups
-    maxima = keys_RF[:, :whole].unflatten(1, (whole // n_groups, n_groups)).amax(1)
-    if whole < n_features:
-        maxima = torch.cat([maxima, keys_RF[:, whole:]], dim=1)
-    best = maxima.view(torch.bfloat16).float().topk(k, dim=1, sorted=False)
-    return best.values.amin(1) if keys_RF.shape[0] else best.values.new_empty(0)
+    found, slack = _Found(x.norm_R.numel()), encoder.slack
+    least_R = torch.full_like(x.norm_R, -torch.inf)  # what the k-th best exact score is at least
+
+    def take(slab: Slab) -> None:
+        proven_R = _proven(lists.reached_by(slab.score_RF, k), slab.margin_R, slack)
+        least_R[slab.rows] = torch.maximum(least_R[slab.rows], proven_R)
+        found.add(slab, _within_reach(least_R[slab.rows], slab.margin_R, slack))
+
+    _scan(x, encoder, encoder.n_chunks(k), take)
+    every = found.lists()
+    least_R = torch.maximum(least_R, _proven(lists.kth_score(every, k), found.margin_R, slack))
+    return lists.merged(every, _within_reach(least_R, found.margin_R, slack), encoder.bias_F.numel())
 
 
-def top_k_candidates(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, encoder: Rounded, k: int) -> Candidates:
-    """At least k features of each row, the k best scores among them; `encoder` is `rounded(encoder_FN, bias_F)`."""
-    low_RN, margin_R = _rounded_x(x_RN, encoder)
-    features, counts = [], []
-    for part, score_RF in _slabs(low_RN, encoder):
-        bound_R = (_reached_by(score_RF, k) * (1 - encoder.slack) - 2 * margin_R[part]) / (1 + encoder.slack)
-        hard = ~((bound_R > 0) & bound_R.isfinite())
-        columns, counts_R = _not_below(score_RF, torch.where(hard, torch.inf, bound_R))
-        if bool(hard.any()):  # those rows are scored again as a whole
-            best = first_largest(affine(x_RN[part][hard], encoder_FN, bias_F), k).to(torch.int32)
-            lists = list(columns.split(counts_R.tolist()))
-            for row, chosen in zip(hard.nonzero().flatten().tolist(), best, strict=True):
-                lists[row] = chosen
-            columns, counts_R = torch.cat(lists), counts_R.masked_fill(hard, k)
-        features.append(columns)
-        counts.append(counts_R)
-    return _joined(features, counts)
+def above_candidates(x: Rows, encoder: Encoder, threshold: float) -> Candidates:
+    """Every feature whose score may exceed `threshold`.
+
+    Raises:
+        UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
+    """
+    found = _Found(x.norm_R.numel())
+    exact = x.norm_R.new_tensor(threshold)
+
+    def take(slab: Slab) -> None:
+        found.add(slab, _positive(_within_reach(exact, slab.margin_R, encoder.slack)))
+
+    _scan(x, encoder, encoder.n_chunks(1), take)
+    return lists.merged(found.lists(), torch.full_like(x.norm_R, -torch.inf), encoder.bias_F.numel())
 
 
-def above_candidates(x_RN: Tensor, encoder: Rounded, threshold: float) -> Candidates | None:
-    """Every feature whose score may exceed `threshold`; None where the threshold is too near 0 to certify."""
-    low_RN, margin_R = _rounded_x(x_RN, encoder)
-    bound_R = (threshold - margin_R) / (1 + encoder.slack)
+def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
+    """At least `wanted` pairs, the `wanted` largest positive scores of the batch among them.
+
+    A sample of the first slab guesses what they reach. The guess was not too high if so many are proven to reach it.
+
+    Raises:
+        UnsafeError: there is no certificate, or the guess was too high or too near 0.
+    """
+    n_rows, n_features, slack = x.norm_R.numel(), encoder.bias_F.numel(), encoder.slack
+    found, guesses = _Found(n_rows), []
+
+    def take(slab: Slab) -> None:
+        if not guesses:
+            sampled = selection.sampled_bound(slab.score_RF, wanted / (n_rows * n_features))
+            guesses.append(_proven(x.norm_R.new_tensor(sampled), slab.margin_R.amax(), slack))
+        found.add(slab, _positive(_within_reach(guesses[0], slab.margin_R, slack)))
+
+    _scan(x, encoder, encoder.n_chunks(-(-wanted // n_rows)), take)
+    every = found.lists()
+    rows = lists.row_of_pair(every.offsets, every.keys.numel()) % n_rows
+    proven = _proven(lists.scores_of(every.keys), found.margin_R[rows], slack)
+    if int((proven >= guesses[0]).sum()) < wanted:
+        raise UnsafeError
+    least = proven.topk(wanted, sorted=False).values.amin()
+    return lists.merged(every, _within_reach(least, found.margin_R, slack), n_features)
+
+
+def _positive(bound_R: Tensor) -> Tensor:
+    """The bounds, if all are above 0: at or below it they would let most features of a row through.
+
+    Raises:
+        UnsafeError: one is not.
+    """
     if not bool((bound_R > 0).all()):
-        return None
-    found = [_not_below(score_RF, bound_R[part]) for part, score_RF in _slabs(low_RN, encoder)]
-    return _joined([columns for columns, _ in found], [counts_R for _, counts_R in found])
-
-
-def batch_candidates(x_RN: Tensor, encoder: Rounded, wanted: int) -> Candidates | None:
-    """At least `wanted` pairs, the `wanted` largest positive scores of the batch among them; None where that is open.
-
-    A sample of the first slab sets the bound that pairs must reach to be looked at. It was low enough if `wanted`
-    rounded scores reach it.
-    """
-    low_RN, margin_R = _rounded_x(x_RN, encoder)
-    below_R = margin_R + margin_R.amax()
-    reached, bound_R = 0.0, margin_R
-    features, counts, scores = [], [], []
-    for part, score_RF in _slabs(low_RN, encoder):
-        if part.start == 0:
-            reached = selection.sampled_bound(score_RF, wanted / (x_RN.shape[0] * score_RF.shape[1]))
-            bound_R = (reached * (1 - encoder.slack) - below_R) / (1 + encoder.slack)
-            if not bool((bound_R > 0).all()):
-                return None
-        columns, counts_R = _not_below(score_RF, bound_R[part])
-        rows = torch.arange(score_RF.shape[0]).repeat_interleave(counts_R, output_size=columns.numel())
-        features.append(columns)
-        counts.append(counts_R)
-        scores.append(score_RF[rows, columns.long()].float())
-    found, score = _joined(features, counts), torch.cat(scores)
-    if int((score >= reached).sum()) < wanted:
-        return None
-    cut = score.topk(wanted, sorted=False).values.amin()
-    rows = found.rows()
-    near = score >= (cut * (1 - encoder.slack) - below_R[rows]) / (1 + encoder.slack)
-    counts_R = torch.bincount(rows[near], minlength=x_RN.shape[0])
-    return _joined([found.features[near]], [counts_R])
-
-
-def _joined(features: list[Tensor], counts: list[Tensor]) -> Candidates:
-    """Candidates of successive rows."""
-    if not features:
-        return Candidates(torch.empty(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
-    return Candidates(torch.cat(features), torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0)))
+        raise UnsafeError
+    return bound_R

@@ -2,8 +2,9 @@
 
 The C library gives blocks above 32 MiB back to the system when they are freed, and a fresh 50 MiB block costs twelve
 thousand page faults (8-18 ms here, more than filling it). A weight gradient of that size is made and dropped every
-step, so, as the CUDA allocator does, we keep such blocks. At most `KEPT_BLOCKS` unused ones are kept; smaller results,
-which the C library recycles by itself, are ordinary allocations.
+step, so, as the CUDA allocator does, we keep such blocks. At most `KEPT_BLOCKS` unused ones are kept. Smaller results
+are ordinary allocations, which the C library recycles by itself: it keeps what is freed up to twice the largest block
+that it has seen freed, so it is shown one block of nearly the largest size that it learns from.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def _holders(blocks: list[torch.UntypedStorage], index: int) -> tuple[int, int]:
     return torch._C._storage_Use_Count(blocks[index]._cdata), sys.getrefcount(blocks[index])
 
 
+torch.empty(RECYCLED_BYTES - 2**20, dtype=torch.uint8)  # given back at once, and never written to
 NOBODY_ELSE = _holders([torch.empty(1).untyped_storage()], 0)
 
 

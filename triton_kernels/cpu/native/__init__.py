@@ -159,28 +159,58 @@ def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
 
 
 def round_rows(table_RN: Tensor, scale_R: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows times their scale in bf16 `[R, N]`, and the norms `[R]` of the rows and of what rounding took from them."""
+    """Rows times their scale in bf16 `[R, N]`, and the norms `[R]` of the rows and of what rounding took from them.
+
+    Rows of the table may lie apart, but each must be contiguous.
+    """
     low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
     squares_R, errors_R = table_RN.new_empty(2, table_RN.shape[0])
-    _call("round_rows", *table_RN.shape, table_RN, scale_R, low_RN, squares_R, errors_R)
+    stride = table_RN.stride(0)
+    rows = table_RN.as_strided((max(0, (table_RN.shape[0] - 1) * stride) + table_RN.shape[1],), (1,))
+    _call("round_rows", *table_RN.shape, stride, rows, scale_R, low_RN, squares_R, errors_R)
     return low_RN, squares_R.sqrt_(), errors_R.sqrt_()
 
 
-def reached_keys(keys_RF: Tensor, n_groups: int, k: int) -> Tensor:
-    """A key that at least k of each row's int16 keys reach, `[R]`: the k-th largest maximum of `n_groups` groups."""
-    out_R = keys_RF.new_empty(keys_RF.shape[0])
-    _call("reached_keys", *keys_RF.shape, n_groups, k, keys_RF, out_R)
+def reached_keys(bits_RF: Tensor, n_groups: int, k: int) -> Tensor:
+    """A key that at least k of each row's bf16 scores reach, `[R]`: the k-th largest maximum of `n_groups` groups."""
+    out_R = bits_RF.new_empty(bits_RF.shape[0])
+    _call("reached_keys", *bits_RF.shape, n_groups, k, bits_RF, out_R)
     return out_R
 
 
-def not_below(keys_RF: Tensor, bounds_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns, int32 and ascending, of the int16 keys not below their row's bound, and each row's count of them."""
-    counts_R = torch.empty(keys_RF.shape[0], dtype=torch.int64)
-    _call("count_not_below", *keys_RF.shape, keys_RF, bounds_R, counts_R)
-    offsets = torch.nn.functional.pad(counts_R.cumsum(0), (1, 0))
+def not_below(bits_RF: Tensor, bounds_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns, int32 and ascending, and keys of the scores not below their row's bound, and each row's count."""
+    counts_R = torch.empty(bits_RF.shape[0], dtype=torch.int64)
+    _call("count_not_below", *bits_RF.shape, bits_RF, bounds_R, counts_R)
+    offsets = _starts(counts_R)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    _call("list_not_below", *keys_RF.shape, keys_RF, bounds_R, offsets, columns)
-    return columns, counts_R
+    keys = torch.empty_like(columns, dtype=torch.int16)
+    _call("list_not_below", *bits_RF.shape, bits_RF, bounds_R, offsets, columns, keys)
+    return columns, keys, counts_R
+
+
+def kth_of_lists(offsets: Tensor, keys: Tensor, n_rows: int, n_chunks: int, k: int) -> Tensor:
+    """The k-th largest key of each row's lists, `[R]`."""
+    out_R = keys.new_empty(n_rows)
+    _call("kth_of_lists", n_chunks, n_rows, k, offsets, keys, out_R)
+    return out_R
+
+
+def merged_lists(
+    offsets: Tensor, columns: Tensor, keys: Tensor, n_rows: int, n_chunks: int, bounds_R: Tensor, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Features, int32 and ascending, of the keys not below their row's bound, and the offsets of the rows."""
+    counts_R = torch.empty(n_rows, dtype=torch.int64)
+    _call("count_lists", n_chunks, n_rows, offsets, keys, bounds_R, counts_R)
+    starts = _starts(counts_R)
+    features = torch.empty(int(starts[-1]), dtype=torch.int32)
+    _call("merge_lists", n_chunks, n_rows, n_features, offsets, columns, keys, bounds_R, starts, features)
+    return features, starts
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each of successive lists begins, and where the last one ends."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def top_k_of_lists(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:

@@ -64,14 +64,14 @@ void row_squares(int64_t n_rows, int64_t n, const float *gradient, const float *
     }
 }
 
-/* low = scale * row in bf16, with the squares of each scaled row and of what rounding took from it. `scale` may be
-   NULL. */
-void round_rows(int64_t n_rows, int64_t n, const float *table, const float *scale, uint16_t *low, float *squares,
-                float *errors)
+/* low = scale * row in bf16, with the squares of each scaled row and of what rounding took from it. Rows begin `stride`
+   numbers apart; `scale` may be NULL. */
+void round_rows(int64_t n_rows, int64_t n, int64_t stride, const float *table, const float *scale, uint16_t *low,
+                float *squares, float *errors)
 {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < n_rows; r++) {
-        const float *restrict row = table + r * n;
+        const float *restrict row = table + r * stride;
         uint16_t *restrict out = low + r * n;
         const float by = scale ? scale[r] : 1;
         float square = 0, error = 0;

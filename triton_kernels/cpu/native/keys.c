@@ -1,0 +1,137 @@
+/* Candidates from scores in bf16: columns whose scores reach a bound, as lists. A key is a score's 16 bits as a whole
+   number in the order of the scores. Lists come chunk by chunk of the columns: offsets[c * n_rows + r] is where that of
+   chunk c and row r begins. */
+#include "largest.h"
+
+#define ORDERED(bits) ((int16_t)((bits) ^ ((bits) >> 15 & INT16_MAX)))
+KTH_LARGEST(kth_key, int16_t, uint16_t)
+GROUP_MAXIMA(maxima_of_keys, int16_t, ORDERED)
+
+/* A key that at least k of each row's scores reach: the k-th largest of its groups' maxima, k <= n_groups <= n. */
+void reached_keys(int64_t n_rows, int64_t n, int64_t n_groups, int64_t k, const int16_t *scores, int16_t *out)
+{
+#pragma omp parallel
+    {
+        int16_t *best = malloc(n_groups * sizeof *best);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < n_rows; r++) {
+            maxima_of_keys(best, n_groups, scores + r * n, n);
+            out[r] = kth_key(best, n_groups, k);
+        }
+        free(best);
+    }
+}
+
+/* Which of 64 scores are not below the bound, a bit each. */
+static inline uint64_t not_below(const int16_t *scores, int16_t bound)
+{
+#ifdef __AVX512BW__
+    const __m512i least = _mm512_set1_epi16(bound), rest = _mm512_set1_epi16(INT16_MAX);
+    uint64_t mask = 0;
+    for (int half = 0; half < 2; half++) {
+        const __m512i bits = _mm512_loadu_si512(scores + 32 * half);
+        const __m512i keys = _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi16(bits, 15), rest));
+        mask |= (uint64_t)_mm512_cmpge_epi16_mask(keys, least) << 32 * half;
+    }
+    return mask;
+#else
+    uint64_t mask = 0;
+    for (int i = 0; i < 64; i++) mask |= (uint64_t)(ORDERED(scores[i]) >= bound) << i;
+    return mask;
+#endif
+}
+
+/* How many of each row's scores are not below its bound. */
+void count_not_below(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, int64_t *counts)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < n_rows; r++) {
+        const int16_t *row = scores + r * n;
+        int64_t count = 0, i = 0;
+        for (; i + 64 <= n; i += 64) count += __builtin_popcountll(not_below(row + i, bounds[r]));
+        for (; i < n; i++) count += ORDERED(row[i]) >= bounds[r];
+        counts[r] = count;
+    }
+}
+
+/* Their columns, ascending, and keys, from offsets[r] on. */
+void list_not_below(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, const int64_t *offsets,
+                    int32_t *columns, int16_t *keys)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < n_rows; r++) {
+        const int16_t *row = scores + r * n;
+        int64_t at = offsets[r], i = 0;
+        for (; i + 64 <= n; i += 64)
+            for (uint64_t mask = not_below(row + i, bounds[r]); mask; mask &= mask - 1) {
+                const int64_t column = i + __builtin_ctzll(mask);
+                keys[at] = ORDERED(row[column]);
+                columns[at++] = (int32_t)column;
+            }
+        for (; i < n; i++)
+            if (ORDERED(row[i]) >= bounds[r]) {
+                keys[at] = ORDERED(row[i]);
+                columns[at++] = (int32_t)i;
+            }
+    }
+}
+
+/* The k-th largest key of each row's lists together; the smallest of all keys where there are fewer. */
+void kth_of_lists(int64_t n_chunks, int64_t n_rows, int64_t k, const int64_t *offsets, const int16_t *keys,
+                  int16_t *out)
+{
+#pragma omp parallel
+    {
+        int16_t *all = NULL;
+        int64_t room = 0;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < n_rows; r++) {
+            int64_t count = 0;
+            for (int64_t c = 0; c < n_chunks; c++) {
+                const int64_t begin = offsets[c * n_rows + r], size = offsets[c * n_rows + r + 1] - begin;
+                if (count + size > room) all = realloc(all, (room = 2 * (count + size)) * sizeof *all);
+                if (size) memcpy(all + count, keys + begin, size * sizeof *all);
+                count += size;
+            }
+            out[r] = kth_key(all, count, k);
+        }
+        free(all);
+    }
+}
+
+/* How many keys of each row's lists are not below its bound. */
+void count_lists(int64_t n_chunks, int64_t n_rows, const int64_t *offsets, const int16_t *keys, const int16_t *bounds,
+                 int64_t *counts)
+{
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < n_rows; r++) {
+        int64_t count = 0;
+        for (int64_t c = 0; c < n_chunks; c++)
+            for (int64_t i = offsets[c * n_rows + r]; i < offsets[c * n_rows + r + 1]; i++) count += keys[i] >= bounds[r];
+        counts[r] = count;
+    }
+}
+
+/* Their features, ascending, from starts[r] on. Chunk c's column i is feature i * n_chunks + c. */
+void merge_lists(int64_t n_chunks, int64_t n_rows, int64_t n_features, const int64_t *offsets, const int32_t *columns,
+                 const int16_t *keys, const int16_t *bounds, const int64_t *starts, int32_t *features)
+{
+    const int64_t n_words = (n_features + 63) / 64;
+#pragma omp parallel
+    {
+        uint64_t *is_in = calloc(n_words, sizeof *is_in);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < n_rows; r++) {
+            for (int64_t c = 0; c < n_chunks; c++)
+                for (int64_t i = offsets[c * n_rows + r]; i < offsets[c * n_rows + r + 1]; i++) {
+                    const int64_t f = columns[i] * n_chunks + c;
+                    is_in[f / 64] |= (uint64_t)(keys[i] >= bounds[r]) << f % 64;
+                }
+            int64_t at = starts[r];
+            for (int64_t w = 0; w < n_words; is_in[w++] = 0)
+                for (uint64_t word = is_in[w]; word; word &= word - 1)
+                    features[at++] = (int32_t)(64 * w + __builtin_ctzll(word));
+        }
+        free(is_in);
+    }
+}
