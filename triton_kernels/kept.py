@@ -1,4 +1,4 @@
-"""The latest answer computed from a code's indices, given back while they are the same."""
+"""Answers kept for who asks the same again: about a code's indices, and about gradients just written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Answer = TypeVar("Answer")
 
@@ -59,3 +60,49 @@ class Latest(Generic[Answer]):
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     storage = tensor.untyped_storage()._cdata
     return (storage, tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class _Note(NamedTuple):
+    storage: StorageWeakRef
+    where: tuple[object, ...]
+    squares_R: Tensor
+
+
+class RowSquares:
+    """Squared norms of the rows of gradients, as the kernels that wrote them found them on the way.
+
+    Clipping asks for them a moment later, and finding them again reads a whole table. A note holds no memory of the
+    gradient: it ends with it, and with the first write to it.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._notes: list[_Note] = []
+
+    def note(self, gradient: Tensor, squares_R: Tensor) -> None:
+        """Keep the squares of a contiguous gradient that was just made."""
+        alive = [note for note in self._notes if not note.storage.expired()]
+        note = _Note(StorageWeakRef(gradient.untyped_storage()), _where(gradient), squares_R)
+        self._notes = [*alive, note][-self._room :]
+
+    def find(self, gradient_RN: Tensor) -> Tensor | None:
+        """The squares of these rows, if nobody has written to them since; None where they are not known."""
+        where, key = _where(gradient_RN), gradient_RN.untyped_storage()._cdata
+        for note in self._notes:
+            is_same = note.storage.cdata == key and not note.storage.expired() and note.where == where
+            if is_same and note.squares_R.numel() == gradient_RN.shape[0]:
+                return note.squares_R
+        return None
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._notes = []
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    return (
+        tensor.data_ptr(),
+        None if tensor.is_inference() else tensor._version,
+        tensor.numel(),
+        tensor.is_contiguous(),
+    )

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import native, sparse, workspace
+from triton_kernels.kept import RowSquares
 from triton_kernels.reference import sum_dtype
+
+row_squares = RowSquares(room=4)
+"""Of the gradients that the backward passes wrote last."""
 
 
 def decode_loss(
@@ -49,7 +53,9 @@ def backward_decoder(
     if native.serves(values_P, error_BGN, weight_GL, decoder_GFN):
         major = sparse.feature_major(features_P, offsets, n_groups * n_features)
         d_decoder = workspace.empty((n_groups, n_features, width), dtype=torch.float32)
-        return native.backward_decoder(values_P, major, error_BGN, weight_GL, decoder_GFN, d_decoder), d_decoder
+        d_values, squares_F = native.backward_decoder(values_P, major, error_BGN, weight_GL, decoder_GFN, d_decoder)
+        row_squares.note(d_decoder, squares_F)
+        return d_values, d_decoder
     grad_BGN = (error_BGN.unflatten(2, (n_parts, -1)) * (2 * weight_GL)[..., None]).flatten(2).to(error_BGN.dtype)
     table_FN, grad_RN = decoder_GFN.reshape(-1, width), grad_BGN.reshape(-1, width)
     d_values = sparse.gather_dot(grad_RN, features_P, offsets, table_FN)
@@ -72,7 +78,8 @@ def backward_encoder(
         d_encoder = workspace.empty((n_groups, n_features, width), dtype=torch.float32)
         d_bias = d_z_P.new_empty(n_groups, n_features)
         out_FN = d_encoder.view(-1, width)
-        native.scatter_outer(d_z_P, major, x_BGN, out_FN, center_GN=center_GN, sums_F=d_bias)
+        squares_F = native.scatter_outer(d_z_P, major, x_BGN, out_FN, center_GN=center_GN, sums_F=d_bias)
+        row_squares.note(d_encoder, squares_F)
         return d_encoder, d_bias
     centered_BGN = (x_BGN - center_GN).to(d_z_P.dtype)
     wide = sum_dtype(d_z_P.dtype)

@@ -71,3 +71,8 @@ def shuffled_programs():
             del builder.set_grid_dim, builder.set_grid_idx
 
     return shuffled
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_form():
+    """One form is enough: these tests are of the GPU's."""

@@ -82,12 +82,17 @@ def scatter_outer(
     *,
     center_GN: Tensor | None = None,
     sums_F: Tensor | None = None,
-) -> None:
-    """Writes `reference.scatter_outer` of `x - center` to `out_FN`, and each feature's sum of values to `sums_F`."""
+) -> Tensor:
+    """Writes `reference.scatter_outer` of `x - center` to `out_FN`, and each feature's sum of values to `sums_F`.
+
+    Returns the squared norm of each row that it wrote.
+    """
     n_groups = 1 if center_GN is None else center_GN.shape[0]
+    squares_F = out_FN.new_empty(out_FN.shape[0])
     sizes = (out_FN.shape[0], n_groups, out_FN.shape[1])
     indices = (major.offsets, major.rows_P, major.order_P)
-    _call("scatter_outer", *sizes, *indices, values_P, x_RN, center_GN, out_FN, sums_F)
+    _call("scatter_outer", *sizes, *indices, values_P, x_RN, center_GN, out_FN, sums_F, squares_F)
+    return squares_F
 
 
 def decode_loss(
@@ -118,14 +123,17 @@ def backward_decoder(
     weight_GL: Tensor,
     decoder_GFN: Tensor,
     d_decoder_GFN: Tensor,
-) -> Tensor:
-    """See `reference.backward_decoder`; the decoder's gradient is written to `d_decoder_GFN`."""
+) -> tuple[Tensor, Tensor]:
+    """See `reference.backward_decoder`; the decoder's gradient is written to `d_decoder_GFN`.
+
+    Returns the gradient to the values, and the squared norm of each row of the decoder's.
+    """
     n_groups, n_features, width = decoder_GFN.shape
-    d_values_P = torch.empty(values_P.shape)
+    d_values_P, squares_F = torch.empty(values_P.shape), torch.empty(n_groups * n_features)
     sizes = (n_groups * n_features, n_groups, width, weight_GL.shape[1])
     inputs = (major.offsets, major.rows_P, major.order_P, values_P, error_BGN, weight_GL, decoder_GFN)
-    _call("backward_decoder", *sizes, *inputs, d_values_P, d_decoder_GFN)
-    return d_values_P
+    _call("backward_decoder", *sizes, *inputs, d_values_P, d_decoder_GFN, squares_F)
+    return d_values_P, squares_F
 
 
 def adam_rows(

@@ -11,34 +11,47 @@ void gather_dot(int64_t n_features, int64_t n, const int32_t *starts, const int3
         for (int64_t p = starts[f]; p < starts[f + 1]; p++) out[order[p]] = dot(x + rows[p] * n, table + f * n, n);
 }
 
-/* out += v (x - c) over n numbers. */
-static void add_centered(float *restrict out, float v, const float *x, const float *c, int64_t n)
+/* acc += sum of v[j] (x[j] - c) over n numbers, for four x; c may be NULL. */
+static inline void add_four(float *restrict acc, const float *v, const float *const *x, const float *c, int64_t n)
 {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(out + i, load(out + i) + v * (load(x + i) - load(c + i)));
-    for (; i < n; i++) out[i] += v * (x[i] - c[i]);
+    for (; i + LANES <= n; i += LANES) {
+        const vec less = c ? load(c + i) : (vec){0};
+        store(acc + i, load(acc + i) + v[0] * (load(x[0] + i) - less) + v[1] * (load(x[1] + i) - less) +
+                           v[2] * (load(x[2] + i) - less) + v[3] * (load(x[3] + i) - less));
+    }
+    for (; i < n; i++)
+        for (int j = 0; j < 4; j++) acc[i] += v[j] * (x[j][i] - (c ? c[i] : 0));
 }
 
-/* out[f] = sum over the feature's pairs of values * (x[row] - center[group]), and sums[f] that of the values.
-   `center` and `sums` may be NULL. */
+/* out[f] = sum over the feature's pairs of values * (x[row] - center), sums[f] that of the values, and squares[f] the
+   square of the row's norm. Rows of dictionary g are g, n_groups + g, ...; `center` and `sums` may be NULL. */
 void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n, const int32_t *starts, const int32_t *rows,
                    const int64_t *order, const float *values, const float *x, const float *center, float *out,
-                   float *sums)
+                   float *sums, float *squares)
 {
+    const int64_t per_group = n_features / n_groups;
 #pragma omp parallel
     {
         float *acc = malloc(n * sizeof *acc);
 #pragma omp for schedule(dynamic, 64)
         for (int64_t f = 0; f < n_features; f++) {
+            const float *c = center ? center + f / per_group * n : NULL;
             double sum = 0;
             memset(acc, 0, n * sizeof *acc);
-            for (int64_t p = starts[f]; p < starts[f + 1]; p++) {
-                const float v = values[order[p]];
-                sum += v;
-                if (center) add_centered(acc, v, x + rows[p] * n, center + (rows[p] % n_groups) * n, n);
-                else add_scaled(acc, v, x + rows[p] * n, n);
+            for (int64_t p = starts[f]; p < starts[f + 1]; p += 4) {
+                const int64_t last = starts[f + 1] - 1;
+                const float *four[4];
+                float v[4];
+                for (int64_t j = 0; j < 4; j++) {
+                    four[j] = x + rows[p + j < last ? p + j : last] * n;
+                    v[j] = p + j <= last ? values[order[p + j]] : 0;
+                    sum += v[j];
+                }
+                add_four(acc, v, four, c, n);
             }
             stream_scaled(out + f * n, 1, acc, n);
+            squares[f] = dot(acc, acc, n);
             if (sums) sums[f] = (float)sum;
         }
         free(acc);
@@ -46,7 +59,7 @@ void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n, const int32_
 }
 
 /* <e, w> over n numbers, and acc += v e in the same reading of e. */
-static float dot_and_add(const float *restrict e, const float *restrict w, float v, float *restrict acc, int64_t n)
+static inline float dot_and_add(const float *restrict e, const float *restrict w, float v, float *restrict acc, int64_t n)
 {
     vec s0 = {0}, s1 = {0};
     int64_t i = 0;
@@ -66,10 +79,11 @@ static float dot_and_add(const float *restrict e, const float *restrict w, float
 }
 
 /* Both gradients of the decoder in one reading of the error, with w = 2 weight, one number for each part of a row:
-   d_values[order[p]] = <error[row], w table[f]> and d_table[f] = w sum of values * error[row]. */
+   d_values[order[p]] = <error[row], w table[f]> and d_table[f] = w sum of values * error[row], and squares[f] the square
+   of that row's norm. */
 void backward_decoder(int64_t n_features, int64_t n_groups, int64_t n, int64_t n_parts, const int32_t *starts,
                       const int32_t *rows, const int64_t *order, const float *values, const float *error,
-                      const float *weight, const float *table, float *d_values, float *d_table)
+                      const float *weight, const float *table, float *d_values, float *d_table, float *squares)
 {
     const int64_t width = n / n_parts, per_group = n_features / n_groups;
 #pragma omp parallel
@@ -84,8 +98,12 @@ void backward_decoder(int64_t n_features, int64_t n_groups, int64_t n, int64_t n
                     for (int64_t i = l * width; i < (l + 1) * width; i++) scaled[i] = 2 * w[l] * table[f * n + i];
             for (int64_t p = starts[f]; p < starts[f + 1]; p++)
                 d_values[order[p]] = dot_and_add(error + rows[p] * n, scaled, values[order[p]], acc, n);
-            for (int64_t l = 0; l < n_parts; l++)
+            float square = 0;
+            for (int64_t l = 0; l < n_parts; l++) {
                 stream_scaled(d_table + f * n + l * width, 2 * w[l], acc + l * width, width);
+                square += 4 * w[l] * w[l] * dot(acc + l * width, acc + l * width, width);
+            }
+            squares[f] = square;
         }
         free(scaled);
     }

@@ -1,0 +1,267 @@
+"""The C kernels: every width against float64, the lists of candidates, what compiles them, and what is kept."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import triton_kernels as ops
+from tests.kernels.codes import random_code
+from triton_kernels import kept, reference
+from triton_kernels.cpu import fused, lists, native
+from triton_kernels.cpu.native import build
+
+WIDTHS = (1, 15, 16, 17, 31, 32, 63, 64, 65, 100, 129)  # around the sixteen numbers that go together
+
+
+def as_fp32(*tensors):
+    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+def calls(width):
+    """Name and float64 arguments of every fused operator, G = 2 dictionaries with rows of `width`."""
+    values, features, offsets = random_code(24, 40, n_groups=2, most=20)
+    draw = torch.Generator().manual_seed(width)
+    decoder, error, x = (torch.randn(n, m, width, generator=draw).double() for n, m in ((2, 40), (12, 2), (12, 2)))
+    bias, weight = torch.randn(2, width, generator=draw).double(), torch.rand(2, 1, generator=draw).double()
+    yield "decode_loss", (values, features, offsets, decoder, bias, x, 1)
+    yield "backward_decoder", (values, features, offsets, error, weight, decoder)
+    yield "backward_encoder", (values, features, offsets, x, bias, 40)
+
+
+def is_as_exact(found, plain, truth):
+    """Whether `found` errs at most twice as much as torch's own fp32 form, but for the last bits of its scale."""
+    ours, theirs = ((tensor.double() - truth).abs().max() for tensor in (found, plain))
+    return bool(ours <= 2 * theirs + 2**-22 * truth.abs().max())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fused_operators_at_every_width(width):
+    for name, arguments in calls(width):
+        narrow = [as_fp32(a)[0] if isinstance(a, torch.Tensor) else a for a in arguments]
+        wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in narrow]
+        truth, plain = getattr(reference, name)(*wide), getattr(reference, name)(*narrow)
+        for found, theirs, exact in zip(getattr(fused, name)(*narrow), plain, truth, strict=True):
+            assert is_as_exact(found, theirs, exact), name
+            wrong = found.clone()
+            wrong.view(-1)[-1] += 8 * (theirs - exact).abs().max() + 2**-20 * exact.abs().max()  # in the ragged lanes
+            assert not is_as_exact(wrong, theirs, exact), name
+
+
+def test_the_decoder_may_be_longer_than_one_block_of_the_cache(monkeypatch):
+    values, features, offsets = random_code(6, 700, most=300)
+    decoder, x = torch.randn(1, 700, 8192), torch.randn(6, 1, 8192)  # 22 MiB, and blocks are of 12
+    error, squares = fused.decode_loss(values.float(), features, offsets, decoder, torch.zeros(1, 8192), x, 4)
+    expected, expected_squares = reference.decode_loss(values, features, offsets, decoder.double(), 0, x.double(), 4)
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(squares.double(), expected_squares, rtol=1e-5, atol=1e-4)
+
+
+SPECIAL = (0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), 1e-40, -1e-40, 3e38, -3e38)
+
+
+def test_keys_are_in_the_order_of_the_scores():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    score = bits.view(torch.bfloat16).float()
+    bits, score = bits[~score.isnan()], score[~score.isnan()]
+    keys = lists._turned(bits)
+    assert torch.equal(lists.scores_of(keys), score)
+    by_key = score[keys.sort().indices]
+    assert (by_key.diff() >= 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200), st.integers(1, 4), st.booleans())
+def test_lists_hold_what_is_not_below_the_bound(seed, n_columns, n_chunks, special):
+    draw = torch.Generator().manual_seed(seed)
+    n_rows, n_features = 3, n_columns * n_chunks
+    score = torch.randn(n_rows, n_features, generator=draw).round(decimals=1).bfloat16()
+    bound = torch.randn(n_rows, generator=draw).bfloat16().float()
+    if special:
+        picked = torch.randint(0, len(SPECIAL), (2, n_rows), generator=draw)
+        score[:, 0] = torch.tensor(SPECIAL)[picked[0]].bfloat16()
+        bound = torch.tensor(SPECIAL)[picked[1]].bfloat16().float()
+    parts = [lists.not_below(score[:, c::n_chunks].contiguous(), bound) for c in range(n_chunks)]
+    columns, keys, counts = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = lists.Lists(columns, keys, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), n_rows)
+    assert found.n_chunks == n_chunks
+    merged = lists.merged(found, torch.full((n_rows,), -torch.inf), n_features)
+    rows, features = (score.float() >= bound[:, None]).nonzero(as_tuple=True)
+    near = (lists.keys_reaching(bound) != lists._turned(bound.bfloat16().view(torch.int16)))[merged.rows()]
+    exact = score.float()[merged.rows(), merged.features.long()] >= bound[merged.rows()]
+    assert (exact | near).all()  # a bound of 0 lets -0 pass too
+    assert torch.equal(merged.rows()[exact], rows)
+    assert torch.equal(merged.features[exact].long(), features)
+    k = int(counts.view(n_chunks, n_rows).sum(0).amin())
+    if k:
+        every = torch.full((n_rows, n_features), -torch.inf)
+        every[merged.rows(), merged.features.long()] = score.float()[merged.rows(), merged.features.long()]
+        kth = every.topk(k, dim=1).values[:, -1]
+        assert torch.equal(lists.kth_score(found, k), kth)
+        fewer = lists.merged(found, kth, n_features)
+        assert (fewer.offsets.diff() >= k).all()
+        assert (every[fewer.rows(), fewer.features.long()] >= kth[fewer.rows()]).all()
+
+
+@pytest.mark.parametrize("n_columns", [300, 40_000])
+def test_at_least_k_scores_reach_what_is_reached(n_columns):
+    score = torch.randn(2, n_columns, generator=torch.Generator().manual_seed(0)).bfloat16() - 3  # mostly negative
+    for k in (1, 7, 299):
+        reached = lists.reached_by(score, k)
+        counts = (score.float() >= reached[:, None]).sum(1)
+        assert (counts >= k).all()
+        assert (counts <= 4 * k + 8).all()
+
+
+def test_the_kth_of_more_keys_than_sixteen_bits_can_count():
+    keys = torch.arange(100_000).remainder(2**14).to(torch.int16)
+    found = lists.Lists(keys.int(), keys, torch.tensor([0, keys.numel()]), 1)
+    expected = lists.scores_of(keys.sort(descending=True).values[70_000 - 1 : 70_000])
+    assert torch.equal(lists.kth_score(found, 70_000), expected)
+
+
+def test_top_k_puts_nan_first_and_takes_zeros_for_equal():
+    score = torch.tensor([[1.0, -0.0, 0.0, -1.0, float("nan"), 0.0, -float("nan"), 3.0]] * 2)
+    if native.serves():
+        assert native.top_k_of_rows(score, 0, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
+        assert native.top_k_of_rows(score, 6, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
+        lists_of_eight = torch.tensor([0, 8, 16])
+        assert native.top_k_of_lists(score.flatten(), lists_of_eight, 3).tolist() == [[4, 6, 7], [12, 14, 15]]
+
+
+def make_gradient():
+    code = [as_fp32(tensor)[0] for tensor in random_code(12, 9, most=6)]
+    decoder, error = torch.randn(1, 9, 64), torch.randn(12, 1, 64)
+    return fused.backward_decoder(*code, error, torch.ones(1, 4), decoder)[1].view(9, 64)
+
+
+def test_squares_of_rows_are_known_until_somebody_writes(cpu_form):
+    gradient = make_gradient()
+    squares = gradient.square().sum(1)
+    known = fused.row_squares.find(gradient)
+    assert (known is not None) == (cpu_form == "native")
+    torch.testing.assert_close(ops.row_squares(gradient), squares)
+    torch.testing.assert_close(ops.row_squares(gradient.view(18, 32)), gradient.view(18, 32).square().sum(1))
+    gradient.mul_(3)
+    assert fused.row_squares.find(gradient) is None
+    torch.testing.assert_close(ops.row_squares(gradient), 9 * squares)
+
+
+def test_squares_are_not_taken_for_those_of_another_gradient():
+    known = kept.RowSquares(room=2)
+    gradient = torch.randn(5, 3)
+    known.note(gradient, gradient.square().sum(1))
+    assert known.find(gradient.clone()) is None
+    assert known.find(gradient[1:]) is None
+    assert known.find(gradient.detach()) is not None
+    where = gradient.data_ptr()
+    del gradient
+    another = torch.randn(5, 3)
+    assert another.data_ptr() == where or known.find(another) is None
+    assert known.find(another) is None
+    for _ in range(3):
+        known.note(another, another.square().sum(1))
+    assert len(known._notes) == 2
+    known.clear()
+    assert known.find(another) is None
+
+
+def test_equal_offsets_find_the_kept_answer_and_others_do_not():
+    latest, made = kept.Latest(), []
+    features = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
+
+    def get(offsets):
+        return latest.get(features, offsets, (), lambda: made.append(0) or len(made))
+
+    first = torch.tensor([0, 2, 4])
+    assert get(first) == 1
+    assert get(torch.tensor([0, 2, 4])) == 1
+    assert get(torch.tensor([0, 1, 4])) == 2
+    assert get(first) == 3
+    first[1] = 3  # what was kept was made from other numbers
+    assert get(torch.tensor([0, 3, 4])) == 4
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, cpu_form):
+    if cpu_form == "stock":
+        pytest.skip("of the compiled form")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "crosscoder"
+
+
+def test_the_library_is_compiled_once(cache, monkeypatch):
+    made = build.compiled(build.compiler())
+    assert [path.name for path in cache.iterdir()] == [made.name]
+    monkeypatch.setattr(build, "FLAGS", build.FLAGS)
+    before = made.stat().st_mtime_ns
+    assert build.compiled(build.compiler()) == made
+    assert made.stat().st_mtime_ns == before
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    assert build.compiled(build.compiler()) != made
+
+
+def test_no_compiler_is_said_and_everything_runs(cache, monkeypatch):
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.delenv("CC", raising=False)
+    build.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no-such-compiler is on the path.*install gcc"):
+            assert build.library() is None
+        assert not native.serves()
+        assert make_gradient().isfinite().all()
+    finally:
+        build.library.cache_clear()
+
+
+@pytest.mark.parametrize("command", ["false", "/no/such/file", "gcc -include /no/such/file.h"])
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(cache, monkeypatch, command):
+    monkeypatch.setenv("CC", command)
+    build.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="the C kernels are not available"):
+            assert build.library() is None
+        assert not cache.exists() or list(cache.iterdir()) == []
+    finally:
+        build.library.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(cache, monkeypatch):
+    cache.parent.joinpath("crosscoder").write_text("a file where the folder should be")
+    folder = build.cache_folder()
+    assert folder.is_dir()
+    shutil.rmtree(folder)
+
+
+def test_no_source_has_a_warning(cache):
+    sources = [str(path) for path in build.FOLDER.glob("*.c")]
+    command = [*build.compiler(), *build.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *sources, "-lm"]
+    subprocess.run([*command, "-o", str(cache.parent / "checked.so")], check=True)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_a_bit(threads):
+    def everything():
+        values, features, offsets = random_code(64, 50, most=40)
+        decoder, x = torch.linspace(-1, 1, 50 * 96).view(1, 50, 96), torch.linspace(-2, 2, 64 * 96).view(64, 1, 96)
+        code = (values.float(), features, offsets)
+        out = [*fused.decode_loss(*code, decoder, torch.zeros(1, 96), x, 6)]
+        out += fused.backward_decoder(*code, x, torch.ones(1, 6), decoder)
+        out += fused.backward_encoder(*code, x, torch.ones(1, 96), 50)
+        state = [out[3][0].clone(), out[4][0], torch.zeros(50, 96), torch.zeros(50, 96)]
+        ops.adam_rows(*state, step=1, rate=1e-3)
+        top = ops.encode_top_k(x, torch.zeros(1, 96), decoder, torch.zeros(1, 50), None, 5, torch.bfloat16, None)
+        return [*out, *state, *top]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = everything()
+        torch.set_num_threads(threads)
+        many = everything()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
