@@ -16,12 +16,10 @@ class FiringTracker:
         self.silent_GF = torch.zeros(n_groups, n_features, dtype=torch.int64, device=device)
 
     def update(self, code: SparseCode, n_tokens: int) -> None:
-        """Count one batch of `n_tokens`; a stored value of zero is not activity."""
-        features = to_global(code, self.silent_GF.shape[0]).long()
-        fired = torch.zeros(self.silent_GF.numel(), dtype=torch.bool, device=self.silent_GF.device)
-        fired[features[code.values > 0]] = True
-        self.silent_GF += n_tokens
-        self.silent_GF[fired.view(self.silent_GF.shape)] = 0
+        """Count one batch of `n_tokens`; a stored value of zero is not activity, and none is below zero."""
+        features, values = to_global(code, self.silent_GF.shape[0]), code.values.detach()
+        total_F = values.new_zeros(self.silent_GF.numel()).index_add_(0, features, values)
+        self.silent_GF.add_(n_tokens).masked_fill_((total_F > 0).view(self.silent_GF.shape), 0)
 
     def dead(self, after_tokens: int) -> Tensor:
         """True for features silent for at least `after_tokens`, `[G, F]`."""

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
     def scaled(self, z: Tensor, features: Tensor) -> Tensor:
         """Scores of pairs from their z."""
-        return z if self.scale_F is None else z * self.scale_F[features]
+        return z if self.scale_F is None else z * self.scale_F.index_select(0, features)
 
 
 class Pairs(NamedTuple):
@@ -88,7 +88,8 @@ def _slabs(problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
 def _scored_again(problem: Problem, found: Candidates) -> tuple[Tensor, Tensor]:
     """z and score of candidates, in the encoder's own dtype."""
     features, offsets = found
-    z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN) + problem.bias_F[features]
+    z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN)
+    z += problem.bias_F.index_select(0, features)
     return z, problem.scaled(z, features)
 
 
