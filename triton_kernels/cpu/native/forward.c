@@ -47,17 +47,16 @@ void decode_loss(int64_t n_rows, int64_t n_groups, int64_t n_features, int64_t n
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < n_rows; r++) {
             float *restrict e = error + r * n;
-            if (first == 0) {
-                const float *c = bias + (r % n_groups) * n;
-                for (int64_t i = 0; i < n; i++) e[i] = c[i] - x[r * n + i];
-            }
+            if (first == 0) memset(e, 0, n * sizeof *e);
             int64_t end = next[r];
             while (end < offsets[r + 1] && (is_last || features[end] < first + block)) end++;
             add_rows(e, values, features, next[r], end, table, n);
             next[r] = end;
-            if (is_last)
-                for (int64_t l = 0; l < n_parts; l++)
-                    squares[r * n_parts + l] = dot(e + l * width, e + l * width, width);
+            if (!is_last) continue;
+            const float *c = bias + (r % n_groups) * n;
+            for (int64_t i = 0; i < n; i++) e[i] = e[i] + c[i] - x[r * n + i];
+            for (int64_t l = 0; l < n_parts; l++)
+                squares[r * n_parts + l] = dot(e + l * width, e + l * width, width);
         }
     }
 }
