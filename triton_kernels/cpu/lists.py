@@ -52,8 +52,8 @@ def scores_of(keys: Tensor) -> Tensor:
 
 def keys_reaching(bound_R: Tensor) -> Tensor:
     """The smallest key whose score is not below each bound, or a smaller one."""
-    low_R = bound_R.to(torch.bfloat16)
-    is_above_R = (low_R.float() > bound_R) | (low_R == 0)  # -0 has the key before that of 0
+    low_R = bound_R.to(torch.bfloat16) + 0  # no -0, which has the key before that of 0
+    is_above_R = (low_R.float() > bound_R) | (low_R == 0)
     return _turned(low_R.view(torch.int16)) - is_above_R.to(torch.int16)
 
 
