@@ -24,42 +24,8 @@ from crosscoder.dictionary.structure import feature_owners
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.training import TrainConfig, train
-from crosscoder.training.optimizer import RowAdam
+from tests.dictionary.structures import EVERY, FIRST_WRITTEN, D, F, L, batches_of, inputs, make, masks
 from tests.dictionary.test_pretrained import reseal
-
-L, D, F = 4, 6, 24
-MASKED = [
-    WeaklyCausal(),
-    StrictlyCausal(),
-    LocalWindow(2),
-    LocalWindow(1),
-    Transcoder(),
-    Diffing(n_layers=(3, 1), d_models=(6, 4), dedicated=(0.25, 0.125)),
-]
-EVERY = pytest.mark.parametrize("structure", [Acausal(), *MASKED], ids=str)
-EVERY_MASK = pytest.mark.parametrize("structure", MASKED, ids=str)
-
-
-def make(structure, *, sparsity=None, seed=0, **settings):
-    """A float64 crosscoder whose parameters all differ, also outside its masks."""
-    shape = {"n_layers": L, "d_model": D, "n_features": F}
-    cc = Crosscoder(**{**shape, "sparsity": sparsity or TopK(k=5), "structure": structure, "seed": seed, **settings})
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in cc.double().parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return cc
-
-
-def inputs(n, *, seed=5, n_layers=L, d_model=D):
-    return torch.randn(n, n_layers, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def masks(cc):
-    """Read and write masks in full, `[F, L, D]`."""
-    found = cc.config.masks()
-    shape = cc.encoder.shape
-    return [torch.ones(shape, dtype=torch.bool)] * 2 if found is None else [mask.expand(shape) for mask in found]
 
 
 def test_masks_of_a_small_crosscoder_by_hand():
@@ -118,67 +84,6 @@ def test_weights_start_inside_the_masks_with_unit_rows(structure):
         torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(F))
 
 
-def batches_of(structure, n, *, size=64):
-    """Sparse combinations of fixed directions, with zeros where the structure has padding."""
-    directions = torch.randn(16, L, D, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(3)
-    widths = (
-        torch.tensor(structure.d_models).repeat_interleave(torch.tensor(structure.n_layers))
-        if isinstance(structure, Diffing)
-        else torch.full((L,), D)
-    )
-    directions *= torch.arange(D) < widths[:, None]
-    active = [torch.rand(size, 16, generator=generator) for _ in range(n)]
-    return [torch.einsum("bf,fld->bld", (a > 0.85) * a, directions) for a in active]
-
-
-@EVERY_MASK
-@pytest.mark.parametrize(
-    ("sparsity", "decoder"),
-    [(TopK(k=4), "unit"), (BatchTopK(k=4), "free"), (ReLU(NormPenalty("l1", 0.1)), "free"), (JumpReLU(), "unit")],
-    ids=["TopK", "BatchTopK", "ReLU", "JumpReLU"],
-)
-def test_the_trainer_keeps_masked_weights_at_zero(structure, sparsity, decoder):
-    cc = Crosscoder(
-        n_layers=L, d_model=D, n_features=F, sparsity=sparsity, structure=structure, decoder=decoder, prefixes=(0.5,)
-    )
-    before = cc.decoder.detach().clone()
-    config = TrainConfig(learning_rate=1e-2, dead_after_tokens=64, resample_every=5, log_every=100)
-    train(cc, batches_of(structure, 25), config=config, quiet=True)
-    for weight, mask in zip((cc.encoder, cc.decoder), masks(cc), strict=True):
-        assert weight[~mask].eq(0).all()
-        assert weight[mask].ne(0).all()
-    assert not torch.equal(cc.decoder, before)
-    if decoder == "unit":
-        torch.testing.assert_close(cc.decoder.flatten(1).norm(dim=1), torch.ones(F))
-    if isinstance(structure, Diffing):
-        assert cc.decoder_bias[3, 4:].eq(0).all()
-
-
-@EVERY_MASK
-def test_weight_decay_and_clipping_keep_masked_weights_at_zero(structure):
-    cc = Crosscoder(n_layers=L, d_model=D, n_features=F, sparsity=TopK(k=4), structure=structure, decoder="unit")
-    optimizer = RowAdam(cc, lr=0.05, weight_decay=0.1)
-    for x in batches_of(structure, 5):
-        optimizer.zero_grad()
-        sum(loss_terms(cc, x).terms.values()).backward()
-        optimizer.step(scale_G=torch.tensor([0.5]))
-    for weight, mask in zip((cc.encoder, cc.decoder), masks(cc), strict=True):
-        assert weight[~mask].eq(0).all()
-
-
-@EVERY
-def test_every_parameter_gets_a_gradient(structure):
-    cc = make(structure, sparsity=JumpReLU(0.6))
-    sum(loss_terms(cc, inputs(64)).terms.values()).backward()
-    for name, parameter in cc.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-
-
-FIRST_WRITTEN = {StrictlyCausal(): 1, Transcoder(): 2}
-
-
 @EVERY
 def test_loss_counts_the_layers_that_are_written(structure):
     cc = make(structure, sparsity=ReLU(NormPenalty("l2", 0.7)), prefixes=(0.5,), decoder="free")
@@ -218,50 +123,6 @@ def test_explained_variance_counts_the_layers_that_are_written(structure):
         loss_terms(make(structure), x).error_BLD[:, first:].square().sum((0, 2)).numpy() / variance[first:]
     ).mean()
     assert result.metrics[0]["explained_variance"] == pytest.approx(1 - expected)
-
-
-@EVERY
-def test_the_auxiliary_term_counts_the_layers_that_are_written(structure):
-    cc = make(structure, aux_k=2)
-    dead = torch.zeros(1, F, dtype=torch.bool)
-    dead[0, :6] = True
-    x, first = inputs(40), FIRST_WRITTEN.get(structure, 0)
-    read, write = masks(cc)
-    term = loss_terms(cc, x, dead_GF=dead).terms["aux_k"]
-    z = torch.einsum("bld,fld->bf", x - cc.decoder_bias, (cc.encoder * read)[:6]) + cc.encoder_bias[:6]
-    best = z.relu().topk(2, dim=1)
-    code = torch.zeros_like(z).scatter(1, best.indices, best.values)
-    residual = (x - cc(x).recon).detach()[:, first:]
-    error = torch.einsum("bf,fld->bld", code, (cc.decoder * write)[:6])[:, first:] - residual
-    torch.testing.assert_close(term, error.square().sum() / residual.square().sum() / 32)
-    term.backward()
-    for weight, mask in ((cc.encoder, read), (cc.decoder, write)):
-        assert weight.grad[6:].eq(0).all()
-        assert weight.grad[~mask].eq(0).all()
-        assert weight.grad[:6].abs().sum() > 0
-
-
-@EVERY
-@pytest.mark.parametrize("means", ["aux_k", "resampling"])
-def test_dead_features_revive(structure, means):
-    """Features that are too weak to be chosen, or negative on every token, where AuxK has no gradient."""
-
-    def active_pairs(*, on):
-        aux_k = None if on and means == "aux_k" else 0
-        shape = {"n_layers": L, "d_model": D, "n_features": F}
-        cc = Crosscoder(**shape, sparsity=TopK(k=3), structure=structure, aux_k=aux_k)
-        with torch.no_grad():
-            if means == "aux_k":
-                cc.encoder[:8] *= 1e-3
-            else:
-                cc.encoder_bias[:8] = -10.0
-        every = 20 if on and means == "resampling" else 0
-        config = TrainConfig(learning_rate=2e-2, dead_after_tokens=128, resample_every=every, log_every=200)
-        train(cc, data, config=config, quiet=True)
-        return int(cc.encode(torch.cat(data[-10:])).to_dense()[:, :8].gt(0).sum())
-
-    data = batches_of(structure, 80)
-    assert active_pairs(on=True) > 1.5 * active_pairs(on=False) + 20
 
 
 @EVERY
