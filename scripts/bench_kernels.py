@@ -26,6 +26,7 @@ from bench_common import DTYPES, Limits, Problem, Shape, Step, make_problem, num
 from torch import Tensor
 
 import triton_kernels
+from triton_kernels.encoders import sum_of_rows
 
 NARROW = 8
 """Width at which an encoder's product costs nothing beside its selection."""
@@ -69,7 +70,7 @@ def passes(problem: Problem, product: str, k: int) -> list[Operator]:
         return triton_kernels.backward_encoder(*code, x, center, F)
 
     def center_gradient() -> Tensor:
-        return torch.einsum("gf,gfn->gn", problem.bias_GF, problem.encoder_GFN)
+        return sum_of_rows(problem.bias_GF, problem.encoder_GFN)
 
     found = [
         Operator("encode GEMM", _product(problem, product), (R * N + table + R * F) * low, 2 * R * F * N, product),

@@ -135,11 +135,11 @@ def _through_pairs(ctx, grad_values_P):
     if ctx.needs_input_grad[1]:
         assert d_bias is not None
         with torch.autocast(d_bias.device.type, enabled=False):
-            d_center = -_sum_of_rows(d_bias, encoder_GFN).to(center_GN.dtype)
+            d_center = -sum_of_rows(d_bias, encoder_GFN).to(center_GN.dtype)
     return d_x, d_center, d_encoder, d_bias
 
 
-def _sum_of_rows(weight_GF: Tensor, table_GFN: Tensor) -> Tensor:
+def sum_of_rows(weight_GF: Tensor, table_GFN: Tensor) -> Tensor:
     """`sum over f of weight[g, f] * table[g, f]`, `[G, N]`: a few products at a time, so that no thread waits."""
     n_groups, n_features, width = table_GFN.shape
     n_parts = math.gcd(n_features, PARTS_OF_A_SUM)
