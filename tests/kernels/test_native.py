@@ -107,13 +107,28 @@ def test_lists_hold_what_is_not_below_the_bound(seed, n_columns, n_chunks, speci
 
 
 @pytest.mark.parametrize("n_columns", [300, 40_000])
-def test_at_least_k_scores_reach_what_is_reached(n_columns):
+@pytest.mark.parametrize("slack", [0.0, 2**-8])
+def test_the_sieve_lets_the_k_best_through_and_few_others(n_columns, slack):
     score = torch.randn(2, n_columns, generator=torch.Generator().manual_seed(0)).bfloat16() - 3  # mostly negative
-    for k in (1, 7, 299):
-        reached = lists.reached_by(score, k)
-        counts = (score.float() >= reached[:, None]).sum(1)
-        assert (counts >= k).all()
-        assert (counts <= 4 * k + 8).all()
+    margin = torch.tensor([0.0, 0.01])
+    for k in (1, 7, 250):
+        least = torch.tensor([-torch.inf, -torch.inf])
+        columns, keys, counts = lists.sieved(score, k, margin, slack, least)
+        kth = score.float().topk(k, dim=1).values[:, -1]
+        low = score.float() - slack * score.float().abs() - margin[:, None]  # what exact scores may be, and
+        high = score.float() + slack * score.float().abs() + margin[:, None]
+        assert (least <= low.topk(k, dim=1).values[:, -1] + 1e-6).all()
+        assert (least >= kth - (0.5 if k < 250 else 2)).all()  # a k-th of groups' maxima is a little below
+        rows = torch.arange(2).repeat_interleave(counts)
+        let_through = torch.zeros_like(score, dtype=torch.bool)
+        let_through[rows, columns.long()] = True
+        assert let_through[high > least[:, None] + 1e-6].all()
+        assert not let_through[high < least[:, None] - 0.05].any()
+        assert torch.equal(lists.scores_of(keys), score[rows, columns.long()].float())
+        higher = least + 1  # what is known already is not forgotten
+        known = higher.clone()
+        assert lists.sieved(score, k, margin, slack, known)[2].sum() < counts.sum()
+        assert torch.equal(known, higher)
 
 
 def test_the_kth_of_more_keys_than_sixteen_bits_can_count():

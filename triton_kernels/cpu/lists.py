@@ -57,18 +57,36 @@ def keys_reaching(bound_R: Tensor) -> Tensor:
     return _turned(low_R.view(torch.int16)) - is_above_R.to(torch.int16)
 
 
-def reached_by(score_RF: Tensor, k: int) -> Tensor:
-    """A score that at least k of each row's bf16 scores reach, in fp32: the k-th largest of the maxima of groups."""
-    n_rows, n_features = score_RF.shape
-    n_groups = min(n_features, max(256, selection.GROUPS_PER_KEPT * k))
-    bits_RF = score_RF.view(torch.int16)
+def proven(score: Tensor, margin: Tensor, slack: float) -> Tensor:
+    """What an exact score is at least, whose rounded one is `score`."""
+    return score * torch.where(score >= 0, 1 - slack, 1 + slack) - margin
+
+
+def within_reach(exact: Tensor, margin: Tensor, slack: float) -> Tensor:
+    """The smallest rounded score whose exact one may be `exact`."""
+    score = exact - margin
+    return score / torch.where(score >= 0, 1 + slack, 1 - slack)
+
+
+def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns and keys of the scores that may be among the k best of their row, and each row's count of them.
+
+    least_R: what the k-th best exact score is known to be at least; raised to what these scores prove.
+    """
+    n_groups = min(score_RF.shape[1], max(256, selection.GROUPS_PER_KEPT * k))
     if native.serves():
-        return scores_of(native.reached_keys(bits_RF, n_groups, k))
-    keys_RF = _turned(bits_RF)
-    whole = n_features // n_groups * n_groups
+        return native.sieved(score_RF.view(torch.int16), n_groups, k, slack, margin_R, least_R)
+    least_R.copy_(torch.maximum(least_R, proven(_reached_by(score_RF, n_groups, k), margin_R, slack)))
+    return not_below(score_RF, within_reach(least_R, margin_R, slack))
+
+
+def _reached_by(score_RF: Tensor, n_groups: int, k: int) -> Tensor:
+    """A score that at least k of each row's reach, in fp32: the k-th largest of the maxima of groups."""
+    keys_RF = _turned(score_RF.view(torch.int16))
+    whole = keys_RF.shape[1] // n_groups * n_groups
     maxima = keys_RF[:, :whole].unflatten(1, (whole // n_groups, n_groups)).amax(1)
     maxima = torch.cat([maxima, keys_RF[:, whole:]], dim=1)
-    return scores_of(maxima.topk(k, dim=1).values[:, k - 1]) if n_rows else score_RF.new_empty(0).float()
+    return scores_of(maxima.topk(k, dim=1).values[:, k - 1])
 
 
 def not_below(score_RF: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:

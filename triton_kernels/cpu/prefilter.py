@@ -139,9 +139,9 @@ class _Found:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self.margin_R = torch.zeros(n_rows)  # the largest of all chunks
 
-    def add(self, slab: Slab, bound_R: Tensor) -> None:
-        """Takes in the scores that reach the bound."""
-        self._parts.append(lists.not_below(slab.score_RF, bound_R))
+    def add(self, slab: Slab, part: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Takes in columns, keys and counts of a slab."""
+        self._parts.append(part)
         self.margin_R[slab.rows] = torch.maximum(self.margin_R[slab.rows], slab.margin_R)
 
     def lists(self) -> Lists:
@@ -149,17 +149,6 @@ class _Found:
         columns, keys, counts = (torch.cat(part) for part in zip(*self._parts, strict=True))
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         return Lists(columns, keys, offsets, self.margin_R.numel())
-
-
-def _proven(score: Tensor, margin: Tensor, slack: float) -> Tensor:
-    """What an exact score is at least, whose rounded one is `score`."""
-    return score * torch.where(score >= 0, 1 - slack, 1 + slack) - margin
-
-
-def _within_reach(exact: Tensor, margin: Tensor, slack: float) -> Tensor:
-    """The smallest rounded score whose exact one may be `exact`."""
-    score = exact - margin
-    return score / torch.where(score >= 0, 1 + slack, 1 - slack)
 
 
 def top_k_candidates(x: Rows, encoder: Encoder, k: int) -> Candidates:
@@ -172,14 +161,12 @@ def top_k_candidates(x: Rows, encoder: Encoder, k: int) -> Candidates:
     least_R = torch.full_like(x.norm_R, -torch.inf)  # what the k-th best exact score is at least
 
     def take(slab: Slab) -> None:
-        proven_R = _proven(lists.reached_by(slab.score_RF, k), slab.margin_R, slack)
-        least_R[slab.rows] = torch.maximum(least_R[slab.rows], proven_R)
-        found.add(slab, _within_reach(least_R[slab.rows], slab.margin_R, slack))
+        found.add(slab, lists.sieved(slab.score_RF, k, slab.margin_R, slack, least_R[slab.rows]))
 
     _scan(x, encoder, encoder.n_chunks(k), take)
     every = found.lists()
-    least_R = torch.maximum(least_R, _proven(lists.kth_score(every, k), found.margin_R, slack))
-    return lists.merged(every, _within_reach(least_R, found.margin_R, slack), encoder.bias_F.numel())
+    least_R = torch.maximum(least_R, lists.proven(lists.kth_score(every, k), found.margin_R, slack))
+    return lists.merged(every, lists.within_reach(least_R, found.margin_R, slack), encoder.bias_F.numel())
 
 
 def above_candidates(x: Rows, encoder: Encoder, threshold: float) -> Candidates:
@@ -192,7 +179,8 @@ def above_candidates(x: Rows, encoder: Encoder, threshold: float) -> Candidates:
     exact = x.norm_R.new_tensor(threshold)
 
     def take(slab: Slab) -> None:
-        found.add(slab, _positive(_within_reach(exact, slab.margin_R, encoder.slack)))
+        bound_R = _positive(lists.within_reach(exact, slab.margin_R, encoder.slack))
+        found.add(slab, lists.not_below(slab.score_RF, bound_R))
 
     _scan(x, encoder, encoder.n_chunks(1), take)
     return lists.merged(found.lists(), torch.full_like(x.norm_R, -torch.inf), encoder.bias_F.numel())
@@ -212,17 +200,18 @@ def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
     def take(slab: Slab) -> None:
         if not guesses:
             sampled = selection.sampled_bound(slab.score_RF, wanted / (n_rows * n_features))
-            guesses.append(_proven(x.norm_R.new_tensor(sampled), slab.margin_R.amax(), slack))
-        found.add(slab, _positive(_within_reach(guesses[0], slab.margin_R, slack)))
+            guesses.append(lists.proven(x.norm_R.new_tensor(sampled), slab.margin_R.amax(), slack))
+        bound_R = _positive(lists.within_reach(guesses[0], slab.margin_R, slack))
+        found.add(slab, lists.not_below(slab.score_RF, bound_R))
 
     _scan(x, encoder, encoder.n_chunks(-(-wanted // n_rows)), take)
     every = found.lists()
     rows = lists.row_of_pair(every.offsets, every.keys.numel()) % n_rows
-    proven = _proven(lists.scores_of(every.keys), found.margin_R[rows], slack)
-    if int((proven >= guesses[0]).sum()) < wanted:
+    proven_P = lists.proven(lists.scores_of(every.keys), found.margin_R[rows], slack)
+    if int((proven_P >= guesses[0]).sum()) < wanted:
         raise UnsafeError
-    least = proven.topk(wanted, sorted=False).values.amin()
-    return lists.merged(every, _within_reach(least, found.margin_R, slack), n_features)
+    least = proven_P.topk(wanted, sorted=False).values.amin()
+    return lists.merged(every, lists.within_reach(least, found.margin_R, slack), n_features)
 
 
 def _positive(bound_R: Tensor) -> Tensor:

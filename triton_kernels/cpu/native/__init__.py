@@ -179,21 +179,28 @@ def round_rows(table_RN: Tensor, scale_R: Tensor | None) -> tuple[Tensor, Tensor
     return low_RN, squares_R.sqrt_(), errors_R.sqrt_()
 
 
-def reached_keys(bits_RF: Tensor, n_groups: int, k: int) -> Tensor:
-    """A key that at least k of each row's bf16 scores reach, `[R]`: the k-th largest maximum of `n_groups` groups."""
-    out_R = bits_RF.new_empty(bits_RF.shape[0])
-    _call("reached_keys", *bits_RF.shape, n_groups, k, bits_RF, out_R)
-    return out_R
+def sieved(
+    bits_RF: Tensor, n_groups: int, k: int, slack: float, margin_R: Tensor, least_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `lists.sieved`; `least_R` must be contiguous. Columns, keys and each row's count of them."""
+    bounds_R, counts_R = bits_RF.new_empty(bits_RF.shape[0]), torch.empty(bits_RF.shape[0], dtype=torch.int64)
+    sizes = (*bits_RF.shape, n_groups, k, float(slack))
+    _call("sieve_rows", *sizes, bits_RF, margin_R, least_R, bounds_R, counts_R)
+    return _listed(bits_RF, bounds_R, counts_R)
 
 
 def not_below(bits_RF: Tensor, bounds_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Columns, int32 and ascending, and keys of the scores not below their row's bound, and each row's count."""
     counts_R = torch.empty(bits_RF.shape[0], dtype=torch.int64)
-    _call("count_not_below", *bits_RF.shape, bits_RF, bounds_R, counts_R)
+    _call("count_rows", *bits_RF.shape, bits_RF, bounds_R, counts_R)
+    return _listed(bits_RF, bounds_R, counts_R)
+
+
+def _listed(bits_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offsets = _starts(counts_R)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     keys = torch.empty_like(columns, dtype=torch.int16)
-    _call("list_not_below", *bits_RF.shape, bits_RF, bounds_R, offsets, columns, keys)
+    _call("list_rows", *bits_RF.shape, bits_RF, bounds_R, offsets, columns, keys)
     return columns, keys, counts_R
 
 

@@ -1,26 +1,12 @@
 /* Candidates from scores in bf16: columns whose scores reach a bound, as lists. A key is a score's 16 bits as a whole
    number in the order of the scores. Lists come chunk by chunk of the columns: offsets[c * n_rows + r] is where that of
    chunk c and row r begins. */
+#include "bf16.h"
 #include "largest.h"
 
 #define ORDERED(bits) ((int16_t)((bits) ^ ((bits) >> 15 & INT16_MAX)))
 KTH_LARGEST(kth_key, int16_t, uint16_t)
 GROUP_MAXIMA(maxima_of_keys, int16_t, ORDERED)
-
-/* A key that at least k of each row's scores reach: the k-th largest of its groups' maxima, k <= n_groups <= n. */
-void reached_keys(int64_t n_rows, int64_t n, int64_t n_groups, int64_t k, const int16_t *scores, int16_t *out)
-{
-#pragma omp parallel
-    {
-        int16_t *best = malloc(n_groups * sizeof *best);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < n_rows; r++) {
-            maxima_of_keys(best, n_groups, scores + r * n, n);
-            out[r] = kth_key(best, n_groups, k);
-        }
-        free(best);
-    }
-}
 
 /* Which of 64 scores are not below the bound, a bit each. */
 static inline uint64_t not_below(const int16_t *scores, int16_t bound)
@@ -41,21 +27,65 @@ static inline uint64_t not_below(const int16_t *scores, int16_t bound)
 #endif
 }
 
+static int64_t count_not_below(const int16_t *row, int64_t n, int16_t bound)
+{
+    int64_t count = 0, i = 0;
+    for (; i + 64 <= n; i += 64) count += __builtin_popcountll(not_below(row + i, bound));
+    for (; i < n; i++) count += ORDERED(row[i]) >= bound;
+    return count;
+}
+
 /* How many of each row's scores are not below its bound. */
-void count_not_below(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, int64_t *counts)
+void count_rows(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, int64_t *counts)
 {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < n_rows; r++) {
-        const int16_t *row = scores + r * n;
-        int64_t count = 0, i = 0;
-        for (; i + 64 <= n; i += 64) count += __builtin_popcountll(not_below(row + i, bounds[r]));
-        for (; i < n; i++) count += ORDERED(row[i]) >= bounds[r];
-        counts[r] = count;
+    for (int64_t r = 0; r < n_rows; r++) counts[r] = count_not_below(scores + r * n, n, bounds[r]);
+}
+
+/* See `lists.proven`, `lists.within_reach` and `lists.keys_reaching`. */
+static inline float proven(float score, float margin, float slack)
+{
+    return score * (score >= 0 ? 1 - slack : 1 + slack) - margin;
+}
+
+static inline float within_reach(float exact, float margin, float slack)
+{
+    const float score = exact - margin;
+    return score / (score >= 0 ? 1 + slack : 1 - slack);
+}
+
+static inline int16_t key_reaching(float bound)
+{
+    const uint16_t bits = to_bf16(bound);
+    const float low = from_bf16(bits);
+    if (low == 0) return -1; /* of -0, the last before 0 */
+    const int16_t key = ORDERED((int16_t)bits);
+    return low > bound ? key - 1 : key;
+}
+
+/* For each row, from the k-th largest of its groups' maxima, k <= n_groups <= n: what the k-th best exact score is at
+   least (`least`, which only grows), the key that a candidate must reach, and how many scores do. */
+void sieve_rows(int64_t n_rows, int64_t n, int64_t n_groups, int64_t k, float slack, const int16_t *scores,
+                const float *margins, float *least, int16_t *bounds, int64_t *counts)
+{
+#pragma omp parallel
+    {
+        int16_t *best = malloc(n_groups * sizeof *best);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < n_rows; r++) {
+            maxima_of_keys(best, n_groups, scores + r * n, n);
+            const float reached = from_bf16((uint16_t)ORDERED(kth_key(best, n_groups, k)));
+            const float found = proven(reached, margins[r], slack);
+            least[r] = found > least[r] ? found : least[r];
+            bounds[r] = key_reaching(within_reach(least[r], margins[r], slack));
+            counts[r] = count_not_below(scores + r * n, n, bounds[r]);
+        }
+        free(best);
     }
 }
 
 /* Their columns, ascending, and keys, from offsets[r] on. */
-void list_not_below(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, const int64_t *offsets,
+void list_rows(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, const int64_t *offsets,
                     int32_t *columns, int16_t *keys)
 {
 #pragma omp parallel for schedule(static)

@@ -1,22 +1,7 @@
 /* What is done to a table row by row: Adam, norms, rounding to bf16. */
 #include <math.h>
+#include "bf16.h"
 #include "vectors.h"
-
-/* To the nearest bf16, ties to even. */
-static inline uint16_t to_bf16(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
-}
-
-static inline float from_bf16(uint16_t b)
-{
-    const uint32_t bits = (uint32_t)b << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 /* See `reference.adam_rows`. `new1` is 1 - beta1, `new2` 1 - beta2, from more digits than fp32 has; `rate` and `root` are
    those of this step: over 1 - beta1^t, and the root of 1 - beta2^t; `decay` is what the parameter keeps; `scale` [G]
