@@ -26,6 +26,7 @@ from torch import Tensor
 
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.provenance import describe_run
+from triton_kernels.cpu.native import build
 
 Step = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -321,7 +322,7 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             run["versions"][name] = importlib.metadata.version(name)
     chip = torch.cuda.get_device_name() if device == "cuda" else run["device"]["cpu"]
-    return {**run, "chip": chip, "threads": threads}
+    return {**run, "chip": chip, "threads": threads, "cpu_kernels": build.form()}
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -329,7 +330,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     names = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if name != "crosscoder")
     commit, _, dirty = (machine["git_commit"] or "unknown").partition("+")
     commit = commit[:10] + (" with changes" if dirty else "")
-    where = f"{machine['chip']}, {machine['threads']} CPU threads"
+    where = f"{machine['chip']}, {machine['threads']} CPU threads, CPU operators: {machine['cpu_kernels']}"
     return f"{machine['started'][:10]}; {where}; Python {machine['python']}, {names}; commit {commit}"
 
 

@@ -13,6 +13,7 @@ from crosscoder.analysis import capacity, counting, evidence, probes, recovery, 
 from crosscoder.experiments import calibration
 from crosscoder.experiments.ceiling import MEASURED as C
 from crosscoder.foundation.provenance import describe_run
+from triton_kernels.cpu.native import build
 
 SCHEMA = "crosscoder.results/2"
 
@@ -71,8 +72,10 @@ def assemble(
 ) -> dict[str, Any]:
     """The whole results value, as documented in docs/results.md."""
     table = paper_table(cells, subjects)
+    run = describe_run(config)
     provenance = {
-        **describe_run(config),
+        **run,
+        "device": {**run["device"], "cpu_kernels": build.form()},
         "schema": SCHEMA,
         "kind": kind,
         "preset": preset,

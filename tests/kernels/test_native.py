@@ -200,6 +200,56 @@ def test_equal_offsets_find_the_kept_answer_and_others_do_not():
     assert get(torch.tensor([0, 3, 4])) == 4
 
 
+@pytest.mark.parametrize(
+    ("features", "offsets", "message"),
+    [
+        ([0, 9], [0, 1, 2], "from 0 to 9; the table has 9 rows"),
+        ([-1, 3], [0, 1, 2], "from -1 to 3"),
+        ([0, 3], [0, 1, 3], "ascend from 0 to 2"),
+        ([0, 3], [0, 3, 2], "ascend from 0 to 2"),
+        ([0, 3], [1, 1, 2], "ascend from 0 to 2"),
+    ],
+)
+def test_a_code_that_leads_outside_its_table_is_refused(cpu_form, features, offsets, message):
+    if cpu_form == "stock":
+        pytest.skip("torch has its own words")
+    values, features, offsets = torch.ones(2), torch.tensor(features, dtype=torch.int32), torch.tensor(offsets)
+    with pytest.raises(IndexError, match=message):
+        ops.gather_sum(values, features, offsets, torch.ones(9, 4))
+    with pytest.raises(IndexError, match=message):
+        ops.scatter_outer(values, features, offsets, torch.ones(2, 4), 9)
+    with pytest.raises(IndexError, match=message):
+        ops.decode_loss(values, features, offsets, torch.ones(1, 9, 4), torch.ones(1, 4), torch.ones(2, 1, 4), 1)
+
+
+def test_c_functions_take_what_they_declare_and_nothing_else():
+    if not native.serves():
+        pytest.skip("no library")
+    gradient, out = torch.ones(3, 4), torch.empty(3)
+    for wrong in (gradient.double(), gradient.bfloat16(), 2.0):
+        with pytest.raises(TypeError, match="row_squares: gradient is"):
+            native._call("row_squares", 3, 4, wrong, None, out)
+    with pytest.raises(TypeError, match="out has strides"):
+        native._call("row_squares", 3, 4, gradient, None, torch.empty(6)[::2])
+    with pytest.raises(TypeError, match="n is tensor"):
+        native._call("row_squares", 3, gradient, gradient, None, out)
+    with pytest.raises(TypeError, match="takes 5 arguments, not 4"):
+        native._call("row_squares", 3, 4, gradient, out)
+
+
+def test_tables_of_any_dtype_find_candidates_by_bf16():
+    x, encoder = torch.randn(64, 1, 8), torch.randn(1, 1024, 8)
+    for dtype in (torch.bfloat16, torch.float64):
+        arguments = (x.to(dtype), torch.zeros(1, 8, dtype=dtype), encoder.to(dtype), torch.zeros(1, 1024, dtype=dtype))
+        product = torch.bfloat16 if dtype == torch.float64 else torch.float32
+        values, features = ops.encode_top_k(*arguments, None, 32, product, None)
+        z = (x[:, 0] @ encoder[0].T).to(dtype)
+        best = z.topk(32, dim=1).indices
+        shared = (features.view(64, 32, 1).long() == best[:, None]).any(2).float().mean()
+        assert shared > 0.9
+        assert values.isfinite().all()
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch, cpu_form):
     if cpu_form == "stock":

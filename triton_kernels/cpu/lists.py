@@ -74,7 +74,7 @@ def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Te
     least_R: what the k-th best exact score is known to be at least; raised to what these scores prove.
     """
     n_groups = min(score_RF.shape[1], max(256, selection.GROUPS_PER_KEPT * k))
-    if native.serves():
+    if native.serves(margin_R, least_R):
         return native.sieved(score_RF.view(torch.int16), n_groups, k, slack, margin_R, least_R)
     least_R.copy_(torch.maximum(least_R, proven(_reached_by(score_RF, n_groups, k), margin_R, slack)))
     return not_below(score_RF, within_reach(least_R, margin_R, slack))

@@ -27,6 +27,7 @@ from torch import Tensor
 from triton_kernels.cpu import lists, native, selection
 from triton_kernels.cpu.affine import affine
 from triton_kernels.cpu.lists import Candidates, Lists
+from triton_kernels.reference import sum_dtype
 
 SLAB_ELEMENTS = 2**22  # of scores: 8 MiB in bf16
 CHUNK_ELEMENTS = 2**22  # of the encoder
@@ -90,13 +91,13 @@ def rounded(table_RN: Tensor, scale_R: Tensor | None = None) -> Rows:
     if native.serves(table_RN, scale_R):
         return Rows(*native.round_rows(table_RN, scale_R))
     low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
-    norm_R, error_R = table_RN.new_empty(2, table_RN.shape[0])
+    norm_R, error_R = table_RN.new_empty(2, table_RN.shape[0], dtype=sum_dtype(table_RN.dtype))
     for start in range(0, table_RN.shape[0], ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
         rows = table_RN[part] if scale_R is None else table_RN[part] * scale_R[part, None]
         low_RN[part] = rows
-        norm_R[part] = torch.linalg.vector_norm(rows, dim=1)
-        error_R[part] = torch.linalg.vector_norm(rows - low_RN[part], dim=1)
+        norm_R[part] = torch.linalg.vector_norm(rows, dim=1, dtype=norm_R.dtype)
+        error_R[part] = torch.linalg.vector_norm(rows - low_RN[part], dim=1, dtype=norm_R.dtype)
     return Rows(low_RN, norm_R, error_R)
 
 
@@ -135,9 +136,9 @@ def _scan(x: Rows, encoder: Encoder, n_chunks: int, take: Callable[[Slab], None]
 class _Found:
     """Lists of candidates as they come, slab by slab."""
 
-    def __init__(self, n_rows: int) -> None:
+    def __init__(self, norm_R: Tensor) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.margin_R = torch.zeros(n_rows)  # the largest of all chunks
+        self.margin_R = torch.zeros_like(norm_R)  # the largest of all chunks
 
     def add(self, slab: Slab, part: tuple[Tensor, Tensor, Tensor]) -> None:
         """Takes in columns, keys and counts of a slab."""
@@ -157,7 +158,7 @@ def top_k_candidates(x: Rows, encoder: Encoder, k: int) -> Candidates:
     Raises:
         UnsafeError: the encoder has no certificate.
     """
-    found, slack = _Found(x.norm_R.numel()), encoder.slack
+    found, slack = _Found(x.norm_R), encoder.slack
     least_R = torch.full_like(x.norm_R, -torch.inf)  # what the k-th best exact score is at least
 
     def take(slab: Slab) -> None:
@@ -175,7 +176,7 @@ def above_candidates(x: Rows, encoder: Encoder, threshold: float) -> Candidates:
     Raises:
         UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
     """
-    found = _Found(x.norm_R.numel())
+    found = _Found(x.norm_R)
     exact = x.norm_R.new_tensor(threshold)
 
     def take(slab: Slab) -> None:
@@ -195,7 +196,7 @@ def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
         UnsafeError: there is no certificate, or the guess was too high or too near 0.
     """
     n_rows, n_features, slack = x.norm_R.numel(), encoder.bias_F.numel(), encoder.slack
-    found, guesses = _Found(n_rows), []
+    found, guesses = _Found(x.norm_R), []
 
     def take(slab: Slab) -> None:
         if not guesses:

@@ -5,7 +5,7 @@ both gradients of the decoder from one reading of the error, Adam with what belo
 its norms, and selection without sorting. Sums are in a fixed order and one thread owns each of them, so the bits do
 not depend on the number of threads, which is torch's own.
 
-`serves` says whether tensors can be given to the functions here; they check nothing.
+`serves` says whether tensors can be given to the functions here, which refuse those of another kind.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ from torch import Tensor
 
 from triton_kernels.cpu.native import build
 
+DTYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "int16_t": torch.int16,
+    "uint16_t": torch.bfloat16,
+    "int32_t": torch.int32,
+    "int64_t": torch.int64,
+}
+"""What each C type holds."""
+
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether all tensors are fp32 on the CPU and the library is there."""
@@ -27,21 +37,34 @@ def serves(*tensors: Tensor | None) -> bool:
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:
-    """Runs a C function: tensors go as pointers, None as NULL, whole numbers as int64, others as float."""
-    held = [argument.contiguous() if isinstance(argument, Tensor) else argument for argument in arguments]
-    getattr(build.library(), name)(*map(_as_c, held))
+    """Runs a C function on arguments of the kinds that its declaration names; None is NULL.
+
+    Raises:
+        TypeError: an argument is of another kind: in C that would be another's memory.
+    """
+    wanted = build.declarations()[name]
+    if len(wanted) != len(arguments):
+        raise TypeError(f"{name} takes {len(wanted)} arguments, not {len(arguments)}")
+    passed = [_as_c(name, *pair) for pair in zip(wanted, arguments, strict=True)]
+    getattr(build.library(), name)(*(value for value, _ in passed))
 
 
-def _as_c(argument: Tensor | float | None) -> ctypes._SimpleCData:
-    match argument:
-        case None:
-            return ctypes.c_void_p()
-        case Tensor():
-            return ctypes.c_void_p(argument.data_ptr())
-        case int():
-            return ctypes.c_int64(argument)
-        case _:
-            return ctypes.c_float(argument)
+def _as_c(name: str, wanted: build.Parameter, argument: Tensor | float | None) -> tuple[ctypes._SimpleCData, object]:
+    """The C value, and what must outlive the call."""
+    if not wanted.is_pointer:
+        if isinstance(argument, Tensor) or argument is None:
+            raise TypeError(f"{name}: {wanted.name} is {argument}; expected a number")
+        return (ctypes.c_int64(int(argument)) if wanted.kind == "int64_t" else ctypes.c_float(argument)), None
+    if argument is None:
+        return ctypes.c_void_p(), None
+    dtype = DTYPES[wanted.kind]
+    if not isinstance(argument, Tensor) or argument.dtype != dtype or argument.device.type != "cpu":
+        raise TypeError(f"{name}: {wanted.name} is {argument!r}; expected a tensor of {dtype} on the CPU")
+    if not argument.is_contiguous():
+        if not wanted.is_const:
+            raise TypeError(f"{name}: {wanted.name} has strides {argument.stride()}; it is written to in order")
+        argument = argument.contiguous()
+    return ctypes.c_void_p(argument.data_ptr()), argument
 
 
 class FeatureMajor(NamedTuple):
@@ -52,8 +75,23 @@ class FeatureMajor(NamedTuple):
     offsets: Tensor  # [F + 1], int32
 
 
+def _require_code(features_P: Tensor, offsets: Tensor, n_features: int) -> None:
+    """Refuses a code that would lead outside its tables.
+
+    Raises:
+        IndexError: a feature is not among the table's, or the offsets do not ascend from 0 to the number of pairs.
+    """
+    if features_P.numel():
+        least, most = (int(bound) for bound in torch.aminmax(features_P))
+        if least < 0 or most >= n_features:
+            raise IndexError(f"the code has features from {least} to {most}; the table has {n_features} rows")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != features_P.numel() or bool((offsets.diff() < 0).any()):
+        raise IndexError(f"offsets must ascend from 0 to {features_P.numel()}, the number of pairs")
+
+
 def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
     """The code's pairs in feature-major order; features are int32."""
+    _require_code(features_P, offsets, n_features)
     order_P = torch.empty(features_P.numel(), dtype=torch.int64)
     rows_P, starts = torch.empty_like(order_P, dtype=torch.int32), torch.empty(n_features + 1, dtype=torch.int32)
     _call("feature_major", offsets.numel() - 1, n_features, features_P, offsets.long(), starts, rows_P, order_P)
@@ -62,6 +100,7 @@ def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Featu
 
 def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """See `reference.gather_sum`."""
+    _require_code(features_P, offsets, table_FN.shape[0])
     out_RN = table_FN.new_empty(offsets.numel() - 1, table_FN.shape[1])
     _call("gather_sum", *out_RN.shape, values_P, features_P, offsets.long(), table_FN, out_RN)
     return out_RN
@@ -107,6 +146,7 @@ def decode_loss(
     """See `reference.decode_loss`; the squares are in float64."""
     n_groups, n_features, width = decoder_GFN.shape
     n_rows = x_BGN.shape[0] * n_groups
+    _require_code(features_P, offsets, n_groups * n_features)
     error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
     squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
     progress_R = torch.empty(n_rows, dtype=torch.int64)

@@ -11,12 +11,14 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("gcc", "clang", "cc")
@@ -37,6 +39,43 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+class Parameter(NamedTuple):
+    """One parameter of a C function."""
+
+    name: str
+    kind: str
+    is_pointer: bool
+    is_const: bool
+
+
+@functools.cache
+def declarations() -> dict[str, tuple[Parameter, ...]]:
+    """The parameters of every function of the sources that is not static."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.c")):
+        for name, inside in re.findall(r"^void (\w+)\(([^)]*)\)", path.read_text(), re.MULTILINE):
+            parts = [re.fullmatch(r"(const )?(\w+) (\*?)(\w+)", " ".join(one.split())) for one in inside.split(",")]
+            found[name] = tuple(Parameter(p[4], p[2], bool(p[3]), bool(p[1])) for p in parts if p)
+            if len(found[name]) != len(parts):
+                raise ValueError(f"{path.name}: {name} has parameters that are not understood: {inside}")
+    return found
+
+
+def form() -> str:
+    """What the CPU operators run on here, in words."""
+    return "stock torch operators" if library() is None else f"C, {compiler_version(compiler())}"
+
+
+def compiler_version(command: list[str]) -> str:
+    """The first line that the compiler says about itself.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be run.
+    """
+    done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    return done.stdout.partition("\n")[0].strip()
 
 
 def describe(error: Exception) -> str:
@@ -85,8 +124,7 @@ def fingerprint(command: list[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(FOLDER.glob("*.[ch]")):
         digest.update(path.read_bytes())
-    version = subprocess.run([*command, "--version"], check=True, capture_output=True, timeout=TIMEOUT_S).stdout
-    digest.update(b"\0".join([version, *(part.encode() for part in (*command, *FLAGS, platform.machine()))]))
+    digest.update("\0".join([compiler_version(command), *command, *FLAGS, platform.machine()]).encode())
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
     digest.update("".join(sorted({line for line in lines if line.startswith(("model name", "flags"))})).encode())
