@@ -22,6 +22,11 @@ def row_of_pair(offsets: Tensor, n_pairs: int) -> Tensor:
     return rows.repeat_interleave(offsets.diff().long(), output_size=n_pairs)
 
 
+def starts(counts_R: Tensor) -> Tensor:
+    """Where each row's pairs begin, and where the last row's end, as int64 `[R + 1]`."""
+    return torch.nn.functional.pad(counts_R.cumsum(0), (1, 0))
+
+
 def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[r] = sum over pairs p of row r of values[p] * table[features[p]]`, as `[R, N]`."""
     rows = row_of_pair(offsets, values_P.numel())

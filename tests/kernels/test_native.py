@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import triton_kernels as ops
 from tests.kernels.codes import random_code
 from triton_kernels import kept, reference
-from triton_kernels.cpu import fused, lists, native
+from triton_kernels.cpu import fused, lists, native, selection
 from triton_kernels.cpu.native import build
 
 WIDTHS = (1, 15, 16, 17, 31, 32, 63, 64, 65, 100, 129)  # around the sixteen numbers that go together
@@ -145,6 +145,33 @@ def test_top_k_puts_nan_first_and_takes_zeros_for_equal():
         assert native.top_k_of_rows(score, 6, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
         lists_of_eight = torch.tensor([0, 8, 16])
         assert native.top_k_of_lists(score.flatten(), lists_of_eight, 3).tolist() == [[4, 6, 7], [12, 14, 15]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 3), st.integers(1, 70), st.booleans(), st.sampled_from([-torch.inf, 0.0]))
+def test_pairs_above_a_bound(seed, n_rows, n_columns, scaled, least):
+    draw = torch.Generator().manual_seed(seed)
+    z = torch.randn(n_rows, n_columns, generator=draw).round(decimals=1)
+    z[:, ::9] = torch.tensor((*SPECIAL, float("nan")))[
+        torch.randint(0, len(SPECIAL) + 1, z[:, ::9].shape, generator=draw)
+    ]
+    scale = torch.randn(n_columns, generator=draw).round(decimals=1) if scaled else None
+    bound = torch.randn(n_columns, generator=draw).round(decimals=1)
+    values, scores, columns, offsets = selection.above(z, scale, bound, least)
+    assert columns.dtype == torch.int32
+    found = [(r, c) for r in range(n_rows) for c in columns[offsets[r] : offsets[r + 1]].tolist()]
+    score = z if scale is None else z * scale
+    places = [(r, c) for r in range(n_rows) for c in range(n_columns)]
+    expected = [(r, c) for r, c in places if score[r, c] > bound[c] and z[r, c] > least]
+    assert found == expected
+    assert values.tolist() == [z[r, c].item() for r, c in expected]
+    assert scores.tolist() == [score[r, c].item() for r, c in expected]
+
+
+def test_the_largest_of_a_list_keep_the_first_of_equals():
+    score = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0, -1.0])
+    for count, expected in ((1, [1]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (7, list(range(7))), (9, list(range(7)))):
+        assert selection.keep_largest(score, count).tolist() == expected
 
 
 def make_gradient():

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton_kernels.cpu import prefilter, selection, sparse
 from triton_kernels.cpu.affine import affine
 from triton_kernels.cpu.lists import Candidates
+from triton_kernels.reference import starts
 
 SLAB_ELEMENTS = 2**21  # 8 MiB in fp32: stays in the last-level cache between the product and the selection
 
@@ -49,17 +50,19 @@ class Problem(NamedTuple):
         """What candidates are looked for with."""
         return prefilter.Encoder(self.encoder_FN, self.bias_F, self.scale_F, certified=not self.is_rounded)
 
-    def scaled(self, z: Tensor, features: Tensor) -> Tensor:
-        """Scores of pairs from their z."""
-        return z if self.scale_F is None else z * self.scale_F.index_select(0, features)
-
 
 class Pairs(NamedTuple):
-    """Chosen pairs of one dictionary in row-major order."""
+    """Pairs of one dictionary as CSR."""
 
     z: Tensor
-    rows: Tensor
-    features: Tensor
+    score: Tensor
+    features: Tensor  # int32, ascending within a row
+    offsets: Tensor  # [R + 1], int64
+
+    def only(self, kept: Tensor) -> Pairs:
+        """Those at the positions `kept`, which ascend."""
+        offsets = torch.searchsorted(kept, self.offsets)
+        return Pairs(self.z[kept], self.score[kept], self.features[kept], offsets)
 
 
 def _problems(
@@ -77,20 +80,20 @@ def _problems(
         yield Problem(x_RN, encoder_GFN[group], bias_GF[group], scale_F, product)
 
 
-def _slabs(problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """`(start, z, score)` of each slab of rows."""
+def _slabs(problem: Problem) -> Iterator[tuple[int, Tensor]]:
+    """The first row and z of each slab of rows."""
     step = max(1, SLAB_ELEMENTS // problem.encoder_FN.shape[0])
     for start in range(0, problem.x_RN.shape[0], step):
-        z = affine(problem.x_RN[start : start + step], problem.encoder_FN, problem.bias_F)
-        yield start, z, z if problem.scale_F is None else z * problem.scale_F
+        yield start, affine(problem.x_RN[start : start + step], problem.encoder_FN, problem.bias_F)
 
 
-def _scored_again(problem: Problem, found: Candidates) -> tuple[Tensor, Tensor]:
-    """z and score of candidates, in the encoder's own dtype."""
+def _scored_again(problem: Problem, found: Candidates) -> Pairs:
+    """Candidates with z and score in the encoder's own dtype."""
     features, offsets = found
     z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN)
     z += problem.bias_F.index_select(0, features)
-    return z, problem.scaled(z, features)
+    score = z if problem.scale_F is None else z * problem.scale_F.index_select(0, features)
+    return Pairs(z, score, features, offsets)
 
 
 def encode_top_k(
@@ -119,9 +122,9 @@ def encode_top_k(
 def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     n_rows = problem.x_RN.shape[0]
     values, columns = problem.x_RN.new_empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
-    for start, z, score in _slabs(problem):
+    for start, z in _slabs(problem):
         rows = slice(start, start + z.shape[0])
-        columns[rows] = selection.row_top_k(score, k)
+        columns[rows] = selection.row_top_k(z if problem.scale_F is None else z * problem.scale_F, k)
         values[rows] = z.gather(1, columns[rows])
     return values, columns
 
@@ -140,9 +143,9 @@ def _top_k_of_candidates(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
         found = prefilter.top_k_candidates(x, problem.for_candidates(), k)
     except prefilter.UnsafeError:
         return _top_k_of_slabs(problem, k)
-    z, score = _scored_again(problem, found)
-    kept = selection.list_top_k(score, found.offsets, k)
-    return z[kept], found.features[kept].long()
+    pairs = _scored_again(problem, found)
+    kept = selection.list_top_k(pairs.score, found.offsets, k)
+    return pairs.z[kept], found.features[kept].long()
 
 
 def encode_batch_top_k(
@@ -160,34 +163,23 @@ def encode_batch_top_k(
     Exact: a sampled bound lets candidates through, the cut is taken among them, and if the bound proves too high the
     slabs are scored again without it.
     """
-    n_rows = x_BGN.shape[0]
     parts, cuts = [], []
     for problem in _problems(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product):
-        pairs, cut = _batch_top_k(problem, n_rows * k)
+        pairs = _batch_top_k(problem, x_BGN.shape[0] * k)
         parts.append(pairs)
-        cuts.append(cut)
-    values, features, offsets = _joined(parts, n_rows, encoder_GFN.shape[1])
+        cuts.append(pairs.score.amin() if pairs.score.numel() else pairs.score.new_zeros(()))
+    values, _, features, offsets = _joined(parts, encoder_GFN.shape[1])
     return values, features, offsets, torch.stack(cuts)
 
 
-def _batch_top_k(problem: Problem, wanted: int) -> tuple[Pairs, Tensor]:
-    """The `wanted` largest positive scores of one dictionary, and the smallest of them (0 where there is none)."""
+def _batch_top_k(problem: Problem, wanted: int) -> Pairs:
+    """The `wanted` largest positive scores of one dictionary."""
     found = None
     if wanted and problem.takes_candidates(wanted // problem.x_RN.shape[0]):
         with contextlib.suppress(prefilter.UnsafeError):
             found = prefilter.batch_candidates(_safe_rows(problem), problem.for_candidates(), wanted)
-    if found is not None:
-        rows, features = found.rows(), found.features
-        z, score = _scored_again(problem, found)
-        kept = selection.keep_largest(score, wanted)
-    else:
-        position, score, z = _survivors(problem, wanted)
-        kept = selection.keep_largest(score, wanted)
-        rows = position.div(problem.encoder_FN.shape[0], rounding_mode="floor")
-        features = position - rows * problem.encoder_FN.shape[0]
-    score = score[kept]
-    cut = score.amin() if score.numel() else score.new_zeros(())
-    return Pairs(z[kept], rows[kept], features[kept]), cut
+    pairs = _survivors(problem, wanted) if found is None else _scored_again(problem, found)
+    return pairs.only(selection.keep_largest(pairs.score, wanted))
 
 
 def _safe_rows(problem: Problem) -> prefilter.Rows:
@@ -202,24 +194,32 @@ def _safe_rows(problem: Problem) -> prefilter.Rows:
     return x
 
 
-def _survivors(problem: Problem, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat position, score and z of at least the `wanted` largest positive scores, or of all positive ones."""
-    n_features = problem.encoder_FN.shape[0]
-    bound: float | None = None
-    while True:
-        parts = []
-        for start, z, score in _slabs(problem):
-            if bound is None:
-                bound = selection.sampled_bound(score, wanted / (problem.x_RN.shape[0] * n_features))
-            position = (score.view(-1) > bound).nonzero().squeeze(1)
-            parts.append((position + start * n_features, score.view(-1)[position], z.view(-1)[position]))
-        if not parts:
-            empty = problem.x_RN.new_empty(0)
-            return empty.long(), empty, empty
-        position, score, z = (torch.cat(column) for column in zip(*parts, strict=True))
-        if bound == 0.0 or position.numel() >= wanted:
-            return position, score, z
-        bound = 0.0
+def _survivors(problem: Problem, wanted: int) -> Pairs:
+    """At least the `wanted` largest positive scores of one dictionary, or all positive ones."""
+    kept_fraction = wanted / max(1, problem.x_RN.shape[0] * problem.encoder_FN.shape[0])
+    bound, slabs = 0.0, []
+    for start, z in _slabs(problem):
+        bound = bound if start else selection.sampled_bound(z, problem.scale_F, kept_fraction)
+        slabs.append(_listed(problem, z, torch.full_like(problem.bias_F, bound)))
+    found = _stacked(problem, slabs)
+    if bound == 0.0 or found.z.numel() >= wanted:
+        return found
+    zero_F = torch.zeros_like(problem.bias_F)
+    return _stacked(problem, [_listed(problem, z, zero_F) for _, z in _slabs(problem)])
+
+
+def _listed(problem: Problem, z_RF: Tensor, bound_F: Tensor, least: float = -torch.inf) -> Pairs:
+    return Pairs(*selection.above(z_RF, problem.scale_F, bound_F, least))
+
+
+def _stacked(problem: Problem, slabs: list[Pairs]) -> Pairs:
+    """The pairs of successive slabs of rows as one code."""
+    if not slabs:
+        empty = problem.x_RN.new_empty(0)
+        return Pairs(empty, empty, empty.to(torch.int32), torch.zeros(1, dtype=torch.int64))
+    z, score, features = (torch.cat(column) for column in list(zip(*slabs, strict=True))[:3])
+    counts_R = torch.cat([slab.offsets.diff() for slab in slabs])
+    return Pairs(z, score, features, starts(counts_R))
 
 
 def encode_threshold(
@@ -234,63 +234,41 @@ def encode_threshold(
     working_GFN: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.encode_threshold`."""
-    parts, values = [], []
+    parts = []
     for group, problem in enumerate(_problems(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product)):
         threshold_F = threshold_GF[group]
-        pairs, score = _above(problem, threshold_F, window)
-        parts.append(pairs)
-        values.append(torch.where(score > threshold_F[pairs.features], pairs.z, 0))
-    z, features, offsets, order = _join(parts, x_BGN.shape[0], encoder_GFN.shape[1])
-    value = torch.cat(values) if values else z
-    value = value if order is None else value[order]
+        pairs = _near(problem, threshold_F - window / 2)
+        value = torch.where(pairs.score > threshold_F.index_select(0, pairs.features), pairs.z, 0)
+        parts.append(pairs._replace(score=value))
+    z, value, features, offsets = _joined(parts, encoder_GFN.shape[1])
     return value, features, offsets, z
 
 
-def _above(problem: Problem, threshold_F: Tensor, window: float) -> tuple[Pairs, Tensor]:
-    """The pairs of one dictionary above `threshold - window / 2` with z > 0, and their scores."""
-    lower_F = threshold_F - window / 2
-    n_features = problem.encoder_FN.shape[0]
+def _near(problem: Problem, lower_F: Tensor) -> Pairs:
+    """The pairs of one dictionary with score > lower and z > 0."""
     found = None
-    if n_features and problem.takes_candidates(1):
+    if lower_F.numel() and problem.takes_candidates(1):
         with contextlib.suppress(prefilter.UnsafeError):
             found = prefilter.above_candidates(_safe_rows(problem), problem.for_candidates(), lower_F.amin().item())
-    if found is not None:
-        rows, features = found.rows(), found.features
-        z, score = _scored_again(problem, found)
-        kept = (score > lower_F[features]) & (z > 0)
-        return Pairs(z[kept], rows[kept], features[kept]), score[kept]
-    parts = []
-    for start, z, score in _slabs(problem):
-        row, column = ((score > lower_F) & (z > 0)).nonzero(as_tuple=True)
-        parts.append((z[row, column], row + start, column, score[row, column]))
-    if not parts:
-        empty = problem.x_RN.new_empty(0)
-        return Pairs(empty, empty.long(), empty.long()), empty
-    z, rows, columns, score = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Pairs(z, rows, columns), score
+    if found is None:
+        return _stacked(problem, [_listed(problem, z, lower_F, 0.0) for _, z in _slabs(problem)])
+    pairs = _scored_again(problem, found)
+    is_near = (pairs.score > lower_F.index_select(0, pairs.features)) & (pairs.z > 0)
+    return pairs.only(is_near.nonzero().squeeze(1))
 
 
-def _offsets(rows: Tensor, n_rows: int) -> Tensor:
-    offsets = torch.zeros(n_rows + 1, dtype=torch.int64)
-    offsets[1:] = torch.bincount(rows, minlength=n_rows).cumsum(0)
-    return offsets
-
-
-def _join(parts: list[Pairs], n_tokens: int, n_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The pairs of all dictionaries as one CSR code of z, and the order that merged them (None: as they were)."""
-    n_groups = len(parts)
-    z = torch.cat([part.z for part in parts])
-    rows = torch.cat([part.rows * n_groups + group for group, part in enumerate(parts)])
+def _joined(parts: list[Pairs], n_features: int) -> Pairs:
+    """The pairs of G dictionaries as one code, in which row b of dictionary g is row b * G + g."""
+    if len(parts) == 1:
+        return parts[0]
+    z, score = torch.cat([part.z for part in parts]), torch.cat([part.score for part in parts])
     features = torch.cat([part.features + group * n_features for group, part in enumerate(parts)])
-    order = None
-    if n_groups > 1:
-        rows, order = torch.sort(rows, stable=True)
-        z, features = z[order], features[order]
-    return z, features.to(torch.int32), _offsets(rows, n_tokens * n_groups), order
-
-
-def _joined(parts: list[Pairs], n_tokens: int, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _join(parts, n_tokens, n_features)[:3]
+    counts = torch.stack([part.offsets.diff() for part in parts], dim=1).flatten()
+    sizes = torch.tensor([part.z.numel() for part in parts])
+    begins = torch.stack([part.offsets[:-1] for part in parts], dim=1) + starts(sizes)[:-1]
+    offsets = starts(counts)
+    order = torch.arange(z.numel()) + (begins.flatten() - offsets[:-1]).repeat_interleave(counts)
+    return Pairs(z[order], score[order], features[order], offsets)
 
 
 def _require_finite(tensor: Tensor) -> None:

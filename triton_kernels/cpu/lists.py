@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import native, selection
-from triton_kernels.reference import row_of_pair
+from triton_kernels.reference import row_of_pair, starts
 
 
 class Candidates(NamedTuple):
@@ -124,4 +124,4 @@ def merged(found: Lists, bound_R: Tensor, n_features: int) -> Candidates:
 
 
 def _offsets(rows: Tensor, n_rows: int) -> Tensor:
-    return torch.nn.functional.pad(torch.bincount(rows, minlength=n_rows).cumsum(0), (1, 0))
+    return starts(torch.bincount(rows, minlength=n_rows))

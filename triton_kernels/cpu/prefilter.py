@@ -27,7 +27,7 @@ from torch import Tensor
 from triton_kernels.cpu import lists, native, selection
 from triton_kernels.cpu.affine import affine
 from triton_kernels.cpu.lists import Candidates, Lists
-from triton_kernels.reference import sum_dtype
+from triton_kernels.reference import starts, sum_dtype
 
 SLAB_ELEMENTS = 2**22  # of scores: 8 MiB in bf16
 CHUNK_ELEMENTS = 2**22  # of the encoder
@@ -148,8 +148,7 @@ class _Found:
     def lists(self) -> Lists:
         """All of them."""
         columns, keys, counts = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        return Lists(columns, keys, offsets, self.margin_R.numel())
+        return Lists(columns, keys, starts(counts), self.margin_R.numel())
 
 
 def top_k_candidates(x: Rows, encoder: Encoder, k: int) -> Candidates:
@@ -200,7 +199,7 @@ def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
 
     def take(slab: Slab) -> None:
         if not guesses:
-            sampled = selection.sampled_bound(slab.score_RF, wanted / (n_rows * n_features))
+            sampled = selection.sampled_bound(slab.score_RF, None, wanted / (n_rows * n_features))
             guesses.append(lists.proven(x.norm_R.new_tensor(sampled), slab.margin_R.amax(), slack))
         bound_R = _positive(lists.within_reach(guesses[0], slab.margin_R, slack))
         found.add(slab, lists.not_below(slab.score_RF, bound_R))
@@ -211,7 +210,7 @@ def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
     proven_P = lists.proven(lists.scores_of(every.keys), found.margin_R[rows], slack)
     if int((proven_P >= guesses[0]).sum()) < wanted:
         raise UnsafeError
-    least = proven_P.topk(wanted, sorted=False).values.amin()
+    least = proven_P[selection.keep_largest(proven_P, wanted)].amin()
     return lists.merged(every, lists.within_reach(least, found.margin_R, slack), n_features)
 
 

@@ -66,22 +66,37 @@ def _top_k_of_groups(score_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return columns, (smallest == best.values[:, k]) | (smallest <= maxima.values[:, k])
 
 
-def sampled_bound(score: Tensor, kept_fraction: float) -> float:
+def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, scores, columns and offsets (CSR, int32 and int64) of the pairs with score > bound and z > least."""
+    if native.serves(z_RF, scale_F, bound_F):
+        return native.above(z_RF, scale_F, bound_F, least)
+    score_RF = z_RF if scale_F is None else z_RF * scale_F
+    place = ((score_RF > bound_F) & (z_RF > least)).view(-1).nonzero().squeeze(1)
+    offsets = torch.searchsorted(place, torch.arange(z_RF.shape[0] + 1) * z_RF.shape[1])
+    columns = (place % max(1, z_RF.shape[1])).to(torch.int32)
+    return z_RF.view(-1)[place], score_RF.view(-1)[place], columns, offsets
+
+
+def sampled_bound(z_RF: Tensor, scale_F: Tensor | None, kept_fraction: float) -> float:
     """A guess that lets a little more than `kept_fraction` of the scores through; never below zero."""
-    stride = max(1, score.numel() // PREFILTER_SAMPLES) | 1
-    sample = score.reshape(-1)[::stride]
+    stride = max(1, z_RF.numel() // PREFILTER_SAMPLES) | 1
+    sample = z_RF.reshape(-1)[::stride].float()
+    if scale_F is not None:
+        sample = sample * scale_F[torch.arange(0, z_RF.numel(), stride) % scale_F.numel()]
     keep = int(PREFILTER_MARGIN * kept_fraction * sample.numel()) + 16
     if keep >= sample.numel():
         return 0.0
-    return max(0.0, sample.topk(keep).values[-1].item())
+    return max(0.0, sample[keep_largest(sample, keep)].amin().item())
 
 
 def keep_largest(score_P: Tensor, count: int) -> Tensor:
     """Positions, ascending, of the `count` largest; equal scores go to the lowest position."""
     if score_P.numel() <= count:
         return torch.arange(score_P.numel(), device=score_P.device)
+    if native.serves(score_P):
+        return native.top_k_of_lists(score_P, torch.tensor([0, score_P.numel()]), count)[0]
     cut = score_P.topk(count, sorted=False).values.amin()
-    above = score_P > cut
-    equal = (score_P == cut).nonzero().squeeze(1)[: count - int(above.sum())]
-    above[equal] = True
-    return above.nonzero().squeeze(1)
+    kept = score_P > cut
+    equal = (score_P == cut).nonzero().squeeze(1)[: count - int(kept.sum())]
+    kept[equal] = True
+    return kept.nonzero().squeeze(1)

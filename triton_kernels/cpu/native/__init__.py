@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu.native import build
+from triton_kernels.reference import starts
 
 DTYPES = {
     "float": torch.float32,
@@ -93,9 +94,9 @@ def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Featu
     """The code's pairs in feature-major order; features are int32."""
     _require_code(features_P, offsets, n_features)
     order_P = torch.empty(features_P.numel(), dtype=torch.int64)
-    rows_P, starts = torch.empty_like(order_P, dtype=torch.int32), torch.empty(n_features + 1, dtype=torch.int32)
-    _call("feature_major", offsets.numel() - 1, n_features, features_P, offsets.long(), starts, rows_P, order_P)
-    return FeatureMajor(order_P, rows_P, starts)
+    rows_P, begins = torch.empty_like(order_P, dtype=torch.int32), torch.empty(n_features + 1, dtype=torch.int32)
+    _call("feature_major", offsets.numel() - 1, n_features, features_P, offsets.long(), begins, rows_P, order_P)
+    return FeatureMajor(order_P, rows_P, begins)
 
 
 def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def not_below(bits_RF: Tensor, bounds_R: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _listed(bits_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    offsets = _starts(counts_R)
+    offsets = starts(counts_R)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     keys = torch.empty_like(columns, dtype=torch.int16)
     _call("list_rows", *bits_RF.shape, bits_RF, bounds_R, offsets, columns, keys)
@@ -257,15 +258,22 @@ def merged_lists(
     """Features, int32 and ascending, of the keys not below their row's bound, and the offsets of the rows."""
     counts_R = torch.empty(n_rows, dtype=torch.int64)
     _call("count_lists", n_chunks, n_rows, offsets, keys, bounds_R, counts_R)
-    starts = _starts(counts_R)
-    features = torch.empty(int(starts[-1]), dtype=torch.int32)
-    _call("merge_lists", n_chunks, n_rows, n_features, offsets, columns, keys, bounds_R, starts, features)
-    return features, starts
+    row_starts = starts(counts_R)
+    features = torch.empty(int(row_starts[-1]), dtype=torch.int32)
+    _call("merge_lists", n_chunks, n_rows, n_features, offsets, columns, keys, bounds_R, row_starts, features)
+    return features, row_starts
 
 
-def _starts(counts: Tensor) -> Tensor:
-    """Where each of successive lists begins, and where the last one ends."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `selection.above`."""
+    counts_R = torch.empty(z_RF.shape[0], dtype=torch.int64)
+    given = (*z_RF.shape, z_RF, scale_F, bound_F, least)
+    _call("count_above", *given, counts_R)
+    offsets = starts(counts_R)
+    values, scores = z_RF.new_empty(2, int(offsets[-1]))
+    columns = torch.empty(values.shape, dtype=torch.int32)
+    _call("list_above", *given, offsets, values, scores, columns)
+    return values, scores, columns, offsets
 
 
 def top_k_of_lists(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:

@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"the C kernels are not available ({describe(error)}), so CPU operators run on stock torch operators, "
-            "about 1.4 times slower a training step; install gcc, or name a C compiler in the variable CC",
+            "1.4 to 2 times slower a training step; install gcc, or name a C compiler in the variable CC",
             RuntimeWarning,
             stacklevel=2,
         )
