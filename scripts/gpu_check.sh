@@ -50,6 +50,7 @@ shape=(--device cuda --batch 8192 --n-layers 12 --d-model 768 --n-features 32768
 # The runner needs no pytest and is the one that counts; the kernels' own tests come on top where pytest is there.
 stage "parity, 20 repetitions, memory" 180 "$python" scripts/gpu_parity.py --device cuda
 stage "each kernel, predictions beside" 110 "$python" scripts/bench_kernels.py "${shape[@]}" --product bf16
+stage "maxima from the product itself" 40 "$python" scripts/bench_epilogue.py --device cuda --out "$out"
 if ! stage "whole step, targets" 150 "$python" scripts/bench_step.py "${shape[@]}" --targets --no-memory; then
   stage "whole step, this library alone" 40 "$python" scripts/bench_step.py "${shape[@]}" --arms "library bf16" \
     --targets --no-memory

@@ -1,6 +1,7 @@
 """The benchmarks at sizes that mean nothing: they must run, write what they promise, and notice what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,10 @@ def bench(monkeypatch):
     torch.set_num_threads(1)
 
 
-def run_script(name, *arguments):
+def run_script(name, *arguments, **variables):
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
 
 
 @pytest.mark.parametrize("kind", ["crosscoder", "bank"])
@@ -160,6 +162,31 @@ def test_parity_runs_without_pytest_and_finds_fp32_in_order():
     assert verdict == ["parity, repetition and memory: all as they should be"] or all(
         "tables bf16" in complaint for complaint in verdict
     )
+
+
+def test_both_ways_to_the_maxima_are_timed_and_checked(tmp_path):
+    """In a process of its own, where Triton can be told to interpret before it is imported."""
+    sizes = ["--rows", "8", "--n-features", "64", "--n-layers", "2", "--widths", "8", "--repeats", "1"]
+    program = (
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import bench_epilogue\n"
+        "from tests.kernels.interpreter import right_bf16\n"
+        "with right_bf16(): sys.exit(bench_epilogue.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "--device", "cpu", *sizes, "--out", str(tmp_path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "epilogue_cpu.json").read_text())["widths"]
+    assert [entry["width"] for entry in found] == [8]
+    times = [
+        entry[what][form] for entry in found for what in ("slab_ms", "encode_ms") for form in ("apart", "one kernel")
+    ]
+    assert min(times) > 0
+    table = (tmp_path / "epilogue_cpu.md").read_text()
+    assert "| 8 | " in table
+    # As it comes, the interpreter multiplies bf16 wrongly: the check must say so.
+    done = run_script("bench_epilogue.py", "--device", "cpu", *sizes, "--out", tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 1, done.stderr
 
 
 @pytest.mark.parametrize("name", ["gpu_check.sh", "install_peers.sh"])

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from tests.kernels.interpreter import right_bf16
+
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,6 +35,12 @@ def _fill(tensor):
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=not ON_GPU)
+def mended_interpreter():
+    with right_bf16():
+        yield
 
 
 @pytest.fixture
