@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crosscoder.dictionary import codec
@@ -116,28 +115,33 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
     decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
     """
     encoder_GFN, decoder_GFN, bias_GF, center_GN = dictionary.grouped()[:4]
-    n_groups = center_GN.shape[0]
     x_BGN = x_BLD.reshape(-1, *center_GN.shape) - center_GN.detach()
     is_written_L1 = torch.zeros(x_BLD.shape[1], 1, dtype=x_BLD.dtype, device=x_BLD.device)
     is_written_L1[dictionary.config.written()] = 1
-    residual_BGN = (residual_BLD * is_written_L1).reshape(x_BGN.shape)
+    residual_GBN = (residual_BLD * is_written_L1).reshape(x_BGN.shape).transpose(0, 1)
     k_aux = dictionary.config.aux_k
     if k_aux is None:
         n_read = min(center_GN.shape[1], dictionary.config.n_read())
         k_aux = min(MAX_DEFAULT_AUX_K, max(1, n_read // 2))
-    total = x_BLD.new_zeros(())
-    for group in range(n_groups):
-        dead = _bounded(dead_GF[group].nonzero().squeeze(1), limit=max(k_aux, dead_GF.shape[1] // 4))
-        if dead.numel() == 0:
-            continue
-        # Dense on purpose: a sparse gather is slower than a product once k_aux > F / 181.
-        z = F.linear(x_BGN[:, group], encoder_GFN[group, dead], bias_GF[group, dead]).relu()
-        chosen = z.topk(min(k_aux, dead.numel()), dim=1)
-        code = torch.zeros_like(z).scatter(1, chosen.indices, chosen.values)
-        residual = residual_BGN[:, group]
-        error = (code @ decoder_GFN[group, dead] - residual).square().sum()
-        total = total + error / residual.square().sum().clamp_min(torch.finfo(x_BLD.dtype).tiny)
-    return total / n_groups
+    features_GD, is_dead_GD = _dead_features(dead_GF, limit=max(k_aux, dead_GF.shape[1] // 4))
+    rows = torch.arange(len(dead_GF), device=dead_GF.device)[:, None], features_GD
+    # Dense on purpose: a sparse gather is slower than a product once k_aux > F / 181.
+    z_GBD = torch.baddbmm(bias_GF[rows][:, None], x_BGN.transpose(0, 1), encoder_GFN[rows].transpose(1, 2))
+    code_GBD = z_GBD.relu() * is_dead_GD[:, None]
+    if k_aux < code_GBD.shape[2]:
+        chosen = code_GBD.topk(k_aux, dim=2, sorted=False)
+        code_GBD = torch.zeros_like(code_GBD).scatter(2, chosen.indices, chosen.values)
+    error_G = (torch.bmm(code_GBD, decoder_GFN[rows]) - residual_GBN).square().sum((1, 2))
+    relative_G = error_G / residual_GBN.square().sum((1, 2)).clamp_min(torch.finfo(x_BLD.dtype).tiny)
+    return relative_G.masked_fill(~is_dead_GD.any(1), 0).mean()
+
+
+def _dead_features(dead_GF: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:
+    """At most `limit` dead features of each dictionary, `[G, D]`, and which of them are no padding."""
+    lists = [_bounded(dead_F.nonzero().squeeze(1), limit=limit) for dead_F in dead_GF]
+    padded_GD = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+    counts_G = torch.tensor([len(one) for one in lists], device=dead_GF.device)
+    return padded_GD, torch.arange(padded_GD.shape[1], device=dead_GF.device) < counts_G[:, None]
 
 
 def _bounded(index: Tensor, *, limit: int) -> Tensor:

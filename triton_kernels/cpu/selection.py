@@ -12,7 +12,7 @@ GROUP = 32
 GROUPS_PER_KEPT = 8  # columns are looked at again where they reach the k-th largest of so many groups' maxima
 TWO_STAGE_COLUMNS = 4096  # from here on finding the best groups first is faster
 PREFILTER_MARGIN = 1.5  # how many times more scores than needed the sampled bound lets through
-PREFILTER_SAMPLES = 2**15
+PREFILTER_SAMPLES = 2**15  # at most, and a sixteenth of the scores, but 4,096 where there are so many
 
 
 def row_top_k(score_RF: Tensor, k: int) -> Tensor:
@@ -79,7 +79,8 @@ def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -
 
 def sampled_bound(z_RF: Tensor, scale_F: Tensor | None, kept_fraction: float) -> float:
     """A guess that lets a little more than `kept_fraction` of the scores through; never below zero."""
-    stride = max(1, z_RF.numel() // PREFILTER_SAMPLES) | 1
+    wanted = min(PREFILTER_SAMPLES, max(4096, z_RF.numel() // 16))
+    stride = max(1, z_RF.numel() // wanted) | 1
     sample = z_RF.reshape(-1)[::stride].float()
     if scale_F is not None:
         sample = sample * scale_F[torch.arange(0, z_RF.numel(), stride) % scale_F.numel()]
