@@ -1,7 +1,8 @@
 """Each pass of a training step and each operator: time, bandwidth, FLOP/s, fraction of its floor, error.
 
 A pass's bytes and FLOP are the least it needs, with the rows that pairs gather counted as if each came from memory:
-a fraction above 1 means that a cache served them. Floors come from limits measured in the same process. An error is
+a fraction above 1 means that a cache served them, or that a pass moves memory faster than torch's own streaming passes,
+from which the limit is taken. Floors come from limits measured in the same process. An error is
 the largest relative one against float64, on a reduced problem, as a multiple of the error of torch's dense products in
 the same dtype (at least one rounding); 2 is allowed.
 

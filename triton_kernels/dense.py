@@ -12,8 +12,9 @@ from torch import Tensor
 
 from triton_kernels.reference import row_of_pair, sum_dtype
 
-# F / K below which the dense form is faster. CPU: measured (scripts/bench_crossover.py), gathers win down to one
-# feature in three at widths of 64 to 1,536. GPU: by arithmetic, tensor cores against gathers from L2, until measured.
+# F / K up to which the dense form is taken. CPU: measured (scripts/bench_crossover.py); at one feature in two it wins
+# for rows of 1,536 and loses below, at one in three it loses everywhere. GPU: by arithmetic, tensor cores against
+# gathers from L2, until measured.
 FEATURES_PER_ACTIVE = {"cpu": 2, "cuda": 181}
 MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}  # of a code written out
 
