@@ -92,7 +92,7 @@ class StudyConfig:
     subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
     dictionaries: DictionaryBudget = field(
         default_factory=lambda: DictionaryBudget(
-            n_features=160, k_crosscoder=5, k_layerwise=2, steps=1000, learning_rate=1.7e-2
+            n_features=160, k_crosscoder=5, k_layerwise=2, steps=1300, learning_rate=1.7e-2
         )
     )
     seeds: tuple[int, ...] = (0, 1)
