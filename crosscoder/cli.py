@@ -15,8 +15,8 @@ from typing import Literal
 
 import tyro
 
-from crosscoder.experiments.budget import Bank, DictionaryBudget, WholeStructure
 from crosscoder.foundation.console import say
+from crosscoder.studies.budget import Bank, DictionaryBudget, WholeStructure
 
 EXIT_BAD_INPUT = 2
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from crosscoder import cli
-from crosscoder.experiments import subject_study
-from crosscoder.experiments.aspect_ratio import run_study
-from crosscoder.experiments.matched import OtherPartsError, Part
-from crosscoder.experiments.presets import PRESETS, StudyConfig
-from crosscoder.experiments.stages import study_folder
-from crosscoder.experiments.workers import default_workers
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
+from crosscoder.studies import single as subject_study
+from crosscoder.studies.folder import study_folder
+from crosscoder.studies.matched import OtherPartsError, Part
+from crosscoder.studies.presets import PRESETS, StudyConfig
+from crosscoder.studies.shapes import run_study
+from crosscoder.studies.workers import default_workers
 
 FOR_SUBJECT = ("layers", "blocks_path", "tokens")
 FOR_STUDY = ("preset", "training_seeds", "joint", "part")
@@ -80,7 +80,7 @@ def resolved_config(command: cli.Command) -> Any:
         study = subject_config(command) if command.subject else study_config(command)
         return {"command": asdict(command), "study": to_mapping(study)}
     if isinstance(command, cli.Synthetic):
-        from crosscoder.experiments.synthetic import PRESETS as WORLDS
+        from crosscoder.studies.synthetic import PRESETS as WORLDS
 
         worlds = replace(WORLDS[command.preset], verdicts=command.verdicts)
         return {"command": asdict(command), "study": to_mapping(worlds)}
@@ -89,7 +89,7 @@ def resolved_config(command: cli.Command) -> Any:
 
 def compare(command: cli.Compare) -> None:
     """Run the study and print the path of its report."""
-    from crosscoder.analysis.report import render_report
+    from crosscoder.report.page import render_report
 
     workers = command.workers or default_workers(command.device)
     if command.subject is not None:
@@ -119,7 +119,7 @@ def compare(command: cli.Compare) -> None:
 
 def synthetic(command: cli.Synthetic) -> None:
     """Run the planted worlds and print the path of their report."""
-    from crosscoder.experiments import synthetic as planted
+    from crosscoder.studies import synthetic as planted
 
     config = replace(planted.PRESETS[command.preset], verdicts=command.verdicts)
     folder = study_folder(config, f"synthetic-{command.preset}", command.out)
@@ -130,7 +130,7 @@ def synthetic(command: cli.Synthetic) -> None:
 
 def report(command: cli.Report) -> None:
     """Render results.json again."""
-    from crosscoder.analysis.report import load_results, render_report
+    from crosscoder.report.page import load_results, render_report
 
     print(render_report(load_results(command.folder), command.folder))
 
@@ -210,7 +210,7 @@ def harvest(command: cli.Harvest) -> None:
 def train(command: cli.Train) -> None:
     """Train one dictionary on a store."""
     from crosscoder.data.shards import ActivationShards
-    from crosscoder.experiments.cells import new_dictionary
+    from crosscoder.studies.cells import new_dictionary
 
     store = ActivationShards.load(command.activations / "train")
     view = store.view(command.site)
@@ -238,7 +238,7 @@ def evaluate(command: cli.Evaluate) -> None:
     """Measure a dictionary and print the numbers as JSON."""
     from crosscoder.data.shards import ActivationShards
     from crosscoder.dictionary import load_dictionary
-    from crosscoder.experiments.cells import evaluate_dictionary
+    from crosscoder.studies.cells import evaluate_dictionary
 
     dictionary = load_dictionary(command.dictionary).to(command.device)
     held_out = ActivationShards.load(command.activations / "held_out")

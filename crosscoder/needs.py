@@ -6,12 +6,12 @@ from pathlib import Path
 
 from crosscoder import cli
 from crosscoder.commands import study_config, subject_config
-from crosscoder.experiments import subject_study
-from crosscoder.experiments.aspect_ratio import study_cells, study_joints
-from crosscoder.experiments.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
-from crosscoder.experiments.cells import Cell
-from crosscoder.experiments.presets import StudyConfig
 from crosscoder.foundation.console import human_bytes
+from crosscoder.studies import single as subject_study
+from crosscoder.studies.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
+from crosscoder.studies.cells import Cell
+from crosscoder.studies.presets import StudyConfig
+from crosscoder.studies.shapes import study_cells, study_joints
 
 Needs = list[tuple[str, str]]
 
@@ -77,7 +77,7 @@ def needs(command: cli.Command) -> Needs:
 
 
 def _synthetic_needs(command: cli.Synthetic) -> Needs:
-    from crosscoder.experiments import synthetic as planted
+    from crosscoder.studies import synthetic as planted
 
     config = planted.PRESETS[command.preset]
     world = config.world

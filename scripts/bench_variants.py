@@ -17,7 +17,11 @@ import torch
 
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.synthetic import WorldConfig
-from crosscoder.experiments.variants import (
+from crosscoder.foundation.artifact import read_json, write_json
+from crosscoder.foundation.config import to_mapping
+from crosscoder.foundation.console import say
+from crosscoder.foundation.provenance import describe_run
+from crosscoder.studies.variants import (
     VARIANTS,
     PlantedSource,
     Source,
@@ -29,10 +33,6 @@ from crosscoder.experiments.variants import (
     markdown_table,
     measure_variant,
 )
-from crosscoder.foundation.artifact import read_json, write_json
-from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.console import say
-from crosscoder.foundation.provenance import describe_run
 
 
 def run(source: Source, config: VariantsConfig, name: str, settings: dict[str, Any], given: argparse.Namespace) -> None:

@@ -12,13 +12,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from crosscoder.experiments.planted_readings import VerdictConfig
-from crosscoder.experiments.planted_verdict import DEFINITIONS, summarize_verdicts, verdict_jobs
-from crosscoder.experiments.synthetic_report import render_verdicts, verdict_lines
-from crosscoder.experiments.workers import run_jobs
 from crosscoder.foundation.artifact import read_json, replace_file, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.provenance import describe_run
+from crosscoder.report.planted import render_verdicts, verdict_lines
+from crosscoder.studies.planted_readings import VerdictConfig
+from crosscoder.studies.planted_verdict import DEFINITIONS, summarize_verdicts, verdict_jobs
+from crosscoder.studies.workers import run_jobs
 
 
 def write(folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from check_common import Row, peer
 from torch import Tensor
 
-from crosscoder.analysis.features import measure_dictionary
-from crosscoder.analysis.splice import splice_losses
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
 from crosscoder.data.subject import load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
@@ -31,6 +29,8 @@ from crosscoder.data.text import load_documents, split_documents
 from crosscoder.data.tokens import pack_documents, train_tokenizer
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE, TopK
 from crosscoder.dictionary.saelens import save_saelens
+from crosscoder.measure.features import measure_dictionary
+from crosscoder.measure.splice import splice_losses
 from crosscoder.training import TrainConfig, train
 
 EVALUATED = 1

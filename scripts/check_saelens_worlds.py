@@ -2,7 +2,7 @@
 
 One world is `World` with one layer; the other is drawn by SAELens' `FeatureDictionary` and `ActivationGenerator`. Our
 trainer learns an SAE of each. Their scores come from `eval_sae_on_synthetic_data` on the exported file, ours from
-`analysis`; where SAELens defines a score that we do not use, `analysis.detection` computes their definition.
+`crosscoder.measure`; where SAELens defines a score that we do not use, `measure.detection` computes their definition.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from check_common import Row, peer
 from scipy import sparse
 from torch import Tensor, nn
 
-from crosscoder.analysis import detection, recovery
-from crosscoder.analysis.features import measure_dictionary
 from crosscoder.data.synthetic import World, WorldConfig
 from crosscoder.data.tokens import seeded_generator
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE
 from crosscoder.dictionary.saelens import save_saelens
+from crosscoder.measure import detection, recovery
+from crosscoder.measure.features import measure_dictionary
 from crosscoder.training import TrainConfig, train
 
 Sample = Callable[[int, int], Tensor]

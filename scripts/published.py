@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from crosscoder.analysis.published import CHECKED, published_table
+from crosscoder.report.published import CHECKED, published_table
 
 TARGET = Path(__file__).parents[1] / "docs" / "published.md"
 HEAD = """# Published numbers beside ours
 
 Written by `python scripts/published.py NAME=results.json ...`: the facts and the rules are those of
-`crosscoder/analysis/published.py`, and each file of results adds a column. A verdict is about the direction of a claim
+`crosscoder/report/published.py`, and each file of results adds a column. A verdict is about the direction of a claim
 unless the row says otherwise: the published studies are far larger than ours. "Not comparable" means that ours has the
 quantity, but not under the claim's conditions; "not measured" that the file does not hold it.
 

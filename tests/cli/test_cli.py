@@ -10,8 +10,8 @@ import pytest
 from crosscoder import Crosscoder, load_dictionary
 from crosscoder.cli import main
 from crosscoder.dictionary import Transcoder
-from crosscoder.experiments.budget import DictionaryBudget
-from crosscoder.experiments.cells import Cell
+from crosscoder.studies.budget import DictionaryBudget
+from crosscoder.studies.cells import Cell
 
 COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "synthetic", "report")
 

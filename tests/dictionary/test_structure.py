@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK, load_dictionary
-from crosscoder.analysis.features import measure_dictionary
 from crosscoder.dictionary import (
     Acausal,
     DictionaryConfig,
@@ -23,6 +22,7 @@ from crosscoder.dictionary.losses import loss_terms
 from crosscoder.dictionary.structure import feature_owners
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.measure.features import measure_dictionary
 from crosscoder.training import TrainConfig, train
 from tests.dictionary.structures import EVERY, FIRST_WRITTEN, D, F, L, batches_of, inputs, make, masks
 from tests.dictionary.test_pretrained import reseal

@@ -8,8 +8,8 @@ import torch
 from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK, load_dictionary
 from crosscoder.dictionary import DictionaryConfig, L0Penalty, NormPenalty, TanhPenalty, TargetL0Penalty
 from crosscoder.dictionary.losses import loss_terms
-from crosscoder.experiments.budget import DictionaryBudget, Selection
 from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.studies.budget import DictionaryBudget, Selection
 
 BOTH = pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
 PENALTIES = [

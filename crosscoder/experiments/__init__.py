@@ -1,1 +1,0 @@
-"""Floor 4: whole studies: which subjects, which dictionaries, which counts."""

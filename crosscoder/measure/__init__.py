@@ -1,0 +1,1 @@
+"""Numbers computed from what dictionaries do on a text, without any judgement."""

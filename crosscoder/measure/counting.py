@@ -1,0 +1,151 @@
+"""How many features there are: alive, distinct, merged across layers, and corrected for what seeds alone would lose.
+
+Definitions follow the project's preregistered quantities; `DEFINITIONS` holds the sentence printed beside each number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from crosscoder.measure import matching
+from crosscoder.measure.features import Activity
+
+DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are one
+LINK = 0.7  # similarity from which features of neighbouring layers, or of two seeds, count as the same
+ULTRA_DENSE = 0.1  # firing probability above which a feature is reported apart
+
+RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "mutual nearest": matching.mutual_nearest_pairs,
+    "hungarian": matching.hungarian_pairs,
+    "threshold": matching.threshold_pairs,
+}
+SIMILARITIES = ("correlation", "cosine", "both")
+
+DEFINITIONS = {
+    "alive": "A feature is alive if it is active (value > 0) on more than a share p_min of the held-out tokens; "
+    "p_min = 10 / tokens, so that an alive feature was seen more than ten times.",
+    "dead_share": "Share of a dictionary's features that are not alive on the held-out tokens.",
+    "ultra_dense": f"Alive features active on more than {ULTRA_DENSE:.0%} of the held-out tokens.",
+    "distinct": "Crosscoder count F_cc: alive features, counting once those joined by a joint decoder cosine and an "
+    f"activation correlation both above {DUPLICATE}.",
+    "merged": "Distinct features of the per-layer bank: chains of alive features in neighbouring layers, linked when "
+    f"they are mutual nearest neighbours with activation correlation >= {LINK}. The band is the smallest and the "
+    "largest count over three rules (mutual nearest, Hungarian, threshold) and three similarities (activation "
+    "correlation, decoder cosine, the smaller of both).",
+    "survival": "Seed-corrected survival s = q_adjacent / q_same: the share of features matched in the next layer of "
+    "the same bank, over the share matched in the same layer of a bank with another seed. Independent dictionaries "
+    "of one layer do not agree perfectly; dividing by their agreement removes that loss.",
+    "lifespan_bank": "Lifespan (1 - s^L) / (1 - s): the mean number of layers that a feature lasts if it survives each "
+    "step with probability s. s >= 1 gives L.",
+    "corrected": "Distinct features of the bank, seed-corrected: alive features summed over layers, over the lifespan.",
+    "chapman": "Capture-recapture between two dictionary seeds: (n1 + 1)(n2 + 1) / (m + 1) - 1 with n alive features "
+    f"each, m of them mutual nearest neighbours with activation correlation >= {LINK} (Chapman 1951).",
+    "entropy_load": "Entropy load: the sum over alive features of H(p), the binary entropy of the firing probability, "
+    "in nats; for a bank, of one layer on average. Splitting a feature changes it little, unlike the count.",
+}
+
+
+def minimum_probability(n_tokens: int) -> float:
+    """p_min: the firing probability above which `n_tokens` held-out tokens show a feature more than ten times."""
+    return 10.0 / n_tokens
+
+
+def alive_features(activity: Activity) -> np.ndarray:
+    """True for alive features, `[G, F]`."""
+    alive = activity.firing_probability() > minimum_probability(activity.n_tokens)
+    return alive.reshape(activity.n_groups, activity.n_features)
+
+
+def binary_entropy(p: np.ndarray) -> np.ndarray:
+    """`H(p) = -p ln p - (1 - p) ln(1 - p)` in nats, 0 at 0 and 1."""
+    p = np.asarray(p, dtype=np.float64)
+    inside = (p > 0) & (p < 1)
+    q = np.where(inside, p, 0.5)
+    return np.where(inside, -q * np.log(q) - (1 - q) * np.log1p(-q), 0.0)
+
+
+def components(n_nodes: int, pairs: np.ndarray) -> int:
+    """Connected components of `n_nodes` nodes joined by `pairs` `[m, 2]`."""
+    graph = sparse.coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n_nodes, n_nodes))
+    return int(csgraph.connected_components(graph, directed=False, return_labels=False))
+
+
+def distinct_features(decoder_FN: np.ndarray, code: sparse.csc_array) -> int:
+    """F_cc: features (all given ones are taken to be alive) after joining duplicates."""
+    if len(decoder_FN) == 0:
+        return 0
+    cosine = matching.decoder_cosine(decoder_FN, decoder_FN)
+    correlation = matching.activation_correlation(code, code)
+    pairs = np.argwhere((cosine > DUPLICATE) & (correlation > DUPLICATE))
+    return components(len(decoder_FN), pairs)
+
+
+def chapman(n_first: int, n_second: int, n_matched: int) -> float:
+    """Capture-recapture estimate of how many features two dictionaries sample from."""
+    return (n_first + 1) * (n_second + 1) / (n_matched + 1) - 1
+
+
+def seed_corrected_lifespan(q_adjacent: float, q_same: float, n_layers: int) -> tuple[float, float]:
+    """Survival s and lifespan; s is capped at 1, and nan where no two seeds agree on anything."""
+    if not q_same > 0:
+        return float("nan"), float("nan")
+    s = min(1.0, q_adjacent / q_same)
+    return s, float(n_layers) if s == 1 else (1 - s**n_layers) / (1 - s)
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """The alive features of one layer of a bank: their directions `[n, D]` and their activity `[T, n]`."""
+
+    decoder: np.ndarray
+    code: sparse.csc_array
+
+
+def similarity(a: LayerFeatures, b: LayerFeatures, kind: str) -> np.ndarray:
+    """`correlation` of activity, `cosine` of directions, or the smaller of `both`, `[na, nb]`."""
+    match kind:
+        case "correlation":
+            return matching.activation_correlation(a.code, b.code)
+        case "cosine":
+            return matching.decoder_cosine(a.decoder, b.decoder)
+        case "both":
+            return np.minimum(similarity(a, b, "correlation"), similarity(a, b, "cosine"))
+    raise ValueError(f"similarity is {kind!r}; expected one of {SIMILARITIES}")
+
+
+def merged_counts(layers: Sequence[LayerFeatures]) -> dict[str, dict[str, int]]:
+    """Distinct features of a bank by every similarity and rule, as `counts[similarity][rule]`; neighbours only."""
+    starts = np.concatenate([[0], np.cumsum([len(layer.decoder) for layer in layers])])
+    counts: dict[str, dict[str, int]] = {}
+    computed = [
+        {"correlation": similarity(a, b, "correlation"), "cosine": similarity(a, b, "cosine")}
+        for a, b in pairwise(layers)
+    ]
+    for kind in SIMILARITIES:
+        counts[kind] = {}
+        for name, rule in RULES.items():
+            links = [np.zeros((0, 2), dtype=np.int64)]
+            for index, pair in enumerate(computed):
+                matrix = np.minimum(pair["correlation"], pair["cosine"]) if kind == "both" else pair[kind]
+                links.append(rule(matrix, LINK) + starts[index : index + 2])
+            counts[kind][name] = components(int(starts[-1]), np.concatenate(links))
+    return counts
+
+
+def adjacent_share(layers: Sequence[LayerFeatures]) -> float:
+    """q_adjacent: mean over neighbouring layers of the matched share by activation correlation; nan for one layer."""
+    shares = [matching.matched_share(similarity(a, b, "correlation"), LINK) for a, b in pairwise(layers)]
+    shares = [share for share in shares if not np.isnan(share)]  # a layer without alive features says nothing
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def same_layer_share(first: Sequence[LayerFeatures], second: Sequence[LayerFeatures]) -> float:
+    """q_same: mean over layers of the share matched between two seeds of the same layer."""
+    shares = [matching.matched_share(similarity(a, b, "correlation"), LINK) for a, b in zip(first, second, strict=True)]
+    return float(np.mean(shares))

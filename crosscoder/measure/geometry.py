@@ -1,0 +1,312 @@
+"""How features share their space: effective dimension, what it would be by chance, the ceiling, and its exponents.
+
+`capacity` holds the raw effective dimension and the neurons; here are its weighted and debiased forms. All take joint
+decoder rows, `[F, N]` with N = L * D, or `[F, L, D]` where the layers matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special, stats
+
+from crosscoder.measure.capacity import effective_dimension
+from crosscoder.measure.counting import binary_entropy
+from crosscoder.measure.statistics import CONFIDENCE, Bootstrap, Estimate
+
+__all__ = [
+    "DEFINITIONS",
+    "DebiasedDimension",
+    "Exponents",
+    "debiased_dimension",
+    "density_of_totals",
+    "effective_dimension",
+    "feature_energy",
+    "fit_exponents",
+    "headroom",
+    "highest_probability",
+    "log_slope",
+    "log_slope_of_bootstraps",
+    "predicted_interference",
+    "weighted_dimension",
+    "welch_floor",
+]
+
+SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
+
+DEFINITIONS = {
+    "density": "lambda: entropy load, the sum over alive features of the binary entropy of their firing probability in "
+    "nats per token, over the effective dimension.",
+    "effective_dimension_weighted": "d_eff, energy-weighted: as the raw one, with each pair weighted by the product of "
+    "its features' energies E[f^2] |W|^2, so that rare and weak features, whose directions are noisiest, count little.",
+    "effective_dimension_debiased": "d_eff, debiased: 1 / weighted mean over pairs of G1_ij G2_ij, with G1 and G2 the "
+    "cosines in two dictionary seeds of matched features. Independent errors of two seeds do not add to a product as "
+    f"they add to a square. Not quoted where the mean cosine of a feature with its match is below {SELF_COSINE}.",
+    "effective_dimension_attenuated": "The debiased d_eff with G1_ij G2_ij divided by r_i r_j, r the cosine of a "
+    "feature with its match: errors also shrink every cosine, by about sqrt(r_i r_j), which the product keeps.",
+    "predicted_interference": "Mean squared cosine that features with these layer profiles and this drift would have "
+    "if their directions were independent and isotropic in each layer: mean over pairs of tr(M_i M_j) / D, with M_i "
+    "the L x L Gram matrix of feature i's decoder rows over its trace.",
+    "welch_floor": "Lowest mean squared cosine that F unit vectors in N dimensions can have, (F - N) / (N (F - 1)), "
+    "0 for F <= N (Welch 1974).",
+    "headroom": "Ceiling over measured firing probability: p_max(phi) / p, with p_max the solution of "
+    "C phi p ln(1 / p) = 1 for p < 1 / e, phi features per effective dimension, C from planted worlds. Above 1 the "
+    "features fit; below phi = e / C nothing constrains them.",
+    "alpha": "Slope of ln(features per layer) on ln(D).",
+    "gamma": "Slope of ln(mean rho) on ln(L): how lifespans grow with depth.",
+    "delta": "Slope of ln(d_eff / D) on ln(L): 1 for features of one layer, 0 for one direction kept through all.",
+}
+
+
+def _unit(rows_FN: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows_FN, dtype=np.float64)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+
+
+def _weights(weight_F: np.ndarray | None, n: int) -> np.ndarray:
+    weights = np.ones(n) if weight_F is None else np.asarray(weight_F, dtype=np.float64)
+    if weights.shape != (n,) or not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError(f"weights have shape {weights.shape} for {n} features; give one finite weight >= 0 for each")
+    return weights / max(weights.mean(), np.finfo(float).tiny)
+
+
+def _mean_of_pairs(total: float, diagonal: float, pairs: float) -> float:
+    return (total - diagonal) / pairs if pairs > 0 else float("nan")
+
+
+def _dimension(interference: float) -> float:
+    """1 / interference; infinite where it is not above 0, nan where undefined."""
+    if math.isnan(interference):
+        return float("nan")
+    return 1 / interference if interference > 0 else float("inf")
+
+
+def feature_energy(square_activation_F: np.ndarray, decoder_FN: np.ndarray) -> np.ndarray:
+    """`E[f_i^2] |W_i|^2`, the mean squared norm that each feature writes on a token, `[F]`."""
+    return np.asarray(square_activation_F) * np.square(np.asarray(decoder_FN, dtype=np.float64)).sum(1)
+
+
+def weighted_dimension(decoder_FN: np.ndarray, weight_F: np.ndarray | None = None) -> float:
+    """d_eff with pairs weighted by `w_i w_j`: `sum w_i w_j / sum w_i w_j G_ij^2` over i != j.
+
+    Equal weights give `effective_dimension`. nan for fewer than two rows with weight, inf without any interference.
+
+    Raises:
+        ValueError: weights are not one finite number >= 0 for each feature.
+    """
+    weights = _weights(weight_F, len(decoder_FN))
+    return _dimension(_cross_interference(_unit(decoder_FN), _unit(decoder_FN), weights, weights))
+
+
+def _cross_interference(
+    first_FN: np.ndarray, second_FN: np.ndarray, numerator_F: np.ndarray, denominator_F: np.ndarray
+) -> float:
+    """`sum a_i a_j G1_ij G2_ij / sum b_i b_j` over i != j, for unit rows; from the smaller of F x F and N x N."""
+    if len(first_FN) <= first_FN.shape[1]:
+        products = (first_FN @ first_FN.T) * (second_FN @ second_FN.T)
+        total = float(numerator_F @ products @ numerator_F)
+    else:
+        total = float(np.square((first_FN * numerator_F[:, None]).T @ second_FN).sum())
+    own = np.square(first_FN).sum(1) * np.square(second_FN).sum(1)
+    pairs = denominator_F.sum() ** 2 - np.square(denominator_F).sum()
+    return _mean_of_pairs(total, float((np.square(numerator_F) * own).sum()), float(pairs))
+
+
+@dataclass(frozen=True)
+class DebiasedDimension:
+    """The two-seed effective dimension, or the reason why there is none."""
+
+    value: float | None
+    attenuation_corrected: float | None
+    self_cosine: float
+    n_matched: int
+    reason: str | None
+
+
+def debiased_dimension(
+    first_FN: np.ndarray,
+    second_FN: np.ndarray,
+    pairs_m2: np.ndarray,
+    weight_m: np.ndarray | None = None,
+    *,
+    minimum_self_cosine: float = SELF_COSINE,
+) -> DebiasedDimension:
+    """d_eff free of the noise of single dictionaries: `sum w_i w_j / sum w_i w_j G1_ij G2_ij` over matched i != j.
+
+    `pairs_m2` matches rows of two dictionary seeds; take it from activation correlation, since matching by the decoder
+    cosine would choose the pairs whose cosine is then quoted. If errors of the two seeds are independent and isotropic,
+    the expected product is G_ij^2 r_i r_j with r_i the cosine of a feature with its match: free of the additive bias
+    1 / N of a square, but shrunk. `attenuation_corrected` also divides by r_i r_j. Refused, with the reason, where the
+    mean of r is below `minimum_self_cosine` or fewer than two features match.
+
+    Raises:
+        ValueError: the dictionaries differ in N, or weights do not fit the pairs.
+    """
+    if first_FN.shape[1] != second_FN.shape[1]:
+        raise ValueError(f"rows have {first_FN.shape[1]} and {second_FN.shape[1]} entries; compare seeds of one shape")
+    n = len(pairs_m2)
+    if n < 2:
+        return DebiasedDimension(None, None, float("nan"), n, f"{n} features match; a pair of features needs two")
+    weights = _weights(weight_m, n)
+    first, second = _unit(first_FN[pairs_m2[:, 0]]), _unit(second_FN[pairs_m2[:, 1]])
+    cosine_m = (first * second).sum(1)
+    mean = float(cosine_m.mean())
+    if not mean >= minimum_self_cosine:
+        reason = (
+            f"the {n} matched features of two seeds have a mean decoder cosine of {mean:.3f}, below "
+            f"{minimum_self_cosine}: their directions are too noisy to say how they interfere"
+        )
+        return DebiasedDimension(None, None, mean, n, reason)
+    plain = _cross_interference(first, second, weights, weights)
+    corrected = _cross_interference(first, second, weights, weights * np.maximum(cosine_m, 0.0))
+    return DebiasedDimension(_dimension(plain), _dimension(corrected), mean, n, None)
+
+
+def density_of_totals(totals_RQ: np.ndarray, dimension: float) -> np.ndarray:
+    """lambda = `sum_i H(p_i) / d_eff` in nats per token and dimension, `[R]`, of R (resampled) texts.
+
+    Columns of `totals_RQ` are the tokens on which each feature fired, and the number of tokens last, so that with
+    `statistics.document_sums` it is a statistic of `statistics.two_level_bootstrap`. The dimension is held fixed: it
+    belongs to the dictionary, not to the text.
+    """
+    return binary_entropy(totals_RQ[:, :-1] / totals_RQ[:, -1:]).sum(1) / dimension
+
+
+def predicted_interference(decoder_FLD: np.ndarray, weight_F: np.ndarray | None = None) -> float:
+    """Mean squared cosine expected of features with these profiles and drifts in independent isotropic directions.
+
+    With `M_i = W_i W_i^T / |W_i|^2` (`[L, L]`, trace 1), turning feature i's rows at all layers by one random rotation
+    of R^D makes `E[G_ij^2] = tr(M_i M_j) / D`; this is its (weighted) mean over i != j. Features of one layer, evenly
+    over layers, give 1 / (L D); a direction kept with equal norm on all layers gives 1 / D. The measured value over
+    this one says how far features avoid (< 1) or seek (> 1) each other.
+    """
+    rows = np.asarray(decoder_FLD, dtype=np.float64)
+    weights = _weights(weight_F, len(rows))
+    gram_FLL = np.einsum("fld,fmd->flm", rows, rows)
+    trace_F = np.einsum("fll->f", gram_FLL)
+    gram_FLL = np.divide(
+        gram_FLL, trace_F[:, None, None], out=np.zeros_like(gram_FLL), where=trace_F[:, None, None] > 0
+    )
+    total = np.square(np.einsum("f,flm->lm", weights, gram_FLL)).sum()
+    own = (np.square(weights) * np.square(gram_FLL).sum((1, 2))).sum()
+    pairs = weights.sum() ** 2 - np.square(weights).sum()
+    return _mean_of_pairs(float(total), float(own), float(pairs)) / rows.shape[2]
+
+
+def welch_floor(n_features: int, n_dimensions: int, weight_F: np.ndarray | None = None) -> float:
+    """Lowest possible (weighted) mean squared cosine of distinct unit vectors; 0 where all could be orthogonal.
+
+    A Gram matrix of rank N and trace `sum w` has squared Frobenius norm at least `(sum w)^2 / N` (Welch 1974), of
+    which the diagonal holds `sum w^2`. 1 / floor is the largest d_eff that F features can have in N dimensions.
+    """
+    weights = _weights(weight_F, n_features)
+    diagonal, square = np.square(weights).sum(), weights.sum() ** 2
+    return max(_mean_of_pairs(float(square / n_dimensions), float(diagonal), float(square - diagonal)), 0.0)
+
+
+def highest_probability(density: float, constant: float) -> float:
+    """p_max(phi): the firing probability up to which `density` = phi features per dimension can be told apart.
+
+    The ceiling `phi = 1 / (C p ln(1 / p))` solved for p < 1 / e: `exp(W_-1(-1 / (C phi)))`, W_-1 the lower branch of
+    Lambert's function. Below phi = e / C every p is possible, and the answer is 1.
+
+    Raises:
+        ValueError: density or constant is not positive.
+    """
+    if not (density > 0 and constant > 0):
+        raise ValueError(f"density is {density} and constant {constant}; both must be above 0")
+    if density * constant < math.e:
+        return 1.0
+    if density * constant <= math.e * (1 + 1e-9):  # at the branch point itself the function's series gives nan
+        return 1 / math.e
+    return float(np.exp(special.lambertw(-1 / (constant * density), k=-1).real))
+
+
+def headroom(density: float, probability: float, constant: float) -> float:
+    """`p_max(density) / probability`: above 1 the measured features lie below the ceiling; inf where none exists.
+
+    Raises:
+        ValueError: density, constant or probability is not positive.
+    """
+    if not probability > 0:
+        raise ValueError(f"firing probability is {probability}; headroom needs one above 0")
+    ceiling = highest_probability(density, constant)
+    return float("inf") if density * constant < math.e else ceiling / probability
+
+
+def log_slope(sizes: Sequence[float], values: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> Estimate:
+    """Slope of ln(value) on ln(size) by least squares, with its t-interval; infinite where no residual is left.
+
+    `values[s]` holds one value for each training seed of shape s; each seed is one observation.
+
+    Raises:
+        ValueError: fewer than two different sizes, or something is not positive.
+    """
+    x = np.repeat(np.asarray(sizes, dtype=np.float64), [len(seeds) for seeds in values])
+    y = np.concatenate([np.asarray(seeds, dtype=np.float64) for seeds in values])
+    _check_slope(x, float(y.min()))
+    fit = stats.linregress(np.log(x), np.log(y))
+    if len(x) < 3:
+        return Estimate(float(fit.slope), -math.inf, math.inf, confidence)
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2)) * float(fit.stderr)
+    return Estimate(float(fit.slope), float(fit.slope) - reach, float(fit.slope) + reach, confidence)
+
+
+def _check_slope(sizes: np.ndarray, smallest: float) -> None:
+    if len(np.unique(sizes)) < 2:
+        raise ValueError(f"all shapes have size {sizes[0]:g}; a slope needs two different sizes")
+    if not (smallest > 0 and sizes.min() > 0):
+        raise ValueError(f"the smallest value is {smallest:g}, the smallest size {sizes.min():g}; logs need all > 0")
+
+
+def log_slope_of_bootstraps(sizes: Sequence[float], shapes: Sequence[Bootstrap]) -> Bootstrap:
+    """Slope of ln(value) on ln(size) of resampled shapes, draw by draw; every shape has equal weight.
+
+    Raises:
+        ValueError: fewer than two different sizes, or something is not positive.
+    """
+    x = np.asarray(sizes, dtype=np.float64)
+    _check_slope(x, min(float(shape.draws.min()) for shape in shapes))
+    centred = np.log(x) - np.log(x).mean()
+    weights = centred / np.square(centred).sum()
+    values = np.log([shape.value for shape in shapes])
+    stretched = [v + s.expansion * (np.log(s.draws) - v) for v, s in zip(values, shapes, strict=True)]
+    return Bootstrap(float(weights @ values), weights @ np.stack(stretched))
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """How features per layer, lifespans and effective dimension grow with the shape of a model."""
+
+    alpha: Estimate
+    gamma: Estimate
+    delta: Estimate
+
+
+def fit_exponents(
+    n_layers: Sequence[float],
+    d_model: Sequence[float],
+    *,
+    features_per_layer: Sequence[Sequence[float]],
+    rho: Sequence[Sequence[float]],
+    d_eff: Sequence[Sequence[float]],
+    confidence: float = CONFIDENCE,
+) -> Exponents:
+    """alpha, gamma and delta over shapes; each quantity holds a list of training seeds for each shape.
+
+    At fixed N = 12 L D^2 depth and width are collinear, so alpha then also holds what depth does to a layer; width and
+    depth ladders separate them.
+
+    Raises:
+        ValueError: fewer than two different depths or widths, or something is not positive.
+    """
+    relative = [[value / width for value in seeds] for width, seeds in zip(d_model, d_eff, strict=True)]
+    return Exponents(
+        alpha=log_slope(d_model, features_per_layer, confidence),
+        gamma=log_slope(n_layers, rho, confidence),
+        delta=log_slope(n_layers, relative, confidence),
+    )

@@ -1,0 +1,246 @@
+"""How many layers a trained crosscoder's features are read from, and whether any one layer would have told.
+
+`spread` holds the definitions; here they are measured on a dictionary and a stream of held-out activations, in two
+passes whose memory does not grow with the text (a third where intervals over documents are asked for).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from crosscoder.dictionary import Dictionary
+from crosscoder.measure import counting, features, probe_passes, spread
+from crosscoder.measure.probe_passes import Batches, Documents, Moments, Scores
+
+MIN_ACTIVE = 10  # active tokens in each half of the documents below which a feature's AUCs are nan
+RECALL = 0.9  # at which the precision of probes is quoted
+
+DEFINITIONS = {
+    "probe": "Probes of joint decodability: ridge regressions of the label 'feature active' on one layer [D] and on "
+    "all layers [L * D], fitted on every other document and scored on the rest; the penalty is a share of the mean "
+    "variance of what the probe reads, for each layer and for all together the one of five, a thousandth to ten, with "
+    "the best mean AUC.",
+    "probe_precision": f"Precision of a probe at recall {RECALL}: share of tokens with the feature among those that "
+    "score at least as high as all but the lowest tenth of the tokens with it, on the scored documents. Unlike an AUC "
+    "it falls when few tokens without the feature score as high, if they are many against those with it.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What is measured. Memory is `(L * D)^2 + F * L * D` numbers and 2,048 counts for each feature and layer.
+
+    n_features: how many alive features, drawn at random; None measures all of them.
+    ridge: penalty of the probes, as a share of the mean variance of what they read; None chooses it for each layer's
+        probe and for the joint one (`probe_passes.choose_ridges`), in a further pass.
+    n_blocks: blocks of documents for intervals, which cost a third pass; 0 leaves them out.
+    """
+
+    n_features: int | None = 256
+    ridge: float | None = None
+    n_blocks: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_features is not None and self.n_features < 1:
+            raise ValueError(f"n_features is {self.n_features}; expected at least 1, or None for all")
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise ValueError(f"ridge is {self.ridge}; expected a positive share of the variance, such as .1, or None")
+        if self.n_blocks < 0 or self.n_blocks == 1:
+            raise ValueError(f"n_blocks is {self.n_blocks}; expected at least 2 blocks of documents, or 0 for none")
+
+
+@dataclass(frozen=True)
+class FunctionalSpread:
+    """Functional spread and joint decodability of n features; see `spread.DEFINITIONS`. nan: seen too rarely."""
+
+    feature_n: np.ndarray  # their numbers in the dictionary, ascending
+    n_alive: int
+    n_dictionary: int
+    n_tokens: int
+    probability_n: np.ndarray
+    profile_nL: np.ndarray  # functional: share of the encoder's sum on active tokens
+    functional_rho_n: np.ndarray
+    drop_nL: np.ndarray
+    auc_nL: np.ndarray
+    auc_joint_n: np.ndarray
+    precision_nL: np.ndarray  # at recall .9
+    precision_joint_n: np.ndarray
+    decoder_rho_n: np.ndarray
+    nu_error_nL: np.ndarray
+    nu_recon_nL: np.ndarray
+    corrected_rho_n: np.ndarray
+    block_sums: np.ndarray | None  # [blocks, Q] for `genuine_bootstrap`
+    ridges: tuple[float, ...]  # penalty of each layer's probe, then of the joint one
+
+    @property
+    def gain_n(self) -> np.ndarray:
+        """J, `[n]`."""
+        return spread.joint_gain(self.auc_joint_n, self.auc_nL)
+
+    @property
+    def genuine_n(self) -> np.ndarray:
+        """True for genuinely cross-layer features, `[n]`; false where it cannot be told."""
+        return spread.genuine_features(self.auc_joint_n, self.auc_nL)
+
+    @property
+    def aucs(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `spread.cross_layer_excess` takes."""
+        return self.auc_joint_n, self.auc_nL
+
+    def genuine_F(self) -> np.ndarray:
+        """The same for every feature of the dictionary, `[F]`, false for the dead; what `remove_genuine` takes.
+
+        Raises:
+            ValueError: only some of the alive features were measured.
+        """
+        if len(self.feature_n) < self.n_alive:
+            raise ValueError(
+                f"{len(self.feature_n)} of {self.n_alive} alive features were measured, so the rest is unknown; "
+                "measure with n_features=None"
+            )
+        mask = np.zeros(self.n_dictionary, dtype=bool)
+        mask[self.feature_n] = self.genuine_n
+        return mask
+
+    def summary(self) -> dict[str, float]:
+        """Means over the features for which each is defined, as plain numbers; nan if it is for none."""
+        return {
+            "features": float(len(self.feature_n)),
+            "alive": float(self.n_alive),
+            "tokens": float(self.n_tokens),
+            "probed": float(np.isfinite(self.auc_joint_n).sum()),
+            "decoder_rho": _mean(self.decoder_rho_n),
+            "functional_rho": _mean(self.functional_rho_n),
+            "corrected_rho": _mean(self.corrected_rho_n),
+            "largest_drop": _mean(self.drop_nL.max(1)),
+            "joint_ridge": self.ridges[-1],
+            "joint_auc": _mean(self.auc_joint_n),
+            "best_layer_auc": _mean(self.auc_nL.max(1)),
+            "joint_gain": _mean(self.gain_n),
+            "joint_precision": _mean(self.precision_joint_n),
+            "best_layer_precision": _mean(self.precision_nL.max(1)),
+            "genuine_share": spread.genuine_share(*self.aucs),
+        }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+@torch.no_grad()
+def measure_functional_spread(
+    dictionary: Dictionary,
+    batches: Batches,
+    *,
+    document_T: np.ndarray | None = None,
+    config: ProbeConfig | None = None,
+) -> FunctionalSpread:
+    """Functional profile, leave-one-out drop, probes' AUCs and latent scaling of a crosscoder's alive features.
+
+    batches: gives the held-out stream `x_BLD` in the dictionary's own scale from its beginning, the same each time.
+    document_T: each token's document, in the stream's order; without it every 256 tokens are one.
+
+    What J can say: the label is the feature's own activity, and an active feature is by definition one whose sum over
+    layers is large, so the joint probe is nearly perfect by construction and J is in effect 1 less the best one-layer
+    AUC: how little the best single layer tells of what the dictionary calls the feature. It cannot show that the
+    subject computes with several layers. It is also large where a feature is the same in all layers but noisy, so
+    that layers average (a persistent feature under noise), and where one latent holds unrelated features of two
+    layers. A shuffle of tokens by layer reproduces the second, not the first. It is small where a combination of
+    layers is rare against each of its parts only in proportion: an AUC does not see false alarms on 5 % of the tokens,
+    though they be more than the feature's own; `precision_nL` does.
+
+    Raises:
+        ValueError: the dictionary is a bank, nothing is alive, a half of the documents is empty, or labels do not fit.
+    """
+    config = config or ProbeConfig()
+    n_groups, width = dictionary.grouped().center_GN.shape
+    n_layers = dictionary.config.n_layers
+    if n_groups != 1:
+        raise ValueError(
+            f"the dictionary is a bank of {n_groups}; functional spread needs features that read all layers"
+        )
+    documents = Documents(document_T, max(config.n_blocks, 1))
+    was_training = dictionary.training
+    dictionary.eval()
+    try:
+        moments = probe_passes.collect_moments(dictionary, batches, documents)
+        chosen_n, n_alive = _choose(moments, config)
+        device = dictionary.grouped().encoder_GFN.device
+        ridges = (
+            [config.ridge] * (n_layers + 1)
+            if config.ridge is not None
+            else probe_passes.choose_ridges(dictionary, batches, documents, moments, chosen_n)
+        )
+        probes = probe_passes.fit_probes(moments, chosen_n, n_layers, ridges, device)
+        center_N = moments.shift_N + moments.mean_N
+        scores = probe_passes.score_probes(dictionary, batches, documents, probes, chosen_n, center_N)
+        sums = None
+        if config.n_blocks:
+            sums = probe_passes.sum_placements(dictionary, batches, documents, probes, chosen_n, scores.counts_2SnX)
+    finally:
+        dictionary.train(was_training)
+    encoder_nLD, decoder_nLD = (
+        parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(len(chosen_n), n_layers, width // n_layers)
+        for parameter_FN in (dictionary.grouped().encoder_GFN[0], dictionary.grouped().decoder_GFN[0])
+    )
+    return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, sums, ridges)
+
+
+def _choose(moments: Moments, config: ProbeConfig) -> tuple[np.ndarray, int]:
+    n_tokens = moments.tokens_H.sum()
+    alive = np.flatnonzero(moments.active_HF.sum(0) / n_tokens > counting.minimum_probability(n_tokens))
+    if len(alive) == 0:
+        raise ValueError(f"no feature is active on more than 10 of {n_tokens:.0f} tokens; nothing to measure")
+    if config.n_features is None or config.n_features >= len(alive):
+        return alive, len(alive)
+    drawn = np.random.default_rng(config.seed).choice(alive, config.n_features, replace=False)
+    return np.sort(drawn), len(alive)
+
+
+def _assemble(
+    moments: Moments,
+    scores: Scores,
+    chosen_n: np.ndarray,
+    n_alive: int,
+    encoder_nLD: np.ndarray,
+    decoder_nLD: np.ndarray,
+    block_sums: np.ndarray | None,
+    ridges: Sequence[float],
+) -> FunctionalSpread:
+    active_Hn = moments.active_HF[:, chosen_n]
+    n_tokens = moments.tokens_H.sum()
+    above_nLD = moments.active_sum_HFN[:, chosen_n].sum(0) - active_Hn.sum(0)[:, None] * moments.mean_N
+    profile_nL = spread.profile_of_totals(np.einsum("fld,fld->fl", encoder_nLD, above_nLD.reshape(encoder_nLD.shape)))
+    probed_n = (active_Hn >= MIN_ACTIVE).all(0)
+    auc_Sn = np.where(probed_n, probe_passes.placements(scores.counts_2SnX)[2], np.nan)
+    precision_Sn = np.where(probed_n, probe_passes.precision_at_recall(scores.counts_2SnX, RECALL), np.nan)
+    scaling = spread.scaling_of_moments(scores.error_nLD, scores.recon_nLD, scores.activation_square_n, decoder_nLD)
+    if block_sums is not None:
+        block_sums = np.concatenate([block_sums, np.where(probed_n, 1.0, 0.0)[None].repeat(len(block_sums), 0)], axis=1)
+    return FunctionalSpread(
+        feature_n=chosen_n,
+        n_alive=n_alive,
+        n_dictionary=moments.active_HF.shape[1],
+        n_tokens=int(n_tokens),
+        probability_n=active_Hn.sum(0) / n_tokens,
+        profile_nL=profile_nL,
+        functional_rho_n=features.participation_ratio(profile_nL),
+        drop_nL=1 - scores.after_nL / scores.before_n[:, None],
+        auc_nL=auc_Sn[:-1].T,
+        auc_joint_n=auc_Sn[-1],
+        precision_nL=precision_Sn[:-1].T,
+        precision_joint_n=precision_Sn[-1],
+        decoder_rho_n=features.participation_ratio(features.layer_profile(decoder_nLD)),
+        nu_error_nL=scaling.nu_error_FL,
+        nu_recon_nL=scaling.nu_recon_FL,
+        corrected_rho_n=features.participation_ratio(spread.corrected_profile(decoder_nLD, scaling.nu_error_FL)),
+        block_sums=block_sums,
+        ridges=tuple(ridges),
+    )

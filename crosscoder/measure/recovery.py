@@ -1,0 +1,209 @@
+"""How much of a planted truth an estimate found: pure functions of two sets of decoders and a few counts.
+
+`found` are the features that the estimate calls real (alive, duplicates joined); `truth` are all planted ones. Errors
+are signed and relative, `estimate / truth - 1`: positive is too many, too wide, too roomy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from crosscoder.measure import capacity, features, matching
+
+MATCH = 0.9  # joint decoder cosine from which a planted feature counts as found
+SATURATED = 0.95  # share of a dictionary in use from which its count is a lower bound
+PERSISTENT, DRIFTING = 0.9, 0.4  # least mean cosine of neighbouring layers
+SHAPES = ("local", "persistent", "drifting", "composite")
+SHAPE_OF_KIND = {
+    "local": "local",
+    "persistent": "persistent",
+    "drifting": "drifting",
+    "split": "composite",
+    "gated": "composite",
+}
+
+DEFINITIONS = {
+    "mcc": "Mean cosine of joint decoders in the one-to-one assignment of planted to found features that makes it "
+    "largest (Hungarian). A planted feature without a partner, or with one at a negative cosine, counts as 0.",
+    "recall": f"Share of planted features whose partner in that assignment has cosine >= {MATCH}.",
+    "precision": "Share of found features that are such a partner. A second copy of a planted feature is not one.",
+    "count_error": "Features counted over features planted, minus 1.",
+    "rho_error": "Mean participation ratio of the found features over that of the planted ones, minus 1.",
+    "rho_error_matched": "Mean over recalled features of |rho found / rho planted - 1|.",
+    "d_eff_error": "Effective dimension of the found decoders over that of the planted ones, minus 1.",
+    "l0_error": "Mean active features of a token over the truth, minus 1.",
+    "saturated": f"At least {SATURATED:.0%} of the dictionary is in use: its count says how large it is, no more.",
+}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The partner of each planted feature among the found, -1 for none, and their cosine, 0 for none."""
+
+    partner_F: np.ndarray
+    cosine_F: np.ndarray
+
+    @property
+    def recalled_F(self) -> np.ndarray:
+        """True where the partner is good enough."""
+        return self.cosine_F >= MATCH
+
+
+def assign(found_FLD: np.ndarray, truth_FLD: np.ndarray) -> Assignment:
+    """The one-to-one assignment with the largest summed cosine of joint decoders; negative cosines count as 0."""
+    similarity = np.maximum(matching.decoder_cosine(_flat(truth_FLD), _flat(found_FLD)), 0.0)
+    rows, columns = optimize.linear_sum_assignment(similarity, maximize=True)
+    partner, cosine = np.full(len(truth_FLD), -1), np.zeros(len(truth_FLD))
+    positive = similarity[rows, columns] > 0
+    partner[rows[positive]] = columns[positive]
+    cosine[rows] = similarity[rows, columns]
+    return Assignment(partner, cosine)
+
+
+def _flat(decoder_FLD: np.ndarray) -> np.ndarray:
+    """Joint rows `[F, N]` in float64; `reshape(0, -1)` would not know N."""
+    return decoder_FLD.reshape(len(decoder_FLD), math.prod(decoder_FLD.shape[1:])).astype(np.float64)
+
+
+def mean_cosine(assignment: Assignment) -> float:
+    """MCC: the mean over planted features of their partner's cosine."""
+    return float(assignment.cosine_F.mean())
+
+
+def recall_by_kind(assignment: Assignment, kind_F: np.ndarray, n_kinds: int) -> np.ndarray:
+    """Share of each kind's planted features that were recalled, `[n_kinds]`; nan for a kind that is not there."""
+    planted = np.bincount(kind_F, minlength=n_kinds)
+    recalled = np.bincount(kind_F[assignment.recalled_F], minlength=n_kinds)
+    return np.divide(recalled, planted, out=np.full(n_kinds, np.nan), where=planted > 0)
+
+
+def precision(assignment: Assignment, n_found: int) -> float:
+    """Share of found features that are the partner of a recalled one; nan if none was found."""
+    return float(assignment.recalled_F.sum() / n_found) if n_found else float("nan")
+
+
+def precision_by_kind(
+    found_FLD: np.ndarray, truth_FLD: np.ndarray, kind_F: np.ndarray, n_kinds: int, assignment: Assignment
+) -> np.ndarray:
+    """`precision` among the found features whose nearest planted one is of each kind, `[n_kinds]`; nan for none."""
+    if len(found_FLD) == 0:
+        return np.full(n_kinds, np.nan)
+    nearest = kind_F[matching.decoder_cosine(_flat(found_FLD), _flat(truth_FLD)).argmax(1)]
+    good = np.zeros(len(found_FLD), dtype=bool)
+    good[assignment.partner_F[assignment.recalled_F]] = True
+    claimed = np.bincount(nearest, minlength=n_kinds)
+    right = np.bincount(nearest[good], minlength=n_kinds)
+    return np.divide(right, claimed, out=np.full(n_kinds, np.nan), where=claimed > 0)
+
+
+def relative_error(estimate: float, truth: float) -> float:
+    """`estimate / truth - 1`; nan if the truth is 0."""
+    return estimate / truth - 1 if truth else float("nan")
+
+
+def mean_rho(decoder_FLD: np.ndarray) -> float:
+    """Mean participation ratio: how many layers a feature occupies on average; nan without features."""
+    if len(decoder_FLD) == 0:
+        return float("nan")
+    return float(features.participation_ratio(features.layer_profile(decoder_FLD)).mean())
+
+
+def matched_rho_error(found_FLD: np.ndarray, truth_FLD: np.ndarray, assignment: Assignment) -> float:
+    """Mean over recalled features of `|rho found / rho planted - 1|`; nan if none was.
+
+    The means of all found and all planted features can agree although no single spread is right; this cannot.
+    """
+    kept = assignment.recalled_F
+    if not kept.any():
+        return float("nan")
+    found = features.participation_ratio(features.layer_profile(found_FLD[assignment.partner_F[kept]]))
+    truth = features.participation_ratio(features.layer_profile(truth_FLD[kept]))
+    return float(np.abs(found / truth - 1).mean())
+
+
+def classify_shapes(decoder_FLD: np.ndarray) -> np.ndarray:
+    """What a decoder looks like by itself, as an index into `SHAPES`, `[F]`.
+
+    local: one layer holds more than twice any other's share. Otherwise by the mean cosine of neighbouring occupied
+    layers: persistent from 0.9, drifting from 0.4, composite (unrelated directions, or layers apart) below.
+    """
+    profile_FL = features.layer_profile(decoder_FLD)
+    cosine_F = features.adjacent_cosine(decoder_FLD, profile_FL)
+    shape_F = np.full(len(decoder_FLD), SHAPES.index("composite"))
+    shape_F[cosine_F >= DRIFTING] = SHAPES.index("drifting")
+    shape_F[cosine_F >= PERSISTENT] = SHAPES.index("persistent")
+    shape_F[features.lifespan(profile_FL) == 1] = SHAPES.index("local")
+    return shape_F
+
+
+def kind_confusion(found_FLD: np.ndarray, kind_F: np.ndarray, n_kinds: int, assignment: Assignment) -> np.ndarray:
+    """Planted features of each kind by the shape of their partner, `[n_kinds, 5]`: `SHAPES`, and last not recalled."""
+    column_F = np.full(len(kind_F), len(SHAPES))
+    kept = assignment.recalled_F
+    if kept.any():
+        column_F[kept] = classify_shapes(found_FLD[assignment.partner_F[kept]])
+    table = np.zeros((n_kinds, len(SHAPES) + 1), dtype=np.int64)
+    np.add.at(table, (kind_F, column_F), 1)
+    return table
+
+
+def absorption_rate(active_T: np.ndarray, parent_T: np.ndarray, child_T: np.ndarray) -> float:
+    """How much less often a parent's feature is active where a child of it is too; nan where it is not active alone.
+
+    `1 - P(active | parent and child) / P(active | parent without child)`: 0 where it fires alike, 1 where the child's
+    feature says the parent too and the parent's own stays silent.
+    The effect of Chanin et al. 2024, arXiv 2409.14507, measured on planted activity: `child_T` is true only where
+    `parent_T` is. Cosines do not show it, since the parent's direction can be right. Slightly below 0 by chance.
+    """
+    alone, both = parent_T & ~child_T, parent_T & child_T
+    if not (alone.any() and both.any() and active_T[alone].any()):
+        return float("nan")
+    return float(1 - active_T[both].mean() / active_T[alone].mean())
+
+
+def is_saturated(count: int, size: int) -> bool:
+    """Whether a dictionary of `size` features is so full that its count is only a lower bound."""
+    return count >= SATURATED * size
+
+
+def score_features(
+    found_FLD: np.ndarray, truth_FLD: np.ndarray, kind_F: np.ndarray, kinds: tuple[str, ...], *, count: int
+) -> dict[str, Any]:
+    """Every score of one estimate as plain values, by the names of `DEFINITIONS`; None where one is undefined.
+
+    count: how many features the estimate says there are, which need not be how many decoders it gives.
+    """
+    n_kinds = len(kinds)
+    assignment = assign(found_FLD, truth_FLD)
+    rho, rho_true = mean_rho(found_FLD), mean_rho(truth_FLD)
+    d_eff, d_eff_true = capacity.effective_dimension(_flat(found_FLD)), capacity.effective_dimension(_flat(truth_FLD))
+    confusion = kind_confusion(found_FLD, kind_F, n_kinds, assignment)
+    per_kind = recall_by_kind(assignment, kind_F, n_kinds)
+    per_kind_precision = precision_by_kind(found_FLD, truth_FLD, kind_F, n_kinds, assignment)
+    return {
+        "count": count,
+        "count_true": len(truth_FLD),
+        "count_error": _finite(relative_error(count, len(truth_FLD))),
+        "mcc": mean_cosine(assignment),
+        "recall": float(assignment.recalled_F.mean()),
+        "precision": _finite(precision(assignment, len(found_FLD))),
+        "recall_by_kind": {kind: _finite(value) for kind, value in zip(kinds, per_kind)},
+        "precision_by_kind": {kind: _finite(value) for kind, value in zip(kinds, per_kind_precision)},
+        "rho": _finite(rho),
+        "rho_true": rho_true,
+        "rho_error": _finite(relative_error(rho, rho_true)),
+        "rho_error_matched": _finite(matched_rho_error(found_FLD, truth_FLD, assignment)),
+        "d_eff": _finite(d_eff),
+        "d_eff_true": _finite(d_eff_true),
+        "d_eff_error": _finite(relative_error(d_eff, d_eff_true)),
+        "kind_confusion": {kind: row.tolist() for kind, row in zip(kinds, confusion)},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,259 @@
+"""How many features there would be with ever more seeds, or with an ever larger dictionary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import optimize, sparse, stats
+from scipy.sparse import csgraph
+
+from crosscoder.measure.counting import chapman
+from crosscoder.measure.statistics import CONFIDENCE, Estimate, percentile_interval
+
+NO_SATURATION = 0.1  # probability of unlimited growth above which a limit is not identified
+EXTRAPOLATION = 10.0  # a limit whose interval ends beyond this many times the largest count is not identified
+RESOLUTION = 1e-4  # relative error of a count below which a better fit means nothing
+LARGEST_SCALE = 100.0  # n0 is sought up to this many times the largest dictionary
+CURVATURE = (0.1, 5.0)  # range of kappa in the saturating curve
+
+DEFINITIONS = {
+    "chao2": "Chao2 from m >= 3 dictionary seeds: S + (m - 1) / m * Q1 (Q1 - 1) / (2 (Q2 + 1)), with S features found "
+    "in all, Q1 in exactly one seed and Q2 in exactly two (Chao 1987, bias-corrected): a lower bound where features "
+    "differ in how easily they are found. Log-normal interval.",
+    "chapman_interval": "Chapman's estimate from two seeds with a log-normal interval from Seber's variance.",
+    "stable": "Stable features: alive ones with a mutual nearest neighbour (correlation >= .7) in at least half of the "
+    "other dictionary seeds, of which there are at least two.",
+    "saturation": "Features found against dictionary size n, fitted on logs by F (1 - exp(-(n / n0)^kappa)), "
+    "F n / (n + n0) and A n^kappa; AICc chooses. F_inf is F with a 90 % interval over resampled residuals, each "
+    "resample choosing its curve anew; the probability of no saturation is the Akaike weight of A n^kappa. F_inf is "
+    f"not identified where that probability exceeds {NO_SATURATION} or the interval ends beyond {EXTRAPOLATION:g} "
+    "times the largest count.",
+}
+
+
+def _lognormal(seen: float, unseen: float, variance: float, confidence: float) -> Estimate:
+    """`seen + unseen` with an interval that is log-normal in the unseen part, so that it starts at or above `seen`."""
+    if not unseen > 0:
+        return Estimate(seen, seen, seen, confidence)
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    factor = math.exp(z * math.sqrt(math.log1p(variance / unseen**2)))
+    return Estimate(seen + unseen, seen + unseen / factor, seen + unseen * factor, confidence)
+
+
+def chao2(incidence_FM: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
+    """Estimated number of features from which m >= 3 dictionary seeds sample, bias-corrected Chao2, with its interval.
+
+    `incidence_FM[i, s]` is true where distinct feature i was found by seed s; rows found by none are ignored. Variance
+    as for the bias-corrected form in Chao (1987) and Colwell (EstimateS, appendix B).
+
+    Raises:
+        ValueError: fewer than three seeds.
+    """
+    incidence = np.asarray(incidence_FM, dtype=bool)
+    m = incidence.shape[1]
+    if m < 3:
+        raise ValueError(f"{m} dictionary seeds; Chao2 needs at least 3, and two are Chapman's case")
+    found = incidence.sum(1)
+    seen, once, twice = int((found > 0).sum()), int((found == 1).sum()), int((found == 2).sum())
+    share, d = (m - 1) / m, twice + 1.0
+    unseen = share * once * (once - 1) / (2 * d)
+    variance = unseen + share**2 * (
+        once * (2 * once - 1) ** 2 / (4 * d**2) + once**2 * twice * (once - 1) ** 2 / (4 * d**4)
+    )
+    return _lognormal(float(seen), unseen, variance, confidence)
+
+
+def chapman_interval(n_first: int, n_second: int, n_matched: int, confidence: float = CONFIDENCE) -> Estimate:
+    """`counting.chapman` with a log-normal interval around what was seen, from Seber's (1970) variance."""
+    value = chapman(n_first, n_second, n_matched)
+    only = (n_first - n_matched) * (n_second - n_matched)
+    variance = (n_first + 1) * (n_second + 1) * only / ((n_matched + 1) ** 2 * (n_matched + 2))
+    seen = float(n_first + n_second - n_matched)
+    return _lognormal(seen, value - seen, variance, confidence)
+
+
+def incidence(sizes: Sequence[int], links: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+    """Which seeds found which distinct feature, `[features, seeds]`: connected components of matches between seeds.
+
+    `sizes[s]` features are alive in seed s; `links[s, t]` are matched pairs `[m, 2]` for every s < t.
+
+    Raises:
+        ValueError: a pair of seeds has no entry in `links`.
+    """
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    missing = [pair for pair in combinations(range(len(sizes)), 2) if pair not in links]
+    if missing:
+        raise ValueError(f"seeds {missing[0]} are not matched; give links for every pair (s, t) with s < t")
+    edges = [np.asarray(pairs).reshape(-1, 2) + starts[[s, t]] for (s, t), pairs in links.items()]
+    joined = np.concatenate([np.zeros((0, 2), dtype=np.int64), *edges])
+    graph = sparse.coo_array((np.ones(len(joined)), (joined[:, 0], joined[:, 1])), shape=(starts[-1], starts[-1]))
+    count, label = csgraph.connected_components(graph, directed=False)
+    found = np.zeros((count, len(sizes)), dtype=bool)
+    found[label, np.repeat(np.arange(len(sizes)), sizes)] = True
+    return found
+
+
+def stable_features(n_features: int, links: Sequence[np.ndarray]) -> np.ndarray:
+    """True for features of one seed that are matched in at least half of the other seeds, `[n_features]`.
+
+    `links[s]` are pairs `[m, 2]` from this seed to another; give at least two others (three seeds in all).
+
+    Raises:
+        ValueError: fewer than two other seeds.
+    """
+    if len(links) < 2:
+        raise ValueError(f"{len(links)} other seeds; a stable count needs at least two others")
+    matched = np.zeros(n_features)
+    for pairs in links:
+        matched[np.unique(np.asarray(pairs).reshape(-1, 2)[:, 0]).astype(np.int64)] += 1
+    return matched >= len(links) / 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One fitted curve of counts against dictionary size."""
+
+    name: str
+    amplitude: float  # F_inf, or A of the power law
+    n0: float | None
+    kappa: float | None
+    aicc: float
+
+    @property
+    def limit(self) -> float:
+        """The count at infinite size: the amplitude, or infinity for the power law."""
+        return float("inf") if self.name == "power law" else self.amplitude
+
+    def at(self, n: np.ndarray) -> np.ndarray:
+        """Fitted count at dictionary size `n`."""
+        shape = _SHAPES[self.name]
+        theta = np.log([p for p in (self.n0, self.kappa) if p is not None])
+        return self.amplitude * np.exp(shape(np.asarray(n, dtype=np.float64), theta))
+
+
+def _log_stretched(n: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    reach = np.exp(np.clip(math.exp(theta[1]) * (np.log(n) - theta[0]), -500, 500))
+    return np.log(np.maximum(-np.expm1(-reach), 1e-300))
+
+
+_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "stretched exponential": _log_stretched,
+    "hyperbola": lambda n, theta: -np.log1p(np.exp(theta[0]) / n),
+    "power law": lambda n, theta: np.exp(theta[0]) * np.log(n),
+}
+
+
+def fit_curves(sizes: np.ndarray, counts: np.ndarray) -> list[Curve]:
+    """The three curves fitted to positive counts by least squares on logs, best AICc first.
+
+    On logs the amplitude is an additive constant, so only the shape is searched. AICc counts the error variance as a
+    parameter and is infinite where a curve has too few points; ties go to the curve with fewer parameters.
+
+    Raises:
+        ValueError: sizes and counts differ in number, or one is not positive.
+    """
+    n, y = np.asarray(sizes, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if n.shape != y.shape or not ((n > 0).all() and (y > 0).all()):
+        raise ValueError(f"{n.size} sizes and {y.size} counts; give as many, all above 0")
+    middle, largest = math.log(np.median(n)), math.log(n.max() * LARGEST_SCALE)
+    lowest = math.log(n.min() / LARGEST_SCALE)
+    scale, curvature = (lowest, largest), tuple(math.log(k) for k in CURVATURE)
+    searches = {
+        "hyperbola": ([[middle], [largest - 2.0]], [scale]),
+        "stretched exponential": ([[middle, 0.0], [middle + 1.0, -0.7]], [scale, curvature]),
+        "power law": ([[-0.5]], [(math.log(1e-3), math.log(10.0))]),
+    }
+    curves = [_fit(name, n, y, starts, bounds) for name, (starts, bounds) in searches.items()]
+    return sorted(curves, key=lambda curve: (curve.aicc, curve.n0 is not None and curve.kappa is not None))
+
+
+def _fit(name: str, n: np.ndarray, y: np.ndarray, starts: list[list[float]], bounds: list[tuple]) -> Curve:
+    target, shape = np.log(y), _SHAPES[name]
+
+    def residuals(theta: np.ndarray) -> np.ndarray:
+        left = target - shape(n, theta)
+        return left - left.mean()
+
+    low, high = np.array(bounds, dtype=np.float64).T
+    fits = [optimize.least_squares(residuals, np.clip(s, low + 1e-6, high - 1e-6), bounds=(low, high)) for s in starts]
+    best = min(fits, key=lambda fit: fit.cost)
+    square = max(2 * best.cost, len(n) * RESOLUTION**2)
+    k = len(bounds) + 2  # the shape's, the amplitude and the error variance
+    spare = len(n) - k - 1
+    aicc = len(n) * math.log(square / len(n)) + 2 * k + 2 * k * (k + 1) / spare if spare > 0 else math.inf
+    amplitude = math.exp(float((target - shape(n, best.x)).mean()))
+    values = [math.exp(t) for t in best.x]
+    match name:
+        case "hyperbola":
+            return Curve(name, amplitude, values[0], None, aicc)
+        case "power law":
+            return Curve(name, amplitude, None, values[0], aicc)
+    return Curve(name, amplitude, values[0], values[1], aicc)
+
+
+def akaike_weights(aicc: Sequence[float]) -> np.ndarray:
+    """`exp(-(AICc - min) / 2)` normalised to sum to 1: the weight of evidence for each curve."""
+    values = np.asarray(aicc, dtype=np.float64)
+    weights = np.exp(-(values - values.min()) / 2)
+    return weights / weights.sum()
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """What growing dictionaries say about how many features there are."""
+
+    curves: tuple[Curve, ...]  # best AICc first; empty where there are too few points
+    limit: Estimate | None  # F_inf; None where it is not identified
+    no_saturation: float | None  # probability of growth without limit
+    reason: str | None  # why F_inf is not identified
+
+    @property
+    def identified(self) -> bool:
+        """True where a limit is quoted."""
+        return self.limit is not None
+
+
+def fit_saturation(
+    sizes: Sequence[float],
+    counts: Sequence[float],
+    *,
+    seed: int,
+    n_draws: int = 200,
+    confidence: float = CONFIDENCE,
+) -> Saturation:
+    """F_inf of counts against dictionary sizes with its interval, or the reason why it is not identified.
+
+    One count for each size and seed. The interval resamples the residuals of the chosen curve (on logs, centred,
+    multiplied by sqrt(n / (n - parameters))) and chooses a curve anew each time; a draw that chooses the power law has
+    an infinite limit.
+
+    Raises:
+        ValueError: sizes and counts differ in number, or one is not positive.
+    """
+    n, y = np.asarray(sizes, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    curves = fit_curves(n, y)
+    if len(np.unique(n)) < 4 or not math.isfinite(max(curve.aicc for curve in curves)):
+        seen = f"{len(n)} counts at {len(np.unique(n))} sizes"
+        return Saturation((), None, None, f"not identified: {seen} cannot tell three curves apart; 6 at 4 sizes can")
+    best = curves[0]
+    weights = akaike_weights([curve.aicc for curve in curves])
+    growth = float(sum(w for w, curve in zip(weights, curves, strict=True) if curve.name == "power law"))
+    if growth > NO_SATURATION:
+        reason = f"growth without limit has probability {growth:.2f}, above {NO_SATURATION}"
+        return Saturation(tuple(curves), None, growth, f"not identified: {reason}")
+    fitted = np.log(best.at(n))
+    n_parameters = 1 + sum(p is not None for p in (best.n0, best.kappa))
+    residuals = (np.log(y) - fitted) * math.sqrt(len(n) / (len(n) - n_parameters))
+    rng = np.random.default_rng(seed)
+    resampled = np.exp(fitted + rng.choice(residuals - residuals.mean(), size=(n_draws, len(n))))
+    limits = np.array([fit_curves(n, draw)[0].limit for draw in resampled])
+    finite = np.minimum(limits, 1e300)  # an interpolated percentile of infinities is not a number
+    limit = percentile_interval(best.limit, finite, confidence)
+    if limit.high > EXTRAPOLATION * y.max():
+        reason = f"the interval of F_inf ends beyond {EXTRAPOLATION:g} times the largest count, {y.max():g}"
+        return Saturation(tuple(curves), None, growth, f"not identified: {reason}")
+    return Saturation(tuple(curves), limit, growth, None)

@@ -1,0 +1,270 @@
+"""Whether two subjects have the same features: matches by activity on the same tokens, against what chance gives.
+
+Cosines are undefined across widths, so features are compared by activation correlation alone. A code is `[T, F]`,
+its alive columns only, and both codes cover the same T tokens in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, sparse, stats
+
+from crosscoder.measure.matching import activation_correlation
+from crosscoder.measure.spread import DECODABLE
+from crosscoder.measure.statistics import Estimate, linear_combination, signed_ratio_of
+
+SHARES = (0.5, 0.7)
+NEIGHBOURS = 20  # features of the nearest firing rates among which a frequency-matched partner is drawn
+EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own
+
+DEFINITIONS = {
+    "u": "u_AB: mean over features of A of the largest activation correlation with a feature of B on the same tokens, "
+    "averaged with the same from B to A; equally many features of both, by subsampling the larger pool.",
+    "u_share": "Share of features whose largest correlation with the other subject's exceeds .5, or .7.",
+    "u_hungarian": "Mean correlation of the one-to-one assignment of the smaller pool that maximises it.",
+    "u_null": "Null of u: the other subject's activity moved round by a random number of tokens, at least the longest "
+    "document; keeps every firing rate and burst, breaks the alignment. Mean over draws.",
+    "u_null_frequency": "Frequency-matched null: mean correlation of a feature with a random feature of the other "
+    f"subject among the {NEIGHBOURS} nearest in firing rate, its best match left out; what shared rates and contexts "
+    "give on aligned tokens.",
+    "universality": "U = (u_AB - null) / (u_AA' - null), A' another training seed of A's shape: 0 as by chance, 1 as "
+    "alike as two trainings of one shape. The untrained pair on the same scale is its floor.",
+    "rate_ratio": "Firing rates of matched features, B / A: median ratio with its central 90 % range over pairs, and "
+    "the rank correlation of the rates.",
+    "exclusive_share": "Share of features of a joint crosscoder over [A's layers ; B's layers] with more than "
+    f"{EXCLUSIVE:.0%} of their decoder energy, averaged over each subject's layers, in one subject.",
+    "hidden_share": "Share of features of a joint crosscoder that are one subject's alone by decoder energy and whose "
+    f"activity no layer of the other tells either (AUC of a linear probe below {DECODABLE} everywhere). A penalty or "
+    "the competition for few active features can empty a decoder row though the other subject has the feature; the "
+    "probe sees through that, also where widths differ and latent scaling is not defined.",
+    "joint_dictionary": "One crosscoder over [first's layers ; second's layers] on the same tokens, each subject "
+    "scaled to the same total energy. The pair of two trainings of one shape says how much is exclusive without any "
+    "difference of shape, the untrained pair how much without training.",
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well two pools of features match by activity."""
+
+    u: float  # mean of both directions
+    forward: float  # mean over A of the best correlation in B
+    backward: float
+    shares_forward: tuple[float, ...]  # above SHARES, of A's features
+    shares_backward: tuple[float, ...]
+    hungarian: float
+    hungarian_shares: tuple[float, ...]
+    n_first: int
+    n_second: int
+
+
+def agreement(correlation: np.ndarray) -> Agreement:
+    """Best matches in both directions and the best one-to-one assignment of a correlation matrix `[Fa, Fb]`.
+
+    Raises:
+        ValueError: a side has no features.
+    """
+    if correlation.size == 0:
+        raise ValueError(f"correlations have shape {correlation.shape}; both subjects need alive features")
+    forward, backward = correlation.max(1), correlation.max(0)
+    rows, columns = optimize.linear_sum_assignment(correlation, maximize=True)
+    assigned = correlation[rows, columns]
+    return Agreement(
+        u=float((forward.mean() + backward.mean()) / 2),
+        forward=float(forward.mean()),
+        backward=float(backward.mean()),
+        shares_forward=_shares(forward),
+        shares_backward=_shares(backward),
+        hungarian=float(assigned.mean()),
+        hungarian_shares=_shares(assigned),
+        n_first=correlation.shape[0],
+        n_second=correlation.shape[1],
+    )
+
+
+def _shares(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float((values > limit).mean()) for limit in SHARES)
+
+
+def equal_pools(
+    first: sparse.csc_array, second: sparse.csc_array, *, seed: int
+) -> tuple[sparse.csc_array, sparse.csc_array]:
+    """Both codes with as many columns as the smaller has, the larger's drawn at random and kept in order."""
+    n = min(first.shape[1], second.shape[1])
+    rng = np.random.default_rng(seed)
+    kept = [
+        code if code.shape[1] == n else code[:, np.sort(rng.choice(code.shape[1], n, replace=False))]
+        for code in (first, second)
+    ]
+    return sparse.csc_array(kept[0]), sparse.csc_array(kept[1])
+
+
+def shift_tokens(code: sparse.csc_array, shift: int) -> sparse.csc_array:
+    """The activity moved round by `shift` tokens: row t becomes row `(t + shift) mod T`."""
+    rows = (code.indices.astype(np.int64) + shift) % code.shape[0]
+    # sorting permutes values in place, so they must not be the caller's
+    moved = sparse.csc_array((code.data.copy(), rows, code.indptr.copy()), shape=code.shape)
+    moved.sort_indices()
+    return moved
+
+
+def circular_shifts(document_T: np.ndarray, n_draws: int, *, seed: int) -> np.ndarray:
+    """`n_draws` shifts, each at least the longest document and at most T less that, `[n_draws]`.
+
+    `document_T` labels each token's document, documents in one piece.
+
+    Raises:
+        ValueError: the longest document covers half of the tokens or more.
+    """
+    edges = np.flatnonzero(np.diff(document_T) != 0) + 1
+    longest = int(np.diff(np.concatenate([[0], edges, [len(document_T)]])).max())
+    if 2 * longest > len(document_T):
+        raise ValueError(f"the longest of the documents has {longest} of {len(document_T)} tokens; measure more text")
+    return np.random.default_rng(seed).integers(longest, len(document_T) - longest + 1, size=n_draws)
+
+
+def shifted_null(
+    first: sparse.csc_array, second: sparse.csc_array, document_T: np.ndarray, *, seed: int, n_draws: int = 100
+) -> np.ndarray:
+    """u of `first` against circularly shifted `second`, one value for each draw, `[n_draws]`.
+
+    Raises:
+        ValueError: labels are not one per token, or a document is too long to shift past.
+    """
+    if len(document_T) != first.shape[0]:
+        raise ValueError(f"{len(document_T)} document labels for {first.shape[0]} tokens; give one for each")
+    draws = []
+    for shift in circular_shifts(document_T, n_draws, seed=seed):
+        correlation = activation_correlation(first, shift_tokens(second, int(shift)))
+        draws.append((correlation.max(1).mean() + correlation.max(0).mean()) / 2)
+    return np.array(draws)
+
+
+def frequency_null(
+    correlation: np.ndarray,
+    p_first: np.ndarray,
+    p_second: np.ndarray,
+    *,
+    seed: int,
+    n_draws: int = 100,
+    n_neighbours: int = NEIGHBOURS,
+) -> np.ndarray:
+    """Mean correlation with a random partner of like firing rate, one value for each draw, `[n_draws]`.
+
+    A partner of feature i is drawn evenly among the `n_neighbours` features of the other side nearest in log rate,
+    without its best match. Pairs are not maximised over, so compare it with the correlation of matches, not with u.
+
+    Raises:
+        ValueError: the other side has a single feature, or a rate is not positive.
+    """
+    if correlation.shape[1] < 2:
+        raise ValueError("the second subject has a single feature; no other partner is left to draw")
+    if not (np.min(p_first) > 0 and np.min(p_second) > 0):
+        raise ValueError("a firing rate is 0; give alive features only")
+    distance = np.abs(np.log(p_first)[:, None] - np.log(p_second)[None, :])
+    distance[np.arange(len(distance)), correlation.argmax(1)] = np.inf
+    n = min(n_neighbours, correlation.shape[1] - 1)
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :n]
+    picks = np.random.default_rng(seed).integers(n, size=(n_draws, len(nearest)))
+    rows = np.arange(len(nearest))
+    return correlation[rows, nearest[rows, picks]].mean(1)
+
+
+def average_over_pools(
+    first: sparse.csc_array,
+    second: sparse.csc_array,
+    measure: Callable[[sparse.csc_array, sparse.csc_array], float],
+    *,
+    seed: int,
+    n_pools: int = 10,
+) -> float:
+    """Mean of `measure` over equalised pools; one pool where the sizes are equal already."""
+    n = 1 if first.shape[1] == second.shape[1] else n_pools
+    return float(np.mean([measure(*equal_pools(first, second, seed=seed + i)) for i in range(n)]))
+
+
+def normalised_universality(u: float, *, null: float, ceiling: float) -> float:
+    """`U = (u - null) / (ceiling - null)`, `ceiling` being u of two training seeds of one shape; nan without room.
+
+    Give the untrained pair's u to place the floor on the same scale.
+    """
+    return (u - null) / (ceiling - null) if ceiling > null else float("nan")
+
+
+def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Estimate:
+    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact.
+
+    Raises:
+        ValueError: the ceiling's interval reaches the null, so that no scale is left.
+    """
+    return signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
+
+
+@dataclass(frozen=True)
+class RateComparison:
+    """Firing rates of matched features of two subjects."""
+
+    n_pairs: int
+    median_ratio: float  # p_B / p_A
+    low_ratio: float  # 5th and 95th percentile over pairs
+    high_ratio: float
+    rank_correlation: float  # Spearman; nan for fewer than three pairs or equal rates
+    total_ratio: float  # summed rates of matched features, B / A
+
+
+def compare_rates(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarray) -> RateComparison:
+    """Ratios of firing rates over matched pairs `[m, 2]`: 1 throughout if sparsity is a property of the data.
+
+    Raises:
+        ValueError: nothing matches, or a matched rate is 0.
+    """
+    a, b = np.asarray(p_first)[pairs_m2[:, 0]], np.asarray(p_second)[pairs_m2[:, 1]]
+    if len(a) == 0:
+        raise ValueError("no features match; there are no rates to compare")
+    if not (a.min() > 0 and b.min() > 0):
+        raise ValueError("a matched feature never fires; match alive features only")
+    low, median, high = np.exp(np.quantile(np.log(b / a), [0.05, 0.5, 0.95]))
+    varies = len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
+    rank = float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]) if varies else float("nan")
+    return RateComparison(len(a), float(median), float(low), float(high), rank, float(b.sum() / a.sum()))
+
+
+def exclusive_features(profile_FL: np.ndarray, n_first_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which features of a joint crosscoder are the first subject's own, and which the second's, `[F]` each.
+
+    `profile_FL` are shares of decoder energy over [A's layers ; B's layers], layers in units of equal energy. Energies
+    are averaged over each subject's layers before they are compared, so that the subject with more layers does not own
+    everything; a row of zeros is nobody's. L1 penalties overstate both (Minder et al. 2025, arXiv 2504.02922).
+
+    Raises:
+        ValueError: one of the subjects has no layers.
+    """
+    if not 0 < n_first_layers < profile_FL.shape[1]:
+        raise ValueError(f"{n_first_layers} of {profile_FL.shape[1]} layers are the first subject's; both need some")
+    first, second = profile_FL[:, :n_first_layers].mean(1), profile_FL[:, n_first_layers:].mean(1)
+    total = first + second
+    return first > EXCLUSIVE * total, second > EXCLUSIVE * total
+
+
+def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float, float]:
+    """Share of a joint crosscoder's features that are the first subject's own, and the second's."""
+    first_F, second_F = exclusive_features(profile_FL, n_first_layers)
+    return float(first_F.mean()), float(second_F.mean())
+
+
+def hidden_shares(
+    profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int, *, decodable: float = DECODABLE
+) -> tuple[float, float]:
+    """Share of features that are one subject's own and that no layer of the other tells: the first's, the second's.
+
+    `auc_FL` are AUCs of probes of each layer for the feature's activity; nan tells nothing, and a feature without a
+    probe is not called hidden.
+    """
+    first_F, second_F = exclusive_features(profile_FL, n_first_layers)
+    known_F1 = np.isfinite(auc_FL).all(1, keepdims=True)
+    told = np.where(known_F1, auc_FL, 1.0)
+    by_first, by_second = told[:, :n_first_layers].max(1), told[:, n_first_layers:].max(1)
+    return float((first_F & (by_second < decodable)).mean()), float((second_F & (by_first < decodable)).mean())

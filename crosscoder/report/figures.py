@@ -1,0 +1,272 @@
+"""The report's pictures of features: each function draws one from plain results, or returns None without data.
+
+A colour is a subject and a line style is an arm, in every picture. `PICTURES` lists them in the report's
+order; their words are in `templates/words.json`. `model_figures` has those of losses and layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from crosscoder.report.panels import (
+    FAINT,
+    INK,
+    PALETTE,
+    axis_labels,
+    axis_title,
+    log_axis,
+    make_panels,
+    mark_empty,
+    own_legend,
+    plot_points,
+    safe_label,
+    share_legend,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+Cell = dict[str, Any]
+
+ARM_NAME = {"crosscoder": "crosscoder", "layerwise": "per-layer SAEs"}
+SITE_NAME = {"residual": "residual stream", "write": "block writes"}
+
+
+def subject_color(results: Results, subject: str) -> str:
+    """The colour of a subject, the same in every figure."""
+    return PALETTE[sorted(results["subjects"]).index(subject) % len(PALETTE)]
+
+
+def subject_label(results: Results, subject: str) -> str:
+    """`A (8 x 64)`: the key with layers and width, in characters that every font has."""
+    entry = results["subjects"][subject]
+    return f"{subject} ({entry['n_layers']}×{entry['d_model']})"
+
+
+def seed_range(cell: Cell, quantity: str) -> tuple[float, float, float] | None:
+    """`(mean, low, high)` over the dictionary seeds: the summary, else from the seeds; None if undefined."""
+    entry = cell["summary"].get(quantity)
+    if entry is not None:
+        return entry["mean"], entry["low"], entry["high"]
+    values = [seed[quantity] for seed in cell["per_seed"] if seed.get(quantity) is not None]
+    return (sum(values) / len(values), min(values), max(values)) if values else None
+
+
+def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
+    """The cells whose fields equal `wanted`; a tuple means any of its items."""
+    return [
+        cell for cell in cells if all(cell[k] in v if isinstance(v, tuple) else cell[k] == v for k, v in wanted.items())
+    ]
+
+
+def swept_site(cells: list[Cell]) -> str:
+    """The site where one arm of one subject has the most dictionary sizes; block writes if none has more."""
+    sizes: dict[tuple[str, str, str], set[int]] = {}
+    for cell in cells:
+        sizes.setdefault((cell["site"], cell["subject"], cell["arm"]), set()).add(cell["n_features"])
+    return max(sizes, key=lambda key: (len(sizes[key]), key[0] == "write"))[0]
+
+
+def draw_counts(results: Results) -> Figure | None:
+    """Feature count against dictionary size, both arms, all subjects: alive (left) and distinct (right).
+
+    The site is the one with a sweep of sizes. Marks of later subjects are smaller and in front, so that all show where
+    they coincide.
+    """
+    cells = select(results["counts"]["cells"], state="trained", role=("main", "size"))
+    if not cells:
+        return None
+    site = swept_site(cells)
+    cells = select(cells, site=site)
+    figure, axes = make_panels(1, 2, (10, 4.6), sharex=True, sharey=True)
+    seen: list[float] = []
+    size = {subject: 4.0 + 3 * i for i, subject in enumerate(sorted(results["subjects"], reverse=True))}
+    panels = {"alive": {"crosscoder": "alive", "layerwise": "alive"}}
+    panels["distinct"] = {"crosscoder": "distinct", "layerwise": "merged"}
+    for ax, quantities in zip(axes[0], panels.values(), strict=True):
+        for subject in sorted(results["subjects"]):
+            for arm, quantity in quantities.items():
+                chosen = select(cells, subject=subject, arm=arm)
+                _plot_sweep(ax, results, chosen, "n_features", ("dictionary_size", quantity), size[subject])
+                pairs = [(seed_range(c, "dictionary_size"), seed_range(c, quantity)) for c in chosen]
+                seen += [v[0] for pair in pairs for v in pair if v is not None and v[0] > 0]
+                if quantity == "merged":
+                    _rule_band(ax, chosen, subject_color(results, subject))
+    if not seen:
+        return None
+    low, high = min(seen) / 1.3, max(seen) * 1.3
+    for ax in axes[0]:
+        ax.plot([low, high], [low, high], color=FAINT, linewidth=1, linestyle=":", label="every feature alive")
+        ax.set(xlim=(low, high), ylim=(low, high))
+        log_axis(ax.xaxis, seen)
+        log_axis(ax.yaxis, seen)
+    axis_title(axes[0][0], f"{SITE_NAME[site].capitalize()}: alive features")
+    axis_title(axes[0][1], f"{SITE_NAME[site].capitalize()}: distinct (duplicates joined, chains merged)")
+    axis_labels(axes[0][0], "dictionary size (features)", "features counted")
+    axis_labels(axes[0][1], "dictionary size (features)", None)
+    share_legend(figure, axes)
+    return figure
+
+
+def _plot_sweep(
+    ax: Axes, results: Results, cells: list[Cell], swept: str, axes: tuple[str, str], size: float = 6
+) -> None:
+    """The cells of one subject and arm: a line joins those of one training seed only, in the order of what is swept."""
+    for training_seed in sorted({cell["training_seed"] for cell in cells}):
+        chosen = sorted(select(cells, training_seed=training_seed), key=lambda cell: cell[swept])
+        subject, arm = chosen[0]["subject"], chosen[0]["arm"]
+        points = [(seed_range(cell, axes[0]), seed_range(cell, axes[1])) for cell in chosen]
+        label = f"{subject_label(results, subject)}, {ARM_NAME[arm]}"
+        color = subject_color(results, subject)
+        plot_points(ax, points, color=color, arm=arm, label=label, size=size, in_order=True)
+
+
+def _rule_band(ax: Axes, cells: list[Cell], color: str) -> None:
+    """A pale bar from the smallest to the largest merged count over the merging rules."""
+    for cell in cells:
+        size, low, high = (seed_range(cell, q) for q in ("dictionary_size", "merged_low", "merged_high"))
+        if size and low and high:
+            ax.plot([size[0]] * 2, [low[1], high[2]], color=color, alpha=0.22, linewidth=7, solid_capstyle="butt")
+
+
+def _is_main(results: Results, cell: Cell) -> bool:
+    where = {key: cell[key] for key in ("subject", "state", "site", "n_features", "k")}
+    return bool(select(results["counts"]["cells"], arm="crosscoder", role="main", **where))
+
+
+def main_spread(results: Results, **wanted: Any) -> Cell | None:
+    """The first training seed's spread cell of the main crosscoder, else of any; None if none matches."""
+    cells = sorted(select(results["spread"]["cells"], **wanted), key=lambda cell: cell["training_seed"])
+    return next((cell for cell in cells if _is_main(results, cell)), cells[0] if cells else None)
+
+
+def draw_profiles(results: Results) -> Figure | None:
+    """Layer profiles as heat maps: a row of pixels is one feature, sorted by its centre of mass.
+
+    Colours are shares times layers, so that an even feature has the same colour in every shape.
+    """
+    from matplotlib.colors import PowerNorm
+
+    found = {
+        (site, subject): cell
+        for site in SITE_NAME
+        for subject in sorted(results["subjects"])
+        if (cell := main_spread(results, subject=subject, site=site, state="trained")) and cell["heatmap"]
+    }
+    if not found:
+        return None
+    sites = [site for site in SITE_NAME if any(key[0] == site for key in found)]
+    subjects = sorted({key[1] for key in found})
+    figure, axes = make_panels(len(sites), len(subjects), (4.6 * len(subjects) + 0.9, 3.5 * len(sites)))
+    deepest = max(len(cell["layers"]) for cell in found.values())
+    norm = PowerNorm(0.5, vmin=0, vmax=deepest)
+    image: Any = None
+    for row, site in enumerate(sites):
+        for column, subject in enumerate(subjects):
+            ax, cell = axes[row][column], found.get((site, subject))
+            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
+            ax.grid(False)
+            if cell is None:
+                mark_empty(ax)
+                continue
+            shown = [[share * len(cell["layers"]) for share in shares] for shares in cell["heatmap"]]
+            image = ax.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
+            step = 1 + (len(cell["layers"]) - 1) // 16
+            ticks = list(range(0, len(cell["layers"]), step))
+            ax.set_xticks(ticks, [safe_label(cell["layers"][i], 8) for i in ticks])
+            axis_labels(ax, "layer" if row == len(sites) - 1 else None, "feature, sorted" if column == 0 else None)
+    ticks = [tick for tick in (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= deepest]
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8, pad=0.02, ticks=ticks)
+    bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    bar.set_label("share of the feature's squared decoder norm × layers (1 = even)", fontsize=9.5, color=INK)
+    bar.ax.tick_params(labelsize=9, colors=INK)
+    return figure
+
+
+def subject_panels(
+    results: Results, cells: Sequence[Cell], subjects: Sequence[str], labels: tuple[str, str], **shared: Any
+) -> tuple[Figure, Any, list[tuple[Axes, str, str, str]]]:
+    """A panel for each site (rows) and subject (columns), titled, labelled on the outside.
+
+    The figure, its axes, and `(axes, site, subject, colour)` of every panel.
+    """
+    sites = [site for site in SITE_NAME if select(cells, site=site)]
+    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
+    figure, axes = make_panels(len(sites), len(subjects), size, **shared)
+    panels = []
+    for row, site in enumerate(sites):
+        for column, subject in enumerate(subjects):
+            ax = axes[row][column]
+            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
+            axis_labels(ax, labels[0] if row == len(sites) - 1 else None, labels[1] if column == 0 else None)
+            panels.append((ax, site, subject, subject_color(results, subject)))
+    return figure, axes, panels
+
+
+def draw_spread(results: Results) -> Figure | None:
+    """Histogram of rho / L, trained (filled) against untrained (outline), by site and subject."""
+    cells = results["spread"]["cells"]
+    if not cells:
+        return None
+    labels = ("ρ / L  (1 = evenly on every layer)", "share of features")
+    figure, _, panels = subject_panels(results, cells, sorted(results["subjects"]), labels, sharex=True)
+    for ax, site, subject, color in panels:
+        states = {s: main_spread(results, subject=subject, site=site, state=s) for s in ("trained", "untrained")}
+        drawn = {state: cell for state, cell in states.items() if cell is not None}
+        for state, cell in drawn.items():
+            _histogram(ax, cell, state, color)
+        for cell in list(drawn.values())[:1]:
+            least = 1 / len(cell["layers"])
+            ax.axvline(least, ymax=0.7, color=INK, linewidth=1, linestyle=":", label=f"1 / L = {least:.3g}, one layer")
+        ax.set(xlim=(0, 1.0))
+        ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # the legend has the upper part to itself
+        own_legend(ax, "upper left")
+    return figure
+
+
+def _histogram(ax: Axes, cell: Cell, state: str, color: str) -> None:
+    edges = cell["per_seed"][0]["rho_histogram"]["edges"]
+    seeds = [s["rho_histogram"] for s in cell["per_seed"] if s["rho_histogram"]["edges"] == edges]
+    counts = [sum(column) for column in zip(*(seed["counts"] for seed in seeds), strict=True)]
+    shares = [value / (sum(counts) or 1) for value in counts]
+    mean = seed_range(cell, "mean_rho_share")
+    label = f"{state}, mean {mean[0]:.2f}" if mean else state
+    if state == "trained":
+        ax.stairs(shares, edges, fill=True, color=color, alpha=0.55, label=label)
+    else:
+        ax.stairs(shares, edges, color=INK, linewidth=1.5, linestyle="--", label=label)
+
+
+def draw_frontier(results: Results) -> Figure | None:
+    """Explained variance against L0, counted per token and per token and layer, by site."""
+    cells = select(results["quality"]["cells"], state="trained", role=("main", "k"))
+    sites = [site for site in SITE_NAME if select(cells, site=site)]
+    if not sites:
+        return None
+    figure, axes = make_panels(len(sites), 2, (10, 3.4 * len(sites) + 0.7), sharey="row")
+    axis_names = {
+        "l0_token": "active features per token",
+        "l0_token_layer": "active features per token and layer",
+    }
+    for row, site in enumerate(sites):
+        for ax, quantity in zip(axes[row], axis_names, strict=True):
+            for subject in sorted(results["subjects"]):
+                for arm in ARM_NAME:
+                    chosen = select(cells, subject=subject, arm=arm, site=site)
+                    _plot_sweep(ax, results, chosen, "k", (quantity, "explained_variance"))
+            axis_title(ax, f"{SITE_NAME[site].capitalize()}")
+            axis_labels(ax, axis_names[quantity] if row == len(sites) - 1 else None, None)
+        axis_labels(axes[row][0], None, "explained variance")
+    share_legend(figure, axes)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Results], Figure | None]] = {
+    "counts": draw_counts,
+    "profiles": draw_profiles,
+    "spread": draw_spread,
+    "frontier": draw_frontier,
+}

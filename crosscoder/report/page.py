@@ -1,0 +1,191 @@
+"""One results value as a page: `report.html` (self-contained), `report.md` and `figures/*.png`.
+
+Only formatting happens here: every number was computed by the study that wrote `results.json`. All strings of
+the results are untrusted (subject names, texts): control characters are stripped, the rest is escaped by the
+templates. Equal results give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from crosscoder.foundation.artifact import read_json, replace_file, write_json
+from crosscoder.report import tables
+from crosscoder.report.figures import PICTURES as OF_FEATURES
+from crosscoder.report.model_figures import PICTURES as OF_MODELS
+from crosscoder.report.panels import to_png
+from crosscoder.report.spread_tables import read_table, spread_table
+from crosscoder.report.verdict_figures import draw_verdict
+from crosscoder.report.verdict_tables import verdict_tables
+from crosscoder.results.schema import validate_results
+
+RESULTS = "results.json"
+PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
+EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
+_TEMPLATES = Path(__file__).parent / "templates"
+_CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
+_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+
+
+def render_report(results: dict[str, Any], folder: str | Path) -> Path:
+    """The path of `report.html`, after writing it, `results.json`, `report.md` and `figures/*.png`.
+
+    Raises:
+        ValueError: `results` is not what `validate_results` accepts; `results.json` is still written if JSON
+            can hold the value, so that a long study is not lost.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(folder / RESULTS, results)
+    except (TypeError, ValueError):
+        validate_results(results)  # names the path that JSON could not hold
+        raise
+    # What is shown comes from the file, so that writing the report again from it gives the same bytes.
+    results = load_results(folder)
+    cleaned = clean_strings(results)
+    view = _view(cleaned, _draw_figures(cleaned, folder / "figures"))
+    embedded = _embedded_json(results)
+    html = _environment().get_template("report.html.j2").render(view, embedded=embedded)
+    markdown = _environment(markdown=True).get_template("report.md.j2").render(view)
+    replace_file(folder / "report.md", re.sub(r"\n{3,}", "\n\n", markdown.strip() + "\n").encode("utf-8"))
+    replace_file(folder / "report.html", html.encode("utf-8"))
+    return folder / "report.html"
+
+
+def load_results(folder: str | Path) -> dict[str, Any]:
+    """The validated `results.json` of a study's folder.
+
+    Raises:
+        ValueError: the file is damaged or does not follow the schema.
+        FileNotFoundError: there is none.
+    """
+    results = read_json(Path(folder) / RESULTS)
+    validate_results(results)
+    return results
+
+
+def clean_strings(value: Any) -> Any:
+    """`value` with every string on one line, without control characters and direction overrides."""
+    if isinstance(value, str):
+        return "".join(_clean_character(c) for c in value)
+    if isinstance(value, dict):
+        return {clean_strings(key): clean_strings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean_strings(item) for item in value]
+    return value
+
+
+def _clean_character(c: str) -> str:
+    if c in "\n\r\t\u2028\u2029":
+        return " "
+    return "" if c in _BIDI or unicodedata.category(c) == "Cc" else c
+
+
+def escape_markdown(value: Any) -> Markup:
+    """`value` as one line of Markdown text that cannot become markup, HTML, a link or a table cell border.
+
+    Code spans of plain characters stay; of the rest, only what Markdown would read as markup is escaped.
+    """
+    if isinstance(value, Markup):
+        return value
+    parts = _CODE_SPAN.split(" ".join(str(value).split("\n")))  # texts at even places, code spans between them
+    text = "".join(part if i % 2 else _escape_text(part) for i, part in enumerate(parts))
+    # A quotation, a list or the definition of a link, where the value stands at the beginning of a line.
+    return Markup(re.sub(r"^(\s*)(>|\*|\[(?=.*\]:))", r"\1\\\2", text))
+
+
+def _escape_text(text: str) -> str:
+    """What opens an entity, a tag, a code span, a table border, an emphasis or a link."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = re.sub(r"([\\`|]|(?<!\s)\*|\*(?!\s))", r"\\\1", text)
+    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+    return re.sub(r"\](?=\()", r"\\]", text)
+
+
+def _indented(body: str) -> Markup:
+    return Markup("\n".join(f"    {line}" for line in body.split("\n")))
+
+
+def _environment(*, markdown: bool = False) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=escape_markdown if markdown else None,
+    )
+    environment.filters["indented"] = _indented
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    return environment
+
+
+def _embedded_json(results: Any) -> str:
+    """Compact ASCII JSON without '<', '>' and '&', so that no string ends the element; empty if too long."""
+    body = json.dumps(results, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    body = body.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return body if len(body) <= EMBED_LIMIT else ""
+
+
+def _draw_figures(results: dict[str, Any], folder: Path) -> dict[str, tuple[str, int]]:
+    """Each drawn figure as base64 PNG with its width in CSS pixels; files of the others are removed."""
+    folder.mkdir(exist_ok=True)
+    drawn = {}
+    for slug, draw in PICTURES.items():
+        path, figure = folder / f"{slug}.png", draw(results)
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        png = to_png(figure)
+        replace_file(path, png)
+        drawn[slug] = (base64.b64encode(png).decode("ascii"), round(figure.get_figwidth() * 100))
+    return drawn
+
+
+def _view(results: dict[str, Any], figures: dict[str, tuple[str, int]]) -> dict[str, Any]:
+    """Everything that the templates print."""
+    words = read_json(_TEMPLATES / "words.json")
+    provenance = results["provenance"]
+    names = ", ".join(subject["name"] for subject in results["subjects"].values())
+    pictures = []
+    for slug, caption in words["pictures"].items():
+        png, width = figures.get(slug, ("", 0))
+        pictures.append({"slug": slug, "png": png, "width": width, **caption})
+    return {
+        "words": words,
+        "title": words["titles"][provenance["kind"]],
+        "lead": words["lead"][provenance["kind"]],
+        "kicker": f"Preset {provenance['preset']} · {names}",
+        "answer": results["counts"]["answer"],
+        "verdict": verdict_tables(results),
+        "notes": (results["verdict"] or {}).get("notes", []),
+        "definitions": results["definitions"],
+        "seeds_note": tables.seeds_note(results),
+        "group_titles": tables.GROUP_TITLE,
+        "groups": {group: tables.measured_table(results, group) for group in tables.GROUP_TITLE},
+        "pictures": pictures,
+        "tables": {
+            "matched": tables.matched_table(results),
+            "subjects": tables.subject_table(results),
+            "quality": tables.quality_table(results),
+            "counts": tables.count_table(results),
+            "pairs": tables.pair_table(results),
+            "spread": spread_table(results),
+            "read": read_table(results),
+            "splice": tables.splice_table(results),
+            "provenance": tables.provenance_table(provenance),
+        },
+        "details": tables.provenance_details(provenance),
+        "footer": f"{provenance['schema']}, {provenance['kind']}, preset {provenance['preset']}, "
+        f"{provenance['started']}, commit {provenance['git_commit'] or 'unknown'}.",
+    }

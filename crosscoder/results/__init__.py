@@ -1,0 +1,1 @@
+"""Results as values: what they are called and how they are kept."""

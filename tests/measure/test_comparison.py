@@ -1,0 +1,218 @@
+"""Readings, densities and comparisons of subjects, on features drawn by hand so that the answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from crosscoder.foundation.artifact import DamagedArtifactError
+from crosscoder.measure import comparison, density
+from crosscoder.measure.density import SeedPair, Subject
+from crosscoder.measure.reading import Reading, load_reading, representatives, save_reading
+from crosscoder.verdict import gain
+
+T, F = 4000, 192
+DOCUMENT_T = np.arange(T) // 100
+
+
+def truth(n_layers: int, d_model: int, width: int, seed: int) -> np.ndarray:
+    """F directions that keep their direction through windows of `width` layers laid side by side."""
+    rng = np.random.default_rng(seed)
+    decoder = np.zeros((F, n_layers, d_model))
+    for i in range(F):
+        first = (i % (n_layers // width)) * width
+        decoder[i, first : first + width] = rng.normal(size=d_model)
+    return decoder / np.linalg.norm(decoder.reshape(F, -1), axis=1)[:, None, None]
+
+
+def activity(seed: int = 0) -> sparse.csc_array:
+    rng = np.random.default_rng([seed, 7])
+    fires = rng.random((T, F)) < 0.02
+    return sparse.csc_array(np.where(fires, rng.uniform(0.5, 1.5, (T, F)), 0))
+
+
+def read(decoder: np.ndarray, code: sparse.csc_array, seed: int, noise: float = 0.01) -> Reading:
+    rng = np.random.default_rng([seed, 3])
+    noisy = decoder + noise * rng.normal(size=decoder.shape) / math.sqrt(decoder[0].size)
+    return Reading(seed, noisy.astype(np.float32), code, 0.95, 0.0, code.nnz / T)
+
+
+def subject(name: str, n_layers: int, d_model: int, width: int, *, noise: float = 0.01, seeds: int = 2) -> Subject:
+    code = activity()
+    return Subject(
+        name,
+        n_layers,
+        d_model,
+        tuple(
+            tuple(read(truth(n_layers, d_model, width, 10 * t + n_layers), code, 10 * t + d, noise) for d in range(2))
+            for t in range(seeds)
+        ),
+    )
+
+
+def test_reading_survives_a_file(tmp_path):
+    reading = read(truth(4, 8, 2, 0), activity(), 3)
+    save_reading(reading, tmp_path / "r.safetensors")
+    back = load_reading(tmp_path / "r.safetensors")
+    assert back.seed == 3
+    assert back.l0 == reading.l0
+    assert back.explained_variance == 0.95
+    np.testing.assert_array_equal(back.decoder_FLD, reading.decoder_FLD)
+    assert abs(back.code - reading.code).max() < 1e-6
+
+
+def test_a_damaged_or_missing_reading_is_named(tmp_path):
+    path = tmp_path / "r.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such reading"):
+        load_reading(path)
+    save_reading(read(truth(4, 8, 2, 0), activity(), 3), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedArtifactError, match="not a reading"):
+        load_reading(path)
+
+
+def test_of_duplicates_the_most_active_stands_for_all():
+    decoder = truth(4, 8, 2, 0)[:3]
+    code = activity()[:, :3].toarray()
+    double = np.concatenate([decoder, decoder[:1]])
+    fewer = code[:, :1].copy()
+    fewer[np.flatnonzero(fewer)[:3]] = 0
+    kept = representatives(double, sparse.csc_array(np.concatenate([code, fewer], axis=1)))
+    assert kept.tolist() == [0, 1, 2]
+    kept = representatives(double[[3, 1, 2, 0]], sparse.csc_array(np.concatenate([fewer, code[:, 1:], code[:, :1]], 1)))
+    assert kept.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("width_a", "width_b", "ratio"), [(1, 1, 2.0), (8, 2, 0.5)])
+def test_density_ratio_returns_what_was_planted(width_a, width_b, ratio):
+    """Features of one layer: d_eff = L D, so R = 2. Features of all layers: d_eff = D, so R = 1/2."""
+    a, b = subject("A", 8, 32, width_a), subject("B", 2, 64, width_b)
+    log = density.density_ratio(b, a, density.PRIMARY, DOCUMENT_T)
+    assert not isinstance(log, str)
+    assert math.exp(log.value) == pytest.approx(ratio, rel=0.1)
+    assert log.estimate().covers(math.log(ratio))
+
+
+def test_noise_inflates_the_raw_dimension_and_not_the_debiased_one():
+    clean, noisy = (subject("A", 8, 32, 8, noise=n) for n in (0.001, 0.3))
+    raw = [density.density(s, "load_raw", DOCUMENT_T).value for s in (clean, noisy)]
+    corrected = [density.density(s, "load_corrected", DOCUMENT_T).value for s in (clean, noisy)]
+    assert raw[1] < 0.9 * raw[0]
+    assert corrected[1] == pytest.approx(corrected[0], rel=0.08)
+
+
+def test_dictionaries_that_disagree_have_no_primary_density():
+    reason = density.density(subject("A", 8, 32, 8, noise=1.0), density.PRIMARY, DOCUMENT_T)
+    assert isinstance(reason, str)
+    assert "0.9" in reason
+    assert not isinstance(density.density(subject("A", 8, 32, 8, noise=1.0), "load_raw", DOCUMENT_T), str)
+
+
+def test_one_dictionary_seed_has_no_debiased_density():
+    whole = subject("A", 8, 32, 8)
+    alone = Subject("A", 8, 32, tuple(group[:1] for group in whole.seeds))
+    assert "two" in density.density(alone, density.PRIMARY, DOCUMENT_T)
+
+
+def test_entropy_load_of_a_density_is_the_sum_of_binary_entropies():
+    one = subject("A", 8, 32, 1, seeds=1)
+    reading, pair = one.readings[0], one.pairs[0][0]
+    p = reading.probability_F
+    load = float((-p * np.log(p) - (1 - p) * np.log(1 - p)).sum())
+    assert density.density(one, density.PRIMARY, DOCUMENT_T).value == pytest.approx(load / pair.debiased.value)
+
+
+def test_slots_count_a_feature_on_every_layer_it_occupies():
+    a = subject("A", 8, 32, 8)
+    assert density.density(a, "count_joint", DOCUMENT_T).value == pytest.approx(F / 256)
+    assert density.density(a, "count_slots", DOCUMENT_T).value == pytest.approx(8 * F / 256, rel=1e-3)
+
+
+def test_exponents_of_planted_shapes():
+    """Features through all layers: gamma 1, delta 0; features of one layer: gamma 0, delta 1."""
+    for whole, gamma, delta in ((True, 1, 0), (False, 0, 1)):
+        shapes = {
+            name: subject(name, layers, width, layers if whole else 1)
+            for name, layers, width in (("A", 8, 32), ("B", 2, 64), ("C", 4, 45))
+        }
+        site = comparison.SiteReadings(site="write", trained=shapes, document_T=DOCUMENT_T)
+        found = comparison.measure_site(site)
+        assert found.estimate("gamma").value == pytest.approx(gamma, abs=0.05)
+        assert found.estimate("delta").value == pytest.approx(delta, abs=0.12)
+        assert found.estimate("trained_difference") is None
+        assert found.statistics["trained_difference"].missing
+
+
+def test_the_control_is_subtracted():
+    trained = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
+    untrained = {"A": subject("A", 8, 32, 8), "B": subject("B", 2, 64, 2)}
+    site = comparison.SiteReadings(site="write", trained=trained, untrained=untrained, document_T=DOCUMENT_T)
+    found = comparison.measure_site(site)
+    assert found.estimate("trained_difference").value == pytest.approx(math.log(4), abs=0.15)
+    assert found.estimate("gamma_excess").value == pytest.approx(-1, abs=0.05)
+
+
+def test_a_control_without_agreement_is_compared_by_single_dictionaries():
+    trained = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
+    noisy = {"A": subject("A", 8, 32, 8, noise=1.0), "B": subject("B", 2, 64, 2, noise=1.0)}
+    site = comparison.SiteReadings(site="write", trained=trained, untrained=noisy, document_T=DOCUMENT_T)
+    found = comparison.measure_site(site)
+    assert found.estimate(f"R untrained, {density.PRIMARY}") is None
+    weighted = [math.log(found.estimate(f"{r}, load_weighted").value) for r in ("R", "R untrained")]
+    assert found.estimate("trained_difference").value == pytest.approx(weighted[0] - weighted[1])
+
+
+def test_universality_is_one_for_the_same_features_and_near_null_for_others():
+    same = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
+    site = comparison.SiteReadings(site="write", trained=same, document_T=DOCUMENT_T)
+    found = comparison.measure_universality(site)
+    assert found.normalised.value == pytest.approx(1, abs=0.01)
+    assert found.null < 0.2
+    assert found.rates.median_ratio == pytest.approx(1)
+    b = same["B"]
+    other = Subject("B", 2, 64, tuple(tuple(read(r.decoder_FLD, activity(9), 1) for r in g) for g in b.seeds))
+    strange = comparison.measure_universality(
+        comparison.SiteReadings(site="write", trained={"A": same["A"], "B": other}, document_T=DOCUMENT_T)
+    )
+    assert abs(strange.normalised.value) < 0.05
+
+
+def test_universality_needs_two_trainings():
+    one = {"A": subject("A", 8, 32, 1, seeds=1), "B": subject("B", 2, 64, 1, seeds=1)}
+    found = comparison.measure_universality(comparison.SiteReadings(site="write", trained=one, document_T=DOCUMENT_T))
+    assert found.normalised is None
+    assert "ceiling" in found.missing
+
+
+def test_readings_of_different_texts_are_refused():
+    reading = read(truth(4, 8, 2, 0), activity(), 0)
+    shorter = Reading(1, reading.decoder_FLD, reading.code[:100], 0.9, 0.0, 1.0)
+    with pytest.raises(ValueError, match="same text"):
+        Subject("A", 4, 8, ((reading, shorter),))
+    with pytest.raises(ValueError, match="document labels"):
+        density.firing_sums(reading, DOCUMENT_T[:50])
+
+
+def test_a_pair_knows_its_matches():
+    one = subject("A", 8, 32, 1, seeds=1)
+    pair = one.pairs[0][0]
+    assert pair.matched_share == 1
+    half = SeedPair(pair.first, pair.second.only(np.arange(F // 2)))
+    assert len(half.pairs_m2) == F // 2
+
+
+def test_count_gain_by_hand():
+    bank = [gain.Point(20, 0.8), gain.Point(80, 0.95)]
+    assert gain.count_gain(gain.Point(20, 0.8), bank) == pytest.approx(0)
+    assert gain.count_gain(gain.Point(10, 0.95), bank) == pytest.approx(math.log(8))
+    assert gain.count_gain(gain.Point(10, 0.875), bank) == pytest.approx(math.log(4))  # halfway
+    assert "outside" in gain.count_gain(gain.Point(10, 0.97), bank)
+
+
+def test_count_gain_is_near_0_between_a_bank_with_too_few_features_and_one_with_enough():
+    """Six features of one layer each: a bank with 4.4 of them explains that share, one with 6.5 everything."""
+    bank = [gain.Point(4.4, 0.82), gain.Point(6.5, 0.9999)]
+    assert abs(gain.count_gain(gain.Point(6.0, 0.98), bank)) < 0.05

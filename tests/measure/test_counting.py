@@ -1,0 +1,160 @@
+"""Features, matching and counting against cases worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from crosscoder.measure import capacity, counting, features, matching
+
+
+def csc(dense):
+    return sparse.csc_array(np.asarray(dense, dtype=np.float32))
+
+
+def test_layer_profile_and_spread_of_known_features():
+    decoder = np.zeros((4, 4, 3))
+    decoder[0, 1] = [0, 2, 0]  # one layer
+    decoder[1, :] = [1, 0, 0]  # all four evenly, one direction
+    decoder[2, 0], decoder[2, 1] = [3, 0, 0], [0, 1, 0]  # shares .9 and .1
+    profile = features.layer_profile(decoder)
+    np.testing.assert_allclose(profile[0], [0, 1, 0, 0])
+    np.testing.assert_allclose(profile[1], [0.25] * 4)
+    np.testing.assert_allclose(profile[2], [0.9, 0.1, 0, 0])
+    np.testing.assert_allclose(profile[3], 0)
+    np.testing.assert_allclose(features.participation_ratio(profile), [1, 4, 1 / 0.82, 0])
+    assert features.lifespan(profile).tolist() == [1, 4, 1, 0]
+    np.testing.assert_allclose(features.profile_entropy(profile)[:2], [1, 4])
+    np.testing.assert_allclose(features.center_of_mass(profile)[:3], [1, 1.5, 0.1])
+    cosine = features.adjacent_cosine(decoder, profile)
+    assert cosine[1] == pytest.approx(1)
+    assert np.isnan(cosine[[0, 2]]).all()
+
+
+def test_drift_is_seen_as_a_cosine_below_one():
+    angle = 0.3
+    decoder = np.array([[[np.cos(i * angle), np.sin(i * angle)] for i in range(5)]])
+    assert features.adjacent_cosine(decoder, features.layer_profile(decoder))[0] == pytest.approx(np.cos(angle))
+
+
+def test_activation_correlation_is_pearson():
+    rng = np.random.default_rng(0)
+    a = rng.random((200, 4)) * (rng.random((200, 4)) < 0.3)
+    b = np.column_stack([a[:, 2] * 3, rng.random(200), np.full(200, 2.0)])
+    found = matching.activation_correlation(csc(a), csc(b))
+    expected = np.corrcoef(a.T, b[:, :2].T)[:4, 4:]
+    np.testing.assert_allclose(found[:, :2], expected, atol=1e-6)
+    assert found[2, 0] == pytest.approx(1)
+    np.testing.assert_allclose(found[:, 2], 0)  # a constant column correlates with nothing
+    with pytest.raises(ValueError, match="200 and 3 tokens"):
+        matching.activation_correlation(csc(a), csc(np.ones((3, 1))))
+
+
+SIMILARITY = np.array([[0.9, 0.8, 0.0], [0.85, 0.1, 0.0], [0.0, 0.0, 0.72]])
+
+
+def test_matching_rules_differ_as_they_should():
+    assert matching.mutual_nearest_pairs(SIMILARITY, 0.7).tolist() == [[0, 0], [2, 2]]
+    assert matching.hungarian_pairs(SIMILARITY, 0.7).tolist() == [[0, 1], [1, 0], [2, 2]]
+    assert matching.threshold_pairs(SIMILARITY, 0.7).tolist() == [[0, 0], [0, 1], [1, 0], [2, 2]]
+    assert matching.mutual_nearest_pairs(SIMILARITY, 0.75).tolist() == [[0, 0]]
+    assert matching.matched_share(SIMILARITY, 0.7) == pytest.approx(2 / 3)
+
+
+def test_mean_max_cosine():
+    truth = np.eye(3)
+    mcc, each = matching.mean_max_cosine(np.array([[0, 2.0, 0], [1.0, 1.0, 0]]), truth)
+    np.testing.assert_allclose(sorted(each), [0, math.sqrt(0.5), 1])
+    assert mcc == pytest.approx((1 + math.sqrt(0.5)) / 3)
+
+
+def test_alive_needs_more_than_ten_occurrences():
+    code = np.zeros((1000, 3))
+    code[:11, 0], code[:10, 1] = 1, 1
+    activity = features.Activity(sparse.csr_array(code), 1)
+    assert counting.alive_features(activity).tolist() == [[True, False, False]]
+    assert activity.firing_probability().tolist() == [0.011, 0.01, 0]
+
+
+def test_duplicates_are_counted_once_only_if_both_direction_and_activity_agree():
+    rng = np.random.default_rng(1)
+    active = rng.random((500, 3)) * (rng.random((500, 3)) < 0.2)
+    code = csc(np.column_stack([active[:, 0], active[:, 0] * 2, active[:, 1], active[:, 0]]))
+    decoder = np.array([[1.0, 0, 0], [1, 0.01, 0], [1, 0, 0.01], [0, 0, 1]])
+    assert counting.distinct_features(decoder, code) == 3
+    assert counting.distinct_features(decoder[:0], code[:, :0]) == 0
+
+
+def layers_of(codes, decoders):
+    return [counting.LayerFeatures(d, csc(c)) for c, d in zip(codes, decoders, strict=True)]
+
+
+def test_chains_over_layers_merge_and_the_band_brackets_them():
+    rng = np.random.default_rng(2)
+    z = rng.random((400, 5)) * (rng.random((400, 5)) < 0.2)
+    codes = [z[:, [0, 1]], z[:, [0, 2]], z[:, [3, 0]]]  # feature 0 persists, the others live in one layer
+    decoders = [np.eye(4)[[0, 1]], np.eye(4)[[0, 2]], np.eye(4)[[3, 0]]]
+    counts = counting.merged_counts(layers_of(codes, decoders))
+    assert all(count == 4 for rules in counts.values() for count in rules.values())
+    turned = [np.eye(4)[[0, 1]], np.eye(4)[[1, 2]], np.eye(4)[[3, 2]]]
+    counts = counting.merged_counts(layers_of(codes, turned))
+    assert counts["correlation"]["mutual nearest"] == 4
+    assert counts["both"]["mutual nearest"] == 6  # the persisting one changed direction
+
+
+def test_threshold_links_percolate_and_one_to_one_links_do_not():
+    z = np.random.default_rng(3).random((300, 1))
+    codes = [np.hstack([z, z]), np.hstack([z, z])]
+    decoders = [np.eye(2), np.eye(2)]
+    counts = counting.merged_counts(layers_of(codes, decoders))["correlation"]
+    assert counts["threshold"] == 1
+    assert counts["hungarian"] == 2
+
+
+def test_seed_corrected_lifespan():
+    assert counting.seed_corrected_lifespan(0.29, 0.30, 8) == pytest.approx((0.29 / 0.3, 7.13), abs=0.01)
+    assert counting.seed_corrected_lifespan(0.4, 0.3, 8) == (1, 8)
+    assert counting.seed_corrected_lifespan(0.0, 0.3, 8) == (0, 1)
+    assert all(math.isnan(x) for x in counting.seed_corrected_lifespan(0.1, 0.0, 8))
+
+
+def test_adjacent_and_same_layer_shares():
+    rng = np.random.default_rng(4)
+    z = rng.random((400, 4)) * (rng.random((400, 4)) < 0.2)
+    first = layers_of([z[:, [0, 1]], z[:, [0, 2]]], [np.eye(2)] * 2)
+    second = layers_of([z[:, [1, 0]], z[:, [2, 3]]], [np.eye(2)] * 2)
+    assert counting.adjacent_share(first) == 0.5
+    assert counting.same_layer_share(first, second) == 0.75
+    assert math.isnan(counting.adjacent_share(first[:1]))
+
+
+def test_chapman_of_a_known_draw():
+    assert counting.chapman(100, 100, 100) == pytest.approx(100)
+    assert counting.chapman(100, 100, 50) == pytest.approx(101 * 101 / 51 - 1)
+
+
+def test_capture_recapture_finds_the_size_of_a_planted_pool():
+    rng = np.random.default_rng(5)
+    first, second = (set(rng.choice(256, 150, replace=False)) for _ in range(2))
+    assert counting.chapman(150, 150, len(first & second)) == pytest.approx(256, rel=0.1)
+
+
+def test_binary_entropy():
+    np.testing.assert_allclose(counting.binary_entropy(np.array([0, 0.5, 1])), [0, math.log(2), 0])
+    whole, half = counting.binary_entropy(np.array([0.02])), counting.binary_entropy(np.array([0.01]))
+    assert (2 * half - whole)[0] == pytest.approx(0.02 * math.log(2), rel=0.03)  # what splitting changes
+
+
+def test_effective_dimension_of_known_arrangements():
+    rng = np.random.default_rng(6)
+    n_layers, width, n = 4, 32, 600
+    directions = rng.standard_normal((n, width))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    local = np.zeros((n, n_layers, width))
+    local[np.arange(n), np.arange(n) % n_layers] = directions
+    assert capacity.effective_dimension(local.reshape(n, -1)) == pytest.approx(n_layers * width, rel=0.05)
+    persistent = np.repeat(directions[:, None], n_layers, 1).reshape(n, -1)
+    assert capacity.effective_dimension(persistent) == pytest.approx(width, rel=0.05)
+    assert math.isnan(capacity.effective_dimension(directions[:1]))
+    assert capacity.effective_dimension(np.eye(3)) == math.inf

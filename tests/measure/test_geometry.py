@@ -1,0 +1,205 @@
+"""Effective dimension, its prediction and its ceiling against arrangements whose geometry is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from crosscoder.measure import capacity, geometry
+from crosscoder.measure.statistics import Bootstrap, document_sums, two_level_bootstrap
+
+
+def drifting(rng, n, n_layers, width, cosine):
+    """Unit directions that turn by `cosine` from one layer to the next, with equal norm on all layers."""
+    rows = [rng.standard_normal((n, width)) / math.sqrt(width)]
+    for _ in range(n_layers - 1):
+        fresh = rng.standard_normal((n, width)) / math.sqrt(width)
+        rows.append(cosine * rows[-1] + math.sqrt(1 - cosine**2) * fresh)
+    return np.stack(rows, axis=1)
+
+
+def test_equal_weights_give_the_raw_dimension():
+    rows = np.random.default_rng(0).standard_normal((50, 12))
+    assert geometry.effective_dimension is capacity.effective_dimension
+    assert geometry.weighted_dimension(rows) == pytest.approx(capacity.effective_dimension(rows))
+    assert geometry.weighted_dimension(rows[:8], np.full(8, 3.0)) == pytest.approx(
+        capacity.effective_dimension(rows[:8])
+    )
+    assert math.isnan(geometry.weighted_dimension(rows[:1]))
+
+
+@pytest.mark.parametrize("n_dimensions", [2, 5])  # fewer and more than features
+def test_weights_by_hand(n_dimensions):
+    rows = np.zeros((3, n_dimensions))
+    rows[:, :2] = [[1, 0], [1, 1], [0, 2]]  # squared cosines 1/2, 1/2 and 0
+    weight = np.array([1.0, 2, 3])
+    assert geometry.weighted_dimension(rows, weight) == pytest.approx((2 + 6 + 3) / (0.5 * 2 + 0.5 * 6))
+    assert geometry.weighted_dimension(rows, np.array([1.0, 0, 1])) == math.inf
+    assert geometry.feature_energy(np.array([2.0, 1, 1]), rows).tolist() == [2, 2, 4]
+    with pytest.raises(ValueError, match=r"\(2,\) for 3 features"):
+        geometry.weighted_dimension(rows, np.ones(2))
+    with pytest.raises(ValueError, match="finite weight"):
+        geometry.weighted_dimension(rows, np.array([1.0, -1, 1]))
+
+
+def noisy(rng, rows, cosine):
+    """Unit rows with independent isotropic errors; `cosine` is that of two such copies of one row."""
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    noise = rng.standard_normal(rows.shape)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    return math.sqrt(cosine) * rows + math.sqrt(1 - cosine) * noise
+
+
+@pytest.mark.parametrize("n", [60, 400])  # fewer and more features than dimensions
+def test_two_seeds_of_identical_rows_give_the_raw_dimension(n):
+    rows = np.random.default_rng(1).standard_normal((n, 100))
+    order = np.random.default_rng(2).permutation(n)
+    pairs = np.stack([order, np.arange(n)], axis=1)
+    found = geometry.debiased_dimension(rows, rows[order], pairs)
+    assert found.value == pytest.approx(capacity.effective_dimension(rows))
+    assert found.attenuation_corrected == pytest.approx(found.value)
+    assert (found.self_cosine, found.reason) == (pytest.approx(1), None)
+
+
+def test_two_seeds_remove_the_noise_of_one():
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((2000, 200)) * 0.02
+    rows[:, :6] += rng.standard_normal((2000, 6))  # nearly six dimensions in two hundred
+    truth = capacity.effective_dimension(rows)
+    first, second = noisy(rng, rows, 0.92), noisy(rng, rows, 0.92)
+    pairs = np.repeat(np.arange(2000)[:, None], 2, axis=1)
+    found = geometry.debiased_dimension(first, second, pairs)
+    assert found.self_cosine == pytest.approx(0.92, abs=0.005)
+    assert found.value == pytest.approx(truth / 0.92**2, rel=0.02)  # shrunk cosines remain
+    assert found.attenuation_corrected == pytest.approx(truth, rel=0.02)
+
+
+def test_a_product_of_seeds_is_free_of_the_additive_bias_of_a_square():
+    rng = np.random.default_rng(4)
+    rows = np.kron(np.eye(50), np.ones((20, 1)))  # cosine 1 within a group of 20, 0 outside
+    truth = capacity.effective_dimension(rows)
+    first, second = noisy(rng, rows, 0.9), noisy(rng, rows, 0.9)
+    pairs = np.repeat(np.arange(1000)[:, None], 2, axis=1)
+    found = geometry.debiased_dimension(first, second, pairs, minimum_self_cosine=0.89)
+    raw = capacity.effective_dimension(first)
+    expected = 1 / (0.81 / truth + (1 - 0.81) / 50)  # each square gains the noise's 1 / N
+    assert raw == pytest.approx(expected, rel=0.03)
+    assert found.attenuation_corrected == pytest.approx(truth, rel=0.02)
+    assert found.value == pytest.approx(truth / 0.81, rel=0.02)
+
+
+def test_noisy_directions_are_refused_with_a_reason():
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((100, 50))
+    pairs = np.repeat(np.arange(100)[:, None], 2, axis=1)
+    found = geometry.debiased_dimension(noisy(rng, rows, 0.8), noisy(rng, rows, 0.8), pairs)
+    assert (found.value, found.attenuation_corrected) == (None, None)
+    assert found.reason is not None
+    assert "below 0.9" in found.reason
+    alone = geometry.debiased_dimension(rows, rows, pairs[:1])
+    assert alone.reason == "1 features match; a pair of features needs two"
+    with pytest.raises(ValueError, match="50 and 49 entries"):
+        geometry.debiased_dimension(rows, rows[:, :49], pairs)
+
+
+def test_density_by_hand_and_resampled_by_document():
+    assert geometry.density_of_totals(np.array([[5.0, 10, 10]]), 4.0)[0] == pytest.approx(math.log(2) / 4)
+    fires = np.random.default_rng(9).random((2000, 30)) < 0.05
+    sums = document_sums(np.hstack([fires, np.ones((2000, 1))]), np.arange(2000) // 20)
+    found = two_level_bootstrap([[sums]], seed=0, statistic=lambda t: geometry.density_of_totals(t, 10.0), n_draws=200)
+    load = 30 * (-0.05 * math.log(0.05) - 0.95 * math.log(0.95))
+    assert found.value == pytest.approx(load / 10, rel=0.03)
+    assert found.estimate().low < found.value < found.estimate().high
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "width", "cosine", "expected"),
+    [(8, 64, 0.8, 153), (2, 128, 0.8, 156), (8, 64, 0.95, 82), (2, 128, 0.95, 135), (8, 64, 1.0, 64)],
+)
+def test_prediction_for_persistent_features_that_drift(n_layers, width, cosine, expected):
+    gap = np.abs(np.subtract.outer(np.arange(n_layers), np.arange(n_layers)))
+    exact = np.linalg.cholesky(cosine**gap + 1e-12 * np.eye(n_layers))  # rows with these cosines exactly
+    decoder = np.zeros((3, n_layers, width))
+    decoder[:, :, :n_layers] = exact
+    assert 1 / geometry.predicted_interference(decoder) == pytest.approx(expected, rel=0.01)
+
+
+def test_random_features_have_the_interference_that_is_predicted():
+    rng = np.random.default_rng(6)
+    decoder = drifting(rng, 600, 4, 24, 0.7)
+    decoder[:200, 1:] = 0  # a third in one layer
+    weight = rng.random(600) + 0.1
+    measured = 1 / geometry.weighted_dimension(decoder.reshape(600, -1), weight)
+    assert geometry.predicted_interference(decoder, weight) == pytest.approx(measured, rel=0.05)
+    local = np.zeros((400, 4, 8))
+    local[np.arange(400), np.arange(400) % 4] = rng.standard_normal((400, 8))
+    assert geometry.predicted_interference(local) == pytest.approx(1 / 32, rel=0.01)
+
+
+def test_welch_floor_is_reached_by_a_tight_frame_and_never_undercut():
+    angles = np.arange(3) * 2 * math.pi / 3
+    frame = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert geometry.welch_floor(3, 2) == pytest.approx(1 / 4)
+    assert 1 / capacity.effective_dimension(frame) == pytest.approx(1 / 4)
+    assert geometry.welch_floor(2, 2) == 0
+    rng = np.random.default_rng(7)
+    rows, weight = rng.standard_normal((30, 6)), rng.random(30)
+    assert 1 / geometry.weighted_dimension(rows, weight) > geometry.welch_floor(30, 6, weight)
+
+
+def test_highest_probability_solves_the_ceiling():
+    assert geometry.highest_probability(2.0, 1.0) == 1  # below e nothing constrains
+    assert geometry.highest_probability(math.e, 1.0) == pytest.approx(1 / math.e, rel=1e-6)
+    for density, constant in ((5.0, 1.0), (20.0, 1.0), (20.0, 3.0), (1e4, 0.5)):
+        p = geometry.highest_probability(density, constant)
+        assert p < 1 / math.e
+        assert constant * density * p * math.log(1 / p) == pytest.approx(1)
+    p = 0.01  # n / m = 1 / (p ln(1 / p)), with C = 1
+    assert geometry.headroom(1 / (p * math.log(1 / p)), p, 1.0) == pytest.approx(1)
+    assert geometry.headroom(2.0, 0.5, 1.0) == math.inf
+    with pytest.raises(ValueError, match="density is -1"):
+        geometry.highest_probability(-1.0, 1.0)
+    with pytest.raises(ValueError, match="probability is 0"):
+        geometry.headroom(5.0, 0.0, 1.0)
+
+
+def test_slopes_by_hand():
+    exact = geometry.log_slope([1, 2, 4], [[3.0], [6.0], [12.0]])
+    assert exact.value == pytest.approx(1)
+    assert (exact.low, exact.high) == (pytest.approx(1), pytest.approx(1))
+    two = geometry.log_slope([2, 8], [[1.0], [2.0]])
+    assert (two.value, two.low, two.high) == (pytest.approx(0.5), -math.inf, math.inf)
+    with pytest.raises(ValueError, match="two different sizes"):
+        geometry.log_slope([2, 2], [[1.0], [2.0]])
+    with pytest.raises(ValueError, match="smallest value is 0"):
+        geometry.log_slope([2, 4], [[1.0], [0.0]])
+
+
+def test_slope_intervals_cover_the_truth():
+    covered, rng = 0, np.random.default_rng(8)
+    for _ in range(200):
+        values = [list(size**0.5 * np.exp(rng.normal(0, 0.2, 2))) for size in (2, 4, 8, 16)]
+        covered += geometry.log_slope([2, 4, 8, 16], values).covers(0.5)
+    assert 0.82 <= covered / 200 <= 0.97
+
+
+def test_slope_of_resampled_shapes():
+    shapes = [Bootstrap(1.0, np.array([1.0, 2.0]), 2.0), Bootstrap(4.0, np.array([4.0, 4.0]))]
+    found = geometry.log_slope_of_bootstraps([2, 8], shapes)
+    assert found.value == pytest.approx(1)
+    np.testing.assert_allclose(found.draws, [1, (math.log(4) - 2 * math.log(2)) / math.log(4)], atol=1e-12)
+
+
+def test_exponents_of_a_planted_law():
+    layers, width = [2, 4, 8, 2, 8], [128, 90, 64, 64, 128]
+    found = geometry.fit_exponents(
+        layers,
+        width,
+        features_per_layer=[[d**1.5, d**1.5] for d in width],
+        rho=[[n**0.25, 1.01 * n**0.25] for n in layers],
+        d_eff=[[d * n**0.5] for n, d in zip(layers, width, strict=True)],
+    )
+    assert found.alpha.value == pytest.approx(1.5)
+    assert found.gamma.value == pytest.approx(0.25)
+    assert found.gamma.low < 0.25 < found.gamma.high
+    assert found.delta.value == pytest.approx(0.5)

@@ -1,0 +1,141 @@
+"""How many features there are: estimators against hand-computed cases and pools and curves of known size."""
+
+import math
+
+import numpy as np
+import pytest
+
+from crosscoder.measure import counting, saturation
+
+SIZES = np.array([64, 96, 128, 192, 256, 384, 512, 768, 1024], dtype=float)
+
+
+def test_chao2_by_hand():
+    found = np.zeros((9, 3), dtype=bool)
+    found[:4, 0] = True  # four features in one seed
+    found[4:6, :2] = True  # two in two
+    found[6:8] = True  # two in all; the ninth in none
+    estimate = saturation.chao2(found)
+    assert estimate.value == pytest.approx(8 + (2 / 3) * 4 * 3 / (2 * 3))
+    unseen, variance = 4 / 3, 4 / 3 + (4 / 9) * (4 * 49 / 36 + 16 * 2 * 9 / (4 * 81))
+    factor = math.exp(1.644854 * math.sqrt(math.log(1 + variance / unseen**2)))
+    assert estimate.high == pytest.approx(8 + unseen * factor)
+    assert estimate.low == pytest.approx(8 + unseen / factor)
+    assert saturation.chao2(found[4:8]).value == 4  # none was found once only
+    with pytest.raises(ValueError, match="2 dictionary seeds"):
+        saturation.chao2(found[:, :2])
+
+
+def test_chao2_covers_the_size_of_a_planted_pool():
+    rng = np.random.default_rng(0)
+    estimates = [saturation.chao2(rng.random((256, 4)) < 0.6) for _ in range(200)]
+    assert np.mean([e.value for e in estimates]) == pytest.approx(256, rel=0.02)
+    assert 0.80 <= np.mean([e.covers(256) for e in estimates]) <= 0.97
+
+
+def test_chao2_is_a_lower_bound_where_features_differ():
+    rng = np.random.default_rng(1)
+    ease = rng.beta(1, 2, size=(400, 1))
+    assert saturation.chao2(rng.random((400, 4)) < ease).value < 400
+
+
+def test_chapman_interval_by_hand_and_on_a_pool():
+    estimate = saturation.chapman_interval(100, 90, 60)
+    assert estimate.value == pytest.approx(counting.chapman(100, 90, 60))
+    unseen = estimate.value - 130
+    variance = 101 * 91 * 40 * 30 / (61**2 * 62)
+    assert estimate.high == pytest.approx(
+        130 + unseen * math.exp(1.644854 * math.sqrt(math.log1p(variance / unseen**2)))
+    )
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(200):
+        first, second = rng.random((2, 256)) < 0.6
+        covered += saturation.chapman_interval(first.sum(), second.sum(), (first & second).sum()).covers(256)
+    assert 0.80 <= covered / 200 <= 0.97
+    assert saturation.chapman_interval(50, 50, 50).high == 50
+
+
+def test_incidence_joins_matches_of_all_seeds():
+    links = {(0, 1): np.array([[0, 1]]), (0, 2): np.zeros((0, 2), dtype=int), (1, 2): np.array([[1, 0], [0, 1]])}
+    found = saturation.incidence([2, 2, 2], links)
+    assert sorted(found.sum(1).tolist()) == [1, 2, 3]
+    assert found.sum(0).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"\(1, 2\)"):
+        saturation.incidence([2, 2, 2], {pair: links[pair] for pair in ((0, 1), (0, 2))})
+
+
+def test_stable_features_are_matched_in_half_of_the_others():
+    links = [np.array([[0, 5], [1, 2]]), np.array([[1, 0]]), np.array([[1, 1], [2, 0]])]
+    assert saturation.stable_features(4, links).tolist() == [False, True, False, False]
+    assert saturation.stable_features(4, links[:2]).tolist() == [True, True, False, False]
+    with pytest.raises(ValueError, match="1 other seeds"):
+        saturation.stable_features(4, links[:1])
+
+
+PLANTED = {
+    "stretched exponential": 300 * (1 - np.exp(-((SIZES / 250) ** 1.3))),
+    "hyperbola": 300 * SIZES / (SIZES + 200),
+    "power law": 8 * SIZES**0.6,
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_curve_that_was_planted_is_chosen(name):
+    noise = np.exp(np.random.default_rng(3).normal(0, 0.005, SIZES.size))
+    curves = saturation.fit_curves(SIZES, PLANTED[name] * noise)
+    assert curves[0].name == name
+    np.testing.assert_allclose(curves[0].at(SIZES), PLANTED[name], rtol=0.02)
+    if name == "power law":
+        assert curves[0].limit == math.inf
+        assert curves[0].kappa == pytest.approx(0.6, rel=0.05)
+    else:
+        assert curves[0].limit == pytest.approx(300, rel=0.05)
+
+
+def test_aicc_and_its_weights_by_hand():
+    y = 8 * SIZES**0.6 * np.exp(0.01 * np.array([1, -1, 1, -1, 1, -1, 1, -1, 0]))
+    curve = next(c for c in saturation.fit_curves(SIZES, y) if c.name == "power law")
+    fit = np.polyfit(np.log(SIZES), np.log(y), 1)
+    square = np.square(np.log(y) - np.polyval(fit, np.log(SIZES))).sum()
+    assert curve.kappa == pytest.approx(fit[0], rel=1e-4)
+    assert curve.aicc == pytest.approx(9 * math.log(square / 9) + 6 + 24 / 5, rel=1e-4)
+    np.testing.assert_allclose(
+        saturation.akaike_weights([2.0, 0.0, 0.0]), np.array([math.exp(-1), 1, 1]) / (2 + math.exp(-1))
+    )
+
+
+def test_a_limit_is_quoted_where_growth_stops():
+    noise = np.exp(np.random.default_rng(4).normal(0, 0.01, SIZES.size))
+    found = saturation.fit_saturation(SIZES, PLANTED["stretched exponential"] * noise, seed=0, n_draws=40)
+    assert found.identified
+    assert found.limit is not None
+    assert found.limit.covers(300)
+    assert found.limit.high / found.limit.low < 1.2
+    assert found.no_saturation is not None
+    assert found.no_saturation < 0.01
+
+
+def test_growth_without_limit_is_not_identified():
+    noise = np.exp(np.random.default_rng(5).normal(0, 0.01, SIZES.size))
+    for counts in (PLANTED["power law"] * noise, 0.97 * SIZES * noise):  # also a dictionary that returns its own size
+        found = saturation.fit_saturation(SIZES, counts, seed=0, n_draws=20)
+        assert not found.identified
+        assert found.reason is not None
+        assert found.reason.startswith("not identified: growth without limit")
+        assert found.no_saturation is not None
+        assert found.no_saturation > 0.5
+
+
+def test_a_limit_far_beyond_the_data_is_not_identified():
+    small = np.array([8.0, 12, 16, 24, 32, 48])
+    found = saturation.fit_saturation(small, 3000 * small / (small + 3000), seed=0, n_draws=20)
+    assert not found.identified
+    assert found.reason is not None
+
+
+def test_too_few_sizes_are_not_identified():
+    found = saturation.fit_saturation([64, 128, 256, 512], [50, 90, 130, 150], seed=0)
+    assert (found.identified, found.curves) == (False, ())
+    assert found.reason == "not identified: 4 counts at 4 sizes cannot tell three curves apart; 6 at 4 sizes can"
+    with pytest.raises(ValueError, match="2 sizes and 3 counts"):
+        saturation.fit_saturation([64, 128], [1, 2, 3], seed=0)

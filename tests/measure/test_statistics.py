@@ -1,0 +1,178 @@
+"""Intervals against simulated coverage, ratios and equivalence against cases worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from crosscoder.measure import statistics
+from crosscoder.measure.statistics import Bootstrap, Estimate
+
+
+def test_the_value_is_the_mean_of_means_and_not_of_dictionaries():
+    found = statistics.two_level_bootstrap([[1.0, 3.0], [8.0]], seed=0, n_draws=50)
+    assert found.value == 5
+    assert found.draws.min() >= 1
+    assert found.draws.max() <= 8
+    again = statistics.two_level_bootstrap([[1.0, 3.0], [8.0]], seed=0, n_draws=50)
+    np.testing.assert_array_equal(found.draws, again.draws)
+
+
+def test_one_training_seed_with_equal_dictionaries_has_no_interval():
+    assert statistics.two_level_bootstrap([[2.0, 2.0]], seed=0).estimate() == Estimate(2, 2, 2)
+    with pytest.raises(ValueError, match=r"\[2, 0\]"):
+        statistics.two_level_bootstrap([[1.0, 2.0], []], seed=0)
+
+
+def test_small_samples_are_stretched_by_the_t_quantile():
+    assert statistics.small_sample_expansion(3) == pytest.approx(math.sqrt(1.5) * 2.919986 / 1.644854, rel=1e-5)
+    assert statistics.small_sample_expansion(1) == 1
+    plain = statistics.two_level_bootstrap([[1.0], [2.0], [3.0]], seed=0, small_sample=False).estimate()
+    assert (plain.low, plain.high) == (pytest.approx(4 / 3), pytest.approx(8 / 3))
+
+
+@pytest.mark.parametrize(("training", "dictionaries"), [(3, 2), (6, 3)])
+def test_nine_intervals_in_ten_cover_the_truth(training, dictionaries):
+    covered = 0
+    for case in range(200):
+        rng = np.random.default_rng([case, training])
+        groups = 5 + rng.normal(size=(training, 1)) + 0.5 * rng.normal(size=(training, dictionaries))
+        found = statistics.two_level_bootstrap(groups.tolist(), seed=case, n_draws=400).estimate()
+        covered += found.covers(5.0)
+    assert 0.80 <= covered / 200 <= 0.97
+
+
+def test_document_sums():
+    values = np.array([[1, 1], [0, 1], [1, 1], [5, 1]])
+    sums = statistics.document_sums(values, np.array([3, 3, 1, 3]))
+    assert sums.tolist() == [[1, 1], [6, 3]]
+    with pytest.raises(ValueError, match="2 document labels"):
+        statistics.document_sums(np.ones(3), np.array([0, 1]))
+
+
+def share(totals):
+    return totals[:, 0] / totals[:, 1]
+
+
+def test_document_blocks_cover_the_truth_where_single_tokens_do_not():
+    covered = {"documents": 0, "tokens": 0}
+    for case in range(200):
+        rng = np.random.default_rng([case, 1])
+        probability = np.repeat(rng.beta(2, 6, size=40), 25)  # tokens of one document share their rate; mean .25
+        fires = (rng.random(1000) < probability).astype(float)
+        table = np.stack([fires, np.ones(1000)], axis=1)
+        for name, labels in (("documents", np.arange(1000) // 25), ("tokens", np.arange(1000) // 2)):
+            sums = statistics.document_sums(table, labels)
+            found = statistics.two_level_bootstrap([[sums]], seed=case, statistic=share, n_draws=200).estimate()
+            assert found.value == pytest.approx(fires.mean())
+            covered[name] += found.covers(0.25)
+    assert 0.80 <= covered["documents"] / 200 <= 0.97
+    assert covered["tokens"] / 200 < 0.75
+
+
+def test_dictionaries_and_subjects_share_their_documents():
+    sums = np.random.default_rng(0).random((30, 2)) + np.array([[0, 1]])
+    both = [
+        statistics.two_level_bootstrap([[sums * scale]], seed=s, document_seed=7, statistic=lambda t: t[:, 0])
+        for s, scale in ((1, 1.0), (2, 3.0))
+    ]
+    np.testing.assert_allclose(statistics.log_ratio(both[1], both[0]).draws, math.log(3))
+    with pytest.raises(ValueError, match=r"\[29, 30\] documents"):
+        statistics.two_level_bootstrap([[sums, sums[:29]]], seed=0, statistic=share)
+    with pytest.raises(ValueError, match="one value a row"):
+        statistics.two_level_bootstrap([[sums]], seed=0, statistic=lambda totals: totals)
+
+
+def test_log_ratio_stretches_each_side_on_the_log_scale():
+    top, bottom = Bootstrap(4.0, np.array([2.0, 8.0]), 2.0), Bootstrap(2.0, np.array([2.0, 2.0]))
+    found = statistics.log_ratio(top, bottom)
+    assert found.value == pytest.approx(math.log(2))
+    np.testing.assert_allclose(found.draws, [math.log(2) - 2 * math.log(2), math.log(2) + 2 * math.log(2)])
+    with pytest.raises(ValueError, match="denominator is -1"):
+        statistics.log_ratio(top, Bootstrap(-1.0, np.ones(2)))
+    with pytest.raises(ValueError, match="2 and 3 draws"):
+        statistics.log_ratio(top, Bootstrap(1.0, np.ones(3)))
+
+
+def test_ratio_from_intervals_alone():
+    half = math.exp(0.3), math.exp(0.4)
+    found = statistics.ratio_of(Estimate(2, 2 / half[0], 2 * half[0]), Estimate(1, 1 / half[1], half[1]))
+    assert found.value == pytest.approx(2)
+    assert math.log(found.high / found.value) == pytest.approx(0.5)  # root of .3^2 + .4^2
+    assert math.log(found.value / found.low) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="denominator's interval starts at -1"):
+        statistics.ratio_of(Estimate(1, 1, 1), Estimate(1, -1, 2))
+
+
+def test_signed_ratio_by_hand_and_by_coverage():
+    found = statistics.signed_ratio_of(Estimate(0.5, -0.5, 2), Estimate(2, 2, 2))
+    assert (found.value, found.low, found.high) == (0.25, pytest.approx(-0.25), pytest.approx(1))
+    rng, covered = np.random.default_rng(5), 0
+    for _ in range(400):
+        top, bottom = 0.3 + 0.2 * rng.standard_normal(), 2 + 0.2 * rng.standard_normal()
+        reach = 0.2 * 1.644854
+        found = statistics.signed_ratio_of(
+            Estimate(top, top - reach, top + reach), Estimate(bottom, bottom - reach, bottom + reach)
+        )
+        covered += found.covers(0.15)
+    assert 0.86 <= covered / 400 <= 0.94
+    with pytest.raises(ValueError, match="too near 0"):
+        statistics.signed_ratio_of(Estimate(1, 1, 1), Estimate(1, -1, 1.5))
+
+
+def test_linear_combination_keeps_lopsided_intervals_lopsided():
+    found = statistics.linear_combination([(1.0, Estimate(1, 0.7, 3)), (-2.0, Estimate(0.5, 0.3, 0.5))], constant=1)
+    assert found.value == 1
+    assert found.low == pytest.approx(0.7)
+    assert found.high == pytest.approx(1 + math.hypot(2, 0.4))
+    with pytest.raises(ValueError, match="confidence"):
+        statistics.linear_combination([(1.0, Estimate(1, 1, 1)), (1.0, Estimate(1, 1, 1, 0.95))])
+
+
+def test_estimates_refuse_to_be_the_wrong_way_round():
+    with pytest.raises(ValueError, match="from 2 down to 1"):
+        Estimate(1.5, 2, 1)
+    with pytest.raises(ValueError, match="confidence is 90"):
+        Estimate(1, 1, 1, 90)
+    assert Estimate(1, 0.8, 1.25).inside(0.8, 1.25)
+    assert not Estimate(1, 0.79, 1.25).inside(0.8, 1.25)
+
+
+def test_equivalence_by_hand():
+    top, bottom = [1.0, 1.1, 1.05], [1.02, 0.98, 1.0]
+    found = statistics.equivalence_test(top, bottom)
+    a, b = np.log(top), np.log(bottom)
+    error = math.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 3)
+    freedom = error**4 / ((a.var(ddof=1) / 3) ** 2 / 2 + (b.var(ddof=1) / 3) ** 2 / 2)
+    difference = a.mean() - b.mean()
+    assert found.p_above == pytest.approx(stats.t.cdf((difference - math.log(1.25)) / error, freedom))
+    assert found.p_below == pytest.approx(stats.t.sf((difference - math.log(0.8)) / error, freedom))
+    assert found.ratio.value == pytest.approx(math.exp(difference))
+    assert found.equivalent
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1, 0.2, 0.3])
+def test_equivalence_is_the_interval_inside_the_bounds(spread):
+    rng = np.random.default_rng(3)
+    top, bottom = np.exp(rng.normal(0.05, spread, 4)), np.exp(rng.normal(0, spread, 4))
+    found = statistics.equivalence_test(top, bottom)
+    assert found.equivalent == found.ratio.inside(0.8, 1.25)
+
+
+def test_equivalence_is_rarely_found_at_the_edge():
+    rng = np.random.default_rng(4)
+    cases = [
+        statistics.equivalence_test(np.exp(rng.normal(math.log(1.25), 0.03, 5)), np.exp(rng.normal(0, 0.03, 5)))
+        for _ in range(300)
+    ]
+    assert sum(case.equivalent for case in cases) / 300 < 0.09  # nominal .05
+
+
+def test_equivalence_needs_seeds_that_vary():
+    with pytest.raises(ValueError, match="1 and 3 training seeds"):
+        statistics.equivalence_test([1.0], [1.0, 1.1, 1.2])
+    with pytest.raises(ValueError, match="agree exactly"):
+        statistics.equivalence_test([1.0, 1.0], [2.0, 2.0])
+    with pytest.raises(ValueError, match="smallest values are -1"):
+        statistics.equivalence_test([-1.0, 1.0], [2.0, 2.0])

@@ -1,0 +1,148 @@
+"""Matches between subjects, and the nulls and scales that they are read against."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from crosscoder.measure import matching, universality
+from crosscoder.measure.statistics import Estimate
+
+DOCUMENTS = np.repeat(np.arange(40), 25)
+
+
+def planted(seed, n_shared, n_own, noise=0.0):
+    """Two codes over 1,000 tokens in bursts within documents, sharing their first features."""
+    shared_rng, own_rng = np.random.default_rng(1000), np.random.default_rng(seed)
+
+    def draw(rng, n):
+        rate = np.repeat(rng.beta(0.3, 3, size=(40, n)), 25, axis=0)
+        return rng.random((1000, n)) * (rng.random((1000, n)) < rate)
+
+    code = np.hstack([draw(shared_rng, n_shared), draw(own_rng, n_own)])
+    return sparse.csc_array(code * (1 + noise * own_rng.standard_normal(code.shape)))
+
+
+def test_agreement_by_hand():
+    found = universality.agreement(np.array([[0.9, 0.8], [0.85, 0.1], [0.2, 0.6]]))
+    assert found.forward == pytest.approx((0.9 + 0.85 + 0.6) / 3)
+    assert found.backward == pytest.approx((0.9 + 0.8) / 2)
+    assert found.u == pytest.approx((found.forward + found.backward) / 2)
+    assert found.shares_forward == (1, pytest.approx(2 / 3))
+    assert found.shares_backward == (1, 1)
+    assert found.hungarian == pytest.approx((0.8 + 0.85) / 2)
+    assert found.hungarian_shares == (1, 1)
+    assert (found.n_first, found.n_second) == (3, 2)
+    with pytest.raises(ValueError, match=r"\(0, 3\)"):
+        universality.agreement(np.zeros((0, 3)))
+
+
+def test_shifting_moves_rows_round():
+    code = sparse.csc_array(np.array([[1.0, 0], [0, 2], [3, 0]]))
+    before = code.todense().copy()
+    assert universality.shift_tokens(code, 1).todense().tolist() == [[3, 0], [1, 0], [0, 2]]
+    assert universality.shift_tokens(code, 3).todense().tolist() == before.tolist()
+    np.testing.assert_array_equal(code.todense(), before)  # the caller's values stay where they were
+
+
+def test_shifts_pass_the_longest_document():
+    shifts = universality.circular_shifts(np.array([0] * 7 + [1] * 3 + [2] * 6 + [3] * 4), 500, seed=0)
+    assert (shifts.min(), shifts.max()) == (7, 13)
+    with pytest.raises(ValueError, match="11 of 20 tokens"):
+        universality.circular_shifts(np.array([0] * 11 + [1] * 9), 2, seed=0)
+
+
+def test_the_null_keeps_rates_and_breaks_alignment():
+    a, b = planted(1, 20, 0, noise=0.1), planted(2, 20, 0, noise=0.1)
+    u = universality.agreement(matching.activation_correlation(a, b)).u
+    null = universality.shifted_null(a, b, DOCUMENTS, seed=0, n_draws=10)
+    unrelated = universality.agreement(matching.activation_correlation(planted(3, 0, 20), planted(4, 0, 20))).u
+    assert u > 0.95
+    assert null.mean() == pytest.approx(unrelated, abs=0.06)
+    np.testing.assert_array_equal(null, universality.shifted_null(a, b, DOCUMENTS, seed=0, n_draws=10))
+    with pytest.raises(ValueError, match="999 document labels"):
+        universality.shifted_null(a, b, DOCUMENTS[1:], seed=0)
+
+
+def test_normalised_universality_orders_subjects_by_what_they_share():
+    first = planted(1, 24, 0, noise=0.3)
+    ceiling = universality.agreement(matching.activation_correlation(first, planted(2, 24, 0, noise=0.3))).u
+    null = float(universality.shifted_null(first, planted(2, 24, 0, noise=0.3), DOCUMENTS, seed=0, n_draws=10).mean())
+    scores = []
+    for shared in (0, 12, 24):
+        a, b = planted(3, shared, 24 - shared, noise=0.3), planted(4, shared, 24 - shared, noise=0.3)
+        u = universality.agreement(matching.activation_correlation(a, b)).u
+        scores.append(universality.normalised_universality(u, null=null, ceiling=ceiling))
+    np.testing.assert_allclose(scores, [0, 0.5, 1], atol=0.1)
+    assert universality.normalised_universality(0.5, null=0.2, ceiling=0.8) == pytest.approx(0.5)
+    assert math.isnan(universality.normalised_universality(0.5, null=0.8, ceiling=0.8))
+
+
+def test_universality_has_an_interval_even_where_nothing_is_shared():
+    ceiling = Estimate(0.8, 0.8, 0.8)
+    found = universality.universality_estimate(Estimate(0.2, 0.1, 0.35), null=0.3, ceiling=ceiling)
+    assert (found.value, found.low, found.high) == (pytest.approx(-0.2), pytest.approx(-0.4), pytest.approx(0.1))
+    with pytest.raises(ValueError, match="too near 0"):
+        universality.universality_estimate(Estimate(0.2, 0.1, 0.3), null=0.3, ceiling=Estimate(0.4, 0.25, 0.5))
+
+
+def test_a_larger_pool_inflates_matches_until_pools_are_equal():
+    a, b, larger = planted(5, 0, 15), planted(6, 0, 15), planted(7, 0, 120)
+
+    def forward(first, second):
+        return universality.agreement(matching.activation_correlation(first, second)).forward
+
+    fair = universality.average_over_pools(a, larger, forward, seed=0)
+    assert forward(a, larger) > 1.4 * forward(a, b)
+    assert fair == pytest.approx(forward(a, b), rel=0.25)
+    kept = universality.equal_pools(a, larger, seed=0)
+    assert [code.shape for code in kept] == [(1000, 15), (1000, 15)]
+    assert (kept[0] != a).nnz == 0
+
+
+def test_a_frequency_matched_partner_is_near_in_rate_and_never_the_match():
+    correlation = np.array([[0.9, 0.4, 0.0], [0.3, 0.8, 0.1]])
+    rates, others = np.array([0.1, 0.2]), np.array([0.1, 0.11, 0.5])
+    draws = universality.frequency_null(correlation, rates, others, seed=0, n_draws=5, n_neighbours=1)
+    np.testing.assert_allclose(draws, (0.4 + 0.3) / 2)
+    every = universality.frequency_null(correlation, rates, others, seed=0, n_draws=200, n_neighbours=20)
+    assert set(np.round(every, 6)) == {0.35, 0.25, 0.15, 0.05}
+    with pytest.raises(ValueError, match="single feature"):
+        universality.frequency_null(correlation[:, :1], rates, others[:1], seed=0)
+    with pytest.raises(ValueError, match="firing rate is 0"):
+        universality.frequency_null(correlation, rates, np.array([0.1, 0, 1]), seed=0)
+
+
+def test_rates_of_matched_features():
+    a, b = np.array([0.1, 0.2, 0.4, 0.3]), np.array([0.1, 0.1, 0.2, 0.8])
+    found = universality.compare_rates(a, b, np.array([[0, 1], [1, 2], [2, 3]]))
+    assert (found.n_pairs, found.median_ratio, found.rank_correlation) == (3, pytest.approx(1), pytest.approx(1))
+    assert found.total_ratio == pytest.approx(1.1 / 0.7)
+    assert found.high_ratio == pytest.approx(math.exp(0.9 * math.log(2)))
+    rng = np.random.default_rng(8)
+    p = np.exp(rng.uniform(-6, -2, 300))
+    pairs = np.repeat(np.arange(300)[:, None], 2, axis=1)
+    planted_ratio = universality.compare_rates(p, 1.5 * p * np.exp(rng.normal(0, 0.1, 300)), pairs)
+    assert planted_ratio.median_ratio == pytest.approx(1.5, rel=0.03)
+    assert planted_ratio.rank_correlation > 0.98
+    with pytest.raises(ValueError, match="no features match"):
+        universality.compare_rates(a, b, np.zeros((0, 2), dtype=int))
+    with pytest.raises(ValueError, match="never fires"):
+        universality.compare_rates(a, b * [0, 1, 1, 1], np.array([[0, 0]]))
+
+
+def test_hidden_features_are_exclusive_and_told_by_no_layer_of_the_other():
+    alone_first, alone_second, shared = [0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.3, 0.3, 0.4]
+    profile = np.array([alone_first, alone_first, alone_first, alone_second, shared])
+    auc = np.array([[0.99, 0.5, 0.7], [0.99, 0.5, 0.95], [0.99, np.nan, 0.5], [0.95, 0.5, 0.99], [0.5, 0.5, 0.5]])
+    # the first is hidden; the second is told by layer 2; the third has no probe; the fourth is told by layer 0
+    assert universality.hidden_shares(profile, auc, 2, decodable=0.9) == (0.2, 0.0)
+    assert universality.hidden_shares(profile, auc, 2, decodable=0.96) == (0.4, 0.2)
+
+
+def test_exclusive_shares_do_not_depend_on_how_many_layers_a_subject_has():
+    profile = np.array([[0.25] * 4 + [0.0], [0.23] * 4 + [0.08], [0.0] * 4 + [1.0], [0.0] * 5])
+    assert universality.exclusive_shares(profile, 4) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="5 of 5 layers"):
+        universality.exclusive_shares(profile, 5)

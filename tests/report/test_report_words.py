@@ -1,0 +1,49 @@
+"""How the report writes numbers and foreign strings."""
+
+import pytest
+
+from crosscoder.report.page import clean_strings, escape_markdown
+from crosscoder.report.tables import format_number, format_range
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"),
+        (0, "0"),
+        (393216, "393,216"),
+        (12345.6, "12,346"),
+        (0.87345, "0.8734"),
+        (-2.0, "-2"),
+        (1.5e-4, "0.00015"),
+        ("AdamW", "AdamW"),
+    ],
+)
+def test_numbers_read_well(value, shown):
+    assert format_number(value) == shown
+
+
+def test_a_range_without_width_has_no_brackets():
+    assert format_range((2.0, 2.0, 2.0)).detail == ""
+    assert format_range((2.0, 1.5, 2.5)).detail == "[1.5, 2.5]"
+
+
+def test_control_characters_are_stripped():
+    assert clean_strings({"a\x00": ["b\x1b[0m\u202ec\nd\u2028e"]}) == {"a": ["b[0mc d e"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("a|b ``c` *d* [e](f) <g> p_min _h_", r"a\|b \`\`c\` \*d\* [e\](f) &lt;g> p_min \_h\_"),
+        ("0.948 [0.692, 1.49]: p < .05, n >= 2, 3 * 4 & [5]", "0.948 [0.692, 1.49]: p < .05, n >= 2, 3 * 4 & [5]"),
+        ("asked for (`--joint`) or `a|b` here", r"asked for (`--joint`) or \`a\|b\` here"),
+        ("`<b>` \\`x`", r"\`&lt;b>\` \\\`x\`"),
+        ("&lt;b> <!-- x", "&amp;lt;b> &lt;!-- x"),
+        ("[a](b]: https://x.org", r"\[a\](b]: https://x.org"),
+        ("> quoted", r"\> quoted"),
+        (" * item", r" \* item"),
+    ],
+)
+def test_markdown_escapes_what_would_be_markup_and_no_more(value, shown):
+    assert escape_markdown(value) == shown

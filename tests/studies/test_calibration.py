@@ -1,0 +1,95 @@
+"""Calibration at a study's sizes: the planted world fits the dictionary, scores are honest, results are kept."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from crosscoder.foundation.artifact import read_json
+from crosscoder.studies import calibration
+from crosscoder.studies.budget import DictionaryBudget
+from crosscoder.studies.calibration import CalibrationConfig, PlantedTokens, calibrate
+
+BUDGET = DictionaryBudget(n_features=64, k_crosscoder=2, k_layerwise=2, steps=400, batch=256, learning_rate=1e-2)
+CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=50_000, tokens_held_out=8000)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    torch.set_num_threads(1)
+    return calibrate(CONFIG)
+
+
+def test_an_easy_world_is_found(scores):
+    assert abs(scores["rho_error"]) < 0.15
+    assert scores["mcc"] > 0.85
+    assert scores["count_true"] == 32
+
+
+def test_too_little_training_is_not_hidden(scores):
+    hurried = calibrate(replace(CONFIG, budget=replace(BUDGET, steps=10)))
+    assert hurried["mcc"] < scores["mcc"] - 0.2
+    assert hurried["explained_variance"] < scores["explained_variance"] - 0.2
+
+
+def test_the_world_has_as_many_active_features_as_the_dictionary_and_the_usual_norms():
+    tokens = PlantedTokens(CONFIG)
+    x_TLD = torch.cat(list(tokens.held_out()))
+    assert x_TLD.shape == (8000, 4, 16)
+    assert float(CONFIG.world().probability_F.sum()) == pytest.approx(2, rel=1e-5)
+    norm_L = x_TLD.norm(dim=2).mean(0)
+    torch.testing.assert_close(norm_L, torch.full((4,), 4.0), rtol=0.1, atol=0)
+    assert [int((tokens.kind_F == kind).sum()) for kind in range(4)] == [8, 8, 8, 8]
+
+
+def test_a_shape_of_one_layer_holds_local_features():
+    config = replace(CONFIG, n_layers=1)
+    assert PlantedTokens(config).kinds == ("local",)
+
+
+def test_tokens_come_again_after_as_many_as_the_study_has():
+    config = replace(CONFIG, tokens_train=3 * 256)
+    batches = list(PlantedTokens(replace(config, budget=replace(BUDGET, steps=5))).batches(0))
+    assert torch.equal(batches[0], batches[3])
+    assert not torch.equal(batches[0], batches[1])
+    tokens = PlantedTokens(replace(config, budget=replace(BUDGET, steps=5)))
+    assert torch.equal(next(iter(tokens.batches(4))), batches[1])
+    held_out = next(iter(tokens.held_out()))[:256]
+    assert not any(torch.equal(held_out, batch) for batch in batches)
+
+
+def test_a_result_is_kept_by_its_inputs(tmp_path, scores, monkeypatch):
+    short = replace(CONFIG, budget=replace(BUDGET, steps=5))
+    first = calibrate(short, root=tmp_path)
+    path = calibration.calibration_path(tmp_path, short)
+    assert read_json(path)["scores"] == first
+    monkeypatch.setattr(calibration, "read_planted", lambda *_: pytest.fail("it was kept"))
+    assert calibrate(short, root=tmp_path) == first
+    for other in (
+        replace(short, seed=1),
+        replace(short, tokens_held_out=9000),
+        replace(short, budget=replace(short.budget, learning_rate=1e-3)),
+    ):
+        assert calibration.calibration_path(tmp_path, other) != path
+
+
+def test_the_gates_take_the_worst_world(scores):
+    bad = {**scores, "count_error": -0.3, "rho_error": 0.02}
+    good = {**scores, "count_error": 0.1, "rho_error": -0.04}
+    worst = calibration.worst_calibration([good, bad])
+    assert (worst.count_error, worst.rho_error, worst.same_sizes) == (0.3, 0.04, True)
+    assert calibration.worst_calibration([good, {**bad, "rho_error": None}]).rho_error is None
+    assert calibration.worst_calibration([]).count_error is None
+
+
+def test_a_k_that_no_world_can_have_is_refused():
+    with pytest.raises(ValueError, match="raise n_features or lower k"):
+        replace(CONFIG, budget=replace(BUDGET, k_crosscoder=30))
+
+
+def test_scores_are_of_the_scaled_space():
+    """With very unequal layers the dictionary sees them made equal, and so must the truth."""
+    tokens = PlantedTokens(CONFIG)
+    share_L = np.square(tokens.truth_FLD).sum((0, 2)) / np.square(CONFIG.world().decoder_FLD.numpy()).sum((0, 2))
+    np.testing.assert_allclose(share_L, tokens.scale_L.numpy() ** 2, rtol=1e-4)

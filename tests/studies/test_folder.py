@@ -1,0 +1,23 @@
+"""Where studies are kept: another version of the code that computes is another folder, another wording is not."""
+
+from crosscoder.studies import folder
+
+
+def test_a_study_is_run_again_when_any_file_of_a_computing_room_changes():
+    hashed = set(folder.computing_sources())
+    package = folder.Path(folder.__file__).parents[1]
+    for room in (package.parent / "triton_kernels", *(package / name for name in folder.COMPUTING)):
+        assert {path for path in room.rglob("*") if path.suffix in (".py", ".c", ".h")} <= hashed
+
+
+def test_a_reworded_report_or_progress_line_does_not_cost_a_study():
+    rooms = {path.parent.name for path in folder.computing_sources()}
+    names = {path.name for path in folder.computing_sources()}
+    assert not rooms & {"report", "results", "foundation"}
+    assert not names & {"console.py", "cli.py"}
+
+
+def test_every_room_is_either_computing_or_known_to_show():
+    package = folder.Path(folder.__file__).parents[1]
+    rooms = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms - set(folder.COMPUTING) <= {"foundation", "formats", "results", "report"}

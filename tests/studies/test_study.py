@@ -1,0 +1,173 @@
+"""The main job at its smallest: everything runs, twice to the same bytes, and its report says only what it knows."""
+
+import html
+import json
+from dataclasses import replace
+
+import pytest
+
+from crosscoder.cli import main
+from crosscoder.data.subject_training import SubjectCheckpoint
+from crosscoder.report.page import load_results
+from crosscoder.results.schema import validate_results
+from crosscoder.studies.matched import Part, match_losses
+from crosscoder.studies.presets import PRESETS
+from crosscoder.studies.shapes import study_cells
+from crosscoder.studies.single import SubjectStudyConfig
+from crosscoder.studies.single import study_cells as subject_cells
+
+TIMES = ("started", "seconds", "command", "git_commit")
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """The smoke preset, run twice from nothing into two folders."""
+    folders = []
+    for name in ("first", "second"):
+        root = tmp_path_factory.mktemp(name)
+        assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
+        folders.append(next(root.glob("smoke-*")))
+    return folders
+
+
+def without_times(folder):
+    results = load_results(folder)
+    for key in TIMES:
+        results["provenance"].pop(key, None)
+    return json.dumps(results, sort_keys=True)
+
+
+def test_same_seeds_give_the_same_bytes(studies):
+    assert without_times(studies[0]) == without_times(studies[1])
+
+
+def test_results_are_valid_and_have_exactly_the_documented_keys(studies):
+    results = load_results(studies[0])
+    validate_results(results)
+    assert set(results) == {
+        "verdict",
+        "subjects",
+        "matched",
+        "counts",
+        "spread",
+        "quality",
+        "definitions",
+        "provenance",
+    }
+
+
+def test_report_shows_the_answer_and_every_number_of_the_table(studies):
+    page = html.unescape((studies[0] / "report.html").read_text())
+    results = load_results(studies[0])
+    for sentence in results["counts"]["answer"]:
+        assert sentence[:40] in page
+    assert (studies[0] / "report.md").stat().st_size > 1000
+    assert len(list((studies[0] / "figures").glob("*.png"))) >= 5
+
+
+def test_both_arms_are_given_the_same_budget(studies):
+    cells = load_results(studies[0])["counts"]["cells"]
+    main_cells = [cell for cell in cells if cell["role"] == "main"]
+    # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks: 2 shapes x 2 sites
+    assert len(main_cells) == 12 + 8 + 2 + 4
+    assert {cell["n_features"] for cell in main_cells} == {96}
+    assert {cell["tokens_train"] for cell in main_cells} == {60 * 256}
+    assert {len(cell["per_seed"]) for cell in main_cells if cell["state"] != "shuffled"} == {2}
+
+
+def test_subjects_have_equal_parameters(studies):
+    subjects = load_results(studies[0])["subjects"]
+    n = {name: subject["parameters"]["non_embedding"] for name, subject in subjects.items()}
+    assert abs(n["A"] - n["B"]) / n["A"] < 0.02
+    assert subjects["A"]["total_neurons"] == 2 * subjects["B"]["total_neurons"]
+
+
+def test_a_finished_study_is_not_run_again(studies, capsys):
+    root = studies[0].parent
+    assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
+    said = capsys.readouterr()
+    assert "training subjects" not in said.err
+    assert "dictionaries in" not in said.err
+    assert said.out.strip() == str(studies[0] / "report.html")
+
+
+def test_the_report_can_be_written_again_from_results_alone(studies, capsys):
+    before = (studies[0] / "report.html").read_bytes()
+    (studies[0] / "report.html").unlink()
+    assert main(["report", str(studies[0])]) == 0
+    assert (studies[0] / "report.html").read_bytes() == before
+
+
+def checkpoints(*losses):
+    return [
+        SubjectCheckpoint(step=i, tokens=100 * i, held_out_loss=loss, folder=f"step-{i}")
+        for i, loss in enumerate(losses)
+    ]
+
+
+def test_matching_prefers_the_latest_close_choice():
+    found = match_losses({("A", 0): checkpoints(6, 4, 3.5, 3.0), ("B", 0): checkpoints(6, 4.5, 4.0, 3.51)})
+    assert found.index == {("A", 0): 2, ("B", 0): 3}
+    assert found.matched
+
+
+def test_matching_takes_the_closest_choice_and_says_so_when_none_is_close():
+    found = match_losses({("A", 0): checkpoints(6, 3.0, 2.0), ("B", 0): checkpoints(6, 5.0, 4.0)})
+    assert found.index == {("A", 0): 1, ("B", 0): 2}
+    assert not found.matched
+
+
+def test_matching_waits_for_the_slowest_of_many_runs():
+    runs = {("A", 0): checkpoints(6, 3.5, 3.0), ("A", 1): checkpoints(6, 3.6, 3.49), ("B", 0): checkpoints(6, 3.5, 2.9)}
+    assert match_losses(runs).index == {("A", 0): 1, ("A", 1): 2, ("B", 0): 1}
+
+
+def test_the_longest_cells_come_first_and_names_differ():
+    cells = study_cells(PRESETS["quick"])
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert cells[0].arm == "layerwise"
+    assert cells[0].subject == "A"
+
+
+def test_the_verdict_opens_the_report_and_every_gate_is_printed(studies):
+    results = load_results(studies[0])
+    verdict = results["verdict"]
+    assert results["counts"]["answer"][0] == verdict["sentence"]
+    page = html.unescape((studies[0] / "report.html").read_text())
+    assert page.index(verdict["sentence"]) < page.index("The counting table")
+    for gate in verdict["gates"]:
+        assert gate["requirement"] in page
+    # three steps of training make no dictionary that two seeds agree on
+    assert verdict["label"] == "not testable"
+    assert "self-cosine" in verdict["sentence"]
+
+
+def test_readings_of_every_compared_dictionary_are_kept(studies):
+    kept = {path.name for path in (studies[0] / "readings").iterdir()}
+    cells = [cell for cell in study_cells(PRESETS["smoke"]) if cell.compared]
+    assert len({cell.state for cell in cells}) == 3
+    assert {path.split("-")[0] for path in kept} == {"A0", "A1", "B0", "B1", "C0", "C1"}
+
+
+def test_parts_share_the_runs_and_miss_none():
+    runs = [(name, t) for name in "ABC" for t in range(2)]
+    held = [[run for run in runs if Part(i, 4).holds(run, runs)] for i in range(4)]
+    assert sorted(run for share in held for run in share) == sorted(runs)
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    with pytest.raises(ValueError, match="from 0 to 3"):
+        Part(4, 4)
+
+
+def test_a_seed_given_twice_is_refused():
+    with pytest.raises(ValueError, match="all different"):
+        replace(PRESETS["smoke"], seeds=(1, 1))
+
+
+@pytest.mark.parametrize(("layers", "n_shuffled"), [((4, 5, 6), 1), ((4, 5), 0), ((4, 6, 8), 0)])
+def test_one_model_has_a_shuffled_control_where_writes_of_several_layers_can_be_joined(layers, n_shuffled):
+    config = SubjectStudyConfig(subject="any")
+    shuffled = [cell for cell in subject_cells(config, layers) if cell.state == "shuffled"]
+    assert len(shuffled) == n_shuffled
+    for cell in shuffled:
+        assert (cell.site, cell.arm, cell.seeds, cell.probed) == ("write", "crosscoder", config.seeds[:1], True)
+    assert not [c for c in subject_cells(replace(config, untrained=False), layers) if c.state != "trained"]

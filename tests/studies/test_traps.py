@@ -1,0 +1,189 @@
+"""Traps of a trained dictionary: what the naive number says, and the number that tells."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from crosscoder import BatchTopK, Crosscoder
+from crosscoder.data.synthetic import Firing, Nuisance, World, WorldConfig
+from crosscoder.data.tokens import seeded_generator
+from crosscoder.dictionary import NormPenalty, ReLU
+from crosscoder.measure import counting, features, matching, recovery
+from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
+from crosscoder.measure.shrinkage import refit_sizes
+from crosscoder.training import TrainConfig, train
+from crosscoder.verdict.decide import Evidence, check_gates
+
+SHAPE = {"n_layers": 4, "d_model": 16}
+
+
+def trained(world, *, steps=500, learning_rate=1e-2, kept_bias=None, **settings):
+    dictionary = Crosscoder(**SHAPE, **settings)
+    if kept_bias is not None:
+        with torch.no_grad():
+            dictionary.encoder_bias.copy_(kept_bias)
+    config = TrainConfig(steps=steps, learning_rate=learning_rate, dead_after_tokens=10_000, log_every=steps)
+    return train(dictionary, world.batches(256, steps, seed=1), config=config, quiet=True).dictionary
+
+
+def held_out(world, dictionary, n=20_480):
+    """Inputs, planted activity, and what the dictionary makes of it."""
+    x_BLD, activations_BF = world.sample(n, seeded_generator("traps"))
+    measured = features.measure_dictionary(dictionary, x_BLD.split(4096))
+    alive = counting.alive_features(measured.activity)[0].nonzero()[0]
+    return x_BLD, activations_BF.numpy(), measured, alive
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    firing = Firing(dependence="hierarchical", strength=0.3, group=2)
+    return World(WorldConfig(n_features=32, kinds=("persistent",), p_min=0.1, p_max=0.2, firing=firing))
+
+
+class TestAbsorption:
+    """Children fire with their parents only, so a child's feature can say both and save one active feature."""
+
+    def numbers(self, world, k):
+        dictionary = trained(world, n_features=48, sparsity=BatchTopK(k=k))
+        _, planted, measured, _ = held_out(world, dictionary)
+        found = recovery.assign(dictionary.decoder_FLD().numpy(), world.decoder_FLD.numpy())
+        active = measured.activity.code.toarray() > 0
+        parents = np.arange(0, 32, 2)
+        rates = [
+            recovery.absorption_rate(active[:, found.partner_F[i]], planted[:, i] > 0, planted[:, i + 1] > 0)
+            for i in parents
+        ]
+        return np.nanmean(rates), found.recalled_F[parents].mean(), found.recalled_F[parents + 1].mean()
+
+    def test_trap_absorption(self, hierarchy):
+        assert float(hierarchy.probability_F.sum()) == pytest.approx(3, abs=0.1)
+        absorbed, parents, children = self.numbers(hierarchy, k=2)
+        free, _, children_free = self.numbers(hierarchy, k=3)
+        assert parents >= 0.85, "the naive number: parents' directions are found, nothing seems amiss"
+        assert absorbed >= 0.4
+        assert free <= 0.25
+        assert children <= 0.3, "a child's feature points at child and parent"
+        assert children_free >= children + 0.2
+
+    def test_rate_by_hand(self):
+        parent = np.array([1, 1, 1, 1, 0], dtype=bool)
+        child = np.array([0, 0, 1, 1, 0], dtype=bool)
+        assert recovery.absorption_rate(parent & ~child, parent, child) == 1
+        assert recovery.absorption_rate(parent, parent, child) == 0
+        assert recovery.absorption_rate(np.array([1, 1, 1, 0, 0], dtype=bool), parent, child) == 0.5
+        assert math.isnan(recovery.absorption_rate(child, parent, child))
+
+
+class TestSplitting:
+    def test_trap_splitting(self):
+        """Circles have no right number of features: twice the dictionary finds twice as many, the load hardly moves."""
+        world = World(
+            WorldConfig(
+                n_features=16,
+                kinds=("persistent",),
+                p_min=0.02,
+                nuisance=Nuisance(n_circles=8, circle_probability=0.04),
+            )
+        )
+        count, load, total = {}, {}, {}
+        for size in (24, 48):
+            dictionary = trained(world, n_features=size, sparsity=BatchTopK(k=1))
+            _, _, measured, alive = held_out(world, dictionary)
+            p = measured.activity.firing_probability()[alive]
+            rows = dictionary.decoder_FLD().flatten(1).numpy()[alive]
+            count[size] = counting.distinct_features(rows, measured.activity.group(0)[:, alive])
+            load[size], total[size] = counting.binary_entropy(p).sum(), p.sum()
+        assert count[48] >= 1.8 * count[24], "the naive number: nearly twice as many features, duplicates joined"
+        assert load[48] <= 1.25 * load[24]
+        assert load[48] - load[24] <= 1.05 * total[24] * math.log(2), "at most p ln 2 for each feature split once"
+
+    @pytest.mark.parametrize("p", [0.001, 0.02, 0.1])
+    @pytest.mark.parametrize("share", [0.5, 0.2])
+    def test_one_split_moves_the_load_by_p_ln_2_at_most(self, p, share):
+        whole = counting.binary_entropy(np.array([p])).sum()
+        parts = counting.binary_entropy(np.array([share * p, (1 - share) * p])).sum()
+        assert 0 < parts - whole <= p * math.log(2) * (1 + p)
+        copies = counting.binary_entropy(np.array([p, p])).sum()
+        assert copies - whole > 2 * p * math.log(2), "a copy is no split; duplicates must be joined first"
+
+
+def test_trap_dead_features_are_not_few_features():
+    """Much of the dictionary starts out of reach and nothing revives it: fewer features are counted than planted."""
+    world = World(WorldConfig(n_features=64, p_min=0.03, p_max=0.05))
+    bias = torch.zeros(64)
+    bias[36:] = -0.5
+    counts, dead, saturated, gates = {}, {}, {}, {}
+    for name, aux_k in (("dead", 0), ("revived", None)):
+        dictionary = trained(world, n_features=64, sparsity=BatchTopK(k=2), aux_k=aux_k, kept_bias=bias)
+        alive = held_out(world, dictionary)[3]
+        counts[name], dead[name] = len(alive), 1 - len(alive) / 64
+        saturated[name] = recovery.is_saturated(len(alive), 64)
+        blank = dict.fromkeys(field.name for field in dataclasses.fields(Evidence))
+        evidence = Evidence(**{**blank, "dead_share": dead[name]})
+        (gates[name],) = (gate for gate in check_gates(evidence) if gate.name == "dead features")
+    assert counts["dead"] <= 0.8 * 64, "the naive number: the world seems to have fewer features"
+    assert not saturated["dead"], "and the dictionary seems to have room to spare"
+    assert not gates["dead"].passed
+    assert counts["revived"] >= 0.9 * 64
+    assert gates["revived"].passed
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    world = World(WorldConfig(n_features=32, kinds=("persistent",), p_min=0.03, p_max=0.06, noise=0.02))
+    directions = torch.randn(32, 16, generator=torch.Generator().manual_seed(3))
+    profile_L = torch.tensor([1, 1, 0.3, 0.3])
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    world.decoder_FLD = directions[:, None] * (profile_L / profile_L.norm())[:, None]
+    return world
+
+
+class TestShrinkage:
+    """Features at full size in two layers and .3 of it in two more, under a penalty on the sum of layers' norms."""
+
+    def numbers(self, world, **settings):
+        dictionary = trained(world, n_features=48, **settings)
+        x_BLD, planted, measured, _ = held_out(world, dictionary)
+        spread = measure_functional_spread(dictionary, lambda: x_BLD.split(4096), config=ProbeConfig(n_features=None))
+        decoder_FN = dictionary.decoder_FLD().flatten(1).numpy()
+        found = recovery.assign(decoder_FN[spread.feature_n][:, None], world.decoder_FLD.flatten(1)[:, None].numpy())
+        rows = found.partner_F[found.recalled_F]
+        code = measured.activity.group(0)
+        bias_N = dictionary.grouped().center_GN[0].detach().numpy()
+        refitted = refit_sizes(code, x_BLD.flatten(1).numpy(), decoder_FN, bias_N)
+        assert refitted.explained_variance == pytest.approx(measured.explained_variance, abs=1e-4)
+        correlation = matching.activation_correlation(code[:, spread.feature_n[rows]], code)
+        assert len(correlation) >= 25
+        partner = spread.feature_n[rows]
+        size = code.toarray()[:, partner] * np.linalg.norm(decoder_FN[partner], axis=1)
+        is_on = planted[:, found.recalled_F] > 0
+        return {
+            "size": (size * is_on).sum() / (planted[:, found.recalled_F]).sum(),
+            "before": refitted.explained_variance,
+            "after": refitted.refitted_variance,
+            "rho": spread.decoder_rho_n[rows].mean(),
+            "corrected": spread.corrected_rho_n[rows].mean(),
+        }
+
+    def test_trap_shrinkage(self, uneven):
+        true = features.participation_ratio(features.layer_profile(uneven.decoder_FLD.numpy())).mean()
+        shrunk = self.numbers(
+            uneven,
+            sparsity=ReLU(NormPenalty(norm="l1", coefficient=0.3)),
+            decoder="free",
+            learning_rate=5e-3,
+            steps=800,
+        )
+        fair = self.numbers(uneven, sparsity=BatchTopK(k=2))
+        assert shrunk["size"] <= 0.7, "activations do not shrink: no trap"
+        assert fair["size"] >= 0.8
+        assert shrunk["before"] <= fair["before"] - 0.05, "the naive number: the same features seem to explain less"
+        assert shrunk["after"] >= shrunk["before"] + 0.03
+        assert fair["after"] <= fair["before"] + 0.01
+        assert shrunk["rho"] <= 0.92 * true, "the naive number: features seem to occupy fewer layers"
+        assert abs(shrunk["corrected"] / true - 1) <= 0.08
+        assert abs(fair["rho"] / true - 1) <= 0.03
+        assert abs(fair["corrected"] / true - 1) <= 0.03
