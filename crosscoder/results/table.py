@@ -1,0 +1,198 @@
+"""Every number of a study as one row of one long table: where it was measured, what it is called, its value.
+
+Cells of a study return rows; tables, figures, the answer and the verdict's evidence are selections of them. A key is a
+key of `QUANTITIES`, so that a number without a unit and a definition cannot be made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from crosscoder.results.quantities import QUANTITIES, nearest_key
+
+Site = Literal["write", "residual"]
+State = Literal["trained", "untrained", "shuffled"]
+Arm = Literal["crosscoder", "layerwise", "joint"]
+Role = Literal["main", "size", "k", "calibration"]
+SITES: tuple[Site, ...] = ("write", "residual")
+COMPARED = ("A", "B")
+CONFIDENCE = 0.9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its interval; where nothing could vary, `low == high == value`.
+
+    Raises:
+        ValueError: the interval is the wrong way round, or the confidence is not between 0 and 1.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"the interval runs from {self.low} down to {self.high}; give the lower end first")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence is {self.confidence}; expected a share between 0 and 1, such as .9")
+
+    @property
+    def finite(self) -> bool:
+        """True where value and both ends are finite numbers."""
+        return all(math.isfinite(x) for x in (self.value, self.low, self.high))
+
+    def covers(self, value: float) -> bool:
+        """True where `value` is in the interval, ends included."""
+        return self.low <= value <= self.high
+
+    def inside(self, low: float, high: float) -> bool:
+        """True where the whole interval lies in `[low, high]`, ends included."""
+        return low <= self.low and self.high <= high
+
+
+Value = int | float | str | Estimate | list[Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a number was measured. None: it does not depend on that, or is over all of it."""
+
+    subject: str | None = None
+    training_seed: int | None = None
+    """Position of the subject's training seed in the study's list."""
+    other: str | None = None
+    """Second subject of a joint crosscoder, name and training seed, such as B0."""
+    state: State | None = None
+    site: Site | None = None
+    arm: Arm | None = None
+    role: Role | None = None
+    n_features: int | None = None
+    k: int | None = None
+    seed: int | None = None
+    """Of the dictionary, or of a planted world."""
+    layer: str | None = None
+    estimator: str | None = None
+    kind: str | None = None
+    """Kind of planted feature."""
+
+    def known(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.
+
+    `value` is None where the quantity is undefined or was not measured; `missing` may then say why.
+
+    Raises:
+        ValueError: the key is in no definition.
+    """
+
+    at: Place
+    key: str
+    value: Value
+    missing: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.key not in QUANTITIES:
+            raise ValueError(f"{self.key!r} is no quantity; the nearest is {nearest_key(self.key)!r}")
+
+
+def rows_at(at: Place, values: dict[str, Value]) -> list[Row]:
+    """One row for each value measured at a place; a number that is not finite is None."""
+    return [Row(at, key, finite(value)) for key, value in values.items()]
+
+
+def finite(value: Any) -> Any:
+    """`value`, or None for a number or an estimate that is not finite, as JSON can say."""
+    if isinstance(value, Estimate):
+        return value if value.finite else None
+    if hasattr(value, "item"):  # a numpy or torch scalar
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class LongTable:
+    """Rows in the order in which they were measured."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __add__(self, other: Iterable[Row]) -> LongTable:
+        return LongTable((*self.rows, *other))
+
+    @cached_property
+    def _by_key(self) -> dict[str, LongTable]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.key, []).append(row)
+        return {key: LongTable(tuple(rows)) for key, rows in found.items()}
+
+    def select(self, key: str | None = None, **where: Any) -> LongTable:
+        """The rows of a key and a place. A tuple allows any of its values; None asks that the field is not set."""
+        rows: Sequence[Row] = self.rows if key is None else self._by_key.get(key, LongTable(())).rows
+
+        def fits(row: Row) -> bool:
+            for name, wanted in where.items():
+                seen = getattr(row.at, name)
+                if seen not in wanted if isinstance(wanted, tuple) else seen != wanted:
+                    return False
+            return True
+
+        return LongTable(tuple(row for row in rows if fits(row)))
+
+    def values(self, key: str, **where: Any) -> list[Any]:
+        """The values of a key at a place, without those that are None."""
+        return [row.value for row in self.select(key, **where) if row.value is not None]
+
+    def one(self, key: str, **where: Any) -> Any:
+        """The only value of a key at a place; None where there is none.
+
+        Raises:
+            ValueError: there are several rows.
+        """
+        found = self.select(key, **where)
+        if len(found) > 1:
+            places = "; ".join(str(row.at.known()) for row in found.rows[:3])
+            raise ValueError(f"{len(found)} values of {key} where one was asked for: {places}")
+        return found.rows[0].value if found.rows else None
+
+    def seed_range(self, key: str, **where: Any) -> Estimate | None:
+        """Mean and range over all seeds at a place; None where a value is missing or there is none.
+
+        Each dictionary seed counts once, whichever training it belongs to. The range is no confidence interval.
+        """
+        found = self.select(key, **where)
+        if not found.rows or any(row.value is None for row in found):
+            return None
+        values = [float(row.value) for row in found]  # ty: ignore[invalid-argument-type]
+        return Estimate(math.fsum(values) / len(values), min(values), max(values))
+
+    def groups(self, *names: str) -> dict[Place, LongTable]:
+        """Rows by the named fields of their place, in order of appearance; the places hold these fields only."""
+        return self.grouped(lambda at: Place(**{name: getattr(at, name) for name in names}))
+
+    def cells(self) -> dict[Place, LongTable]:
+        """Rows by the dictionary that they are about, all its seeds and layers together."""
+        return self.grouped(lambda at: replace(at, seed=None, layer=None, estimator=None, kind=None))
+
+    def grouped(self, place: Callable[[Place], Place]) -> dict[Place, LongTable]:
+        """Rows by what `place` makes of where they were measured, in order of appearance."""
+        found: dict[Place, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(place(row.at), []).append(row)
+        return {at: LongTable(tuple(rows)) for at, rows in found.items()}
