@@ -1,131 +1,151 @@
-"""Frozen dataclasses to JSON and back, strictly: unknown keys and wrong types are refused with the mend."""
+"""Settings that are checked where they are made, and their JSON form.
+
+    @config
+    class Fit:
+        steps: PositiveInt | None = None
+        decay: Annotated[float, Field(ge=0, le=1)] = 0.3
+
+A config is a frozen, keyword-only dataclass (`@config(kw_only=False)` allows `TopK(32)`) whose fields pydantic checks,
+strictly: no `True` or `"3"` for 3, no NaN or infinity; a whole number may stand for a float. Bounds stand in the
+annotations; `__post_init__` raises ValueError for what spans fields. `dataclasses.replace` checks again.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import functools
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pydantic.dataclasses
+from pydantic import ConfigDict, ValidationError
+
 T = TypeVar("T")
 KIND = "kind"
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def to_mapping(config: Any) -> Any:
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: Any = None, *, kw_only: bool = True) -> Any:
+    """Class decorator: `cls` as a config. What does not fit its annotations is refused by one clear ValueError."""
+    if cls is None:
+        return functools.partial(config, kw_only=kw_only)
+    made: Any = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=kw_only, config=STRICT)
+    made.__init__ = _clear_errors(made, made.__init__)
+    return made
+
+
+def _clear_errors(cls: type, checked: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(checked)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        try:
+            checked(self, *args, **settings)
+        except ValidationError as error:
+            raise ValueError(_message(cls, error)) from None
+
+    return init
+
+
+def to_mapping(value: Any) -> Any:
     """Plain JSON values of a dataclass; a dataclass inside a union is tagged with `kind`, its class name."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        hints = typing.get_type_hints(type(config))
-        mapping = {}
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            mapping[field.name] = to_mapping(value)
-            if dataclasses.is_dataclass(value) and len(_dataclass_options(hints[field.name])) > 1:
-                mapping[field.name][KIND] = type(value).__name__
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        mapping = {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        for name, hint in _hints(type(value)).items():
+            if len(_configs(hint)) > 1 and isinstance(mapping[name], dict):
+                mapping[name][KIND] = type(getattr(value, name)).__name__
         return mapping
-    if isinstance(config, tuple | list):
-        return [to_mapping(item) for item in config]
-    if isinstance(config, Path):
-        return str(config)
-    return config
+    if isinstance(value, tuple | list):
+        return [to_mapping(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def from_mapping(cls: type[T], mapping: Any, *, where: str = "") -> T:
-    """The dataclass `cls` built from JSON values.
+    """The config `cls` that `to_mapping` made `mapping` of.
 
     Raises:
-        ValueError: an unknown key (the nearest valid one is named), a missing key, a wrong type, a non-finite
-            number, or a value the dataclass itself refuses.
+        ValueError: an unknown key (the nearest valid one is named), a missing key, or a value that `cls` refuses; says
+            where, counted from `where`.
     """
     where = where or cls.__name__
     if not isinstance(mapping, dict):
         raise ValueError(f"{where}: expected a table of settings, got {type(mapping).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    hints = _hints(cls)
     for key in mapping:
-        if key not in fields:
-            raise ValueError(unknown_key_message(str(key), list(fields), where))
-    hints = typing.get_type_hints(cls)
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in mapping.items()}
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}")
-    return cls(**values)
+        if key not in hints:
+            raise ValueError(f"{where}: {unknown_key_message(str(key), list(hints))}")
+    values = {key: _from_json(hints[key], value, f"{where}.{key}") for key, value in mapping.items()}
+    try:
+        if not hasattr(cls, "__pydantic_validator__"):  # a plain dataclass, which checks nothing by itself
+            typing.cast(Any, config)(cls)(**values)
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def unknown_key_message(key: str, valid: list[str], where: str) -> str:
+def _from_json(hint: Any, value: Any, where: str) -> Any:
+    """`value` with its lists as tuples, paths as paths and tables as configs, as far as `hint` asks for them."""
+    if isinstance(value, dict) and (options := _configs(hint)):
+        kind = value.get(KIND, options[0].__name__ if len(options) == 1 else None)
+        if kind not in (names := [option.__name__ for option in options]):
+            raise ValueError(f"{where}: {KIND} is {kind!r}, expected one of {sorted(names)}")
+        settings = {key: item for key, item in value.items() if key != KIND}
+        return from_mapping(options[names.index(kind)], settings, where=where)
+    if isinstance(value, list) and (items := _tuple_items(hint)):
+        hints = [items[0]] * len(value) if items[-1] is Ellipsis else [*items, *[Any] * len(value)]
+        return tuple(_from_json(hints[i], item, f"{where}[{i}]") for i, item in enumerate(value))
+    return Path(value) if isinstance(value, str) and Path in _options(hint) else value
+
+
+def unknown_key_message(key: str, valid: list[str]) -> str:
     """What to say about a setting that does not exist."""
     near = difflib.get_close_matches(key, valid, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid settings: {', '.join(sorted(valid))}"
-    return f"{where}: unknown setting {key!r}; {hint}"
+    return f"unknown setting {key!r}; {hint}"
 
 
-def _dataclass_options(hint: Any) -> list[type]:
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    return [option for option in options if dataclasses.is_dataclass(option)]
+def _message(cls: type, error: ValidationError) -> str:
+    """One line for what pydantic lists: what was seen in each wrong setting, and what was expected."""
+    names, said = list(_hints(cls)), {}
+    for found in error.errors():
+        name, *inner = found["loc"] or ("",)
+        name = names[name] if isinstance(name, int) and name < len(names) else str(name)
+        where = name + "".join(f"[{part}]" for part in inner if isinstance(part, int))
+        match found["type"]:
+            case "value_error":
+                said[where] = str(found["ctx"]["error"])
+            case "missing" | "missing_argument" | "missing_keyword_only_argument":
+                said[where] = f"missing {name}"
+            case "unexpected_keyword_argument":
+                said[where] = unknown_key_message(name, names)
+            case _:
+                expected = found["msg"].removeprefix("Input should be ")
+                expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
+                seen = said.get(where, f"{where} is {found['input']!r}; expected")
+                said[where] = f"{seen} or {expected}" if where in said else f"{seen} {expected}"
+    return "; ".join(said.values())
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def _hints(cls: type) -> dict[str, Any]:
+    """The annotation of each field, in the order of the fields."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = _dataclass_options(hint)
-    if options and isinstance(value, dict):
-        return _convert_dataclass(options, value, where)
-    if _is_union(hint):
-        for option in typing.get_args(hint):
-            try:
-                return _convert(option, value, where)
-            except ValueError:
-                continue
-        raise ValueError(f"{where}: {value!r} is not a {hint}")
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{where}: {value!r} is not one of {list(typing.get_args(hint))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
-        inner = typing.get_args(hint)[0]
-        return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
-    return _convert_scalar(hint, value, where)
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a union allows, or the one that stands alone."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _options(typing.get_args(hint)[0])
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _convert_dataclass(options: list[type], value: dict[str, Any], where: str) -> Any:
-    if len(options) == 1:
-        return from_mapping(options[0], {k: v for k, v in value.items() if k != KIND}, where=where)
-    by_name = {option.__name__: option for option in options}
-    kind = value.get(KIND)
-    if kind not in by_name:
-        raise ValueError(f"{where}: {KIND} is {kind!r}, expected one of {sorted(by_name)}")
-    return from_mapping(by_name[kind], {k: v for k, v in value.items() if k != KIND}, where=where)
+def _configs(hint: Any) -> list[type]:
+    return [option for option in _options(hint) if dataclasses.is_dataclass(option)]
 
 
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is type(None):
-        if value is None:
-            return None
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif hint is Path:
-        if isinstance(value, str):
-            return Path(value)
-    elif isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+def _tuple_items(hint: Any) -> tuple[Any, ...]:
+    """What a tuple, which may stand in a union, asks of its items; empty for what is no tuple."""
+    return next((typing.get_args(option) for option in _options(hint) if typing.get_origin(option) is tuple), ())

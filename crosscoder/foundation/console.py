@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
-T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -55,16 +52,6 @@ class Progress:
         shown = "".join(f"  {k} {v:.4g}" for k, v in numbers.items())
         total = f"/{self._total}" if self._total else ""
         say(f"{self._label}: {self._done}{total} {self._unit}  {rate:.3g}/s{shown}")
-
-
-def track(items: Iterable[T], label: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """`items`, with progress shown."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # ty: ignore[invalid-argument-type]
-    with Progress(label, total, unit=unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()
 
 
 def human_bytes(count: float) -> str:

@@ -1,10 +1,13 @@
 """Folders that are whole or absent, and settings that are checked."""
 
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field, PositiveInt
 
 from crosscoder.foundation import artifact
 from crosscoder.foundation.artifact import (
@@ -15,7 +18,7 @@ from crosscoder.foundation.artifact import (
     verify_directory,
     write_json,
 )
-from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes
 
 SCHEMA = "test/1"
@@ -101,48 +104,99 @@ def test_json_refuses_what_json_does_not_have(tmp_path):
         read_json(tmp_path / "y.json")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class Left:
-    k: int = 1
+    k: PositiveInt = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class Right:
     k: int = 1
     weight: float = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
+@config(kw_only=False)
 class Outer:
     name: str
-    rate: float = 0.1
+    rate: Annotated[float, Field(ge=0)] = 0.1
     sizes: tuple[int, ...] = (1, 2)
     folder: Path | None = None
-    side: Left | Right = field(default_factory=Left)
+    side: Left | Right = Left()
+    inner: Left = Left()
+
+    def __post_init__(self):
+        if len(self.sizes) > 3:
+            raise ValueError("too many sizes")
 
 
 def test_configs_round_trip():
-    config = Outer(name="x", rate=2, sizes=(3,), folder=Path("a"), side=Right(k=4))
-    assert from_mapping(Outer, to_mapping(config)) == config
+    outer = Outer("x", rate=2, sizes=(3,), folder=Path("a"), side=Right(k=4))
+    mapping = to_mapping(outer)
+    assert mapping == {
+        "name": "x",
+        "rate": 2,
+        "sizes": [3],
+        "folder": "a",
+        "side": {"kind": "Right", "k": 4, "weight": 0.5},
+        "inner": {"k": 1},
+    }
+    assert from_mapping(Outer, json.loads(json.dumps(mapping))) == outer
+    assert hash(replace(outer, name="x")) == hash(outer)
 
 
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"nam": "x"}, "unknown setting 'nam'; did you mean 'name'"),
-        ({"rate": 1.0}, "missing name"),
-        ({"name": 3}, "name: expected str, got 3"),
-        ({"name": "x", "rate": True}, "rate: expected float, got True"),
-        ({"name": "x", "rate": float("nan")}, "rate: expected float, got nan"),
-        ({"name": "x", "sizes": [1, 2.5]}, r"sizes\[1\]: expected int, got 2.5"),
+        ({"nam": "x"}, "^Outer: unknown setting 'nam'; did you mean 'name'[?]$"),
+        ({"rate": 1.0}, "^Outer: missing name$"),
+        ({"name": 3}, "name is 3; expected a valid string$"),
+        ({"name": "x", "rate": True}, "rate is True; expected a valid number$"),
+        ({"name": "x", "rate": float("nan")}, "rate is nan; expected a finite number$"),
+        ({"name": "x", "rate": -1}, "rate is -1; expected a number greater than or equal to 0$"),
+        ({"name": "x", "sizes": [1, 2.5]}, r"sizes\[1\] is 2.5; expected a valid integer"),
+        ({"name": "x", "sizes": [1, 2, 3, 4]}, "^Outer: too many sizes$"),
+        ({"name": "x", "side": 3}, "side is 3; expected an instance of Left or an instance of Right$"),
         ({"name": "x", "side": {"kind": "Middle"}}, "kind is 'Middle', expected one of"),
-        ({"name": "x", "side": {"kind": "Left", "weight": 1.0}}, "unknown setting 'weight'"),
+        ({"name": "x", "side": {"kind": "Left", "weight": 1.0}}, "^Outer.side: unknown setting 'weight'"),
+        ({"name": "x", "inner": {"k": "1"}}, "^Outer.inner: k is '1'; expected a valid integer$"),
         ([1], "expected a table of settings, got list"),
     ],
 )
 def test_wrong_configs_are_refused_with_the_mend(mapping, message):
     with pytest.raises(ValueError, match=message):
         from_mapping(Outer, mapping)
+
+
+@dataclass(frozen=True)
+class Plain:
+    n: int
+    side: Left | Right
+    sizes: tuple[str, ...] = ()
+
+
+def test_plain_dataclasses_are_read_as_strictly():
+    plain = Plain(1, Right(), ("a",))
+    assert from_mapping(Plain, to_mapping(plain)) == plain
+    with pytest.raises(ValueError, match=r"^Plain: n is True; expected a valid integer; sizes\[0\] is 1; expected"):
+        from_mapping(Plain, {"n": True, "side": {"kind": "Left"}, "sizes": [1]})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Outer(3), "^name is 3; expected a valid string$"),
+        (lambda: Outer("x", rate="2"), "^rate is '2'; expected a valid number$"),
+        (lambda: Outer("x", rats=2), "^unknown setting 'rats'; did you mean 'rate'[?]$"),
+        (lambda: Outer(), "^missing name$"),
+        (lambda: Outer("x", sizes=(1, 2, 3, 4)), "^too many sizes$"),
+        (lambda: replace(Outer("x"), rate=float("inf"), name=1), "^name is 1; [^;]*; rate is inf; expected a finite"),
+        (lambda: replace(Left(), k=True), "^k is True; expected a valid integer$"),
+    ],
+)
+def test_wrong_settings_are_refused_where_a_config_is_made_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
 
 
 def test_progress_writes_plain_lines_without_a_terminal(capsys, monkeypatch):
