@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from crosscoder.data.shards import ActivationShards
-from crosscoder.data.synthetic import WorldConfig
+from crosscoder.data.world import WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say

@@ -19,8 +19,8 @@ from check_common import Row, peer
 from scipy import sparse
 from torch import Tensor, nn
 
-from crosscoder.data.synthetic import World, WorldConfig
 from crosscoder.data.tokens import seeded_generator
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE
 from crosscoder.dictionary.saelens import save_saelens
 from crosscoder.measure import detection, recovery

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from crosscoder.data.synthetic import World, WorldConfig
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, Crosscoder
 from crosscoder.measure import recovery
 from crosscoder.measure.statistics import Estimate, exponentiate, two_level_bootstrap

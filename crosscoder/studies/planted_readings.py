@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crosscoder.data.worlds import PairConfig, Side, WorldPair
+from crosscoder.data.world_pair import PairConfig, Side, WorldPair
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.measure import features
 from crosscoder.measure.density import Subject

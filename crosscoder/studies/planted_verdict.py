@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.data.worlds import DEPTH_RATIO, Side, WorldPair
+from crosscoder.data.world_pair import DEPTH_RATIO, Side, WorldPair
 from crosscoder.measure import comparison, geometry, recovery, spread
 from crosscoder.measure.comparison import SiteReadings, Statistic
 from crosscoder.measure.density import PRIMARY, Subject

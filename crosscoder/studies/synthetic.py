@@ -19,8 +19,8 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from torch import Tensor
 
-from crosscoder.data.synthetic import World, WorldConfig
-from crosscoder.data.worlds import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
+from crosscoder.data.world import World, WorldConfig
+from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.foundation.artifact import replace_file, write_json
 from crosscoder.foundation.config import to_mapping

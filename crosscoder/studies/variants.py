@@ -19,8 +19,8 @@ from torch import Tensor
 
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.store import SiteKind, SiteView
-from crosscoder.data.synthetic import World, WorldConfig
 from crosscoder.data.tokens import seeded_generator
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import (
     DICTIONARIES,
     BatchTopK,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
-from crosscoder.data.synthetic import World, WorldConfig
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import L0Penalty, NormPenalty, TanhPenalty, TargetL0Penalty
 from crosscoder.dictionary.losses import explained_variance, loss_terms
 from crosscoder.training import NonFiniteError, TrainConfig, train

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from crosscoder.data.synthetic import World, WorldConfig
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery
 
 KINDS = ("local", "persistent", "drifting", "split", "gated")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder
-from crosscoder.data.synthetic import World, WorldConfig
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import features, matching
 from crosscoder.training import TrainConfig, train
 

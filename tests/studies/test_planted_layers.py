@@ -8,7 +8,7 @@ import torch
 
 from crosscoder import BatchTopK, Crosscoder
 from crosscoder.data.shuffled import shuffle_stream
-from crosscoder.data.synthetic import World, WorldConfig
+from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery, spread
 from crosscoder.measure.probes import FunctionalSpread, ProbeConfig, measure_functional_spread
 from crosscoder.training import TrainConfig, train

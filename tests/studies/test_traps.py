@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder
-from crosscoder.data.synthetic import Firing, Nuisance, World, WorldConfig
 from crosscoder.data.tokens import seeded_generator
+from crosscoder.data.world import Firing, Nuisance, World, WorldConfig
 from crosscoder.dictionary import NormPenalty, ReLU
 from crosscoder.measure import counting, features, matching, recovery
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread

@@ -12,7 +12,7 @@ import torch
 
 from crosscoder import Crosscoder, LayerwiseSAE, TopK
 from crosscoder.data.shards import ActivationShards, Shard, StoreIndex
-from crosscoder.data.synthetic import WorldConfig
+from crosscoder.data.world import WorldConfig
 from crosscoder.dictionary import Diffing, WeaklyCausal
 from crosscoder.studies.variants import (
     VARIANTS,

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crosscoder.data.synthetic import (
+from crosscoder.data.tokens import seeded_generator
+from crosscoder.data.world import (
     Firing,
     check_exclusive,
     draw_activations,
@@ -23,7 +24,6 @@ from crosscoder.data.synthetic import (
     mean_interference_dimension,
     window_profile,
 )
-from crosscoder.data.tokens import seeded_generator
 
 Side = Literal["A", "B", "C"]
 SIDES: tuple[Side, Side] = ("A", "B")

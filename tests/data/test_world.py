@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from crosscoder.data.synthetic import Firing, Nuisance, World, WorldConfig, split_codewords
+from crosscoder.data.world import Firing, Nuisance, World, WorldConfig, split_codewords
 
 ALL_KINDS = ("local", "persistent", "drifting", "split", "gated")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosscoder.data.worlds import SIDES, PairConfig, WorldPair, planted_density_ratio, planted_slot_ratio
+from crosscoder.data.world_pair import SIDES, PairConfig, WorldPair, planted_density_ratio, planted_slot_ratio
 
 
 @pytest.mark.parametrize(("gamma", "ratio"), [(0, 2), (0.5, 1), (1, 0.5)])
