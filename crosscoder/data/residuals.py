@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from crosscoder.data.hooks import ModuleEnd, reading
+
 OUTLIER_RATIO = 10.0
 
 
@@ -41,8 +43,7 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleLi
     """The model's list of decoder blocks: the outermost list as long as its configuration says it has layers.
 
     Raises:
-        ValueError: none or several lists fit, or `blocks_path` is not a list of modules; candidates are
-        listed.
+        ValueError: none or several lists fit, or `blocks_path` is not a list of modules; candidates are listed.
     """
     lists = {
         name: module
@@ -145,8 +146,7 @@ class ResidualHarvester:
         """The kept tokens of `ids_BS`, row by row, at every site, in the model's dtype and on its device.
 
         Raises:
-            ValueError: the model is in training mode, an id is outside its vocabulary, padding stands
-            before text, no
+            ValueError: the model is in training mode, an id is outside its vocabulary, padding stands before text, no
                 token is left, or sites differ in width.
         """
         self._check_call(ids_BS)
@@ -186,35 +186,25 @@ class ResidualHarvester:
             if slot == len(self.sites) - 1:
                 raise _AllSitesReadError
 
-        handles = [self._attach(slot, site, store) for slot, site in enumerate(self.sites)]
+        arguments: dict[str, Any] = {} if mask_BS is None else {"attention_mask": mask_BS}
+        if hasattr(self.model, "config"):
+            arguments["use_cache"] = False
         try:
-            arguments: dict[str, Any] = {} if mask_BS is None else {"attention_mask": mask_BS}
-            if hasattr(self.model, "config"):
-                arguments["use_cache"] = False
-            self.model(ids_BS, **arguments)
+            with reading(self._ends(), store):
+                self.model(ids_BS, **arguments)
         except _AllSitesReadError:
             return buffer[0]
-        finally:
-            for handle in handles:
-                handle.remove()
         raise RuntimeError(
             f"block {self.sites[-1]} was not run by {type(self.model).__name__}; name the right --blocks-path"
         )
 
-    def _attach(self, slot: int, site: int, store: Any) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            store(slot, args[0] if args else kwargs["hidden_states"])
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            store(slot, output if isinstance(output, Tensor) else output[0])
-
+    def _ends(self) -> list[ModuleEnd]:
+        """Where each of `sites` is read."""
         if self.reads == "residual":
-            module, is_input = self.blocks[max(0, site - 1)], site == 0
-        else:
-            module, is_input = find_mlp(self.blocks[site - 1]), slot < len(self.sites) // 2
-        if is_input:
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(after)
+            first = ModuleEnd(self.blocks[0], "input")
+            return [ModuleEnd(self.blocks[site - 1], "output") if site else first for site in self.sites]
+        mlps = [find_mlp(self.blocks[site - 1]) for site in self.sites[: len(self.sites) // 2]]
+        return [*(ModuleEnd(mlp, "input") for mlp in mlps), *(ModuleEnd(mlp, "output") for mlp in mlps)]
 
     def _check_call(self, ids_BS: Tensor) -> None:
         if self.model.training:

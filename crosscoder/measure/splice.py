@@ -7,8 +7,8 @@ positions, which the dictionaries never saw, keep their clean values.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosscoder.data.hooks import ModuleEnd, reading, replacing
 from crosscoder.dictionary import Dictionary
 
 SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
@@ -44,48 +45,27 @@ class SplicedSite:
 Replace = dict[int, Tensor]  # block index -> what to put there, [B, S, D]
 
 
-@contextlib.contextmanager
 def _replaced(
     blocks: Sequence[nn.Module], replace: Replace, kind: Literal["residual", "write"], skip: int
-) -> Generator[None]:
+) -> AbstractContextManager[None]:
     """While active, the named blocks give the replacement from position `skip` on."""
+    indices = list(replace)
 
-    def hook(index: int) -> Callable[..., Any]:
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            new = replace[index].to(hidden.dtype)
-            if kind == "write":
-                new = new + (args[0] if args else kwargs["hidden_states"])
-            new = torch.cat([hidden[:, :skip], new[:, skip:]], dim=1)
-            return new if isinstance(output, Tensor) else (new, *output[1:])
+    def put(number: int, given: Tensor, returned: Tensor) -> Tensor:
+        new = replace[indices[number]].to(returned.dtype)
+        if kind == "write":
+            new = new + given
+        return torch.cat([returned[:, :skip], new[:, skip:]], dim=1)
 
-        return after
-
-    handles = [blocks[index].register_forward_hook(hook(index), with_kwargs=True) for index in replace]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return replacing([blocks[index] for index in indices], put)
 
 
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Clean logits, and the residual stream entering the first block and leaving every block, `[B, S, n + 1, D]`."""
     stream: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        stream.append(output if isinstance(output, Tensor) else output[0])
-
-    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    try:
+    ends = [ModuleEnd(blocks[0], "input"), *(ModuleEnd(block, "output") for block in blocks)]
+    with reading(ends, lambda _, hidden: stream.append(hidden)):
         logits = model(ids_BS, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     return logits, torch.stack(stream, dim=2)
 
 

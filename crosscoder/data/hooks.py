@@ -1,0 +1,60 @@
+"""Reading and replacing what modules of a model are given and return: the only forward hooks of the library."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+
+class ModuleEnd(NamedTuple):
+    """The hidden states that a module is given, or those that it returns."""
+
+    module: nn.Module
+    end: Literal["input", "output"]
+
+
+@contextlib.contextmanager
+def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
+    """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
+
+    def before(number: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: read(number, _given(args, kwargs))
+
+    def after(number: int) -> Callable[..., None]:
+        return lambda _, args, output: read(number, _returned(output))
+
+    with contextlib.ExitStack() as hooks:
+        for number, (module, end) in enumerate(ends):
+            if end == "input":
+                hooks.enter_context(module.register_forward_pre_hook(before(number), with_kwargs=True))
+            else:
+                hooks.enter_context(module.register_forward_hook(after(number)))
+        yield
+
+
+@contextlib.contextmanager
+def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
+    """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
+
+    def after(number: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = replace(number, _given(args, kwargs), _returned(output))
+            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for number, module in enumerate(modules):
+            hooks.enter_context(module.register_forward_hook(after(number), with_kwargs=True))
+        yield
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _returned(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
