@@ -19,10 +19,10 @@ from check_common import Row, peer
 from scipy import sparse
 from torch import Tensor, nn
 
-from crosscoder.data.tokens import seeded_generator
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE
 from crosscoder.dictionary.saelens import save_saelens
+from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import detection, recovery
 from crosscoder.measure.features import measure_dictionary
 from crosscoder.training import TrainConfig, train

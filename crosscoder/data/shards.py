@@ -24,7 +24,7 @@ from crosscoder.data.store import (
     kept_per_sequence,
     select_sites,
 )
-from crosscoder.data.tokens import TokenBlocks, order_slice
+from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
     MANIFEST,
     DamagedArtifactError,
@@ -35,6 +35,7 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes
+from crosscoder.foundation.order import order_slice
 
 SCHEMA = "crosscoder.activations/1"
 INDEX = "index.json"

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from crosscoder.data.tokens import seeded_generator
+from crosscoder.foundation.order import seeded_generator
 
 
 class BatchSource(Protocol):

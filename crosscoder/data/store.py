@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from crosscoder.data.residuals import ResidualHarvester, block_writes, estimate_scales
-from crosscoder.data.tokens import TokenBlocks, epoch_spans, seeded_generator, sequence_order
+from crosscoder.data.tokens import TokenBlocks
+from crosscoder.foundation.order import epoch_spans, order_slice, seeded_generator
 
 SiteKind = Literal["residual", "write"]
 SCALE_SEQUENCES = 128
@@ -124,7 +125,7 @@ class ReplayableBuffer:
     def _refill(self, seed: int, epoch: int, refill: int) -> Tensor:
         key = (seed, epoch, refill)
         if key not in self._refills:
-            order = sequence_order(len(self._tokens), seed=seed, epoch=epoch)
+            order = order_slice(len(self._tokens), seed=seed, epoch=epoch)
             chosen = order[refill * self._per_refill : (refill + 1) * self._per_refill]
             pieces = list(harvest_sequences(self._harvester, self._tokens, chosen))
             x_TLD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

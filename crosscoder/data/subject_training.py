@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crosscoder.data.subject import build_subject, without_progress_bars
-from crosscoder.data.tokens import TokenBlocks, batch_indices
+from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
@@ -28,6 +28,7 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
+from crosscoder.foundation.order import batch_indices
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

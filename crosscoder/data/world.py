@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from crosscoder.data.tokens import seeded_generator
+from crosscoder.foundation.order import seeded_generator
 
 Kind = Literal["local", "persistent", "drifting", "split", "gated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

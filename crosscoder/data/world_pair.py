@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crosscoder.data.tokens import seeded_generator
 from crosscoder.data.world import (
     Firing,
     check_exclusive,
@@ -24,6 +23,7 @@ from crosscoder.data.world import (
     mean_interference_dimension,
     window_profile,
 )
+from crosscoder.foundation.order import seeded_generator
 
 Side = Literal["A", "B", "C"]
 SIDES: tuple[Side, Side] = ("A", "B")

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from crosscoder.data.residuals import estimate_scales
-from crosscoder.data.tokens import seeded_generator
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
+from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import features, recovery
 from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.studies.budget import DictionaryBudget

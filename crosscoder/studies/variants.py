@@ -19,7 +19,6 @@ from torch import Tensor
 
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.store import SiteKind, SiteView
-from crosscoder.data.tokens import seeded_generator
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import (
     DICTIONARIES,
@@ -31,6 +30,7 @@ from crosscoder.dictionary import (
     ReLU,
     Sparsity,
 )
+from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting, features
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget
 

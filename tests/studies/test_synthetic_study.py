@@ -9,10 +9,10 @@ import pytest
 from scipy import sparse
 
 from crosscoder.cli import main
-from crosscoder.data.tokens import seeded_generator
 from crosscoder.data.world import Firing, World, WorldConfig
 from crosscoder.data.world_pair import PairConfig
 from crosscoder.foundation.artifact import read_json
+from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting
 from crosscoder.studies import synthetic
 from crosscoder.studies.synthetic import FitConfig, Found, SyntheticConfig
