@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -202,32 +202,27 @@ def harvest(command: cli.Harvest) -> None:
             metadata={"subject": command.subject},
             quiet=False,
         )
-        shape = f"{store.n_tokens:,} tokens x {store.n_layers} sites x {store.d_model}"
+        shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
         say(f"{split}: {shape}; dropped {store.index.dropped}")
     print(command.out)
 
 
 def train(command: cli.Train) -> None:
     """Train one dictionary on a store."""
-    from crosscoder.data.shards import ActivationShards
+    from crosscoder.data.shards import stored_source
     from crosscoder.studies.cells import new_dictionary
 
-    store = ActivationShards.load(command.activations / "train")
-    view = store.view(command.site)
+    source = stored_source(command.activations / "train", None, command.site)
     budget = command.budget
-    dictionary = new_dictionary(command.arm, view, budget, seed=command.seed)
-
-    def batches(start: int) -> Iterator[Any]:
-        return (view.batch(index, budget.batch, budget.data_seed) for index in range(start, budget.steps))
-
+    dictionary = new_dictionary(command.arm, source, budget, seed=command.seed)
     result = budget.trainer(command.arm)(
         dictionary,
-        batches,
+        source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps),
         config=replace(budget.train_config(), checkpoint_every=command.checkpoint_every),
         folder=command.out,
         resume=command.resume,
         device=command.device,
-        data_fingerprint=f"{store.fingerprint}/{command.site}/{budget.data_seed}",
+        data_fingerprint=f"{source.fingerprint}/{budget.data_seed}",
     )
     last = result.metrics[-1]
     say(f"explained variance {last['explained_variance']:.4f}, L0 {last['l0']:.1f}, after {result.tokens:,} tokens")

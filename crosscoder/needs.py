@@ -130,10 +130,10 @@ def _harvest_needs(command: cli.Harvest) -> Needs:
 
 
 def _stored_shape(folder: Path, site: str) -> tuple[int, int]:
-    from crosscoder.data.shards import ActivationShards
+    from crosscoder.data.shards import stored_source
 
-    view = ActivationShards.load(folder, verify=False).view(site)  # ty: ignore[invalid-argument-type]
-    return view.n_layers, view.d_model
+    source = stored_source(folder, None, site, verify=False)  # ty: ignore[invalid-argument-type]
+    return source.n_layers, source.d_model
 
 
 def _study_needs(config: StudyConfig) -> Needs:

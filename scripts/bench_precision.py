@@ -20,8 +20,7 @@ from torch import Tensor
 
 from crosscoder import Crosscoder, TopK
 from crosscoder.data.prepared import prepare_tokens
-from crosscoder.data.residuals import ResidualHarvester, estimate_scales
-from crosscoder.data.store import harvest_sequences
+from crosscoder.data.residuals import ResidualHarvester, estimate_scales, harvest_blocks
 from crosscoder.data.subject import load_subject
 from crosscoder.dictionary.losses import explained_variance
 from crosscoder.foundation.artifact import write_json
@@ -39,7 +38,7 @@ def harvest(given: argparse.Namespace) -> tuple[Tensor, Tensor]:
     parts = []
     for blocks, wanted in ((tokens.train, given.tokens), (tokens.held_out, given.tokens // 8)):
         chosen = torch.linspace(0, len(blocks) - 1, min(len(blocks), wanted // 127)).long()
-        parts.append(torch.cat([part.cpu() for part in harvest_sequences(harvester, blocks, chosen)]))
+        parts.append(torch.cat([part.cpu() for part in harvest_blocks(harvester, blocks, chosen)]))
     scale_L = estimate_scales(parts[0])
     return parts[0] * scale_L[:, None], parts[1] * scale_L[:, None]
 

@@ -11,15 +11,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from crosscoder.data.hooks import ModuleEnd, reading
+from crosscoder.data.tokens import TokenBlocks
 
 OUTLIER_RATIO = 10.0
+SCALE_BLOCKS = 128
+HARVEST_TOKENS = 4096
+"""Tokens that a model is given at once."""
 
 
 class _AllSitesReadError(Exception):
@@ -234,15 +238,35 @@ class ResidualHarvester:
         return real_BS
 
 
-def block_writes(x_TLD: Tensor) -> Tensor:
-    """What each block added: differences of neighbouring sites, `[T, L - 1, D]`.
+def kept_per_block(harvester: ResidualHarvester, tokens: TokenBlocks) -> int:
+    """How many tokens of each block are kept.
 
     Raises:
-        ValueError: fewer than two sites.
+        ValueError: none, or the harvester drops padding, of which packed blocks have none.
     """
-    if x_TLD.ndim != 3 or x_TLD.shape[1] < 2:
-        raise ValueError(f"expected [tokens, at least 2 sites, width], got {list(x_TLD.shape)}; harvest more sites")
-    return x_TLD[:, 1:] - x_TLD[:, :-1]
+    if harvester.pad_token_id is not None:
+        raise ValueError("packed blocks have no padding; make the harvester without pad_token_id")
+    kept = tokens.sequence_length - harvester.skip_positions
+    if kept < 1:
+        raise ValueError(f"skipping {harvester.skip_positions} of {tokens.sequence_length} positions leaves nothing")
+    return kept
+
+
+def spread_blocks(n: int, chosen: int) -> Tensor:
+    """`chosen` of `n` block numbers, evenly spread from the first to the last."""
+    return torch.linspace(0, n - 1, chosen, dtype=torch.float64).round().long()
+
+
+def harvest_blocks(harvester: ResidualHarvester, tokens: TokenBlocks, chosen: Tensor) -> Iterator[Tensor]:
+    """Float32 `x_TLD` of the chosen blocks in order, a few thousand tokens at a time."""
+    for part in chosen.split(max(1, HARVEST_TOKENS // tokens.sequence_length)):
+        yield harvester.harvest(tokens[part]).x_TLD.float()
+
+
+def harvest_sample(harvester: ResidualHarvester, tokens: TokenBlocks) -> Tensor:
+    """Float32 `x_TLD` of up to 128 blocks spread evenly over all, for estimating scales."""
+    spread = torch.linspace(0, len(tokens) - 1, min(SCALE_BLOCKS, len(tokens))).round().long()
+    return torch.cat(list(harvest_blocks(harvester, tokens, spread)))
 
 
 def estimate_scales(x_TLD: Tensor | Iterable[Tensor]) -> Tensor:

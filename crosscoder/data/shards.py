@@ -11,19 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from crosscoder.data.residuals import ResidualHarvester, estimate_scales
-from crosscoder.data.store import (
+from crosscoder.data.residuals import (
     HARVEST_TOKENS,
-    SiteKind,
-    SiteView,
-    check_scale,
-    combine_fingerprints,
-    epoch_batches,
-    global_batch,
+    ResidualHarvester,
+    estimate_scales,
     harvest_sample,
-    kept_per_sequence,
-    select_sites,
+    kept_per_block,
+    spread_blocks,
 )
+from crosscoder.data.sources import SiteKind, SiteSource, are_neighbours, combine_fingerprints, select_sites
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
     MANIFEST,
@@ -68,18 +64,6 @@ class StoreIndex:
     """Tokens left out, by reason."""
     fingerprint: str
     metadata: Any
-
-
-def store_fingerprint(
-    harvester: ResidualHarvester,
-    tokens: TokenBlocks,
-    *,
-    dtype: StoredDtype = "float32",
-    max_tokens: int | None = None,
-) -> str:
-    """What `write_shards` would record: a hash of the model, sites, token policy, tokens and dtype."""
-    n_tokens = _count_tokens(harvester, tokens, max_tokens)
-    return combine_fingerprints(harvester.fingerprint, tokens.fingerprint, dtype, str(n_tokens))
 
 
 def write_shards(
@@ -127,7 +111,7 @@ def write_shards(
             scale=tuple(estimate_scales(sample_TLD).tolist()),
             write_scale=_write_scale(sample_TLD, harvester.sites),
             dropped=dropped,
-            fingerprint=store_fingerprint(harvester, tokens, dtype=dtype, max_tokens=max_tokens),
+            fingerprint=combine_fingerprints(harvester.fingerprint, tokens.fingerprint, dtype, str(n_tokens)),
             metadata=dict(metadata or {}),
         )
         write_json(temporary / INDEX, to_mapping(index))
@@ -135,32 +119,21 @@ def write_shards(
 
 
 class ActivationShards:
-    """A store of activations, read through a memory map (or from memory), shuffled over all of its tokens."""
+    """A store of activations as `Activations`, read through a memory map and shuffled over all of its tokens."""
 
     def __init__(self, index: StoreIndex, x_shards: list[Tensor], origins: list[dict[str, Tensor]]) -> None:
-        self.index = index
+        self.index, self.sites, self.d_model, self.fingerprint = index, index.sites, index.d_model, index.fingerprint
         self._shards, self._origins = x_shards, origins
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
-        self.sites, self.n_layers, self.d_model = index.sites, len(index.sites), index.d_model
         self.n_tokens = int(self._ends[-1])
-        self.scale_L = check_scale(torch.tensor(index.scale), self.n_layers)
-        self.fingerprint = index.fingerprint
 
     @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        *,
-        verify: bool = True,
-        in_memory: bool = False,
-        expected_fingerprint: str | None = None,
-    ) -> ActivationShards:
+    def load(cls, folder: str | Path, *, verify: bool = True) -> ActivationShards:
         """The store in `folder`. `verify=False` checks names and sizes but not the hashes.
 
         Raises:
             FileNotFoundError: no finished store is there.
             DamagedArtifactError: a file is missing, truncated or altered; names it.
-            ValueError: the store has another fingerprint than expected.
         """
         folder = Path(folder)
         if verify:
@@ -168,38 +141,20 @@ class ActivationShards:
         else:
             _check_sizes(folder)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
-        if expected_fingerprint is not None and index.fingerprint != expected_fingerprint:
-            raise ValueError(
-                f"{folder} was made from another model, layers, dtype, token policy or text (fingerprint "
-                f"{index.fingerprint[:12]}, expected {expected_fingerprint[:12]}); harvest again "
-                "into another folder"
-            )
         opened = [_open_shard(folder, shard, index) for shard in index.shards]
         if not opened:
             raise DamagedArtifactError(f"{folder / INDEX} lists no shards; harvest again")
-        x_shards = [tensors["x_TLD"] for tensors in opened]
-        if in_memory:
-            x_shards = [torch.cat(x_shards)]
-            index = dataclasses.replace(index, shards=(Shard(file="memory", tokens=len(x_shards[0])),))
-        return cls(index, x_shards, opened)
-
-    @property
-    def documents_T(self) -> Tensor:
-        """For each stored token, the document that its block begins in."""
-        return torch.cat([tensors["document_T"] for tensors in self._origins])
+        return cls(index, [tensors["x_TLD"] for tensors in opened], opened)
 
     @property
     def sequences_T(self) -> Tensor:
-        """For each stored token, the number of its block."""
         return torch.cat([tensors["sequence_T"] for tensors in self._origins])
 
     @property
     def positions_T(self) -> Tensor:
-        """For each stored token, its position in its block."""
         return torch.cat([tensors["position_T"] for tensors in self._origins])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Tokens `start` to `stop` in stored order, float32 `[t, L, D]`, not scaled."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"rows {start} to {stop} of a store of {self.n_tokens} tokens")
         return self.gather(torch.arange(start, stop))
@@ -208,7 +163,7 @@ class ActivationShards:
         """The tokens of these stored numbers, float32 `[t, L, D]`, not scaled."""
         if len(self._shards) == 1:
             return self._shards[0].index_select(0, tokens_T).float()
-        x_TLD = torch.empty(len(tokens_T), self.n_layers, self.d_model)
+        x_TLD = torch.empty(len(tokens_T), len(self.sites), self.d_model)
         shard_T = torch.bucketize(tokens_T, self._ends, right=True)
         first = 0
         for number, end in enumerate(self._ends.tolist()):
@@ -221,29 +176,27 @@ class ActivationShards:
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
         return self.gather(order_slice(self.n_tokens, start, stop, seed=seed, epoch=epoch))
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        return epoch_batches(self, batch_size, seed=seed, epoch=epoch, start=start)
-
-    def batch(self, index: int, batch_size: int, seed: int) -> Tensor:
-        return global_batch(self, index, batch_size, seed)
-
-    def view(self, kind: SiteKind) -> SiteView:
-        """The outputs of the blocks ("residual"), or block writes ("write"), with scales of their own."""
+    def site_scale(self, kind: SiteKind) -> Tensor:
         if kind == "write":
-            return SiteView(self, kind, scale_L=torch.tensor(self.index.write_scale))
-        n_embeddings = int(self.sites[0] == 0)
-        return SiteView(self, kind, scale_L=self.scale_L[n_embeddings:])
+            return torch.tensor(self.index.write_scale)
+        return torch.tensor(self.index.scale)[int(self.sites[0] == 0) :]
+
+
+def stored_source(train: str | Path, held_out: str | Path | None, kind: SiteKind, *, verify: bool = True) -> SiteSource:
+    """The stores in two folders as a source, verified as `ActivationShards.load` does."""
+    other = None if held_out is None else ActivationShards.load(held_out, verify=verify)
+    return SiteSource(ActivationShards.load(train, verify=verify), other, kind)
 
 
 def _count_tokens(harvester: ResidualHarvester, tokens: TokenBlocks, max_tokens: int | None) -> int:
-    available = len(tokens) * kept_per_sequence(harvester, tokens)
+    available = len(tokens) * kept_per_block(harvester, tokens)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 (or None for all)")
     return available if max_tokens is None else min(available, max_tokens)
 
 
 def _write_scale(x_TLD: Tensor, sites: tuple[int, ...]) -> tuple[float, ...]:
-    if len(sites) < 2 or sites != tuple(range(sites[0], sites[-1] + 1)):
+    if not are_neighbours(sites):
         return ()
     return tuple(estimate_scales(select_sites(x_TLD, sites, "write")).tolist())
 
@@ -263,9 +216,8 @@ def _require_room(folder: Path, n_tokens: int, n_layers: int, d_model: int, dtyp
 def _harvest_parts(
     harvester: ResidualHarvester, tokens: TokenBlocks, n_tokens: int, dropped: dict[str, int]
 ) -> Iterator[dict[str, Tensor]]:
-    kept = kept_per_sequence(harvester, tokens)
-    n_blocks = -(-n_tokens // kept)
-    chosen = torch.linspace(0, len(tokens) - 1, n_blocks, dtype=torch.float64).round().long()
+    kept = kept_per_block(harvester, tokens)
+    chosen = spread_blocks(len(tokens), -(-n_tokens // kept))
     documents = torch.from_numpy(tokens.documents.copy())
     left = n_tokens
     for numbers in chosen.split(max(1, HARVEST_TOKENS // tokens.sequence_length)):

@@ -158,18 +158,32 @@ class World:
         activations_BF = draw_activations(n, self.probability_F, self.config.firing, generator)
         x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD)
         if self.config.noise:
-            x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator)
+            x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator, device=x_BLD.device)
         if len(self._drift_RLD):
-            z_BR = torch.randn(n, len(self._drift_RLD), generator=generator)
+            z_BR = torch.randn(n, len(self._drift_RLD), generator=generator, device=x_BLD.device)
             x_BLD = x_BLD + torch.einsum("br,rld->bld", z_BR, self._drift_RLD)
         if len(self._circles_C2LD):
             x_BLD = x_BLD + self._circle_points(n, generator)
         return x_BLD, activations_BF
 
+    def draw(self, n: int, stream: int | str, index: int) -> Tensor:
+        """`x_BLD` of `n` tokens, a pure function of the arguments."""
+        return self.sample(n, self.generator("world batch", stream, index))[0]
+
     def batches(self, batch_size: int, n_steps: int, seed: int) -> Iterator[Tensor]:
-        """`n_steps` batches `x_BLD`; batch i is a pure function of (seed, i, batch_size)."""
-        for index in range(n_steps):
-            yield self.sample(batch_size, seeded_generator("world batch", seed, index))[0]
+        """`n_steps` batches `x_BLD`; batch i is `draw(batch_size, seed, i)`."""
+        return (self.draw(batch_size, seed, index) for index in range(n_steps))
+
+    def generator(self, *parts: int | str) -> torch.Generator:
+        """A generator on the device of the world that depends on `parts` only."""
+        device = self.decoder_FLD.device
+        return torch.Generator(device).manual_seed(seeded_generator(*parts).initial_seed())
+
+    def to(self, device: torch.device | str) -> World:
+        """This world, its truth moved to `device`; a seed draws other tokens on a GPU than on a CPU."""
+        self.decoder_FLD, self.probability_F = self.decoder_FLD.to(device), self.probability_F.to(device)
+        self._drift_RLD, self._circles_C2LD = self._drift_RLD.to(device), self._circles_C2LD.to(device)
+        return self
 
     def _window(self, kind: Kind, generator: torch.Generator) -> Tensor:
         """One feature's direction at every layer, `[L, D]`: unit norm inside its window, zero outside."""
@@ -195,8 +209,9 @@ class World:
 
     def _circle_points(self, n: int, generator: torch.Generator) -> Tensor:
         shape = (n, len(self._circles_C2LD))
-        there_BC = torch.rand(shape, generator=generator) < self.config.nuisance.circle_probability
-        angle_BC = 2 * math.pi * torch.rand(shape, generator=generator)
+        device = generator.device
+        there_BC = torch.rand(shape, generator=generator, device=device) < self.config.nuisance.circle_probability
+        angle_BC = 2 * math.pi * torch.rand(shape, generator=generator, device=device)
         point_BC2 = there_BC[..., None] * torch.stack([angle_BC.cos(), angle_BC.sin()], dim=2)
         return torch.einsum("bcp,cpld->bld", point_BC2, self._circles_C2LD)
 
@@ -227,32 +242,32 @@ def firing_probabilities(quantile_F: Tensor, p_min: float, p_max: float, firing:
 
 
 def draw_activations(n: int, probability_F: Tensor, firing: Firing, generator: torch.Generator) -> Tensor:
-    """Activations `[n, F]`: 0, or uniform in [0.7, 1.3] where the feature fires."""
+    """Activations `[n, F]` on the generator's device: 0, or uniform in [0.7, 1.3] where the feature fires."""
     active_BF = _draw_active(n, probability_F, firing, generator)
-    return active_BF * (0.7 + 0.6 * torch.rand(active_BF.shape, generator=generator))
+    return active_BF * (0.7 + 0.6 * torch.rand(active_BF.shape, generator=generator, device=generator.device))
 
 
 def _draw_active(n: int, probability_F: Tensor, firing: Firing, generator: torch.Generator) -> Tensor:
-    n_features = len(probability_F)
+    n_features, device = len(probability_F), generator.device
     shape = (n, n_features)
-    first_F = _first_of_group(n_features, firing.group)
+    first_F = _first_of_group(n_features, firing.group).to(device)
     group_F = first_F // firing.group
     match firing.dependence:
         case "independent":
-            return torch.rand(shape, generator=generator) < probability_F
+            return torch.rand(shape, generator=generator, device=device) < probability_F
         case "correlated":
-            shared_BF = torch.randn(n, int(group_F[-1]) + 1, generator=generator)[:, group_F]
-            own_BF = torch.randn(shape, generator=generator)
+            shared_BF = torch.randn(n, int(group_F[-1]) + 1, generator=generator, device=device)[:, group_F]
+            own_BF = torch.randn(shape, generator=generator, device=device)
             latent_BF = math.sqrt(firing.strength) * shared_BF + math.sqrt(1 - firing.strength) * own_BF
             return torch.special.ndtr(latent_BF) < probability_F
         case "hierarchical":
-            is_child_F = first_F != torch.arange(n_features)
+            is_child_F = first_F != torch.arange(n_features, device=device)
             own_F = probability_F.masked_fill(is_child_F, firing.strength)
-            willing_BF = torch.rand(shape, generator=generator) < own_F
+            willing_BF = torch.rand(shape, generator=generator, device=device) < own_F
             return willing_BF & willing_BF[:, first_F]
         case "exclusive":
             # One number for the whole group; each member owns an interval as long as its probability.
-            uniform_BF = torch.rand(n, int(group_F[-1]) + 1, generator=generator)[:, group_F]
+            uniform_BF = torch.rand(n, int(group_F[-1]) + 1, generator=generator, device=device)[:, group_F]
             padded_F = torch.nn.functional.pad(probability_F, (0, -n_features % firing.group))
             upper_GM = padded_F.view(-1, firing.group).cumsum(1)
             lower_GM = torch.nn.functional.pad(upper_GM[:, :-1], (1, 0))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -142,14 +141,6 @@ class WorldPair:
         """The planted exponent of d_eff in L."""
         return 1 - self.config.gamma if self.config.delta is None else self.config.delta
 
-    def planted_rho(self, side: Side) -> float:
-        """Mean layers a feature occupies, L^gamma."""
-        return self.config.shape(side)[0] ** self.config.gamma
-
-    def planted_dimension(self, side: Side) -> float:
-        """d_eff = D L^delta, for which the turning was chosen; with fewer dimensions than D where they are crowded."""
-        return self.config.rank(side) * self.config.shape(side)[0] ** self.delta
-
     def expected_dimension(self, side: Side) -> float:
         """d_eff expected of these features' windows over all directions that could be drawn.
 
@@ -159,7 +150,7 @@ class WorldPair:
         return self.config.rank(side) * _dimension_per_width(self._windows[side], self.cosine[side], distinct=True)
 
     def drawn_dimension(self, side: Side) -> float:
-        """d_eff of the directions that were drawn; near `planted_dimension` for many features."""
+        """d_eff of the directions that were drawn; for many features near `rank` times L^delta."""
         return mean_interference_dimension(self.decoder_FLD[side])
 
     def sample(self, n: int, seed: int, index: int = 0) -> tuple[dict[Side, Tensor], Tensor]:
@@ -167,16 +158,15 @@ class WorldPair:
         activations_BF = self._activations(n, seed, index)
         return {side: self._place(side, activations_BF, seed, index) for side in self.config.sides}, activations_BF
 
-    def batches(self, side: Side, batch_size: int, n_steps: int, seed: int) -> Iterator[Tensor]:
-        """`n_steps` batches `x_BLD` of one side; with the same seed the other side's show the same tokens."""
-        for index in range(n_steps):
-            yield self._place(side, self._activations(batch_size, seed, index), seed, index)
+    def draw(self, side: Side, n: int, stream: int | str, index: int) -> Tensor:
+        """`x_BLD` of `n` tokens of one side, a pure function; another side shows the same tokens of a stream."""
+        return self._place(side, self._activations(n, stream, index), stream, index)
 
-    def _activations(self, n: int, seed: int, index: int) -> Tensor:
+    def _activations(self, n: int, seed: int | str, index: int) -> Tensor:
         generator = seeded_generator("pair batch", seed, index)
         return draw_activations(n, self.probability_F, self.config.firing, generator)
 
-    def _place(self, side: Side, activations_BF: Tensor, seed: int, index: int) -> Tensor:
+    def _place(self, side: Side, activations_BF: Tensor, seed: int | str, index: int) -> Tensor:
         x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD[side])
         if self.config.noise:
             generator = seeded_generator("pair noise", side, seed, index)

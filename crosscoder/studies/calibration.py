@@ -11,19 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crosscoder.data.residuals import estimate_scales
+from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import features, recovery
 from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.studies.budget import DictionaryBudget
@@ -32,7 +31,6 @@ from crosscoder.training import train
 from crosscoder.verdict.evidence import Calibration
 
 SCHEMA = "crosscoder.calibration/1"
-EVALUATION_BATCH = 4096
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
@@ -103,59 +101,47 @@ class CalibrationConfig:
         return world
 
 
-class PlantedTokens:
-    """A world's tokens as a study reads its activations: scaled, and the same ones again after `tokens_train`.
+def planted_source(config: CalibrationConfig, device: str = "cpu") -> tuple[PlantedSource, World]:
+    """A world's tokens as a study reads its activations, and that world, its directions scaled as the tokens are.
 
-    Tokens are drawn anew whenever they are read, a pure function of their number, on `device`.
+    Training reads the same tokens again after `tokens_train`, whatever the seed of the order.
     """
+    world = config.world().to(device)
 
-    def __init__(self, config: CalibrationConfig, device: str = "cpu") -> None:
-        world = config.world()
-        self._config, self._device = config, device
-        self.n_layers, self.d_model = config.n_layers, config.d_model
-        self._probability_F = world.probability_F.to(device)
-        self._decoder_FN = world.decoder_FLD.flatten(1).to(device)
-        sample_TLD = self._draw(SCALE_TOKENS, "scale", 0)
-        self.scale_L = estimate_scales(sample_TLD)
-        self.truth_FLD = (world.decoder_FLD * self.scale_L[:, None]).numpy()
-        self.kind_F, self.kinds = world.kind_F.numpy(), world.config.kinds
-        self._decoder_FN = self._decoder_FN * self.scale_L.to(device).repeat_interleave(config.d_model)
+    def draw(n: int, stream: int | str, index: int) -> Tensor:
+        purpose = stream if isinstance(stream, str) else "train"
+        return world.sample(n, world.generator("calibration", purpose, config.seed, index))[0]
 
-    def batches(self, start: int) -> Iterator[Tensor]:
-        """The training batches from number `start` on, scaled `x_BLD`."""
-        budget = self._config.budget
-        n_distinct = max(1, self._config.tokens_train // budget.batch)
-        for index in range(start, budget.steps):
-            yield self._draw(budget.batch, "train", index % n_distinct)
-
-    def held_out(self) -> Iterator[Tensor]:
-        """Tokens that are never trained on, scaled."""
-        for index, start in enumerate(range(0, self._config.tokens_held_out, EVALUATION_BATCH)):
-            yield self._draw(min(EVALUATION_BATCH, self._config.tokens_held_out - start), "held out", index)
-
-    def _draw(self, n: int, purpose: str, index: int) -> Tensor:
-        seed = seeded_generator("calibration", purpose, self._config.seed, index).initial_seed()
-        generator = torch.Generator(self._device).manual_seed(seed)
-        shape, device = (n, len(self._probability_F)), self._device
-        active_BF = torch.rand(shape, generator=generator, device=device) < self._probability_F
-        value_BF = active_BF * (0.7 + 0.6 * torch.rand(shape, generator=generator, device=device))
-        return (value_BF @ self._decoder_FN).view(n, self.n_layers, self.d_model)
+    scale_L = estimate_scales(draw(SCALE_TOKENS, "scale", 0))
+    world.decoder_FLD = world.decoder_FLD * scale_L.to(device)[:, None]
+    source = PlantedSource(
+        draw,
+        scale_L=scale_L,
+        d_model=config.d_model,
+        held_out_stream="held out",
+        held_out_tokens=config.tokens_held_out,
+        distinct_tokens=config.tokens_train,
+    )
+    return source, world
 
 
-def read_planted(config: CalibrationConfig, device: str = "cpu") -> tuple[Reading, PlantedTokens]:
-    """The reading of a crosscoder trained as a study's cell is, and the tokens it was trained on."""
-    tokens = PlantedTokens(config, device)
-    dictionary = new_dictionary("crosscoder", tokens, config.budget, seed=config.dictionary_seed)
-    train(dictionary, tokens.batches, config=config.budget.train_config(), device=device, quiet=True)
-    measured = features.measure_dictionary(dictionary, tokens.held_out())
+def read_planted(config: CalibrationConfig, device: str = "cpu") -> tuple[Reading, World]:
+    """The reading of a crosscoder trained as a study's cell is, and the world it was trained on."""
+    source, world = planted_source(config, device)
+    budget = config.budget
+    dictionary = new_dictionary("crosscoder", source, budget, seed=config.dictionary_seed)
+    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
+    train(dictionary, batches, config=budget.train_config(), device=device, quiet=True)
+    measured = features.measure_dictionary(dictionary, source.held_out())
     decoder_FLD = dictionary.decoder_FLD().float().cpu().numpy()
-    return read_dictionary(measured, decoder_FLD, seed=config.dictionary_seed), tokens
+    return read_dictionary(measured, decoder_FLD, seed=config.dictionary_seed), world
 
 
-def score_reading(reading: Reading, tokens: PlantedTokens, config: CalibrationConfig) -> dict[str, Any]:
+def score_reading(reading: Reading, world: World, config: CalibrationConfig) -> dict[str, Any]:
     """Plain values by the names of `recovery.DEFINITIONS`; None where one is undefined."""
+    truth_FLD = world.decoder_FLD.cpu().numpy()
     scores = recovery.score_features(
-        reading.decoder_FLD, tokens.truth_FLD, tokens.kind_F, tokens.kinds, count=len(reading)
+        reading.decoder_FLD, truth_FLD, world.kind_F.numpy(), world.config.kinds, count=len(reading)
     )
     n_features = config.budget.n_features
     alive = round((1 - reading.dead_share) * n_features)
@@ -187,8 +173,8 @@ def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: st
         kept = read_json(path)
         if kept.get("schema") == SCHEMA and kept.get("config") == to_mapping(config):
             return kept["scores"]
-    reading, tokens = read_planted(config, device)
-    scores = score_reading(reading, tokens, config)
+    reading, world = read_planted(config, device)
+    scores = score_reading(reading, world, config)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "scores": scores})

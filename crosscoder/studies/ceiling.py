@@ -17,7 +17,7 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, Crosscoder
 from crosscoder.measure import recovery
 from crosscoder.measure.statistics import Estimate, exponentiate, two_level_bootstrap
-from crosscoder.studies.synthetic import EVALUATION_BATCH, HELD_OUT_SEED, TRAIN_SEED, FitConfig, fit_dictionary
+from crosscoder.studies.synthetic import FitConfig, fit_dictionary, planted_source
 
 DEFINITIONS = {
     "ceiling_constant": "C of phi = 1 / (C p ln(1 / p)): geometric mean over densities of 1 / (phi p ln(1 / p)), p the "
@@ -155,10 +155,8 @@ def planted_recall(config: CeilingConfig, n_features: int, k: int, seed: int, de
         seed=seed,
     )
     fit = config.fit
-    held_out = world.batches(EVALUATION_BATCH, -(-fit.held_out // EVALUATION_BATCH), seed=HELD_OUT_SEED)
-    found = fit_dictionary(
-        dictionary, world.batches(fit.batch, fit.steps, seed=TRAIN_SEED), held_out, fit, device=device
-    )
+    source = planted_source(world.draw, fit, n_layers=config.n_layers, d_model=config.d_model)
+    found = fit_dictionary(dictionary, source, fit, device=device)
     return float(recovery.assign(found.decoder_FLD, world.decoder_FLD.numpy()).recalled_F.mean())
 
 

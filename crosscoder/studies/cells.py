@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from crosscoder.data.residuals import find_blocks
-from crosscoder.data.shards import ActivationShards
-from crosscoder.data.shuffled import shuffle_layers, shuffle_stream
-from crosscoder.data.store import select_site_numbers, select_sites
+from crosscoder.data.shards import ActivationShards, stored_source
+from crosscoder.data.sources import ShuffledSource, SiteSource, Source, held_out_batches
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
 from crosscoder.measure import counting, features, probes
 from crosscoder.measure.reading import Reading, read_dictionary, save_reading
@@ -29,7 +28,6 @@ from crosscoder.studies.cell_values import Trained, finite
 Site = Literal["residual", "write"]
 State = Literal["trained", "untrained", "shuffled"]  # shuffled: trained, each layer's tokens in an order of its own
 Role = Literal["main", "size", "k"]
-EVALUATION_BATCH = 4096
 SHUFFLE_SEED = 1
 MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
 _SPREAD_IDENTITY = ("subject", "state", "site", "n_features", "k", "training_seed")
@@ -46,6 +44,10 @@ class Stores:
     held_out_ids: Path | None = None
     """Token blocks `[n, S]` to splice on, as safetensors."""
     blocks_path: str | None = None
+
+    def source(self, site: Site) -> SiteSource:
+        """The activations of one site; hashes are not checked again."""
+        return stored_source(self.train, self.held_out, site, verify=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +115,10 @@ def run_cell(
 
     Readings of compared cells are kept in `readings_to`, dictionaries in `save_to`.
     """
-    source = ActivationShards.load(stores.train, verify=False)
-    held_out = ActivationShards.load(stores.held_out, verify=False)
+    stored = stores.source(cell.site)
+    source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
     homes = save_to, readings_to
-    trained = [_train_seed(cell, seed, source, held_out, stores, device, homes) for seed in cell.seeds]
+    trained = [_train_seed(cell, seed, source, stored.sites, stores, device, homes) for seed in cell.seeds]
     n_held_out = trained[0].measured.activity.n_tokens
     counts = [cell_values.count(cell.arm, one) for one in trained]
     quality = [cell_values.quality(cell.arm, one) for one in trained]
@@ -140,55 +142,40 @@ def run_cell(
             "role": cell.role,
             "per_seed": spread,
             "heatmap": cell_values.heatmap(trained[0]),
-            "layers": [str(site) for site in select_site_numbers(source.sites, cell.site)],
+            "layers": [str(site) for site in stored.sites],
             "summary": cell_values.summarize(spread),
         }
     return result
 
 
-class Sized(Protocol):
-    """What a dictionary must know of activations to fit them."""
-
-    n_layers: int
-    d_model: int
-    scale_L: Tensor
-
-
-def new_dictionary(arm: Arm, view: Sized, budget: DictionaryBudget, *, seed: int) -> Any:
-    """An untrained dictionary of one arm that fits the activations of `view` and carries their scales."""
+def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int) -> Any:
+    """An untrained dictionary of one arm that fits the activations of `source` and carries their scales."""
     dictionary = DICTIONARIES[CLASSES[arm]](
-        n_layers=view.n_layers,
-        d_model=view.d_model,
+        n_layers=source.n_layers,
+        d_model=source.d_model,
         seed=seed,
         **budget.settings(arm),
     )
-    dictionary.input_scale.copy_(view.scale_L)
+    dictionary.input_scale.copy_(source.scale_L)
     return dictionary
 
 
 def _train_seed(
     cell: Cell,
     seed: int,
-    source: ActivationShards,
-    held_out: ActivationShards,
+    source: Source,
+    sites: tuple[int, ...],
     stores: Stores,
     device: str,
     homes: tuple[Path | None, Path | None],
 ) -> Trained:
     save_to, readings_to = homes
-    view = source.view(cell.site)
     budget = cell.budget
-    dictionary = new_dictionary(cell.arm, view, budget, seed=seed)
-    shuffled = cell.state == "shuffled"
-    drawn = shuffle_layers(view, SHUFFLE_SEED) if shuffled else view
-
-    def batches(start: int) -> Iterator[Tensor]:
-        for index in range(start, budget.steps):
-            yield drawn.batch(index, budget.batch, budget.data_seed)
+    dictionary = new_dictionary(cell.arm, source, budget, seed=seed)
+    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
 
     def held() -> Iterator[Tensor]:
-        stream = _held_out_batches(held_out, cell.site, view.scale_L)
-        return (x.to(device) for x in (shuffle_stream(stream, SHUFFLE_SEED) if shuffled else stream))
+        return (x.to(device) for x in source.held_out())
 
     label = f"{cell.name} seed {seed}"
     train = budget.trainer(cell.arm)
@@ -196,7 +183,7 @@ def _train_seed(
     measured = features.measure_dictionary(dictionary, held())
     splice = None
     if stores.subject is not None and seed == cell.seeds[0]:
-        splice = _splice(cell, dictionary, source, stores, device)
+        splice = _splice(cell, dictionary, sites, stores, device)
     if save_to is not None:
         dictionary.save_pretrained(save_to / f"{cell.name}-seed{seed}")
     one = _describe_dictionary(dictionary, measured, seed=seed, splice=splice)
@@ -241,7 +228,7 @@ def evaluate_dictionary(dictionary: Any, held_out: ActivationShards, *, site: Si
     """Quality and counts of a trained dictionary on a held-out store, as one seed's rows of a study."""
     arm: Arm = "crosscoder" if type(dictionary).__name__ == CLASSES["crosscoder"] else "layerwise"
     scale_L = dictionary.input_scale.cpu()
-    batches = (x.to(device) for x in _held_out_batches(held_out, site, scale_L))
+    batches = (x.to(device) for x in held_out_batches(held_out, site, scale_L))
     one = _describe_dictionary(
         dictionary, features.measure_dictionary(dictionary, batches), seed=dictionary.config.seed
     )
@@ -249,14 +236,7 @@ def evaluate_dictionary(dictionary: Any, held_out: ActivationShards, *, site: Si
     return {"counts": cell_values.count(arm, one), "quality": cell_values.quality(arm, one), "spread": spread}
 
 
-def _held_out_batches(store: ActivationShards, site: Site, scale_L: Tensor) -> Iterator[Tensor]:
-    """Held-out activations in stored order, scaled by the training data's factors."""
-    for start in range(0, store.n_tokens, EVALUATION_BATCH):
-        x_TLD = store.rows(start, min(start + EVALUATION_BATCH, store.n_tokens))
-        yield select_sites(x_TLD, store.sites, site) * scale_L[:, None]
-
-
-def _splice(cell: Cell, dictionary: Any, source: ActivationShards, stores: Stores, device: str) -> dict[str, Any]:
+def _splice(cell: Cell, dictionary: Any, sites: tuple[int, ...], stores: Stores, device: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from crosscoder.data.subject import load_model
@@ -265,6 +245,5 @@ def _splice(cell: Cell, dictionary: Any, source: ActivationShards, stores: Store
     assert stores.held_out_ids is not None
     model = load_model(stores.subject, device=device)
     ids = load_file(stores.held_out_ids)["ids"].long().to(device).split(16)
-    layers = select_site_numbers(source.sites, cell.site)
     blocks = find_blocks(model, stores.blocks_path)
-    return splice_losses(dictionary, model, list(blocks), ids, layers=layers, kind=cell.site)
+    return splice_losses(dictionary, model, list(blocks), ids, layers=sites, kind=cell.site)

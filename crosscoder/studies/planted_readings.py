@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
 from crosscoder.data.world_pair import PairConfig, Side, WorldPair
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.measure import features
@@ -17,8 +19,6 @@ from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict import decide as verdict
 from crosscoder.verdict import gain
-
-EVALUATION_BATCH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,23 +127,32 @@ class Planted:
             for t in range(self.config.training_seeds)
         )
 
+    def source(self, pair: WorldPair, side: Side) -> PlantedSource:
+        """The tokens of one side, scaled."""
+        n_layers, d_model = pair.config.shape(side)
+        scale, held_out = usual_scale(pair, side), self.config.held_out
+        return PlantedSource(
+            lambda n, stream, index: pair.draw(side, n, stream, index) * scale,
+            scale_L=torch.full((n_layers,), scale),
+            d_model=d_model,
+            held_out_stream=2 * self.seed + 1,
+            held_out_tokens=min(EVALUATION_BATCH, held_out) * -(-held_out // EVALUATION_BATCH),
+        )
+
     def held_out(self, pair: WorldPair, side: Side) -> list[Tensor]:
         """The same held-out tokens for every shape and seed, scaled."""
-        n_batches = -(-self.config.held_out // EVALUATION_BATCH)
-        scale = usual_scale(pair, side)
-        stream = pair.batches(side, min(EVALUATION_BATCH, self.config.held_out), n_batches, seed=2 * self.seed + 1)
-        return [x.to(self.device) * scale for x in stream]
+        return [x.to(self.device) for x in self.source(pair, side).held_out()]
 
     def measure(self, pair: WorldPair, side: Side, dictionary: Any) -> features.Measured:
         """`dictionary` after training on one side, measured on the held-out tokens."""
-        config, scale = self.config, usual_scale(pair, side)
+        config = self.config
         settings = TrainConfig(
             steps=config.steps,
             learning_rate=config.learning_rate,
             dead_after_tokens=10_000,
             log_every=config.steps,
         )
-        batches = (x * scale for x in pair.batches(side, config.batch, config.steps, seed=2 * self.seed))
+        batches = self.source(pair, side).batches(config.batch, seed=2 * self.seed, steps=config.steps)
         train(dictionary, batches, config=settings, device=self.device, quiet=True)
         return features.measure_dictionary(dictionary, self.held_out(pair, side))
 

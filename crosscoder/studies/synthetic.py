@@ -7,7 +7,7 @@ returns the ratio R that was planted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.sparse import csgraph
 from torch import Tensor
 
+from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource, Source
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
@@ -35,7 +37,6 @@ from crosscoder.training import TrainConfig, train
 
 SCHEMA = "crosscoder/synthetic/1"
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
-EVALUATION_BATCH = 4096
 TARGETS = {"mcc": 0.93, "count_error": 0.08, "rho_error": 0.05, "d_eff_error": 0.10}
 """What a crosscoder is to reach in every world: at least this MCC, at most these errors either way."""
 PRESET = Literal["ci", "quick", "full"]
@@ -129,15 +130,14 @@ class Found:
         return np.diff(self.code.indptr) / self.code.shape[0]
 
 
-def fit_dictionary(
-    dictionary: Any, batches: Iterable[Tensor], held_out: Iterable[Tensor], fit: FitConfig, *, device: str = "cpu"
-) -> Found:
-    """Train `dictionary` on one stream of batches and measure it on another."""
+def fit_dictionary(dictionary: Any, source: Source, fit: FitConfig, *, device: str = "cpu") -> Found:
+    """Train `dictionary` on a source and measure it on the held-out part."""
     config = TrainConfig(
         steps=fit.steps, learning_rate=fit.learning_rate, dead_after_tokens=10_000, log_every=fit.steps
     )
+    batches = source.batches(fit.batch, seed=TRAIN_SEED, steps=fit.steps)
     train(dictionary, batches, config=config, device=device, quiet=True)
-    measured = features.measure_dictionary(dictionary, (x.to(device) for x in held_out))
+    measured = features.measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
     activity = measured.activity
     alive_GF = counting.alive_features(activity)
     alive = alive_GF.ravel().nonzero()[0]
@@ -193,7 +193,8 @@ def measure_crosscoder(config: SyntheticConfig, size: int, seed: int, device: st
     l0_true = float(world.probability_F.sum())
     k = max(1, round(config.fit.k_factor * l0_true))
     dictionary = Crosscoder(**_shape(config.world), n_features=size, sparsity=BatchTopK(k=min(k, size)), seed=seed)
-    found = fit_dictionary(dictionary, *_streams(world, config.fit), config.fit, device=device)
+    source = planted_source(world.draw, config.fit, **_shape(config.world))
+    found = fit_dictionary(dictionary, source, config.fit, device=device)
     return [_row("crosscoder", world, found, distinct_decoders(found), size=size, k=k, l0_true=l0_true)]
 
 
@@ -203,7 +204,8 @@ def measure_bank(config: SyntheticConfig, size: int, seed: int, device: str = "c
     l0_true = float(world.probability_F @ world.rho_F)
     k = max(1, round(config.fit.k_factor * l0_true / config.world.n_layers))
     dictionary = LayerwiseSAE(**_shape(config.world), n_features=size, sparsity=BatchTopK(k=min(k, size)), seed=seed)
-    found = fit_dictionary(dictionary, *_streams(world, config.fit), config.fit, device=device)
+    source = planted_source(world.draw, config.fit, **_shape(config.world))
+    found = fit_dictionary(dictionary, source, config.fit, device=device)
     return [
         _row(f"bank, {rule}", world, found, merged_decoders(found, rule), size=size, k=k, l0_true=l0_true)
         for rule in counting.RULES
@@ -214,10 +216,16 @@ def _shape(world: WorldConfig) -> dict[str, int]:
     return {"n_layers": world.n_layers, "d_model": world.d_model}
 
 
-def _streams(world: World, fit: FitConfig) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-    n_held_out = -(-fit.held_out // EVALUATION_BATCH)
-    held_out = world.batches(EVALUATION_BATCH, n_held_out, seed=HELD_OUT_SEED)
-    return world.batches(fit.batch, fit.steps, seed=TRAIN_SEED), held_out
+def planted_source(draw: Callable[..., Tensor], fit: FitConfig, *, n_layers: int, d_model: int) -> PlantedSource:
+    """Tokens as `draw` gives them; whole batches are held out, as many as `fit` asks for."""
+    n_batches = -(-fit.held_out // EVALUATION_BATCH)
+    return PlantedSource(
+        draw,
+        scale_L=torch.ones(n_layers),
+        d_model=d_model,
+        held_out_stream=HELD_OUT_SEED,
+        held_out_tokens=n_batches * EVALUATION_BATCH,
+    )
 
 
 def _row(
@@ -281,10 +289,8 @@ def _measure_side(pair: WorldPair, side: Side, config: SyntheticConfig, device: 
         sparsity=BatchTopK(k=k),
         seed=pair.config.seed,
     )
-    fit = config.fit
-    batches = pair.batches(side, fit.batch, fit.steps, seed=TRAIN_SEED)
-    held_out = pair.batches(side, EVALUATION_BATCH, -(-fit.held_out // EVALUATION_BATCH), seed=HELD_OUT_SEED)
-    found = fit_dictionary(dictionary, batches, held_out, fit, device=device)
+    source = planted_source(partial(pair.draw, side), config.fit, n_layers=n_layers, d_model=d_model)
+    found = fit_dictionary(dictionary, source, config.fit, device=device)
     decoders = distinct_decoders(found)
     if len(decoders) < 2:
         raise ValueError(f"{len(decoders)} features found on side {side}; R needs two: train for more steps")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.data.shards import ActivationShards
-from crosscoder.data.store import SiteKind, SiteView
+from crosscoder.data.sources import SiteKind, SiteSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import (
     DICTIONARIES,
@@ -145,18 +145,14 @@ class StoredSource:
     def __init__(
         self, train: ActivationShards, held_out: ActivationShards, *, site: SiteKind = "residual", data_seed: int = 0
     ) -> None:
-        self._view, self._seed = train.view(site), data_seed
-        self._held_out = SiteView(held_out, site, scale_L=self._view.scale_L)
-        self.n_layers, self.d_model = self._view.n_layers, self._view.d_model
+        self._source, self._seed = SiteSource(train, held_out, site), data_seed
+        self.n_layers, self.d_model = self._source.n_layers, self._source.d_model
 
     def batch(self, index: int, size: int) -> Tensor:
-        return self._view.batch(index, size, self._seed)
+        return self._source.batch(index, size, self._seed)
 
     def held_out(self) -> Iterable[Tensor]:
-        n_tokens = self._held_out.n_tokens
-        for start in range(0, n_tokens, EVALUATION_BATCH):
-            x_TLD = self._held_out.epoch_rows(start, min(n_tokens, start + EVALUATION_BATCH), seed=0, epoch=0)
-            yield x_TLD * self._held_out.scale_L[:, None]
+        return self._source.held_out()
 
 
 def applicable(n_layers: int) -> dict[str, Variant]:

@@ -6,7 +6,6 @@ from torch import nn
 
 from crosscoder.data.residuals import (
     ResidualHarvester,
-    block_writes,
     estimate_scales,
     find_blocks,
     find_embedding,
@@ -227,12 +226,3 @@ def test_scales_refuse_nothing_and_zero():
         estimate_scales([])
     with pytest.raises(ValueError, match="layer 1 is zero"):
         estimate_scales(torch.stack([torch.ones(5, 4), torch.zeros(5, 4)], 1))
-
-
-def test_writes_add_up(harvester, blocks):
-    x_TLD = harvester.harvest(blocks[:]).x_TLD
-    writes = block_writes(x_TLD)
-    assert writes.shape[1] == x_TLD.shape[1] - 1
-    torch.testing.assert_close(x_TLD[:, 0] + writes.sum(1), x_TLD[:, -1])
-    with pytest.raises(ValueError, match="at least 2 sites"):
-        block_writes(x_TLD[:, :1])

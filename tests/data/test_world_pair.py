@@ -29,12 +29,10 @@ def test_lifespans_and_dimensions_are_those_asked_for(n_layers, gamma, delta):
         torch.testing.assert_close(decoder_FLD.flatten(1).norm(dim=1), torch.ones(512))
         rho_F = (decoder_FLD.norm(dim=2) > 0).sum(1).float()
         assert rho_F.mean().item() == pytest.approx(depth**gamma, abs=1 / 512 + 1e-6)
-        assert pair.planted_rho(side) == pytest.approx(depth**gamma)
-        assert pair.planted_dimension(side) == pytest.approx(width * depth**pair.delta)
-        assert pair.drawn_dimension(side) == pytest.approx(pair.planted_dimension(side), rel=0.05)
+        assert pair.drawn_dimension(side) == pytest.approx(width * depth**pair.delta, rel=0.05)
         assert decoder_FLD.norm(dim=2).gt(0).any(0).all(), "every layer is used"
-    ratio = pair.planted_dimension("A") / pair.planted_dimension("B")
-    assert ratio == pytest.approx(planted_density_ratio(pair.delta))
+    ratio = pair.drawn_dimension("A") / pair.drawn_dimension("B")
+    assert ratio == pytest.approx(planted_density_ratio(pair.delta), rel=0.1)
 
 
 @pytest.mark.parametrize(("gamma", "delta"), [(0.0, 1.0), (0.5, 0.5), (0.5, 0.8), (1.0, 0.0)])
@@ -48,13 +46,12 @@ def test_few_features_have_the_expected_dimension(gamma, delta):
         drawn = 1 / np.mean([1 / pair.drawn_dimension(side) for pair in pairs])
         assert pairs[0].expected_dimension(side) == pytest.approx(drawn, rel=0.03)
     many = WorldPair(PairConfig(n_features=4096, n_layers=4, d_model=32, gamma=gamma, delta=delta))
-    assert many.expected_dimension("A") == pytest.approx(many.planted_dimension("A"), rel=0.002)
+    assert many.expected_dimension("A") == pytest.approx(32 * 4**delta, rel=0.002)
 
 
 def test_80_features_of_one_layer_each_share_it_with_19_others():
     pair = WorldPair(PairConfig(n_features=80, n_layers=4, d_model=64, gamma=0.0))
     assert pair.expected_dimension("A") == pytest.approx(64 * 79 / 19)
-    assert pair.planted_dimension("A") == 256
 
 
 def test_features_are_the_same_on_both_sides():
@@ -62,7 +59,7 @@ def test_features_are_the_same_on_both_sides():
     x, activations_BF = pair.sample(100, seed=3, index=1)
     for side in SIDES:
         torch.testing.assert_close(x[side], torch.einsum("bf,fld->bld", activations_BF, pair.decoder_FLD[side]))
-        assert torch.equal(list(pair.batches(side, 100, 2, seed=3))[1], x[side])
+        assert torch.equal(pair.draw(side, 100, 3, 1), x[side])
     layers = {
         side: pair.decoder_FLD[side].norm(dim=2).gt(0).float() @ (torch.arange(pair.config.shape(side)[0]) + 0.5)
         for side in SIDES
@@ -122,7 +119,7 @@ def test_a_third_shape_lies_between():
     pair = WorldPair(config)
     assert config.shape("C") == (4, 45)
     assert pair.sample(10, seed=0)[0]["C"].shape == (10, 4, 45)
-    assert pair.drawn_dimension("C") == pytest.approx(pair.planted_dimension("C"), rel=0.05)
+    assert pair.drawn_dimension("C") == pytest.approx(45 * 4**0.5, rel=0.05)
     assert torch.equal(
         pair.decoder_FLD["A"], WorldPair(PairConfig(**{**vars(config), "sides": SIDES})).decoder_FLD["A"]
     )
@@ -131,7 +128,6 @@ def test_a_third_shape_lies_between():
 def test_crowded_directions_leave_fewer_dimensions():
     pair = WorldPair(PairConfig(n_features=512, n_layers=4, d_model=32, gamma=0, crowding=0.5))
     assert (pair.config.rank("A"), pair.config.rank("B")) == (16, 64)
-    assert pair.planted_dimension("A") == 64
-    for side in SIDES:
-        assert pair.drawn_dimension(side) == pytest.approx(pair.planted_dimension(side), rel=0.05)
+    for side, dimension in (("A", 16 * 4), ("B", 64)):
+        assert pair.drawn_dimension(side) == pytest.approx(dimension, rel=0.05)
         torch.testing.assert_close(pair.decoder_FLD[side].flatten(1).norm(dim=1), torch.ones(512))

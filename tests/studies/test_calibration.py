@@ -9,7 +9,7 @@ import torch
 from crosscoder.foundation.artifact import read_json
 from crosscoder.studies import calibration
 from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.calibration import CalibrationConfig, PlantedTokens, calibrate
+from crosscoder.studies.calibration import CalibrationConfig, calibrate, planted_source
 
 BUDGET = DictionaryBudget(n_features=64, k_crosscoder=2, k_layerwise=2, steps=400, batch=256, learning_rate=1e-2)
 CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=50_000, tokens_held_out=8000)
@@ -34,27 +34,26 @@ def test_too_little_training_is_not_hidden(scores):
 
 
 def test_the_world_has_as_many_active_features_as_the_dictionary_and_the_usual_norms():
-    tokens = PlantedTokens(CONFIG)
-    x_TLD = torch.cat(list(tokens.held_out()))
+    source, world = planted_source(CONFIG)
+    x_TLD = torch.cat(list(source.held_out()))
     assert x_TLD.shape == (8000, 4, 16)
     assert float(CONFIG.world().probability_F.sum()) == pytest.approx(2, rel=1e-5)
     norm_L = x_TLD.norm(dim=2).mean(0)
     torch.testing.assert_close(norm_L, torch.full((4,), 4.0), rtol=0.1, atol=0)
-    assert [int((tokens.kind_F == kind).sum()) for kind in range(4)] == [8, 8, 8, 8]
+    assert [int((world.kind_F == kind).sum()) for kind in range(4)] == [8, 8, 8, 8]
 
 
 def test_a_shape_of_one_layer_holds_local_features():
     config = replace(CONFIG, n_layers=1)
-    assert PlantedTokens(config).kinds == ("local",)
+    assert planted_source(config)[1].config.kinds == ("local",)
 
 
 def test_tokens_come_again_after_as_many_as_the_study_has():
-    config = replace(CONFIG, tokens_train=3 * 256)
-    batches = list(PlantedTokens(replace(config, budget=replace(BUDGET, steps=5))).batches(0))
+    tokens = planted_source(replace(CONFIG, tokens_train=3 * 256))[0]
+    batches = [tokens.batch(index, 256, 0) for index in range(5)]
     assert torch.equal(batches[0], batches[3])
     assert not torch.equal(batches[0], batches[1])
-    tokens = PlantedTokens(replace(config, budget=replace(BUDGET, steps=5)))
-    assert torch.equal(next(iter(tokens.batches(4))), batches[1])
+    assert torch.equal(batches[4], batches[1])
     held_out = next(iter(tokens.held_out()))[:256]
     assert not any(torch.equal(held_out, batch) for batch in batches)
 
@@ -90,6 +89,6 @@ def test_a_k_that_no_world_can_have_is_refused():
 
 def test_scores_are_of_the_scaled_space():
     """With very unequal layers the dictionary sees them made equal, and so must the truth."""
-    tokens = PlantedTokens(CONFIG)
-    share_L = np.square(tokens.truth_FLD).sum((0, 2)) / np.square(CONFIG.world().decoder_FLD.numpy()).sum((0, 2))
-    np.testing.assert_allclose(share_L, tokens.scale_L.numpy() ** 2, rtol=1e-4)
+    source, world = planted_source(CONFIG)
+    energy_L, plain_L = (each.decoder_FLD.square().sum((0, 2)).numpy() for each in (world, CONFIG.world()))
+    np.testing.assert_allclose(energy_L / plain_L, source.scale_L.numpy() ** 2, rtol=1e-4)

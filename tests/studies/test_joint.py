@@ -9,6 +9,7 @@ import torch
 
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import write_shards
+from crosscoder.data.sources import StackedSource
 from crosscoder.data.subject import build_subject
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import stack_subjects
@@ -21,10 +22,11 @@ SHARED, OWN = 16, 8  # features of both subjects, and of each one alone
 HELD_OUT = 6000
 
 
-class PlantedPair:
-    """Two subjects, 3 layers of 16 and 1 of 32, with planted features: a `joint.Pair` without stores."""
+class PlantedPair(StackedSource):
+    """Two subjects, 3 layers of 16 and 1 of 32, with planted features."""
 
-    n_layers, d_models = (3, 1), (16, 32)
+    n_layers, d_model, layer_counts, widths = 4, 32, (3, 1), (16, 32)
+    held_out_sequences_T = torch.arange(HELD_OUT) // 64
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
@@ -33,10 +35,6 @@ class PlantedPair:
         self.decoders = first.expand(-1, 3, -1), second
         energy = [3 * 16, 32]
         self.weights = [math.sqrt(sum(energy) / 2 / one) for one in energy]
-        self.held_out = [self]
-        self.sequences_T = torch.arange(HELD_OUT) // 64
-
-    layer_energy = joint.Pair.layer_energy
 
     def batch(self, index, size, seed):
         generator = torch.Generator().manual_seed(1000 * seed + index)
@@ -50,7 +48,7 @@ class PlantedPair:
             parts.append(x / usual * math.sqrt(x.shape[2]) * weight)
         return stack_subjects(parts)
 
-    def held(self):
+    def held_out(self):
         return iter([self.batch(index, HELD_OUT // 2, 9) for index in range(2)])
 
 
@@ -75,12 +73,12 @@ def store(folder, n_tokens):
 
 def test_both_subjects_must_hold_the_same_tokens(tmp_path):
     whole, part = store(tmp_path / "whole", None), store(tmp_path / "part", 40)
-    pair = joint.Pair((whole, whole), "write")
+    pair = StackedSource([whole.source("write"), whole.source("write")])
     x_BLD = pair.batch(0, 16, 0)
     assert x_BLD.shape == (16, 4, 16)
     assert torch.equal(x_BLD[:, :2], x_BLD[:, 2:])
     with pytest.raises(ValueError, match=r"84 tokens, the other 40.*same tokens in the same order"):
-        joint.Pair((whole, part), "write")
+        StackedSource([whole.source("write"), part.source("write")])
 
 
 def test_a_joint_cell_has_a_name_of_its_own():

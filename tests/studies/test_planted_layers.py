@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder
-from crosscoder.data.shuffled import shuffle_stream
+from crosscoder.data.sources import shuffle_stream
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery, spread
 from crosscoder.measure.probes import FunctionalSpread, ProbeConfig, measure_functional_spread

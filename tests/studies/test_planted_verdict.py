@@ -37,7 +37,7 @@ class WellRead(Planted):
 
     def bank(self, pair, k):
         """A bank needs one active feature for each layer that a planted one lives in."""
-        slots = self.config.active * pair.planted_rho("A")
+        slots = self.config.active * pair.config.shape("A")[0] ** pair.config.gamma
         l0 = k * pair.config.n_layers
         return gain.Point(float(l0), float(1 - 0.028 * (slots / l0) ** 2))
 

@@ -1,0 +1,295 @@
+"""Sources of activations: batches to train on, by number, and held-out batches in the order of the text.
+
+Unusual here: a source has no cursor. `batch(index, size, seed)` is a pure function, so the whole data state of a run is
+the number of the next batch, and any batch can be asked for first. All layers of a token travel together.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crosscoder.foundation.order import epoch_spans, seeded_generator
+
+SiteKind = Literal["residual", "write"]
+EVALUATION_BATCH = 4096
+
+
+class Source(abc.ABC):
+    """What dictionaries are trained and measured on."""
+
+    n_layers: int
+    d_model: int
+    scale_L: Tensor
+    """The factor of each layer by which raw activations were multiplied; a dictionary keeps it as `input_scale`."""
+    fingerprint: str | None = None
+    """Of the model, the text and their order, where there is one: two sources that share it give the same batches."""
+
+    @abc.abstractmethod
+    def batch(self, index: int, size: int, seed: int) -> Tensor:
+        """Scaled batch number `index` of `size` tokens, float32 `x_BLD`, in the order that `seed` gives."""
+
+    @abc.abstractmethod
+    def held_out(self) -> Iterator[Tensor]:
+        """Scaled batches `x_BLD` of tokens that are never trained on."""
+
+    def batches(self, size: int, *, seed: int, steps: int) -> Callable[[int], Iterator[Tensor]]:
+        """What `train` takes: a function that gives the batches from a step on, up to `steps`."""
+        return lambda start: (self.batch(index, size, seed) for index in range(start, steps))
+
+
+class Activations(Protocol):
+    """The activations of a text at all harvested sites, read from a store or harvested when they are asked for."""
+
+    n_tokens: int
+    """Tokens in one epoch."""
+    sites: tuple[int, ...]
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def sequences_T(self) -> Tensor:
+        """For each token in stored order, the number of its block."""
+        ...
+
+    @property
+    def positions_T(self) -> Tensor:
+        """For each token in stored order, its position in its block."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Tokens `start` to `stop` in stored order, float32 `[t, sites, D]`, not scaled."""
+        ...
+
+    def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
+        """Tokens `start` to `stop` of a shuffled epoch, float32 `[t, sites, D]`, not scaled."""
+        ...
+
+    def site_scale(self, kind: SiteKind) -> Tensor:
+        """The factor of each layer of `select_sites(..., kind)` that makes its usual norm sqrt(D)."""
+        ...
+
+
+class SiteSource(Source):
+    """Block outputs ("residual") or what each block added ("write"), both splits at the training split's scales."""
+
+    def __init__(self, train: Activations, held_out: Activations | None, kind: SiteKind) -> None:
+        self.train, self._held_out, self.kind = train, held_out, kind
+        self.sites = select_site_numbers(train.sites, kind)
+        self.n_layers, self.d_model = len(self.sites), train.d_model
+        self.scale_L = check_scale(train.site_scale(kind), self.n_layers)
+        self.fingerprint = f"{train.fingerprint}/{kind}"
+
+    def batch(self, index: int, size: int, seed: int) -> Tensor:
+        spans = epoch_spans(self.train.n_tokens, batch=size, index=index)
+        pieces = [self.train.epoch_rows(start, stop, seed=seed, epoch=epoch) for epoch, start, stop in spans]
+        x_TLD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return select_sites(x_TLD, self.train.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
+
+    def held_out(self) -> Iterator[Tensor]:
+        return held_out_batches(self.held_out_activations, self.kind, self.scale_L)
+
+    @property
+    def held_out_activations(self) -> Activations:
+        """The held-out split.
+
+        Raises:
+            ValueError: the source was made without one.
+        """
+        if self._held_out is None:
+            raise ValueError("this source has no held-out activations; give both splits")
+        return self._held_out
+
+
+class ShuffledSource(Source):
+    """The null in which layers know nothing of each other: in each batch, every layer's tokens in an order of its own.
+
+    Each layer keeps its vectors, so its own statistics stay exactly as they were; only which vectors stand side by side
+    as one token changes. Training batches are drawn from shuffled text: two tokens are two independent draws, and a
+    permutation of B tokens leaves a layer's vector beside its own in a share 1 / B of the cases, on average. A token of
+    a layer meets others in each epoch, so that no pairing can be learnt by heart. Held-out batches follow the text:
+    partners come from the same stretch of it, so batches must be much longer than documents, and whatever the topic of
+    a stretch shows in several layers stays, which makes the null larger and X smaller.
+    """
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self._source, self._seed = source, seed
+        self.n_layers, self.d_model, self.scale_L = source.n_layers, source.d_model, source.scale_L
+        self.fingerprint = source.fingerprint and f"{source.fingerprint}/shuffled {seed}"
+
+    def batch(self, index: int, size: int, seed: int) -> Tensor:
+        generator = seeded_generator("shuffled layers", self._seed, seed, index)
+        return shuffle_layers(self._source.batch(index, size, seed), generator)
+
+    def held_out(self) -> Iterator[Tensor]:
+        return shuffle_stream(self._source.held_out(), self._seed)
+
+
+class StackedSource(Source):
+    """Several models on the same tokens, layers one after another; narrow ones are padded with zeros at the end.
+
+    Each model is multiplied by a weight so that all have the same total energy, the mean over models of layers times
+    width.
+
+    Raises:
+        ValueError: the sources do not hold the same tokens.
+    """
+
+    def __init__(self, sources: Sequence[SiteSource]) -> None:
+        self.sources = tuple(sources)
+        _check_same_tokens([source.train for source in sources])
+        _check_same_tokens([source.held_out_activations for source in sources])
+        self.layer_counts = tuple(source.n_layers for source in sources)
+        self.widths = tuple(source.d_model for source in sources)
+        self.n_layers, self.d_model = sum(self.layer_counts), max(self.widths)
+        energies = [layers * width for layers, width in zip(self.layer_counts, self.widths, strict=True)]
+        self.weights = [math.sqrt(sum(energies) / len(energies) / energy) for energy in energies]
+        scales = [source.scale_L * weight for source, weight in zip(sources, self.weights, strict=True)]
+        self.scale_L = torch.cat(scales)
+        self.fingerprint = combine_fingerprints(*(str(source.fingerprint) for source in sources))
+
+    @property
+    def energy_L(self) -> np.ndarray:
+        """Mean square norm of each layer, by construction of the scales."""
+        each = [weight**2 * width for weight, width in zip(self.weights, self.widths, strict=True)]
+        return np.repeat(each, self.layer_counts)
+
+    @property
+    def held_out_sequences_T(self) -> Tensor:
+        """For each held-out token, the number of its block."""
+        return self.sources[0].held_out_activations.sequences_T
+
+    def batch(self, index: int, size: int, seed: int) -> Tensor:
+        return self._stack([source.batch(index, size, seed) for source in self.sources])
+
+    def held_out(self) -> Iterator[Tensor]:
+        for parts in zip(*(source.held_out() for source in self.sources), strict=True):
+            yield self._stack(parts)
+
+    def _stack(self, parts: Sequence[Tensor]) -> Tensor:
+        weighted = [x_BLD * weight for x_BLD, weight in zip(parts, self.weights, strict=True)]
+        return torch.cat([F.pad(x_BLD, (0, self.d_model - x_BLD.shape[2])) for x_BLD in weighted], dim=1)
+
+
+class PlantedSource(Source):
+    """Tokens of a planted world, drawn when they are asked for.
+
+    draw: `(n, stream, index) -> x_BLD`, scaled: batch number `index` of `n` tokens of a stream of random numbers, a
+        pure function. Training batches are of the stream of their seed.
+    held_out_stream: the stream of the held-out tokens; never train with it as seed.
+    held_out_tokens: how many there are; the last batch may be smaller than the others.
+    distinct_tokens: training reads as many tokens over and over; None: they never repeat.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int, int | str, int], Tensor],
+        *,
+        scale_L: Tensor,
+        d_model: int,
+        held_out_stream: int | str,
+        held_out_tokens: int,
+        distinct_tokens: int | None = None,
+    ) -> None:
+        self._draw, self._stream, self._distinct = draw, held_out_stream, distinct_tokens
+        self.n_layers, self.d_model, self.scale_L = len(scale_L), d_model, scale_L
+        self.held_out_tokens = held_out_tokens
+
+    def batch(self, index: int, size: int, seed: int) -> Tensor:
+        if self._distinct is not None:
+            index %= max(1, self._distinct // size)
+        return self._draw(size, seed, index)
+
+    def held_out(self) -> Iterator[Tensor]:
+        for index, start in enumerate(range(0, self.held_out_tokens, EVALUATION_BATCH)):
+            yield self._draw(min(EVALUATION_BATCH, self.held_out_tokens - start), self._stream, index)
+
+
+def held_out_batches(activations: Activations, kind: SiteKind, scale_L: Tensor) -> Iterator[Tensor]:
+    """Activations in stored order, scaled by factors of other ones, such as those a dictionary was trained on."""
+    for start in range(0, activations.n_tokens, EVALUATION_BATCH):
+        x_TLD = activations.rows(start, min(start + EVALUATION_BATCH, activations.n_tokens))
+        yield select_sites(x_TLD, activations.sites, kind) * scale_L.to(x_TLD.device)[:, None]
+
+
+def shuffle_layers(x_BLD: Tensor, generator: torch.Generator) -> Tensor:
+    """`x_BLD` with each layer's B vectors in a random order of its own; the generator must be on the CPU."""
+    n_tokens, n_layers = x_BLD.shape[:2]
+    order_BL = torch.stack([torch.randperm(n_tokens, generator=generator) for _ in range(n_layers)], dim=1)
+    return x_BLD[order_BL.to(x_BLD.device), torch.arange(n_layers, device=x_BLD.device)]
+
+
+def shuffle_stream(batches: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+    """Batches `x_BLD` with each layer's tokens permuted within the batch, a function of (`seed`, position) alone."""
+    for index, x_BLD in enumerate(batches):
+        yield shuffle_layers(x_BLD, seeded_generator("shuffled stream", seed, index))
+
+
+def are_neighbours(sites: tuple[int, ...]) -> bool:
+    """Whether `sites` are two or more blocks in a row, so that their differences are the blocks' writes."""
+    return len(sites) > 1 and sites == tuple(range(sites[0], sites[-1] + 1))
+
+
+def select_site_numbers(sites: tuple[int, ...], kind: SiteKind) -> tuple[int, ...]:
+    """Which blocks a source of harvested `sites` shows.
+
+    Raises:
+        ValueError: an unknown kind, nothing left, or writes asked of sites that are not neighbours.
+    """
+    if kind == "residual":
+        chosen = tuple(site for site in sites if site > 0)
+        if not chosen:
+            raise ValueError(f"sites {list(sites)} hold no block output; harvest more layers")
+        return chosen
+    if kind != "write":
+        raise ValueError(f"kind is {kind!r}, expected 'residual' or 'write'")
+    if not are_neighbours(sites):
+        raise ValueError(
+            f"sites {list(sites)} are not two or more neighbours, so blocks' writes are not their "
+            "differences; harvest every layer"
+        )
+    return sites[1:]
+
+
+def select_sites(x_TLD: Tensor, sites: tuple[int, ...], kind: SiteKind) -> Tensor:
+    """`x_TLD` without the embedding ("residual"), or the differences of neighbouring sites ("write")."""
+    select_site_numbers(sites, kind)
+    if kind == "write":
+        return x_TLD[:, 1:] - x_TLD[:, :-1]
+    return x_TLD[:, 1:] if sites[0] == 0 else x_TLD
+
+
+def combine_fingerprints(*parts: str) -> str:
+    """sha256 of the parts, in order."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def check_scale(scale_L: Tensor, n_layers: int) -> Tensor:
+    """`scale_L` as float32, after checking that it holds one positive finite number a layer."""
+    scale_L = torch.as_tensor(scale_L, dtype=torch.float32)
+    if scale_L.shape != (n_layers,) or not bool((scale_L.isfinite() & (scale_L > 0)).all()):
+        raise ValueError(f"expected {n_layers} positive scales, got {scale_L.tolist()}")
+    return scale_L
+
+
+def _check_same_tokens(splits: Sequence[Activations]) -> None:
+    first = splits[0]
+    for other in splits[1:]:
+        same = first.n_tokens == other.n_tokens and torch.equal(first.sequences_T, other.sequences_T)
+        if not (same and torch.equal(first.positions_T, other.positions_T)):
+            raise ValueError(
+                f"one source holds {first.n_tokens:,} tokens, the other {other.n_tokens:,}, or others; stacked models "
+                "must be read on the same tokens in the same order"
+            )

@@ -1,0 +1,143 @@
+import collections
+import json
+
+import pytest
+import torch
+
+from crosscoder.data import shards as shards_module
+from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.shards import ActivationShards, write_shards
+from crosscoder.data.sources import SiteSource
+from crosscoder.data.stream import ActivationStream
+from crosscoder.data.subject import build_subject
+from crosscoder.foundation.artifact import DamagedArtifactError
+
+N_TOKENS = 77  # eleven blocks of eight, the first position skipped
+
+
+@pytest.fixture
+def truth(harvester, blocks):
+    return harvester.harvest(blocks[:]).x_TLD
+
+
+def test_a_shuffled_batch_mixes_sequences(harvester, blocks, tmp_path):
+    """A store shuffles over all of its tokens, not within a shard."""
+    store = write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
+    plain = store.rows(0, N_TOKENS).flatten(1)
+    numbers = torch.cdist(store.epoch_rows(0, 30, seed=0, epoch=0).flatten(1), plain).argmin(1)
+    assert len((numbers // 20).unique()) == 4
+    assert not torch.equal(numbers, numbers.sort().values)
+
+
+def test_rows_and_where_they_come_from_are_in_stored_order(harvester, blocks, truth, tmp_path):
+    store = write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20, metadata={"model": "tiny"})
+    torch.testing.assert_close(store.rows(0, N_TOKENS), truth)
+    torch.testing.assert_close(store.rows(15, 45), truth[15:45])
+    assert store.sequences_T.tolist() == [number for number in range(11) for _ in range(7)]
+    assert store.positions_T.tolist() == list(range(1, 8)) * 11
+    assert store.index.dropped == {"padding": 0, "first_positions": 11, "beyond_max_tokens": 0}
+    assert store.index.metadata == {"model": "tiny"}
+    assert [shard.tokens for shard in store.index.shards] == [20, 20, 20, 17]
+    with pytest.raises(ValueError, match="rows 70 to 78"):
+        store.rows(70, 78)
+
+
+def test_max_tokens_takes_spread_blocks_and_never_repeats(harvester, blocks, tmp_path):
+    store = write_shards(harvester, blocks, tmp_path / "s", max_tokens=20)
+    assert store.n_tokens == 20
+    assert store.sequences_T.unique().tolist() == [0, 5, 10]
+    assert store.index.dropped["beyond_max_tokens"] == 1
+    assert write_shards(harvester, blocks, tmp_path / "all", max_tokens=10_000).n_tokens == N_TOKENS
+
+
+def test_bfloat16_round_trip(harvester, blocks, truth, tmp_path):
+    store = write_shards(harvester, blocks, tmp_path / "s", dtype="bfloat16", tokens_per_shard=30)
+    assert torch.equal(store.rows(0, N_TOKENS), truth.bfloat16().float())
+    assert store.epoch_rows(0, 4, seed=0, epoch=0).dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        write_shards(harvester, blocks, tmp_path / "t", dtype="int8")
+
+
+def test_fingerprint_follows_the_model_the_sites_the_dtype_and_the_tokens(harvester, blocks, tmp_path):
+    settings = [
+        (harvester, {}),
+        (ResidualHarvester(harvester.model, layers=[1, 2]), {}),
+        (harvester, {"dtype": "bfloat16"}),
+        (harvester, {"max_tokens": 20}),
+    ]
+    stores = [write_shards(reader, blocks, tmp_path / str(i), **given) for i, (reader, given) in enumerate(settings)]
+    assert len({store.fingerprint for store in stores}) == 4
+    assert write_shards(harvester, blocks, tmp_path / "again").fingerprint == stores[0].fingerprint
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_truncated_and_missing_shards_are_refused_by_name(harvester, blocks, tmp_path, verify):
+    write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
+    shard = tmp_path / "s" / "shard-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(DamagedArtifactError, match="shard-00002"):
+        ActivationShards.load(tmp_path / "s", verify=verify)
+    shard.unlink()
+    with pytest.raises(DamagedArtifactError, match="shard-00002"):
+        ActivationShards.load(tmp_path / "s", verify=verify)
+    shard.write_bytes(content)
+    index = tmp_path / "s" / "index.json"
+    index.write_text(index.read_text() + "\n")
+    with pytest.raises(DamagedArtifactError, match=r"index\.json"):
+        ActivationShards.load(tmp_path / "s", verify=verify)
+
+
+def test_an_altered_shard_and_a_forged_index_are_refused(harvester, blocks, tmp_path):
+    write_shards(harvester, blocks, tmp_path / "s")
+    shard = tmp_path / "s" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DamagedArtifactError, match="does not match its sha256"):
+        ActivationShards.load(tmp_path / "s")
+    text = (tmp_path / "s" / "index.json").read_text()
+    index = json.loads(text)
+    index["shards"][0]["tokens"] = 76
+    (tmp_path / "s" / "index.json").write_text(text.replace('"tokens": 77', '"tokens": 76'))
+    with pytest.raises(DamagedArtifactError, match=r"says float32 \[76, 4, 16\]"):
+        ActivationShards.load(tmp_path / "s", verify=False)
+
+
+def test_a_harvest_that_dies_leaves_nothing(harvester, blocks, tmp_path, monkeypatch):
+    original = shards_module._write_shard
+
+    def fail_on_third(folder, number, tensors):
+        if number == 2:
+            raise KeyboardInterrupt
+        return original(folder, number, tensors)
+
+    monkeypatch.setattr(shards_module, "_write_shard", fail_on_third)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        ActivationShards.load(tmp_path / "s", verify=False)
+
+
+def test_a_store_larger_than_the_disk_is_refused_before_it_is_begun(harvester, blocks, tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda path: usage(10**6, 0, 10**6))
+    with pytest.raises(OSError, match=r"77 tokens x 4 layers x 16 wide x 4 bytes.*free"):
+        write_shards(harvester, blocks, tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_is_named_and_stored_nowhere(blocks, tmp_path):
+    model = build_subject(2, 16, vocab_size=40, context=8, head_dim=4, seed=0).eval().requires_grad_(False)
+    harvester = ResidualHarvester(model)
+    rare = int(blocks[10][-1])
+    model.model.embed_tokens.weight[rare] = float("nan")
+    stream = ActivationStream(harvester, blocks)
+    assert stream.epoch_rows(0, N_TOKENS, seed=0, epoch=0).isnan().any()
+    with pytest.raises(ValueError, match="not finite; check the model's weights"):
+        SiteSource(stream, None, "residual")
+    block, position = (blocks[:][:, 1:] == rare).nonzero()[0].tolist()
+    with pytest.raises(ValueError, match=f"site 0, block {block}, position {position + 1} is not finite"):
+        write_shards(harvester, blocks, tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []

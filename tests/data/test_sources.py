@@ -1,0 +1,224 @@
+"""Batches by number, from a store or a stream: every token once an epoch, the same after any interruption."""
+
+import pytest
+import torch
+
+from crosscoder.data.residuals import ResidualHarvester, estimate_scales
+from crosscoder.data.shards import stored_source, write_shards
+from crosscoder.data.sources import PlantedSource, ShuffledSource, SiteSource, Source, StackedSource
+from crosscoder.data.stream import ActivationStream, stream_source
+from crosscoder.data.subject import build_subject
+
+N_TOKENS = 77  # eleven blocks of eight, the first position skipped
+
+
+@pytest.fixture(params=["one shard", "many shards", "writes", "stream", "streamed writes"])
+def source(request, harvester, blocks, tmp_path):
+    kind = "write" if "writes" in request.param else "residual"
+    if "stream" in request.param:
+        stream = ActivationStream(harvester, blocks, blocks_per_refill=3)
+        return SiteSource(stream, stream, kind)
+    write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=100 if request.param == "one shard" else 20)
+    return stored_source(tmp_path / "s", tmp_path / "s", kind)
+
+
+def tags(x_BLD):
+    """One number a token, the same wherever the token appears."""
+    return (x_BLD.double() * torch.arange(1, x_BLD[0].numel() + 1).view(x_BLD.shape[1:])).sum((1, 2))
+
+
+def epoch(source, seed, number):
+    """The scaled tokens of one epoch, in order."""
+    return source.batch(number, N_TOKENS, seed)
+
+
+@pytest.fixture
+def truth(harvester, blocks):
+    return harvester.harvest(blocks[:]).x_TLD
+
+
+def scaled_truth(source, truth):
+    return (truth.diff(dim=1) if source.kind == "write" else truth[:, 1:]) * source.scale_L[:, None]
+
+
+def test_every_token_comes_once_an_epoch_and_epochs_differ(source, truth):
+    expected = scaled_truth(source, truth)
+    assert len(tags(truth).round(decimals=5).unique()) == N_TOKENS, "tokens must be told apart"
+    for number in (0, 1):
+        found = epoch(source, 4, number)
+        assert found.shape == (N_TOKENS, source.n_layers, source.d_model) == expected.shape
+        torch.testing.assert_close(tags(found).sort().values, tags(expected).sort().values, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(epoch(source, 4, 0), epoch(source, 4, 1))
+    assert not torch.allclose(epoch(source, 4, 0), epoch(source, 5, 0))
+
+
+def test_batches_asked_for_in_any_order_run_on_through_epochs(source):
+    epochs = torch.cat([epoch(source, 4, number) for number in range(3)])
+    for index in (20, 7, 0, 8, 15, 7):  # 7 and 15 cross the end of an epoch
+        assert torch.equal(source.batch(index, 10, 4), epochs[index * 10 : index * 10 + 10])
+    resumed = list(source.batches(10, seed=4, steps=20)(18))
+    assert len(resumed) == 2
+    assert torch.equal(resumed[1], source.batch(19, 10, 4))
+
+
+def test_usual_norm_is_the_root_of_the_width(source):
+    norm_L = epoch(source, 0, 0).norm(dim=-1).mean(0)
+    torch.testing.assert_close(norm_L, torch.full((source.n_layers,), 4.0), rtol=0.02, atol=0)
+
+
+def test_held_out_tokens_come_in_the_order_of_the_text_at_the_scales_of_training(source, truth, harvester, blocks):
+    torch.testing.assert_close(torch.cat(list(source.held_out())), scaled_truth(source, truth), rtol=1e-4, atol=1e-5)
+    few = ActivationStream(harvester, blocks, max_tokens=10)
+    other = SiteSource(few, source.train, source.kind)
+    expected = scaled_truth(source, truth) / source.scale_L[:, None] * other.scale_L[:, None]
+    torch.testing.assert_close(torch.cat(list(other.held_out())), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no held-out activations"):
+        SiteSource(few, None, source.kind).held_out()
+
+
+@pytest.mark.parametrize("max_tokens", [None, 20])
+def test_a_stream_is_a_store_of_the_same_tokens_read_in_its_own_order(harvester, blocks, tmp_path, max_tokens):
+    stream = ActivationStream(harvester, blocks, blocks_per_refill=3, max_tokens=max_tokens)
+    store = write_shards(harvester, blocks, tmp_path / "s", max_tokens=max_tokens and stream.n_tokens)
+    assert store.n_tokens == stream.n_tokens == (21 if max_tokens else N_TOKENS)
+    assert torch.equal(store.sequences_T, stream.sequences_T)
+    assert torch.equal(store.positions_T, stream.positions_T)
+    for kind in ("residual", "write"):
+        torch.testing.assert_close(store.site_scale(kind), stream.site_scale(kind), rtol=1e-6, atol=0)
+    for number in (0, 3):
+        order_T = stream.epoch_tokens(seed=6, epoch=number)
+        assert sorted(order_T.tolist()) == list(range(stream.n_tokens))
+        streamed = stream.epoch_rows(0, stream.n_tokens, seed=6, epoch=number)
+        torch.testing.assert_close(streamed, store.gather(order_T), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stream.rows(5, 19), store.rows(5, 19), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_read_in_order_harvests_each_block_once_and_resumes_with_one_refill(harvester, blocks, monkeypatch):
+    stream = ActivationStream(harvester, blocks, blocks_per_refill=3)
+    source = SiteSource(stream, None, "residual")
+    harvested = []
+    original = ResidualHarvester.harvest
+    monkeypatch.setattr(
+        ResidualHarvester, "harvest", lambda self, ids: harvested.append(len(ids)) or original(self, ids)
+    )
+    inorder = [source.batch(index, 7, 0) for index in range(11)]
+    assert sum(harvested) == 11
+    harvested.clear()
+    assert torch.equal(source.batch(1, 7, 0), inorder[1])
+    assert sum(harvested) == 3
+
+
+def test_a_stream_mixes_sequences(harvester, blocks):
+    stream = ActivationStream(harvester, blocks, blocks_per_refill=11)
+    orders = [stream.epoch_tokens(seed=seed, epoch=epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order_T in orders:
+        assert len((order_T[:14] // 7).unique()) > 2, "the tokens of a sequence must not stay together"
+    assert len({tuple(order_T.tolist()) for order_T in orders}) == 3
+
+
+def test_a_folder_of_tokens_is_streamed(harvester, blocks, llama, tmp_path):
+    for split in ("train", "held_out"):
+        blocks.save(tmp_path / split)
+    source = stream_source(llama, tmp_path, kind="write", layers=(1, 2, 3), max_held_out_tokens=10)
+    assert source.sites == (2, 3)
+    assert sum(len(x_BLD) for x_BLD in source.held_out()) == 14
+    stream = ActivationStream(ResidualHarvester(llama, layers=[1, 2, 3]), blocks)
+    again = SiteSource(stream, None, "write")
+    assert torch.equal(source.batch(3, 10, 0), again.batch(3, 10, 0))
+    assert source.fingerprint == again.fingerprint
+    other = ActivationStream(ResidualHarvester(llama, layers=[1, 2, 3]), blocks, blocks_per_refill=2)
+    assert len({source.fingerprint, SiteSource(stream, None, "residual").fingerprint, other.fingerprint}) == 3
+
+
+def test_views_drop_the_embedding_or_take_differences(harvester, blocks, truth, tmp_path):
+    write_shards(harvester, blocks, tmp_path / "s")
+    residual, write = (stored_source(tmp_path / "s", None, kind) for kind in ("residual", "write"))
+    assert residual.sites == write.sites == (1, 2, 3)
+    torch.testing.assert_close(write.scale_L, estimate_scales(truth.diff(dim=1)))
+    torch.testing.assert_close(residual.scale_L, estimate_scales(truth)[1:])
+    gap = ActivationStream(ResidualHarvester(harvester.model, layers=[0, 2]), blocks)
+    with pytest.raises(ValueError, match="neighbours"):
+        SiteSource(gap, None, "write")
+    embedding = ActivationStream(ResidualHarvester(harvester.model, layers=[0]), blocks)
+    with pytest.raises(ValueError, match="no block output"):
+        SiteSource(embedding, None, "residual")
+    with pytest.raises(ValueError, match="kind is 'other'"):
+        SiteSource(gap, None, "other")
+
+
+def test_settings_that_cannot_work_are_refused(harvester, blocks, llama):
+    with pytest.raises(ValueError, match="pad_token_id"):
+        ActivationStream(ResidualHarvester(llama, pad_token_id=0), blocks)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        ActivationStream(ResidualHarvester(llama, skip_positions=8), blocks)
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        ActivationStream(harvester, blocks, max_tokens=0)
+    with pytest.raises(ValueError, match="batch=0"):
+        SiteSource(ActivationStream(harvester, blocks), None, "residual").batch(0, 0, 0)
+
+
+class Numbered(Source):
+    """Batches whose number at every layer is the token's own."""
+
+    n_layers, d_model, scale_L = 3, 2, torch.ones(3)
+
+    def batch(self, index, size, seed):
+        return torch.arange(float(size))[:, None, None].expand(size, 3, 2) + torch.tensor([0, 1000, 2000])[:, None]
+
+    def held_out(self):
+        return iter([self.batch(0, 512, 0)] * 2)
+
+
+def test_in_the_shuffled_null_every_layer_keeps_its_vectors_and_loses_its_partners():
+    source = Numbered()
+    null = ShuffledSource(source, 7)
+    for y in (null.batch(0, 512, 0), *null.held_out()):
+        for layer in range(3):
+            torch.testing.assert_close(y[:, layer, 0].sort().values, source.batch(0, 512, 0)[:, layer, 0])
+        torch.testing.assert_close(y[..., 0], y[..., 1])  # vectors stay whole
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            together = (y[:, a, 0] % 1000 == y[:, b, 0] % 1000).float().mean()
+            assert together < 0.02, "layers were permuted alike"
+
+
+def test_shuffled_batches_are_functions_of_their_numbers():
+    null, other = ShuffledSource(Numbered(), 7), ShuffledSource(Numbered(), 8)
+    batch = null.batch(3, 512, 0)
+    assert torch.equal(batch, null.batch(3, 512, 0))
+    for different in (null.batch(4, 512, 0), null.batch(3, 512, 1), other.batch(3, 512, 0)):
+        assert not torch.equal(batch, different)
+    first, second = null.held_out()
+    assert not torch.equal(first, second)
+    assert torch.equal(next(null.held_out()), first)
+    assert not torch.equal(next(other.held_out()), first)
+
+
+def test_stacked_models_keep_their_tokens_together_and_share_the_energy(harvester, blocks):
+    wide = build_subject(1, 32, vocab_size=40, context=8, head_dim=4, seed=0).eval().requires_grad_(False)
+    models = harvester, ResidualHarvester(wide)
+    streams = [ActivationStream(model, blocks, blocks_per_refill=4) for model in models]
+    parts = [SiteSource(stream, stream, "residual") for stream in streams]
+    stacked = StackedSource(parts)
+    assert (stacked.n_layers, stacked.d_model) == (4, 32)
+    x_BLD = stacked.batch(1, 20, 3)
+    first, second = (part.batch(1, 20, 3) * weight for part, weight in zip(parts, stacked.weights, strict=True))
+    assert torch.equal(x_BLD[:, :3, :16], first)
+    assert not x_BLD[:, :3, 16:].any()
+    assert torch.equal(x_BLD[:, 3:], second)
+    assert stacked.energy_L[:3].sum() == pytest.approx(stacked.energy_L[3:].sum()) == pytest.approx((3 * 16 + 32) / 2)
+    held_out = torch.cat(list(stacked.held_out()))
+    assert len(held_out) == N_TOKENS == len(stacked.held_out_sequences_T)
+    few = SiteSource(ActivationStream(harvester, blocks, max_tokens=20), streams[0], "residual")
+    with pytest.raises(ValueError, match=r"77 tokens, the other 21.*same tokens in the same order"):
+        StackedSource([parts[1], few])
+
+
+def test_planted_tokens_come_again_and_are_held_out_to_the_last():
+    def draw(n, stream, index):
+        return torch.full((n, 2, 3), float(index)) + (100 if stream == "other" else 0)
+
+    settings = {"scale_L": torch.ones(2), "d_model": 3, "held_out_stream": "other", "held_out_tokens": 5000}
+    source = PlantedSource(draw, distinct_tokens=30, **settings)
+    assert [int(x_BLD[0, 0, 0]) for x_BLD in source.batches(10, seed=0, steps=7)(1)] == [1, 2, 0, 1, 2, 0]
+    assert int(PlantedSource(draw, **settings).batch(9, 10, 0)[0, 0, 0]) == 9
+    assert [(len(x_BLD), int(x_BLD[0, 0, 0])) for x_BLD in source.held_out()] == [(4096, 100), (904, 101)]
