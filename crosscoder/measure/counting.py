@@ -143,9 +143,3 @@ def adjacent_share(layers: Sequence[LayerFeatures]) -> float:
     shares = [matching.matched_share(similarity(a, b, "correlation"), LINK) for a, b in pairwise(layers)]
     shares = [share for share in shares if not np.isnan(share)]  # a layer without alive features says nothing
     return float(np.mean(shares)) if shares else float("nan")
-
-
-def same_layer_share(first: Sequence[LayerFeatures], second: Sequence[LayerFeatures]) -> float:
-    """q_same: mean over layers of the share matched between two seeds of the same layer."""
-    shares = [matching.matched_share(similarity(a, b, "correlation"), LINK) for a, b in zip(first, second, strict=True)]
-    return float(np.mean(shares))

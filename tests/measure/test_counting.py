@@ -119,13 +119,11 @@ def test_seed_corrected_lifespan():
     assert all(math.isnan(x) for x in counting.seed_corrected_lifespan(0.1, 0.0, 8))
 
 
-def test_adjacent_and_same_layer_shares():
+def test_adjacent_share():
     rng = np.random.default_rng(4)
     z = rng.random((400, 4)) * (rng.random((400, 4)) < 0.2)
     first = layers_of([z[:, [0, 1]], z[:, [0, 2]]], [np.eye(2)] * 2)
-    second = layers_of([z[:, [1, 0]], z[:, [2, 3]]], [np.eye(2)] * 2)
     assert counting.adjacent_share(first) == 0.5
-    assert counting.same_layer_share(first, second) == 0.75
     assert math.isnan(counting.adjacent_share(first[:1]))
 
 
