@@ -134,12 +134,6 @@ def occupied_layers(profile_FL: np.ndarray) -> np.ndarray:
     return (profile_FL >= 0.5 * peak_F1) & (peak_F1 > 0)
 
 
-def profile_entropy(profile_FL: np.ndarray) -> np.ndarray:
-    """exp of the Shannon entropy of the profile: another count of occupied layers, from 1 to L."""
-    logs = np.log(profile_FL, out=np.zeros_like(profile_FL), where=profile_FL > 0)
-    return np.exp(-(profile_FL * logs).sum(1))
-
-
 def center_of_mass(profile_FL: np.ndarray) -> np.ndarray:
     """Mean layer of each feature, counted from 0, weighted by its profile."""
     return profile_FL @ np.arange(profile_FL.shape[1])

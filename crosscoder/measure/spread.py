@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse, stats
-
-from crosscoder.measure import features
+from scipy import stats
 
 GAIN = 0.05  # a joint AUC this much above the best single layer's counts as gained by reading layers together
 DECODABLE = 0.9  # single-layer AUC from which a feature is readable in one layer
 
 DEFINITIONS = {
-    "single_peak": "Single-peaked: the layers holding at least half of the feature's largest share are neighbours.",
     "functional_rho": "Functional spread: participation ratio 1 / sum of s_l^2, with s_l the share of layer l in what "
     "the encoder adds up on the tokens where the feature is active; layers that lower the sum count as 0.",
     "layer_drop": "Leave-one-layer-out drop: share of a feature's summed activation that is lost when layer l is "
@@ -36,96 +33,15 @@ DEFINITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class DecoderSpread:
-    """How each feature's decoder energy lies over layers; one entry a feature, zero or nan for a zero decoder."""
-
-    profile_FL: np.ndarray  # shares, each row sums to 1
-    rho: np.ndarray  # participation ratio, layers
-    entropy: np.ndarray  # exp of the profile's entropy, layers
-    lifespan: np.ndarray  # layers at half the peak or above
-    center: np.ndarray  # centre of mass, layers from 0
-    single_peak: np.ndarray
-    adjacent_cosine: np.ndarray  # 1 where the direction is kept, less as it drifts; nan within one layer
-
-
-def decoder_spread(decoder_FLD: np.ndarray) -> DecoderSpread:
-    """All statistics of `features` on the decoder's layer profile `e_il = |W_il|^2 / sum_l |W_il|^2`."""
-    profile = features.layer_profile(decoder_FLD)
-    return DecoderSpread(
-        profile_FL=profile,
-        rho=features.participation_ratio(profile),
-        entropy=np.where(profile.sum(1) > 0, features.profile_entropy(profile), 0.0),
-        lifespan=features.lifespan(profile),
-        center=np.where(profile.sum(1) > 0, features.center_of_mass(profile), np.nan),
-        single_peak=single_peak(profile),
-        adjacent_cosine=features.adjacent_cosine(decoder_FLD, profile),
-    )
-
-
-def single_peak(profile_FL: np.ndarray) -> np.ndarray:
-    """True where the layers holding at least half the peak form one run, `[F]`; false for a zero profile."""
-    held = features.occupied_layers(profile_FL).astype(np.int8)
-    starts = np.diff(held, axis=1, prepend=0) == 1
-    return starts.sum(1) == 1
-
-
-def encoder_contributions(
-    x_BLD: np.ndarray, encoder_FLD: np.ndarray, token_P: np.ndarray, feature_P: np.ndarray, *, chunk: int = 4096
-) -> np.ndarray:
-    """What each layer adds to the pre-activation of P active (token, feature) pairs, `x_tl . E_il`, `[P, L]`.
-
-    `x_BLD` must be centred as the encoder sees it: contributions then have mean 0 over all tokens.
-    """
-    parts = [
-        np.einsum("pld,pld->pl", x_BLD[token_P[i : i + chunk]], encoder_FLD[feature_P[i : i + chunk]])
-        for i in range(0, len(token_P), chunk)
-    ]
-    return np.concatenate(parts) if parts else np.zeros((0, encoder_FLD.shape[1]))
-
-
-def _sum_by_feature(values_PL: np.ndarray, feature_P: np.ndarray, n_features: int) -> np.ndarray:
-    total = np.zeros((n_features, values_PL.shape[1]))
-    np.add.at(total, feature_P, values_PL)
-    return total
-
-
-def functional_profile(contribution_PL: np.ndarray, feature_P: np.ndarray, n_features: int) -> np.ndarray:
+def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:
     """Share of each layer in the encoder's sum on active tokens, `[F, L]`; rows sum to 1, zero if never active.
 
-    Contributions are summed over a feature's active tokens first, then negative sums are set to 0: a layer that lowers
-    the pre-activation on average is not one that the feature is read from.
+    `total_FL` are contributions summed over each feature's active tokens, of centred activations. Negative sums become
+    0: a layer that lowers the pre-activation on average is not one that the feature is read from.
     """
-    return profile_of_totals(_sum_by_feature(contribution_PL, feature_P, n_features))
-
-
-def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:
-    """`functional_profile` from contributions that are summed over each feature's active tokens already, `[F, L]`."""
     total = np.maximum(total_FL, 0.0)
     whole = total.sum(1, keepdims=True)
     return np.divide(total, whole, out=np.zeros_like(total), where=whole > 0)
-
-
-def leave_one_out_drop(
-    contribution_PL: np.ndarray,
-    activation_P: np.ndarray,
-    feature_P: np.ndarray,
-    n_features: int,
-    *,
-    threshold: float | np.ndarray = 0.0,
-) -> np.ndarray:
-    """Share of each feature's summed activation lost without layer l, `[F, L]`; nan where it is never active.
-
-    Without layer l an activation becomes `a - c_l`, and 0 where that is not above the threshold (one for all, or one
-    for each feature, `[F]`). Negative where the layer held the feature back. Tokens on which the feature was inactive
-    are not looked at.
-    """
-    limit_P = np.broadcast_to(np.asarray(threshold, dtype=np.float64), (n_features,))[feature_P]
-    left_PL = activation_P[:, None] - contribution_PL
-    left_PL = np.where(left_PL > limit_P[:, None], left_PL, 0.0)
-    before = _sum_by_feature(activation_P[:, None], feature_P, n_features)
-    after = _sum_by_feature(left_PL, feature_P, n_features)
-    return 1 - np.divide(after, before, out=np.full_like(after, np.nan), where=before > 0)
 
 
 def area_under_curve(score_TQ: np.ndarray, label_T: np.ndarray) -> np.ndarray:
@@ -188,37 +104,17 @@ class LatentScaling:
     nu_recon_FL: np.ndarray
 
 
-def latent_scaling(
-    code: sparse.csc_array, x_TLD: np.ndarray, recon_TLD: np.ndarray, decoder_FLD: np.ndarray
-) -> LatentScaling:
-    """nu_err and nu_rec of each feature and layer (Minder et al. 2025, arXiv 2504.02922, with layers for models).
-
-    With d the decoder row at the peak layer, `beta_l = sum_t f_t d . y_tl / (|d|^2 sum_t f_t^2)` minimises
-    `sum_t |y_tl - beta f_t d|^2`. The target y is the error with the feature's own part put back,
-    `x_l - recon_l + f W_l`, or `recon_l`; nu = beta_l / beta_peak. A feature that turns as it passes through the blocks
-    has low nu wherever it has turned away: nu says where the peak's direction is, not where the feature is.
-
-    Raises:
-        ValueError: shapes do not fit together.
-    """
-    n_tokens = code.shape[0]
-    if x_TLD.shape != recon_TLD.shape or len(x_TLD) != n_tokens or x_TLD.shape[1:] != decoder_FLD.shape[1:]:
-        raise ValueError(
-            f"code {code.shape}, x {x_TLD.shape}, recon {recon_TLD.shape} and decoder {decoder_FLD.shape} do not fit; "
-            "expected [T, F], [T, L, D] twice and [F, L, D]"
-        )
-
-    def moment(target_TLD: np.ndarray) -> np.ndarray:
-        return np.asarray(code.T @ target_TLD.reshape(n_tokens, -1), dtype=np.float64).reshape(decoder_FLD.shape)
-
-    square_F = np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel()
-    return scaling_of_moments(moment(x_TLD - recon_TLD), moment(recon_TLD), square_F, decoder_FLD)
-
-
 def scaling_of_moments(
     error_FLD: np.ndarray, recon_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.ndarray
 ) -> LatentScaling:
-    """`latent_scaling` from sums over tokens: `f_t (x_t - recon_t)`, `f_t recon_t` and `f_t^2` of each feature."""
+    """nu_err and nu_rec of each feature and layer (Minder et al. 2025, arXiv 2504.02922, with layers for models).
+
+    Given are sums over tokens: `f_t (x_t - recon_t)`, `f_t recon_t` and `f_t^2`. With d the decoder row at the peak
+    layer, `beta_l = sum_t f_t d . y_tl / (|d|^2 sum_t f_t^2)` minimises `sum_t |y_tl - beta f_t d|^2`. The target y is
+    the error with the feature's own part put back, `x_l - recon_l + f W_l`, or `recon_l`; nu = beta_l / beta_peak. A
+    feature that turns as it passes through the blocks has low nu wherever it has turned away: nu says where the peak's
+    direction is, not where the feature is.
+    """
     decoder = np.asarray(decoder_FLD, dtype=np.float64)
     rows = np.arange(len(decoder))
     peak_F = np.square(decoder).sum(2).argmax(1)

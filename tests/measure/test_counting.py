@@ -25,7 +25,6 @@ def test_layer_profile_and_spread_of_known_features():
     np.testing.assert_allclose(profile[3], 0)
     np.testing.assert_allclose(features.participation_ratio(profile), [1, 4, 1 / 0.82, 0])
     assert features.lifespan(profile).tolist() == [1, 4, 1, 0]
-    np.testing.assert_allclose(features.profile_entropy(profile)[:2], [1, 4])
     np.testing.assert_allclose(features.center_of_mass(profile)[:3], [1, 1.5, 0.1])
     cosine = features.adjacent_cosine(decoder, profile)
     assert cosine[1] == pytest.approx(1)

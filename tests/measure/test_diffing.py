@@ -1,6 +1,5 @@
 """Two subjects in one crosscoder: planted shared and exclusive features come out as what they are."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,6 @@ from crosscoder.dictionary import Diffing, stack_subjects
 from crosscoder.dictionary.structure import feature_owners
 from crosscoder.measure.features import layer_profile, measure_dictionary
 from crosscoder.measure.matching import decoder_cosine
-from crosscoder.measure.spread import latent_scaling
 from crosscoder.measure.universality import exclusive_shares
 from crosscoder.training import TrainConfig, train
 
@@ -114,34 +112,3 @@ def test_dedicated_features_hold_exclusive_planted_ones(planted, trained):
         own = (owner_F[alive_F] == subject) & (cosine > 0.9)
         assert own.sum() >= 2
         assert (planted.subject_F.numpy()[nearest[own]] == subject).all()
-
-
-def test_latent_scaling_agrees_on_who_has_a_feature():
-    """Subjects that share directions: nu at the other subject is near 1 for shared features, near 0 for exclusive."""
-    generator = torch.Generator().manual_seed(0)
-    rows_FD = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q[:20]
-    decoders = [rows_FD.clone()[:, None], rows_FD.clone()[:, None]]
-    decoders[1][10:] = 0  # the last ten are the first subject's
-
-    def batch(seed):
-        own = torch.Generator().manual_seed(seed)
-        active_BF = (torch.rand(256, 20, generator=own) < 0.05) * (0.7 + 0.6 * torch.rand(256, 20, generator=own))
-        return stack_subjects([4 * torch.einsum("bf,fld->bld", active_BF, decoder) for decoder in decoders])
-
-    cc = Crosscoder(n_layers=2, d_model=32, n_features=32, sparsity=BatchTopK(k=1), structure=Diffing((1, 1), (32, 32)))
-    config = TrainConfig(learning_rate=1e-2, dead_after_tokens=5_000, log_every=400)
-    train(cc, [batch(seed) for seed in range(300)], config=config, quiet=True)
-    held_out = [batch(10_000 + seed) for seed in range(4)]
-    measured = measure_dictionary(cc, held_out)
-    alive_F = measured.activity.firing_probability() > 0.01
-    x = torch.cat(held_out)
-    decoder_FLD = cc.decoder_FLD().numpy()[alive_F]
-    with torch.no_grad():
-        recon = cc(x).recon.numpy()
-    nu = latent_scaling(measured.activity.code.tocsc()[:, alive_F], x.numpy(), recon, decoder_FLD).nu_error_FL
-    profile_FL = layer_profile(decoder_FLD)
-    exclusive, shared = profile_FL[:, 0] > 0.9, profile_FL.max(1) < 0.7
-    assert exclusive.sum() >= 8
-    assert shared.sum() >= 8
-    assert np.nanmax(np.abs(nu[exclusive, 1])) < 0.2
-    assert np.nanmin(nu[shared]) > 0.7

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
 
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary import JumpReLU
@@ -79,26 +78,29 @@ class TestAgainstThePlainFormulas:
             inside.append([ridge_auc(part, label[:, i], fitted, fitted) for part in parts[:-1]])
         assert np.abs(inside - measured.auc_nL).max() > 0.01, "scored on the documents it was fitted on"
 
-    def test_profile_and_drop_are_those_of_the_pairs(self, seen, measured):
+    def test_profile_and_drop_are_those_of_the_arrays(self, seen, measured):
         dictionary, x, _ = seen
-        code = dictionary.encode(x).to_dense().detach().double().numpy()
-        token, feature = np.nonzero(code)
+        code = dictionary.encode(x).to_dense().detach().double().numpy()[:, :, None]
         centred = (x - x.mean(0)).double().numpy()
-        part = spread.encoder_contributions(centred, dictionary.encoder.detach().double().numpy(), token, feature)
-        np.testing.assert_allclose(measured.profile_nL, spread.functional_profile(part, feature, 6), atol=1e-5)
-        drop = spread.leave_one_out_drop(part, code[token, feature], feature, 6, threshold=0.4)
-        np.testing.assert_allclose(measured.drop_nL, drop, atol=2e-3)
-        loose = spread.leave_one_out_drop(part, code[token, feature], feature, 6)
-        assert np.abs(measured.drop_nL - loose).max() > 0.02, "the threshold was not heeded"
+        part = np.einsum("tld,fld->tfl", centred, dictionary.encoder.detach().double().numpy())
+        total = np.maximum((part * (code > 0)).sum(0), 0)
+        np.testing.assert_allclose(measured.profile_nL, total / total.sum(1, keepdims=True), atol=1e-5)
+
+        def drop(threshold):
+            left = np.where((code > 0) & (code - part > threshold), code - part, 0)
+            return 1 - left.sum(0) / code.sum(0)
+
+        np.testing.assert_allclose(measured.drop_nL, drop(0.4), atol=2e-3)
+        assert np.abs(measured.drop_nL - drop(0)).max() > 0.02, "the threshold was not heeded"
 
     def test_scaling_is_that_of_the_arrays(self, seen, measured):
         dictionary, x, _ = seen
         out = dictionary(x)
-        code = sparse.csc_array(out.code.to_dense().detach().numpy())
-        bias = dictionary.decoder_bias.detach()
-        found = spread.latent_scaling(
-            code, (x - bias).numpy(), (out.recon.detach() - bias).numpy(), dictionary.decoder.detach().numpy()
-        )
+        code, bias = out.code.to_dense().detach().double(), dictionary.decoder_bias.detach()
+        targets = (x - out.recon.detach()).double(), (out.recon.detach() - bias).double()
+        moments = (torch.einsum("tf,tld->fld", code, target).numpy() for target in targets)
+        square = code.square().sum(0).numpy()
+        found = spread.scaling_of_moments(*moments, square, dictionary.decoder.detach().numpy())
         np.testing.assert_allclose(measured.nu_error_nL, found.nu_error_FL, atol=1e-4)
         np.testing.assert_allclose(measured.nu_recon_nL, found.nu_recon_FL, atol=1e-4)
 
