@@ -11,29 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
-from crosscoder.measure.capacity import effective_dimension
-from crosscoder.measure.counting import binary_entropy
-from crosscoder.measure.statistics import CONFIDENCE, Bootstrap, Estimate
-
-__all__ = [
-    "DEFINITIONS",
-    "DebiasedDimension",
-    "Exponents",
-    "debiased_dimension",
-    "density_of_totals",
-    "effective_dimension",
-    "feature_energy",
-    "fit_exponents",
-    "headroom",
-    "highest_probability",
-    "log_slope",
-    "log_slope_of_bootstraps",
-    "predicted_interference",
-    "weighted_dimension",
-    "welch_floor",
-]
+from crosscoder.measure.statistics import Bootstrap
 
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
 
@@ -47,11 +27,6 @@ DEFINITIONS = {
     f"they add to a square. Not quoted where the mean cosine of a feature with its match is below {SELF_COSINE}.",
     "effective_dimension_attenuated": "The debiased d_eff with G1_ij G2_ij divided by r_i r_j, r the cosine of a "
     "feature with its match: errors also shrink every cosine, by about sqrt(r_i r_j), which the product keeps.",
-    "predicted_interference": "Mean squared cosine that features with these layer profiles and this drift would have "
-    "if their directions were independent and isotropic in each layer: mean over pairs of tr(M_i M_j) / D, with M_i "
-    "the L x L Gram matrix of feature i's decoder rows over its trace.",
-    "welch_floor": "Lowest mean squared cosine that F unit vectors in N dimensions can have, (F - N) / (N (F - 1)), "
-    "0 for F <= N (Welch 1974).",
     "headroom": "Ceiling over measured firing probability: p_max(phi) / p, with p_max the solution of "
     "C phi p ln(1 / p) = 1 for p < 1 / e, phi features per effective dimension, C from planted worlds. Above 1 the "
     "features fit; below phi = e / C nothing constrains them.",
@@ -166,48 +141,6 @@ def debiased_dimension(
     return DebiasedDimension(_dimension(plain), _dimension(corrected), mean, n, None)
 
 
-def density_of_totals(totals_RQ: np.ndarray, dimension: float) -> np.ndarray:
-    """lambda = `sum_i H(p_i) / d_eff` in nats per token and dimension, `[R]`, of R (resampled) texts.
-
-    Columns of `totals_RQ` are the tokens on which each feature fired, and the number of tokens last, so that with
-    `statistics.document_sums` it is a statistic of `statistics.two_level_bootstrap`. The dimension is held fixed: it
-    belongs to the dictionary, not to the text.
-    """
-    return binary_entropy(totals_RQ[:, :-1] / totals_RQ[:, -1:]).sum(1) / dimension
-
-
-def predicted_interference(decoder_FLD: np.ndarray, weight_F: np.ndarray | None = None) -> float:
-    """Mean squared cosine expected of features with these profiles and drifts in independent isotropic directions.
-
-    With `M_i = W_i W_i^T / |W_i|^2` (`[L, L]`, trace 1), turning feature i's rows at all layers by one random rotation
-    of R^D makes `E[G_ij^2] = tr(M_i M_j) / D`; this is its (weighted) mean over i != j. Features of one layer, evenly
-    over layers, give 1 / (L D); a direction kept with equal norm on all layers gives 1 / D. The measured value over
-    this one says how far features avoid (< 1) or seek (> 1) each other.
-    """
-    rows = np.asarray(decoder_FLD, dtype=np.float64)
-    weights = _weights(weight_F, len(rows))
-    gram_FLL = np.einsum("fld,fmd->flm", rows, rows)
-    trace_F = np.einsum("fll->f", gram_FLL)
-    gram_FLL = np.divide(
-        gram_FLL, trace_F[:, None, None], out=np.zeros_like(gram_FLL), where=trace_F[:, None, None] > 0
-    )
-    total = np.square(np.einsum("f,flm->lm", weights, gram_FLL)).sum()
-    own = (np.square(weights) * np.square(gram_FLL).sum((1, 2))).sum()
-    pairs = weights.sum() ** 2 - np.square(weights).sum()
-    return _mean_of_pairs(float(total), float(own), float(pairs)) / rows.shape[2]
-
-
-def welch_floor(n_features: int, n_dimensions: int, weight_F: np.ndarray | None = None) -> float:
-    """Lowest possible (weighted) mean squared cosine of distinct unit vectors; 0 where all could be orthogonal.
-
-    A Gram matrix of rank N and trace `sum w` has squared Frobenius norm at least `(sum w)^2 / N` (Welch 1974), of
-    which the diagonal holds `sum w^2`. 1 / floor is the largest d_eff that F features can have in N dimensions.
-    """
-    weights = _weights(weight_F, n_features)
-    diagonal, square = np.square(weights).sum(), weights.sum() ** 2
-    return max(_mean_of_pairs(float(square / n_dimensions), float(diagonal), float(square - diagonal)), 0.0)
-
-
 def highest_probability(density: float, constant: float) -> float:
     """p_max(phi): the firing probability up to which `density` = phi features per dimension can be told apart.
 
@@ -238,24 +171,6 @@ def headroom(density: float, probability: float, constant: float) -> float:
     return float("inf") if density * constant < math.e else ceiling / probability
 
 
-def log_slope(sizes: Sequence[float], values: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> Estimate:
-    """Slope of ln(value) on ln(size) by least squares, with its t-interval; infinite where no residual is left.
-
-    `values[s]` holds one value for each training seed of shape s; each seed is one observation.
-
-    Raises:
-        ValueError: fewer than two different sizes, or something is not positive.
-    """
-    x = np.repeat(np.asarray(sizes, dtype=np.float64), [len(seeds) for seeds in values])
-    y = np.concatenate([np.asarray(seeds, dtype=np.float64) for seeds in values])
-    _check_slope(x, float(y.min()))
-    fit = stats.linregress(np.log(x), np.log(y))
-    if len(x) < 3:
-        return Estimate(float(fit.slope), -math.inf, math.inf, confidence)
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2)) * float(fit.stderr)
-    return Estimate(float(fit.slope), float(fit.slope) - reach, float(fit.slope) + reach, confidence)
-
-
 def _check_slope(sizes: np.ndarray, smallest: float) -> None:
     if len(np.unique(sizes)) < 2:
         raise ValueError(f"all shapes have size {sizes[0]:g}; a slope needs two different sizes")
@@ -276,37 +191,3 @@ def log_slope_of_bootstraps(sizes: Sequence[float], shapes: Sequence[Bootstrap])
     values = np.log([shape.value for shape in shapes])
     stretched = [v + s.expansion * (np.log(s.draws) - v) for v, s in zip(values, shapes, strict=True)]
     return Bootstrap(float(weights @ values), weights @ np.stack(stretched))
-
-
-@dataclass(frozen=True)
-class Exponents:
-    """How features per layer, lifespans and effective dimension grow with the shape of a model."""
-
-    alpha: Estimate
-    gamma: Estimate
-    delta: Estimate
-
-
-def fit_exponents(
-    n_layers: Sequence[float],
-    d_model: Sequence[float],
-    *,
-    features_per_layer: Sequence[Sequence[float]],
-    rho: Sequence[Sequence[float]],
-    d_eff: Sequence[Sequence[float]],
-    confidence: float = CONFIDENCE,
-) -> Exponents:
-    """alpha, gamma and delta over shapes; each quantity holds a list of training seeds for each shape.
-
-    At fixed N = 12 L D^2 depth and width are collinear, so alpha then also holds what depth does to a layer; width and
-    depth ladders separate them.
-
-    Raises:
-        ValueError: fewer than two different depths or widths, or something is not positive.
-    """
-    relative = [[value / width for value in seeds] for width, seeds in zip(d_model, d_eff, strict=True)]
-    return Exponents(
-        alpha=log_slope(d_model, features_per_layer, confidence),
-        gamma=log_slope(n_layers, rho, confidence),
-        delta=log_slope(n_layers, relative, confidence),
-    )

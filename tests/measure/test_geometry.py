@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 
 from crosscoder.measure import capacity, geometry
-from crosscoder.measure.statistics import Bootstrap, document_sums, two_level_bootstrap
-
-
-def drifting(rng, n, n_layers, width, cosine):
-    """Unit directions that turn by `cosine` from one layer to the next, with equal norm on all layers."""
-    rows = [rng.standard_normal((n, width)) / math.sqrt(width)]
-    for _ in range(n_layers - 1):
-        fresh = rng.standard_normal((n, width)) / math.sqrt(width)
-        rows.append(cosine * rows[-1] + math.sqrt(1 - cosine**2) * fresh)
-    return np.stack(rows, axis=1)
+from crosscoder.measure.statistics import Bootstrap
 
 
 def test_equal_weights_give_the_raw_dimension():
     rows = np.random.default_rng(0).standard_normal((50, 12))
-    assert geometry.effective_dimension is capacity.effective_dimension
     assert geometry.weighted_dimension(rows) == pytest.approx(capacity.effective_dimension(rows))
     assert geometry.weighted_dimension(rows[:8], np.full(8, 3.0)) == pytest.approx(
         capacity.effective_dimension(rows[:8])
@@ -102,51 +92,6 @@ def test_noisy_directions_are_refused_with_a_reason():
         geometry.debiased_dimension(rows, rows[:, :49], pairs)
 
 
-def test_density_by_hand_and_resampled_by_document():
-    assert geometry.density_of_totals(np.array([[5.0, 10, 10]]), 4.0)[0] == pytest.approx(math.log(2) / 4)
-    fires = np.random.default_rng(9).random((2000, 30)) < 0.05
-    sums = document_sums(np.hstack([fires, np.ones((2000, 1))]), np.arange(2000) // 20)
-    found = two_level_bootstrap([[sums]], seed=0, statistic=lambda t: geometry.density_of_totals(t, 10.0), n_draws=200)
-    load = 30 * (-0.05 * math.log(0.05) - 0.95 * math.log(0.95))
-    assert found.value == pytest.approx(load / 10, rel=0.03)
-    assert found.estimate().low < found.value < found.estimate().high
-
-
-@pytest.mark.parametrize(
-    ("n_layers", "width", "cosine", "expected"),
-    [(8, 64, 0.8, 153), (2, 128, 0.8, 156), (8, 64, 0.95, 82), (2, 128, 0.95, 135), (8, 64, 1.0, 64)],
-)
-def test_prediction_for_persistent_features_that_drift(n_layers, width, cosine, expected):
-    gap = np.abs(np.subtract.outer(np.arange(n_layers), np.arange(n_layers)))
-    exact = np.linalg.cholesky(cosine**gap + 1e-12 * np.eye(n_layers))  # rows with these cosines exactly
-    decoder = np.zeros((3, n_layers, width))
-    decoder[:, :, :n_layers] = exact
-    assert 1 / geometry.predicted_interference(decoder) == pytest.approx(expected, rel=0.01)
-
-
-def test_random_features_have_the_interference_that_is_predicted():
-    rng = np.random.default_rng(6)
-    decoder = drifting(rng, 600, 4, 24, 0.7)
-    decoder[:200, 1:] = 0  # a third in one layer
-    weight = rng.random(600) + 0.1
-    measured = 1 / geometry.weighted_dimension(decoder.reshape(600, -1), weight)
-    assert geometry.predicted_interference(decoder, weight) == pytest.approx(measured, rel=0.05)
-    local = np.zeros((400, 4, 8))
-    local[np.arange(400), np.arange(400) % 4] = rng.standard_normal((400, 8))
-    assert geometry.predicted_interference(local) == pytest.approx(1 / 32, rel=0.01)
-
-
-def test_welch_floor_is_reached_by_a_tight_frame_and_never_undercut():
-    angles = np.arange(3) * 2 * math.pi / 3
-    frame = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert geometry.welch_floor(3, 2) == pytest.approx(1 / 4)
-    assert 1 / capacity.effective_dimension(frame) == pytest.approx(1 / 4)
-    assert geometry.welch_floor(2, 2) == 0
-    rng = np.random.default_rng(7)
-    rows, weight = rng.standard_normal((30, 6)), rng.random(30)
-    assert 1 / geometry.weighted_dimension(rows, weight) > geometry.welch_floor(30, 6, weight)
-
-
 def test_highest_probability_solves_the_ceiling():
     assert geometry.highest_probability(2.0, 1.0) == 1  # below e nothing constrains
     assert geometry.highest_probability(math.e, 1.0) == pytest.approx(1 / math.e, rel=1e-6)
@@ -163,43 +108,12 @@ def test_highest_probability_solves_the_ceiling():
         geometry.headroom(5.0, 0.0, 1.0)
 
 
-def test_slopes_by_hand():
-    exact = geometry.log_slope([1, 2, 4], [[3.0], [6.0], [12.0]])
-    assert exact.value == pytest.approx(1)
-    assert (exact.low, exact.high) == (pytest.approx(1), pytest.approx(1))
-    two = geometry.log_slope([2, 8], [[1.0], [2.0]])
-    assert (two.value, two.low, two.high) == (pytest.approx(0.5), -math.inf, math.inf)
-    with pytest.raises(ValueError, match="two different sizes"):
-        geometry.log_slope([2, 2], [[1.0], [2.0]])
-    with pytest.raises(ValueError, match="smallest value is 0"):
-        geometry.log_slope([2, 4], [[1.0], [0.0]])
-
-
-def test_slope_intervals_cover_the_truth():
-    covered, rng = 0, np.random.default_rng(8)
-    for _ in range(200):
-        values = [list(size**0.5 * np.exp(rng.normal(0, 0.2, 2))) for size in (2, 4, 8, 16)]
-        covered += geometry.log_slope([2, 4, 8, 16], values).covers(0.5)
-    assert 0.82 <= covered / 200 <= 0.97
-
-
 def test_slope_of_resampled_shapes():
+    with pytest.raises(ValueError, match="two different sizes"):
+        geometry.log_slope_of_bootstraps([2, 2], [Bootstrap(1.0, np.ones(2)), Bootstrap(2.0, np.ones(2))])
+    with pytest.raises(ValueError, match="smallest value is 0"):
+        geometry.log_slope_of_bootstraps([2, 4], [Bootstrap(1.0, np.ones(2)), Bootstrap(0.0, np.zeros(2))])
     shapes = [Bootstrap(1.0, np.array([1.0, 2.0]), 2.0), Bootstrap(4.0, np.array([4.0, 4.0]))]
     found = geometry.log_slope_of_bootstraps([2, 8], shapes)
     assert found.value == pytest.approx(1)
     np.testing.assert_allclose(found.draws, [1, (math.log(4) - 2 * math.log(2)) / math.log(4)], atol=1e-12)
-
-
-def test_exponents_of_a_planted_law():
-    layers, width = [2, 4, 8, 2, 8], [128, 90, 64, 64, 128]
-    found = geometry.fit_exponents(
-        layers,
-        width,
-        features_per_layer=[[d**1.5, d**1.5] for d in width],
-        rho=[[n**0.25, 1.01 * n**0.25] for n in layers],
-        d_eff=[[d * n**0.5] for n, d in zip(layers, width, strict=True)],
-    )
-    assert found.alpha.value == pytest.approx(1.5)
-    assert found.gamma.value == pytest.approx(0.25)
-    assert found.gamma.low < 0.25 < found.gamma.high
-    assert found.delta.value == pytest.approx(0.5)
