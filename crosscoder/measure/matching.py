@@ -67,15 +67,3 @@ def matched_share(similarity: np.ndarray, minimum: float) -> float:
     """Mutual nearest pairs >= `minimum`, over the size of the smaller side; nan if one side is empty."""
     smaller = min(similarity.shape)
     return len(mutual_nearest_pairs(similarity, minimum)) / smaller if smaller else float("nan")
-
-
-def mean_max_cosine(found_FN: np.ndarray, truth_FN: np.ndarray) -> tuple[float, np.ndarray]:
-    """MCC: mean cosine of the best one-to-one assignment of truth to found features, and each truth's cosine.
-
-    A truth feature left without a partner (fewer found than true) counts as 0.
-    """
-    similarity = decoder_cosine(truth_FN, found_FN)
-    rows, columns = optimize.linear_sum_assignment(similarity, maximize=True)
-    cosine = np.zeros(len(truth_FN))
-    cosine[rows] = similarity[rows, columns]
-    return float(cosine.mean()), cosine

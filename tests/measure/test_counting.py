@@ -61,13 +61,6 @@ def test_matching_rules_differ_as_they_should():
     assert matching.matched_share(SIMILARITY, 0.7) == pytest.approx(2 / 3)
 
 
-def test_mean_max_cosine():
-    truth = np.eye(3)
-    mcc, each = matching.mean_max_cosine(np.array([[0, 2.0, 0], [1.0, 1.0, 0]]), truth)
-    np.testing.assert_allclose(sorted(each), [0, math.sqrt(0.5), 1])
-    assert mcc == pytest.approx((1 + math.sqrt(0.5)) / 3)
-
-
 def test_alive_needs_more_than_ten_occurrences():
     code = np.zeros((1000, 3))
     code[:11, 0], code[:10, 1] = 1, 1

@@ -6,7 +6,7 @@ import torch
 
 from crosscoder import BatchTopK, Crosscoder
 from crosscoder.data.world import World, WorldConfig
-from crosscoder.measure import features, matching
+from crosscoder.measure import features, matching, recovery
 from crosscoder.training import TrainConfig, train
 
 
@@ -24,8 +24,7 @@ def found(request):
 
 def test_planted_features_are_recovered(found):
     world, result = found
-    truth = world.decoder_FLD.flatten(1).numpy()
-    _, cosine = matching.mean_max_cosine(result.dictionary.decoder_FLD().flatten(1).numpy(), truth)
+    cosine = recovery.assign(result.dictionary.decoder_FLD().numpy(), world.decoder_FLD.numpy()).cosine_F
     recall = {
         kind: float((cosine[world.kind_F.numpy() == i] >= 0.9).mean()) for i, kind in enumerate(world.config.kinds)
     }
@@ -49,8 +48,7 @@ def test_their_spread_is_recovered(found):
 def test_an_untrained_crosscoder_recovers_nothing(found):
     world, _ = found
     fresh = Crosscoder(n_layers=4, d_model=16, n_features=96, seed=1)
-    truth = world.decoder_FLD.flatten(1).numpy()
-    _, cosine = matching.mean_max_cosine(fresh.decoder_FLD().flatten(1).numpy(), truth)
+    cosine = recovery.assign(fresh.decoder_FLD().numpy(), world.decoder_FLD.numpy()).cosine_F
     assert (cosine >= 0.9).mean() == 0
 
 
