@@ -211,11 +211,6 @@ class Saturation:
     no_saturation: float | None  # probability of growth without limit
     reason: str | None  # why F_inf is not identified
 
-    @property
-    def identified(self) -> bool:
-        """True where a limit is quoted."""
-        return self.limit is not None
-
 
 def fit_saturation(
     sizes: Sequence[float],
