@@ -2,7 +2,7 @@
 
 One world is `World` with one layer; the other is drawn by SAELens' `FeatureDictionary` and `ActivationGenerator`. Our
 trainer learns an SAE of each. Their scores come from `eval_sae_on_synthetic_data` on the exported file, ours from
-`crosscoder.measure`; where SAELens defines a score that we do not use, `measure.detection` computes their definition.
+`crosscoder.measure`; where SAELens defines a score that we do not use, `check_detection` computes their definition.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import check_detection as detection
 import numpy as np
 import torch
 from check_common import Row, peer
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE
 from crosscoder.dictionary.saelens import save_saelens
-from crosscoder.foundation.order import seeded_generator
-from crosscoder.measure import detection, recovery
+from crosscoder.measure import recovery
 from crosscoder.measure.features import measure_dictionary
 from crosscoder.training import TrainConfig, train
 

@@ -1,8 +1,8 @@
 """Found features as detectors of planted ones, by the definitions of SAELens' synthetic scores (version 6.54).
 
-These differ from `recovery`, which is about directions: here every found feature, dead ones included, is held against
-the planted feature whose direction it resembles most, whichever sign it has, and asked whether it fires when that
-one does. Two found features may answer to the same planted one.
+`crosscoder.measure.recovery` is about directions. Here every found feature, dead ones included, is held against the
+planted feature whose direction it resembles most, whichever sign it has, and asked whether it fires when that one
+does. Two found features may answer to the same planted one.
 """
 
 from __future__ import annotations

@@ -1,23 +1,33 @@
 """Detection scores by hand: which planted feature a found one stands for, and how often it is right."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import sparse
 
-from crosscoder.measure import detection, recovery
+from crosscoder.measure import recovery
 
 TRUTH = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 FOUND = np.array([[0.9, 0.1, 0.0], [-1.0, 0.0, 0.2], [0.0, 2.0, 0.0]])
 
 
-def test_the_sign_does_not_matter_and_two_may_share_a_planted_feature():
+@pytest.fixture
+def detection(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    import check_detection
+
+    return check_detection
+
+
+def test_the_sign_does_not_matter_and_two_may_share_a_planted_feature(detection):
     nearest = detection.nearest_planted(FOUND, TRUTH)
     assert nearest.tolist() == [0, 0, 1]
     assert detection.uniqueness(nearest) == pytest.approx(2 / 3)
     assert detection.uniqueness(np.array([], dtype=int)) == 0
 
 
-def test_counts_by_hand():
+def test_counts_by_hand(detection):
     truth = sparse.csr_array(np.array([[1.0, 0], [1, 0], [0, 1], [0, 0]]))
     code = sparse.csr_array(np.array([[0.5, 0, 0], [0, 0, 0], [0.1, 0, 2], [0, 0, 3]]))
     scores = detection.score_detection(code, truth, np.array([0, 0, 1]))
@@ -30,14 +40,14 @@ def test_counts_by_hand():
         detection.score_detection(code, truth, np.array([0, 1]))
 
 
-def test_absolute_mcc_differs_from_ours_by_sign_and_by_missing_features():
+def test_absolute_mcc_differs_from_ours_by_sign_and_by_missing_features(detection):
     assert detection.absolute_mcc(-TRUTH, TRUTH) == pytest.approx(1)
     assert recovery.mean_cosine(recovery.assign(-TRUTH[:, None], TRUTH[:, None])) == 0
     assert detection.absolute_mcc(TRUTH[:1], TRUTH) == pytest.approx(1)
     assert recovery.mean_cosine(recovery.assign(TRUTH[:1, None], TRUTH[:, None])) == pytest.approx(0.5)
 
 
-def test_agrees_with_saelens():
+def test_agrees_with_saelens(detection):
     synthetic = pytest.importorskip("sae_lens.synthetic")
     import torch
 
