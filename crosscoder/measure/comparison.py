@@ -245,7 +245,6 @@ def measure_universality(readings: SiteReadings) -> Universality:
             normalised = universality.universality_estimate(u, null=float(null.mean()), ceiling=ceiling)
         except ValueError as error:
             missing = str(error)
-    shares["hungarian"] = agreement.hungarian
     return Universality(u, float(null.mean()), ceiling, floor, normalised, shares, rates, missing)
 
 

@@ -10,26 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, sparse, stats
+from scipy import sparse, stats
 
 from crosscoder.measure.matching import activation_correlation
 from crosscoder.measure.spread import DECODABLE
 from crosscoder.measure.statistics import Estimate, linear_combination, signed_ratio_of
 
 SHARES = (0.5, 0.7)
-NEIGHBOURS = 20  # features of the nearest firing rates among which a frequency-matched partner is drawn
 EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own
 
 DEFINITIONS = {
     "u": "u_AB: mean over features of A of the largest activation correlation with a feature of B on the same tokens, "
     "averaged with the same from B to A; equally many features of both, by subsampling the larger pool.",
     "u_share": "Share of features whose largest correlation with the other subject's exceeds .5, or .7.",
-    "u_hungarian": "Mean correlation of the one-to-one assignment of the smaller pool that maximises it.",
     "u_null": "Null of u: the other subject's activity moved round by a random number of tokens, at least the longest "
     "document; keeps every firing rate and burst, breaks the alignment. Mean over draws.",
-    "u_null_frequency": "Frequency-matched null: mean correlation of a feature with a random feature of the other "
-    f"subject among the {NEIGHBOURS} nearest in firing rate, its best match left out; what shared rates and contexts "
-    "give on aligned tokens.",
     "universality": "U = (u_AB - null) / (u_AA' - null), A' another training seed of A's shape: 0 as by chance, 1 as "
     "alike as two trainings of one shape. The untrained pair on the same scale is its floor.",
     "rate_ratio": "Firing rates of matched features, B / A: median ratio with its central 90 % range over pairs, and "
@@ -50,19 +45,19 @@ DEFINITIONS = {
 class Agreement:
     """How well two pools of features match by activity."""
 
-    u: float  # mean of both directions
     forward: float  # mean over A of the best correlation in B
     backward: float
     shares_forward: tuple[float, ...]  # above SHARES, of A's features
     shares_backward: tuple[float, ...]
-    hungarian: float
-    hungarian_shares: tuple[float, ...]
-    n_first: int
-    n_second: int
+
+    @property
+    def u(self) -> float:
+        """Mean of both directions."""
+        return (self.forward + self.backward) / 2
 
 
 def agreement(correlation: np.ndarray) -> Agreement:
-    """Best matches in both directions and the best one-to-one assignment of a correlation matrix `[Fa, Fb]`.
+    """Best matches in both directions of a correlation matrix `[Fa, Fb]`.
 
     Raises:
         ValueError: a side has no features.
@@ -70,19 +65,7 @@ def agreement(correlation: np.ndarray) -> Agreement:
     if correlation.size == 0:
         raise ValueError(f"correlations have shape {correlation.shape}; both subjects need alive features")
     forward, backward = correlation.max(1), correlation.max(0)
-    rows, columns = optimize.linear_sum_assignment(correlation, maximize=True)
-    assigned = correlation[rows, columns]
-    return Agreement(
-        u=float((forward.mean() + backward.mean()) / 2),
-        forward=float(forward.mean()),
-        backward=float(backward.mean()),
-        shares_forward=_shares(forward),
-        shares_backward=_shares(backward),
-        hungarian=float(assigned.mean()),
-        hungarian_shares=_shares(assigned),
-        n_first=correlation.shape[0],
-        n_second=correlation.shape[1],
-    )
+    return Agreement(float(forward.mean()), float(backward.mean()), _shares(forward), _shares(backward))
 
 
 def _shares(values: np.ndarray) -> tuple[float, ...]:
@@ -136,41 +119,8 @@ def shifted_null(
     """
     if len(document_T) != first.shape[0]:
         raise ValueError(f"{len(document_T)} document labels for {first.shape[0]} tokens; give one for each")
-    draws = []
-    for shift in circular_shifts(document_T, n_draws, seed=seed):
-        correlation = activation_correlation(first, shift_tokens(second, int(shift)))
-        draws.append((correlation.max(1).mean() + correlation.max(0).mean()) / 2)
-    return np.array(draws)
-
-
-def frequency_null(
-    correlation: np.ndarray,
-    p_first: np.ndarray,
-    p_second: np.ndarray,
-    *,
-    seed: int,
-    n_draws: int = 100,
-    n_neighbours: int = NEIGHBOURS,
-) -> np.ndarray:
-    """Mean correlation with a random partner of like firing rate, one value for each draw, `[n_draws]`.
-
-    A partner of feature i is drawn evenly among the `n_neighbours` features of the other side nearest in log rate,
-    without its best match. Pairs are not maximised over, so compare it with the correlation of matches, not with u.
-
-    Raises:
-        ValueError: the other side has a single feature, or a rate is not positive.
-    """
-    if correlation.shape[1] < 2:
-        raise ValueError("the second subject has a single feature; no other partner is left to draw")
-    if not (np.min(p_first) > 0 and np.min(p_second) > 0):
-        raise ValueError("a firing rate is 0; give alive features only")
-    distance = np.abs(np.log(p_first)[:, None] - np.log(p_second)[None, :])
-    distance[np.arange(len(distance)), correlation.argmax(1)] = np.inf
-    n = min(n_neighbours, correlation.shape[1] - 1)
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, :n]
-    picks = np.random.default_rng(seed).integers(n, size=(n_draws, len(nearest)))
-    rows = np.arange(len(nearest))
-    return correlation[rows, nearest[rows, picks]].mean(1)
+    shifted = (shift_tokens(second, int(shift)) for shift in circular_shifts(document_T, n_draws, seed=seed))
+    return np.array([agreement(activation_correlation(first, other)).u for other in shifted])
 
 
 def average_over_pools(
@@ -184,14 +134,6 @@ def average_over_pools(
     """Mean of `measure` over equalised pools; one pool where the sizes are equal already."""
     n = 1 if first.shape[1] == second.shape[1] else n_pools
     return float(np.mean([measure(*equal_pools(first, second, seed=seed + i)) for i in range(n)]))
-
-
-def normalised_universality(u: float, *, null: float, ceiling: float) -> float:
-    """`U = (u - null) / (ceiling - null)`, `ceiling` being u of two training seeds of one shape; nan without room.
-
-    Give the untrained pair's u to place the floor on the same scale.
-    """
-    return (u - null) / (ceiling - null) if ceiling > null else float("nan")
 
 
 def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Estimate:
