@@ -11,7 +11,6 @@ MODULES = (
     "measure.geometry",
     "measure.probes",
     "measure.saturation",
-    "measure.shrinkage",
     "measure.splice",
     "measure.spread",
     "measure.statistics",
