@@ -19,13 +19,6 @@ MATCH = 0.9  # joint decoder cosine from which a planted feature counts as found
 SATURATED = 0.95  # share of a dictionary in use from which its count is a lower bound
 PERSISTENT, DRIFTING = 0.9, 0.4  # least mean cosine of neighbouring layers
 SHAPES = ("local", "persistent", "drifting", "composite")
-SHAPE_OF_KIND = {
-    "local": "local",
-    "persistent": "persistent",
-    "drifting": "drifting",
-    "split": "composite",
-    "gated": "composite",
-}
 
 DEFINITIONS = {
     "mcc": "Mean cosine of joint decoders in the one-to-one assignment of planted to found features that makes it "
@@ -150,20 +143,6 @@ def kind_confusion(found_FLD: np.ndarray, kind_F: np.ndarray, n_kinds: int, assi
     table = np.zeros((n_kinds, len(SHAPES) + 1), dtype=np.int64)
     np.add.at(table, (kind_F, column_F), 1)
     return table
-
-
-def absorption_rate(active_T: np.ndarray, parent_T: np.ndarray, child_T: np.ndarray) -> float:
-    """How much less often a parent's feature is active where a child of it is too; nan where it is not active alone.
-
-    `1 - P(active | parent and child) / P(active | parent without child)`: 0 where it fires alike, 1 where the child's
-    feature says the parent too and the parent's own stays silent.
-    The effect of Chanin et al. 2024, arXiv 2409.14507, measured on planted activity: `child_T` is true only where
-    `parent_T` is. Cosines do not show it, since the parent's direction can be right. Slightly below 0 by chance.
-    """
-    alone, both = parent_T & ~child_T, parent_T & child_T
-    if not (alone.any() and both.any() and active_T[alone].any()):
-        return float("nan")
-    return float(1 - active_T[both].mean() / active_T[alone].mean())
 
 
 def is_saturated(count: int, size: int) -> bool:

@@ -10,6 +10,7 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery
 
 KINDS = ("local", "persistent", "drifting", "split", "gated")
+SHAPE_OF_KIND = ("local", "persistent", "drifting", "composite", "composite")
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,8 @@ def test_planted_shapes_are_told_apart():
     # Wide spaces only: unrelated directions of 16 numbers are often nearly parallel.
     world = World(WorldConfig(n_features=200, n_layers=4, d_model=128, kinds=KINDS))
     shapes = recovery.classify_shapes(world.decoder_FLD.numpy())
-    for index, kind in enumerate(KINDS):
-        expected = recovery.SHAPES.index(recovery.SHAPE_OF_KIND[kind])
-        assert (shapes[world.kind_F.numpy() == index] == expected).all(), kind
+    for index, (kind, shape) in enumerate(zip(KINDS, SHAPE_OF_KIND, strict=True)):
+        assert (shapes[world.kind_F.numpy() == index] == recovery.SHAPES.index(shape)).all(), kind
 
 
 def test_duplicates_cost_precision_and_count_but_not_recall(world, truth):
