@@ -80,9 +80,7 @@ def test_universality_orders_subjects_by_what_they_share():
     for shared in (0, 12, 24):
         a, b = planted(3, shared, 24 - shared, noise=0.3), planted(4, shared, 24 - shared, noise=0.3)
         u = universality.agreement(matching.activation_correlation(a, b)).u
-        scores.append(
-            universality.universality_estimate(Estimate(u, u, u), null=null, ceiling=Estimate(*[ceiling] * 3))
-        )
+        scores.append(universality.universality_estimate(Estimate(u, u, u), null=null, ceiling=top))
     np.testing.assert_allclose([score.value for score in scores], [0, 0.5, 1], atol=0.1)
 
 
