@@ -75,7 +75,7 @@ class FunctionalSpread:
     nu_error_nL: np.ndarray
     nu_recon_nL: np.ndarray
     corrected_rho_n: np.ndarray
-    block_sums: np.ndarray | None  # [blocks, Q] for `genuine_bootstrap`
+    block_sums: np.ndarray | None  # [blocks, Q]
     ridges: tuple[float, ...]  # penalty of each layer's probe, then of the joint one
 
     @property
@@ -94,7 +94,7 @@ class FunctionalSpread:
         return self.auc_joint_n, self.auc_nL
 
     def genuine_F(self) -> np.ndarray:
-        """The same for every feature of the dictionary, `[F]`, false for the dead; what `remove_genuine` takes.
+        """The same for every feature of the dictionary, `[F]`, false for the dead.
 
         Raises:
             ValueError: only some of the alive features were measured.

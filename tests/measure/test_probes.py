@@ -1,7 +1,6 @@
 """Functional spread and joint decodability of a whole dictionary: against the plain formulas, and planted cases."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary import JumpReLU
 from crosscoder.measure import probe_passes, spread
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
-from crosscoder.verdict import cross_layer
 
 N_LAYERS, D_MODEL = 3, 8
 ALL = ProbeConfig(n_features=None, n_blocks=8, ridge=1e-3)
@@ -150,46 +148,6 @@ def test_complete_shrinkage_is_seen_and_true_absence_is_not():
     np.testing.assert_allclose(found.corrected_rho_n, [1.64**2 / (1 + 0.8**4), 1], atol=0.03)
 
 
-class TestIntervals:
-    def test_whole_text_gives_the_share_itself(self, measured):
-        found = cross_layer.genuine_bootstrap([[measured]], seed=0, n_draws=400)
-        assert found.value == pytest.approx(spread.genuine_share(*measured.aucs))
-        estimate = found.estimate()
-        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
-
-    def test_resampled_aucs_follow_the_documents(self, seen):
-        """To first order, the AUC of twice the first blocks and none of the last is that of those documents alone."""
-        dictionary, x, document = seen
-        found = measure_functional_spread(dictionary, batches_of(x), document_T=document, config=ALL)
-        label = dictionary.encode(x).to_dense().detach().numpy() > 0
-        fitted = document % 2 == 0
-        kept = ~fitted & (document // 2 % 8 < 4)
-        flat = x.double().flatten(1).numpy()
-        weights = np.repeat([2.0, 0.0], 4)
-        placed, moved, with_n, without_n = np.split((weights @ found.block_sums)[:60], [24, 48, 54])
-        auc = placed.reshape(4, 6) / with_n + moved.reshape(4, 6) / without_n
-        expected = [ridge_auc(flat[:, :8], label[:, i], fitted, kept) for i in range(6)]
-        whole = np.array([ridge_auc(flat[:, :8], label[:, i], fitted, ~fitted) for i in range(6)])
-        np.testing.assert_allclose(auc[0], expected, atol=0.01)
-        assert np.abs(auc[0] - expected).max() < 0.5 * np.abs(whole - expected).max()
-
-    def test_excess_takes_the_larger_null(self, measured):
-        boot = cross_layer.genuine_bootstrap([[measured, measured], [measured]], seed=0, n_draws=50)
-        low = replace(boot, value=0.1, draws=np.full(50, 0.1), expansion=1.0)
-        high = replace(low, value=0.3, draws=np.linspace(0.2, 0.4, 50))
-        found = cross_layer.excess_bootstrap(replace(low, value=0.5, draws=np.full(50, 0.5)), low, high)
-        assert found.value == pytest.approx(0.2)
-        np.testing.assert_allclose(found.draws, 0.5 - high.draws)
-        with pytest.raises(ValueError, match="draws"):
-            cross_layer.excess_bootstrap(low, high, replace(low, draws=np.zeros(3)))
-
-    def test_intervals_need_blocks_and_one_shape(self, measured):
-        with pytest.raises(ValueError, match="n_blocks"):
-            cross_layer.genuine_bootstrap([[replace(measured, block_sums=None)]], seed=0)
-        with pytest.raises(ValueError, match="one shape"):
-            cross_layer.genuine_bootstrap([[measured, replace(measured, auc_nL=measured.auc_nL[:, :2])]], seed=0)
-
-
 class TestWhatIsMeasured:
     def test_a_sample_is_drawn_from_the_alive(self, seen, measured):
         dictionary, x, document = seen
@@ -253,21 +211,6 @@ class TestWhatIsMeasured:
         for bad in ({"n_features": 0}, {"ridge": 0.0}, {"n_blocks": 1}):
             with pytest.raises(ValueError, match="expected"):
                 ProbeConfig(**bad)
-
-
-def test_removal_keeps_pairs_on_the_same_features():
-    probability, decoder = np.arange(4) / 10, np.arange(8).reshape(4, 1, 2)
-    pairs = np.array([[0, 3], [1, 1], [3, 0]])
-    p, kept, left = cross_layer.remove_genuine(probability, decoder, pairs, np.array([False, True, False, False]))
-    assert p.tolist() == [0, 0.2, 0.3]
-    np.testing.assert_array_equal(kept, decoder[[0, 2, 3]])
-    assert left.tolist() == [[0, 3], [2, 0]]
-    other = cross_layer.remove_genuine(probability, decoder, pairs, np.array([True, False, False, False]), side=1)[2]
-    assert other.tolist() == [[0, 2], [1, 0]]
-    with pytest.raises(ValueError, match="one for each feature"):
-        cross_layer.remove_genuine(probability, decoder, pairs, np.zeros(3))
-    with pytest.raises(ValueError, match="nothing is left"):
-        cross_layer.remove_genuine(probability, decoder, pairs, np.ones(4))
 
 
 def test_trap_a_joint_probe_with_few_tokens_fits_noise():

@@ -12,7 +12,6 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery, spread
 from crosscoder.measure.probes import FunctionalSpread, ProbeConfig, measure_functional_spread
 from crosscoder.training import TrainConfig, train
-from crosscoder.verdict import cross_layer
 
 STEPS, BATCH, HELD_OUT = 350, 256, 4
 CONFIG = ProbeConfig(n_features=None, n_blocks=16)
@@ -68,14 +67,6 @@ def excess(arms):
     return spread.cross_layer_excess(*(arms[name].measured.aucs for name in ("trained", "shuffled", "untrained")))
 
 
-def excess_estimate(arms):
-    shares = [
-        cross_layer.genuine_bootstrap([[arms[name].measured]], seed=i, document_seed=0, n_draws=200)
-        for i, name in enumerate(("trained", "shuffled", "untrained"))
-    ]
-    return cross_layer.excess_bootstrap(*shares).estimate()
-
-
 def partners(world, arm):
     """Rows of the measurement that are a recalled planted feature's partner, and the planted features themselves."""
     found_FLD = arm.dictionary.decoder_FLD().numpy()[arm.measured.feature_n]
@@ -89,7 +80,6 @@ def test_lasting_features_are_not_cross_layer(lasting):
     assert len(partners(world, arms["trained"])[1]) >= 0.8 * 48
     found = excess(arms)
     assert found.share <= 0.05
-    assert excess_estimate(arms).low <= 0
     assert found.x <= 0.05
 
 
@@ -104,11 +94,9 @@ def test_functional_spread_agrees_with_the_planted_one(lasting):
 def test_codes_across_layers_are(codes):
     world, arms = codes
     assert len(partners(world, arms["trained"])[1]) >= 0.85 * 98
-    found, estimate = excess(arms), excess_estimate(arms)
+    found = excess(arms)
     assert found.share == pytest.approx(0.5, abs=0.1), "the planted share of split features"
     assert found.x >= 0.25
-    assert estimate.value == pytest.approx(found.x)
-    assert estimate.low > 0.1
 
 
 def test_it_is_the_codes_that_are_called_so(codes):
@@ -119,9 +107,7 @@ def test_it_is_the_codes_that_are_called_so(codes):
     assert called[is_split].mean() >= 0.9
     assert called[~is_split].mean() == 0
     genuine_F = arms["trained"].measured.genuine_F()
-    probability_F = np.zeros(len(genuine_F))
-    decoder_FLD = arms["trained"].dictionary.decoder_FLD().numpy()
-    kept = cross_layer.remove_genuine(probability_F, decoder_FLD, np.zeros((0, 2), dtype=int), genuine_F)[1]
+    kept = arms["trained"].dictionary.decoder_FLD().numpy()[~genuine_F]
     left = recovery.assign(kept, world.decoder_FLD.numpy()).recalled_F
     assert left[world.kind_F.numpy() == 0].mean() >= 0.85
     assert left[world.kind_F.numpy() == 1].mean() <= 0.1
