@@ -1,4 +1,4 @@
-"""Passes over held-out activations for `probes`: moments, then probes scored on other documents, then who decides.
+"""Passes over held-out activations for `probes`: moments, then probes scored on other documents.
 
 Nothing here grows with the number of tokens: moments are sums, and scores are counted in bins.
 """
@@ -26,11 +26,10 @@ Batches = Callable[[], Iterable[Tensor]]
 
 
 class Documents:
-    """Which half and which block each token of the stream belongs to; even documents fit, odd ones are scored."""
+    """Which half of the stream each token belongs to: even documents fit probes, odd ones score them."""
 
-    def __init__(self, document_T: np.ndarray | None, n_blocks: int) -> None:
+    def __init__(self, document_T: np.ndarray | None) -> None:
         self._number_T = None if document_T is None else np.unique(document_T, return_inverse=True)[1].ravel()
-        self.n_blocks = n_blocks
 
     def check(self, n_tokens: int, *, whole: bool) -> None:
         """Refuses labels that are too few for `n_tokens`, or too many for the `whole` stream."""
@@ -48,10 +47,6 @@ class Documents:
     def scored(self, start: int, stop: int) -> np.ndarray:
         """True for tokens on which probes are scored."""
         return self.numbers(start, stop) % 2 == 1
-
-    def blocks(self, start: int, stop: int) -> np.ndarray:
-        """Block of each token: scored documents in turn, so that no document is in two blocks."""
-        return self.numbers(start, stop) // 2 % self.n_blocks
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,7 @@ def choose_ridges(
         for probes, count in zip(tried, counts, strict=True):
             _count_scores(count, probes, x_BLD[scored_B], label_Bn)
         start += len(x_BLD)
-    auc_RSn = np.stack([placements(one.view(2, n_layers + 1, n, BINS).numpy())[2] for one in counts])
+    auc_RSn = np.stack([areas_under_curve(one.view(2, n_layers + 1, n, BINS).numpy()) for one in counts])
     known_n = np.isfinite(auc_RSn).all((0, 1))
     if not known_n.any():
         return [RIDGES[0]] * (n_layers + 1)
@@ -277,57 +272,12 @@ def _chosen_code(dictionary: Dictionary, code: SparseCode, chosen_n: np.ndarray)
     return torch.from_numpy(rows[:, chosen_n].toarray())
 
 
-def sum_placements(
-    dictionary: Dictionary,
-    batches: Batches,
-    documents: Documents,
-    probes: Probes,
-    chosen_n: np.ndarray,
-    counts_2SnX: np.ndarray,
-) -> np.ndarray:
-    """Third pass: the parts of every AUC by block of documents, `[blocks, 2 * S * n + 2 * n]`.
-
-    The placement of a token with the feature is the share of tokens without it that score lower; of one without it,
-    the share of tokens with it that score higher (DeLong et al. 1988), ties half. Columns: placements of tokens with
-    the feature; of tokens without it, less the AUC; and how many there are of each. An AUC is the first over the
-    number with it; resampled, it moves by the second over the number without it.
-    """
-    n_probes, n = counts_2SnX.shape[1:3]
-    below, above, auc_Sn = placements(counts_2SnX)
-    with_SnX, without_SnX = torch.from_numpy(below), torch.from_numpy(above - auc_Sn[:, :, None])
-    sums = torch.zeros(2, documents.n_blocks, n_probes, n, dtype=torch.float64)
-    numbers = torch.zeros(2, documents.n_blocks, n, dtype=torch.float64)
-    feature_n = torch.arange(n)
-    start = 0
-    for x_BLD in batches():
-        stop = start + len(x_BLD)
-        scored_B = documents.scored(start, stop)
-        block_B = torch.from_numpy(documents.blocks(start, stop)[scored_B])
-        scored_B = torch.from_numpy(scored_B).to(x_BLD.device)
-        code = dictionary.encode(x_BLD)
-        label_Bn = _chosen_code(dictionary, code, chosen_n)[scored_B.cpu()] > 0
-        numbers[0].index_add_(0, block_B, label_Bn.double())
-        numbers[1].index_add_(0, block_B, (~label_Bn).double())
-        for probe, score_Bn in enumerate(probes.scores(x_BLD[scored_B])):
-            bin_Bn = bins_of(score_Bn).cpu()
-            sums[0, :, probe].index_add_(0, block_B, with_SnX[probe][feature_n, bin_Bn] * label_Bn)
-            sums[1, :, probe].index_add_(0, block_B, without_SnX[probe][feature_n, bin_Bn] * ~label_Bn)
-        start = stop
-    parts = [*sums.flatten(2), *numbers]
-    return torch.cat(parts, dim=1).numpy()
-
-
-def placements(counts_2SnX: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Share without the label below each bin, share with it above, ties half, `[S, n, X]`, and the AUC, `[S, n]`.
-
-    nan where a class is empty.
-    """
+def areas_under_curve(counts_2SnX: np.ndarray) -> np.ndarray:
+    """AUC of each probe and feature from counts of scores by label and bin, ties half, `[S, n]`; nan for one class."""
     without, present = counts_2SnX.astype(np.float64)
     with np.errstate(invalid="ignore"):
         below = (without.cumsum(2) - without / 2) / without.sum(2, keepdims=True)
-        above = (present[:, :, ::-1].cumsum(2)[:, :, ::-1] - present / 2) / present.sum(2, keepdims=True)
-        auc = (below * present).sum(2) / present.sum(2)
-    return below, above, auc
+        return (below * present).sum(2) / present.sum(2)
 
 
 def precision_at_recall(counts_2SnX: np.ndarray, recall: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How many layers a trained crosscoder's features are read from, and whether any one layer would have told.
 
 `spread` holds the definitions; here they are measured on a dictionary and a stream of held-out activations, in two
-passes whose memory does not grow with the text (a third where intervals over documents are asked for).
+passes whose memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -38,12 +38,10 @@ class ProbeConfig:
     n_features: how many alive features, drawn at random; None measures all of them.
     ridge: penalty of the probes, as a share of the mean variance of what they read; None chooses it for each layer's
         probe and for the joint one (`probe_passes.choose_ridges`), in a further pass.
-    n_blocks: blocks of documents for intervals, which cost a third pass; 0 leaves them out.
     """
 
     n_features: int | None = 256
     ridge: float | None = None
-    n_blocks: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,8 +49,6 @@ class ProbeConfig:
             raise ValueError(f"n_features is {self.n_features}; expected at least 1, or None for all")
         if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
             raise ValueError(f"ridge is {self.ridge}; expected a positive share of the variance, such as .1, or None")
-        if self.n_blocks < 0 or self.n_blocks == 1:
-            raise ValueError(f"n_blocks is {self.n_blocks}; expected at least 2 blocks of documents, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,6 @@ class FunctionalSpread:
     nu_error_nL: np.ndarray
     nu_recon_nL: np.ndarray
     corrected_rho_n: np.ndarray
-    block_sums: np.ndarray | None  # [blocks, Q]
     ridges: tuple[float, ...]  # penalty of each layer's probe, then of the joint one
 
     @property
@@ -166,7 +161,7 @@ def measure_functional_spread(
         raise ValueError(
             f"the dictionary is a bank of {n_groups}; functional spread needs features that read all layers"
         )
-    documents = Documents(document_T, max(config.n_blocks, 1))
+    documents = Documents(document_T)
     was_training = dictionary.training
     dictionary.eval()
     try:
@@ -181,16 +176,13 @@ def measure_functional_spread(
         probes = probe_passes.fit_probes(moments, chosen_n, n_layers, ridges, device)
         center_N = moments.shift_N + moments.mean_N
         scores = probe_passes.score_probes(dictionary, batches, documents, probes, chosen_n, center_N)
-        sums = None
-        if config.n_blocks:
-            sums = probe_passes.sum_placements(dictionary, batches, documents, probes, chosen_n, scores.counts_2SnX)
     finally:
         dictionary.train(was_training)
     encoder_nLD, decoder_nLD = (
         parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(len(chosen_n), n_layers, width // n_layers)
         for parameter_FN in (dictionary.grouped().encoder_GFN[0], dictionary.grouped().decoder_GFN[0])
     )
-    return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, sums, ridges)
+    return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, ridges)
 
 
 def _choose(moments: Moments, config: ProbeConfig) -> tuple[np.ndarray, int]:
@@ -211,7 +203,6 @@ def _assemble(
     n_alive: int,
     encoder_nLD: np.ndarray,
     decoder_nLD: np.ndarray,
-    block_sums: np.ndarray | None,
     ridges: Sequence[float],
 ) -> FunctionalSpread:
     active_Hn = moments.active_HF[:, chosen_n]
@@ -219,11 +210,9 @@ def _assemble(
     above_nLD = moments.active_sum_HFN[:, chosen_n].sum(0) - active_Hn.sum(0)[:, None] * moments.mean_N
     profile_nL = spread.profile_of_totals(np.einsum("fld,fld->fl", encoder_nLD, above_nLD.reshape(encoder_nLD.shape)))
     probed_n = (active_Hn >= MIN_ACTIVE).all(0)
-    auc_Sn = np.where(probed_n, probe_passes.placements(scores.counts_2SnX)[2], np.nan)
+    auc_Sn = np.where(probed_n, probe_passes.areas_under_curve(scores.counts_2SnX), np.nan)
     precision_Sn = np.where(probed_n, probe_passes.precision_at_recall(scores.counts_2SnX, RECALL), np.nan)
     scaling = spread.scaling_of_moments(scores.error_nLD, scores.recon_nLD, scores.activation_square_n, decoder_nLD)
-    if block_sums is not None:
-        block_sums = np.concatenate([block_sums, np.where(probed_n, 1.0, 0.0)[None].repeat(len(block_sums), 0)], axis=1)
     return FunctionalSpread(
         feature_n=chosen_n,
         n_alive=n_alive,
@@ -241,6 +230,5 @@ def _assemble(
         nu_error_nL=scaling.nu_error_FL,
         nu_recon_nL=scaling.nu_recon_FL,
         corrected_rho_n=features.participation_ratio(spread.corrected_profile(decoder_nLD, scaling.nu_error_FL)),
-        block_sums=block_sums,
         ridges=tuple(ridges),
     )

@@ -12,7 +12,7 @@ from crosscoder.measure import probe_passes, spread
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
 
 N_LAYERS, D_MODEL = 3, 8
-ALL = ProbeConfig(n_features=None, n_blocks=8, ridge=1e-3)
+ALL = ProbeConfig(n_features=None, ridge=1e-3)
 
 
 def planted_crosscoder(encoder_FLD, decoder_FLD, *, threshold=0.4, **settings):
@@ -107,14 +107,13 @@ class TestAgainstThePlainFormulas:
         again = measure_functional_spread(dictionary, batches_of(x, 171), document_T=document, config=ALL)
         for name in ("profile_nL", "drop_nL", "auc_nL", "auc_joint_n", "nu_error_nL", "precision_nL"):
             np.testing.assert_allclose(getattr(again, name), getattr(measured, name), atol=2e-3)
-        np.testing.assert_allclose(again.block_sums, measured.block_sums, atol=0.02)  # sums over 180 tokens a block
 
     def test_precision_by_hand(self):
         counts = np.zeros((2, 1, 1, 4), dtype=int)
         counts[:, 0, 0] = [[90, 8, 2, 0], [1, 0, 4, 5]]  # without, with
         assert probe_passes.precision_at_recall(counts, 0.9)[0, 0] == pytest.approx(9 / 11)
         assert probe_passes.precision_at_recall(counts, 0.95)[0, 0] == pytest.approx(10 / 110)
-        assert probe_passes.placements(counts)[2][0, 0] == pytest.approx((0.5 * 0.9 + 4 * 0.99 + 5) / 10)
+        assert probe_passes.areas_under_curve(counts)[0, 0] == pytest.approx((0.5 * 0.9 + 4 * 0.99 + 5) / 10)
 
 
 def test_a_spread_decoder_read_from_one_layer():
@@ -208,7 +207,7 @@ class TestWhatIsMeasured:
             measure_functional_spread(dictionary, batches_of(x), document_T=document * 0)
         with pytest.raises(ValueError, match="nothing to measure"):
             measure_functional_spread(dictionary, batches_of(x * 0 + 3))
-        for bad in ({"n_features": 0}, {"ridge": 0.0}, {"n_blocks": 1}):
+        for bad in ({"n_features": 0}, {"ridge": 0.0}):
             with pytest.raises(ValueError, match="expected"):
                 ProbeConfig(**bad)
 

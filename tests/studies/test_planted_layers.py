@@ -14,7 +14,7 @@ from crosscoder.measure.probes import FunctionalSpread, ProbeConfig, measure_fun
 from crosscoder.training import TrainConfig, train
 
 STEPS, BATCH, HELD_OUT = 350, 256, 4
-CONFIG = ProbeConfig(n_features=None, n_blocks=16)
+CONFIG = ProbeConfig(n_features=None)
 
 
 @dataclass
