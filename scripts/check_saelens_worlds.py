@@ -25,7 +25,7 @@ from crosscoder.dictionary import BatchTopK, LayerwiseSAE
 from crosscoder.dictionary.saelens import save_saelens
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import recovery
-from crosscoder.measure.features import measure_dictionary
+from crosscoder.measure.reading import measure_dictionary
 from crosscoder.training import TrainConfig, train
 
 Sample = Callable[[int, int], Tensor]

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from crosscoder.measure import counting, density, geometry, matching, universality
+from crosscoder.measure import counting, density, dimension, matching, universality
 from crosscoder.measure.density import PRIMARY, Subject
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, Estimate, exponentiate, two_level_bootstrap
@@ -162,13 +162,13 @@ def _slopes(sides: Mapping[str, Subject]) -> dict[str, Bootstrap | str]:
     per_layer = [s.bootstrap(lambda r, s=s: r.rho_F.sum() / s.n_layers, seed=i) for i, s in enumerate(subjects)]
     rho = [s.bootstrap(lambda r: float(r.rho_F.mean()), seed=i) for i, s in enumerate(subjects)]
     out: dict[str, Bootstrap | str] = {
-        "alpha": geometry.log_slope_of_bootstraps(width, per_layer),
-        "gamma": geometry.log_slope_of_bootstraps(depth, rho),
+        "alpha": dimension.log_slope_of_bootstraps(width, per_layer),
+        "gamma": dimension.log_slope_of_bootstraps(depth, rho),
     }
     relative = [_relative_dimension(s, i) for i, s in enumerate(subjects)]
     reasons = [value for value in relative if isinstance(value, str)]
     known = [value for value in relative if isinstance(value, Bootstrap)]
-    out["delta"] = reasons[0] if reasons else geometry.log_slope_of_bootstraps(depth, known)
+    out["delta"] = reasons[0] if reasons else dimension.log_slope_of_bootstraps(depth, known)
     return out
 
 
@@ -197,8 +197,8 @@ def _points(readings: SiteReadings, state: str) -> list[dict[str, object]]:
                     "features": _mean([len(r) for r in group]),
                     "rho": _mean([r.rho_F.mean() if len(r) else np.nan for r in group]),
                     "load": _mean([counting.binary_entropy(r.probability_F).sum() for r in group]),
-                    "d_eff_raw": _mean([geometry.weighted_dimension(r.rows_FN) for r in group]),
-                    "d_eff_weighted": _mean([geometry.weighted_dimension(r.rows_FN, r.energy_F) for r in group]),
+                    "d_eff_raw": _mean([dimension.weighted_dimension(r.rows_FN) for r in group]),
+                    "d_eff_weighted": _mean([dimension.weighted_dimension(r.rows_FN, r.energy_F) for r in group]),
                     "d_eff_debiased": _mean([pair.debiased.value for pair in pairs]),
                     "self_cosine": _mean([pair.debiased.self_cosine for pair in pairs]),
                     "matched_share": _mean([pair.matched_share for pair in pairs]),

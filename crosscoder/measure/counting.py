@@ -14,7 +14,6 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from crosscoder.measure import matching
-from crosscoder.measure.features import Activity
 
 DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are one
 LINK = 0.7  # similarity from which features of neighbouring layers, or of two seeds, count as the same
@@ -49,17 +48,6 @@ DEFINITIONS = {
     "entropy_load": "Entropy load: the sum over alive features of H(p), the binary entropy of the firing probability, "
     "in nats; for a bank, of one layer on average. Splitting a feature changes it little, unlike the count.",
 }
-
-
-def minimum_probability(n_tokens: int) -> float:
-    """p_min: the firing probability above which `n_tokens` held-out tokens show a feature more than ten times."""
-    return 10.0 / n_tokens
-
-
-def alive_features(activity: Activity) -> np.ndarray:
-    """True for alive features, `[G, F]`."""
-    alive = activity.firing_probability() > minimum_probability(activity.n_tokens)
-    return alive.reshape(activity.n_groups, activity.n_features)
 
 
 def binary_entropy(p: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from crosscoder.measure import counting, geometry, matching
+from crosscoder.measure import counting, dimension, matching
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, document_sums, log_ratio, two_level_bootstrap
 
@@ -58,11 +58,11 @@ class SeedPair:
         return len(self.pairs_m2) / smaller if smaller else float("nan")
 
     @cached_property
-    def debiased(self) -> geometry.DebiasedDimension:
+    def debiased(self) -> dimension.DebiasedDimension:
         """The energy-weighted two-seed effective dimension, or why there is none."""
         a, b = self.pairs_m2.T
         weight_m = np.sqrt(self.first.energy_F[a] * self.second.energy_F[b])
-        return geometry.debiased_dimension(self.first.rows_FN, self.second.rows_FN, self.pairs_m2, weight_m)
+        return dimension.debiased_dimension(self.first.rows_FN, self.second.rows_FN, self.pairs_m2, weight_m)
 
     def only(self, first_F: np.ndarray, second_F: np.ndarray) -> SeedPair:
         """The pair with some features of each."""
@@ -141,7 +141,7 @@ def _on_neurons(reading: Reading, subject: Subject, *, by_slot: bool) -> float:
 
 def _dimension(reading: Reading, room: str) -> float | None:
     weight_F = reading.energy_F if room == "weighted" else None
-    return _usable(geometry.weighted_dimension(reading.rows_FN, weight_F))
+    return _usable(dimension.weighted_dimension(reading.rows_FN, weight_F))
 
 
 def _debiased(pair: SeedPair, room: str) -> float | None:

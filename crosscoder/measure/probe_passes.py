@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crosscoder.dictionary import Dictionary, SparseCode, TopK
 from crosscoder.dictionary.codec import selection_scale, thresholds
-from crosscoder.measure.features import sparse_rows
+from crosscoder.measure.reading import sparse_rows
 
 BINS = 1024
 REACH = 6.0  # asinh of the largest standardised score that is told apart, 200 standard deviations

@@ -1,7 +1,6 @@
 """How many layers a trained crosscoder's features are read from, and whether any one layer would have told.
 
-`spread` holds the definitions; here they are measured on a dictionary and a stream of held-out activations, in two
-passes whose memory does not grow with the text.
+Measured on a dictionary and a stream of held-out activations, in two passes whose memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -12,15 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 
 from crosscoder.dictionary import Dictionary
-from crosscoder.measure import counting, features, probe_passes, spread
+from crosscoder.measure import probe_passes, profile
 from crosscoder.measure.probe_passes import Batches, Documents, Moments, Scores
+from crosscoder.measure.reading import minimum_probability
 
 MIN_ACTIVE = 10  # active tokens in each half of the documents below which a feature's AUCs are nan
+GAIN = 0.05  # a joint AUC this much above the best single layer's counts as gained by reading layers together
+DECODABLE = 0.9  # single-layer AUC from which a feature is readable in one layer
 RECALL = 0.9  # at which the precision of probes is quoted
 
 DEFINITIONS = {
+    "layer_auc": "One-layer AUC: probability that a token with the feature scores above one without it when only layer "
+    "l is read.",
+    "joint_gain": "Joint decodability gain J = AUC reading all layers - largest one-layer AUC.",
+    "cross_layer_excess": f"X: share of features with J > {GAIN} and every one-layer AUC below {DECODABLE}, less the "
+    "larger of the same share in two nulls: tokens shuffled layer by layer, and the untrained model.",
     "probe": "Probes of joint decodability: ridge regressions of the label 'feature active' on one layer [D] and on "
     "all layers [L * D], fitted on every other document and scored on the rest; the penalty is a share of the mean "
     "variance of what the probe reads, for each layer and for all together the one of five, a thousandth to ten, with "
@@ -53,7 +61,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class FunctionalSpread:
-    """Functional spread and joint decodability of n features; see `spread.DEFINITIONS`. nan: seen too rarely."""
+    """Functional spread and joint decodability of n features. nan: seen too rarely."""
 
     feature_n: np.ndarray  # their numbers in the dictionary, ascending
     n_alive: int
@@ -76,16 +84,16 @@ class FunctionalSpread:
     @property
     def gain_n(self) -> np.ndarray:
         """J, `[n]`."""
-        return spread.joint_gain(self.auc_joint_n, self.auc_nL)
+        return joint_gain(self.auc_joint_n, self.auc_nL)
 
     @property
     def genuine_n(self) -> np.ndarray:
         """True for genuinely cross-layer features, `[n]`; false where it cannot be told."""
-        return spread.genuine_features(self.auc_joint_n, self.auc_nL)
+        return genuine_features(self.auc_joint_n, self.auc_nL)
 
     @property
     def aucs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `spread.cross_layer_excess` takes."""
+        """What `cross_layer_excess` takes."""
         return self.auc_joint_n, self.auc_nL
 
     def genuine_F(self) -> np.ndarray:
@@ -120,13 +128,55 @@ class FunctionalSpread:
             "joint_gain": _mean(self.gain_n),
             "joint_precision": _mean(self.precision_joint_n),
             "best_layer_precision": _mean(self.precision_nL.max(1)),
-            "genuine_share": spread.genuine_share(*self.aucs),
+            "genuine_share": genuine_share(*self.aucs),
         }
 
 
 def _mean(values: np.ndarray) -> float:
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def area_under_curve(score_TQ: np.ndarray, label_T: np.ndarray) -> np.ndarray:
+    """AUC of each of Q scores for a label, `[Q]`: P(score with > score without) + P(equal) / 2; nan for one class.
+
+    The Mann-Whitney statistic over the product of class sizes, with mean ranks for ties.
+    """
+    label = np.asarray(label_T, dtype=bool)
+    n_with, n_without = int(label.sum()), int((~label).sum())
+    if n_with == 0 or n_without == 0:
+        return np.full(score_TQ.shape[1], np.nan)
+    ranks = stats.rankdata(score_TQ, axis=0)
+    return (ranks[label].sum(0) - n_with * (n_with + 1) / 2) / (n_with * n_without)
+
+
+def joint_gain(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> np.ndarray:
+    """`J_i = AUC_joint - max_l AUC_l`, `[F]`; all AUCs must come from tokens on which no probe was fitted."""
+    return np.asarray(auc_joint_F) - np.asarray(auc_FL).max(1)
+
+
+def genuine_features(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> np.ndarray:
+    """True for features that are genuinely cross-layer, J > .05 and no one-layer AUC of .9, `[F]`; false for nan."""
+    known = np.isfinite(auc_joint_F) & np.isfinite(auc_FL).all(1)
+    return known & (joint_gain(auc_joint_F, auc_FL) > GAIN) & (np.asarray(auc_FL).max(1) < DECODABLE)
+
+
+def genuine_share(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> float:
+    """Share of features that are genuinely cross-layer: J > .05 and no one-layer AUC of .9; nan AUCs are left out."""
+    known = np.isfinite(auc_joint_F) & np.isfinite(auc_FL).all(1)
+    if not known.any():
+        return float("nan")
+    return float(genuine_features(auc_joint_F, auc_FL)[known].mean())
+
+
+def cross_layer_excess(
+    trained: tuple[np.ndarray, np.ndarray],
+    shuffled: tuple[np.ndarray, np.ndarray],
+    untrained: tuple[np.ndarray, np.ndarray],
+) -> float:
+    """X of one dictionary from `(auc_joint_F, auc_FL)` of the trained subject and of both nulls; nan if one is."""
+    share, *nulls = (genuine_share(*aucs) for aucs in (trained, shuffled, untrained))
+    return float(share - np.maximum(*nulls))
 
 
 @torch.no_grad()
@@ -187,7 +237,7 @@ def measure_functional_spread(
 
 def _choose(moments: Moments, config: ProbeConfig) -> tuple[np.ndarray, int]:
     n_tokens = moments.tokens_H.sum()
-    alive = np.flatnonzero(moments.active_HF.sum(0) / n_tokens > counting.minimum_probability(n_tokens))
+    alive = np.flatnonzero(moments.active_HF.sum(0) / n_tokens > minimum_probability(n_tokens))
     if len(alive) == 0:
         raise ValueError(f"no feature is active on more than 10 of {n_tokens:.0f} tokens; nothing to measure")
     if config.n_features is None or config.n_features >= len(alive):
@@ -208,11 +258,11 @@ def _assemble(
     active_Hn = moments.active_HF[:, chosen_n]
     n_tokens = moments.tokens_H.sum()
     above_nLD = moments.active_sum_HFN[:, chosen_n].sum(0) - active_Hn.sum(0)[:, None] * moments.mean_N
-    profile_nL = spread.profile_of_totals(np.einsum("fld,fld->fl", encoder_nLD, above_nLD.reshape(encoder_nLD.shape)))
+    profile_nL = profile.profile_of_totals(np.einsum("fld,fld->fl", encoder_nLD, above_nLD.reshape(encoder_nLD.shape)))
     probed_n = (active_Hn >= MIN_ACTIVE).all(0)
     auc_Sn = np.where(probed_n, probe_passes.areas_under_curve(scores.counts_2SnX), np.nan)
     precision_Sn = np.where(probed_n, probe_passes.precision_at_recall(scores.counts_2SnX, RECALL), np.nan)
-    scaling = spread.scaling_of_moments(scores.error_nLD, scores.recon_nLD, scores.activation_square_n, decoder_nLD)
+    scaling = profile.scaling_of_moments(scores.error_nLD, scores.recon_nLD, scores.activation_square_n, decoder_nLD)
     return FunctionalSpread(
         feature_n=chosen_n,
         n_alive=n_alive,
@@ -220,15 +270,15 @@ def _assemble(
         n_tokens=int(n_tokens),
         probability_n=active_Hn.sum(0) / n_tokens,
         profile_nL=profile_nL,
-        functional_rho_n=features.participation_ratio(profile_nL),
+        functional_rho_n=profile.participation_ratio(profile_nL),
         drop_nL=1 - scores.after_nL / scores.before_n[:, None],
         auc_nL=auc_Sn[:-1].T,
         auc_joint_n=auc_Sn[-1],
         precision_nL=precision_Sn[:-1].T,
         precision_joint_n=precision_Sn[-1],
-        decoder_rho_n=features.participation_ratio(features.layer_profile(decoder_nLD)),
+        decoder_rho_n=profile.participation_ratio(profile.layer_profile(decoder_nLD)),
         nu_error_nL=scaling.nu_error_FL,
         nu_recon_nL=scaling.nu_recon_FL,
-        corrected_rho_n=features.participation_ratio(spread.corrected_profile(decoder_nLD, scaling.nu_error_FL)),
+        corrected_rho_n=profile.participation_ratio(profile.corrected_profile(decoder_nLD, scaling.nu_error_FL)),
         ridges=tuple(ridges),
     )

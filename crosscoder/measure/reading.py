@@ -8,19 +8,123 @@ of the same set.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save
 from scipy import sparse
 from scipy.sparse import csgraph
+from torch import Tensor
 
+from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.codec import to_global
+from crosscoder.dictionary.interface import SparseCode
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
-from crosscoder.measure import counting, features, geometry, matching
+from crosscoder.measure import counting, dimension, matching, profile
 
 _KEYS = ("decoder_FLD", "values", "rows", "starts", "shape", "numbers", "index_F")
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Activations of all features on the same T tokens, in the text's order."""
+
+    code: sparse.csr_array  # [T, G * F], float32, no stored zeros
+    n_groups: int
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.code.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """F, the features of one group."""
+        return self.code.shape[1] // self.n_groups
+
+    def firing_probability(self) -> np.ndarray:
+        """Share of tokens on which each feature is active, `p` `[G * F]`."""
+        return np.bincount(self.code.indices, minlength=self.code.shape[1]) / self.n_tokens
+
+    def group(self, index: int) -> sparse.csc_array:
+        """The columns of one group, `[T, F]`."""
+        return self.code[:, index * self.n_features : (index + 1) * self.n_features].tocsc()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pass of a dictionary over held-out tokens."""
+
+    activity: Activity
+    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where nobody writes
+    explained_variance: float  # the same ratio of sums over all layers of the scaled activations
+
+
+@torch.no_grad()
+def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Measured:
+    """Activity and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
+
+    Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure leaves
+    unwritten count in no sum. Groups are what has a row of its own for every token: the layers of a bank, also of one
+    whose layers share their weights.
+
+    Raises:
+        ValueError: there is no token, or a layer is constant.
+    """
+    n_layers, n_features = dictionary.config.n_layers, dictionary.config.n_features
+    written, n_groups = dictionary.config.written(), 1
+    was_training = dictionary.training
+    dictionary.eval()
+    error_L, square_L = torch.zeros(n_layers, dtype=torch.float64), torch.zeros(n_layers, dtype=torch.float64)
+    sum_LD = torch.zeros(n_layers, dictionary.config.d_model, dtype=torch.float64)
+    parts, n_tokens = [], 0
+    for x_BLD in batches:
+        out = dictionary(x_BLD)
+        n_groups = math.prod(out.code.batch_shape[1:])
+        parts.append(sparse_rows(out.code, x_BLD.shape[0], n_groups, n_features))
+        error_L += (x_BLD - out.recon).double().square().sum((0, 2)).cpu()
+        square_L += x_BLD.double().square().sum((0, 2)).cpu()
+        sum_LD += x_BLD.double().sum(0).cpu()
+        n_tokens += x_BLD.shape[0]
+    dictionary.train(was_training)
+    if n_tokens == 0:
+        raise ValueError("no tokens to measure the dictionary on; the held-out activations are empty")
+    variance_L = square_L - sum_LD.square().sum(1) / n_tokens
+    if not bool((variance_L[written] > 0).all()):
+        raise ValueError(f"a layer is constant over the {n_tokens} held-out tokens: no variance to explain")
+    code = sparse.csr_array(sparse.vstack(parts, format="csr"))
+    explained_L = torch.full_like(error_L, torch.nan)
+    explained_L[written] = 1 - error_L[written] / variance_L[written]
+    return Measured(
+        Activity(code, n_groups),
+        explained_L.numpy(),
+        float(1 - error_L[written].sum() / variance_L[written].sum()),
+    )
+
+
+def sparse_rows(code: SparseCode, n_tokens: int, n_groups: int, n_features: int) -> sparse.csr_array:
+    """The active features of a batch's code as one matrix `[T, G * F]`, float32, without stored zeros."""
+    values = code.values.float().cpu().numpy()
+    columns = to_global(code, n_groups).cpu().numpy()
+    starts = code.offsets[::n_groups].cpu().numpy()  # rows of one token are neighbours
+    rows = sparse.csr_array((values, columns, starts), shape=(n_tokens, n_groups * n_features))
+    rows.eliminate_zeros()
+    return rows
+
+
+def minimum_probability(n_tokens: int) -> float:
+    """p_min: the firing probability above which `n_tokens` held-out tokens show a feature more than ten times."""
+    return 10.0 / n_tokens
+
+
+def alive_features(activity: Activity) -> np.ndarray:
+    """True for alive features, `[G, F]`."""
+    alive = activity.firing_probability() > minimum_probability(activity.n_tokens)
+    return alive.reshape(activity.n_groups, activity.n_features)
 
 
 @dataclass(frozen=True)
@@ -59,7 +163,7 @@ class Reading:
     def energy_F(self) -> np.ndarray:
         """Mean squared norm that each feature writes on a token."""
         square_F = np.asarray(self.code.multiply(self.code).sum(0), dtype=np.float64).ravel() / self.n_tokens
-        return geometry.feature_energy(square_F, self.rows_FN)
+        return dimension.feature_energy(square_F, self.rows_FN)
 
     @cached_property
     def rows_FN(self) -> np.ndarray:
@@ -69,7 +173,7 @@ class Reading:
     @cached_property
     def rho_F(self) -> np.ndarray:
         """Layers that each feature occupies (participation ratio of its decoder)."""
-        return features.participation_ratio(features.layer_profile(self.decoder_FLD))
+        return profile.participation_ratio(profile.layer_profile(self.decoder_FLD))
 
     def only(self, kept_F: np.ndarray) -> Reading:
         """The reading of some of its features: where `kept_F` (bool or indices) says so."""
@@ -82,13 +186,13 @@ class Reading:
         )
 
 
-def read_dictionary(measured: features.Measured, decoder_FLD: np.ndarray, *, seed: int) -> Reading:
+def read_dictionary(measured: Measured, decoder_FLD: np.ndarray, *, seed: int) -> Reading:
     """The reading of a dictionary whose features write `decoder_FLD`, from one pass over held-out tokens.
 
     Of features joined as duplicates (`counting.distinct_features`) the most active stands for all.
     """
     activity = measured.activity
-    alive = counting.alive_features(activity).ravel().nonzero()[0]
+    alive = alive_features(activity).ravel().nonzero()[0]
     code = sparse.csc_array(activity.code.tocsc()[:, alive])
     kept = alive[representatives(decoder_FLD[alive], code)]
     return Reading(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from crosscoder.measure import capacity, features, matching
+from crosscoder.measure import dimension, matching, profile
 
 MATCH = 0.9  # joint decoder cosine from which a planted feature counts as found
 SATURATED = 0.95  # share of a dictionary in use from which its count is a lower bound
@@ -103,7 +103,7 @@ def mean_rho(decoder_FLD: np.ndarray) -> float:
     """Mean participation ratio: how many layers a feature occupies on average; nan without features."""
     if len(decoder_FLD) == 0:
         return float("nan")
-    return float(features.participation_ratio(features.layer_profile(decoder_FLD)).mean())
+    return float(profile.participation_ratio(profile.layer_profile(decoder_FLD)).mean())
 
 
 def matched_rho_error(found_FLD: np.ndarray, truth_FLD: np.ndarray, assignment: Assignment) -> float:
@@ -114,8 +114,8 @@ def matched_rho_error(found_FLD: np.ndarray, truth_FLD: np.ndarray, assignment: 
     kept = assignment.recalled_F
     if not kept.any():
         return float("nan")
-    found = features.participation_ratio(features.layer_profile(found_FLD[assignment.partner_F[kept]]))
-    truth = features.participation_ratio(features.layer_profile(truth_FLD[kept]))
+    found = profile.participation_ratio(profile.layer_profile(found_FLD[assignment.partner_F[kept]]))
+    truth = profile.participation_ratio(profile.layer_profile(truth_FLD[kept]))
     return float(np.abs(found / truth - 1).mean())
 
 
@@ -125,12 +125,12 @@ def classify_shapes(decoder_FLD: np.ndarray) -> np.ndarray:
     local: one layer holds more than twice any other's share. Otherwise by the mean cosine of neighbouring occupied
     layers: persistent from 0.9, drifting from 0.4, composite (unrelated directions, or layers apart) below.
     """
-    profile_FL = features.layer_profile(decoder_FLD)
-    cosine_F = features.adjacent_cosine(decoder_FLD, profile_FL)
+    profile_FL = profile.layer_profile(decoder_FLD)
+    cosine_F = profile.adjacent_cosine(decoder_FLD, profile_FL)
     shape_F = np.full(len(decoder_FLD), SHAPES.index("composite"))
     shape_F[cosine_F >= DRIFTING] = SHAPES.index("drifting")
     shape_F[cosine_F >= PERSISTENT] = SHAPES.index("persistent")
-    shape_F[features.lifespan(profile_FL) == 1] = SHAPES.index("local")
+    shape_F[profile.lifespan(profile_FL) == 1] = SHAPES.index("local")
     return shape_F
 
 
@@ -160,7 +160,7 @@ def score_features(
     n_kinds = len(kinds)
     assignment = assign(found_FLD, truth_FLD)
     rho, rho_true = mean_rho(found_FLD), mean_rho(truth_FLD)
-    d_eff, d_eff_true = capacity.effective_dimension(_flat(found_FLD)), capacity.effective_dimension(_flat(truth_FLD))
+    d_eff, d_eff_true = dimension.effective_dimension(_flat(found_FLD)), dimension.effective_dimension(_flat(truth_FLD))
     confusion = kind_confusion(found_FLD, kind_F, n_kinds, assignment)
     per_kind = recall_by_kind(assignment, kind_F, n_kinds)
     per_kind_precision = precision_by_kind(found_FLD, truth_FLD, kind_F, n_kinds, assignment)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse, stats
 
 from crosscoder.measure.matching import activation_correlation
-from crosscoder.measure.spread import DECODABLE
+from crosscoder.measure.probes import DECODABLE
 from crosscoder.measure.statistics import Estimate, linear_combination, signed_ratio_of
 
 SHARES = (0.5, 0.7)

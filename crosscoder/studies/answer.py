@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.measure import capacity, counting, probes, recovery, splice
+from crosscoder.measure import counting, dimension, probes, recovery, splice
 from crosscoder.studies import calibration
 from crosscoder.studies.ceiling import MEASURED as C
 from crosscoder.verdict import evidence
@@ -24,7 +24,7 @@ DEFINITIONS = {
     **recovery.DEFINITIONS,
     **calibration.DEFINITIONS,
     **counting.DEFINITIONS,
-    **capacity.DEFINITIONS,
+    **dimension.DEFINITIONS,
     **splice.DEFINITIONS,
     "parameters": "N: entries of all matrices outside the embedding, about 12 L d^2.",
     "neurons": "Neurons of a layer: its residual width D. Total neurons: L * D.",

@@ -23,8 +23,8 @@ from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
-from crosscoder.measure import features, recovery
-from crosscoder.measure.reading import Reading, read_dictionary
+from crosscoder.measure import recovery
+from crosscoder.measure.reading import Reading, measure_dictionary, read_dictionary
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
 from crosscoder.training import train
@@ -132,7 +132,7 @@ def read_planted(config: CalibrationConfig, device: str = "cpu") -> tuple[Readin
     dictionary = new_dictionary("crosscoder", source, budget, seed=config.dictionary_seed)
     batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
     train(dictionary, batches, config=budget.train_config(), device=device, quiet=True)
-    measured = features.measure_dictionary(dictionary, source.held_out())
+    measured = measure_dictionary(dictionary, source.held_out())
     decoder_FLD = dictionary.decoder_FLD().float().cpu().numpy()
     return read_dictionary(measured, decoder_FLD, seed=config.dictionary_seed), world
 

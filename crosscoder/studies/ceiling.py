@@ -90,7 +90,7 @@ class Ceiling:
 
 
 def ceiling_constant(density: float, probability: float) -> float:
-    """`C = 1 / (phi p ln(1 / p))`, at which `geometry.highest_probability(phi, C)` is p.
+    """`C = 1 / (phi p ln(1 / p))`, at which `dimension.highest_probability(phi, C)` is p.
 
     Raises:
         ValueError: the density is not positive, or p is not in (0, 1 / e], where the ceiling falls with p.

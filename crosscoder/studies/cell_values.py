@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.measure import capacity, counting, features, matching
+from crosscoder.measure import counting, dimension, matching, profile
+from crosscoder.measure.reading import Measured
 from crosscoder.studies.budget import Arm
 
 HISTOGRAM_BINS = 20
@@ -21,7 +22,7 @@ class Trained:
     """One seed's dictionary and what it did on the held-out tokens, alive features only."""
 
     seed: int
-    measured: features.Measured
+    measured: Measured
     alive_GF: np.ndarray
     decoder: np.ndarray  # [G * F, L, D]
     layers: list[counting.LayerFeatures]  # one for each group, alive features
@@ -46,13 +47,13 @@ def count(arm: Arm, one: Trained) -> dict[str, Any]:
         "merged_low": None,
         "merged_high": None,
         "entropy_load": float(counting.binary_entropy(probability[one.alive_GF]).sum()) / len(one.layers),
-        "effective_dimension": finite(np.mean([capacity.effective_dimension(x.decoder) for x in one.layers])),
+        "effective_dimension": finite(np.mean([dimension.effective_dimension(x.decoder) for x in one.layers])),
     }
     if arm == "crosscoder":
-        profile_FL = features.layer_profile(one.decoder[one.alive_GF[0]])
+        profile_FL = profile.layer_profile(one.decoder[one.alive_GF[0]])
         row["distinct"] = joint = counting.distinct_features(one.layers[0].decoder, one.layers[0].code)
-        row["alive_per_layer"] = features.occupied_layers(profile_FL).sum(0).tolist()
-        mean_rho = float(features.participation_ratio(profile_FL).mean()) if alive else 0.0
+        row["alive_per_layer"] = profile.occupied_layers(profile_FL).sum(0).tolist()
+        mean_rho = float(profile.participation_ratio(profile_FL).mean()) if alive else 0.0
         row["features_per_layer"] = joint * mean_rho / n_layers
     else:
         merged = counting.merged_counts(one.layers)
@@ -80,7 +81,7 @@ def quality(arm: Arm, one: Trained) -> dict[str, Any]:
     n_layers = one.decoder.shape[1]
     l0_token = activity.code.nnz / activity.n_tokens
     if arm == "crosscoder":
-        span = features.lifespan(features.layer_profile(one.decoder))
+        span = profile.lifespan(profile.layer_profile(one.decoder))
         l0_token_layer = float(activity.firing_probability() @ span) / n_layers
     else:
         l0_token_layer = l0_token / n_layers
@@ -99,11 +100,11 @@ def quality(arm: Arm, one: Trained) -> dict[str, Any]:
 def spread(one: Trained) -> dict[str, Any]:
     """How the alive features of one crosscoder lie over the layers."""
     decoder_FLD = one.decoder[one.alive_GF[0]]
-    profile_FL = features.layer_profile(decoder_FLD)
+    profile_FL = profile.layer_profile(decoder_FLD)
     n_layers = profile_FL.shape[1]
-    rho = features.participation_ratio(profile_FL)
-    span = features.lifespan(profile_FL)
-    cosine = features.adjacent_cosine(decoder_FLD, profile_FL)
+    rho = profile.participation_ratio(profile_FL)
+    span = profile.lifespan(profile_FL)
+    cosine = profile.adjacent_cosine(decoder_FLD, profile_FL)
     cosine = cosine[~np.isnan(cosine)]
     counts, edges = np.histogram(rho / n_layers, bins=HISTOGRAM_BINS, range=(0, 1))
     return {
@@ -121,8 +122,8 @@ def spread(one: Trained) -> dict[str, Any]:
 
 def heatmap(one: Trained) -> list[list[float]]:
     """Layer profiles of up to 200 alive features, evenly drawn from all sorted by centre of mass."""
-    profile_FL = features.layer_profile(one.decoder[one.alive_GF[0]])
-    order = np.argsort(features.center_of_mass(profile_FL), kind="stable")
+    profile_FL = profile.layer_profile(one.decoder[one.alive_GF[0]])
+    order = np.argsort(profile.center_of_mass(profile_FL), kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(HEATMAP_ROWS, len(order))).round().astype(int)]
     return np.round(profile_FL[rows], 4).tolist()
 

@@ -18,8 +18,16 @@ from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards, stored_source
 from crosscoder.data.sources import ShuffledSource, SiteSource, Source, held_out_batches
 from crosscoder.dictionary import DICTIONARIES, BatchTopK
-from crosscoder.measure import counting, features, probes
-from crosscoder.measure.reading import Reading, read_dictionary, save_reading
+from crosscoder.measure import counting, probes
+from crosscoder.measure.reading import (
+    Measured,
+    Reading,
+    alive_features,
+    measure_dictionary,
+    minimum_probability,
+    read_dictionary,
+    save_reading,
+)
 from crosscoder.measure.splice import splice_losses
 from crosscoder.studies import cell_values
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget, PartialStructure, WholeStructure
@@ -127,7 +135,7 @@ def run_cell(
             **cell.identity(),
             "tokens_train": cell.budget.steps * cell.budget.batch,
             "tokens_held_out": n_held_out,
-            "p_min": counting.minimum_probability(n_held_out),
+            "p_min": minimum_probability(n_held_out),
             "per_seed": counts,
             "pair": cell_values.compare_seeds(cell.arm, trained),
             "summary": cell_values.summarize(counts),
@@ -180,7 +188,7 @@ def _train_seed(
     label = f"{cell.name} seed {seed}"
     train = budget.trainer(cell.arm)
     train(dictionary, batches, config=budget.train_config(), device=device, label=label, quiet=True)
-    measured = features.measure_dictionary(dictionary, held())
+    measured = measure_dictionary(dictionary, held())
     splice = None
     if stores.subject is not None and seed == cell.seeds[0]:
         splice = _splice(cell, dictionary, sites, stores, device)
@@ -209,9 +217,9 @@ def _keep_reading(
 
 
 def _describe_dictionary(
-    dictionary: Any, measured: features.Measured, *, seed: int, splice: dict[str, Any] | None = None
+    dictionary: Any, measured: Measured, *, seed: int, splice: dict[str, Any] | None = None
 ) -> Trained:
-    alive_GF = counting.alive_features(measured.activity)
+    alive_GF = alive_features(measured.activity)
     decoder_GFN = dictionary.grouped().decoder_GFN.detach().float().cpu()
     groups = decoder_GFN.expand(len(alive_GF), -1, -1).numpy()  # layers that share an SAE share its decoder
     layers = [
@@ -229,9 +237,7 @@ def evaluate_dictionary(dictionary: Any, held_out: ActivationShards, *, site: Si
     arm: Arm = "crosscoder" if type(dictionary).__name__ == CLASSES["crosscoder"] else "layerwise"
     scale_L = dictionary.input_scale.cpu()
     batches = (x.to(device) for x in held_out_batches(held_out, site, scale_L))
-    one = _describe_dictionary(
-        dictionary, features.measure_dictionary(dictionary, batches), seed=dictionary.config.seed
-    )
+    one = _describe_dictionary(dictionary, measure_dictionary(dictionary, batches), seed=dictionary.config.seed)
     spread = cell_values.spread(one) if arm == "crosscoder" else None
     return {"counts": cell_values.count(arm, one), "quality": cell_values.quality(arm, one), "spread": spread}
 

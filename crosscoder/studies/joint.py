@@ -16,7 +16,8 @@ from torch import Tensor
 
 from crosscoder.data.sources import StackedSource
 from crosscoder.dictionary import Crosscoder, Diffing
-from crosscoder.measure import counting, features, probes, universality
+from crosscoder.measure import probes, profile, universality
+from crosscoder.measure.reading import alive_features, measure_dictionary
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cell_values import finite
 from crosscoder.studies.cells import MOST_PROBED, Site, State, Stores
@@ -77,8 +78,8 @@ def _train_seed(cell: JointCell, source: StackedSource, seed: int, device: str) 
 
     label = f"{cell.name} seed {seed}"
     train(dictionary, batches, config=budget.train_config(), device=device, label=label, quiet=True)
-    measured = features.measure_dictionary(dictionary, held())
-    alive_F = counting.alive_features(measured.activity)[0]
+    measured = measure_dictionary(dictionary, held())
+    alive_F = alive_features(measured.activity)[0]
     found = probes.measure_functional_spread(
         dictionary,
         held,
@@ -87,7 +88,7 @@ def _train_seed(cell: JointCell, source: StackedSource, seed: int, device: str) 
     )
     n_first = source.layer_counts[0]
     decoder_FLD = dictionary.decoder_FLD().float().cpu().numpy() / np.sqrt(source.energy_L)[:, None]
-    profile_FL = features.layer_profile(decoder_FLD)
+    profile_FL = profile.layer_profile(decoder_FLD)
     own = universality.exclusive_shares(profile_FL[alive_F], n_first)
     probed = profile_FL[found.feature_n], found.auc_nL
     hidden = universality.hidden_shares(*probed, n_first)

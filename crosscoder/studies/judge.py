@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.measure import comparison, density, geometry, seeds
+from crosscoder.measure import comparison, density, seeds
 from crosscoder.measure.comparison import SiteReadings, Statistic
 from crosscoder.measure.density import Subject
 from crosscoder.measure.reading import load_reading
@@ -143,7 +143,7 @@ def _headroom(primary: SiteReadings) -> Estimate | None:
                 if dimension is None or not len(reading):
                     continue
                 phi, p = len(reading) / dimension, float(reading.probability_F.mean())
-                value, low, high = (geometry.headroom(phi, p, c) for c in (C.value, C.high, C.low))
+                value, low, high = (dimension.headroom(phi, p, c) for c in (C.value, C.high, C.low))
                 if lowest is None or value < lowest[0]:
                     lowest = value, low, high
     return None if lowest is None else Estimate(*lowest)

@@ -13,9 +13,8 @@ from torch import Tensor
 from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
 from crosscoder.data.world_pair import PairConfig, Side, WorldPair
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
-from crosscoder.measure import features
 from crosscoder.measure.density import Subject
-from crosscoder.measure.reading import Reading, read_dictionary
+from crosscoder.measure.reading import Measured, Reading, measure_dictionary, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict import decide as verdict
 from crosscoder.verdict import gain
@@ -143,7 +142,7 @@ class Planted:
         """The same held-out tokens for every shape and seed, scaled."""
         return [x.to(self.device) for x in self.source(pair, side).held_out()]
 
-    def measure(self, pair: WorldPair, side: Side, dictionary: Any) -> features.Measured:
+    def measure(self, pair: WorldPair, side: Side, dictionary: Any) -> Measured:
         """`dictionary` after training on one side, measured on the held-out tokens."""
         config = self.config
         settings = TrainConfig(
@@ -154,7 +153,7 @@ class Planted:
         )
         batches = self.source(pair, side).batches(config.batch, seed=2 * self.seed, steps=config.steps)
         train(dictionary, batches, config=settings, device=self.device, quiet=True)
-        return features.measure_dictionary(dictionary, self.held_out(pair, side))
+        return measure_dictionary(dictionary, self.held_out(pair, side))
 
     def read(self, pair: WorldPair, side: Side, dictionary_seed: int) -> Reading:
         """The reading of one crosscoder on one side."""

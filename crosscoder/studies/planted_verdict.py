@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from crosscoder.data.world_pair import DEPTH_RATIO, Side, WorldPair
-from crosscoder.measure import comparison, geometry, recovery, spread
+from crosscoder.measure import comparison, dimension, probes, recovery
 from crosscoder.measure.comparison import SiteReadings, Statistic
 from crosscoder.measure.density import PRIMARY, Subject
 from crosscoder.measure.reading import Reading
@@ -78,7 +78,7 @@ def measure_cross_layer(planted: Planted, subject: Subject, control: Planted, un
         rows: list[float | str] = []
         for reading, initial in zip(subject.seeds[t], untrained.seeds[t], strict=True):
             nulls = (_decodability(reading, shuffled_TLD), _decodability(initial, initial_TLD))
-            x = spread.cross_layer_excess(_decodability(reading, x_TLD), *nulls).x
+            x = probes.cross_layer_excess(_decodability(reading, x_TLD), *nulls)
             rows.append(x if math.isfinite(x) else "no feature could be probed")
         groups.append(rows)
     return evidence.seeds_statistic("cross_layer", groups)
@@ -89,7 +89,7 @@ def _decodability(reading: Reading, x_TLD: np.ndarray) -> tuple[np.ndarray, np.n
     active_TF = (reading.code[: len(x_TLD)] > 0).toarray()
     score_TFL = np.einsum("tld,fld->tfl", x_TLD, reading.decoder_FLD)
     both = np.concatenate([score_TFL, score_TFL.sum(2, keepdims=True)], axis=2)
-    auc = [spread.area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))]
+    auc = [probes.area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))]
     auc_FQ = np.array(auc).reshape(len(reading), both.shape[2])
     return auc_FQ[:, -1], auc_FQ[:, :-1]
 
@@ -131,7 +131,7 @@ def _truth(dimension: Mapping[str, np.ndarray], planted: Planted) -> dict[str, f
 
 def _drawn_dimension(pair: WorldPair, side: Side) -> float:
     rows_FN = pair.decoder_FLD[side].flatten(1).double().numpy()
-    return geometry.weighted_dimension(rows_FN, pair.probability_F.double().numpy())
+    return dimension.weighted_dimension(rows_FN, pair.probability_F.double().numpy())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.foundation.artifact import replace_file, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.measure import capacity, counting, features, matching, recovery
+from crosscoder.measure import counting, dimension, matching, recovery
+from crosscoder.measure.reading import alive_features, measure_dictionary
 from crosscoder.report.planted import render_markdown, render_picture, render_verdicts
 from crosscoder.studies import planted_verdict
 from crosscoder.studies.folder import Clock
@@ -137,9 +138,9 @@ def fit_dictionary(dictionary: Any, source: Source, fit: FitConfig, *, device: s
     )
     batches = source.batches(fit.batch, seed=TRAIN_SEED, steps=fit.steps)
     train(dictionary, batches, config=config, device=device, quiet=True)
-    measured = features.measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
+    measured = measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
     activity = measured.activity
-    alive_GF = counting.alive_features(activity)
+    alive_GF = alive_features(activity)
     alive = alive_GF.ravel().nonzero()[0]
     return Found(
         decoder_FLD=dictionary.decoder_FLD().float().cpu().numpy()[alive],
@@ -298,7 +299,7 @@ def _measure_side(pair: WorldPair, side: Side, config: SyntheticConfig, device: 
         "count": len(decoders),
         "mcc": recovery.mean_cosine(recovery.assign(decoders, pair.decoder_FLD[side].numpy())),
         "rho": recovery.mean_rho(decoders),
-        "d_eff": capacity.effective_dimension(decoders.reshape(len(decoders), -1)),
+        "d_eff": dimension.effective_dimension(decoders.reshape(len(decoders), -1)),
         "entropy_load": float(counting.binary_entropy(found.probability_F).sum()),
         "explained_variance": found.explained_variance,
     }

@@ -31,7 +31,7 @@ from crosscoder.dictionary import (
     Sparsity,
 )
 from crosscoder.foundation.order import seeded_generator
-from crosscoder.measure import counting, features
+from crosscoder.measure.reading import alive_features, measure_dictionary
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget
 
 EVALUATION_BATCH = 4096
@@ -256,9 +256,9 @@ def fit_variant(
     seconds = time.perf_counter() - started
     if isinstance(dictionary.config.sparsity, BatchTopK):
         calibrate_threshold(dictionary, (source.batch(index, budget.batch).to(device) for index in range(CALIBRATION)))
-    measured = features.measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
+    measured = measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
     n_groups = dictionary.grouped().center_GN.shape[0]
-    alive_RF = counting.alive_features(measured.activity)
+    alive_RF = alive_features(measured.activity)
     alive_GF = alive_RF.reshape(-1, n_groups, alive_RF.shape[1]).any(0)  # of a shared SAE: at any layer
     later_L = measured.explained_variance_L[1:]
     later_L = later_L[np.isfinite(later_L)]  # layers that nobody writes

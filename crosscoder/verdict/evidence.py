@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.measure import comparison, counting, density, geometry, saturation, spread, statistics, universality
+from crosscoder.measure import (
+    comparison,
+    counting,
+    density,
+    dimension,
+    probes,
+    profile,
+    saturation,
+    statistics,
+    universality,
+)
 from crosscoder.measure.comparison import SiteReadings, SiteStatistics, Statistic
 from crosscoder.measure.density import PRIMARY, Subject
 from crosscoder.measure.reading import Reading
@@ -20,8 +30,9 @@ from crosscoder.verdict import gain
 
 DEFINITIONS = {
     **counting.DEFINITIONS,
-    **spread.DEFINITIONS,
-    **geometry.DEFINITIONS,
+    **profile.DEFINITIONS,
+    **probes.DEFINITIONS,
+    **dimension.DEFINITIONS,
     **universality.DEFINITIONS,
     **statistics.DEFINITIONS,
     **density.DEFINITIONS,

@@ -6,7 +6,7 @@ import torch
 
 from crosscoder import BatchTopK, JumpReLU, LayerwiseSAE, ReLU, TopK, load_dictionary
 from crosscoder.dictionary.losses import loss_terms
-from crosscoder.measure.features import measure_dictionary
+from crosscoder.measure.reading import measure_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.training.firing import FiringTracker
 

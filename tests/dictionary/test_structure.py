@@ -22,7 +22,7 @@ from crosscoder.dictionary.losses import loss_terms
 from crosscoder.dictionary.structure import feature_owners
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import from_mapping, to_mapping
-from crosscoder.measure.features import measure_dictionary
+from crosscoder.measure.reading import measure_dictionary
 from crosscoder.training import TrainConfig, train
 from tests.dictionary.structures import EVERY, FIRST_WRITTEN, D, F, L, batches_of, inputs, make, masks
 from tests.dictionary.test_pretrained import reseal

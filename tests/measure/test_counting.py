@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from crosscoder.measure import capacity, counting, features, matching
+from crosscoder.measure import counting, dimension, matching, profile
+from crosscoder.measure.reading import Activity, alive_features
 
 
 def csc(dense):
@@ -18,15 +19,15 @@ def test_layer_profile_and_spread_of_known_features():
     decoder[0, 1] = [0, 2, 0]  # one layer
     decoder[1, :] = [1, 0, 0]  # all four evenly, one direction
     decoder[2, 0], decoder[2, 1] = [3, 0, 0], [0, 1, 0]  # shares .9 and .1
-    profile = features.layer_profile(decoder)
-    np.testing.assert_allclose(profile[0], [0, 1, 0, 0])
-    np.testing.assert_allclose(profile[1], [0.25] * 4)
-    np.testing.assert_allclose(profile[2], [0.9, 0.1, 0, 0])
-    np.testing.assert_allclose(profile[3], 0)
-    np.testing.assert_allclose(features.participation_ratio(profile), [1, 4, 1 / 0.82, 0])
-    assert features.lifespan(profile).tolist() == [1, 4, 1, 0]
-    np.testing.assert_allclose(features.center_of_mass(profile)[:3], [1, 1.5, 0.1])
-    cosine = features.adjacent_cosine(decoder, profile)
+    shares = profile.layer_profile(decoder)
+    np.testing.assert_allclose(shares[0], [0, 1, 0, 0])
+    np.testing.assert_allclose(shares[1], [0.25] * 4)
+    np.testing.assert_allclose(shares[2], [0.9, 0.1, 0, 0])
+    np.testing.assert_allclose(shares[3], 0)
+    np.testing.assert_allclose(profile.participation_ratio(shares), [1, 4, 1 / 0.82, 0])
+    assert profile.lifespan(shares).tolist() == [1, 4, 1, 0]
+    np.testing.assert_allclose(profile.center_of_mass(shares)[:3], [1, 1.5, 0.1])
+    cosine = profile.adjacent_cosine(decoder, shares)
     assert cosine[1] == pytest.approx(1)
     assert np.isnan(cosine[[0, 2]]).all()
 
@@ -34,7 +35,7 @@ def test_layer_profile_and_spread_of_known_features():
 def test_drift_is_seen_as_a_cosine_below_one():
     angle = 0.3
     decoder = np.array([[[np.cos(i * angle), np.sin(i * angle)] for i in range(5)]])
-    assert features.adjacent_cosine(decoder, features.layer_profile(decoder))[0] == pytest.approx(np.cos(angle))
+    assert profile.adjacent_cosine(decoder, profile.layer_profile(decoder))[0] == pytest.approx(np.cos(angle))
 
 
 def test_activation_correlation_is_pearson():
@@ -64,8 +65,8 @@ def test_matching_rules_differ_as_they_should():
 def test_alive_needs_more_than_ten_occurrences():
     code = np.zeros((1000, 3))
     code[:11, 0], code[:10, 1] = 1, 1
-    activity = features.Activity(sparse.csr_array(code), 1)
-    assert counting.alive_features(activity).tolist() == [[True, False, False]]
+    activity = Activity(sparse.csr_array(code), 1)
+    assert alive_features(activity).tolist() == [[True, False, False]]
     assert activity.firing_probability().tolist() == [0.011, 0.01, 0]
 
 
@@ -143,8 +144,8 @@ def test_effective_dimension_of_known_arrangements():
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     local = np.zeros((n, n_layers, width))
     local[np.arange(n), np.arange(n) % n_layers] = directions
-    assert capacity.effective_dimension(local.reshape(n, -1)) == pytest.approx(n_layers * width, rel=0.05)
+    assert dimension.effective_dimension(local.reshape(n, -1)) == pytest.approx(n_layers * width, rel=0.05)
     persistent = np.repeat(directions[:, None], n_layers, 1).reshape(n, -1)
-    assert capacity.effective_dimension(persistent) == pytest.approx(width, rel=0.05)
-    assert math.isnan(capacity.effective_dimension(directions[:1]))
-    assert capacity.effective_dimension(np.eye(3)) == math.inf
+    assert dimension.effective_dimension(persistent) == pytest.approx(width, rel=0.05)
+    assert math.isnan(dimension.effective_dimension(directions[:1]))
+    assert dimension.effective_dimension(np.eye(3)) == math.inf

@@ -6,8 +6,9 @@ import torch
 from crosscoder import BatchTopK, Crosscoder
 from crosscoder.dictionary import Diffing, stack_subjects
 from crosscoder.dictionary.structure import feature_owners
-from crosscoder.measure.features import layer_profile, measure_dictionary
 from crosscoder.measure.matching import decoder_cosine
+from crosscoder.measure.profile import layer_profile
+from crosscoder.measure.reading import measure_dictionary
 from crosscoder.measure.universality import exclusive_shares
 from crosscoder.training import TrainConfig, train
 

@@ -8,7 +8,7 @@ import torch
 
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary import JumpReLU
-from crosscoder.measure import probe_passes, spread
+from crosscoder.measure import probe_passes, probes, profile
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
 
 N_LAYERS, D_MODEL = 3, 8
@@ -59,7 +59,7 @@ def ridge_auc(x_TN, label_T, fitted_T, scored_T):
     gram = x.T @ x / len(x)
     penalty = 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
     weight = np.linalg.solve(gram + penalty, x.T @ (label_T[fitted_T] - label_T[fitted_T].mean()))
-    return spread.area_under_curve((x_TN[scored_T] @ weight)[:, None], label_T[scored_T])[0]
+    return probes.area_under_curve((x_TN[scored_T] @ weight)[:, None], label_T[scored_T])[0]
 
 
 class TestAgainstThePlainFormulas:
@@ -98,7 +98,7 @@ class TestAgainstThePlainFormulas:
         targets = (x - out.recon.detach()).double(), (out.recon.detach() - bias).double()
         moments = (torch.einsum("tf,tld->fld", code, target).numpy() for target in targets)
         square = code.square().sum(0).numpy()
-        found = spread.scaling_of_moments(*moments, square, dictionary.decoder.detach().numpy())
+        found = profile.scaling_of_moments(*moments, square, dictionary.decoder.detach().numpy())
         np.testing.assert_allclose(measured.nu_error_nL, found.nu_error_FL, atol=1e-4)
         np.testing.assert_allclose(measured.nu_recon_nL, found.nu_recon_FL, atol=1e-4)
 

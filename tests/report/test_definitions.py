@@ -6,13 +6,12 @@ import re
 import pytest
 
 MODULES = (
-    "measure.capacity",
     "measure.counting",
-    "measure.geometry",
+    "measure.dimension",
     "measure.probes",
     "measure.saturation",
     "measure.splice",
-    "measure.spread",
+    "measure.profile",
     "measure.statistics",
     "measure.universality",
     "verdict.decide",

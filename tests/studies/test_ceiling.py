@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from crosscoder.measure.geometry import headroom, highest_probability
+from crosscoder.measure.dimension import headroom, highest_probability
 from crosscoder.studies import ceiling
 from crosscoder.studies.ceiling import CeilingConfig, CeilingPoint
 from crosscoder.studies.synthetic import FitConfig

@@ -6,7 +6,7 @@ import torch
 
 from crosscoder import BatchTopK, Crosscoder
 from crosscoder.data.world import World, WorldConfig
-from crosscoder.measure import features, matching, recovery
+from crosscoder.measure import matching, profile, recovery
 from crosscoder.training import TrainConfig, train
 
 
@@ -39,8 +39,8 @@ def test_their_spread_is_recovered(found):
     similarity = matching.decoder_cosine(truth.reshape(64, -1), decoder.reshape(96, -1))
     best = similarity.argmax(1)
     good = similarity.max(1) >= 0.9
-    rho_true = features.participation_ratio(features.layer_profile(truth))[good]
-    rho_found = features.participation_ratio(features.layer_profile(decoder[best]))[good]
+    rho_true = profile.participation_ratio(profile.layer_profile(truth))[good]
+    rho_found = profile.participation_ratio(profile.layer_profile(decoder[best]))[good]
     assert abs(rho_found.mean() / rho_true.mean() - 1) < 0.1
     assert np.corrcoef(rho_true, rho_found)[0, 1] > 0.9
 

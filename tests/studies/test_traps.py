@@ -11,8 +11,9 @@ from crosscoder import BatchTopK, Crosscoder
 from crosscoder.data.world import Firing, Nuisance, World, WorldConfig
 from crosscoder.dictionary import NormPenalty, ReLU
 from crosscoder.foundation.order import seeded_generator
-from crosscoder.measure import counting, features, matching, recovery
+from crosscoder.measure import counting, matching, profile, recovery
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
+from crosscoder.measure.reading import alive_features, measure_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict.decide import Evidence, check_gates
 
@@ -31,8 +32,8 @@ def trained(world, *, steps=500, learning_rate=1e-2, kept_bias=None, **settings)
 def held_out(world, dictionary, n=20_480):
     """Inputs, planted activity, and what the dictionary makes of it."""
     x_BLD, activations_BF = world.sample(n, seeded_generator("traps"))
-    measured = features.measure_dictionary(dictionary, x_BLD.split(4096))
-    alive = counting.alive_features(measured.activity)[0].nonzero()[0]
+    measured = measure_dictionary(dictionary, x_BLD.split(4096))
+    alive = alive_features(measured.activity)[0].nonzero()[0]
     return x_BLD, activations_BF.numpy(), measured, alive
 
 
@@ -179,7 +180,7 @@ class TestShrinkage:
         }
 
     def test_trap_shrinkage(self, uneven):
-        true = features.participation_ratio(features.layer_profile(uneven.decoder_FLD.numpy())).mean()
+        true = profile.participation_ratio(profile.layer_profile(uneven.decoder_FLD.numpy())).mean()
         shrunk = self.numbers(
             uneven,
             sparsity=ReLU(NormPenalty(norm="l1", coefficient=0.3)),

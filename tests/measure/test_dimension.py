@@ -1,21 +1,21 @@
-"""Effective dimension, its prediction and its ceiling against arrangements whose geometry is known."""
+"""Effective dimension and its ceiling against arrangements whose geometry is known."""
 
 import math
 
 import numpy as np
 import pytest
 
-from crosscoder.measure import capacity, geometry
+from crosscoder.measure import dimension
 from crosscoder.measure.statistics import Bootstrap
 
 
 def test_equal_weights_give_the_raw_dimension():
     rows = np.random.default_rng(0).standard_normal((50, 12))
-    assert geometry.weighted_dimension(rows) == pytest.approx(capacity.effective_dimension(rows))
-    assert geometry.weighted_dimension(rows[:8], np.full(8, 3.0)) == pytest.approx(
-        capacity.effective_dimension(rows[:8])
+    assert dimension.weighted_dimension(rows) == pytest.approx(dimension.effective_dimension(rows))
+    assert dimension.weighted_dimension(rows[:8], np.full(8, 3.0)) == pytest.approx(
+        dimension.effective_dimension(rows[:8])
     )
-    assert math.isnan(geometry.weighted_dimension(rows[:1]))
+    assert math.isnan(dimension.weighted_dimension(rows[:1]))
 
 
 @pytest.mark.parametrize("n_dimensions", [2, 5])  # fewer and more than features
@@ -23,13 +23,13 @@ def test_weights_by_hand(n_dimensions):
     rows = np.zeros((3, n_dimensions))
     rows[:, :2] = [[1, 0], [1, 1], [0, 2]]  # squared cosines 1/2, 1/2 and 0
     weight = np.array([1.0, 2, 3])
-    assert geometry.weighted_dimension(rows, weight) == pytest.approx((2 + 6 + 3) / (0.5 * 2 + 0.5 * 6))
-    assert geometry.weighted_dimension(rows, np.array([1.0, 0, 1])) == math.inf
-    assert geometry.feature_energy(np.array([2.0, 1, 1]), rows).tolist() == [2, 2, 4]
+    assert dimension.weighted_dimension(rows, weight) == pytest.approx((2 + 6 + 3) / (0.5 * 2 + 0.5 * 6))
+    assert dimension.weighted_dimension(rows, np.array([1.0, 0, 1])) == math.inf
+    assert dimension.feature_energy(np.array([2.0, 1, 1]), rows).tolist() == [2, 2, 4]
     with pytest.raises(ValueError, match=r"\(2,\) for 3 features"):
-        geometry.weighted_dimension(rows, np.ones(2))
+        dimension.weighted_dimension(rows, np.ones(2))
     with pytest.raises(ValueError, match="finite weight"):
-        geometry.weighted_dimension(rows, np.array([1.0, -1, 1]))
+        dimension.weighted_dimension(rows, np.array([1.0, -1, 1]))
 
 
 def noisy(rng, rows, cosine):
@@ -45,8 +45,8 @@ def test_two_seeds_of_identical_rows_give_the_raw_dimension(n):
     rows = np.random.default_rng(1).standard_normal((n, 100))
     order = np.random.default_rng(2).permutation(n)
     pairs = np.stack([order, np.arange(n)], axis=1)
-    found = geometry.debiased_dimension(rows, rows[order], pairs)
-    assert found.value == pytest.approx(capacity.effective_dimension(rows))
+    found = dimension.debiased_dimension(rows, rows[order], pairs)
+    assert found.value == pytest.approx(dimension.effective_dimension(rows))
     assert found.attenuation_corrected == pytest.approx(found.value)
     assert (found.self_cosine, found.reason) == (pytest.approx(1), None)
 
@@ -55,10 +55,10 @@ def test_two_seeds_remove_the_noise_of_one():
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((2000, 200)) * 0.02
     rows[:, :6] += rng.standard_normal((2000, 6))  # nearly six dimensions in two hundred
-    truth = capacity.effective_dimension(rows)
+    truth = dimension.effective_dimension(rows)
     first, second = noisy(rng, rows, 0.92), noisy(rng, rows, 0.92)
     pairs = np.repeat(np.arange(2000)[:, None], 2, axis=1)
-    found = geometry.debiased_dimension(first, second, pairs)
+    found = dimension.debiased_dimension(first, second, pairs)
     assert found.self_cosine == pytest.approx(0.92, abs=0.005)
     assert found.value == pytest.approx(truth / 0.92**2, rel=0.02)  # shrunk cosines remain
     assert found.attenuation_corrected == pytest.approx(truth, rel=0.02)
@@ -67,11 +67,11 @@ def test_two_seeds_remove_the_noise_of_one():
 def test_a_product_of_seeds_is_free_of_the_additive_bias_of_a_square():
     rng = np.random.default_rng(4)
     rows = np.kron(np.eye(50), np.ones((20, 1)))  # cosine 1 within a group of 20, 0 outside
-    truth = capacity.effective_dimension(rows)
+    truth = dimension.effective_dimension(rows)
     first, second = noisy(rng, rows, 0.9), noisy(rng, rows, 0.9)
     pairs = np.repeat(np.arange(1000)[:, None], 2, axis=1)
-    found = geometry.debiased_dimension(first, second, pairs, minimum_self_cosine=0.89)
-    raw = capacity.effective_dimension(first)
+    found = dimension.debiased_dimension(first, second, pairs, minimum_self_cosine=0.89)
+    raw = dimension.effective_dimension(first)
     expected = 1 / (0.81 / truth + (1 - 0.81) / 50)  # each square gains the noise's 1 / N
     assert raw == pytest.approx(expected, rel=0.03)
     assert found.attenuation_corrected == pytest.approx(truth, rel=0.02)
@@ -82,38 +82,38 @@ def test_noisy_directions_are_refused_with_a_reason():
     rng = np.random.default_rng(5)
     rows = rng.standard_normal((100, 50))
     pairs = np.repeat(np.arange(100)[:, None], 2, axis=1)
-    found = geometry.debiased_dimension(noisy(rng, rows, 0.8), noisy(rng, rows, 0.8), pairs)
+    found = dimension.debiased_dimension(noisy(rng, rows, 0.8), noisy(rng, rows, 0.8), pairs)
     assert (found.value, found.attenuation_corrected) == (None, None)
     assert found.reason is not None
     assert "below 0.9" in found.reason
-    alone = geometry.debiased_dimension(rows, rows, pairs[:1])
+    alone = dimension.debiased_dimension(rows, rows, pairs[:1])
     assert alone.reason == "1 features match; a pair of features needs two"
     with pytest.raises(ValueError, match="50 and 49 entries"):
-        geometry.debiased_dimension(rows, rows[:, :49], pairs)
+        dimension.debiased_dimension(rows, rows[:, :49], pairs)
 
 
 def test_highest_probability_solves_the_ceiling():
-    assert geometry.highest_probability(2.0, 1.0) == 1  # below e nothing constrains
-    assert geometry.highest_probability(math.e, 1.0) == pytest.approx(1 / math.e, rel=1e-6)
+    assert dimension.highest_probability(2.0, 1.0) == 1  # below e nothing constrains
+    assert dimension.highest_probability(math.e, 1.0) == pytest.approx(1 / math.e, rel=1e-6)
     for density, constant in ((5.0, 1.0), (20.0, 1.0), (20.0, 3.0), (1e4, 0.5)):
-        p = geometry.highest_probability(density, constant)
+        p = dimension.highest_probability(density, constant)
         assert p < 1 / math.e
         assert constant * density * p * math.log(1 / p) == pytest.approx(1)
     p = 0.01  # n / m = 1 / (p ln(1 / p)), with C = 1
-    assert geometry.headroom(1 / (p * math.log(1 / p)), p, 1.0) == pytest.approx(1)
-    assert geometry.headroom(2.0, 0.5, 1.0) == math.inf
+    assert dimension.headroom(1 / (p * math.log(1 / p)), p, 1.0) == pytest.approx(1)
+    assert dimension.headroom(2.0, 0.5, 1.0) == math.inf
     with pytest.raises(ValueError, match="density is -1"):
-        geometry.highest_probability(-1.0, 1.0)
+        dimension.highest_probability(-1.0, 1.0)
     with pytest.raises(ValueError, match="probability is 0"):
-        geometry.headroom(5.0, 0.0, 1.0)
+        dimension.headroom(5.0, 0.0, 1.0)
 
 
 def test_slope_of_resampled_shapes():
     with pytest.raises(ValueError, match="two different sizes"):
-        geometry.log_slope_of_bootstraps([2, 2], [Bootstrap(1.0, np.ones(2)), Bootstrap(2.0, np.ones(2))])
+        dimension.log_slope_of_bootstraps([2, 2], [Bootstrap(1.0, np.ones(2)), Bootstrap(2.0, np.ones(2))])
     with pytest.raises(ValueError, match="smallest value is 0"):
-        geometry.log_slope_of_bootstraps([2, 4], [Bootstrap(1.0, np.ones(2)), Bootstrap(0.0, np.zeros(2))])
+        dimension.log_slope_of_bootstraps([2, 4], [Bootstrap(1.0, np.ones(2)), Bootstrap(0.0, np.zeros(2))])
     shapes = [Bootstrap(1.0, np.array([1.0, 2.0]), 2.0), Bootstrap(4.0, np.array([4.0, 4.0]))]
-    found = geometry.log_slope_of_bootstraps([2, 8], shapes)
+    found = dimension.log_slope_of_bootstraps([2, 8], shapes)
     assert found.value == pytest.approx(1)
     np.testing.assert_allclose(found.draws, [1, (math.log(4) - 2 * math.log(2)) / math.log(4)], atol=1e-12)

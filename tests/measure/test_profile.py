@@ -1,37 +1,37 @@
-"""Spread by decoder, by use and by decodability, against features whose layers are known."""
+"""Layers of features by decoder, by use and by decodability, against features whose layers are known."""
 
 import math
 
 import numpy as np
 import pytest
 
-from crosscoder.measure import spread
+from crosscoder.measure import probes, profile
 
 
 def test_area_under_curve_by_hand():
     score = np.array([[1.0, 0], [2, 0], [3, 0], [4, 0]])
-    np.testing.assert_allclose(spread.area_under_curve(score, np.array([0, 1, 0, 1])), [0.75, 0.5])
-    assert np.isnan(spread.area_under_curve(score, np.ones(4))).all()
+    np.testing.assert_allclose(probes.area_under_curve(score, np.array([0, 1, 0, 1])), [0.75, 0.5])
+    assert np.isnan(probes.area_under_curve(score, np.ones(4))).all()
 
 
 def test_area_under_curve_of_shifted_normals():
     rng = np.random.default_rng(2)
     label = rng.random(20000) < 0.3
     score = rng.standard_normal((20000, 1)) + label[:, None]
-    assert spread.area_under_curve(score, label)[0] == pytest.approx(0.7602, abs=0.01)  # Phi(1 / sqrt 2)
+    assert probes.area_under_curve(score, label)[0] == pytest.approx(0.7602, abs=0.01)  # Phi(1 / sqrt 2)
 
 
 def test_gain_and_excess_by_hand():
     joint = np.array([0.99, 0.99, 0.80, 0.70, math.nan])
     single = np.array([[0.6, 0.8], [0.93, 0.5], [0.78, 0.6], [0.5, 0.6], [0.5, 0.5]])
-    np.testing.assert_allclose(spread.joint_gain(joint, single)[:4], [0.19, 0.06, 0.02, 0.1])
-    assert spread.genuine_share(joint, single) == 0.5
-    assert math.isnan(spread.genuine_share(joint[4:], single[4:]))
+    np.testing.assert_allclose(probes.joint_gain(joint, single)[:4], [0.19, 0.06, 0.02, 0.1])
+    assert probes.genuine_share(joint, single) == 0.5
+    assert math.isnan(probes.genuine_share(joint[4:], single[4:]))
     none = (np.full(4, 0.6), np.full((4, 2), 0.59))
     some = (np.array([0.9, 0.6, 0.6, 0.6]), np.full((4, 2), 0.59))
-    found = spread.cross_layer_excess((joint, single), none, some)
-    assert (found.x, found.share, found.shuffled, found.untrained) == (0.25, 0.5, 0, 0.25)
-    assert math.isnan(spread.cross_layer_excess((joint, single), (joint[4:], single[4:]), some).x)
+    assert [probes.genuine_share(*aucs) for aucs in (none, some)] == [0, 0.25]
+    assert probes.cross_layer_excess((joint, single), none, some) == 0.25
+    assert math.isnan(probes.cross_layer_excess((joint, single), (joint[4:], single[4:]), some))
 
 
 def test_excess_separates_codes_across_layers_from_persistence():
@@ -44,16 +44,16 @@ def test_excess_separates_codes_across_layers_from_persistence():
         seen = bits if kind == "split" else bits[:, [0, 0]]
         scores = seen + 0.05 * rng.standard_normal(seen.shape)
         scores = rng.permuted(scores, axis=0) if kind == "shuffled" else scores
-        both = spread.area_under_curve(scores.sum(1, keepdims=True), label)[0]
-        return both, spread.area_under_curve(scores, label)
+        both = probes.area_under_curve(scores.sum(1, keepdims=True), label)[0]
+        return both, probes.area_under_curve(scores, label)
 
     def pool(kind):
         joint, single = zip(*(aucs(kind) for _ in range(5)), strict=True)
         return np.array(joint), np.stack(single)
 
-    split = spread.cross_layer_excess(pool("split"), pool("shuffled"), pool("shuffled"))
-    persistent = spread.cross_layer_excess(pool("persistent"), pool("shuffled"), pool("shuffled"))
-    assert (split.x, persistent.x) == (1, 0)
+    split = probes.cross_layer_excess(pool("split"), pool("shuffled"), pool("shuffled"))
+    persistent = probes.cross_layer_excess(pool("persistent"), pool("shuffled"), pool("shuffled"))
+    assert (split, persistent) == (1, 0)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def shrunk():
     error = np.zeros_like(recon)
     error[:, 1] = 0.6 * code[:, :1] * directions[0]
     moments = (np.einsum("tf,tld->fld", code, part) for part in (error, recon))
-    return spread.scaling_of_moments(*moments, np.square(code).sum(0), decoder), code, error, decoder
+    return profile.scaling_of_moments(*moments, np.square(code).sum(0), decoder), code, error, decoder
 
 
 def test_latent_scaling_names_each_artefact(shrunk):
@@ -89,9 +89,9 @@ def test_scaling_is_the_least_squares_multiple(shrunk):
 def test_corrected_profile_by_hand(shrunk):
     scaling, _, _, decoder = shrunk
     nu = scaling.nu_error_FL
-    profile = spread.corrected_profile(decoder, nu)
-    np.testing.assert_allclose(profile[0], [1 / 1.36, 0.36 / 1.36], atol=1e-9)
-    np.testing.assert_allclose(profile[2], [1, 0], atol=1e-9)
-    np.testing.assert_allclose(spread.corrected_profile(decoder * 0, nu), 0)
-    kept = spread.corrected_profile(np.ones((1, 3, 2)), np.array([[math.nan, -1, 7]]))
+    shares = profile.corrected_profile(decoder, nu)
+    np.testing.assert_allclose(shares[0], [1 / 1.36, 0.36 / 1.36], atol=1e-9)
+    np.testing.assert_allclose(shares[2], [1, 0], atol=1e-9)
+    np.testing.assert_allclose(profile.corrected_profile(decoder * 0, nu), 0)
+    kept = profile.corrected_profile(np.ones((1, 3, 2)), np.array([[math.nan, -1, 7]]))
     np.testing.assert_allclose(kept, 1 / 3)

@@ -1,7 +1,6 @@
-"""How features share their space: effective dimension, what it would be by chance, the ceiling, and its exponents.
+"""How features share their space: effective dimension, raw, weighted and debiased; its ceiling; slopes over shapes.
 
-`capacity` holds the raw effective dimension and the neurons; here are its weighted and debiased forms. All take joint
-decoder rows, `[F, N]` with N = L * D, or `[F, L, D]` where the layers matter.
+All take joint decoder rows, `[F, N]` with N = L * D.
 """
 
 from __future__ import annotations
@@ -18,6 +17,13 @@ from crosscoder.measure.statistics import Bootstrap
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
 
 DEFINITIONS = {
+    "per_neuron_layer": "Features per neuron, per layer: features of one layer over its width D.",
+    "per_neuron_joint": "Features per neuron, joint: distinct crosscoder features over the total neurons L * D.",
+    "per_slot": "Occupied slots per neuron: distinct features times the layers each occupies (mean rho), over L * D; "
+    "the same as crosscoder features per layer over D.",
+    "effective_dimension": "d_eff = 1 / mean over pairs of G_ij^2, with G the cosines of the joint decoder rows: the "
+    "number of orthogonal-equivalent dimensions that random features with the same interference would fill. Raw, so "
+    "dictionary noise inflates it.",
     "density": "lambda: entropy load, the sum over alive features of the binary entropy of their firing probability in "
     "nats per token, over the effective dimension.",
     "effective_dimension_weighted": "d_eff, energy-weighted: as the raw one, with each pair weighted by the product of "
@@ -63,6 +69,22 @@ def _dimension(interference: float) -> float:
 def feature_energy(square_activation_F: np.ndarray, decoder_FN: np.ndarray) -> np.ndarray:
     """`E[f_i^2] |W_i|^2`, the mean squared norm that each feature writes on a token, `[F]`."""
     return np.asarray(square_activation_F) * np.square(np.asarray(decoder_FN, dtype=np.float64)).sum(1)
+
+
+def effective_dimension(decoder_FN: np.ndarray) -> float:
+    """d_eff of joint decoder rows `[F, N]`: 1 over the mean squared cosine of distinct pairs; nan below two rows.
+
+    F features on separate single layers give about L * D; one direction kept on every layer gives about D.
+    """
+    n_features = len(decoder_FN)
+    if n_features < 2:
+        return float("nan")
+    norm = np.linalg.norm(decoder_FN, axis=1, keepdims=True)
+    rows = np.divide(decoder_FN, norm, out=np.zeros_like(decoder_FN), where=norm > 0)
+    # sum of squared entries of the Gram matrix, from the smaller of the two products
+    product = rows @ rows.T if n_features <= rows.shape[1] else rows.T @ rows
+    off_diagonal = np.square(product, dtype=np.float64).sum() - np.square(np.square(rows).sum(1)).sum()
+    return float(n_features * (n_features - 1) / off_diagonal) if off_diagonal > 0 else float("inf")
 
 
 def weighted_dimension(decoder_FN: np.ndarray, weight_F: np.ndarray | None = None) -> float:

@@ -1,0 +1,127 @@
+"""Over how many layers a feature extends: by its decoder, by what it is read from, and corrected for shrinkage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+DEFINITIONS = {
+    "functional_rho": "Functional spread: participation ratio 1 / sum of s_l^2, with s_l the share of layer l in what "
+    "the encoder adds up on the tokens where the feature is active; layers that lower the sum count as 0.",
+    "layer_drop": "Leave-one-layer-out drop: share of a feature's summed activation that is lost when layer l is "
+    "replaced by its mean; activations that fall to the threshold or below are lost whole.",
+    "latent_scaling": "nu_l = beta_l / beta_peak, beta_l the least-squares multiple of the feature's activation times "
+    "its peak layer's decoder row that fits, at layer l, the error with the feature's own part put back (nu_err), or "
+    "the reconstruction (nu_rec). nu_err near 0: the layer truly lacks the direction; near 1 with a small decoder "
+    "norm: shrunk away; nu_rec near 1 with a small norm: other features carry it (arXiv 2504.02922).",
+    "corrected_rho": "Spread after correction: participation ratio of squared amplitudes, each the larger of the "
+    "decoder norm over the peak's and nu_err, from 0 to 1.",
+}
+
+
+def layer_profile(decoder_FLD: np.ndarray) -> np.ndarray:
+    """Share of each feature's squared decoder norm on each layer, `e[i, l] = |W_il|^2 / sum_l |W_il|^2`, `[F, L]`.
+
+    A feature whose decoder is zero has no profile; its row is zero.
+    """
+    energy_FL = np.square(decoder_FLD.astype(np.float64)).sum(2)
+    total_F = energy_FL.sum(1, keepdims=True)
+    return np.divide(energy_FL, total_F, out=np.zeros_like(energy_FL), where=total_F > 0)
+
+
+def participation_ratio(profile_FL: np.ndarray) -> np.ndarray:
+    """How many layers a feature occupies, `rho_i = 1 / sum_l e_il^2`, from 1 (one layer) to L (evenly spread)."""
+    square_F = np.square(profile_FL).sum(1)
+    return np.divide(1.0, square_F, out=np.zeros_like(square_F), where=square_F > 0)
+
+
+def lifespan(profile_FL: np.ndarray) -> np.ndarray:
+    """Number of layers whose share is at least half the feature's largest share."""
+    return (occupied_layers(profile_FL)).sum(1)
+
+
+def occupied_layers(profile_FL: np.ndarray) -> np.ndarray:
+    """True where a layer holds at least half the feature's largest share, `[F, L]`."""
+    peak_F1 = profile_FL.max(1, keepdims=True)
+    return (profile_FL >= 0.5 * peak_F1) & (peak_F1 > 0)
+
+
+def center_of_mass(profile_FL: np.ndarray) -> np.ndarray:
+    """Mean layer of each feature, counted from 0, weighted by its profile."""
+    return profile_FL @ np.arange(profile_FL.shape[1])
+
+
+def adjacent_cosine(decoder_FLD: np.ndarray, profile_FL: np.ndarray) -> np.ndarray:
+    """Mean cosine between a feature's decoder rows at neighbouring layers that it occupies both; nan if none.
+
+    1: the feature keeps its direction. Lower: it drifts as it passes through the blocks.
+    """
+    rows = decoder_FLD.astype(np.float64)
+    norm_FL = np.linalg.norm(rows, axis=2)
+    dot = np.einsum("fld,fld->fl", rows[:, :-1], rows[:, 1:])
+    both = occupied_layers(profile_FL)
+    both = both[:, :-1] & both[:, 1:]
+    scale = np.where(both, norm_FL[:, :-1] * norm_FL[:, 1:], 1.0)
+    count_F = both.sum(1)
+    total_F = np.where(both, dot / scale, 0.0).sum(1)
+    return np.divide(total_F, count_F, out=np.full(len(total_F), np.nan), where=count_F > 0)
+
+
+def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:
+    """Share of each layer in the encoder's sum on active tokens, `[F, L]`; rows sum to 1, zero if never active.
+
+    `total_FL` are contributions summed over each feature's active tokens, of centred activations. Negative sums become
+    0: a layer that lowers the pre-activation on average is not one that the feature is read from.
+    """
+    total = np.maximum(total_FL, 0.0)
+    whole = total.sum(1, keepdims=True)
+    return np.divide(total, whole, out=np.zeros_like(total), where=whole > 0)
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """Multiples of a feature's peak direction found at each layer, relative to its peak layer; nan if never active."""
+
+    nu_error_FL: np.ndarray
+    nu_recon_FL: np.ndarray
+
+
+def scaling_of_moments(
+    error_FLD: np.ndarray, recon_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.ndarray
+) -> LatentScaling:
+    """nu_err and nu_rec of each feature and layer (Minder et al. 2025, arXiv 2504.02922, with layers for models).
+
+    Given are sums over tokens: `f_t (x_t - recon_t)`, `f_t recon_t` and `f_t^2`. With d the decoder row at the peak
+    layer, `beta_l = sum_t f_t d . y_tl / (|d|^2 sum_t f_t^2)` minimises `sum_t |y_tl - beta f_t d|^2`. The target y is
+    the error with the feature's own part put back, `x_l - recon_l + f W_l`, or `recon_l`; nu = beta_l / beta_peak. A
+    feature that turns as it passes through the blocks has low nu wherever it has turned away: nu says where the peak's
+    direction is, not where the feature is.
+    """
+    decoder = np.asarray(decoder_FLD, dtype=np.float64)
+    rows = np.arange(len(decoder))
+    peak_F = np.square(decoder).sum(2).argmax(1)
+    direction_FD = decoder[rows, peak_F]
+    scale_F = (square_F * np.square(direction_FD).sum(1))[:, None]
+    scaled = []
+    for moment_FLD in (error_FLD + square_F[:, None, None] * decoder, recon_FLD):
+        along = np.einsum("fd,fld->fl", direction_FD, moment_FLD)
+        beta_FL = np.divide(along, scale_F, out=np.full_like(along, np.nan), where=scale_F > 0)
+        at_peak = beta_FL[rows, peak_F][:, None]
+        scaled.append(np.divide(beta_FL, at_peak, out=np.full_like(beta_FL, np.nan), where=at_peak > 0))
+    return LatentScaling(*scaled)
+
+
+def corrected_profile(decoder_FLD: np.ndarray, nu_error_FL: np.ndarray) -> np.ndarray:
+    """Layer profile with what a penalty shrank away put back, `[F, L]`; give it to `participation_ratio`.
+
+    A layer's amplitude is the larger of its decoder norm over the peak's and nu_err (clipped to 0..1, nan as 0);
+    shares are of squared amplitudes. It can only raise a layer relative to the peak.
+    """
+    norm_FL = np.linalg.norm(np.asarray(decoder_FLD, dtype=np.float64), axis=2)
+    peak = norm_FL.max(1, keepdims=True)
+    relative = np.divide(norm_FL, peak, out=np.zeros_like(norm_FL), where=peak > 0)
+    amplitude = np.maximum(relative, np.clip(np.nan_to_num(nu_error_FL, nan=0.0), 0.0, 1.0))
+    energy = np.square(np.where(peak > 0, amplitude, 0.0))
+    total = energy.sum(1, keepdims=True)
+    return np.divide(energy, total, out=np.zeros_like(energy), where=total > 0)
