@@ -237,7 +237,8 @@ def evaluate(command: cli.Evaluate) -> None:
 
     dictionary = load_dictionary(command.dictionary).to(command.device)
     held_out = ActivationShards.load(command.activations / "held_out")
-    numbers = evaluate_dictionary(dictionary, held_out, site=command.site, device=command.device)
+    rows = evaluate_dictionary(dictionary, held_out, site=command.site, device=command.device)
+    numbers = {row.key: row.value for row in rows}
     text = json.dumps(numbers, indent=2)
     if command.out is not None:
         write_json(command.out, numbers)

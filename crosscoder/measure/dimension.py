@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
+from crosscoder.measure.matching import joint_rows
 from crosscoder.measure.statistics import Bootstrap
 
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
@@ -71,11 +72,12 @@ def feature_energy(square_activation_F: np.ndarray, decoder_FN: np.ndarray) -> n
     return np.asarray(square_activation_F) * np.square(np.asarray(decoder_FN, dtype=np.float64)).sum(1)
 
 
-def effective_dimension(decoder_FN: np.ndarray) -> float:
-    """d_eff of joint decoder rows `[F, N]`: 1 over the mean squared cosine of distinct pairs; nan below two rows.
+def effective_dimension(decoder_FLD: np.ndarray) -> float:
+    """d_eff of joint decoder rows: 1 over the mean squared cosine of distinct pairs; nan below two rows.
 
     F features on separate single layers give about L * D; one direction kept on every layer gives about D.
     """
+    decoder_FN = joint_rows(decoder_FLD)
     n_features = len(decoder_FN)
     if n_features < 2:
         return float("nan")

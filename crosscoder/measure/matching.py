@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy import optimize, sparse
 
@@ -31,9 +33,14 @@ def _deviation(code: sparse.csc_array, mean: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(square - mean**2, 0.0))
 
 
-def decoder_cosine(a_FN: np.ndarray, b_FN: np.ndarray) -> np.ndarray:
-    """Cosine between rows of `a` and of `b`, `[Fa, Fb]`; 0 for a zero row."""
-    return _unit(a_FN) @ _unit(b_FN).T
+def joint_rows(decoder_FLD: np.ndarray) -> np.ndarray:
+    """What each feature writes on all layers as one row, `[F, L * D]`, also of no features."""
+    return decoder_FLD.reshape(len(decoder_FLD), math.prod(decoder_FLD.shape[1:]))
+
+
+def decoder_cosine(a_FLD: np.ndarray, b_FLD: np.ndarray) -> np.ndarray:
+    """Cosine between the joint rows of `a` and of `b`, `[Fa, Fb]`; 0 for a zero row."""
+    return _unit(joint_rows(a_FLD)) @ _unit(joint_rows(b_FLD)).T
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -114,9 +114,9 @@ class FunctionalSpread:
     def summary(self) -> dict[str, float]:
         """Means over the features for which each is defined, as plain numbers; nan if it is for none."""
         return {
-            "features": float(len(self.feature_n)),
-            "alive": float(self.n_alive),
-            "tokens": float(self.n_tokens),
+            "probe_features": float(len(self.feature_n)),
+            "probe_alive": float(self.n_alive),
+            "probe_tokens": float(self.n_tokens),
             "probed": float(np.isfinite(self.auc_joint_n).sum()),
             "decoder_rho": _mean(self.decoder_rho_n),
             "functional_rho": _mean(self.functional_rho_n),

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crosscoder.results.table import Value
+
+HISTOGRAM_BINS = 20
+HEATMAP_ROWS = 200
+
 DEFINITIONS = {
     "functional_rho": "Functional spread: participation ratio 1 / sum of s_l^2, with s_l the share of layer l in what "
     "the encoder adds up on the tokens where the feature is active; layers that lower the sum count as 0.",
@@ -25,7 +30,8 @@ def layer_profile(decoder_FLD: np.ndarray) -> np.ndarray:
 
     A feature whose decoder is zero has no profile; its row is zero.
     """
-    energy_FL = np.square(decoder_FLD.astype(np.float64)).sum(2)
+    parts = np.array_split(decoder_FLD, 1 + len(decoder_FLD) // 4096)  # a bank's rows are L times those of its SAEs
+    energy_FL = np.concatenate([np.square(part.astype(np.float64)).sum(2) for part in parts])
     total_F = energy_FL.sum(1, keepdims=True)
     return np.divide(energy_FL, total_F, out=np.zeros_like(energy_FL), where=total_F > 0)
 
@@ -66,6 +72,34 @@ def adjacent_cosine(decoder_FLD: np.ndarray, profile_FL: np.ndarray) -> np.ndarr
     count_F = both.sum(1)
     total_F = np.where(both, dot / scale, 0.0).sum(1)
     return np.divide(total_F, count_F, out=np.full(len(total_F), np.nan), where=count_F > 0)
+
+
+def describe_profiles(decoder_FLD: np.ndarray) -> dict[str, Value]:
+    """How features lie over the layers, by the names of quantities; nan where there is no feature."""
+    profile_FL = layer_profile(decoder_FLD)
+    n_layers = profile_FL.shape[1]
+    rho_F, lifespan_F = participation_ratio(profile_FL), lifespan(profile_FL)
+    cosine_F = adjacent_cosine(decoder_FLD, profile_FL)
+    return {
+        "mean_rho": _mean(rho_F),
+        "mean_rho_share": _mean(rho_F / n_layers),
+        "mean_lifespan": _mean(lifespan_F),
+        "single_layer_share": _mean(lifespan_F == 1),
+        "mean_adjacent_cosine": _mean(cosine_F[~np.isnan(cosine_F)]),
+        "rho_histogram": np.histogram(rho_F / n_layers, bins=HISTOGRAM_BINS, range=(0, 1))[0].tolist(),
+        "lifespan_counts": np.bincount(lifespan_F, minlength=n_layers + 1)[1:].tolist(),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def heatmap(profile_FL: np.ndarray) -> list[list[float]]:
+    """Layer profiles of up to 200 features, evenly drawn from all sorted by centre of mass."""
+    order = np.argsort(center_of_mass(profile_FL), kind="stable")
+    rows = order[np.linspace(0, len(order) - 1, min(HEATMAP_ROWS, len(order))).round().astype(int)]
+    return np.round(profile_FL[rows], 4).tolist()
 
 
 def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:

@@ -1,15 +1,15 @@
-"""What one trained dictionary says of a held-out text, kept in one file: its distinct features and when they fire.
+"""What one trained dictionary says of a held-out text: which features are alive, when they fire, what they write.
 
-Every comparison of dictionaries (two seeds, two trainings, two shapes, two sites) is a function of such readings taken
-on the same tokens. A reading holds alive features only, duplicates joined, so that a count, a load and a dimension are
-of the same set.
+`Activity` is of all features, `Reading` of the alive ones; what is alive, and which features are one, is decided here
+and nowhere else. Every count and comparison (two seeds, two trainings, two shapes) is a function of readings taken on
+the same tokens. For a bank the columns of layer l are `l * F : (l + 1) * F`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.codec import to_global
 from crosscoder.dictionary.interface import SparseCode
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
-from crosscoder.measure import counting, dimension, matching, profile
+from crosscoder.measure import dimension, matching, profile
 
-_KEYS = ("decoder_FLD", "values", "rows", "starts", "shape", "numbers", "index_F")
+DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are one
+_KEYS = ("decoder_FLD", "values", "rows", "starts", "whole", "numbers", "explained_variance_L", "index_F")
+_NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,13 @@ def alive_features(activity: Activity) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reading:
-    """The distinct alive features of one dictionary on T tokens.
+    """Alive features of one dictionary on T tokens.
 
-    decoder_FLD: what each writes. code: their activations `[T, F]`. seed: the dictionary's. explained_variance, l0
-    (active features a token) and dead_share (of the dictionary) are of the whole dictionary, duplicates and dead
-    features included. index_F: the features' numbers in the dictionary. genuine_F: which are genuinely cross-layer,
-    where that was probed.
+    decoder_FLD: what each writes; a feature of a bank writes one layer. code: their activations `[T, F]`. seed: the
+    dictionary's. explained_variance, explained_variance_L, dead_share, l0 (active features a token) and l0_layer (of
+    them, those that hold a layer in their lifespan, on average) are of the whole dictionary, dead features included, as
+    is `size`, its number of features. index_F: the features' numbers in the dictionary. genuine_F: which are genuinely
+    cross-layer, where that was probed. n_groups: dictionaries of a bank; 1 where features read all layers.
     """
 
     seed: int
@@ -145,6 +148,10 @@ class Reading:
     l0: float
     index_F: np.ndarray | None = None
     genuine_F: np.ndarray | None = None
+    n_groups: int = 1
+    size: int = 0
+    l0_layer: float = math.nan
+    explained_variance_L: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def __len__(self) -> int:
         return len(self.decoder_FLD)
@@ -168,12 +175,34 @@ class Reading:
     @cached_property
     def rows_FN(self) -> np.ndarray:
         """Joint decoder rows, `[F, L * D]`, float64."""
-        return self.decoder_FLD.reshape(len(self), math.prod(self.decoder_FLD.shape[1:])).astype(np.float64)
+        return matching.joint_rows(self.decoder_FLD).astype(np.float64)
+
+    @cached_property
+    def profile_FL(self) -> np.ndarray:
+        """Layer profile of each feature's decoder."""
+        return profile.layer_profile(self.decoder_FLD)
 
     @cached_property
     def rho_F(self) -> np.ndarray:
         """Layers that each feature occupies (participation ratio of its decoder)."""
-        return profile.participation_ratio(profile.layer_profile(self.decoder_FLD))
+        return profile.participation_ratio(self.profile_FL)
+
+    @cached_property
+    def groups(self) -> tuple[Reading, ...]:
+        """The reading of each dictionary of a bank, on its own layer; the reading itself where there is one."""
+        if self.n_groups == 1:
+            return (self,)
+        assert self.index_F is not None
+        group_F = self.index_F // (self.size // self.n_groups)
+        parts = [(layer, self.only(group_F == layer)) for layer in range(self.n_groups)]
+        return tuple(replace(one, decoder_FLD=one.decoder_FLD[:, [i]], n_groups=1) for i, one in parts)
+
+    @cached_property
+    def distinct(self) -> Reading:
+        """The reading with one feature for each set of duplicates: the most active."""
+        starts = np.cumsum([0, *(len(group) for group in self.groups)])
+        # A bank's features of two layers share no entry of their joint rows: only those of one layer can be duplicates.
+        return self.only(np.concatenate([representatives(g) + i for g, i in zip(self.groups, starts)]))
 
     def only(self, kept_F: np.ndarray) -> Reading:
         """The reading of some of its features: where `kept_F` (bool or indices) says so."""
@@ -186,35 +215,37 @@ class Reading:
         )
 
 
-def read_dictionary(measured: Measured, decoder_FLD: np.ndarray, *, seed: int) -> Reading:
-    """The reading of a dictionary whose features write `decoder_FLD`, from one pass over held-out tokens.
-
-    Of features joined as duplicates (`counting.distinct_features`) the most active stands for all.
-    """
-    activity = measured.activity
+def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Reading:
+    """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale."""
+    measured = measure_dictionary(dictionary, batches)
+    activity, decoder_FLD = measured.activity, dictionary.decoder_FLD().float().cpu().numpy()
     alive = alive_features(activity).ravel().nonzero()[0]
-    code = sparse.csc_array(activity.code.tocsc()[:, alive])
-    kept = alive[representatives(decoder_FLD[alive], code)]
+    held_F = profile.lifespan(profile.layer_profile(decoder_FLD))
+    tokens_F = np.bincount(activity.code.indices, minlength=len(decoder_FLD))
     return Reading(
-        seed=seed,
-        decoder_FLD=np.ascontiguousarray(decoder_FLD[kept], dtype=np.float32),
-        code=sparse.csc_array(activity.code.tocsc()[:, kept]),
+        seed=dictionary.config.seed,
+        decoder_FLD=decoder_FLD[alive],
+        code=sparse.csc_array(activity.code.tocsc()[:, alive]),
         explained_variance=measured.explained_variance,
-        dead_share=1 - len(alive) / activity.code.shape[1],
+        dead_share=1 - len(alive) / len(decoder_FLD),
         l0=activity.code.nnz / activity.n_tokens,
-        index_F=kept,
+        index_F=alive,
+        n_groups=activity.n_groups,
+        size=len(decoder_FLD),
+        l0_layer=float(tokens_F @ held_F) / activity.n_tokens / decoder_FLD.shape[1],
+        explained_variance_L=measured.explained_variance_L,
     )
 
 
-def representatives(decoder_FLD: np.ndarray, code: sparse.csc_array) -> np.ndarray:
+def representatives(reading: Reading) -> np.ndarray:
     """Indices of one feature for each set of duplicates, rising: the most active one."""
-    if len(decoder_FLD) == 0:
+    if len(reading) == 0:
         return np.zeros(0, dtype=np.int64)
-    rows = decoder_FLD.reshape(len(decoder_FLD), -1)
-    cosine = matching.decoder_cosine(rows, rows)
-    same = (cosine > counting.DUPLICATE) & (matching.activation_correlation(code, code) > counting.DUPLICATE)
+    cosine = matching.decoder_cosine(reading.decoder_FLD, reading.decoder_FLD)
+    correlation = matching.activation_correlation(reading.code, reading.code)
+    same = (cosine > DUPLICATE) & (correlation > DUPLICATE)
     label_F = csgraph.connected_components(sparse.csr_array(same), directed=False)[1]
-    order = np.argsort(-np.diff(code.indptr), kind="stable")
+    order = np.argsort(-np.diff(reading.code.indptr), kind="stable")
     return np.sort(order[np.unique(label_F[order], return_index=True)[1]])
 
 
@@ -226,8 +257,9 @@ def save_reading(reading: Reading, path: str | Path) -> None:
         "values": code.data.astype(np.float32),
         "rows": code.indices.astype(np.int32),
         "starts": code.indptr.astype(np.int64),
-        "shape": np.array([reading.seed, *code.shape], dtype=np.int64),
-        "numbers": np.array([reading.explained_variance, reading.dead_share, reading.l0], dtype=np.float64),
+        "whole": np.array([reading.seed, *code.shape, reading.n_groups, reading.size], dtype=np.int64),
+        "numbers": np.array([getattr(reading, name) for name in _NUMBERS], dtype=np.float64),
+        "explained_variance_L": reading.explained_variance_L.astype(np.float64),
         "index_F": np.arange(len(reading)) if reading.index_F is None else reading.index_F.astype(np.int64),
     }
     if reading.genuine_F is not None:
@@ -249,12 +281,20 @@ def load_reading(path: str | Path) -> Reading:
         missing = [key for key in _KEYS if key not in found]
         if missing:
             raise ValueError(f"it lacks {missing}")
-        seed, n_tokens, n_features = (int(value) for value in found["shape"])
+        seed, n_tokens, n_features, n_groups, size = (int(value) for value in found["whole"])
         code = sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features))
         if len(found["decoder_FLD"]) != n_features:
             raise ValueError(f"{len(found['decoder_FLD'])} decoder rows for {n_features} features")
     except Exception as error:
         raise DamagedArtifactError(f"{path} is not a reading: {error}; delete it and run the study again") from error
-    explained, dead, l0 = (float(value) for value in found["numbers"])
-    genuine_F = found["genuine_F"].astype(bool) if "genuine_F" in found else None
-    return Reading(seed, found["decoder_FLD"], code, explained, dead, l0, found["index_F"], genuine_F)
+    return Reading(
+        seed=seed,
+        decoder_FLD=found["decoder_FLD"],
+        code=code,
+        index_F=found["index_F"],
+        genuine_F=found["genuine_F"].astype(bool) if "genuine_F" in found else None,
+        n_groups=n_groups,
+        size=size,
+        explained_variance_L=found["explained_variance_L"],
+        **dict(zip(_NUMBERS, found["numbers"].tolist(), strict=True)),
+    )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,23 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class SplicedSite:
-    """Cross-entropy (nats a token) and KL with one site, or all, replaced."""
+    """Cross-entropy (nats a token) and KL with one layer's site, or all, replaced."""
 
-    site: str
-    loss: float
+    layer: str
+    spliced_loss: float
     ablated_loss: float
     loss_recovered: float | None
     kl: float
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """Cross-entropy of the subject as it is on the spliced tokens, and of every site replaced."""
+
+    n_tokens: int
+    ablation: str
+    clean_loss: float
+    sites: tuple[SplicedSite, ...]
 
 
 Replace = dict[int, Tensor]  # block index -> what to put there, [B, S, D]
@@ -91,7 +101,7 @@ def splice_losses(
     kind: Literal["residual", "write"],
     ablation: Literal["mean", "zero"] = "mean",
     skip_positions: int = 1,
-) -> dict[str, Any]:
+) -> Spliced:
     """Clean loss, and loss, KL and loss recovered with each of `layers` (and all of them) replaced.
 
     layers: block numbers from 1, one for each layer of the dictionary, in its order.
@@ -129,8 +139,8 @@ def splice_losses(
         loss, gone = spliced[name].loss / n_tokens, ablated[name].loss / n_tokens
         # Where removing the site does not hurt there is no loss to recover.
         recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
-        sites.append(asdict(SplicedSite(name, loss, gone, recovered, spliced[name].kl / n_tokens)))
-    return {"tokens": n_tokens, "ablation": ablation, "clean_loss": clean_loss, "sites": sites}
+        sites.append(SplicedSite(name, loss, gone, recovered, spliced[name].kl / n_tokens))
+    return Spliced(n_tokens, ablation, clean_loss, tuple(sites))
 
 
 def _sites(stream_BSND: Tensor, layers: Sequence[int], kind: str) -> Tensor:

@@ -24,7 +24,7 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.measure import recovery
-from crosscoder.measure.reading import Reading, measure_dictionary, read_dictionary
+from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
 from crosscoder.training import train
@@ -132,9 +132,7 @@ def read_planted(config: CalibrationConfig, device: str = "cpu") -> tuple[Readin
     dictionary = new_dictionary("crosscoder", source, budget, seed=config.dictionary_seed)
     batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
     train(dictionary, batches, config=budget.train_config(), device=device, quiet=True)
-    measured = measure_dictionary(dictionary, source.held_out())
-    decoder_FLD = dictionary.decoder_FLD().float().cpu().numpy()
-    return read_dictionary(measured, decoder_FLD, seed=config.dictionary_seed), world
+    return read_dictionary(dictionary, source.held_out()).distinct, world
 
 
 def score_reading(reading: Reading, world: World, config: CalibrationConfig) -> dict[str, Any]:

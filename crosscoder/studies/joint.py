@@ -7,20 +7,17 @@ are trained: A and B; two trainings of A's shape, which differ in nothing but th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from crosscoder.data.sources import StackedSource
 from crosscoder.dictionary import Crosscoder, Diffing
-from crosscoder.measure import probes, profile, universality
-from crosscoder.measure.reading import alive_features, measure_dictionary
+from crosscoder.measure import profile, universality
+from crosscoder.measure.reading import read_dictionary
+from crosscoder.results.table import Place, Row, Site, State, rows_at
 from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.cell_values import finite
-from crosscoder.studies.cells import MOST_PROBED, Site, State, Stores
+from crosscoder.studies.cells import Stores, file_name, probe, train_on
 from crosscoder.studies.presets import Run
 from crosscoder.training import train
 
@@ -37,29 +34,43 @@ class JointCell:
     seeds: tuple[int, ...]
 
     @property
+    def place(self) -> Place:
+        """Where its numbers are measured."""
+        (subject, training_seed), (other, other_seed) = self.first, self.second
+        return Place(
+            subject=subject,
+            training_seed=training_seed,
+            other=f"{other}{other_seed}",
+            state=self.state,
+            site=self.site,
+            arm="joint",
+            role="main",
+            n_features=self.budget.n_features,
+            k=self.budget.k_crosscoder,
+        )
+
+    @property
     def name(self) -> str:
         """A file name that tells the cells of one study apart."""
-        both = "+".join(f"{name}{t}" for name, t in (self.first, self.second))
-        return f"{both}-{self.state}-{self.site}-joint-n{self.budget.n_features}-k{self.budget.k_crosscoder}"
+        return file_name(self.place)
 
 
-def run_joint(cell: JointCell, stores: tuple[Stores, Stores], *, device: str = "cpu") -> dict[str, Any]:
-    """Train and read every seed of a pair; one row of the results, see docs/results.md."""
+def run_joint(cell: JointCell, stores: tuple[Stores, Stores], *, device: str = "cpu") -> list[Row]:
+    """Train and read every seed of a pair.
+
+    Raises:
+        ValueError: the two stores do not hold the same tokens.
+    """
     source = StackedSource([store.source(cell.site) for store in stores])
-    return {
-        "first": cell.first[0],
-        "second": cell.second[0],
-        "training_seeds": [cell.first[1], cell.second[1]],
-        "state": cell.state,
-        "site": cell.site,
-        "n_features": cell.budget.n_features,
-        "k": cell.budget.k_crosscoder,
-        "per_seed": [_train_seed(cell, source, seed, device) for seed in cell.seeds],
-    }
+    return [row for seed in cell.seeds for row in train_joint(cell, source, seed, device)]
 
 
-def _train_seed(cell: JointCell, source: StackedSource, seed: int, device: str) -> dict[str, Any]:
-    budget = cell.budget
+def train_joint(cell: JointCell, source: StackedSource, seed: int, device: str) -> list[Row]:
+    """What one seed's crosscoder says of which features are exclusive to a subject.
+
+    Decoder energies are compared in units in which every layer has the same mean square.
+    """
+    at, budget = replace(cell.place, seed=seed), cell.budget
     dictionary = Crosscoder(
         n_layers=source.n_layers,
         d_model=source.d_model,
@@ -70,38 +81,25 @@ def _train_seed(cell: JointCell, source: StackedSource, seed: int, device: str) 
         structure=Diffing(source.layer_counts, source.widths),
         seed=seed,
     )
-
-    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
-
-    def held() -> Iterator[Tensor]:
-        return (x.to(device) for x in source.held_out())
-
-    label = f"{cell.name} seed {seed}"
-    train(dictionary, batches, config=budget.train_config(), device=device, label=label, quiet=True)
-    measured = measure_dictionary(dictionary, held())
-    alive_F = alive_features(measured.activity)[0]
-    found = probes.measure_functional_spread(
-        dictionary,
-        held,
-        document_T=source.held_out_sequences_T.numpy(),
-        config=probes.ProbeConfig(n_features=MOST_PROBED if alive_F.sum() > MOST_PROBED else None),
-    )
+    held_out = train_on(dictionary, source, budget, trainer=train, at=at, device=device)
+    reading = read_dictionary(dictionary, held_out())
+    found = probe(dictionary, held_out, len(reading), document_T=source.held_out_sequences_T.numpy())
     n_first = source.layer_counts[0]
-    decoder_FLD = dictionary.decoder_FLD().float().cpu().numpy() / np.sqrt(source.energy_L)[:, None]
-    profile_FL = profile.layer_profile(decoder_FLD)
-    own = universality.exclusive_shares(profile_FL[alive_F], n_first)
-    probed = profile_FL[found.feature_n], found.auc_nL
-    hidden = universality.hidden_shares(*probed, n_first)
-    explained_L = measured.explained_variance_L
-    return {
-        "seed": seed,
-        "alive": int(alive_F.sum()),
-        "dead_share": 1 - float(alive_F.mean()),
-        "l0_token": measured.activity.code.nnz / measured.activity.n_tokens,
-        "explained_variance_first": finite(explained_L[:n_first].mean()),
-        "explained_variance_second": finite(explained_L[n_first:].mean()),
-        "exclusive_first": own[0],
-        "exclusive_second": own[1],
-        "hidden_first": hidden[0],
-        "hidden_second": hidden[1],
-    }
+    energy_L1 = np.sqrt(source.energy_L)[:, None]
+    profile_FL = profile.layer_profile(dictionary.decoder_FLD().float().cpu().numpy() / energy_L1)
+    own = universality.exclusive_shares(profile_FL[reading.index_F], n_first)
+    hidden = universality.hidden_shares(profile_FL[found.feature_n], found.auc_nL, n_first)
+    return rows_at(
+        at,
+        {
+            "alive": len(reading),
+            "dead_share": reading.dead_share,
+            "l0_token": reading.l0,
+            "explained_variance_first": reading.explained_variance_L[:n_first].mean(),
+            "explained_variance_second": reading.explained_variance_L[n_first:].mean(),
+            "exclusive_first": own[0],
+            "exclusive_second": own[1],
+            "hidden_first": hidden[0],
+            "hidden_second": hidden[1],
+        },
+    )

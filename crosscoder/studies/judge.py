@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from crosscoder.measure.comparison import SiteReadings, Statistic
 from crosscoder.measure.density import Subject
 from crosscoder.measure.reading import load_reading
 from crosscoder.measure.statistics import Bootstrap, Estimate, two_level_bootstrap
+from crosscoder.results.table import Place
 from crosscoder.studies.calibration import CalibrationConfig, calibrate, worst_calibration
 from crosscoder.studies.ceiling import MEASURED as C
-from crosscoder.studies.cells import Cell
+from crosscoder.studies.cells import reading_path
 from crosscoder.studies.folder import READINGS
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.studies.workers import run_jobs
@@ -154,17 +156,18 @@ def _read_site(config: StudyConfig, folder: Path, site: Any) -> SiteReadings:
         shape = config.subjects.shapes()[name]
         groups = []
         for t in range(len(config.subjects.seeds)):
-            cell = Cell(
+            budget = shape.budget(config.dictionaries)
+            at = Place(
                 subject=name,
                 training_seed=t,
                 state=state,
                 site=site,
                 arm="crosscoder",
-                role="main",
-                budget=shape.budget(config.dictionaries),
-                seeds=config.seeds,
+                n_features=budget.n_features,
+                k=budget.k_crosscoder,
             )
-            groups.append(tuple(load_reading(folder / READINGS / cell.reading_name(s)) for s in config.seeds))
+            paths = [reading_path(folder / READINGS, replace(at, seed=s)) for s in config.seeds]
+            groups.append(tuple(load_reading(path) for path in paths))
         return Subject(name, shape.n_layers, shape.d_model, tuple(groups))
 
     trained = {name: subject(name, "trained") for name in config.subjects.shapes()}

@@ -14,7 +14,7 @@ from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
 from crosscoder.data.world_pair import PairConfig, Side, WorldPair
 from crosscoder.dictionary import BatchTopK, Crosscoder, LayerwiseSAE
 from crosscoder.measure.density import Subject
-from crosscoder.measure.reading import Measured, Reading, measure_dictionary, read_dictionary
+from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict import decide as verdict
 from crosscoder.verdict import gain
@@ -142,7 +142,7 @@ class Planted:
         """The same held-out tokens for every shape and seed, scaled."""
         return [x.to(self.device) for x in self.source(pair, side).held_out()]
 
-    def measure(self, pair: WorldPair, side: Side, dictionary: Any) -> Measured:
+    def measure(self, pair: WorldPair, side: Side, dictionary: Any) -> Reading:
         """`dictionary` after training on one side, measured on the held-out tokens."""
         config = self.config
         settings = TrainConfig(
@@ -153,7 +153,7 @@ class Planted:
         )
         batches = self.source(pair, side).batches(config.batch, seed=2 * self.seed, steps=config.steps)
         train(dictionary, batches, config=settings, device=self.device, quiet=True)
-        return measure_dictionary(dictionary, self.held_out(pair, side))
+        return read_dictionary(dictionary, self.held_out(pair, side))
 
     def read(self, pair: WorldPair, side: Side, dictionary_seed: int) -> Reading:
         """The reading of one crosscoder on one side."""
@@ -165,8 +165,7 @@ class Planted:
             sparsity=BatchTopK(k=round(self.config.active)),
             seed=1000 * self.seed + 10 * pair.config.training_seed + dictionary_seed,
         )
-        measured = self.measure(pair, side, dictionary)
-        return read_dictionary(measured, dictionary.decoder_FLD().float().cpu().numpy(), seed=dictionary_seed)
+        return self.measure(pair, side, dictionary).distinct
 
     def subject(self, side: Side) -> Subject:
         """All readings of one side."""
@@ -189,8 +188,8 @@ class Planted:
             sparsity=BatchTopK(k=k),
             seed=1000 * self.seed + pair.config.training_seed,
         )
-        measured = self.measure(pair, "A", dictionary)
-        return gain.Point(measured.activity.code.nnz / measured.activity.n_tokens, measured.explained_variance)
+        reading = self.measure(pair, "A", dictionary)
+        return gain.Point(reading.l0, reading.explained_variance)
 
 
 def usual_scale(pair: WorldPair, side: Side) -> float:

@@ -28,7 +28,7 @@ from crosscoder.foundation.artifact import replace_file, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.measure import counting, dimension, matching, recovery
-from crosscoder.measure.reading import alive_features, measure_dictionary
+from crosscoder.measure.reading import DUPLICATE, alive_features, measure_dictionary
 from crosscoder.report.planted import render_markdown, render_picture, render_verdicts
 from crosscoder.studies import planted_verdict
 from crosscoder.studies.folder import Clock
@@ -157,7 +157,7 @@ def distinct_decoders(found: Found) -> np.ndarray:
     rows = found.decoder_FLD.reshape(len(found.decoder_FLD), -1)
     cosine = matching.decoder_cosine(rows, rows)
     correlation = matching.activation_correlation(found.code, found.code)
-    pairs = np.argwhere((cosine > counting.DUPLICATE) & (correlation > counting.DUPLICATE))
+    pairs = np.argwhere((cosine > DUPLICATE) & (correlation > DUPLICATE))
     label_F = _labels(len(rows), pairs)
     order = np.argsort(-found.probability_F, kind="stable")
     _, first = np.unique(label_F[order], return_index=True)

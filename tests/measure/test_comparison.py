@@ -11,7 +11,7 @@ from scipy import sparse
 from crosscoder.foundation.artifact import DamagedArtifactError
 from crosscoder.measure import comparison, density
 from crosscoder.measure.density import SeedPair, Subject
-from crosscoder.measure.reading import Reading, load_reading, representatives, save_reading
+from crosscoder.measure.reading import Reading, load_reading, save_reading
 from crosscoder.verdict import gain
 
 T, F = 4000, 192
@@ -80,10 +80,10 @@ def test_of_duplicates_the_most_active_stands_for_all():
     double = np.concatenate([decoder, decoder[:1]])
     fewer = code[:, :1].copy()
     fewer[np.flatnonzero(fewer)[:3]] = 0
-    kept = representatives(double, sparse.csc_array(np.concatenate([code, fewer], axis=1)))
-    assert kept.tolist() == [0, 1, 2]
-    kept = representatives(double[[3, 1, 2, 0]], sparse.csc_array(np.concatenate([fewer, code[:, 1:], code[:, :1]], 1)))
-    assert kept.tolist() == [1, 2, 3]
+    columns = sparse.csc_array(np.concatenate([code, fewer], axis=1))
+    for order, kept in (([0, 1, 2, 3], [0, 1, 2]), ([3, 1, 2, 0], [1, 2, 3])):
+        reading = Reading(0, double[order], columns[:, order], 0.9, 0.0, 1.0, index_F=np.arange(4))
+        assert reading.distinct.index_F.tolist() == kept
 
 
 @pytest.mark.parametrize(("width_a", "width_b", "ratio"), [(1, 1, 2.0), (8, 2, 0.5)])

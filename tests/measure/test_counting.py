@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from crosscoder.measure import counting, dimension, matching, profile
-from crosscoder.measure.reading import Activity, alive_features
+from crosscoder.measure.reading import Activity, Reading, alive_features
 
 
 def csc(dense):
@@ -75,12 +75,28 @@ def test_duplicates_are_counted_once_only_if_both_direction_and_activity_agree()
     active = rng.random((500, 3)) * (rng.random((500, 3)) < 0.2)
     code = csc(np.column_stack([active[:, 0], active[:, 0] * 2, active[:, 1], active[:, 0]]))
     decoder = np.array([[1.0, 0, 0], [1, 0.01, 0], [1, 0, 0.01], [0, 0, 1]])
-    assert counting.distinct_features(decoder, code) == 3
-    assert counting.distinct_features(decoder[:0], code[:, :0]) == 0
+    reading = Reading(0, decoder[:, None], code, 1.0, 0.0, 1.0, index_F=np.arange(4))
+    assert reading.distinct.index_F.tolist() == [0, 2, 3]
+    assert len(reading.only(np.zeros(4, dtype=bool)).distinct) == 0
 
 
-def layers_of(codes, decoders):
-    return [counting.LayerFeatures(d, csc(c)) for c, d in zip(codes, decoders, strict=True)]
+def test_duplicates_of_a_bank_are_those_of_one_layer():
+    z = np.random.default_rng(7).random((300, 1))
+    bank = bank_of([np.hstack([z, z]), np.hstack([z, z])], [np.eye(2)[[0, 0]], np.eye(2)[[0, 1]]])
+    assert bank.distinct.index_F.tolist() == [0, 2, 3]
+    counts = counting.count_features(bank)
+    assert (counts["alive"], counts["distinct"], counts["features_per_layer"]) == (4, 3, 1.5)
+    assert counts["alive_per_layer"] == [2, 2]
+
+
+def bank_of(codes, decoders):
+    """The reading of a bank whose layers have as many features each, all alive."""
+    n_layers, n = len(codes), len(decoders[0])
+    decoder_FLD = np.zeros((n_layers * n, n_layers, decoders[0].shape[1]))
+    for layer, rows_FD in enumerate(decoders):
+        decoder_FLD[layer * n : (layer + 1) * n, layer] = rows_FD
+    groups = {"index_F": np.arange(n_layers * n), "n_groups": n_layers, "size": n_layers * n}
+    return Reading(0, decoder_FLD, csc(np.hstack(codes)), 1.0, 0.0, 1.0, **groups)
 
 
 def test_chains_over_layers_merge_and_the_band_brackets_them():
@@ -88,10 +104,10 @@ def test_chains_over_layers_merge_and_the_band_brackets_them():
     z = rng.random((400, 5)) * (rng.random((400, 5)) < 0.2)
     codes = [z[:, [0, 1]], z[:, [0, 2]], z[:, [3, 0]]]  # feature 0 persists, the others live in one layer
     decoders = [np.eye(4)[[0, 1]], np.eye(4)[[0, 2]], np.eye(4)[[3, 0]]]
-    counts = counting.merged_counts(layers_of(codes, decoders))
+    counts = counting.merged_counts(bank_of(codes, decoders))
     assert all(count == 4 for rules in counts.values() for count in rules.values())
     turned = [np.eye(4)[[0, 1]], np.eye(4)[[1, 2]], np.eye(4)[[3, 2]]]
-    counts = counting.merged_counts(layers_of(codes, turned))
+    counts = counting.merged_counts(bank_of(codes, turned))
     assert counts["correlation"]["mutual nearest"] == 4
     assert counts["both"]["mutual nearest"] == 6  # the persisting one changed direction
 
@@ -100,7 +116,7 @@ def test_threshold_links_percolate_and_one_to_one_links_do_not():
     z = np.random.default_rng(3).random((300, 1))
     codes = [np.hstack([z, z]), np.hstack([z, z])]
     decoders = [np.eye(2), np.eye(2)]
-    counts = counting.merged_counts(layers_of(codes, decoders))["correlation"]
+    counts = counting.merged_counts(bank_of(codes, decoders))["correlation"]
     assert counts["threshold"] == 1
     assert counts["hungarian"] == 2
 
@@ -115,9 +131,9 @@ def test_seed_corrected_lifespan():
 def test_adjacent_share():
     rng = np.random.default_rng(4)
     z = rng.random((400, 4)) * (rng.random((400, 4)) < 0.2)
-    first = layers_of([z[:, [0, 1]], z[:, [0, 2]]], [np.eye(2)] * 2)
+    first = bank_of([z[:, [0, 1]], z[:, [0, 2]]], [np.eye(2)] * 2)
     assert counting.adjacent_share(first) == 0.5
-    assert math.isnan(counting.adjacent_share(first[:1]))
+    assert math.isnan(counting.adjacent_share(first.groups[0]))
 
 
 def test_chapman_of_a_known_draw():

@@ -55,7 +55,7 @@ class PlantedPair(StackedSource):
 def test_planted_features_of_one_subject_alone_are_found():
     budget = DictionaryBudget(n_features=34, k_crosscoder=3, k_layerwise=3, steps=500, batch=512, learning_rate=1e-2)
     cell = joint.JointCell(first=("A", 0), second=("B", 0), state="trained", site="write", budget=budget, seeds=(0,))
-    row = joint._train_seed(cell, PlantedPair(), 0, "cpu")
+    row = {one.key: one.value for one in joint.train_joint(cell, PlantedPair(), 0, "cpu")}
     true = OWN / (SHARED + 2 * OWN)  # .25
     assert row["alive"] >= 30
     assert min(row["explained_variance_first"], row["explained_variance_second"]) > 0.9

@@ -14,6 +14,7 @@ from crosscoder.data.world_pair import PairConfig
 from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting
+from crosscoder.measure.reading import Reading
 from crosscoder.studies import synthetic
 from crosscoder.studies.synthetic import FitConfig, Found, SyntheticConfig
 
@@ -73,7 +74,7 @@ class TestEstimators:
         one = found(np.concatenate([decoder[:1] * 2, decoder]), np.column_stack([rare, code]))
         kept = synthetic.distinct_decoders(one)
         np.testing.assert_array_equal(kept, decoder)
-        assert len(kept) == counting.distinct_features(one.decoder_FLD.reshape(4, -1), one.code)
+        assert len(kept) == len(Reading(0, one.decoder_FLD, one.code, 1.0, 0.0, 1.0).distinct)
 
     def test_the_same_direction_at_other_times_is_no_duplicate(self):
         code = np.zeros((100, 2))
@@ -158,11 +159,9 @@ def test_trap_threshold_percolation():
 
     # By direction alone, a narrow space is enough: no feature here lasts, and 256 is right.
     local = perfect_bank(World(WorldConfig(n_features=256, d_model=8, kinds=("local",))))
-    layers = [
-        counting.LayerFeatures(local.decoder_FLD[local.group_F == i][:, i], local.code[:, local.group_F == i])
-        for i in range(4)
-    ]
-    merged = counting.merged_counts(layers)
+    index_F = local.group_F * len(local.group_F) + np.arange(len(local.group_F))
+    groups = {"index_F": index_F, "n_groups": 4, "size": 4 * len(index_F)}
+    merged = counting.merged_counts(Reading(0, local.decoder_FLD, local.code, 1.0, 0.0, 1.0, **groups))
     assert merged["cosine"]["threshold"] <= 128
     assert merged["correlation"]["threshold"] == 256
 

@@ -13,7 +13,7 @@ from crosscoder.dictionary import NormPenalty, ReLU
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting, matching, profile, recovery
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
-from crosscoder.measure.reading import alive_features, measure_dictionary
+from crosscoder.measure.reading import alive_features, measure_dictionary, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict.decide import Evidence, check_gates
 
@@ -90,10 +90,8 @@ class TestSplitting:
         count, load, total = {}, {}, {}
         for size in (24, 48):
             dictionary = trained(world, n_features=size, sparsity=BatchTopK(k=1))
-            _, _, measured, alive = held_out(world, dictionary)
-            p = measured.activity.firing_probability()[alive]
-            rows = dictionary.decoder_FLD().flatten(1).numpy()[alive]
-            count[size] = counting.distinct_features(rows, measured.activity.group(0)[:, alive])
+            found = read_dictionary(dictionary, held_out(world, dictionary)[0].split(4096))
+            count[size], p = len(found.distinct), found.probability_F
             load[size], total[size] = counting.binary_entropy(p).sum(), p.sum()
         assert count[48] >= 1.8 * count[24], "the naive number: nearly twice as many features, duplicates joined"
         assert load[48] <= 1.25 * load[24]
