@@ -10,10 +10,21 @@ table with its JSON for each; a variant that the JSON already holds under the sa
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_variants_fit import (
+    VARIANTS,
+    PlantedSource,
+    Source,
+    StoredSource,
+    VariantsConfig,
+    applicable,
+    measure_variant,
+)
 
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.world import WorldConfig
@@ -21,18 +32,60 @@ from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.studies.variants import (
-    VARIANTS,
-    PlantedSource,
-    Source,
-    StoredSource,
-    VariantsConfig,
-    applicable,
-    average_rows,
-    lies_between,
-    markdown_table,
-    measure_variant,
-)
+
+BETWEEN = ("weakly causal", "window of 2", "window of 4")
+ENDS = ("bank", "batch_topk, acausal")
+
+
+def average_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each variant: means over seeds, and the lowest and highest explained variance."""
+    averaged = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        group = [row for row in rows if row["variant"] == name]
+        entry: dict[str, Any] = {"variant": name, "seeds": len(group), "matched": all(row["matched"] for row in group)}
+        for key in ("l0", "explained_variance", "explained_variance_later", "dead_share", "alive", "seconds"):
+            values = [row[key] for row in group]
+            entry[key] = None if None in values else statistics.fmean(values)
+        explained = [row["explained_variance"] for row in group]
+        entry |= {"low": min(explained), "high": max(explained)}
+        averaged.append(entry | {key: group[0][key] for key in ("features", "parameters")})
+    return averaged
+
+
+def lies_between(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """For each causal or local variant, whether its explained variance lies between the bank's and the acausal's."""
+    explained = {row["variant"]: row["explained_variance"] for row in rows}
+    if not all(end in explained for end in ENDS):
+        return {}
+    low, high = sorted(explained[end] for end in ENDS)
+    return {name: low <= explained[name] <= high for name in BETWEEN if name in explained}
+
+
+def markdown_table(rows: Sequence[dict[str, Any]], config: VariantsConfig) -> list[str]:
+    """The averaged rows as Markdown, and under them who lies between the bank and the acausal crosscoder."""
+    lines = [
+        "| variant | L0 | explained variance | without layer 0 | dead | alive | of | parameters | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        later = "-" if row["explained_variance_later"] is None else f"{row['explained_variance_later']:.4f}"
+        span = f" [{row['low']:.4f}, {row['high']:.4f}]" if row["seeds"] > 1 else ""
+        star = "" if row["matched"] else " *"
+        lines.append(
+            f"| {row['variant']} | {row['l0']:.1f}{star} | {row['explained_variance']:.4f}{span} | {later} | "
+            f"{row['dead_share']:.1%} | {row['alive']:.0f} | {row['features']} | {row['parameters']:,} | "
+            f"{row['seconds']:.1f} |"
+        )
+    lines += ["", f"L0: active features of a token in the whole model, asked for {config.l0}."]
+    if not all(row["matched"] for row in rows):
+        lines[-1] += f" *: off by more than {config.tolerance:.0%}."
+    lines.append(
+        "Explained variance is over the layers that the variant reconstructs: all but layer 0 for strictly causal, the "
+        "second half, told from the first, for the transcoder; without layer 0 it is the mean over layers."
+    )
+    for name, inside in lies_between(rows).items():
+        lines.append(f"{name}: {'lies' if inside else 'does not lie'} between the bank and the acausal crosscoder.")
+    return lines
 
 
 def run(source: Source, config: VariantsConfig, name: str, settings: dict[str, Any], given: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of dictionary on the same activations at the same L0: sparsity rules, layer structures and banks.
+"""How the variants of `bench_variants.py` are trained: every kind of dictionary on the same activations at one L0.
 
 L0 is the number of active features of a token in the whole model: of a crosscoder's code, or summed over the layers of
 a bank. Rules that keep k are given it; the coefficient of a penalty is searched for.
@@ -7,9 +7,8 @@ a bank. Rules that keep k are given it; the coefficient of a penalty is searched
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -39,8 +38,6 @@ CALIBRATION = 8  # batches that set a BatchTopK threshold
 PREFIXES = (0.125, 0.25, 0.5)
 SEARCH_FACTOR, FINAL_FACTOR = 4.0, 1.3
 """How far a search for a coefficient steps at first: in short runs, and from what these gave."""
-BETWEEN = ("weakly causal", "window of 2", "window of 4")
-ENDS = ("bank", "batch_topk, acausal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,54 +327,3 @@ def measure_variant(
         rows.append(row)
     matched = abs(row["l0"] / config.l0 - 1) <= config.tolerance
     return {"variant": name, "seed": seed, **row, "matched": matched, "searches": len(rows) - 1}
-
-
-def average_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each variant: means over seeds, and the lowest and highest explained variance."""
-    averaged = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        group = [row for row in rows if row["variant"] == name]
-        entry: dict[str, Any] = {"variant": name, "seeds": len(group), "matched": all(row["matched"] for row in group)}
-        for key in ("l0", "explained_variance", "explained_variance_later", "dead_share", "alive", "seconds"):
-            values = [row[key] for row in group]
-            entry[key] = None if None in values else statistics.fmean(values)
-        explained = [row["explained_variance"] for row in group]
-        entry |= {"low": min(explained), "high": max(explained)}
-        averaged.append(entry | {key: group[0][key] for key in ("features", "parameters")})
-    return averaged
-
-
-def lies_between(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """For each causal or local variant, whether its explained variance lies between the bank's and the acausal's."""
-    explained = {row["variant"]: row["explained_variance"] for row in rows}
-    if not all(end in explained for end in ENDS):
-        return {}
-    low, high = sorted(explained[end] for end in ENDS)
-    return {name: low <= explained[name] <= high for name in BETWEEN if name in explained}
-
-
-def markdown_table(rows: Sequence[dict[str, Any]], config: VariantsConfig) -> list[str]:
-    """The averaged rows as Markdown, and under them who lies between the bank and the acausal crosscoder."""
-    lines = [
-        "| variant | L0 | explained variance | without layer 0 | dead | alive | of | parameters | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        later = "-" if row["explained_variance_later"] is None else f"{row['explained_variance_later']:.4f}"
-        span = f" [{row['low']:.4f}, {row['high']:.4f}]" if row["seeds"] > 1 else ""
-        star = "" if row["matched"] else " *"
-        lines.append(
-            f"| {row['variant']} | {row['l0']:.1f}{star} | {row['explained_variance']:.4f}{span} | {later} | "
-            f"{row['dead_share']:.1%} | {row['alive']:.0f} | {row['features']} | {row['parameters']:,} | "
-            f"{row['seconds']:.1f} |"
-        )
-    lines += ["", f"L0: active features of a token in the whole model, asked for {config.l0}."]
-    if not all(row["matched"] for row in rows):
-        lines[-1] += f" *: off by more than {config.tolerance:.0%}."
-    lines.append(
-        "Explained variance is over the layers that the variant reconstructs: all but layer 0 for strictly causal, the "
-        "second half, told from the first, for the transcoder; without layer 0 it is the mean over layers."
-    )
-    for name, inside in lies_between(rows).items():
-        lines.append(f"{name}: {'lies' if inside else 'does not lie'} between the bank and the acausal crosscoder.")
-    return lines
