@@ -11,8 +11,8 @@ from typing import Any
 
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.measure import counting, dimension, probes, recovery, splice
+from crosscoder.measure.dimension import CEILING as C
 from crosscoder.studies import calibration
-from crosscoder.studies.ceiling import MEASURED as C
 from crosscoder.verdict import evidence
 from triton_kernels.cpu.native import build
 

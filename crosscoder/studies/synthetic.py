@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ SCHEMA = "crosscoder/synthetic/1"
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 TARGETS = {"mcc": 0.93, "count_error": 0.08, "rho_error": 0.05, "d_eff_error": 0.10}
 """What a crosscoder is to reach in every world: at least this MCC, at most these errors either way."""
-PRESET = Literal["ci", "quick", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,15 @@
 
 At each density phi of features per dimension the firing probability p is raised until a crosscoder with as many active
 features as there truly are finds fewer than 90 % of them. C is a property of the world, of the training that it is
-given and of what counts as found, so it belongs with its sizes and is no law.
+given and of what counts as found, so it belongs with its sizes and is no law: `dimension.CEILING` is the value measured
+at the sizes in benchmarks/ceiling.md. Hours of one core.
+
+    python scripts/bench_ceiling.py
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +23,6 @@ from crosscoder.measure import recovery
 from crosscoder.measure.statistics import Estimate, exponentiate, two_level_bootstrap
 from crosscoder.studies.synthetic import FitConfig, fit_dictionary, planted_source
 
-DEFINITIONS = {
-    "ceiling_constant": "C of phi = 1 / (C p ln(1 / p)): geometric mean over densities of 1 / (phi p ln(1 / p)), p the "
-    "largest firing probability at which a trained crosscoder finds 90 % of the planted features at joint cosine "
-    ".9; interval over worlds.",
-}
-MEASURED = Estimate(3.52, 2.94, 4.23)  # benchmarks/ceiling.md, with its sizes
 FIRST_ACTIVE = (2, 4, 8)  # active features per token, of which the first that succeeds begins the search
 FINE = 1.2  # the search ends when the last success and the first failure are this factor apart, or neighbours
 
@@ -194,3 +192,30 @@ def calibrate_ceiling(config: CeilingConfig | None = None, *, device: str = "cpu
     config = config or CeilingConfig()
     points = [measure_point(config, density, seed, device) for seed in config.seeds for density in config.densities]
     return summarize_ceiling(points, config)
+
+
+def markdown_table(found: Ceiling) -> list[str]:
+    """C at each density and over all of them, as Markdown."""
+    lines = ["| phi | F | largest p by world | C |", "|---|---|---|---|"]
+    for density in sorted({point.density for point in found.points}):
+        here = [point for point in found.points if point.density == density]
+        shown = " / ".join("none" if p.probability is None else f"{p.probability:.3f}" for p in here)
+        constant = f"{found.by_density[density]:.2f}" if density in found.by_density else "-"
+        lines.append(f"| {density:g} | {here[0].n_features} | {shown} | {constant} |")
+    c = found.constant
+    whole = "no world has a point at every density" if c is None else f"{c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
+    return [*lines, "", f"C = {whole} (geometric mean, 90 % interval over worlds)"]
+
+
+def main() -> None:
+    """Measure C and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(CeilingConfig().seeds))
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    found = calibrate_ceiling(CeilingConfig(seeds=tuple(given.seeds)), device=given.device)
+    print("\n".join(markdown_table(found)))
+
+
+if __name__ == "__main__":
+    main()

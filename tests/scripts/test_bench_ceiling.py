@@ -1,13 +1,17 @@
 """The ceiling's constant: the search by hand, the form inverted, and one small calibration."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
 from crosscoder.measure.dimension import headroom, highest_probability
-from crosscoder.studies import ceiling
-from crosscoder.studies.ceiling import CeilingConfig, CeilingPoint
 from crosscoder.studies.synthetic import FitConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import bench_ceiling as ceiling
+from bench_ceiling import CeilingConfig, CeilingPoint
 
 TINY = CeilingConfig(
     n_layers=1,
@@ -69,6 +73,7 @@ def test_a_world_is_filled_until_it_is_not_found():
     assert found.constant is not None
     assert found.constant.value == pytest.approx(ceiling.ceiling_constant(1.0, point.probability))
     assert 1 < found.constant.value < 10
+    assert any(line.startswith(f"| 1 | 20 | {point.probability:.3f} |") for line in ceiling.markdown_table(found))
     # nearly twice as dense, the same world is lost although its features fire much more rarely
     assert 0.7 * point.probability > 4 / 35
     assert ceiling.planted_recall(TINY, 35, 4, seed=0) <= 0.7
