@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 
 from crosscoder.dictionary import (
     Acausal,
@@ -21,6 +23,7 @@ from crosscoder.dictionary import (
     Transcoder,
     WeaklyCausal,
 )
+from crosscoder.foundation.config import config
 from crosscoder.training import TrainConfig, TrainResult, train, train_warm_chain
 
 Arm = Literal["crosscoder", "layerwise"]
@@ -30,19 +33,28 @@ PartialStructure = Literal["strictly_causal", "transcoder"]
 StructureName = WholeStructure | PartialStructure
 Bank = Literal["independent", "same_start", "warm_chain", "shared"]
 HAS_PENALTY = ("jumprelu", "l1_of_norms", "l2_of_norms")
-Charged = TypeVar("Charged", TargetL0Penalty, NormPenalty)
-CLASSES: dict[str, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
+CLASSES: dict[Arm, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
 
 
-@dataclass(frozen=True, kw_only=True)
+def _all_different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds are {seeds}; expected at least one, all different")
+    return seeds
+
+
+Seeds = Annotated[tuple[int, ...], AfterValidator(_all_different)]
+"""At least one seed, none twice."""
+
+
+@config
 class DictionaryBudget:
     """What both arms are given. One crosscoder of n features and L SAEs of n each have equal parameters and FLOPs."""
 
-    n_features: int = 512
+    n_features: PositiveInt = 512
     """Features of the crosscoder, and of each layer's SAE."""
-    k_crosscoder: int = 40
+    k_crosscoder: PositiveInt = 40
     """Features active per token, over all layers. A penalty of norms does not use it."""
-    k_layerwise: int = 26
+    k_layerwise: PositiveInt = 26
     """Features active per token and layer. A penalty of norms does not use it."""
     selection: Selection = "batch_topk"
     """batch_topk: the best B * k of a batch of B tokens. topk: the best k of each token. jumprelu: a learned threshold
@@ -56,24 +68,21 @@ class DictionaryBudget:
     """What the crosscoder's features read and write. acausal: all layers. weakly_causal: read one, write it and later
     ones. strictly_causal: read one, write later ones, so that layer 0 is left out. window: `window` neighbours.
     transcoder: read one MLP's input, write its output and later ones; for stores made with `harvest --reads mlp`."""
-    window: int = 2
+    window: PositiveInt = 2
     """Layers of a window."""
     bank: Bank = "independent"
     """How the bank's SAEs begin. independent: each by itself. same_start: all alike. warm_chain: each from the trained
     one before it. shared: there is one, for all layers (MLSAE)."""
-    resample_every: int = 0
+    resample_every: NonNegativeInt = 0
     """Steps between two resamplings of dead features, 0 for none; for l1_of_norms and l2_of_norms."""
-    steps: int = 540
-    batch: int = 512
+    steps: PositiveInt = 540
+    batch: PositiveInt = 512
     learning_rate: float = 3.5e-3
     precision: Literal["fp32", "bf16"] = "fp32"
     dead_after_tokens: int = 10_000
     data_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "k_crosscoder", "k_layerwise", "steps", "batch", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         most = max(self.k_crosscoder, self.k_layerwise)
         if most > self.n_features:
             raise ValueError(f"k = {most} is more than n_features = {self.n_features}; lower k or raise n_features")
@@ -82,7 +91,7 @@ class DictionaryBudget:
 
     def k(self, arm: Arm) -> int:
         """Features active per row of one arm, by construction or as the aim."""
-        return self.k_crosscoder if arm == "crosscoder" else self.k_layerwise
+        return getattr(self, f"k_{arm}")
 
     def sparsity(self, arm: Arm) -> Sparsity:
         """The selection rule of one arm."""
@@ -92,11 +101,14 @@ class DictionaryBudget:
             case "batch_topk":
                 return BatchTopK(k=self.k(arm))
             case "jumprelu":
-                return JumpReLU(penalty=self._charged(TargetL0Penalty(target=self.k(arm))))
+                return JumpReLU(penalty=TargetL0Penalty(target=self.k(arm), **self._coefficient()))
             case "l1_of_norms":
-                return ReLU(self._charged(NormPenalty(norm="l1")))
+                return ReLU(NormPenalty(norm="l1", **self._coefficient()))
             case "l2_of_norms":
-                return ReLU(self._charged(NormPenalty(norm="l2")))
+                return ReLU(NormPenalty(norm="l2", **self._coefficient()))
+
+    def _coefficient(self) -> dict[str, float]:
+        return {} if self.penalty is None else {"coefficient": self.penalty}
 
     def decoder(self) -> Literal["unit", "free"]:
         """Whether decoder norms are held at 1: not where the penalty weighs them."""
@@ -118,23 +130,22 @@ class DictionaryBudget:
 
     def settings(self, arm: Arm) -> dict[str, Any]:
         """Keyword arguments of one arm's dictionary, all but its shape and seed."""
-        common = {
+        initial = "same" if self.bank == "same_start" else "independent"
+        own: dict[Arm, dict[str, Any]] = {
+            "crosscoder": {"structure": self.layers()},
+            "layerwise": {"initial": initial, "shared": self.bank == "shared"},
+        }
+        return {
             "n_features": self.n_features,
             "sparsity": self.sparsity(arm),
             "decoder": self.decoder(),
             "prefixes": self.prefixes,
+            **own[arm],
         }
-        if arm == "crosscoder":
-            return {**common, "structure": self.layers()}
-        initial = "same" if self.bank == "same_start" else "independent"
-        return {**common, "initial": initial, "shared": self.bank == "shared"}
 
     def trainer(self, arm: Arm) -> Callable[..., TrainResult]:
         """What trains one arm: `train`, or for a warm-started bank `train_warm_chain`."""
-        return train_warm_chain if arm == "layerwise" and self.bank == "warm_chain" else train
-
-    def _charged(self, penalty: Charged) -> Charged:
-        return penalty if self.penalty is None else replace(penalty, coefficient=self.penalty)
+        return train_warm_chain if (arm, self.bank) == ("layerwise", "warm_chain") else train
 
     def train_config(self) -> TrainConfig:
         """The trainer's settings, the same for both arms."""
@@ -152,18 +163,9 @@ class DictionaryBudget:
 
 def with_size(budget: DictionaryBudget, n_features: int) -> DictionaryBudget:
     """The budget with another dictionary size; k is lowered only where it would not fit."""
-    return replace(
-        budget,
-        n_features=n_features,
-        k_crosscoder=min(budget.k_crosscoder, n_features),
-        k_layerwise=min(budget.k_layerwise, n_features),
-    )
+    return replace(budget, n_features=n_features, **{f"k_{arm}": min(budget.k(arm), n_features) for arm in CLASSES})
 
 
 def with_k(budget: DictionaryBudget, factor: float) -> DictionaryBudget:
     """The budget with both k multiplied by `factor`."""
-    return replace(
-        budget,
-        k_crosscoder=max(1, round(budget.k_crosscoder * factor)),
-        k_layerwise=max(1, round(budget.k_layerwise * factor)),
-    )
+    return replace(budget, **{f"k_{arm}": max(1, round(budget.k(arm) * factor)) for arm in CLASSES})

