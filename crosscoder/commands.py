@@ -15,9 +15,8 @@ from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.studies import single as subject_study
 from crosscoder.studies.folder import study_folder
-from crosscoder.studies.matched import OtherPartsError, Part
 from crosscoder.studies.presets import PRESETS, StudyConfig
-from crosscoder.studies.shapes import run_study
+from crosscoder.studies.shapes import OtherPartsError, Part, run_study
 from crosscoder.studies.workers import default_workers
 
 FOR_SUBJECT = ("layers", "blocks_path", "tokens")
@@ -80,7 +79,7 @@ def resolved_config(command: cli.Command) -> Any:
         study = subject_config(command) if command.subject else study_config(command)
         return {"command": asdict(command), "study": to_mapping(study)}
     if isinstance(command, cli.Synthetic):
-        from crosscoder.studies.synthetic import PRESETS as WORLDS
+        from crosscoder.studies.planted import PRESETS as WORLDS
 
         worlds = replace(WORLDS[command.preset], verdicts=command.verdicts)
         return {"command": asdict(command), "study": to_mapping(worlds)}
@@ -119,18 +118,19 @@ def compare(command: cli.Compare) -> None:
 
 def synthetic(command: cli.Synthetic) -> None:
     """Run the planted worlds and print the path of their report."""
-    from crosscoder.studies import synthetic as planted
+    from crosscoder.studies import planted
 
     config = replace(planted.PRESETS[command.preset], verdicts=command.verdicts)
     folder = study_folder(config, f"synthetic-{command.preset}", command.out)
     workers = command.workers or default_workers(command.device)
-    planted.run_synthetic(config, folder=folder, preset=command.preset, device=command.device, workers=workers)
+    planted.run_planted(config, folder=folder, preset=command.preset, device=command.device, workers=workers)
     print(folder / "report.md")
 
 
 def report(command: cli.Report) -> None:
     """Render results.json again."""
-    from crosscoder.report.page import load_results, render_report
+    from crosscoder.report.page import render_report
+    from crosscoder.results.file import load_results
 
     print(render_report(load_results(command.folder), command.folder))
 

@@ -77,7 +77,7 @@ def needs(command: cli.Command) -> Needs:
 
 
 def _synthetic_needs(command: cli.Synthetic) -> Needs:
-    from crosscoder.studies import synthetic as planted
+    from crosscoder.studies import planted
 
     config = planted.PRESETS[command.preset]
     world = config.world

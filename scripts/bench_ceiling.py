@@ -21,7 +21,7 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, Crosscoder
 from crosscoder.measure import recovery
 from crosscoder.measure.statistics import Estimate, exponentiate, two_level_bootstrap
-from crosscoder.studies.synthetic import FitConfig, fit_dictionary, planted_source
+from crosscoder.studies.planted import FitConfig
 
 FIRST_ACTIVE = (2, 4, 8)  # active features per token, of which the first that succeeds begins the search
 FINE = 1.2  # the search ends when the last success and the first failure are this factor apart, or neighbours
@@ -152,10 +152,8 @@ def planted_recall(config: CeilingConfig, n_features: int, k: int, seed: int, de
         sparsity=BatchTopK(k=k),
         seed=seed,
     )
-    fit = config.fit
-    source = planted_source(world.draw, fit, n_layers=config.n_layers, d_model=config.d_model)
-    found = fit_dictionary(dictionary, source, fit, device=device)
-    return float(recovery.assign(found.decoder_FLD, world.decoder_FLD.numpy()).recalled_F.mean())
+    found_FLD = config.fit.run(dictionary, world.draw, device).decoder_FLD
+    return float(recovery.assign(found_FLD, world.decoder_FLD.numpy()).recalled_F.mean())
 
 
 def measure_point(config: CeilingConfig, density: float, seed: int, device: str = "cpu") -> CeilingPoint:

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from bench_variants_fit import (
     VARIANTS,
-    PlantedSource,
-    Source,
-    StoredSource,
     VariantsConfig,
     applicable,
     measure_variant,
+    planted_source,
 )
 
 from crosscoder.data.shards import ActivationShards
+from crosscoder.data.sources import SiteSource, Source
 from crosscoder.data.world import WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import to_mapping
@@ -145,12 +144,12 @@ def main() -> None:
         noise=0.05,
     )
     config = VariantsConfig(l0=given.world_l0, n_features=given.world_n_features, **shared)
-    run(PlantedSource(world), config, "planted", {"world": to_mapping(world)}, given)
+    run(planted_source(world), config, "planted", {"world": to_mapping(world)}, given)
     if given.activations is not None:
         train, held_out = (ActivationShards.load(given.activations / part) for part in ("train", "held_out"))
         config = VariantsConfig(l0=given.l0, n_features=given.n_features, **shared)
         settings = {"store": train.fingerprint, "held_out": held_out.fingerprint, "site": given.site}
-        run(StoredSource(train, held_out, site=given.site), config, given.label, settings, given)
+        run(SiteSource(train, held_out, given.site), config, given.label, settings, given)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosscoder.data.shards import ActivationShards
-from crosscoder.data.sources import SiteKind, SiteSource
+from crosscoder.data.sources import PlantedSource, Source
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import (
     DICTIONARIES,
@@ -33,7 +32,6 @@ from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure.reading import alive_features, measure_dictionary
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget
 
-EVALUATION_BATCH = 4096
 CALIBRATION = 8  # batches that set a BatchTopK threshold
 PREFIXES = (0.125, 0.25, 0.5)
 SEARCH_FACTOR, FINAL_FACTOR = 4.0, 1.3
@@ -109,47 +107,23 @@ class VariantsConfig:
             raise ValueError("there are no seeds; give at least one")
 
 
-class Source(Protocol):
-    """Activations at the house's scale: batches to train on, as a function of the step, and others to measure on."""
-
-    n_layers: int
-    d_model: int
-
-    def batch(self, index: int, size: int) -> Tensor: ...
-    def held_out(self) -> Iterable[Tensor]: ...
-
-
-class PlantedSource:
+def planted_source(config: WorldConfig, *, held_out_tokens: int = 16_384) -> PlantedSource:
     """A world whose features are known, scaled so that a number's mean square is 1."""
+    world = World(config)
+    sample_BLD = world.sample(4096, seeded_generator("variants scale", config.seed))[0]
+    scale = sample_BLD.square().mean().rsqrt()
 
-    def __init__(self, config: WorldConfig, *, held_out_tokens: int = 16_384) -> None:
-        self.n_layers, self.d_model = config.n_layers, config.d_model
-        self._world, self._tokens = World(config), held_out_tokens
-        sample = self._world.sample(4096, seeded_generator("variants scale", config.seed))[0]
-        self._scale = sample.square().mean().rsqrt()
+    def draw(n: int, stream: int | str, index: int) -> Tensor:
+        purpose = stream if isinstance(stream, str) else "train"
+        return world.sample(n, seeded_generator(f"variants {purpose}", index))[0] * scale
 
-    def batch(self, index: int, size: int) -> Tensor:
-        return self._world.sample(size, seeded_generator("variants train", index))[0] * self._scale
-
-    def held_out(self) -> Iterable[Tensor]:
-        for index in range(-(-self._tokens // EVALUATION_BATCH)):
-            yield self._world.sample(EVALUATION_BATCH, seeded_generator("variants held out", index))[0] * self._scale
-
-
-class StoredSource:
-    """A model's stored activations, both splits at the training data's scales."""
-
-    def __init__(
-        self, train: ActivationShards, held_out: ActivationShards, *, site: SiteKind = "residual", data_seed: int = 0
-    ) -> None:
-        self._source, self._seed = SiteSource(train, held_out, site), data_seed
-        self.n_layers, self.d_model = self._source.n_layers, self._source.d_model
-
-    def batch(self, index: int, size: int) -> Tensor:
-        return self._source.batch(index, size, self._seed)
-
-    def held_out(self) -> Iterable[Tensor]:
-        return self._source.held_out()
+    return PlantedSource(
+        draw,
+        scale_L=scale.expand(config.n_layers),
+        d_model=config.d_model,
+        held_out_stream="held out",
+        held_out_tokens=held_out_tokens,
+    )
 
 
 def applicable(n_layers: int) -> dict[str, Variant]:
@@ -245,14 +219,13 @@ def fit_variant(
     shape = {"n_layers": source.n_layers, "d_model": source.d_model}
     dictionary = DICTIONARIES[CLASSES[variant.arm]](**shape, **settings, seed=seed)
 
-    def batches(start: int) -> Iterable[Tensor]:
-        return (source.batch(index, budget.batch) for index in range(start, budget.steps))
-
+    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
     started = time.perf_counter()
     budget.trainer(variant.arm)(dictionary, batches, config=budget.train_config(), device=device, quiet=True)
     seconds = time.perf_counter() - started
     if isinstance(dictionary.config.sparsity, BatchTopK):
-        calibrate_threshold(dictionary, (source.batch(index, budget.batch).to(device) for index in range(CALIBRATION)))
+        sample = source.batches(budget.batch, seed=budget.data_seed, steps=CALIBRATION)(0)
+        calibrate_threshold(dictionary, (x_BLD.to(device) for x_BLD in sample))
     measured = measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
     n_groups = dictionary.grouped().center_GN.shape[0]
     alive_RF = alive_features(measured.activity)

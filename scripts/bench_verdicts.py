@@ -15,21 +15,24 @@ from typing import Any
 from crosscoder.foundation.artifact import read_json, replace_file, write_json
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.report.planted import render_verdicts, verdict_lines
-from crosscoder.studies.planted_readings import VerdictConfig
-from crosscoder.studies.planted_verdict import DEFINITIONS, summarize_verdicts, verdict_jobs
+from crosscoder.report.planted import VERDICT_WORDS, draw_verdicts, verdict_lines
+from crosscoder.results.quantities import definition
+from crosscoder.results.rows import from_blocks, to_blocks
+from crosscoder.results.table import LongTable, Row
+from crosscoder.studies.planted_verdict import VerdictConfig, verdict_jobs
 from crosscoder.studies.workers import run_jobs
 
 
-def write(folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(folder: Path, settings: dict[str, Any], rows: list[Row]) -> None:
     """The rows, their table and their picture."""
-    verdicts = {"rows": sorted(rows, key=lambda row: (row["seed"], row["plant"])), "summary": summarize_verdicts(rows)}
-    write_json(folder / "verdicts.json", {"settings": settings, **verdicts, "provenance": describe_run()})
-    head = [f"# Planted verdicts, {len({row['seed'] for row in rows})} worlds", "", *verdict_lines(verdicts), ""]
-    words = [f"- **{name}**: {text}" for name, text in DEFINITIONS.items()]
+    rows.sort(key=lambda row: row.at.seed or 0)
+    table = LongTable(tuple(rows))
+    write_json(folder / "verdicts.json", {"settings": settings, "rows": to_blocks(rows), "provenance": describe_run()})
+    head = [f"# Planted verdicts, {len(table.seeds())} worlds", "", *verdict_lines(table), ""]
+    words = [f"- **{key}**: {definition(key)}" for key in VERDICT_WORDS]
     page = [*head, "![R and delta by world](verdicts.png)", "", *words]
     replace_file(folder / "verdicts.md", ("\n".join(page) + "\n").encode())
-    replace_file(folder / "verdicts.png", render_verdicts(verdicts))
+    replace_file(folder / "verdicts.png", draw_verdicts(table))
 
 
 def main() -> None:
@@ -45,8 +48,8 @@ def main() -> None:
     settings = to_mapping(config)
     path = given.out / "verdicts.json"
     old = read_json(path) if path.exists() else {}
-    rows = old["rows"] if old.get("settings") == settings else []
-    known = {row["seed"] for row in rows}
+    rows = from_blocks(old["rows"]) if old.get("settings") == settings else []
+    known = LongTable(tuple(rows)).seeds()
     jobs = list(verdict_jobs(config, given.worlds, given.device).items())
     left = [job for seed, job in enumerate(jobs) if seed not in known]
     for start in range(0, len(left), given.workers):

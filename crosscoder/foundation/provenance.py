@@ -7,18 +7,22 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("crosscoder", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def describe_run(config: Any = None) -> dict[str, Any]:
-    """Everything a reader needs to run it again; only `started` differs between two identical runs."""
+def describe_run(config: Any = None, *, device: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything a reader needs to run it again; only `started` differs between two identical runs.
+
+    `device`: further facts of the machine, such as what its operators run on.
+    """
     return {
         "config": config,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "device": _device(),
+        "device": {**_device(), **(device or {})},
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,16 +1,19 @@
-"""The planted-truth study shown: a Markdown page and pictures, from its plain results."""
+"""The planted-truth study shown: a Markdown page and pictures, as pivots of its rows."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from crosscoder.foundation.artifact import replace_file
 from crosscoder.report.panels import (
     FAINT,
     INK,
     PALETTE,
     axis_labels,
     axis_title,
-    error_bars,
     log_axis,
     make_panels,
     mark_empty,
@@ -18,292 +21,305 @@ from crosscoder.report.panels import (
     share_legend,
     to_png,
 )
+from crosscoder.results.file import Results
+from crosscoder.results.quantities import definition
+from crosscoder.results.table import Estimate, LongTable, Place
 from crosscoder.verdict.decide import RULE
 
-Results = dict[str, Any]
+TARGETS = {"mcc": 0.93, "count_error": 0.08, "rho_error": 0.05, "d_eff_error": 0.10}
+"""What a crosscoder is to reach in every world: at least this MCC, at most these errors either way."""
+STATISTICS = ("R", "gamma", "delta")
+WORDS = ("mcc", "recall", "precision", "count_error", "rho_error", "rho_error_matched", "d_eff_error", "l0_error")
+VERDICT_WORDS = ("planted_verdict", "planted_control", "coverage")
+PAIRS_NOTE = (
+    "The same features in a deep narrow space A and a shallow wide space B, a quarter as deep and twice as wide. "
+    "R of slots is 2 (F_B / F_A) (rho_B / rho_A); R of density is entropy load over d_eff, B over A; its error is "
+    "against the directions drawn, whose d_eff scatters about the planted one."
+)
+VERDICTS_NOTE = (
+    "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, control, "
+    "statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the directions drawn."
+)
+
+
+def write_page(results: Results, folder: Path) -> None:
+    """Write `report.md` and its pictures."""
+    replace_file(folder / "report.md", render_markdown(results).encode())
+    replace_file(folder / "recovery.png", draw_recovery(results.rows))
+    if results.rows.select("found_verdict"):
+        replace_file(folder / "verdicts.png", draw_verdicts(results.rows))
 
 
 def render_markdown(results: Results) -> str:
-    """The tables: targets, estimators, recall by kind, pairs, and what every word means."""
-    world = results["run"]["config"]["world"]
-    seeds = results["run"]["config"]["seeds"]
+    """The tables: targets, estimators, recall by kind, pairs, verdicts, and what every word means."""
+    rows, world = results.rows, results.provenance.config["world"]
+    kinds, has_verdicts = world["kinds"], bool(rows.select("found_verdict"))
+    words = [*WORDS, "saturated", *(VERDICT_WORDS if has_verdicts else ())]
+    sections = {
+        "Targets": _targets(rows),
+        "Estimators": _estimators(rows),
+        "Recall by kind": _recall(rows, kinds),
+        "Pairs": [PAIRS_NOTE, "", *_pairs(rows)] if rows.select("r_slots") else [],
+        "Verdicts": [*verdict_lines(rows), "![R and delta by world](verdicts.png)"] if has_verdicts else [],
+    }
     lines = [
         "# Planted truth",
         "",
-        f"{world['n_features']} features ({', '.join(world['kinds'])}) in {world['n_layers']} layers of width "
-        f"{world['d_model']}; {len(seeds)} world(s), one dictionary each; preset `{results['preset']}`. "
-        "Mean over worlds, with the lowest and highest in brackets. Errors are signed: + is too much.",
+        f"{world['n_features']} features ({', '.join(kinds)}) in {world['n_layers']} layers of width "
+        f"{world['d_model']}; {len(results.provenance.config['seeds'])} world(s), one dictionary each; preset "
+        f"`{results.provenance.preset}`. Mean over worlds, with the lowest and highest in brackets. Errors are signed: "
+        "+ is too much.",
         "",
-        *_targets(results),
-        "## Estimators",
-        "",
-        *_estimators(results),
-        "",
-        "## Recall by kind",
-        "",
-        *_recall(results),
-        "",
-        *_pairs(results),
-        *_verdicts(results),
-        "![Estimates beside the truth](recovery.png)",
-        "",
-        "## Words",
-        "",
-        *(f"- **{name}**: {text}" for name, text in results["definitions"].items()),
     ]
-    return "\n".join(lines) + "\n"
+    for title, body in sections.items():
+        lines += [f"## {title}", "", *body, ""] if body else []
+    lines += ["![Estimates beside the truth](recovery.png)", "", "## Words", ""]
+    return "\n".join([*lines, *(f"- **{key}**: {definition(key)}" for key in words)]) + "\n"
 
 
-def _targets(results: Results) -> list[str]:
-    if not results["targets"]:
-        return []
-    rows = [
-        [check["size"], check["score"], _bound(check), _number(check["mean"]), _number(check["worst"]), _met(check)]
-        for check in results["targets"]
+def by_estimator(rows: LongTable) -> dict[Place, LongTable]:
+    """The scores of each kind and size of dictionary, all worlds together."""
+    scored = LongTable(tuple(row for row in rows.select(subject=None, role=None) if row.at.k is not None))
+    return scored.groups("arm", "estimator", "n_features")
+
+
+def by_seed(rows: LongTable, key: str, **where: Any) -> dict[int | None, Any]:
+    """What is known of a key by the seed of its world."""
+    return {row.at.seed: row.value for row in rows.select(key, **where) if row.value is not None}
+
+
+def name_of(at: Place) -> str:
+    """An estimator in words."""
+    return "crosscoder" if at.estimator is None else f"bank, {at.estimator.replace('-', ' ')}"
+
+
+def check_targets(rows: LongTable) -> list[dict[str, Any]]:
+    """For each crosscoder size and target: the mean and the worst world, and whether every world met it."""
+    checks = []
+    for at, group in by_estimator(rows).items():
+        for key, target in TARGETS.items() if at.estimator is None else ():
+            known, least = [abs(value) for value in group.values(key)], key == "mcc"
+            worst = (min if least else max)(known, default=None)
+            met = worst is not None and len(known) == len(group.select(key))
+            met = met and (worst >= target if least else worst <= target)
+            mean = sum(known) / len(known) if known else None
+            checks.append(
+                {"size": at.n_features, "score": key, "target": target, "mean": mean, "worst": worst, "met": met}
+            )
+    return checks
+
+
+def _targets(rows: LongTable) -> list[str]:
+    lines = [
+        [
+            check["size"],
+            check["score"],
+            f"{'>=' if check['score'] == 'mcc' else '<='} {check['target']:g}",
+            _number(check["mean"]),
+            _number(check["worst"]),
+            "yes" if check["met"] else "**no**",
+        ]
+        for check in check_targets(rows)
     ]
-    title = ["crosscoder size", "score", "target", "mean", "worst world", "met in every world"]
-    return ["## Targets", "", *_table(title, rows), ""]
+    return _table(["crosscoder size", "score", "target", "mean", "worst world", "met in every world"], lines)
 
 
-def _bound(check: dict[str, Any]) -> str:
-    return f"{'>=' if check['score'] == 'mcc' else '<='} {check['target']:g}"
+def _estimators(rows: LongTable) -> list[str]:
+    lines = []
+    for at, group in by_estimator(rows).items():
+        full = " (full: lower bound)" if any(group.values("saturated")) else ""
+        shown = [_range(group.seed_range(key), f"{{:{form}}}") for key, form in _SCORES]
+        shown[0] += full
+        for place, key, form in ((4, "rho", ".2f"), (6, "d_eff", ".1f")):
+            value, truth = group.seed_range(key), group.seed_range(f"{key}_true")
+            known = value is not None and truth is not None
+            shown.insert(place, f"{value.value:{form}} ({truth.value:{form}})" if known else "undefined")
+        lines.append([name_of(at), at.n_features, *shown])
+    title = ["estimator", "size", "count", "error", "MCC", "precision", "rho (true)", "error", "d_eff (true)", "error"]
+    return _table([*title, "L0 error", "explained variance"], lines)
 
 
-def _met(check: dict[str, Any]) -> str:
-    return "yes" if check["met"] else "**no**"
+_SCORES = (
+    ("count", ".0f"),
+    ("count_error", "+.1%"),
+    ("mcc", ".3f"),
+    ("precision", ".2f"),
+    ("rho_error", "+.1%"),
+    ("d_eff_error", "+.1%"),
+    ("l0_error", "+.1%"),
+    ("explained_variance", ".3f"),
+)
 
 
-def _estimators(results: Results) -> list[str]:
-    rows = []
-    for entry in results["summary"]:
-        full = " (full: lower bound)" if entry["saturated"] else ""
-        rows.append(
+def _recall(rows: LongTable, kinds: Sequence[str]) -> list[str]:
+    lines = []
+    for at, group in by_estimator(rows).items():
+        recall = [group.seed_range("recall_by_kind", kind=kind) for kind in kinds]
+        lines.append([name_of(at), at.n_features, *(_range(one, "{:.2f}", ends=False) for one in recall)])
+    return _table(["estimator", "size", *kinds], lines)
+
+
+def _pairs(rows: LongTable) -> list[str]:
+    lines = []
+    for at in rows.select("r_slots").groups("kind"):
+        one = {row.key: row.value for row in rows.select(kind=at.kind, subject=None)}
+        counts = rows.values("count", kind=at.kind, subject=("A", "B"))
+        lines.append(
             [
-                entry["estimator"],
-                entry["size"],
-                _range(entry.get("count"), "{:.0f}") + full,
-                _range(entry.get("count_error"), "{:+.1%}"),
-                _range(entry.get("mcc"), "{:.3f}"),
-                _range(entry.get("precision"), "{:.2f}"),
-                _estimate(entry, "rho", "{:.2f}"),
-                _range(entry.get("rho_error"), "{:+.1%}"),
-                _estimate(entry, "d_eff", "{:.1f}"),
-                _range(entry.get("d_eff_error"), "{:+.1%}"),
-                _range(entry.get("l0_error"), "{:+.1%}"),
-                _range(entry.get("explained_variance"), "{:.3f}"),
+                f"{one['planted_gamma']:g}",
+                f"{one['planted_delta']:g}",
+                f"{one['r_slots']:.2f} ({one['r_slots_true']:.2f})",
+                f"{one['r_slots_error']:+.1%}",
+                f"{one['r_density']:.2f} ({one['r_density_drawn']:.2f}, {one['r_density_true']:.2f})",
+                f"{one['r_density_error']:+.1%}",
+                ", ".join(map(str, counts)),
             ]
         )
-    title = ["estimator", "size", "count", "error", "MCC", "precision", "rho (true)", "error", "d_eff (true)", "error"]
-    return _table([*title, "L0 error", "explained variance"], rows)
+    title = ["gamma", "delta", "R of slots (planted)", "error", "R of density (drawn, planted)", "error", "counts A, B"]
+    return _table(title, lines)
 
 
-def _estimate(entry: dict[str, Any], key: str, form: str) -> str:
-    value, truth = entry.get(key), entry.get(f"{key}_true")
-    if value is None or truth is None:
+def verdict_lines(rows: LongTable) -> list[str]:
+    """The table of planted verdicts, how often intervals cover, and what was wrong, in Markdown."""
+    lines, wrong = [], []
+    for at in rows.select("found_verdict").groups("kind"):
+        group = rows.select(kind=at.kind)
+        right, labels = group.values("right_verdict"), Counter(group.values("found_verdict"))
+        cells = [at.kind, group.values("expected_verdict")[0], f"{sum(right)} of {len(right)}"]
+        cells.append(", ".join(f"{label} {count}" for label, count in labels.items()))
+        for name in STATISTICS:
+            found, drawn = (by_seed(group, key, estimator=name) for key in ("found", "drawn"))
+            planted = group.values("planted", estimator=name)[0]
+            held = sum(one.covers(planted) for one in found.values())
+            held_drawn = sum(one.covers(drawn[seed]) for seed, one in found.items())
+            miss = max((max(0.0, one.low - planted, planted - one.high) for one in found.values()), default=0.0)
+            mean = sum(one.value for one in found.values()) / len(found) if found else None
+            cells.append(f"{_number(mean)} ({planted:.3g})")
+            cells.append(f"{held}, {held_drawn} of {len(found)}" + (f"; by at most {miss:.1g}" if miss else ""))
+        lines.append(cells)
+    for row in rows.select("right_verdict"):
+        if not row.value:
+            where = {"kind": row.at.kind, "seed": row.at.seed}
+            label, reasons = rows.one("found_verdict", **where), rows.one("verdict_reasons", **where)
+            wrong.append(f"- {row.at.kind}, seed {row.at.seed}: {label}: {'; '.join(reasons)}")
+    title = ["planted", "right verdict", "found", "verdicts"]
+    for name in STATISTICS:
+        title += [f"{name}, mean (planted)", f"{name}'s interval covers planted, drawn"]
+    said = ["Verdicts that were not right:", "", *wrong, ""] if wrong else []
+    return [VERDICTS_NOTE, "", *_table(title, lines), "", *said]
+
+
+def _range(found: Estimate | None, form: str, *, ends: bool = True) -> str:
+    if found is None:
         return "undefined"
-    return f"{form.format(value['mean'])} ({form.format(truth['mean'])})"
-
-
-def _range(entry: dict[str, float] | None, form: str) -> str:
-    if entry is None:
-        return "undefined"
-    if entry["low"] == entry["high"]:
-        return form.format(entry["mean"])
-    return f"{form.format(entry['mean'])} [{form.format(entry['low'])}, {form.format(entry['high'])}]"
+    value = form.format(found.value)
+    return (
+        f"{value} [{form.format(found.low)}, {form.format(found.high)}]" if ends and found.low < found.high else value
+    )
 
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _recall(results: Results) -> list[str]:
-    kinds = list(results["summary"][0]["recall_by_kind"]) if results["summary"] else []
-    rows = [
-        [entry["estimator"], entry["size"], *(f"{entry['recall_by_kind'][kind]:.2f}" for kind in kinds)]
-        for entry in results["summary"]
-    ]
-    return _table(["estimator", "size", *kinds], rows)
-
-
-def _pairs(results: Results) -> list[str]:
-    if not results["pairs"]:
-        return []
-    rows = [
-        [
-            f"{row['gamma']:g}",
-            f"{row['delta']:g}",
-            f"{row['r_slots']:.2f} ({row['r_slots_true']:.2f})",
-            f"{row['r_slots_error']:+.1%}",
-            f"{row['r_density']:.2f} ({row['r_density_drawn']:.2f}, {row['r_density_true']:.2f})",
-            f"{row['r_density_error']:+.1%}",
-            f"{row['sides']['A']['count']}, {row['sides']['B']['count']}",
-        ]
-        for row in results["pairs"]
-    ]
-    title = ["gamma", "delta", "R of slots (planted)", "error", "R of density (drawn, planted)", "error", "counts A, B"]
-    return [
-        "## Pairs",
-        "",
-        "The same features in a deep narrow space A and a shallow wide space B, a quarter as deep and twice as wide. "
-        "R of slots is 2 (F_B / F_A) (rho_B / rho_A); R of density is entropy load over d_eff, B over A; its error is "
-        "against the directions drawn, whose d_eff scatters about the planted one.",
-        "",
-        *_table(title, rows),
-        "",
-    ]
-
-
-def _verdicts(results: Results) -> list[str]:
-    verdicts = results.get("verdicts") or {}
-    if not verdicts.get("summary"):
-        return []
-    return ["## Verdicts", "", *verdict_lines(verdicts), "![R and delta by world](verdicts.png)", ""]
-
-
-def verdict_lines(verdicts: Results) -> list[str]:
-    """The table of planted verdicts, how often intervals cover, and what was wrong, in Markdown."""
-    summary = verdicts["summary"]
-    rows = []
-    for entry in summary:
-        labels = ", ".join(f"{label} {count}" for label, count in entry["labels"].items())
-        cells = [entry["plant"], entry["expected"], f"{entry['right']} of {entry['n']}", labels]
-        for key in ("R", "gamma", "delta"):
-            one = entry[key]
-            cells += [
-                f"{_number(one['mean'])} ({one['planted']:.3g})",
-                f"{one['covered']}, {one['covered_drawn']} of {one['n']}" + _missed(one["largest_miss"]),
-            ]
-        rows.append(cells)
-    wrong = [
-        f"- {row['plant']}, seed {row['seed']}: {row['label']}: {'; '.join(row['reasons'])}"
-        for row in verdicts["rows"]
-        if not row["right"]
-    ]
-    title = ["planted", "right verdict", "found", "verdicts"]
-    for key in ("R", "gamma", "delta"):
-        title += [f"{key}, mean (planted)", f"{key}'s interval covers planted, drawn"]
-    return [
-        "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, "
-        "control, statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the "
-        "directions drawn.",
-        "",
-        *_table(title, rows),
-        "",
-        *(["Verdicts that were not right:", "", *wrong, ""] if wrong else []),
-    ]
-
-
-def _missed(largest: float | None) -> str:
-    return f"; by at most {largest:.1g}" if largest else ""
-
-
 def _table(title: list[str], rows: list[list[Any]]) -> list[str]:
     lines = [title, ["---"] * len(title), *rows]
-    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] if rows else []
 
 
-def render_picture(results: Results) -> bytes:
+def draw_recovery(rows: LongTable) -> bytes:
     """Count, MCC, rho and d_eff by dictionary size, recall by kind, and R beside the planted R, as PNG."""
     figure, axes = make_panels(2, 3, (13.5, 7.6))
+    groups = by_estimator(rows)
+    color = dict(zip(dict.fromkeys(map(name_of, groups)), PALETTE * len(groups)))
     panels = (("count", "Distinct features"), ("mcc", "MCC"), ("rho", "Layers a feature occupies"), ("d_eff", "d_eff"))
     for ax, (key, title) in zip(axes.flat, panels):
-        _draw_score(ax, results, key)
+        _draw_score(ax, groups, color, key)
         axis_title(ax, title)
         axis_labels(ax, "dictionary size (features; a layer, for banks)", None)
-    _draw_recall(axes[1][1], results)
-    _draw_pairs(axes[1][2], results)
+    _draw_recall(axes[1][1], groups, color)
+    _draw_pairs(axes[1][2], rows)
     share_legend(figure, axes)
     return to_png(figure)
 
 
-def render_verdicts(verdicts: Results) -> bytes:
-    """R and delta of every planted world with their 90 % intervals beside what was planted, as PNG."""
-    plants = [entry["plant"] for entry in verdicts["summary"]]
-    figure, axes = make_panels(2, len(plants), (4.3 * len(plants), 7.0))
-    bands = {"R": ((RULE.complete, PALETTE[4], "H0"), (RULE.equal, PALETTE[2], "H1"))}
-    bands["delta"] = ((RULE.delta, PALETTE[2], "H1"),)
-    for column, plant in enumerate(plants):
-        rows = [row for row in verdicts["rows"] if row["plant"] == plant]
-        n_right = sum(row["right"] for row in rows)
-        for ax, key in zip(axes[:, column], bands, strict=True):
-            for (low, high), color, name in bands[key]:
-                ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=f"band of {name}")
-            _draw_intervals(ax, rows, key)
-        axis_title(axes[0][column], f"{plant}: {n_right} of {len(rows)} verdicts right")
-        axes[0][column].set_xscale("log")
-        axes[0][column].set(xlim=(0.25, 4))
-        axes[0][column].set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
-        axes[0][column].minorticks_off()
-        axes[1][column].set(xlim=(-0.4, 1.4))
-        axis_labels(axes[0][column], "R, density of B over A", "world" if column == 0 else None)
-        axis_labels(axes[1][column], "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
-    share_legend(figure, axes)
-    return to_png(figure)
-
-
-def _draw_intervals(ax: Any, rows: list[Results], key: str) -> None:
-    for row in rows:
-        found = row["statistics"][key]["found"]
-        if found is None:
-            continue
-        covers = row["statistics"][key]["covers"]
-        color = PALETTE[0] if covers else PALETTE[1]
-        label = f"90 % interval that {'holds' if covers else 'misses'} it"
-        ax.plot([found["low"], found["high"]], [row["seed"]] * 2, color=color, linewidth=1.6, label=label)
-        ax.plot(found["mean"], row["seed"], "o" if row["right"] else "X", color=color, markersize=5)
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.axvline(rows[0]["statistics"][key]["planted"], color=INK, linewidth=1.2, linestyle=":", label="planted")
-
-
-def _color(results: Results, estimator: str) -> str:
-    names = list(dict.fromkeys(entry["estimator"] for entry in results["summary"]))
-    return PALETTE[names.index(estimator) % len(PALETTE)]
-
-
-def _draw_score(ax: Any, results: Results, key: str) -> None:
-    summary = [entry for entry in results["summary"] if entry.get(key) is not None]
-    if not summary:
+def _draw_score(ax: Any, groups: dict[Place, LongTable], color: dict[str, str], key: str) -> None:
+    found = {at: value for at, group in groups.items() if (value := group.seed_range(key)) is not None}
+    if not found:
         mark_empty(ax)
         return
-    for name in dict.fromkeys(entry["estimator"] for entry in summary):
-        own = [entry for entry in summary if entry["estimator"] == name]
-        points = [((entry["size"],) * 3, (entry[key]["mean"], entry[key]["low"], entry[key]["high"])) for entry in own]
-        arm = "crosscoder" if name == "crosscoder" else "layerwise"
-        plot_points(ax, points, color=_color(results, name), arm=arm, label=name)
-    truth = [1.0] if key == "mcc" else [entry[f"{key}_true"]["mean"] for entry in summary]
+    for name in dict.fromkeys(map(name_of, found)):
+        own = {at: value for at, value in found.items() if name_of(at) == name}
+        points = [((at.n_features,) * 3, (value.value, value.low, value.high)) for at, value in own.items()]
+        plot_points(ax, points, color=color[name], arm=str(next(iter(own)).arm), label=name)
+    truth = [1.0] if key == "mcc" else [value for at in found for value in groups[at].values(f"{key}_true")]
     ax.axhline(sum(truth) / len(truth), color=INK, linewidth=1.2, linestyle=":", label="planted")
-    sizes = sorted({entry["size"] for entry in summary})
+    sizes = sorted({int(at.n_features or 0) for at in found})
     log_axis(ax.xaxis, [float(size) for size in sizes])
     ax.set_xticks(sizes, [str(size) for size in sizes])
 
 
-def _draw_recall(ax: Any, results: Results) -> None:
+def _draw_recall(ax: Any, groups: dict[Place, LongTable], color: dict[str, str]) -> None:
     axis_title(ax, "Recall by kind, largest dictionary of each")
-    largest = {entry["estimator"]: entry for entry in sorted(results["summary"], key=lambda entry: entry["size"])}
+    largest = {name_of(at): groups[at] for at in sorted(groups, key=lambda at: at.n_features or 0)}
     if not largest:
         mark_empty(ax)
         return
-    kinds = list(next(iter(largest.values()))["recall_by_kind"])
     width = 0.8 / len(largest)
-    for index, (name, entry) in enumerate(largest.items()):
+    for index, (name, group) in enumerate(largest.items()):
+        kinds = [str(at.kind) for at in group.select("recall_by_kind").groups("kind")]
         place = [kind + (index - (len(largest) - 1) / 2) * width for kind in range(len(kinds))]
-        heights = [entry["recall_by_kind"][kind] for kind in kinds]
-        ax.bar(place, heights, width=width, color=_color(results, name))
-    ax.set_xticks(range(len(kinds)), kinds)
+        found = [group.seed_range("recall_by_kind", kind=kind) for kind in kinds]
+        ax.bar(place, [one.value if one else 0.0 for one in found], width=width, color=color[name])
+        ax.set_xticks(range(len(kinds)), kinds)
     ax.set_ylim(0, 1.05)
 
 
-def _draw_pairs(ax: Any, results: Results) -> None:
+def _draw_pairs(ax: Any, rows: LongTable) -> None:
     axis_title(ax, "R found beside R planted")
     axis_labels(ax, "planted R", "R found")
-    if not results["pairs"]:
+    if not rows.select("r_slots"):
         mark_empty(ax)
         return
     for key, label, color in (("r_slots", "R of slots", PALETTE[4]), ("r_density", "R of density", PALETTE[5])):
-        planted = sorted({row[f"{key}_true"] for row in results["pairs"]})
-        found = [[row[key] for row in results["pairs"] if row[f"{key}_true"] == value] for value in planted]
-        ranges = [(sum(values) / len(values), min(values), max(values)) for values in found]
-        means = [mean for mean, _, _ in ranges]
-        ax.errorbar(planted, means, yerr=error_bars(ranges), color=color, marker="D", linestyle="", label=label)
-    ends = [0.0, 1.1 * max(row["r_slots_true"] for row in results["pairs"])]
+        planted, found = rows.values(f"{key}_true"), rows.values(key)
+        ax.plot(planted, found, color=color, marker="D", linestyle="", label=label)
+    ends = [0.0, 1.1 * max(rows.values("r_slots_true"))]
     ax.plot(ends, ends, color=FAINT, linewidth=1, linestyle=":")
+
+
+def draw_verdicts(rows: LongTable) -> bytes:
+    """R and delta of every planted world with their 90 % intervals beside what was planted, as PNG."""
+    plants = [at.kind for at in rows.select("found_verdict").groups("kind")]
+    figure, axes = make_panels(2, len(plants), (4.3 * len(plants), 7.0))
+    bands = {"R": ((RULE.complete, PALETTE[4], "H0"), (RULE.equal, PALETTE[2], "H1"))}
+    bands["delta"] = ((RULE.delta, PALETTE[2], "H1"),)
+    for column, plant in enumerate(plants):
+        group = rows.select(kind=plant)
+        right = by_seed(group, "right_verdict")
+        for ax, name in zip(axes[:, column], bands, strict=True):
+            for (low, high), color, hypothesis in bands[name]:
+                ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
+            _draw_intervals(ax, group.select(estimator=name), right)
+        ratio, delta = axes[:, column]
+        axis_title(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
+        ratio.set(xscale="log", xlim=(0.25, 4))
+        ratio.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+        ratio.minorticks_off()
+        delta.set(xlim=(-0.4, 1.4))
+        axis_labels(ratio, "R, density of B over A", "world" if column == 0 else None)
+        axis_labels(delta, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
+    share_legend(figure, axes)
+    return to_png(figure)
+
+
+def _draw_intervals(ax: Any, rows: LongTable, right: dict[int | None, Any]) -> None:
+    planted = rows.values("planted")[0]
+    for row in rows.select("found"):
+        if isinstance(row.value, Estimate):
+            held = row.value.covers(planted)
+            color, label = PALETTE[not held], f"90 % interval that {'holds' if held else 'misses'} it"
+            ax.plot([row.value.low, row.value.high], [row.at.seed] * 2, color=color, linewidth=1.6, label=label)
+            ax.plot(row.value.value, row.at.seed, "o" if right[row.at.seed] else "X", color=color, markersize=5)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.axvline(planted, color=INK, linewidth=1.2, linestyle=":", label="planted")

@@ -26,8 +26,8 @@ class Provenance:
     __pydantic_config__: ClassVar = CLOSED
 
     schema: Literal["crosscoder.results/3"] = SCHEMA
-    kind: Literal["aspect_ratio", "subject_study"]
-    """Two shapes that are compared, and C between them; or one model."""
+    kind: Literal["aspect_ratio", "subject_study", "planted"]
+    """Two shapes that are compared, and C between them; one model; or worlds whose features are planted."""
     preset: str
     seconds: dict[Name, float]
     """Of each stage."""

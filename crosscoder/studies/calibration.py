@@ -11,50 +11,45 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from pydantic import PositiveInt
 from torch import Tensor
 
 from crosscoder.data.residuals import estimate_scales
 from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
+from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.config import to_mapping
-from crosscoder.measure import recovery
-from crosscoder.measure.reading import Reading, read_dictionary
+from crosscoder.results.rows import from_blocks, to_blocks
+from crosscoder.results.table import COMPARED, LongTable, Place, Row
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
-from crosscoder.training import train
+from crosscoder.studies.fit import fit_dictionary, score
+from crosscoder.studies.presets import StudyConfig
+from crosscoder.studies.workers import run_jobs
 from crosscoder.verdict.evidence import Calibration
 
-SCHEMA = "crosscoder.calibration/1"
+SCHEMA = "crosscoder.calibration/2"
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
 PLANTED_SHARE = 0.5  # planted features over the dictionary's
 
-DEFINITIONS = {
-    "calibration": "A crosscoder trained as the study's own, on a planted world of the subject's L and D: "
-    f"{PLANTED_SHARE:g} n features, local, persistent, drifting and split in equal parts (all local for one layer), "
-    "each with the same energy, firing probabilities log-uniform over a factor "
-    f"{PROBABILITY_RANGE:g} and summing to the dictionary's k. Scores are of its distinct alive features against all "
-    "planted ones; the gates take the worst world.",
-}
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CalibrationConfig:
     """One planted world of a study's sizes, and the dictionary trained on it."""
 
-    n_layers: int
-    d_model: int
+    n_layers: PositiveInt
+    d_model: PositiveInt
     budget: DictionaryBudget
-    tokens_train: int = 200_000
+    tokens_train: PositiveInt = 200_000
     """Distinct tokens, read over and over."""
-    tokens_held_out: int = 30_000
+    tokens_held_out: PositiveInt = 30_000
     equal_energy: bool = True
     """False: a feature has norm 1 at every layer it lives in, so that local ones are the weakest."""
     seed: int = 0
@@ -62,9 +57,6 @@ class CalibrationConfig:
     dictionary_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "tokens_train", "tokens_held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         highest = self.probabilities()[1]
         if highest > MOST_FREQUENT:
             raise ValueError(
@@ -86,17 +78,18 @@ class CalibrationConfig:
     def world(self) -> World:
         """The planted world; its probabilities sum to k exactly."""
         low, high = self.probabilities()
-        config = WorldConfig(
-            n_features=self.n_planted,
-            n_layers=self.n_layers,
-            d_model=self.d_model,
-            kinds=("local",) if self.n_layers == 1 else ("local", "persistent", "drifting", "split"),
-            p_min=low,
-            p_max=high,
-            equal_energy=self.equal_energy,
-            seed=self.seed,
+        world = World(
+            WorldConfig(
+                n_features=self.n_planted,
+                n_layers=self.n_layers,
+                d_model=self.d_model,
+                kinds=("local",) if self.n_layers == 1 else ("local", "persistent", "drifting", "split"),
+                p_min=low,
+                p_max=high,
+                equal_energy=self.equal_energy,
+                seed=self.seed,
+            )
         )
-        world = World(config)
         world.probability_F = world.probability_F * (self.budget.k_crosscoder / world.probability_F.sum())
         return world
 
@@ -125,58 +118,31 @@ def planted_source(config: CalibrationConfig, device: str = "cpu") -> tuple[Plan
     return source, world
 
 
-def read_planted(config: CalibrationConfig, device: str = "cpu") -> tuple[Reading, World]:
-    """The reading of a crosscoder trained as a study's cell is, and the world it was trained on."""
+def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[Row]:
+    """The scores of a crosscoder trained on a planted world as a study's cell is trained."""
     source, world = planted_source(config, device)
     budget = config.budget
     dictionary = new_dictionary("crosscoder", source, budget, seed=config.dictionary_seed)
-    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
-    train(dictionary, batches, config=budget.train_config(), device=device, quiet=True)
-    return read_dictionary(dictionary, source.held_out()).distinct, world
-
-
-def score_reading(reading: Reading, world: World, config: CalibrationConfig) -> dict[str, Any]:
-    """Plain values by the names of `recovery.DEFINITIONS`; None where one is undefined."""
-    truth_FLD = world.decoder_FLD.cpu().numpy()
-    scores = recovery.score_features(
-        reading.decoder_FLD, truth_FLD, world.kind_F.numpy(), world.config.kinds, count=len(reading)
+    reading = fit_dictionary(
+        dictionary, source, budget.train_config(), batch=budget.batch, seed=budget.data_seed, device=device
     )
-    n_features = config.budget.n_features
-    alive = round((1 - reading.dead_share) * n_features)
-    return {
-        **scores,
-        "n_features": n_features,
-        "k": config.budget.k_crosscoder,
-        "n_layers": config.n_layers,
-        "d_model": config.d_model,
-        "world_seed": config.seed,
-        "equal_energy": config.equal_energy,
-        "alive": alive,
-        "dead_share": reading.dead_share,
-        "saturated": recovery.is_saturated(alive, n_features),
-        "explained_variance": reading.explained_variance,
-        "l0": reading.l0,
-        "l0_error": recovery.relative_error(reading.l0, config.budget.k_crosscoder),
-    }
+    at = Place(role="calibration", n_features=budget.n_features, k=budget.k_crosscoder, seed=config.seed)
+    rows = score(at, reading.distinct.decoder_FLD, world, reading, l0_true=budget.k_crosscoder)
+    return [*rows, Row(at, "equal_energy", config.equal_energy)]
 
 
-def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: str = "cpu") -> dict[str, Any]:
-    """The scores of one planted world; read from `root` where an equal calibration has been kept.
-
-    Raises:
-        ValueError: k is so large that planted features would be active nearly always.
-    """
+def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: str = "cpu") -> list[Row]:
+    """The scores of one planted world; read from `root` where an equal calibration has been kept."""
     path = None if root is None else calibration_path(root, config)
     if path is not None and path.is_file():
         kept = read_json(path)
         if kept.get("schema") == SCHEMA and kept.get("config") == to_mapping(config):
-            return kept["scores"]
-    reading, world = read_planted(config, device)
-    scores = score_reading(reading, world, config)
+            return from_blocks(kept["rows"])
+    rows = measure_calibration(config, device)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "scores": scores})
-    return scores
+        write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "rows": to_blocks(rows)})
+    return rows
 
 
 def calibration_path(root: Path, config: CalibrationConfig) -> Path:
@@ -185,18 +151,35 @@ def calibration_path(root: Path, config: CalibrationConfig) -> Path:
     return root / f"calibration-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def worst_calibration(rows: Sequence[dict[str, Any]], *, same_sizes: bool = True) -> Calibration:
+def calibrate_study(config: StudyConfig, folder: Path, *, device: str, workers: int) -> list[Row]:
+    """Scores of planted worlds of the compared shapes' own sizes, kept beside the studies so that others reuse them.
+
+    Raises:
+        ValueError: k is so large that planted features would be active nearly always.
+    """
+    jobs = {}
+    for name in COMPARED:
+        shape = config.subjects.shapes()[name]
+        for seed in range(config.calibration_worlds):
+            wanted = CalibrationConfig(
+                n_layers=shape.n_layers,
+                d_model=shape.d_model,
+                budget=shape.budget(config.dictionaries),
+                tokens_train=config.tokens_train,
+                tokens_held_out=config.tokens_held_out,
+                seed=seed,
+            )
+            jobs[f"{name}-world{seed}"] = partial(calibrate, wanted, root=folder.parent / "calibration", device=device)
+    found = run_jobs(jobs, workers=workers, device=device, label="calibration") if jobs else {}
+    return [replace(row, at=replace(row.at, subject=name[0])) for name, rows in found.items() for row in rows]
+
+
+def worst_calibration(table: LongTable, *, same_sizes: bool = True) -> Calibration:
     """The largest errors over worlds and shapes, for the gates; None where one of them is undefined."""
 
     def worst(key: str) -> float | None:
-        values = [row[key] for row in rows]
-        if not values or any(value is None for value in values):
-            return None
-        return max(abs(value) for value in values)
+        found = table.seed_range(key, role="calibration")
+        return None if found is None else max(abs(found.low), abs(found.high))
 
-    return Calibration(
-        count_error=worst("count_error"),
-        rho_error=worst("rho_error"),
-        d_eff_error=worst("d_eff_error"),
-        same_sizes=same_sizes,
-    )
+    keys = ("count_error", "rho_error", "d_eff_error")
+    return Calibration(**{key: worst(key) for key in keys}, same_sizes=same_sizes)

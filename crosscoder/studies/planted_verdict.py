@@ -11,40 +11,208 @@ features are known here, so the errors of these very readings are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Annotated
 
 import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from crosscoder.data.world_pair import DEPTH_RATIO, Side, WorldPair
-from crosscoder.measure import comparison, dimension, probes, recovery
-from crosscoder.measure.comparison import SiteReadings, Statistic
-from crosscoder.measure.density import PRIMARY, Subject
+from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
+from crosscoder.data.world_pair import DEPTH_RATIO, PairConfig, Side, WorldPair
+from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE
+from crosscoder.foundation.config import config as settings
+from crosscoder.measure import dimension, probes, recovery
+from crosscoder.measure.comparison import SiteReadings, measure_site, seeds_row
+from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
-from crosscoder.studies.planted_readings import Plant, Planted, VerdictConfig
-from crosscoder.verdict import decide as verdict
-from crosscoder.verdict import evidence, gain
+from crosscoder.results.table import LongTable, Place, Row, Value, finite, rows_at
+from crosscoder.results.verdict import Label, Verdict
+from crosscoder.studies.fit import fit_dictionary
+from crosscoder.training import TrainConfig
+from crosscoder.verdict import evidence
+from crosscoder.verdict.decide import decide
+from crosscoder.verdict.evidence import PRIMARY_SITE, GateInputs, Point
+from crosscoder.verdict.rule import Evidence
 
 DOCUMENT = 64  # tokens; planted tokens are independent, so any division is a fair one
 PROBED = 2048  # held-out tokens on which X is measured
 
-DEFINITIONS = {
-    "planted_verdict": "A pair of worlds with planted gamma and delta through the whole chain: right if the label and "
-    "the kind of H2 are those that the planted values stand for.",
-    "planted_control": "The untrained control of a planted pair is planted too: the same features on the same tokens, "
-    "each in one layer, their directions in D L^-0.9 dimensions, so that R is 0.57.",
-    "coverage": "Share of verdicts whose 90 % interval holds the planted value, and, apart, that of the directions "
-    "that were drawn, which scatter about it because features are few. Planted are R = 4^delta / 2 and delta as "
-    "expected of so many features: laid evenly over the layers, few share one a little less often than many would. "
-    "Where all features live in one layer, or in all, what leaks into or out of a decoder moves rho one way only, by a "
-    "share of 1e-6 to 1e-3 that is the same for all seeds: there gamma's interval may be narrower than its bias, and "
-    "how far it misses says more than how often.",
-}
+
+@settings
+class Plant:
+    """A planted answer and what the rule should say of it."""
+
+    name: str
+    gamma: float
+    delta: float
+    label: Label
+    kinds: tuple[str, ...] = ()
 
 
-def measure_gain(planted: Planted, subject: Subject) -> Statistic:
+PLANTS = (
+    Plant(name="complete", gamma=0.0, delta=1.0, label="H0"),
+    Plant(name="persistent", gamma=0.5, delta=0.5, label="H1a"),
+    Plant(name="over-reconciled", gamma=1.0, delta=0.0, label="H2", kinds=("over-reconciled",)),
+)
+
+
+@settings
+class VerdictConfig:
+    """The pair, its dictionaries, and the control.
+
+    size_factor: features of every dictionary over planted ones. The gate on dead features refuses a dictionary with
+        more than a tenth to spare, so this is how large one may be, as a sweep of sizes would find.
+    control_crowding: the untrained control holds the same features, the text's own, each in one layer and in
+        D L^-crowding dimensions, since without training deep representations lose rank (Dong et al. 2021, arXiv
+        2103.03404). A Gaussian of the same second moments would be another control, but two dictionary seeds agree on
+        no direction in it; it has no debiased dimension, hence no R to differ from.
+    """
+
+    n_features: PositiveInt = 120
+    n_layers: PositiveInt = 4
+    d_model: PositiveInt = 96
+    active: PositiveFloat = 6.0
+    """Features active on a token, and k of the crosscoders."""
+    probability_range: Annotated[float, Field(gt=1)] = 3.5
+    noise: float = 0.0
+    size_factor: PositiveFloat = 1.03
+    training_seeds: PositiveInt = 3
+    dictionary_seeds: PositiveInt = 2
+    sides: tuple[Side, ...] = ("A", "B")
+    control_crowding: float = 0.9
+    steps: PositiveInt = 300
+    batch: PositiveInt = 512
+    learning_rate: PositiveFloat = 1e-2
+    held_out: PositiveInt = 8192
+    plants: tuple[Plant, ...] = PLANTS
+
+    @property
+    def size(self) -> int:
+        """Features of every dictionary."""
+        return round(self.size_factor * self.n_features)
+
+    def pair(
+        self, *, gamma: float, delta: float | None, seed: int, training_seed: int, crowding: float = 0.0
+    ) -> WorldPair:
+        """The pair of one training seed; its firing probabilities sum to `active`."""
+        mean = self.active / self.n_features
+        low = mean * math.log(self.probability_range) / (self.probability_range - 1)
+        config = PairConfig(
+            n_features=self.n_features,
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            gamma=gamma,
+            delta=delta,
+            p_min=low,
+            p_max=low * self.probability_range,
+            noise=self.noise,
+            seed=seed,
+            training_seed=training_seed,
+            sides=self.sides,
+            crowding=crowding,
+        )
+        pair = WorldPair(config)
+        pair.probability_F = pair.probability_F * (self.active / pair.probability_F.sum())
+        return pair
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One plant drawn with every training seed, read through one side after another."""
+
+    config: VerdictConfig
+    gamma: float
+    delta: float | None
+    seed: int
+    device: str = "cpu"
+    crowding: float = 0.0
+
+    @cached_property
+    def pairs(self) -> tuple[WorldPair, ...]:
+        """One pair for each training seed."""
+        return tuple(
+            self.config.pair(
+                gamma=self.gamma, delta=self.delta, seed=self.seed, training_seed=t, crowding=self.crowding
+            )
+            for t in range(self.config.training_seeds)
+        )
+
+    def source(self, pair: WorldPair, side: Side) -> PlantedSource:
+        """The tokens of one side, scaled; the same held-out ones for every shape and seed."""
+        n_layers, d_model = pair.config.shape(side)
+        scale, held_out = usual_scale(pair, side), self.config.held_out
+        return PlantedSource(
+            lambda n, stream, index: pair.draw(side, n, stream, index) * scale,
+            scale_L=torch.full((n_layers,), scale),
+            d_model=d_model,
+            held_out_stream=2 * self.seed + 1,
+            held_out_tokens=min(EVALUATION_BATCH, held_out) * -(-held_out // EVALUATION_BATCH),
+        )
+
+    def measure(self, pair: WorldPair, side: Side, dictionary: Dictionary) -> Reading:
+        """The reading of `dictionary` after training on one side."""
+        config = self.config
+        trainer = TrainConfig(
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            dead_after_tokens=10_000,
+            log_every=config.steps,
+        )
+        source = self.source(pair, side)
+        return fit_dictionary(dictionary, source, trainer, batch=config.batch, seed=2 * self.seed, device=self.device)
+
+    def read(self, pair: WorldPair, side: Side, dictionary_seed: int) -> Reading:
+        """The reading of one crosscoder on one side."""
+        n_layers, d_model = pair.config.shape(side)
+        dictionary = Crosscoder(
+            n_layers=n_layers,
+            d_model=d_model,
+            n_features=self.config.size,
+            sparsity=BatchTopK(k=round(self.config.active)),
+            seed=1000 * self.seed + 10 * pair.config.training_seed + dictionary_seed,
+        )
+        return self.measure(pair, side, dictionary).distinct
+
+    def subject(self, side: Side) -> ShapeReadings:
+        """All readings of one side."""
+        readings = tuple(
+            tuple(self.read(pair, side, d) for d in range(self.config.dictionary_seeds)) for pair in self.pairs
+        )
+        return ShapeReadings(side, *self.pairs[0].config.shape(side), readings)
+
+    def subjects(self) -> dict[str, ShapeReadings]:
+        """All readings of every side."""
+        return {side: self.subject(side) for side in self.config.sides}
+
+    def bank(self, pair: WorldPair, k: int) -> Point:
+        """A bank on A with k active features a layer."""
+        n_layers, d_model = pair.config.shape("A")
+        dictionary = LayerwiseSAE(
+            n_layers=n_layers,
+            d_model=d_model,
+            n_features=self.config.size,
+            sparsity=BatchTopK(k=k),
+            seed=1000 * self.seed + pair.config.training_seed,
+        )
+        reading = self.measure(pair, "A", dictionary)
+        return Point(reading.l0, reading.explained_variance)
+
+
+def usual_scale(pair: WorldPair, side: Side) -> float:
+    """One factor for all layers that makes the mean squared activation 1, from the truth."""
+    square_F = pair.probability_F * (1 + 0.6**2 / 12)  # E[a^2] of a uniform on [0.7, 1.3]
+    mean_F = pair.probability_F
+    decoder_FN = pair.decoder_FLD[side].flatten(1)
+    gram_FF = decoder_FN @ decoder_FN.T
+    joint_FF = (mean_F[:, None] * mean_F[None, :]).fill_diagonal_(0) + square_F.diag()
+    total = float((gram_FF * joint_FF).sum()) + pair.config.noise**2 * decoder_FN.shape[1]
+    return math.sqrt(decoder_FN.shape[1] / total)
+
+
+def measure_gain(planted: Planted, subject: ShapeReadings) -> Row:
     """Count gain of A: banks of rising or falling k until their explained variances enclose the crosscoder's.
 
     The first k gives a bank one active feature for each layer that the crosscoder's active features occupy.
@@ -61,18 +229,16 @@ def measure_gain(planted: Planted, subject: Subject) -> Statistic:
         while min(p.explained_variance for p in points.values()) > min(wanted) and min(points) > 1:
             points[min(points) - 1] = planted.bank(pair, min(points) - 1)
         k = sorted(points)[-2:][0]
-        groups.append(
-            [gain.count_gain(gain.Point(r.l0, r.explained_variance), list(points.values())) for r in readings]
-        )
-    return evidence.seeds_statistic("count_gain", groups)
+        groups.append([evidence.count_gain(Point(r.l0, r.explained_variance), list(points.values())) for r in readings])
+    return seeds_row(Place(site=PRIMARY_SITE), "count_gain", groups)
 
 
-def measure_cross_layer(planted: Planted, subject: Subject, control: Planted, untrained: Subject) -> Statistic:
+def measure_cross_layer(planted: Planted, subject: ShapeReadings, control: Planted, untrained: ShapeReadings) -> Row:
     """X of A, with a feature's own decoder rows as the probes of one layer and of all."""
     groups = []
     for t, (pair, other) in enumerate(zip(planted.pairs, control.pairs, strict=True)):
-        x_TLD = planted.held_out(pair, "A")[0][:PROBED].cpu().numpy()
-        initial_TLD = control.held_out(other, "A")[0][:PROBED].cpu().numpy()
+        x_TLD = next(planted.source(pair, "A").held_out())[:PROBED].numpy()
+        initial_TLD = next(control.source(other, "A").held_out())[:PROBED].numpy()
         rng = np.random.default_rng([planted.seed, t])
         shuffled_TLD = np.stack([x_TLD[rng.permutation(len(x_TLD)), layer] for layer in range(x_TLD.shape[1])], axis=1)
         rows: list[float | str] = []
@@ -81,7 +247,7 @@ def measure_cross_layer(planted: Planted, subject: Subject, control: Planted, un
             x = probes.cross_layer_excess(_decodability(reading, x_TLD), *nulls)
             rows.append(x if math.isfinite(x) else "no feature could be probed")
         groups.append(rows)
-    return evidence.seeds_statistic("cross_layer", groups)
+    return seeds_row(Place(site=PRIMARY_SITE), "cross_layer", groups)
 
 
 def _decodability(reading: Reading, x_TLD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +260,7 @@ def _decodability(reading: Reading, x_TLD: np.ndarray) -> tuple[np.ndarray, np.n
     return auc_FQ[:, -1], auc_FQ[:, :-1]
 
 
-def measure_errors(planted: Planted, subjects: Mapping[str, Subject]) -> evidence.Calibration:
+def measure_errors(planted: Planted, subjects: Mapping[str, ShapeReadings]) -> evidence.Calibration:
     """The largest count and rho errors of any reading against the planted features."""
     count, rho = [], []
     for side in planted.config.sides:
@@ -118,12 +284,12 @@ def drawn_truth(planted: Planted) -> dict[str, float]:
     return _truth({s: np.array([_drawn_dimension(pair, s) for pair in planted.pairs]) for s in ("A", "B")}, planted)
 
 
-def _truth(dimension: Mapping[str, np.ndarray], planted: Planted) -> dict[str, float]:
+def _truth(dimensions: Mapping[str, np.ndarray], planted: Planted) -> dict[str, float]:
     pair = planted.pairs[0]
     rho = {side: recovery.mean_rho(pair.decoder_FLD[side].numpy()) for side in ("A", "B")}
-    relative = {side: dimension[side].mean() / pair.config.shape(side)[1] for side in ("A", "B")}
+    relative = {side: dimensions[side].mean() / pair.config.shape(side)[1] for side in ("A", "B")}
     return {
-        "R": float((1 / dimension["B"]).mean() / (1 / dimension["A"]).mean()),
+        "R": float((1 / dimensions["B"]).mean() / (1 / dimensions["A"]).mean()),
         "gamma": math.log(rho["A"] / rho["B"]) / math.log(DEPTH_RATIO),
         "delta": float(math.log(relative["A"] / relative["B"]) / math.log(DEPTH_RATIO)),
     }
@@ -139,116 +305,68 @@ class Case:
     """Everything a verdict is made of."""
 
     readings: SiteReadings
-    conditions: evidence.Conditions
+    measured: tuple[Row, ...]
+    """X and the count gain."""
+    inputs: GateInputs
 
 
-def measure_case(planted: Planted, control: Planted, untrained: Mapping[str, Subject]) -> Case:
+def measure_case(planted: Planted, control: Planted, untrained: Mapping[str, ShapeReadings]) -> Case:
     """Train, read and measure one plant beside its control."""
     trained = planted.subjects()
     n_tokens = trained["A"].readings[0].n_tokens
     readings = SiteReadings(
-        site=evidence.PRIMARY_SITE,
-        trained=trained,
-        untrained=untrained,
-        document_T=np.arange(n_tokens) // DOCUMENT,
+        site=PRIMARY_SITE, trained=trained, untrained=untrained, document_T=np.arange(n_tokens) // DOCUMENT
     )
-    conditions = evidence.Conditions(
-        loss_gap=0.0,
-        loss_matched=False,
-        calibration=measure_errors(planted, trained),
-        cross_layer=measure_cross_layer(planted, trained["A"], control, untrained["A"]),
-        count_gain=measure_gain(planted, trained["A"]),
+    measured = (
+        measure_cross_layer(planted, trained["A"], control, untrained["A"]),
+        measure_gain(planted, trained["A"]),
     )
-    return Case(readings, conditions)
+    inputs = GateInputs(loss_gap=0.0, loss_matched=False, calibration=measure_errors(planted, trained))
+    return Case(readings, measured, inputs)
 
 
-def judge(case: Case) -> tuple[comparison.SiteStatistics, verdict.Evidence, verdict.Verdict]:
-    """The statistics of a case, the evidence made of them, and what the rule says."""
-    site = comparison.measure_site(case.readings)
-    found = evidence.gather({evidence.PRIMARY_SITE: site}, case.readings, case.conditions)
-    return site, found, verdict.decide(found)
+def judge(case: Case) -> tuple[Evidence, Verdict]:
+    """The evidence of a case, and what the rule says of it."""
+    table = LongTable((*measure_site(case.readings), *case.measured))
+    found = evidence.gather(table, case.readings, case.inputs)
+    return found, decide(found)
 
 
-def describe_verdict(plant: Plant, planted: Planted, case: Case) -> dict[str, Any]:
-    """The verdict on one plant beside the truth, as plain values."""
-    site, found, decided = judge(case)
-    truth, drawn = planted_truth(planted), drawn_truth(planted)
-    statistics: dict[str, Any] = {}
-    for name, key in (("R", f"R, {PRIMARY}"), ("gamma", "gamma"), ("delta", "delta")):
-        estimate = site.estimate(key)
-        statistics[name] = {
-            "found": evidence.plain(estimate),
-            "planted": truth[name],
-            "drawn": drawn[name],
-            "covers": None if estimate is None else estimate.covers(truth[name]),
-            "covers_drawn": None if estimate is None else estimate.covers(drawn[name]),
-        }
+def verdict_rows(plant: Plant, planted: Planted, case: Case) -> list[Row]:
+    """The verdict on one plant beside the truth."""
+    found, decided = judge(case)
+    at = Place(kind=plant.name, seed=planted.seed)
     beside = ("alpha", "gamma_excess", "trained_difference", "cross_layer", "count_gain", "universality")
-    return {
-        "plant": plant.name,
-        "seed": planted.seed,
-        "expected": [plant.label, *plant.kinds],
-        "label": decided.label,
-        "kinds": list(decided.kinds),
-        "right": decided.label == plant.label and set(plant.kinds) <= set(decided.kinds),
-        "reasons": list(decided.reasons),
-        "sentence": decided.sentence,
-        "gates": {gate.name: _plain_value(gate.value) for gate in decided.gates},
-        "statistics": statistics,
-        "beside": {name: evidence.plain(getattr(found, name)) for name in beside},
-    }
+    rows = rows_at(
+        at,
+        {
+            "expected_verdict": " ".join((plant.label, *plant.kinds)),
+            "found_verdict": " ".join((decided.label, *decided.kinds)),
+            "right_verdict": decided.label == plant.label and set(plant.kinds) <= set(decided.kinds),
+            "verdict_reasons": list(decided.reasons),
+            "verdict_sentence": decided.sentence,
+            "gate_values": [[gate.name, finite(gate.value)] for gate in decided.gates],
+            **{name: getattr(found, name) for name in beside},
+        },
+    )
+    truth, drawn = planted_truth(planted), drawn_truth(planted)
+    for name, estimate in (("R", found.ratio), ("gamma", found.gamma), ("delta", found.delta)):
+        values: dict[str, Value] = {"found": estimate, "planted": truth[name], "drawn": drawn[name]}
+        rows += rows_at(replace(at, estimator=name), values)
+    return rows
 
 
-def _plain_value(value: float | str | None) -> float | str | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def measure_seed(config: VerdictConfig, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """One row for each plant, on the features of one seed; all share the control."""
+def measure_seed(config: VerdictConfig, seed: int, device: str = "cpu") -> list[Row]:
+    """The verdicts on every plant, on the features of one seed; all share the control."""
     control = Planted(config, 0.0, None, seed, device, config.control_crowding)
     untrained = control.subjects()
-    rows = []
+    rows: list[Row] = []
     for plant in config.plants:
         planted = Planted(config, plant.gamma, plant.delta, seed, device)
-        rows.append(describe_verdict(plant, planted, measure_case(planted, control, untrained)))
+        rows += verdict_rows(plant, planted, measure_case(planted, control, untrained))
     return rows
 
 
 def verdict_jobs(config: VerdictConfig, n_seeds: int, device: str = "cpu") -> dict[str, partial]:
     """A job for each seed, by name."""
     return {f"verdicts, seed {seed}": partial(measure_seed, config, seed, device) for seed in range(n_seeds)}
-
-
-def _miss(statistic: dict[str, Any]) -> float:
-    """How far the planted value lies outside the interval; 0 inside."""
-    found, planted = statistic["found"], statistic["planted"]
-    return max(0.0, found["low"] - planted, planted - found["high"])
-
-
-def summarize_verdicts(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each plant: how often each label was given, how often the right one, and the coverage of the intervals."""
-    every = list(rows)
-    summary = []
-    for name in dict.fromkeys(row["plant"] for row in every):
-        group = [row for row in every if row["plant"] == name]
-        labels = [" ".join((row["label"], *row["kinds"])) for row in group]
-        entry: dict[str, Any] = {
-            "plant": name,
-            "expected": " ".join(group[0]["expected"]),
-            "n": len(group),
-            "right": sum(row["right"] for row in group),
-            "labels": {label: labels.count(label) for label in dict.fromkeys(labels)},
-        }
-        for key, value in group[0]["statistics"].items():
-            known = [row["statistics"][key] for row in group if row["statistics"][key]["found"] is not None]
-            found = [one["found"]["mean"] for one in known]
-            entry[key] = {
-                "planted": value["planted"],
-                "mean": float(np.mean(found)) if found else None,
-                "n": len(known),
-                "covered": sum(one["covers"] for one in known),
-                "covered_drawn": sum(one["covers_drawn"] for one in known),
-                "largest_miss": max((_miss(one) for one in known), default=None),
-            }
-        summary.append(entry)
-    return summary

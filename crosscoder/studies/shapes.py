@@ -9,100 +9,87 @@ it was.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject_training import (
+    SubjectCheckpoint,
     SubjectConfig,
     SubjectRun,
+    held_out_loss,
     load_checkpoint,
     train_subject,
 )
-from crosscoder.data.tokens import TokenBlocks
-from crosscoder.foundation.artifact import read_json
-from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
-from crosscoder.studies import answer as assembly
-from crosscoder.studies import judge as judgement
-from crosscoder.studies import matched as matched_runs
-from crosscoder.studies.budget import Arm, DictionaryBudget, with_k, with_size
-from crosscoder.studies.cells import Cell, Role, Site, State, Stores
-from crosscoder.studies.folder import Clock, run_cells, run_joints, save_splice_ids
+from crosscoder.results.file import Results
+from crosscoder.results.table import COMPARED, SITES, Arm, LongTable, Place, Role, Row, Site, State, rows_at
+from crosscoder.studies import judge
+from crosscoder.studies.budget import DictionaryBudget, with_k, with_size
+from crosscoder.studies.calibration import calibrate_study
+from crosscoder.studies.cells import Cell, Stores
+from crosscoder.studies.folder import StudyFolder, harvest_into, parameter_counts, runs_of
 from crosscoder.studies.joint import JointCell
-from crosscoder.studies.matched import MatchedRuns, OtherPartsError, Part, Run
-from crosscoder.studies.presets import StudyConfig, SubjectsConfig
-from crosscoder.studies.workers import run_jobs
+from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
+from crosscoder.verdict.rule import RULE
 
 STATES: tuple[State, ...] = ("trained", "untrained")
-SITES: tuple[Site, ...] = ("write", "residual")
-COMPARED = ("A", "B")
 
 
 def run_study(
     config: StudyConfig, *, folder: Path, preset: str, device: str = "cpu", workers: int = 2, part: Part | None = None
-) -> dict[str, Any]:
-    """The study's results (docs/results.md); every stage is kept under `folder` and not run twice.
+) -> Results:
+    """The study's results; every stage is kept under `folder` and not run twice.
 
     Raises:
         OtherPartsError: `part` is not the whole study, and other parts are not done yet.
     """
-    part = part or Part()
-    folder.mkdir(parents=True, exist_ok=True)
-    clock = Clock()
-    tokens = _tokens(config.subjects, folder)
-    clock.lap("tokens")
-    runs = _subjects(config.subjects, tokens, folder, device, workers, part)
-    chosen = matched_runs.match_losses({run: found.checkpoints for run, found in runs.items()})
+    part, subjects = part or Part(), config.subjects
+    study = StudyFolder(folder, device=device, workers=workers)
+    tokens = study.tokens(
+        lambda: prepare_tokens(
+            subjects.text, vocab_size=subjects.vocab_size, sequence_length=subjects.context, seed=subjects.seed
+        )
+    )
+    study.lap("tokens")
+    runs = _train_subjects(subjects, study, part)
+    chosen = match_losses({run: found.checkpoints for run, found in runs.items()})
     said = [f"{name}{t} {c.held_out_loss:.4f} after {c.tokens:,}" for (name, t), c in chosen.checkpoints.items()]
     say(f"matched checkpoints, nats/token after tokens: {', '.join(said)}; gap {chosen.gap:.2%}")
-    clock.lap("subjects")
-    cells, joints = study_cells(config), study_joints(config)
-    wanted = {cell.name: folder / "cells" / f"{cell.name}.json" for cell in [*cells, *joints]}
-    own = [cell for cell in cells if part.holds((cell.subject, cell.training_seed), list(runs))]
-    own_joints = [cell for cell in joints if part.holds(cell.first, list(runs))]
-    if not all(wanted[cell.name].is_file() for cell in [*own, *own_joints]):
-        seconds = {cell.second for cell in own_joints}
-        mine = {run: found for run, found in runs.items() if run in seconds or part.holds(run, list(runs))}
-        stores = _stores(config, tokens, mine, chosen, folder, device, workers)
-        clock.lap("activations")
-        run_cells(own, wanted, stores, folder, device, workers)
-        run_joints(own_joints, wanted, stores, device, workers)
+    study.lap("subjects")
+    cells = [*study_cells(config), *study_joints(config)]
+    own = [cell for cell in cells if part.holds(runs_of(cell)[0], list(runs))]
+    if study.left(own):
+        read = {run for cell in own for run in runs_of(cell)}
+        stores = _harvest(config, study, {run: runs[run] for run in runs if run in read}, chosen, tokens)
+        study.lap("activations")
+        study.run_cells(own, stores)
         if not config.keep_activations:
-            for name, t in mine:
-                for home in (folder / "activations").glob(f"{name}{t}-*"):
-                    shutil.rmtree(home, ignore_errors=True)
-    clock.lap("dictionaries")
-    left = sum(not path.is_file() for path in wanted.values())
-    if left:
-        raise OtherPartsError(f"this part is done; {left} of {len(wanted)} cells are left for other parts")
-    results = [read_json(wanted[cell.name]) for cell in cells]
-    joint = [read_json(wanted[cell.name]) for cell in joints]
-    subjects = {
-        name: matched_runs.describe_subject(name, config, runs, chosen, tokens) for name in config.subjects.shapes()
-    }
-    gap = matched_runs.relative_gap([loss for subject in subjects.values() for loss in matched_runs.losses(subject)])
-    calibration = judgement.calibrate_study(config, folder, device=device, workers=workers)
-    clock.lap("calibration")
-    judged = judgement.judge(
-        config, results, folder, calibration, joint=joint, loss_gap=gap, loss_matched=chosen.matched
-    )
-    clock.lap("verdict")
-    return assembly.assemble(
-        results,
-        subjects=subjects,
-        matched=matched_runs.matched_items(config, chosen, subjects, tokens),
-        judged=judged,
-        config=to_mapping(config),
+            study.drop_activations()
+    study.lap("dictionaries")
+    if left := study.left(cells):
+        raise OtherPartsError(f"this part is done; {len(left)} of {len(cells)} cells are left for other parts")
+    rows = [row for name in subjects.shapes() for row in subject_rows(name, config, runs, chosen, tokens)]
+    gap = relative_gap(LongTable(tuple(rows)).values("held_out_loss"))
+    further = {"vocabulary": tokens.train.vocab_size, "text_tokens": tokens.train.n_tokens}
+    rows += rows_at(Place(), {"loss_gap": gap, "chosen_loss_gap": chosen.gap, **further})
+    rows += [*study.rows(cells), *calibrate_study(config, folder, device=device, workers=workers)]
+    study.lap("calibration")
+    measured, verdict = judge.judge(config, LongTable(tuple(rows)), folder, loss_gap=gap, loss_matched=chosen.matched)
+    study.lap("verdict")
+    return study.results(
+        [*rows, *measured],
+        verdict,
+        config=config,
         kind="aspect_ratio",
         preset=preset,
-        seconds=clock.seconds,
-        text=config.subjects.text,
+        text=subjects.text,
         tokens_fingerprint=tokens.train.fingerprint,
     )
 
@@ -113,9 +100,8 @@ def study_cells(config: StudyConfig) -> list[Cell]:
     Crosscoders of every training run decide; banks are trained on the first run of A and B, and with several k on the
     block writes of every run of A, for the count gain. The shuffled control is A's, on the block writes.
     """
-    shapes = config.subjects.shapes()
+    shapes, first, cells = config.subjects.shapes(), config.seeds[:1], []
     every = range(len(config.subjects.seeds))
-    cells: list[Cell] = []
 
     def add(
         name: str, t: int, state: State, site: Site, arm: Arm, role: Role, budget: DictionaryBudget, seeds=config.seeds
@@ -137,15 +123,19 @@ def study_cells(config: StudyConfig) -> list[Cell]:
                 if compared and t == 0:
                     add(name, t, "trained", site, "layerwise", "main", budget)
             if name == "A":
-                add(name, t, "shuffled", "write", "crosscoder", "main", budget, config.seeds[:1])
+                add(name, t, "shuffled", "write", "crosscoder", "main", budget, first)
         if compared:
-            for role, variant in _variants(config, budget):
-                add(name, 0, "trained", "write", "crosscoder", role, variant, config.seeds[:1])
+            for size in config.sizes:
+                if size != budget.n_features:
+                    add(name, 0, "trained", "write", "crosscoder", "size", with_size(budget, size), first)
+            for factor in config.k_factors:
+                if factor != 1:
+                    add(name, 0, "trained", "write", "crosscoder", "k", with_k(budget, factor), first)
     budget = config.subjects.a.budget(config.dictionaries)
     for t in every:
         for factor in sorted({1.0, *config.k_factors}):
             if not (t == 0 and factor == 1):  # that one is a main cell
-                add("A", t, "trained", "write", "layerwise", "k", with_k(budget, factor), config.seeds[:1])
+                add("A", t, "trained", "write", "layerwise", "k", with_k(budget, factor), first)
 
     def cost(cell: Cell) -> int:
         layers = shapes[cell.subject].n_layers
@@ -171,20 +161,41 @@ def study_joints(config: StudyConfig) -> list[JointCell]:
     return [*cells, cell(("A", 0), ("B", 0), "untrained")]
 
 
-def _variants(config: StudyConfig, budget: DictionaryBudget) -> list[tuple[Role, DictionaryBudget]]:
-    variants: list[tuple[Role, DictionaryBudget]] = [
-        ("size", with_size(budget, n)) for n in config.sizes if n != budget.n_features
-    ]
-    return variants + [("k", with_k(budget, factor)) for factor in config.k_factors if factor != 1]
+@dataclass(frozen=True)
+class Part:
+    """One of `count` shares of a study's work: whole training runs with everything that is measured on them."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"part {self.index} of {self.count}; expected a number from 0 to {self.count - 1}")
+
+    def holds(self, run: Run, runs: Sequence[Run]) -> bool:
+        """Whether a training run is this part's."""
+        return sorted(runs).index(run) % self.count == self.index
 
 
-def _tokens(config: SubjectsConfig, folder: Path) -> PreparedTokens:
-    if not (folder / "tokens" / "held_out").is_dir():
-        prepared = prepare_tokens(
-            config.text, vocab_size=config.vocab_size, sequence_length=config.context, seed=config.seed
-        )
-        prepared.save(folder / "tokens")
-    return PreparedTokens.load(folder / "tokens")
+class OtherPartsError(RuntimeError):
+    """This part's work is done, and results need what other parts have yet to do."""
+
+
+def _train_subjects(config: SubjectsConfig, study: StudyFolder, part: Part) -> dict[Run, SubjectRun]:
+    runs = config.runs()
+    homes = {(name, t): study.root / "subjects" / f"{name}{t}" for name, t in runs}
+    jobs: dict[str, Callable[[], Any]] = {
+        homes[run].name: partial(_train_one, training, study.root / "tokens", homes[run], study.device)
+        for run, training in runs.items()
+        if part.holds(run, list(runs)) and not (homes[run] / "run.json").is_file()
+    }
+    if jobs:
+        say(f"training subjects {', '.join(jobs)}")
+    study.run(jobs, "subjects")
+    left = [home.name for home in homes.values() if not (home / "run.json").is_file()]
+    if left:
+        raise OtherPartsError(f"this part's subjects are trained; {', '.join(left)} are left for other parts")
+    return {run: SubjectRun.load(home) for run, home in homes.items()}
 
 
 def _train_one(config: SubjectConfig, tokens: Path, folder: Path, device: str) -> None:
@@ -192,63 +203,103 @@ def _train_one(config: SubjectConfig, tokens: Path, folder: Path, device: str) -
     train_subject(config, prepared.train, prepared.held_out, folder=folder, device=device, quiet=True)
 
 
-def _subjects(
-    config: SubjectsConfig, tokens: PreparedTokens, folder: Path, device: str, workers: int, part: Part
-) -> dict[Run, SubjectRun]:
-    runs = config.runs()
-    homes = {(name, t): folder / "subjects" / f"{name}{t}" for name, t in runs}
-    jobs: dict[str, Callable[[], Any]] = {
-        homes[run].name: partial(_train_one, training, folder / "tokens", homes[run], device)
-        for run, training in runs.items()
-        if part.holds(run, list(runs)) and not (homes[run] / "run.json").is_file()
-    }
-    if jobs:
-        say(f"training subjects {', '.join(jobs)} on a text of {tokens.train.n_tokens:,} tokens")
-        run_jobs(jobs, workers=workers, device=device, label="subjects")
-    left = [home.name for home in homes.values() if not (home / "run.json").is_file()]
-    if left:
-        raise OtherPartsError(f"this part's subjects are trained; {', '.join(left)} are left for other parts")
-    return {run: SubjectRun.load(home) for run, home in homes.items()}
+@dataclass(frozen=True)
+class MatchedRuns:
+    """One checkpoint of every run, so that all held-out losses agree as well as can be, as late as can be."""
+
+    index: dict[Run, int]
+    checkpoints: dict[Run, SubjectCheckpoint]
+    gap: float
+    """Largest less smallest loss, over their mean."""
+
+    @property
+    def matched(self) -> bool:
+        """Whether the gap is within the rule's limit."""
+        return self.gap <= RULE.loss_gap
 
 
-def _harvest_one(checkpoint: Path, tokens: Path, folder: Path, config: StudyConfig, split: str, device: str) -> None:
-    blocks = TokenBlocks.load(tokens / split)
-    harvester = ResidualHarvester(load_checkpoint(checkpoint, device=device))
-    budget = config.tokens_train if split == "train" else config.tokens_held_out
-    write_shards(harvester, blocks, folder, max_tokens=budget, metadata={"subject": checkpoint.name})
+def match_losses(runs: Mapping[Run, Sequence[SubjectCheckpoint]]) -> MatchedRuns:
+    """Among choices within half the allowed gap the one with the lowest loss; without any, the closest.
+
+    For every loss that some checkpoint has, each run offers the checkpoint nearest to it. The initial weights (the
+    first checkpoint of each) take no part.
+    """
+    losses = {run: np.array([c.held_out_loss for c in found[1:]]) for run, found in runs.items()}
+    choices = []
+    for target in sorted(set(np.concatenate(list(losses.values())).tolist())):
+        index = {run: int(np.abs(values - target).argmin()) for run, values in losses.items()}
+        chosen = np.array([losses[run][i] for run, i in index.items()])
+        choices.append((relative_gap(chosen), float(chosen.mean()), index))
+    close = [choice for choice in choices if choice[0] <= RULE.loss_gap / 2]
+    gap, _, index = min(close, key=lambda c: c[1]) if close else min(choices, key=lambda c: c[0])
+    found = {run: i + 1 for run, i in index.items()}
+    return MatchedRuns(found, {run: runs[run][i] for run, i in found.items()}, gap)
 
 
-def _stores(
+def relative_gap(losses: Sequence[float] | np.ndarray) -> float:
+    """Largest less smallest, over the mean."""
+    return float(np.ptp(losses) / np.mean(losses))
+
+
+def _harvest(
     config: StudyConfig,
+    study: StudyFolder,
+    runs: Mapping[Run, SubjectRun],
+    chosen: MatchedRuns,
     tokens: PreparedTokens,
-    runs: dict[Run, SubjectRun],
-    matched: MatchedRuns,
-    folder: Path,
-    device: str,
-    workers: int,
-) -> dict[tuple[str, int, str], Stores]:
-    """Activations of every run, and of A and B untrained, for training and held out."""
-    stores: dict[tuple[str, int, str], Stores] = {}
+) -> dict[tuple[str, int, State], Stores]:
+    """Activations of the chosen checkpoints, and of A and B untrained, for training and held out."""
+    ids = study.splice_ids(tokens.held_out, config.splice_blocks)
+    stores: dict[tuple[str, int, State], Stores] = {}
     jobs: dict[str, Callable[[], Any]] = {}
-    (folder / "activations").mkdir(exist_ok=True)
-    ids = save_splice_ids(tokens.held_out, folder / "activations", config.splice_blocks)
     for (name, t), run in runs.items():
         for state in STATES if name in COMPARED else STATES[:1]:
-            index = matched.index[name, t] if state == "trained" else 0
+            index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            homes = {split: folder / "activations" / f"{name}{t}-{state}-{split}" for split in ("train", "held_out")}
-            splice = state == "trained" and ids is not None and t == 0
-            stores[name, t, state] = Stores(
-                train=homes["train"],
-                held_out=homes["held_out"],
-                subject=checkpoint if splice else None,
-                held_out_ids=ids if splice else None,
+            spliced = state == "trained" and t == 0
+            here = study.stores(f"{name}{t}", state, subject=checkpoint if spliced else None, ids=ids)
+            stores[name, t, state] = here
+            jobs[f"{name}{t}-{state}"] = partial(
+                _harvest_one, checkpoint, study.root / "tokens", here, config, study.device
             )
-            for split, home in homes.items():
-                if not home.is_dir():
-                    jobs[home.name] = partial(_harvest_one, checkpoint, folder / "tokens", home, config, split, device)
-    run_jobs(jobs, workers=workers, device=device, label="activations")
-    for store in stores.values():
-        ActivationShards.load(store.train)  # hashes are checked once here, and not again by every cell
-        ActivationShards.load(store.held_out)
+    study.run(jobs, "activations")
     return stores
+
+
+def _harvest_one(checkpoint: Path, tokens: Path, stores: Stores, config: StudyConfig, device: str) -> None:
+    harvester = ResidualHarvester(load_checkpoint(checkpoint, device=device))
+    most = config.tokens_train, config.tokens_held_out
+    harvest_into(stores, harvester, PreparedTokens.load(tokens), most, metadata={"subject": checkpoint.name})
+
+
+def subject_rows(
+    name: str, config: StudyConfig, runs: Mapping[Run, SubjectRun], chosen: MatchedRuns, tokens: PreparedTokens
+) -> list[Row]:
+    """One shape: its sizes, and the losses of all its training runs; curve and text of the first."""
+    run, checkpoint = runs[name, 0], chosen.checkpoints[name, 0]
+    stride = max(1, len(tokens.held_out) // 256)
+    rows: list[Row] = []
+    for t, seed in enumerate(config.subjects.seeds):
+        model = runs[name, t].load_model(chosen.index[name, t])
+        values = {
+            "held_out_loss": held_out_loss(model, tokens.held_out[::stride]),
+            "untrained_loss": runs[name, t].checkpoints[0].held_out_loss,
+            "training_tokens": chosen.checkpoints[name, t].tokens,
+            "training_seed_value": seed,
+        }
+        rows += rows_at(Place(subject=name, training_seed=t), values)
+    shape, curve = run.config, run.checkpoints[1:]
+    about = {
+        "name": name,
+        "description": f"Llama-style decoder, {shape.n_layers} layers of width {shape.d_model}, vocabulary "
+        f"{tokens.train.vocab_size}, context {shape.context}, learning rate {shape.learning_rate:g}; trained with "
+        f"seeds {', '.join(map(str, config.subjects.seeds))}",
+        "n_layers": shape.n_layers,
+        "d_model": shape.d_model,
+        **parameter_counts(run.load_model(chosen.index[name, 0])),
+        "epochs": run.epochs * checkpoint.tokens / run.checkpoints[-1].tokens,
+        "curve_step": [c.step for c in curve],
+        "curve_tokens": [c.tokens for c in curve],
+        "curve_loss": [c.held_out_loss for c in curve],
+    }
+    return [*rows_at(Place(subject=name), about), *rows]

@@ -116,7 +116,7 @@ def test_rows_are_averaged_and_placed():
 
 @pytest.fixture(scope="module")
 def source():
-    return fit.PlantedSource(WORLD, held_out_tokens=4096)
+    return fit.planted_source(WORLD, held_out_tokens=4096)
 
 
 @pytest.mark.parametrize("name", ["strictly causal", "MLSAE"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosscoder.foundation.artifact import read_json
+from crosscoder.results.table import LongTable, Place, rows_at
 from crosscoder.studies import calibration
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.calibration import CalibrationConfig, calibrate, planted_source
@@ -18,7 +18,12 @@ CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=5
 @pytest.fixture(scope="module")
 def scores():
     torch.set_num_threads(1)
-    return calibrate(CONFIG)
+    return plain(calibrate(CONFIG))
+
+
+def plain(rows):
+    """Scores by key, those of one kind left out."""
+    return {row.key: row.value for row in rows if row.at.kind is None}
 
 
 def test_an_easy_world_is_found(scores):
@@ -28,7 +33,7 @@ def test_an_easy_world_is_found(scores):
 
 
 def test_too_little_training_is_not_hidden(scores):
-    hurried = calibrate(replace(CONFIG, budget=replace(BUDGET, steps=10)))
+    hurried = plain(calibrate(replace(CONFIG, budget=replace(BUDGET, steps=10))))
     assert hurried["mcc"] < scores["mcc"] - 0.2
     assert hurried["explained_variance"] < scores["explained_variance"] - 0.2
 
@@ -62,8 +67,8 @@ def test_a_result_is_kept_by_its_inputs(tmp_path, scores, monkeypatch):
     short = replace(CONFIG, budget=replace(BUDGET, steps=5))
     first = calibrate(short, root=tmp_path)
     path = calibration.calibration_path(tmp_path, short)
-    assert read_json(path)["scores"] == first
-    monkeypatch.setattr(calibration, "read_planted", lambda *_: pytest.fail("it was kept"))
+    assert path.is_file()
+    monkeypatch.setattr(calibration, "measure_calibration", lambda *_: pytest.fail("it was kept"))
     assert calibrate(short, root=tmp_path) == first
     for other in (
         replace(short, seed=1),
@@ -73,13 +78,15 @@ def test_a_result_is_kept_by_its_inputs(tmp_path, scores, monkeypatch):
         assert calibration.calibration_path(tmp_path, other) != path
 
 
-def test_the_gates_take_the_worst_world(scores):
-    bad = {**scores, "count_error": -0.3, "rho_error": 0.02}
-    good = {**scores, "count_error": 0.1, "rho_error": -0.04}
-    worst = calibration.worst_calibration([good, bad])
+def test_the_gates_take_the_worst_world():
+    at = Place(subject="A", role="calibration", seed=0)
+    good = rows_at(at, {"count_error": 0.1, "rho_error": -0.04})
+    bad = rows_at(replace(at, subject="B"), {"count_error": -0.3, "rho_error": 0.02})
+    worst = calibration.worst_calibration(LongTable((*good, *bad)))
     assert (worst.count_error, worst.rho_error, worst.same_sizes) == (0.3, 0.04, True)
-    assert calibration.worst_calibration([good, {**bad, "rho_error": None}]).rho_error is None
-    assert calibration.worst_calibration([]).count_error is None
+    undefined = rows_at(replace(at, seed=1), {"rho_error": None})
+    assert calibration.worst_calibration(LongTable((*good, *undefined))).rho_error is None
+    assert calibration.worst_calibration(LongTable(())).count_error is None
 
 
 def test_a_k_that_no_world_can_have_is_refused():

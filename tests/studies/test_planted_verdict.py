@@ -10,15 +10,15 @@ import pytest
 import torch
 from scipy import sparse
 
-from crosscoder.foundation.artifact import read_json
-from crosscoder.measure.density import Subject
+from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.statistics import Estimate
-from crosscoder.report import planted as synthetic_report
-from crosscoder.studies import planted_verdict, synthetic
-from crosscoder.studies.planted_readings import PLANTS, Plant, Planted, VerdictConfig
-from crosscoder.studies.planted_verdict import Case, judge, measure_case
-from crosscoder.verdict import evidence, gain
+from crosscoder.report.planted import draw_verdicts, verdict_lines
+from crosscoder.results.file import load_results
+from crosscoder.results.table import Estimate, LongTable, Place, rows_at
+from crosscoder.studies import planted as study
+from crosscoder.studies import planted_verdict
+from crosscoder.studies.planted_verdict import PLANTS, Plant, Planted, VerdictConfig, judge, measure_case
+from crosscoder.verdict import evidence
 
 CONFIG = VerdictConfig(held_out=4096)
 
@@ -39,7 +39,7 @@ class WellRead(Planted):
         """A bank needs one active feature for each layer that a planted one lives in."""
         slots = self.config.active * pair.config.shape("A")[0] ** pair.config.gamma
         l0 = k * pair.config.n_layers
-        return gain.Point(float(l0), float(1 - 0.028 * (slots / l0) ** 2))
+        return evidence.Point(float(l0), float(1 - 0.028 * (slots / l0) ** 2))
 
 
 def planted(plant, seed=0, config=CONFIG):
@@ -64,46 +64,44 @@ def persistent():
 
 def test_the_planted_verdict_is_returned(read_well):
     plant, case = read_well
-    _, found, decided = judge(case)
+    found, decided = judge(case)
     assert decided.label == plant.label, decided.sentence
     assert decided.kinds == plant.kinds
     assert found.gamma.value == pytest.approx(plant.gamma, abs=0.05)
     assert found.delta.value == pytest.approx(plant.delta, abs=0.15)
     assert decided.universality == "universal"
-    row = planted_verdict.describe_verdict(plant, planted(plant), case)
-    assert row["right"]
-    assert row["statistics"]["R"]["covers_drawn"]
-    assert found.ratio.value == pytest.approx(row["statistics"]["R"]["planted"], rel=0.2)
-    (entry,) = planted_verdict.summarize_verdicts([row])
-    assert (entry["right"], entry["n"]) == (1, 1)
-    assert (entry["R"]["largest_miss"] == 0) == row["statistics"]["R"]["covers"]
+    rows = LongTable(tuple(planted_verdict.verdict_rows(plant, planted(plant), case)))
+    assert rows.one("right_verdict")
+    assert rows.one("found", estimator="R").covers(rows.one("drawn", estimator="R"))
+    assert found.ratio.value == pytest.approx(rows.one("planted", estimator="R"), rel=0.2)
+    assert f"| {plant.name} | {' '.join((plant.label, *plant.kinds))} | 1 of 1 |" in "\n".join(verdict_lines(rows))
 
 
 def test_how_far_an_interval_misses_is_said():
-    def row(seed, low, high):
-        found = {"found": {"mean": low, "low": low, "high": high}, "planted": 1.0}
-        one = {**found, "covers": low <= 1 <= high, "covers_drawn": True}
-        names = {"plant": "persistent", "label": "H1a", "kinds": [], "expected": ["H1a"], "right": True, "reasons": []}
-        return {**names, "seed": seed, "statistics": dict.fromkeys(("R", "gamma", "delta"), one)}
-
-    rows = [row(0, 0.9, 1.1), row(1, 0.7, 0.96), row(2, 1.02, 1.3)]
-    summary = planted_verdict.summarize_verdicts(rows)
-    assert summary[0]["R"]["covered"] == 1
-    assert summary[0]["R"]["largest_miss"] == pytest.approx(0.04)
-    table = "\n".join(synthetic_report.verdict_lines({"rows": rows, "summary": summary}))
-    assert "1, 3 of 3; by at most 0.04" in table
-    assert synthetic_report.render_verdicts({"rows": rows, "summary": summary}).startswith(b"\x89PNG")
+    rows = []
+    for seed, (low, high) in enumerate([(0.9, 1.1), (0.7, 0.96), (1.02, 1.3)]):
+        at = Place(kind="persistent", seed=seed)
+        rows += rows_at(at, {"expected_verdict": "H1a", "found_verdict": "H1a", "right_verdict": seed < 2})
+        rows += rows_at(at, {"verdict_reasons": ["R is too high"]})
+        for name in ("R", "gamma", "delta"):
+            values = {"found": Estimate(low, low, high), "planted": 1.0, "drawn": (low + high) / 2}
+            rows += rows_at(replace(at, estimator=name), values)
+    table = LongTable(tuple(rows))
+    page = "\n".join(verdict_lines(table))
+    assert "1, 3 of 3; by at most 0.04" in page
+    assert "- persistent, seed 2: H1a: R is too high" in page
+    assert draw_verdicts(table).startswith(b"\x89PNG")
 
 
 def test_another_way_to_the_same_answer():
     """Features that last through all layers and turn as they go: R is 1 too."""
     plant = Plant(name="turning", gamma=1.0, delta=0.5, label="H1a")
-    assert judge(case_of(plant))[2].label == "H1a"
+    assert judge(case_of(plant))[1].label == "H1a"
 
 
 def test_a_third_shape_joins_the_slopes():
     config = replace(CONFIG, sides=("A", "B", "C"), held_out=2048, training_seeds=2)
-    _, found, _ = judge(case_of(PLANTS[2], config=config))
+    found, _ = judge(case_of(PLANTS[2], config=config))
     assert found.gamma.value == pytest.approx(1, abs=0.02)
     assert found.delta.value == pytest.approx(0, abs=0.15)
 
@@ -114,8 +112,8 @@ def changed(case, change, names=("A", "B")):
     for name in names:
         subject = trained[name]
         seeds = tuple(tuple(change(reading) for reading in group) for group in subject.seeds)
-        trained[name] = Subject(name, subject.n_layers, subject.d_model, seeds)
-    return Case(replace(case.readings, trained=trained), case.conditions)
+        trained[name] = ShapeReadings(name, subject.n_layers, subject.d_model, seeds)
+    return replace(case, readings=replace(case.readings, trained=trained))
 
 
 def noisy(reading):
@@ -126,42 +124,45 @@ def noisy(reading):
     )
 
 
-def conditions(case, **values):
-    return Case(case.readings, replace(case.conditions, **values))
+def inputs(case, **values):
+    return replace(case, inputs=replace(case.inputs, **values))
 
 
 def calibration(case, **values):
-    return conditions(case, calibration=replace(case.conditions.calibration, **values))
+    return inputs(case, calibration=replace(case.inputs.calibration, **values))
+
+
+def measured(case, key, value):
+    """The case with another value of X or of the count gain."""
+    return replace(case, measured=tuple(replace(row, value=value) if row.key == key else row for row in case.measured))
 
 
 BREAKS = {
-    "loss gap": lambda case: conditions(case, loss_gap=0.03),
+    "loss gap": lambda case: inputs(case, loss_gap=0.03),
     "explained variance": lambda case: changed(case, lambda r: replace(r, explained_variance=0.8), names=("B",)),
     "dead features": lambda case: changed(case, lambda r: replace(r, dead_share=0.2)),
     "self-cosine": lambda case: changed(case, noisy, names=("A",)),
     "calibration count": lambda case: calibration(case, count_error=0.15),
     "calibration rho": lambda case: calibration(case, rho_error=None),
     "calibration sizes": lambda case: calibration(case, same_sizes=False),
-    "trained against untrained": lambda case: Case(
-        replace(case.readings, untrained=case.readings.trained), case.conditions
+    "trained against untrained": lambda case: replace(
+        case, readings=replace(case.readings, untrained=case.readings.trained)
     ),
-    "statistics measured": lambda case: conditions(case, count_gain=None),
-    "confidence": lambda case: conditions(
-        case, cross_layer=replace(case.conditions.cross_layer, estimate=Estimate(0.0, 0.0, 0.0, confidence=0.8))
-    ),
+    "statistics measured": lambda case: measured(case, "count_gain", None),
+    "confidence": lambda case: measured(case, "cross_layer", Estimate(0.0, 0.0, 0.0, confidence=0.8)),
 }
 
 
 @pytest.mark.parametrize("gate", BREAKS)
 def test_a_broken_gate_makes_it_not_testable_and_is_named(persistent, gate):
-    _, _, decided = judge(BREAKS[gate](persistent))
+    _, decided = judge(BREAKS[gate](persistent))
     assert decided.label == "not testable"
     assert gate in decided.sentence
     assert gate in [one.name for one in decided.gates if not one.passed]
 
 
 def test_the_same_case_unbroken_passes_every_gate(persistent):
-    assert all(gate.passed for gate in judge(persistent)[2].gates)
+    assert all(gate.passed for gate in judge(persistent)[1].gates)
 
 
 def test_errors_of_the_readings_are_those_of_the_worst():
@@ -177,7 +178,7 @@ def test_errors_of_the_readings_are_those_of_the_worst():
 def test_the_scale_makes_the_mean_square_one():
     one = planted(PLANTS[1])
     for side in ("A", "B"):
-        x = torch.cat(one.held_out(one.pairs[0], side))
+        x = torch.cat(list(one.source(one.pairs[0], side).held_out()))
         assert x.square().mean().item() == pytest.approx(1, rel=0.03)
 
 
@@ -192,14 +193,13 @@ def test_the_study_shows_them(tmp_path):
     small = VerdictConfig(
         n_features=12, d_model=8, active=2.0, training_seeds=2, steps=40, batch=64, held_out=2048, plants=PLANTS[1:2]
     )
-    config = replace(synthetic.PRESETS["ci"], sizes=(), bank_sizes=(), gammas=(), verdicts=1, verdict=small)
-    results = synthetic.run_synthetic(config, folder=tmp_path, preset="ci")
-    (entry,) = results["verdicts"]["summary"]
-    assert entry["n"] == 1
+    config = replace(study.PRESETS["ci"], sizes=(), bank_sizes=(), gammas=(), verdicts=1, verdict=small)
+    results = study.run_planted(config, folder=tmp_path, preset="ci")
     page = (tmp_path / "report.md").read_text()
     assert "| persistent | H1a | " in page
     assert "coverage" in page
-    assert read_json(tmp_path / "results.json")["verdicts"]["rows"] == results["verdicts"]["rows"]
+    assert load_results(tmp_path).rows == results.rows
+    assert len(results.rows.select("found_verdict")) == 1
 
 
 @pytest.mark.slow

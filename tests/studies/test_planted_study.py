@@ -1,7 +1,6 @@
 """The planted-truth study: its estimators by hand, the traps they are known to fall into, and the command."""
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +10,17 @@ from scipy import sparse
 from crosscoder.cli import main
 from crosscoder.data.world import Firing, World, WorldConfig
 from crosscoder.data.world_pair import PairConfig
-from crosscoder.foundation.artifact import read_json
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting
 from crosscoder.measure.reading import Reading
-from crosscoder.studies import synthetic
-from crosscoder.studies.synthetic import FitConfig, Found, SyntheticConfig
+from crosscoder.report.planted import check_targets, name_of
+from crosscoder.results.file import load_results
+from crosscoder.results.table import LongTable, Place, rows_at
+from crosscoder.studies import planted
+from crosscoder.studies.planted import FitConfig, PlantedConfig
 
-CI = replace(synthetic.PRESETS["ci"], fit=FitConfig(batch=256))
-TINY = SyntheticConfig(
+CI = replace(planted.PRESETS["ci"], fit=FitConfig(batch=256))
+TINY = PlantedConfig(
     world=WorldConfig(n_features=12, d_model=8),
     fit=FitConfig(steps=30, batch=64, held_out=4096),
     sizes=(16,),
@@ -31,20 +32,16 @@ TINY = SyntheticConfig(
 
 
 def crosscoder_row(*, size=96, seed=0, world=None, **fit):
+    """One crosscoder's scores by key; those of one kind of feature by (key, kind)."""
     config = replace(CI, world=replace(CI.world, **(world or {})), fit=replace(CI.fit, **fit))
-    (row,) = synthetic.measure_crosscoder(config, size, seed)
-    return row
+    rows = planted.measure_crosscoder(config, size, seed)
+    return {row.key if row.at.kind is None else (row.key, row.at.kind): row.value for row in rows}
 
 
 @pytest.fixture(scope="module")
 def good():
     """The right k, room enough, equal energy: what the traps are compared with."""
     return crosscoder_row()
-
-
-def found(decoder_FLD, code_TF, group_F=None):
-    group_F = np.zeros(len(decoder_FLD), dtype=int) if group_F is None else group_F
-    return Found(np.asarray(decoder_FLD, dtype=float), sparse.csc_array(code_TF), group_F, len(decoder_FLD), 0.0, 1.0)
 
 
 def perfect_bank(world, n=20_000):
@@ -62,41 +59,35 @@ def perfect_bank(world, n=20_000):
         decoders.append(decoder_ALD)
         codes.append(code_BA)
         layers += [layer] * len(atoms_AD)
-    return found(np.concatenate(decoders), np.concatenate(codes, axis=1), np.array(layers))
+    return bank_reading(np.concatenate(decoders), np.concatenate(codes, axis=1), np.array(layers))
 
 
-class TestEstimators:
-    def test_duplicates_are_joined_and_the_most_active_kept(self):
-        rng = np.random.default_rng(0)
-        code = (rng.random((500, 3)) < 0.2) * rng.uniform(0.7, 1.3, (500, 3))
-        rare = code[:, 0] * (rng.random(500) < 0.95)
-        decoder = np.eye(3)[:, None]
-        one = found(np.concatenate([decoder[:1] * 2, decoder]), np.column_stack([rare, code]))
-        kept = synthetic.distinct_decoders(one)
-        np.testing.assert_array_equal(kept, decoder)
-        assert len(kept) == len(Reading(0, one.decoder_FLD, one.code, 1.0, 0.0, 1.0).distinct)
+def bank_reading(decoder_FLD, code_TF, layer_F):
+    """The reading of a bank whose features of layer l are the l-th `size` of the dictionary."""
+    n, n_layers = len(layer_F), decoder_FLD.shape[1]
+    index_F = layer_F * n + np.arange(n)
+    groups = {"index_F": index_F, "n_groups": n_layers, "size": n * n_layers}
+    return Reading(0, np.asarray(decoder_FLD, dtype=float), sparse.csc_array(code_TF), 1.0, 0.0, 1.0, **groups)
 
-    def test_the_same_direction_at_other_times_is_no_duplicate(self):
-        code = np.zeros((100, 2))
-        code[:50, 0], code[50:, 1] = 1, 1
-        assert len(synthetic.distinct_decoders(found(np.ones((2, 1, 3)), code))) == 2
 
+class TestMergedBank:
     def test_a_chain_is_the_sum_of_its_members_by_activation(self):
         code = np.zeros((100, 3))
         code[:10, 0], code[:10, 1], code[50:70, 2] = 2.0, 6.0, 1.0
         decoder = np.zeros((3, 2, 2))
         decoder[0, 0, 0] = decoder[1, 1, 1] = decoder[2, 1, 0] = 1
-        chains = synthetic.merged_decoders(found(decoder, code, np.array([0, 1, 1])), "mutual nearest")
+        chains = planted.merged_decoders(bank_reading(decoder, code, np.array([0, 1, 1])), "mutual nearest")
         np.testing.assert_allclose(chains, [[[2, 0], [0, 6]], [[0, 0], [1, 0]]])
 
     @pytest.mark.parametrize("rule", list(counting.RULES))
     def test_a_perfect_bank_of_lasting_features_is_merged_rightly(self, rule):
         world = World(WorldConfig(n_features=48, kinds=("persistent", "drifting")))
-        chains = synthetic.merged_decoders(perfect_bank(world), rule)
+        chains = planted.merged_decoders(perfect_bank(world), rule)
         assert len(chains) == 48
 
     def test_nothing_alive_is_no_feature(self):
-        assert len(synthetic.merged_decoders(found(np.zeros((0, 2, 3)), np.zeros((10, 0))), "hungarian")) == 0
+        nothing = bank_reading(np.zeros((0, 2, 3)), np.zeros((10, 0)), np.zeros(0, dtype=int))
+        assert len(planted.merged_decoders(nothing, "hungarian")) == 0
 
 
 def test_a_good_crosscoder_is_near_the_truth(good):
@@ -117,9 +108,9 @@ def test_trap_energy():
     """
     equal = crosscoder_row(k_factor=0.5)
     unequal = crosscoder_row(k_factor=0.5, world={"equal_energy": False})
-    assert unequal["recall_by_kind"]["persistent"] >= 0.9
-    assert equal["recall_by_kind"]["local"] >= 0.9
-    assert unequal["recall_by_kind"]["local"] <= 0.5
+    assert unequal["recall_by_kind", "persistent"] >= 0.9
+    assert equal["recall_by_kind", "local"] >= 0.9
+    assert unequal["recall_by_kind", "local"] <= 0.5
     assert unequal["rho_error"] > equal["rho_error"] + 0.05, "what is left looks wider than the truth"
     assert unequal["explained_variance"] > equal["explained_variance"], "and explains more"
 
@@ -138,8 +129,6 @@ def test_trap_a_full_dictionary_returns_its_size():
     assert row["count"] >= 0.95 * 32
     assert row["saturated"], "nothing said that the count is a lower bound"
     assert row["count_error"] <= -0.45
-    assert synthetic.summarize_rows([row])[0]["saturated"]
-    assert not any(check["met"] for check in synthetic.check_targets([row]) if check["score"] == "count_error")
 
 
 def test_trap_growth_with_the_dictionary(good):
@@ -153,15 +142,13 @@ def test_trap_threshold_percolation():
     """Features that fire together are linked in chains by every pair above a threshold, one to one by the others."""
     firing = Firing(dependence="correlated", strength=0.99, group=4)
     bank = perfect_bank(World(WorldConfig(n_features=64, kinds=("persistent",), p_min=0.05, firing=firing)))
-    count = {rule: len(synthetic.merged_decoders(bank, rule)) for rule in counting.RULES}
+    count = {rule: len(planted.merged_decoders(bank, rule)) for rule in counting.RULES}
     assert count["threshold"] <= 40
     assert 58 <= count["mutual nearest"] <= 70
 
     # By direction alone, a narrow space is enough: no feature here lasts, and 256 is right.
     local = perfect_bank(World(WorldConfig(n_features=256, d_model=8, kinds=("local",))))
-    index_F = local.group_F * len(local.group_F) + np.arange(len(local.group_F))
-    groups = {"index_F": index_F, "n_groups": 4, "size": 4 * len(index_F)}
-    merged = counting.merged_counts(Reading(0, local.decoder_FLD, local.code, 1.0, 0.0, 1.0, **groups))
+    merged = counting.merged_counts(local)
     assert merged["cosine"]["threshold"] <= 128
     assert merged["correlation"]["threshold"] == 256
 
@@ -172,23 +159,26 @@ def test_trap_persistence_overcounts_and_product_codes_undercount():
     assert len(lasting.decoder_FLD) >= 2 * 64
     split = perfect_bank(World(WorldConfig(n_features=64, kinds=("split",))))
     assert len(split.decoder_FLD) <= 44
-    assert all(len(synthetic.merged_decoders(split, rule)) <= 44 for rule in counting.RULES)
+    assert all(len(planted.merged_decoders(split, rule)) <= 44 for rule in counting.RULES)
 
 
 @pytest.mark.parametrize(("gamma", "ratio"), [(0.0, 2.0), (1.0, 0.5)])
 def test_pairs_return_the_planted_ratio(gamma, ratio):
-    (row,) = synthetic.measure_pair(replace(CI, fit=replace(CI.fit, steps=400)), gamma, seed=0)
-    assert row["r_slots_true"] == row["r_density_true"] == pytest.approx(ratio)
-    assert row["r_slots"] == pytest.approx(ratio, rel=0.25)
-    assert row["r_density"] == pytest.approx(ratio, rel=0.25)
+    rows = LongTable(tuple(planted.measure_pair(replace(CI, fit=replace(CI.fit, steps=400)), gamma, seed=0)))
+    assert rows.one("r_slots_true") == rows.one("r_density_true") == pytest.approx(ratio)
+    assert rows.one("r_slots") == pytest.approx(ratio, rel=0.25)
+    assert rows.one("r_density") == pytest.approx(ratio, rel=0.25)
+    assert rows.one("count", subject="A") == pytest.approx(64, rel=0.25)
 
 
 def test_targets_are_checked_in_every_world():
-    good = {"estimator": "crosscoder", "size": 8, "mcc": 0.95, "count_error": -0.05, "rho_error": 0, "d_eff_error": 0}
+    good = {"mcc": 0.95, "count_error": -0.05, "rho_error": 0.0, "d_eff_error": 0.0}
     bad = {**good, "mcc": 0.92, "count_error": 0.09, "rho_error": None}
-    bank = {**bad, "estimator": "bank, hungarian"}
-    assert all(check["met"] for check in synthetic.check_targets([good, bank]))
-    checks = {check["score"]: check for check in synthetic.check_targets([good, bad])}
+    at = Place(arm="crosscoder", n_features=8, k=2, seed=0)
+    first = LongTable(tuple(rows_at(at, good)))
+    bank = rows_at(replace(at, arm="layerwise", estimator="hungarian"), bad)
+    assert [check["met"] for check in check_targets(first + bank)] == [True] * 4
+    checks = {check["score"]: check for check in check_targets(first + rows_at(replace(at, seed=1), bad))}
     assert {score: check["met"] for score, check in checks.items()} == {
         "mcc": False,
         "count_error": False,
@@ -199,22 +189,8 @@ def test_targets_are_checked_in_every_world():
     assert checks["count_error"]["mean"] == pytest.approx(0.07)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: FitConfig(steps=0), "at least 1"),
-        (lambda: FitConfig(k_factor=0.0), "more than 0"),
-        (lambda: SyntheticConfig(seeds=()), "at least one"),
-        (lambda: SyntheticConfig(seeds=(1, 1)), "all different"),
-    ],
-)
-def test_bad_settings_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_the_command_writes_the_study(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(synthetic.PRESETS, "ci", TINY)
+    monkeypatch.setitem(planted.PRESETS, "ci", TINY)
     arguments = ["synthetic", "--preset", "ci", "--out", str(tmp_path), "--workers", "1"]
     assert main([*arguments, "--dry-run"]) == 0
     assert "largest dictionary" in capsys.readouterr().out
@@ -224,22 +200,16 @@ def test_the_command_writes_the_study(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     (folder,) = tmp_path.iterdir()
     assert capsys.readouterr().out.strip() == str(folder / "report.md")
-    results = read_json(folder / "results.json")
+    rows = load_results(folder).rows
     estimators = {"crosscoder", *(f"bank, {rule}" for rule in counting.RULES)}
-    assert {row["estimator"] for row in results["rows"]} == estimators
-    assert all(math.isfinite(row["mcc"]) for row in results["rows"])
-    assert [pair["gamma"] for pair in results["pairs"]] == [0.5]
+    assert {name_of(row.at) for row in rows.select("mcc", subject=None)} == estimators
+    assert all(0 <= value <= 1 for value in rows.values("mcc"))
+    assert rows.values("planted_gamma") == [0.5]
     text = (folder / "report.md").read_text()
-    for word in (*estimators, "R of density", *results["definitions"], "recovery.png"):
+    for word in (*estimators, "R of density", "MCC", "recovery.png"):
         assert word in text
     assert (folder / "recovery.png").read_bytes().startswith(b"\x89PNG")
-    again = synthetic.measure_crosscoder(TINY, 16, 0)
-    assert again == [row for row in results["rows"] if row["estimator"] == "crosscoder"], "the same bits again"
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit):
-        main(["synthetic", "--help"])
-    text = capsys.readouterr().out
-    assert "Example" in text
-    assert "--dry-run" in text
+    again = planted.measure_crosscoder(TINY, 16, 0)
+    assert again == list(rows.select(arm="crosscoder", subject=None, n_features=16))[: len(again)], (
+        "the same bits again"
+    )
