@@ -20,7 +20,8 @@ import numpy as np
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, Crosscoder
 from crosscoder.measure import recovery
-from crosscoder.measure.statistics import Estimate, exponentiate, two_level_bootstrap
+from crosscoder.measure.statistics import exponentiate, two_level_bootstrap
+from crosscoder.results.table import Estimate
 from crosscoder.studies.planted import FitConfig
 
 FIRST_ACTIVE = (2, 4, 8)  # active features per token, of which the first that succeeds begins the search
@@ -180,7 +181,7 @@ def summarize_ceiling(points: Sequence[CeilingPoint], config: CeilingConfig) -> 
             logs.setdefault(point.seed, []).append(math.log(point.constant))
             by_density.setdefault(point.density, []).append(math.log(point.constant))
     whole = [[float(np.mean(values))] for values in logs.values() if len(values) == len(config.densities)]
-    constant = exponentiate(two_level_bootstrap(whole, seed=0).estimate()) if whole else None
+    constant = exponentiate(two_level_bootstrap(whole, seed=0, n_draws=2000).estimate()) if whole else None
     shown = {density: math.exp(float(np.mean(values))) for density, values in sorted(by_density.items())}
     return Ceiling(constant, shown, tuple(points), config)
 

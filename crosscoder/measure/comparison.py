@@ -15,7 +15,8 @@ import numpy as np
 from crosscoder.measure import counting, density, dimension, matching, universality
 from crosscoder.measure.density import PRIMARY, Subject
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.statistics import Bootstrap, Estimate, exponentiate, two_level_bootstrap
+from crosscoder.measure.statistics import Bootstrap, exponentiate, two_level_bootstrap
+from crosscoder.results.table import Estimate
 
 NULL_DRAWS = 100
 POOLS = 3

@@ -13,7 +13,8 @@ import numpy as np
 from scipy import special
 
 from crosscoder.measure.matching import joint_rows
-from crosscoder.measure.statistics import Bootstrap, Estimate
+from crosscoder.measure.statistics import Bootstrap
+from crosscoder.results.table import Estimate
 
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
 CEILING = Estimate(3.52, 2.94, 4.23)  # C of `highest_probability`; benchmarks/ceiling.md says at which sizes

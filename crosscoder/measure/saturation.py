@@ -12,7 +12,8 @@ from scipy import optimize, sparse, stats
 from scipy.sparse import csgraph
 
 from crosscoder.measure.counting import chapman
-from crosscoder.measure.statistics import CONFIDENCE, Estimate, percentile_interval
+from crosscoder.measure.statistics import percentile_interval
+from crosscoder.results.table import CONFIDENCE, Estimate
 
 NO_SATURATION = 0.1  # probability of unlimited growth above which a limit is not identified
 EXTRAPOLATION = 10.0  # a limit whose interval ends beyond this many times the largest count is not identified
@@ -35,16 +36,16 @@ DEFINITIONS = {
 }
 
 
-def _lognormal(seen: float, unseen: float, variance: float, confidence: float) -> Estimate:
+def _lognormal(seen: float, unseen: float, variance: float) -> Estimate:
     """`seen + unseen` with an interval that is log-normal in the unseen part, so that it starts at or above `seen`."""
     if not unseen > 0:
-        return Estimate(seen, seen, seen, confidence)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+        return Estimate(seen, seen, seen)
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     factor = math.exp(z * math.sqrt(math.log1p(variance / unseen**2)))
-    return Estimate(seen + unseen, seen + unseen / factor, seen + unseen * factor, confidence)
+    return Estimate(seen + unseen, seen + unseen / factor, seen + unseen * factor)
 
 
-def chao2(incidence_FM: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
+def chao2(incidence_FM: np.ndarray) -> Estimate:
     """Estimated number of features from which m >= 3 dictionary seeds sample, bias-corrected Chao2, with its interval.
 
     `incidence_FM[i, s]` is true where distinct feature i was found by seed s; rows found by none are ignored. Variance
@@ -64,16 +65,16 @@ def chao2(incidence_FM: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
     variance = unseen + share**2 * (
         once * (2 * once - 1) ** 2 / (4 * d**2) + once**2 * twice * (once - 1) ** 2 / (4 * d**4)
     )
-    return _lognormal(float(seen), unseen, variance, confidence)
+    return _lognormal(float(seen), unseen, variance)
 
 
-def chapman_interval(n_first: int, n_second: int, n_matched: int, confidence: float = CONFIDENCE) -> Estimate:
+def chapman_interval(n_first: int, n_second: int, n_matched: int) -> Estimate:
     """`counting.chapman` with a log-normal interval around what was seen, from Seber's (1970) variance."""
     value = chapman(n_first, n_second, n_matched)
     only = (n_first - n_matched) * (n_second - n_matched)
     variance = (n_first + 1) * (n_second + 1) * only / ((n_matched + 1) ** 2 * (n_matched + 2))
     seen = float(n_first + n_second - n_matched)
-    return _lognormal(seen, value - seen, variance, confidence)
+    return _lognormal(seen, value - seen, variance)
 
 
 def incidence(sizes: Sequence[int], links: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
@@ -218,7 +219,6 @@ def fit_saturation(
     *,
     seed: int,
     n_draws: int = 200,
-    confidence: float = CONFIDENCE,
 ) -> Saturation:
     """F_inf of counts against dictionary sizes with its interval, or the reason why it is not identified.
 
@@ -247,7 +247,7 @@ def fit_saturation(
     resampled = np.exp(fitted + rng.choice(residuals - residuals.mean(), size=(n_draws, len(n))))
     limits = np.array([fit_curves(n, draw)[0].limit for draw in resampled])
     finite = np.minimum(limits, 1e300)  # an interpolated percentile of infinities is not a number
-    limit = percentile_interval(best.limit, finite, confidence)
+    limit = percentile_interval(best.limit, finite)
     if limit.high > EXTRAPOLATION * y.max():
         reason = f"the interval of F_inf ends beyond {EXTRAPOLATION:g} times the largest count, {y.max():g}"
         return Saturation(tuple(curves), None, growth, f"not identified: {reason}")

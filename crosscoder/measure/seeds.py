@@ -10,7 +10,7 @@ import numpy as np
 from crosscoder.measure import saturation
 from crosscoder.measure.comparison import Statistic
 from crosscoder.measure.density import SeedPair, Subject
-from crosscoder.measure.statistics import Estimate
+from crosscoder.results.table import Estimate
 
 NEEDS_THREE = "needs three dictionary seeds of one training; this study has fewer"
 

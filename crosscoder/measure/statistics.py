@@ -1,6 +1,6 @@
-"""Intervals over seeds and documents, ratios on the log scale, and the test that two things are equal.
+"""Intervals over seeds and documents, and ratios and sums of estimates.
 
-Every interval covers 90 % unless another confidence is asked for. A training seed is the unit of replication: what
+Every interval covers `CONFIDENCE`, 90 %. A training seed is the unit of replication: what
 varies within it (dictionary seeds, documents) is averaged, never counted as further replicates.
 """
 
@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-CONFIDENCE = 0.9
-EQUAL = (0.8, 1.25)  # a ratio inside these bounds counts as 1
+from crosscoder.results.table import CONFIDENCE, Estimate
 
 DEFINITIONS = {
     "interval": "Percentile interval, 90 %, of a two-level bootstrap: training seeds are drawn with replacement, then "
@@ -24,50 +23,14 @@ DEFINITIONS = {
     "since few seeds vary too little under resampling. With one training seed the interval leaves out what training "
     "would vary.",
     "log_ratio": "Ratio B / A with its interval, formed on the log scale from independent estimates of A and B.",
-    "equivalence": "Equivalence to 1: two one-sided t-tests (Schuirmann 1987) on logs of training-seed means, with "
-    f"unequal variances, against {EQUAL[0]} and {EQUAL[1]}; p is the larger of the two. p < .05 says that the 90 % "
-    "interval lies within these bounds.",
 }
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its interval; where nothing could vary, `low == high == value`.
-
-    Raises:
-        ValueError: the interval is the wrong way round, or the confidence is not between 0 and 1.
-    """
-
-    value: float
-    low: float
-    high: float
-    confidence: float = CONFIDENCE
-
-    def __post_init__(self) -> None:
-        if self.low > self.high:
-            raise ValueError(f"the interval runs from {self.low} down to {self.high}; give the lower end first")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; expected a share between 0 and 1, such as .9")
-
-    @property
-    def finite(self) -> bool:
-        """True where value and both ends are finite numbers."""
-        return all(math.isfinite(x) for x in (self.value, self.low, self.high))
-
-    def covers(self, value: float) -> bool:
-        """True where `value` is in the interval, ends included."""
-        return self.low <= value <= self.high
-
-    def inside(self, low: float, high: float) -> bool:
-        """True where the whole interval lies in `[low, high]`, ends included."""
-        return low <= self.low and self.high <= high
 
 
 @dataclass(frozen=True)
 class Bootstrap:
     """A statistic on the whole data, its resampled values, and how far these are to be stretched.
 
-    `expansion` is the small-sample factor at the confidence given to `two_level_bootstrap`; `draws` are as resampled.
+    `expansion` is the small-sample factor; `draws` are as resampled.
     """
 
     value: float
@@ -78,16 +41,16 @@ class Bootstrap:
         """The draws with their deviations from the value multiplied by `expansion`, `[R]`."""
         return self.value + self.expansion * (self.draws - self.value)
 
-    def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
+    def estimate(self) -> Estimate:
         """The value with the central percentile interval of the stretched draws."""
-        return percentile_interval(self.value, self.stretched(), confidence)
+        return percentile_interval(self.value, self.stretched())
 
 
-def percentile_interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
-    """`value` with the central `confidence` range of `draws` `[R]` (linear between order statistics)."""
-    tail = (1 - confidence) / 2
+def percentile_interval(value: float, draws: np.ndarray) -> Estimate:
+    """`value` with the central 90 % of `draws` `[R]` (linear between order statistics)."""
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(float(value), float(low), float(high), confidence)
+    return Estimate(float(value), float(low), float(high))
 
 
 def document_sums(values_TQ: np.ndarray, document_T: np.ndarray) -> np.ndarray:
@@ -108,7 +71,7 @@ def document_sums(values_TQ: np.ndarray, document_T: np.ndarray) -> np.ndarray:
     return sums
 
 
-def small_sample_expansion(n_units: int, confidence: float = CONFIDENCE) -> float:
+def small_sample_expansion(n_units: int) -> float:
     """`sqrt(n / (n - 1)) t / z` for n independent units, 1 for a single one.
 
     Resampled means of n values vary by (n - 1) / n of what they should, and a normal quantile ignores that the variance
@@ -117,7 +80,7 @@ def small_sample_expansion(n_units: int, confidence: float = CONFIDENCE) -> floa
     """
     if n_units < 2:
         return 1.0
-    upper = (1 + confidence) / 2
+    upper = (1 + CONFIDENCE) / 2
     return math.sqrt(n_units / (n_units - 1)) * float(stats.t.ppf(upper, n_units - 1) / stats.norm.ppf(upper))
 
 
@@ -128,8 +91,6 @@ def two_level_bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray] | None = None,
     document_seed: int | None = None,
     n_draws: int = 2000,
-    confidence: float = CONFIDENCE,
-    small_sample: bool = True,
 ) -> Bootstrap:
     """Mean over training seeds of the mean over their dictionary seeds, resampled at both levels and by document.
 
@@ -159,8 +120,7 @@ def two_level_bootstrap(
         for t, table in enumerate(stacked):
             picks = rng.integers(table.shape[1], size=(table.shape[1], n_draws))
             draws += np.where(slot == t, table[rows, picks].mean(0), 0.0)
-    factor = small_sample_expansion(len(groups), confidence) if small_sample else 1.0
-    return Bootstrap(value, draws / len(groups), factor)
+    return Bootstrap(value, draws / len(groups), small_sample_expansion(len(groups)))
 
 
 def _document_weights(groups: Sequence[Sequence[ArrayLike]], n_draws: int, seed: int) -> np.ndarray:
@@ -224,20 +184,6 @@ def linear_combination(terms: Sequence[tuple[float, Estimate]], constant: float 
     return Estimate(value, value - below, value + above, terms[0][1].confidence)
 
 
-def ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """numerator / denominator of independent positive estimates, from their intervals alone, on the log scale.
-
-    Raises:
-        ValueError: an interval reaches 0 or below.
-    """
-    logs = []
-    for name, side in (("numerator", numerator), ("denominator", denominator)):
-        if not side.low > 0:
-            raise ValueError(f"the {name}'s interval starts at {side.low:g}; a ratio on the log scale needs it above 0")
-        logs.append(Estimate(*(math.log(x) for x in (side.value, side.low, side.high)), side.confidence))
-    return exponentiate(linear_combination([(1.0, logs[0]), (-1.0, logs[1])]))
-
-
 def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
     """numerator / denominator of independent estimates where the numerator may be 0 or negative.
 
@@ -260,53 +206,3 @@ def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
 
     low, high = end(top.low, bottom.high, -1), end(top.high, bottom.low, 1)
     return Estimate(top.value / bottom.value, low, high, top.confidence)
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """Outcome of two one-sided tests that a ratio lies within `bounds`."""
-
-    ratio: Estimate  # geometric means, with the Welch interval whose inclusion the test decides
-    p_below: float  # against ratio <= lower bound
-    p_above: float  # against ratio >= upper bound
-    bounds: tuple[float, float]
-
-    @property
-    def p(self) -> float:
-        """The larger of both p values."""
-        return max(self.p_below, self.p_above)
-
-    @property
-    def equivalent(self) -> bool:
-        """True where both are rejected at the level that the interval implies (.05 for 90 %)."""
-        return self.p < (1 - self.ratio.confidence) / 2
-
-
-def equivalence_test(
-    numerator: Sequence[float],
-    denominator: Sequence[float],
-    *,
-    bounds: tuple[float, float] = EQUAL,
-    confidence: float = CONFIDENCE,
-) -> Equivalence:
-    """Two one-sided Welch t-tests that the ratio of geometric means lies within `bounds` (Schuirmann 1987).
-
-    One value for each training seed (the mean over its dictionary seeds), all positive.
-
-    Raises:
-        ValueError: fewer than two values on a side, one not positive, or no variation on either side.
-    """
-    sides = [np.asarray(side, dtype=np.float64) for side in (numerator, denominator)]
-    if min(len(side) for side in sides) < 2:
-        raise ValueError(f"{len(sides[0])} and {len(sides[1])} training seeds; a test of equivalence needs two of each")
-    if not all((side > 0).all() for side in sides):
-        raise ValueError(f"the smallest values are {sides[0].min():g} and {sides[1].min():g}; logs need all above 0")
-    top, bottom = (np.log(side) for side in sides)
-    if max(np.ptp(top), np.ptp(bottom)) == 0:
-        raise ValueError("all seeds agree exactly, so there is no variance to test with; check that they differ")
-    low, high = (math.log(bound) for bound in bounds)
-    p_below = stats.ttest_ind(top, bottom + low, equal_var=False, alternative="greater").pvalue
-    p_above = stats.ttest_ind(top, bottom + high, equal_var=False, alternative="less").pvalue
-    ends = stats.ttest_ind(top, bottom, equal_var=False).confidence_interval(confidence)
-    ratio = Estimate(float(top.mean() - bottom.mean()), float(ends.low), float(ends.high), confidence)
-    return Equivalence(exponentiate(ratio), float(p_below), float(p_above), bounds)

@@ -14,7 +14,8 @@ from scipy import sparse, stats
 
 from crosscoder.measure.matching import activation_correlation
 from crosscoder.measure.probes import DECODABLE
-from crosscoder.measure.statistics import Estimate, linear_combination, signed_ratio_of
+from crosscoder.measure.statistics import linear_combination, signed_ratio_of
+from crosscoder.results.table import Estimate
 
 SHARES = (0.5, 0.7)
 EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own

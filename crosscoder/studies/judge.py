@@ -15,8 +15,8 @@ from crosscoder.measure.comparison import SiteReadings, Statistic
 from crosscoder.measure.density import Subject
 from crosscoder.measure.dimension import CEILING as C
 from crosscoder.measure.reading import load_reading
-from crosscoder.measure.statistics import Bootstrap, Estimate, two_level_bootstrap
-from crosscoder.results.table import Place
+from crosscoder.measure.statistics import Bootstrap, two_level_bootstrap
+from crosscoder.results.table import Estimate, Place
 from crosscoder.studies.calibration import CalibrationConfig, calibrate, worst_calibration
 from crosscoder.studies.cells import reading_path
 from crosscoder.studies.folder import READINGS

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from crosscoder.measure.statistics import Estimate
+from crosscoder.results.table import Estimate
 from crosscoder.verdict.rule import Evidence, Rule, show
 
 Hypothesis = Literal["H0", "H1", "H2", "H2-u"]

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from crosscoder.measure.statistics import Estimate, linear_combination
+from crosscoder.measure.statistics import linear_combination
+from crosscoder.results.table import Estimate
 from crosscoder.verdict.conditions import Condition, above_zero, check_conditions, kind_outside
 from crosscoder.verdict.rule import RULE, Evidence, Rule, known, show
 

@@ -24,7 +24,8 @@ from crosscoder.measure import (
 from crosscoder.measure.comparison import SiteReadings, SiteStatistics, Statistic
 from crosscoder.measure.density import PRIMARY, Subject
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.statistics import Bootstrap, Estimate, two_level_bootstrap
+from crosscoder.measure.statistics import Bootstrap, two_level_bootstrap
+from crosscoder.results.table import Estimate
 from crosscoder.verdict import decide as verdict
 from crosscoder.verdict import gain
 

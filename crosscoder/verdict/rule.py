@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crosscoder.measure.statistics import CONFIDENCE, EQUAL, Estimate
+from crosscoder.results.table import CONFIDENCE, Estimate
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Rule:
     universal: float = 0.8
     not_universal: float = 0.5
     complete: tuple[float, float] = (1.6, 2.5)
-    equal: tuple[float, float] = EQUAL
+    equal: tuple[float, float] = (0.8, 1.25)
     delta: tuple[float, float] = (0.35, 0.65)
     gamma: float = 0.25
     alternative_alpha: float = 2.0

@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize, sparse
 
 from crosscoder.measure import matching, universality
-from crosscoder.measure.statistics import Estimate
+from crosscoder.results.table import Estimate
 
 DOCUMENTS = np.repeat(np.arange(40), 25)
 

@@ -12,7 +12,7 @@ import pytest
 from crosscoder.measure import comparison
 from crosscoder.measure.comparison import SiteReadings, Statistic
 from crosscoder.measure.density import PRIMARY
-from crosscoder.measure.statistics import Estimate
+from crosscoder.results.table import Estimate
 from crosscoder.verdict import evidence
 from tests.measure.test_comparison import DOCUMENT_T, F, subject
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crosscoder.measure import statistics
-from crosscoder.measure.statistics import Estimate
+from crosscoder.results.table import Estimate
 from crosscoder.verdict import decide as verdict
 from crosscoder.verdict.decide import BELOW_CEILING, RULE, Evidence, decide
 
