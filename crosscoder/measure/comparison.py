@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from crosscoder.measure import counting, density, dimension, matching, universality
-from crosscoder.measure.density import PRIMARY, Subject
+from crosscoder.measure.density import PRIMARY, ShapeReadings
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, exponentiate, two_level_bootstrap
 from crosscoder.results.table import Estimate
@@ -40,11 +40,11 @@ class SiteReadings:
     """Everything read at one site. `trained` holds A, B and, for slopes, further shapes; `untrained` what it has."""
 
     site: str
-    trained: Mapping[str, Subject]
-    untrained: Mapping[str, Subject] = field(default_factory=dict)
+    trained: Mapping[str, ShapeReadings]
+    untrained: Mapping[str, ShapeReadings] = field(default_factory=dict)
     document_T: np.ndarray
 
-    def side(self, state: str) -> Mapping[str, Subject]:
+    def side(self, state: str) -> Mapping[str, ShapeReadings]:
         """The subjects of a state."""
         return self.trained if state == "trained" else self.untrained
 
@@ -129,7 +129,7 @@ def _control_difference(logs: Mapping[tuple[str, str], Bootstrap | str]) -> tupl
     return None, differences[CONTROL[0]]
 
 
-def _log_ratio(sides: Mapping[str, Subject], estimator: str, document_T: np.ndarray) -> Bootstrap | str:
+def _log_ratio(sides: Mapping[str, ShapeReadings], estimator: str, document_T: np.ndarray) -> Bootstrap | str:
     if not {"A", "B"} <= sides.keys():
         return "not run"
     return density.density_ratio(sides["B"], sides["A"], estimator, document_T)
@@ -151,7 +151,7 @@ def _as_statistic(name: str, value: Bootstrap | str, definition: str, transform=
     return Statistic(name, transform(estimate) if transform else estimate, definition)
 
 
-def _slopes(sides: Mapping[str, Subject]) -> dict[str, Bootstrap | str]:
+def _slopes(sides: Mapping[str, ShapeReadings]) -> dict[str, Bootstrap | str]:
     """alpha, gamma and delta over the shapes at hand."""
     subjects = list(sides.values())
     names = ("alpha", "gamma", "delta")
@@ -173,7 +173,7 @@ def _slopes(sides: Mapping[str, Subject]) -> dict[str, Bootstrap | str]:
     return out
 
 
-def _relative_dimension(subject: Subject, seed: int) -> Bootstrap | str:
+def _relative_dimension(subject: ShapeReadings, seed: int) -> Bootstrap | str:
     """d_eff / D, energy-weighted and debiased, over training seeds and pairs of dictionary seeds."""
     groups = []
     for pairs in subject.pairs:
@@ -249,13 +249,13 @@ def measure_universality(readings: SiteReadings) -> Universality:
     return Universality(u, float(null.mean()), ceiling, floor, normalised, shares, rates, missing)
 
 
-def _between(a: Subject, b: Subject) -> list[list[float]]:
+def _between(a: ShapeReadings, b: ShapeReadings) -> list[list[float]]:
     """u of each training seed of A with its counterpart of B, over their dictionary seeds."""
     n = min(len(a.seeds), len(b.seeds))
     return [[_u(x, y) for x in a.seeds[t] for y in b.seeds[t]] for t in range(n)]
 
 
-def _within(subject: Subject) -> list[list[float]]:
+def _within(subject: ShapeReadings) -> list[list[float]]:
     """u of pairs of training seeds of one shape, over their dictionary seeds."""
     return [[_u(x, y) for x in one for y in other] for one, other in combinations(subject.seeds, 2)]
 

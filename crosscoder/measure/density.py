@@ -70,7 +70,7 @@ class SeedPair:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ShapeReadings:
     """All readings of one shape: `seeds[t][d]` is dictionary seed d of training seed t, on the same tokens."""
 
     name: str
@@ -95,10 +95,10 @@ class Subject:
         """All pairs of dictionary seeds within each training seed; a seed alone makes none."""
         return tuple(tuple(SeedPair(a, b) for a, b in combinations(group, 2)) for group in self.seeds)
 
-    def only(self, keep: Callable[[Reading], np.ndarray]) -> Subject:
-        """The subject with the features of each reading that `keep` marks."""
+    def only(self, keep: Callable[[Reading], np.ndarray]) -> ShapeReadings:
+        """The shape with the features of each reading that `keep` marks."""
         kept = tuple(tuple(reading.only(keep(reading)) for reading in group) for group in self.seeds)
-        return Subject(self.name, self.n_layers, self.d_model, kept)
+        return ShapeReadings(self.name, self.n_layers, self.d_model, kept)
 
     def bootstrap(self, value: Callable[[Reading], float], *, seed: int = 0) -> Bootstrap:
         """A number of each reading, resampled over training and dictionary seeds."""
@@ -110,7 +110,7 @@ def sparse_features(reading: Reading) -> np.ndarray:
     return reading.probability_F <= counting.ULTRA_DENSE
 
 
-def density(subject: Subject, estimator: str, document_T: np.ndarray, *, seed: int = 0) -> Bootstrap | str:
+def density(subject: ShapeReadings, estimator: str, document_T: np.ndarray, *, seed: int = 0) -> Bootstrap | str:
     """A density of features by one of `ESTIMATORS`, or the reason why there is none.
 
     Training seeds, dictionary seeds and documents are resampled; a shape's `seed` should be its own, while documents
@@ -134,7 +134,7 @@ def density(subject: Subject, estimator: str, document_T: np.ndarray, *, seed: i
     return _resampled(groups, kind, document_T, seed, "; ".join(reasons[:1]) or "no interference could be measured")
 
 
-def _on_neurons(reading: Reading, subject: Subject, *, by_slot: bool) -> float:
+def _on_neurons(reading: Reading, subject: ShapeReadings, *, by_slot: bool) -> float:
     held = float(reading.rho_F.sum()) if by_slot else float(len(reading))
     return held / (subject.n_layers * subject.d_model)
 
@@ -199,7 +199,7 @@ def _load_on_dimension(totals_RQ: np.ndarray) -> np.ndarray:
     return counting.binary_entropy(totals_RQ[:, :-2] / tokens[:, None]).sum(1) * tokens / totals_RQ[:, -2]
 
 
-def density_ratio(b: Subject, a: Subject, estimator: str, document_T: np.ndarray) -> Bootstrap | str:
+def density_ratio(b: ShapeReadings, a: ShapeReadings, estimator: str, document_T: np.ndarray) -> Bootstrap | str:
     """ln of B's density over A's, or the reason why there is none."""
     sides = [density(subject, estimator, document_T, seed=seed) for subject, seed in ((b, 2), (a, 1))]
     for side, subject in zip(sides, (b, a), strict=True):

@@ -9,13 +9,13 @@ import numpy as np
 
 from crosscoder.measure import saturation
 from crosscoder.measure.comparison import Statistic
-from crosscoder.measure.density import SeedPair, Subject
+from crosscoder.measure.density import SeedPair, ShapeReadings
 from crosscoder.results.table import Estimate
 
 NEEDS_THREE = "needs three dictionary seeds of one training; this study has fewer"
 
 
-def seed_counts(subject: Subject) -> list[Statistic]:
+def seed_counts(subject: ShapeReadings) -> list[Statistic]:
     """Chapman over all training seeds of a subject, Chao2 and the stable count of its first.
 
     Chapman compares the first two dictionary seeds of each training: the mean, from the lowest to the highest end of

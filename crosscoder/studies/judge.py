@@ -12,7 +12,7 @@ import numpy as np
 
 from crosscoder.measure import comparison, density, seeds
 from crosscoder.measure.comparison import SiteReadings, Statistic
-from crosscoder.measure.density import Subject
+from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.dimension import CEILING as C
 from crosscoder.measure.reading import load_reading
 from crosscoder.measure.statistics import Bootstrap, two_level_bootstrap
@@ -152,7 +152,7 @@ def _headroom(primary: SiteReadings) -> Estimate | None:
 
 
 def _read_site(config: StudyConfig, folder: Path, site: Any) -> SiteReadings:
-    def subject(name: str, state: Any) -> Subject:
+    def subject(name: str, state: Any) -> ShapeReadings:
         shape = config.subjects.shapes()[name]
         groups = []
         for t in range(len(config.subjects.seeds)):
@@ -168,7 +168,7 @@ def _read_site(config: StudyConfig, folder: Path, site: Any) -> SiteReadings:
             )
             paths = [reading_path(folder / READINGS, replace(at, seed=s)) for s in config.seeds]
             groups.append(tuple(load_reading(path) for path in paths))
-        return Subject(name, shape.n_layers, shape.d_model, tuple(groups))
+        return ShapeReadings(name, shape.n_layers, shape.d_model, tuple(groups))
 
     trained = {name: subject(name, "trained") for name in config.subjects.shapes()}
     untrained = {name: subject(name, "untrained") for name in COMPARED}

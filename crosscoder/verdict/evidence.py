@@ -22,7 +22,7 @@ from crosscoder.measure import (
     universality,
 )
 from crosscoder.measure.comparison import SiteReadings, SiteStatistics, Statistic
-from crosscoder.measure.density import PRIMARY, Subject
+from crosscoder.measure.density import PRIMARY, ShapeReadings
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, two_level_bootstrap
 from crosscoder.results.table import Estimate
@@ -130,14 +130,14 @@ def _estimate(statistic: Statistic | None) -> Estimate | None:
     return None if statistic is None else statistic.estimate
 
 
-def _explained(subjects: Sequence[Subject]) -> tuple[float, float] | None:
+def _explained(subjects: Sequence[ShapeReadings]) -> tuple[float, float] | None:
     if len(subjects) != 2:
         return None
     first, second = (float(np.mean([r.explained_variance for r in s.readings])) for s in subjects)
     return first, second
 
 
-def worst_self_cosine(subjects: Sequence[Subject]) -> float | None:
+def worst_self_cosine(subjects: Sequence[ShapeReadings]) -> float | None:
     """The lowest mean decoder cosine of matched features of two seeds over all subjects; None without pairs."""
     found = [pair.debiased.self_cosine for s in subjects for pairs in s.pairs for pair in pairs]
     return min((value for value in found if not math.isnan(value)), default=None)

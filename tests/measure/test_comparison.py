@@ -10,7 +10,7 @@ from scipy import sparse
 
 from crosscoder.foundation.artifact import DamagedArtifactError
 from crosscoder.measure import comparison, density
-from crosscoder.measure.density import SeedPair, Subject
+from crosscoder.measure.density import SeedPair, ShapeReadings
 from crosscoder.measure.reading import Reading, load_reading, save_reading
 from crosscoder.verdict import gain
 
@@ -40,9 +40,11 @@ def read(decoder: np.ndarray, code: sparse.csc_array, seed: int, noise: float = 
     return Reading(seed, noisy.astype(np.float32), code, 0.95, 0.0, code.nnz / T)
 
 
-def subject(name: str, n_layers: int, d_model: int, width: int, *, noise: float = 0.01, seeds: int = 2) -> Subject:
+def subject(
+    name: str, n_layers: int, d_model: int, width: int, *, noise: float = 0.01, seeds: int = 2
+) -> ShapeReadings:
     code = activity()
-    return Subject(
+    return ShapeReadings(
         name,
         n_layers,
         d_model,
@@ -113,7 +115,7 @@ def test_dictionaries_that_disagree_have_no_primary_density():
 
 def test_one_dictionary_seed_has_no_debiased_density():
     whole = subject("A", 8, 32, 8)
-    alone = Subject("A", 8, 32, tuple(group[:1] for group in whole.seeds))
+    alone = ShapeReadings("A", 8, 32, tuple(group[:1] for group in whole.seeds))
     assert "two" in density.density(alone, density.PRIMARY, DOCUMENT_T)
 
 
@@ -173,7 +175,7 @@ def test_universality_is_one_for_the_same_features_and_near_null_for_others():
     assert found.null < 0.2
     assert found.rates.median_ratio == pytest.approx(1)
     b = same["B"]
-    other = Subject("B", 2, 64, tuple(tuple(read(r.decoder_FLD, activity(9), 1) for r in g) for g in b.seeds))
+    other = ShapeReadings("B", 2, 64, tuple(tuple(read(r.decoder_FLD, activity(9), 1) for r in g) for g in b.seeds))
     strange = comparison.measure_universality(
         comparison.SiteReadings(site="write", trained={"A": same["A"], "B": other}, document_T=DOCUMENT_T)
     )
@@ -191,7 +193,7 @@ def test_readings_of_different_texts_are_refused():
     reading = read(truth(4, 8, 2, 0), activity(), 0)
     shorter = Reading(1, reading.decoder_FLD, reading.code[:100], 0.9, 0.0, 1.0)
     with pytest.raises(ValueError, match="same text"):
-        Subject("A", 4, 8, ((reading, shorter),))
+        ShapeReadings("A", 4, 8, ((reading, shorter),))
     with pytest.raises(ValueError, match="document labels"):
         density.firing_sums(reading, DOCUMENT_T[:50])
 

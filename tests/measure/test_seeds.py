@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crosscoder.measure.density import Subject
+from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.seeds import seed_counts, size_limit
 from tests.measure.test_comparison import activity, read, truth
 
 
-def three_seeds() -> Subject:
+def three_seeds() -> ShapeReadings:
     """Dictionaries of 40 features: 0-29 are in all three, 30-39 in one seed each."""
     decoder, code = truth(4, 16, 1, 0), activity()
     group = []
     for seed in range(3):
         kept = np.r_[0:30, 30 + 10 * seed : 40 + 10 * seed]
         group.append(read(decoder[kept], code[:, kept], seed))
-    return Subject("A", 4, 16, (tuple(group),))
+    return ShapeReadings("A", 4, 16, (tuple(group),))
 
 
 def test_stable_features_are_those_that_other_seeds_have_too():
@@ -30,11 +30,11 @@ def test_stable_features_are_those_that_other_seeds_have_too():
 
 def test_what_needs_more_seeds_says_so():
     whole = three_seeds()
-    two = Subject("A", 4, 16, (whole.seeds[0][:2],))
+    two = ShapeReadings("A", 4, 16, (whole.seeds[0][:2],))
     found = {row.name: row for row in seed_counts(two)}
     assert found["chapman A"].estimate is not None
     assert "three dictionary seeds" in found["stable A"].missing
-    one = Subject("A", 4, 16, (whole.seeds[0][:1],))
+    one = ShapeReadings("A", 4, 16, (whole.seeds[0][:1],))
     assert all(row.estimate is None for row in seed_counts(one))
 
 
@@ -49,8 +49,8 @@ def test_a_dictionary_that_stops_growing_has_a_limit_and_one_that_does_not_has_n
 def test_chapman_is_the_mean_over_trainings_and_reaches_over_all_of_them():
     whole = three_seeds()
     close, far = whole.seeds[0][:2], (whole.seeds[0][0], whole.seeds[0][1].only(np.r_[0:10, 30:40]))
-    one, other = (seed_counts(Subject("A", 4, 16, (group,)))[0].estimate for group in (close, far))
-    both = seed_counts(Subject("A", 4, 16, (close, far)))[0].estimate
+    one, other = (seed_counts(ShapeReadings("A", 4, 16, (group,)))[0].estimate for group in (close, far))
+    both = seed_counts(ShapeReadings("A", 4, 16, (close, far)))[0].estimate
     assert one.value < other.value
     assert both.value == pytest.approx((one.value + other.value) / 2)
     assert (both.low, both.high) == (min(one.low, other.low), max(one.high, other.high))
