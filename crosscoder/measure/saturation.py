@@ -12,8 +12,9 @@ from scipy import optimize, sparse, stats
 from scipy.sparse import csgraph
 
 from crosscoder.measure.counting import chapman
+from crosscoder.measure.density import SeedPair, ShapeReadings
 from crosscoder.measure.statistics import percentile_interval
-from crosscoder.results.table import CONFIDENCE, Estimate
+from crosscoder.results.table import CONFIDENCE, Estimate, Place, Row, Site
 
 NO_SATURATION = 0.1  # probability of unlimited growth above which a limit is not identified
 EXTRAPOLATION = 10.0  # a limit whose interval ends beyond this many times the largest count is not identified
@@ -252,3 +253,41 @@ def fit_saturation(
         reason = f"the interval of F_inf ends beyond {EXTRAPOLATION:g} times the largest count, {y.max():g}"
         return Saturation(tuple(curves), None, growth, f"not identified: {reason}")
     return Saturation(tuple(curves), limit, growth, None)
+
+
+def seed_counts(shape: ShapeReadings, site: Site) -> list[Row]:
+    """Chapman over all training seeds of a shape, Chao2 and the stable count of its first.
+
+    Chapman compares the first two dictionary seeds of each training: the mean, from the lowest to the highest end of
+    their intervals. Chao2 and the stable count (mean over seeds, interval their range) need at least three.
+    """
+    at, group = Place(subject=shape.name, site=site), shape.seeds[0]
+    if len(group) < 2:
+        missing = "needs two dictionary seeds of one training"
+        return [Row(at, key, None, missing) for key in ("chapman", "chao2", "stable_features")]
+    each = [
+        chapman_interval(len(pair.first), len(pair.second), len(pair.pairs_m2))
+        for pair in (SeedPair(*one[:2]) for one in shape.seeds)
+    ]
+    ends = min(one.low for one in each), max(one.high for one in each)
+    found = [Row(at, "chapman", Estimate(float(np.mean([one.value for one in each])), *ends))]
+    if len(group) < 3:
+        missing = "needs three dictionary seeds of one training; this study has fewer"
+        return found + [Row(at, key, None, missing) for key in ("chao2", "stable_features")]
+    pairs = combinations(range(len(group)), 2)
+    links = {(i, j): SeedPair(group[i], group[j]).pairs_m2 for i, j in pairs}
+    sizes = [len(reading) for reading in group]
+    counts = []
+    for seed, size in enumerate(sizes):
+        mine = [pairs_m2 if key[0] == seed else pairs_m2[:, ::-1] for key, pairs_m2 in links.items() if seed in key]
+        counts.append(int(stable_features(size, mine).sum()))
+    stable = Estimate(float(np.mean(counts)), float(min(counts)), float(max(counts)))
+    return [*found, Row(at, "chao2", chao2(incidence(sizes, links))), Row(at, "stable_features", stable)]
+
+
+def size_limit(at: Place, sizes: Sequence[float], counts: Sequence[float]) -> Row:
+    """F_inf: the number of features that growing dictionaries approach, or why that cannot be told."""
+    if not counts or min(counts) <= 0:
+        return Row(at, "F_inf", None, "no counts, or an empty dictionary")
+    fit = fit_saturation(sizes, counts, seed=0)
+    return Row(at, "F_inf", fit.limit, fit.reason)

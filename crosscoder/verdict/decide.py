@@ -1,87 +1,84 @@
 """The decision rule, fixed before any run, as a pure function of values with intervals.
 
 R = lambda_B / lambda_A compares the wide, shallow model B with the deep, narrow A, lambda being entropy load over
-effective dimension. Which measurement gives which value is not decided here; what the values mean is.
+effective dimension. Gates say whether R can be read at all; conditions say what each hypothesis asks for, whatever the
+gates say; an interval must lie wholly where it should.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import replace
 
-from crosscoder.measure.statistics import linear_combination
-from crosscoder.results.table import Estimate
-from crosscoder.verdict.conditions import Condition, above_zero, check_conditions, kind_outside
-from crosscoder.verdict.rule import RULE, Evidence, Rule, known, show
-
-Label = Literal["H0", "H1a", "H1b", "H1", "H2-u", "H2", "undecided", "not testable"]
+from crosscoder.measure.comparison import identity_residual
+from crosscoder.results.table import Estimate, finite
+from crosscoder.results.verdict import Condition, Gate, Hypothesis, Label, UniversalityLabel, Verdict
+from crosscoder.verdict.rule import RULE, Evidence, Rule
 
 ROUNDING = 1e-12  # 1 - .95 is not .05 in binary; a value at its bound must not fail for that
 BELOW_CEILING = "below the ceiling: no contradiction at this scale"
-
-DEFINITIONS = {
-    "R": "Density ratio R = lambda_B / lambda_A, with lambda = entropy load over effective dimension (energy-weighted, "
-    "two-seed debiased), at equal explained variance, on what blocks write.",
-    "in_band": "A value is inside, above or below a bound when its whole 90 % interval is (for a band around 1 this is "
-    "the two one-sided test at 5 %).",
-    "consistent_with_0": "Consistent with 0: the interval reaches to within a negligible size of 0 and stays inside a "
-    "bound, so that neither a precise trace of bias refutes 0 nor a wide interval confirms it. Both numbers are "
-    "constants of the rule. X is above 0 when its whole interval is above what is negligible.",
-    "gamma_excess": "gamma of the trained subjects less gamma of the same subjects untrained.",
-    "count_gain": "Gain of joint counting: ln of the features of A's bank active on a token, over all layers, per "
-    "active feature of A's crosscoder at equal explained variance. 0 where every feature lives in one layer; above 0 "
-    "where one joint feature does the work of several layers' features, persisting or as a code across layers.",
-    "removal_shift": "ln R without the genuinely cross-layer features, less ln R with them.",
-    "H0": "Per-layer superposition is complete: R in the band around 2; gamma, X and count gain consistent with 0.",
-    "H1a": "Persistence reconciles the count: R equal to 1, d_eff growing as D sqrt(L), lifespans growing with depth "
-    "beyond the untrained control, count gain above 0, X not above 0.",
-    "H1b": "Genuinely cross-layer features reconcile the count: as H1a, with X above 0, and leaving those features out "
-    "moves ln R at least half the way to ln 2.",
-    "H1": "Cross-layer structure reconciles the count, but which kind is not shown.",
-    "H2-u": "The two models do not have the same features, so their counts are not two measures of one thing.",
-    "H2": "Neither: R outside both bands. Over-reconciled, partial, denser than per-layer superposition predicts, or "
-    "alternative compression (alpha consistent with 2 and gamma below .25).",
-    "undecided": "All gates pass, but an interval crosses a bound, or the evidence beside R contradicts its band.",
-    "not-testable": "A gate failed, so R says nothing about the question.",
-    "residual": "alpha + 2 gamma - 2: 0 where features are a function of parameters alone.",
+REQUIRED = ("ratio", "universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
+OPTIONAL = ("removal_shift", "ratio_residual", "trained_difference")  # `headroom` may be infinite
+KINDS = {
+    "over-reconciled": "the wide model is the less dense, so depth costs more than sharing across layers explains",
+    "partial": "the wide model is denser, but by less than per-layer superposition predicts",
+    "denser": "the wide model is denser than per-layer superposition predicts",
+    "alternative compression": "layers hold features as the square of their width without sharing them across depth",
+}
+SENTENCES: dict[Label, str] = {
+    "H0": "Per-layer superposition is complete: {ratio} times as many features fill a dimension of the wide model, and "
+    "nothing says that features are shared across layers.",
+    "H1a": "Features that persist across layers reconcile the counts: both models are equally dense ({ratio}).",
+    "H1b": "Features that only several layers together express reconcile the counts: both models are equally dense "
+    "({ratio}), and without these features they are not.",
+    "H1": "Structure across layers reconciles the counts: both models are equally dense ({ratio}); whether features "
+    "persist or are genuinely cross-layer is not shown.",
+    "H2-u": "The two models do not have the same features, so the ratio of their densities does not bear on the "
+    "question: {reasons}.",
+    "H2": "Neither account holds, R is {ratio}: {kinds}.",
+    "undecided": "Undecided: {reasons}.",
+    "not testable": "Not testable: {reasons}.",
 }
 
 
-@dataclass(frozen=True)
-class Gate:
-    """One condition without which the ratio cannot be read."""
-
-    name: str
-    value: float | str | None
-    requirement: str
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the rule says, and everything that it was said from."""
-
-    version: str
-    label: Label
-    kinds: tuple[str, ...]  # of H2
-    universality: Literal["universal", "not universal", "between", "not measured"]
-    sentence: str
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...]
-    gates: tuple[Gate, ...]
-    conditions: tuple[Condition, ...]
-    residual: Estimate | None  # alpha + 2 gamma - 2
-
-
-REQUIRED = ("ratio", "universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
-OPTIONAL = ("removal_shift", "ratio_residual")  # `headroom` may be infinite
+def decide(evidence: Evidence, rule: Rule = RULE) -> Verdict:
+    """The verdict on `evidence`: the gates first, then universality, then the band of R and what stands beside it."""
+    gates, conditions = check_gates(evidence, rule), check_conditions(evidence, rule)
+    universality = _universality(evidence, rule)
+    failed = [gate for gate in gates if not gate.passed]
+    kinds: tuple[str, ...] = ()
+    if failed:
+        label: Label = "not testable"
+        reasons = tuple(f"{gate.name}: {_value(gate)}; required: {gate.requirement}" for gate in failed)
+    elif universality == "not universal":
+        label, reasons = "H2-u", (f"U is {show(known(evidence.universality))}, below {rule.not_universal:g}",)
+    else:
+        label, kinds, reasons = _read_ratio(evidence, conditions, rule)
+    return Verdict(
+        version=rule.version,
+        label=label,
+        kinds=kinds,
+        universality=universality,
+        sentence=_sentence(label, kinds, reasons, evidence, rule),
+        reasons=reasons,
+        notes=_notes(evidence, rule),
+        gates=gates,
+        conditions=conditions,
+        rule=rule.constants(),
+    )
 
 
-def _at_most(name: str, value: float | None, limit: float, what: str) -> Gate:
-    passed = value is not None and 0 <= value <= limit + ROUNDING
-    return Gate(name, value, f"{what}, at most {limit:g}", passed)
+def known(estimate: Estimate | None) -> Estimate:
+    """The estimate of a statistic that the gates have found measured."""
+    if estimate is None:
+        raise ValueError("a statistic of the rule is missing although the gates passed")
+    return estimate
+
+
+def show(estimate: Estimate) -> str:
+    """Value and interval in words, three digits."""
+    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
@@ -91,20 +88,19 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
     if e.explained_variance is not None and max(e.explained_variance) > 0:
         gap = abs(e.explained_variance[0] - e.explained_variance[1]) / max(e.explained_variance)
     loss = _at_most("loss gap", e.loss_gap, rule.loss_gap, "gap of held-out losses")
-    loss_passed = loss.passed or (e.loss_matched and e.loss_gap is not None and math.isfinite(e.loss_gap))
+    loss_passed = loss.passed or (e.loss_matched and finite(e.loss_gap) is not None)
     difference = e.trained_difference
-    differs = difference is not None and difference.finite and not difference.covers(0)
     measured = {name: getattr(e, name) for name in REQUIRED}
     missing = [name for name, value in measured.items() if value is None or not value.finite]
-    present = [value for value in (*measured.values(), *(getattr(e, name) for name in OPTIONAL), difference) if value]
+    present = [value for value in (*measured.values(), *(getattr(e, name) for name in OPTIONAL)) if value]
     confidences = sorted({value.confidence for value in present})
     return (
-        dataclasses.replace(loss, requirement=f"{loss.requirement}, or loss-matched checkpoints", passed=loss_passed),
+        replace(loss, requirement=f"{loss.requirement}, or loss-matched checkpoints", passed=loss_passed),
         _at_most("explained variance", gap, rule.explained_variance_gap, "relative gap of A and B"),
         _at_most("dead features", e.dead_share, rule.dead_share, "dead share"),
         Gate(
             "self-cosine",
-            e.self_cosine,
+            finite(e.self_cosine),
             f"decoder cosine of matched features of two seeds, at least {rule.self_cosine:g}",
             e.self_cosine is not None and e.self_cosine >= rule.self_cosine - ROUNDING,
         ),
@@ -120,7 +116,7 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
             "trained against untrained",
             None if difference is None else show(difference),
             f"a difference in ln R whose interval leaves out 0 (by {e.trained_difference_by or 'any estimator'})",
-            differs,
+            difference is not None and difference.finite and not difference.covers(0),
         ),
         Gate(
             "statistics measured",
@@ -137,40 +133,81 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
     )
 
 
-def decide(evidence: Evidence, rule: Rule = RULE) -> Verdict:
-    """The verdict on `evidence`: the gates first, then universality, then the band of R and what stands beside it."""
-    gates = check_gates(evidence, rule)
-    failed = [gate for gate in gates if not gate.passed]
-    kinds: tuple[str, ...] = ()
-    if failed:
-        label: Label = "not testable"
-        reasons = tuple(f"{gate.name}: {_value(gate)}; required: {gate.requirement}" for gate in failed)
-    elif _universality(evidence, rule) == "not universal":
-        label, reasons = "H2-u", (f"U is {show(known(evidence.universality))}, below {rule.not_universal:g}",)
-    else:
-        label, kinds, reasons = _read_ratio(evidence, rule)
-    sentence = _sentence(label, kinds, reasons, evidence)
-    if evidence.headroom is not None and evidence.headroom.value > rule.ceiling:
-        sentence = f"{sentence} Headroom {evidence.headroom.value:.3g}: {BELOW_CEILING}."
-    return Verdict(
-        version=rule.version,
-        label=label,
-        kinds=kinds,
-        universality=_universality(evidence, rule),
-        sentence=sentence,
-        reasons=reasons,
-        notes=_notes(evidence, rule),
-        gates=gates,
-        conditions=check_conditions(evidence, rule),
-        residual=line_residual(evidence.alpha, evidence.gamma),
+def _at_most(name: str, value: float | None, limit: float, what: str) -> Gate:
+    passed = value is not None and 0 <= value <= limit + ROUNDING
+    return Gate(name, finite(value), f"{what}, at most {limit:g}", passed)
+
+
+def check_conditions(evidence: Evidence, rule: Rule) -> tuple[Condition, ...]:
+    """Every condition of every hypothesis."""
+    e = evidence
+    zero = {"gamma": (e.gamma, rule.zero_gamma), "X": (e.cross_layer, rule.zero_cross_layer)}
+    zero["count gain"] = (e.count_gain, rule.zero_count_gain)
+    low, high = rule.equal
+    outside = f"wholly below {low:g}, between {high:g} and {rule.complete[0]:g}, or above {rule.complete[1]:g}"
+    universal = f"at most {rule.not_universal:g}"
+    return (
+        _inside("H0", "R", e.ratio, rule.complete),
+        *(_near_zero("H0", name, value, bounds) for name, (value, bounds) in zero.items()),
+        _inside("H1", "R", e.ratio, rule.equal),
+        _inside("H1", "delta", e.delta, rule.delta),
+        _shared(e, rule),
+        _condition("H1", "count gain", e.count_gain, "above 0", lambda found: found.low > 0),
+        _condition("H2", "R", e.ratio, outside, lambda found: _kind_outside(found, rule) is not None),
+        _condition("H2-u", "U", e.universality, universal, lambda found: found.high <= rule.not_universal),
     )
 
 
-def line_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimate | None:
-    """`alpha + 2 gamma - 2` with its interval, alpha and gamma taken as independent; None where one is missing."""
-    if alpha is None or gamma is None or not (alpha.finite and gamma.finite) or alpha.confidence != gamma.confidence:
-        return None
-    return linear_combination([(1.0, alpha), (2.0, gamma)], constant=-2.0)
+def _condition(
+    hypothesis: Hypothesis,
+    statistic: str,
+    value: Estimate | None,
+    requirement: str,
+    is_met: Callable[[Estimate], bool],
+) -> Condition:
+    if value is None or not value.finite:
+        return Condition(hypothesis, statistic, requirement, "not measured", None)
+    return Condition(hypothesis, statistic, requirement, show(value), is_met(value))
+
+
+def _inside(hypothesis: Hypothesis, statistic: str, value: Estimate | None, bounds: tuple[float, float]) -> Condition:
+    requirement = f"inside [{bounds[0]:g}, {bounds[1]:g}]"
+    return _condition(hypothesis, statistic, value, requirement, lambda found: found.inside(*bounds))
+
+
+def _near_zero(hypothesis: Hypothesis, statistic: str, value: Estimate | None, zero: tuple[float, float]) -> Condition:
+    negligible, bound = zero
+    requirement = f"consistent with 0 (reaching to {negligible:g} of it and inside [-{bound:g}, {bound:g}])"
+
+    def is_met(found: Estimate) -> bool:
+        return found.low <= negligible and found.high >= -negligible and found.inside(-bound, bound)
+
+    return _condition(hypothesis, statistic, value, requirement, is_met)
+
+
+def _shared(evidence: Evidence, rule: Rule) -> Condition:
+    """Lifespans grow beyond the control, or features are genuinely cross-layer."""
+    gamma, excess, cross_layer = evidence.gamma, evidence.gamma_excess, evidence.cross_layer
+    requirement = f"gamma above {rule.gamma:g} and beyond the untrained control, or X above 0"
+    if gamma is None or excess is None or cross_layer is None:
+        return Condition("H1", "structure across layers", requirement, "not measured", None)
+    measured = f"gamma {show(gamma)}, excess {show(excess)}, X {show(cross_layer)}"
+    is_met = (gamma.low > rule.gamma and excess.low > 0) or _above_zero(cross_layer, rule)
+    return Condition("H1", "structure across layers", requirement, measured, is_met)
+
+
+def _above_zero(cross_layer: Estimate, rule: Rule) -> bool:
+    """Whether X is above 0: wholly above what is negligible."""
+    return cross_layer.low > rule.zero_cross_layer[0]
+
+
+def _kind_outside(ratio: Estimate, rule: Rule) -> str | None:
+    """Which kind of H2 an interval of R wholly outside both bands is; None for one that touches a band."""
+    if ratio.high < rule.equal[0]:
+        return "over-reconciled"
+    if rule.equal[1] < ratio.low and ratio.high < rule.complete[0]:
+        return "partial"
+    return "denser" if ratio.low > rule.complete[1] else None
 
 
 def _value(gate: Gate) -> str:
@@ -179,7 +216,7 @@ def _value(gate: Gate) -> str:
     return gate.value if isinstance(gate.value, str) else f"{gate.value:.3g}"
 
 
-def _universality(evidence: Evidence, rule: Rule) -> Literal["universal", "not universal", "between", "not measured"]:
+def _universality(evidence: Evidence, rule: Rule) -> UniversalityLabel:
     u = evidence.universality
     if u is None or not u.finite:
         return "not measured"
@@ -188,26 +225,26 @@ def _universality(evidence: Evidence, rule: Rule) -> Literal["universal", "not u
     return "not universal" if u.high <= rule.not_universal else "between"
 
 
-def _read_ratio(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
+def _read_ratio(
+    evidence: Evidence, conditions: tuple[Condition, ...], rule: Rule
+) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
     """Label, kinds of H2 and reasons, by where the interval of R lies."""
     ratio = known(evidence.ratio)
     shown = f"R is {show(ratio)}"
-    conditions = check_conditions(evidence, rule)
-    against = {
-        name: tuple(c.against for c in conditions if c.hypothesis == name and c.statistic != "R" and not c.met)
+    unmet = {
+        name: [c for c in conditions if c.hypothesis == name and c.statistic != "R" and not c.met]
         for name in ("H0", "H1")
     }
-    if ratio.inside(*rule.complete):
-        if against["H0"]:
-            return "undecided", (), (f"{shown}, in the band of H0", *against["H0"])
-        return "H0", (), (shown,)
-    if ratio.inside(*rule.equal):
-        if against["H1"]:
-            return "undecided", (), (f"{shown}, in the band of H1", *against["H1"])
-        return _kind_of_reconciliation(evidence, rule)
-    kind = kind_outside(ratio, rule)
+    for name, band in (("H0", rule.complete), ("H1", rule.equal)):
+        if ratio.inside(*band):
+            if unmet[name]:
+                return "undecided", (), (f"{shown}, in the band of {name}", *(c.against for c in unmet[name]))
+            return ("H0", (), (shown,)) if name == "H0" else _kind_of_reconciliation(evidence, rule)
+    kind = _kind_outside(ratio, rule)
     if kind is None:
-        return "undecided", (), (_across(ratio, rule), *_beside(conditions))
+        # what a sharper R would not mend
+        beside = [f"{name} also lacks {', '.join(c.statistic for c in left)}" for name, left in unmet.items() if left]
+        return "undecided", (), (_across(ratio, rule), *beside)
     squared = known(evidence.alpha).covers(rule.alternative_alpha) and known(evidence.gamma).high < rule.gamma
     return "H2", (kind, "alternative compression") if squared else (kind,), (shown,)
 
@@ -218,20 +255,10 @@ def _across(ratio: Estimate, rule: Rule) -> str:
     return f"R is {show(ratio)}, an interval that crosses the rule's bound{'s' * (len(held) > 1)} {listed}"
 
 
-def _beside(conditions: tuple[Condition, ...]) -> tuple[str, ...]:
-    """What a sharper R would not mend: the hypotheses that other statistics already speak against."""
-    said = []
-    for name in ("H0", "H1"):
-        unmet = [c.statistic for c in conditions if c.hypothesis == name and c.statistic != "R" and not c.met]
-        if unmet:
-            said.append(f"{name} also lacks {', '.join(unmet)}")
-    return tuple(said)
-
-
 def _kind_of_reconciliation(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
     ratio, cross_layer, shift = known(evidence.ratio), known(evidence.cross_layer), evidence.removal_shift
     shown = f"R is {show(ratio)}"
-    if not above_zero(cross_layer, rule):
+    if not _above_zero(cross_layer, rule):
         return "H1a", (), (shown, f"X is {show(cross_layer)}, not above 0")
     if shift is None or not shift.finite:
         return "H1", (), (shown, "R without the genuinely cross-layer features was not measured")
@@ -257,7 +284,7 @@ def _notes(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
     if primary is not None and secondary is not None:
         apart = primary.high < secondary.low or secondary.high < primary.low
         notes.append(f"R on the residual stream is {show(secondary)}, {'apart from' if apart else 'within reach of'} R")
-    residual = line_residual(evidence.alpha, evidence.gamma)
+    residual = identity_residual(evidence.alpha, evidence.gamma)
     if residual is not None:
         fits = "consistent" if residual.covers(0) else "not consistent"
         forced = "; equal dictionaries that are all but full give 0 whatever the models do"
@@ -265,29 +292,10 @@ def _notes(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
     return tuple(notes)
 
 
-KINDS = {
-    "over-reconciled": "the wide model is the less dense, so depth costs more than sharing across layers explains",
-    "partial": "the wide model is denser, but by less than per-layer superposition predicts",
-    "denser": "the wide model is denser than per-layer superposition predicts",
-    "alternative compression": "layers hold features as the square of their width without sharing them across depth",
-}
-SENTENCES: dict[Label, str] = {
-    "H0": "Per-layer superposition is complete: {ratio} times as many features fill a dimension of the wide model, and "
-    "nothing says that features are shared across layers.",
-    "H1a": "Features that persist across layers reconcile the counts: both models are equally dense ({ratio}).",
-    "H1b": "Features that only several layers together express reconcile the counts: both models are equally dense "
-    "({ratio}), and without these features they are not.",
-    "H1": "Structure across layers reconciles the counts: both models are equally dense ({ratio}); whether features "
-    "persist or are genuinely cross-layer is not shown.",
-    "H2-u": "The two models do not have the same features, so the ratio of their densities does not bear on the "
-    "question: {reasons}.",
-    "H2": "Neither account holds, R is {ratio}: {kinds}.",
-    "undecided": "Undecided: {reasons}.",
-    "not testable": "Not testable: {reasons}.",
-}
-
-
-def _sentence(label: Label, kinds: tuple[str, ...], reasons: tuple[str, ...], evidence: Evidence) -> str:
+def _sentence(label: Label, kinds: tuple[str, ...], reasons: tuple[str, ...], evidence: Evidence, rule: Rule) -> str:
     ratio = "an unmeasured number" if evidence.ratio is None else show(evidence.ratio)
     explained = "; ".join(f"{KINDS[kind]} ({kind})" for kind in kinds)
-    return SENTENCES[label].format(ratio=ratio, reasons="; ".join(reasons), kinds=explained)
+    sentence = SENTENCES[label].format(ratio=ratio, reasons="; ".join(reasons), kinds=explained)
+    if evidence.headroom is not None and evidence.headroom.value > rule.ceiling:
+        return f"{sentence} Headroom {evidence.headroom.value:.3g}: {BELOW_CEILING}."
+    return sentence

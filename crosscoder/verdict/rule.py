@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from crosscoder.measure.dimension import SELF_COSINE
 from crosscoder.results.table import CONFIDENCE, Estimate
 
 
@@ -16,7 +18,7 @@ class Rule:
     loss_gap: float = 0.01
     explained_variance_gap: float = 0.05
     dead_share: float = 0.1
-    self_cosine: float = 0.9
+    self_cosine: float = SELF_COSINE
     calibration_error: float = 0.1
     universal: float = 0.8
     not_universal: float = 0.5
@@ -30,6 +32,10 @@ class Rule:
     zero_gamma: tuple[float, float] = (0.05, 0.25)  # negligible, bound
     zero_cross_layer: tuple[float, float] = (0.05, 0.25)
     zero_count_gain: tuple[float, float] = (0.1, 0.4)
+
+    def constants(self) -> dict[str, Any]:
+        """Every constant by name, pairs as lists."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 RULE = Rule()
@@ -65,15 +71,3 @@ class Evidence:
     headroom: Estimate | None = None
     trained_difference_by: str | None = None  # the estimator of R that both the trained and the untrained pair have
     n_training_seeds: int = 1  # of the shape with fewest
-
-
-def known(estimate: Estimate | None) -> Estimate:
-    """The estimate of a statistic that the gates have found measured."""
-    if estimate is None:
-        raise ValueError("a statistic of the rule is missing although the gates passed")
-    return estimate
-
-
-def show(estimate: Estimate) -> str:
-    """Value and interval in words, three digits."""
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"

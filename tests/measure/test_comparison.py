@@ -9,10 +9,11 @@ import pytest
 from scipy import sparse
 
 from crosscoder.foundation.artifact import DamagedArtifactError
-from crosscoder.measure import comparison, density
+from crosscoder.measure import comparison, counting, density
 from crosscoder.measure.density import SeedPair, ShapeReadings
 from crosscoder.measure.reading import Reading, load_reading, save_reading
-from crosscoder.verdict import gain
+from crosscoder.results.quantities import PRIMARY_ESTIMATOR
+from crosscoder.results.table import Estimate, LongTable, Place
 
 T, F = 4000, 192
 DOCUMENT_T = np.arange(T) // 100
@@ -92,7 +93,7 @@ def test_of_duplicates_the_most_active_stands_for_all():
 def test_density_ratio_returns_what_was_planted(width_a, width_b, ratio):
     """Features of one layer: d_eff = L D, so R = 2. Features of all layers: d_eff = D, so R = 1/2."""
     a, b = subject("A", 8, 32, width_a), subject("B", 2, 64, width_b)
-    log = density.density_ratio(b, a, density.PRIMARY, DOCUMENT_T)
+    log = density.density_ratio(b, a, PRIMARY_ESTIMATOR, DOCUMENT_T)
     assert not isinstance(log, str)
     assert math.exp(log.value) == pytest.approx(ratio, rel=0.1)
     assert log.estimate().covers(math.log(ratio))
@@ -107,7 +108,7 @@ def test_noise_inflates_the_raw_dimension_and_not_the_debiased_one():
 
 
 def test_dictionaries_that_disagree_have_no_primary_density():
-    reason = density.density(subject("A", 8, 32, 8, noise=1.0), density.PRIMARY, DOCUMENT_T)
+    reason = density.density(subject("A", 8, 32, 8, noise=1.0), PRIMARY_ESTIMATOR, DOCUMENT_T)
     assert isinstance(reason, str)
     assert "0.9" in reason
     assert not isinstance(density.density(subject("A", 8, 32, 8, noise=1.0), "load_raw", DOCUMENT_T), str)
@@ -116,7 +117,7 @@ def test_dictionaries_that_disagree_have_no_primary_density():
 def test_one_dictionary_seed_has_no_debiased_density():
     whole = subject("A", 8, 32, 8)
     alone = ShapeReadings("A", 8, 32, tuple(group[:1] for group in whole.seeds))
-    assert "two" in density.density(alone, density.PRIMARY, DOCUMENT_T)
+    assert "two" in density.density(alone, PRIMARY_ESTIMATOR, DOCUMENT_T)
 
 
 def test_entropy_load_of_a_density_is_the_sum_of_binary_entropies():
@@ -124,13 +125,21 @@ def test_entropy_load_of_a_density_is_the_sum_of_binary_entropies():
     reading, pair = one.readings[0], one.pairs[0][0]
     p = reading.probability_F
     load = float((-p * np.log(p) - (1 - p) * np.log(1 - p)).sum())
-    assert density.density(one, density.PRIMARY, DOCUMENT_T).value == pytest.approx(load / pair.debiased.value)
+    assert density.density(one, PRIMARY_ESTIMATOR, DOCUMENT_T).value == pytest.approx(load / pair.debiased.value)
 
 
 def test_slots_count_a_feature_on_every_layer_it_occupies():
     a = subject("A", 8, 32, 8)
     assert density.density(a, "count_joint", DOCUMENT_T).value == pytest.approx(F / 256)
     assert density.density(a, "count_slots", DOCUMENT_T).value == pytest.approx(8 * F / 256, rel=1e-3)
+
+
+def site_of(trained, untrained=None) -> comparison.SiteReadings:
+    return comparison.SiteReadings(site="write", trained=trained, untrained=untrained or {}, document_T=DOCUMENT_T)
+
+
+def measured(trained, untrained=None) -> LongTable:
+    return LongTable(tuple(comparison.measure_site(site_of(trained, untrained))))
 
 
 def test_exponents_of_planted_shapes():
@@ -140,53 +149,77 @@ def test_exponents_of_planted_shapes():
             name: subject(name, layers, width, layers if whole else 1)
             for name, layers, width in (("A", 8, 32), ("B", 2, 64), ("C", 4, 45))
         }
-        site = comparison.SiteReadings(site="write", trained=shapes, document_T=DOCUMENT_T)
-        found = comparison.measure_site(site)
-        assert found.estimate("gamma").value == pytest.approx(gamma, abs=0.05)
-        assert found.estimate("delta").value == pytest.approx(delta, abs=0.12)
-        assert found.estimate("trained_difference") is None
-        assert found.statistics["trained_difference"].missing
+        found = measured(shapes)
+        assert found.one("gamma").value == pytest.approx(gamma, abs=0.05)
+        assert found.one("delta").value == pytest.approx(delta, abs=0.12)
+        assert found.one("trained_difference") is None
+        assert found.select("trained_difference").rows[0].missing
 
 
 def test_the_control_is_subtracted():
     trained = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
     untrained = {"A": subject("A", 8, 32, 8), "B": subject("B", 2, 64, 2)}
-    site = comparison.SiteReadings(site="write", trained=trained, untrained=untrained, document_T=DOCUMENT_T)
-    found = comparison.measure_site(site)
-    assert found.estimate("trained_difference").value == pytest.approx(math.log(4), abs=0.15)
-    assert found.estimate("gamma_excess").value == pytest.approx(-1, abs=0.05)
+    found = measured(trained, untrained)
+    assert found.one("trained_difference", estimator=PRIMARY_ESTIMATOR).value == pytest.approx(math.log(4), abs=0.15)
+    assert found.one("gamma_excess").value == pytest.approx(-1, abs=0.05)
 
 
 def test_a_control_without_agreement_is_compared_by_single_dictionaries():
     trained = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
     noisy = {"A": subject("A", 8, 32, 8, noise=1.0), "B": subject("B", 2, 64, 2, noise=1.0)}
-    site = comparison.SiteReadings(site="write", trained=trained, untrained=noisy, document_T=DOCUMENT_T)
-    found = comparison.measure_site(site)
-    assert found.estimate(f"R untrained, {density.PRIMARY}") is None
-    weighted = [math.log(found.estimate(f"{r}, load_weighted").value) for r in ("R", "R untrained")]
-    assert found.estimate("trained_difference").value == pytest.approx(weighted[0] - weighted[1])
+    found = measured(trained, noisy)
+    assert found.one("ratio", state="untrained", estimator=PRIMARY_ESTIMATOR) is None
+    weighted = [
+        math.log(found.one("ratio", state=s, estimator="load_weighted").value) for s in ("trained", "untrained")
+    ]
+    difference = found.one("trained_difference", estimator="load_weighted")
+    assert difference.value == pytest.approx(weighted[0] - weighted[1])
 
 
 def test_universality_is_one_for_the_same_features_and_near_null_for_others():
     same = {"A": subject("A", 8, 32, 1), "B": subject("B", 2, 64, 1)}
-    site = comparison.SiteReadings(site="write", trained=same, document_T=DOCUMENT_T)
-    found = comparison.measure_universality(site)
-    assert found.normalised.value == pytest.approx(1, abs=0.01)
-    assert found.null < 0.2
-    assert found.rates.median_ratio == pytest.approx(1)
+    found = LongTable(tuple(comparison.measure_universality(site_of(same))))
+    assert found.one("universality").value == pytest.approx(1, abs=0.01)
+    assert found.one("u_null") < 0.2
+    assert found.one("rate_median_ratio") == pytest.approx(1)
+    assert found.one("share_forward_7") == found.one("share_backward_7") == 1
     b = same["B"]
     other = ShapeReadings("B", 2, 64, tuple(tuple(read(r.decoder_FLD, activity(9), 1) for r in g) for g in b.seeds))
-    strange = comparison.measure_universality(
-        comparison.SiteReadings(site="write", trained={"A": same["A"], "B": other}, document_T=DOCUMENT_T)
-    )
-    assert abs(strange.normalised.value) < 0.05
+    strange = LongTable(tuple(comparison.measure_universality(site_of({"A": same["A"], "B": other}))))
+    assert abs(strange.one("universality").value) < 0.05
 
 
 def test_universality_needs_two_trainings():
     one = {"A": subject("A", 8, 32, 1, seeds=1), "B": subject("B", 2, 64, 1, seeds=1)}
-    found = comparison.measure_universality(comparison.SiteReadings(site="write", trained=one, document_T=DOCUMENT_T))
-    assert found.normalised is None
+    (found,) = LongTable(tuple(comparison.measure_universality(site_of(one)))).select("universality")
+    assert found.value is None
     assert "ceiling" in found.missing
+
+
+def test_points_are_means_over_dictionary_seeds_and_their_pairs():
+    one = subject("A", 8, 32, 1)
+    found = measured({"A": one}).select(subject="A", training_seed=1, state="trained")
+    assert found.one("point_load") == pytest.approx(
+        np.mean([counting.binary_entropy(r.probability_F).sum() for r in one.seeds[1]])
+    )
+    assert found.one("d_eff_debiased") == pytest.approx(one.pairs[1][0].debiased.value)
+    alone = ShapeReadings("A", 8, 32, tuple(group[:1] for group in one.seeds))
+    assert measured({"A": alone}).one("d_eff_debiased", training_seed=0) is None
+
+
+def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():
+    at = Place(site="write")
+    assert comparison.seeds_row(at, "count_gain", [[1.0, 1.2], [0.9]]).value.value == pytest.approx(1.0)
+    assert comparison.seeds_row(at, "count_gain", [[1.0], ["no bank"]]).missing == "no bank"
+    assert comparison.seeds_row(at, "count_gain", []).missing == "not run"
+
+
+def test_identity_residual():
+    """alpha + 2 gamma - 2, at one end of its line."""
+    found = comparison.identity_residual(Estimate(1.0, 0.9, 1.1), Estimate(0.5, 0.4, 0.6))
+    assert found.value == pytest.approx(0)
+    assert (found.low, found.high) == (pytest.approx(-math.hypot(0.1, 0.2)), pytest.approx(math.hypot(0.1, 0.2)))
+    assert comparison.identity_residual(None, Estimate(0.5, 0.4, 0.6)) is None
 
 
 def test_readings_of_different_texts_are_refused():
@@ -204,17 +237,3 @@ def test_a_pair_knows_its_matches():
     assert pair.matched_share == 1
     half = SeedPair(pair.first, pair.second.only(np.arange(F // 2)))
     assert len(half.pairs_m2) == F // 2
-
-
-def test_count_gain_by_hand():
-    bank = [gain.Point(20, 0.8), gain.Point(80, 0.95)]
-    assert gain.count_gain(gain.Point(20, 0.8), bank) == pytest.approx(0)
-    assert gain.count_gain(gain.Point(10, 0.95), bank) == pytest.approx(math.log(8))
-    assert gain.count_gain(gain.Point(10, 0.875), bank) == pytest.approx(math.log(4))  # halfway
-    assert "outside" in gain.count_gain(gain.Point(10, 0.97), bank)
-
-
-def test_count_gain_is_near_0_between_a_bank_with_too_few_features_and_one_with_enough():
-    """Six features of one layer each: a bank with 4.4 of them explains that share, one with 6.5 everything."""
-    bank = [gain.Point(4.4, 0.82), gain.Point(6.5, 0.9999)]
-    assert abs(gain.count_gain(gain.Point(6.0, 0.98), bank)) < 0.05

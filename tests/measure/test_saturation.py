@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from crosscoder.measure import counting, saturation
+from crosscoder.measure.density import ShapeReadings
+from crosscoder.results.table import Place
+from tests.measure.test_comparison import activity, read, truth
 
 SIZES = np.array([64, 96, 128, 192, 256, 384, 512, 768, 1024], dtype=float)
 
@@ -138,3 +141,51 @@ def test_too_few_sizes_are_not_identified():
     assert found.reason == "not identified: 4 counts at 4 sizes cannot tell three curves apart; 6 at 4 sizes can"
     with pytest.raises(ValueError, match="2 sizes and 3 counts"):
         saturation.fit_saturation([64, 128], [1, 2, 3], seed=0)
+
+
+def three_seeds() -> ShapeReadings:
+    """Dictionaries of 40 features: 0-29 are in all three, 30-39 in one seed each."""
+    decoder, code = truth(4, 16, 1, 0), activity()
+    group = []
+    for seed in range(3):
+        kept = np.r_[0:30, 30 + 10 * seed : 40 + 10 * seed]
+        group.append(read(decoder[kept], code[:, kept], seed))
+    return ShapeReadings("A", 4, 16, (tuple(group),))
+
+
+def test_stable_features_are_those_that_other_seeds_have_too():
+    found = {row.key: row for row in saturation.seed_counts(three_seeds(), "write")}
+    assert found["stable_features"].value.value == 30
+    assert found["chapman"].value.value == pytest.approx(41 * 41 / 31 - 1)
+    # 30 features seen three times, 30 once, none twice: 60 + 2/3 * 30 * 29 / 2
+    assert found["chao2"].value.value == pytest.approx(60 + 2 / 3 * 30 * 29 / 2)
+
+
+def test_what_needs_more_seeds_says_so():
+    whole = three_seeds()
+    two = ShapeReadings("A", 4, 16, (whole.seeds[0][:2],))
+    found = {row.key: row for row in saturation.seed_counts(two, "write")}
+    assert found["chapman"].value is not None
+    assert "three dictionary seeds" in found["stable_features"].missing
+    one = ShapeReadings("A", 4, 16, (whole.seeds[0][:1],))
+    assert all(row.value is None for row in saturation.seed_counts(one, "write"))
+
+
+def test_a_dictionary_that_stops_growing_has_a_limit_and_one_that_does_not_has_none():
+    at, sizes = Place(subject="A", site="write"), [32, 32, 64, 64, 128, 128, 256, 256]
+    stops = [30, 31, 55, 54, 80, 81, 88, 89]
+    assert 85 < saturation.size_limit(at, sizes, stops).value.value < 110
+    assert saturation.size_limit(at, sizes, sizes).missing
+    assert saturation.size_limit(at, [], []).missing
+
+
+def test_chapman_is_the_mean_over_trainings_and_reaches_over_all_of_them():
+    whole = three_seeds()
+    close, far = whole.seeds[0][:2], (whole.seeds[0][0], whole.seeds[0][1].only(np.r_[0:10, 30:40]))
+    one, other = (
+        saturation.seed_counts(ShapeReadings("A", 4, 16, (group,)), "write")[0].value for group in (close, far)
+    )
+    both = saturation.seed_counts(ShapeReadings("A", 4, 16, (close, far)), "write")[0].value
+    assert one.value < other.value
+    assert both.value == pytest.approx((one.value + other.value) / 2)
+    assert (both.low, both.high) == (min(one.low, other.low), max(one.high, other.high))

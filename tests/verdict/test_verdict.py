@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from crosscoder.measure import statistics
+from crosscoder.results.quantities import NOTES
 from crosscoder.results.table import Estimate
-from crosscoder.verdict import decide as verdict
-from crosscoder.verdict.decide import BELOW_CEILING, RULE, Evidence, decide
+from crosscoder.verdict.decide import BELOW_CEILING, decide
+from crosscoder.verdict.rule import RULE, Evidence
 
 ZERO = Estimate(0.0, -0.05, 0.05)
 ABOVE = Estimate(0.3, 0.2, 0.4)
@@ -91,7 +92,7 @@ def test_values_that_give_each_verdict(evidence, label, kinds):
     assert (found.label, found.kinds) == (label, kinds)
     assert found.version == "crosscoder.verdict/2"
     assert all(gate.passed for gate in found.gates)
-    assert found.label in verdict.DEFINITIONS  # and `not-testable`, where the space would break the anchor
+    assert found.label.replace(" ", "-") in NOTES
     assert found.sentence.endswith(".")
     assert "{" not in found.sentence
 
@@ -244,15 +245,12 @@ def test_headroom_is_printed_whatever_the_ratio(base):
     assert BELOW_CEILING not in decide(full).sentence
 
 
-def test_residual_of_the_line():
-    found = decide(PERSISTENT).residual
-    assert found is not None
-    assert found.value == pytest.approx(0)  # alpha 1, gamma 1/2: one end of the line
-    assert found.high == pytest.approx(math.hypot(0.1, 0.2))
+def test_whether_features_are_a_function_of_parameters_alone_is_noted():
+    """alpha 1 and gamma 1/2 are one end of the line alpha + 2 gamma - 2."""
     assert any("alpha + 2 gamma - 2 is" in note and "not consistent" not in note for note in decide(PERSISTENT).notes)
     off = decide(dataclasses.replace(PERSISTENT, alpha=Estimate(1.9, 1.8, 2.0)))
     assert any("not consistent with 0" in note for note in off.notes)
-    assert decide(dataclasses.replace(COMPLETE, alpha=None)).residual is None
+    assert not any("alpha" in note for note in decide(dataclasses.replace(COMPLETE, alpha=None)).notes)
 
 
 def test_notes_on_replication_and_on_the_other_site():
@@ -265,6 +263,24 @@ def test_the_rule_is_data():
     strict = dataclasses.replace(RULE, dead_share=0.01, version="strict")
     found = decide(COMPLETE, strict)
     assert (found.label, found.version) == ("not testable", "strict")
+    assert found.rule["dead_share"] == 0.01
+    assert found.rule["complete"] == [1.6, 2.5]
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+def test_the_labels_are_defined_with_the_rules_own_numbers():
+    assert f"gamma below {RULE.gamma:g}".replace("0.", ".") in NOTES["H2"]
+    assert f"alpha consistent with {RULE.alternative_alpha:g}" in NOTES["H2"]
+    assert RULE.complete[0] < 2 < RULE.complete[1]
+    assert "the band around 2" in NOTES["H0"]
+    assert RULE.removal_share == 0.5
+    assert "half the way" in NOTES["H1b"]
+
+
+def test_a_gate_without_a_number_holds_none_and_fails():
+    found = decide(dataclasses.replace(COMPLETE, dead_share=math.nan, self_cosine=math.nan))
+    gates = {gate.name: gate for gate in found.gates if not gate.passed}
+    assert gates["dead features"].value is gates["self-cosine"].value is None
     json.dumps(dataclasses.asdict(found), allow_nan=False)
 
 
