@@ -14,7 +14,7 @@ import numpy as np
 from crosscoder.measure import counting, density, dimension, matching, universality
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.statistics import Bootstrap, exponentiate, linear_combination, two_level_bootstrap
+from crosscoder.measure.statistics import Bootstrap, exponentiate, statistic_row, two_level_bootstrap
 from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR
 from crosscoder.results.table import COMPARED, Estimate, Place, Row, Site, State, rows_at
 
@@ -45,20 +45,6 @@ class SiteReadings:
         """A and B of a state; None where one of them was not read."""
         shapes = self.shapes(state)
         return (shapes["A"], shapes["B"]) if shapes.keys() >= set(COMPARED) else None
-
-
-def statistic_row(at: Place, key: str, value: Bootstrap | str) -> Row:
-    """A resampled value with its interval, or the reason why there is none."""
-    return Row(at, key, None, value) if isinstance(value, str) else Row(at, key, value.estimate())
-
-
-def seeds_row(at: Place, key: str, groups: Sequence[Sequence[float | str]]) -> Row:
-    """A number of each dictionary of each training seed as one row; the first reason where one is missing."""
-    reasons = [value for group in groups for value in group if isinstance(value, str)]
-    if reasons or not groups or not all(groups):
-        return Row(at, key, None, reasons[0] if reasons else "not run")
-    values = [[float(value) for value in group] for group in groups]
-    return statistic_row(at, key, two_level_bootstrap(values, seed=0, n_draws=density.N_DRAWS))
 
 
 def measure_site(readings: SiteReadings) -> list[Row]:
@@ -135,14 +121,7 @@ def _relative_dimension(shape: ShapeReadings, seed: int) -> Bootstrap | str:
         if reason or not known or not np.isfinite(known).all():
             return f"{shape.name}: {reason or 'one dictionary seed, or no interference'}"
         groups.append([value / shape.d_model for value in known])
-    return two_level_bootstrap(groups, seed=seed, n_draws=density.N_DRAWS)
-
-
-def identity_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimate | None:
-    """`alpha + 2 gamma - 2` with its interval, alpha and gamma taken as independent; None where one is missing."""
-    if alpha is None or gamma is None or not (alpha.finite and gamma.finite) or alpha.confidence != gamma.confidence:
-        return None
-    return linear_combination([(1.0, alpha), (2.0, gamma)], constant=-2.0)
+    return two_level_bootstrap(groups, seed=seed)
 
 
 def _points(readings: SiteReadings, state: State) -> list[Row]:
@@ -180,11 +159,11 @@ def measure_universality(readings: SiteReadings) -> list[Row]:
     The ceiling is the mean over A's and B's shape of what two training seeds of one shape reach.
     """
     a, b = readings.trained["A"], readings.trained["B"]
-    u = two_level_bootstrap(_between(a, b), seed=0, n_draws=density.N_DRAWS).estimate()
+    u = two_level_bootstrap(_between(a, b), seed=0).estimate()
     first, second = a.seeds[0][0], b.seeds[0][0]
     null = universality.shifted_null(first.code, second.code, readings.document_T, seed=0, n_draws=NULL_DRAWS)
     ceilings = [row for shape in (a, b) for row in _within(shape)]
-    ceiling = two_level_bootstrap(ceilings, seed=0, n_draws=density.N_DRAWS).estimate() if ceilings else None
+    ceiling = two_level_bootstrap(ceilings, seed=0).estimate() if ceilings else None
     untrained = readings.pair("untrained")
     floor = None if untrained is None else float(np.mean([np.mean(row) for row in _between(*untrained)]))
     normalised, missing = None, "one training seed of each shape, so there is no ceiling to measure U against"

@@ -18,7 +18,6 @@ from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, document_sums, log_ratio, two_level_bootstrap
 
 PRIMARY = "load_debiased"
-N_DRAWS = 1000
 
 DEFINITIONS = {
     "load_debiased": "Density lambda, primary: entropy load of the distinct features, nats a token, over the "
@@ -102,7 +101,7 @@ class ShapeReadings:
 
     def bootstrap(self, value: Callable[[Reading], float], *, seed: int = 0) -> Bootstrap:
         """A number of each reading, resampled over training and dictionary seeds."""
-        return two_level_bootstrap([[value(r) for r in group] for group in self.seeds], seed=seed, n_draws=N_DRAWS)
+        return two_level_bootstrap([[value(r) for r in group] for group in self.seeds], seed=seed)
 
 
 def sparse_features(reading: Reading) -> np.ndarray:
@@ -166,9 +165,9 @@ def _resampled(
     known = [[(readings, float(dimension or 0)) for readings, dimension in group] for group in groups]
     if kind == "count":
         values = [[float(np.mean([len(r) for r in readings])) / d for readings, d in group] for group in known]
-        return two_level_bootstrap(values, seed=seed, n_draws=N_DRAWS)
+        return two_level_bootstrap(values, seed=seed)
     sums = [[_load_sums(readings, d, document_T) for readings, d in group] for group in known]
-    return two_level_bootstrap(sums, seed=seed, document_seed=0, statistic=_load_on_dimension, n_draws=N_DRAWS)
+    return two_level_bootstrap(sums, seed=seed, document_seed=0, statistic=_load_on_dimension)
 
 
 def _load_sums(readings: Sequence[Reading], dimension: float, document_T: np.ndarray) -> np.ndarray:

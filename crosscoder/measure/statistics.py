@@ -1,7 +1,7 @@
 """Intervals over seeds and documents, and ratios and sums of estimates.
 
-Every interval covers `CONFIDENCE`, 90 %. A training seed is the unit of replication: what
-varies within it (dictionary seeds, documents) is averaged, never counted as further replicates.
+Every interval covers 90 %. A training seed is the unit of replication: what varies within it (dictionary seeds,
+documents) is averaged, never counted as further replicates.
 """
 
 from __future__ import annotations
@@ -14,16 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from crosscoder.results.table import CONFIDENCE, Estimate
+from crosscoder.results.table import CONFIDENCE, Estimate, Place, Row
 
-DEFINITIONS = {
-    "interval": "Percentile interval, 90 %, of a two-level bootstrap: training seeds are drawn with replacement, then "
-    "dictionary seeds within each, and documents of the held-out text, the same for all dictionaries of a draw. With n "
-    "training seeds deviations are multiplied by sqrt(n / (n - 1)) times the ratio of the t to the normal quantile, "
-    "since few seeds vary too little under resampling. With one training seed the interval leaves out what training "
-    "would vary.",
-    "log_ratio": "Ratio B / A with its interval, formed on the log scale from independent estimates of A and B.",
-}
+N_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def two_level_bootstrap(
     seed: int,
     statistic: Callable[[np.ndarray], np.ndarray] | None = None,
     document_seed: int | None = None,
-    n_draws: int = 2000,
+    n_draws: int = N_DRAWS,
 ) -> Bootstrap:
     """Mean over training seeds of the mean over their dictionary seeds, resampled at both levels and by document.
 
@@ -140,6 +133,20 @@ def _evaluate(statistic: Callable[[np.ndarray], np.ndarray], weights: np.ndarray
             f"the statistic gave shape {values.shape} for {len(weights)} rows of totals; give one value a row"
         )
     return values
+
+
+def statistic_row(at: Place, key: str, value: Bootstrap | str) -> Row:
+    """A resampled value with its interval, or the reason why there is none."""
+    return Row(at, key, None, value) if isinstance(value, str) else Row(at, key, value.estimate())
+
+
+def seeds_row(at: Place, key: str, groups: Sequence[Sequence[float | str]]) -> Row:
+    """A number of each dictionary of each training seed as one row; the first reason where one is missing."""
+    reasons = [value for group in groups for value in group if isinstance(value, str)]
+    if reasons or not groups or not all(groups):
+        return Row(at, key, None, reasons[0] if reasons else "not run")
+    values = [[float(value) for value in group] for group in groups]
+    return statistic_row(at, key, two_level_bootstrap(values, seed=0))
 
 
 def log_ratio(numerator: Bootstrap, denominator: Bootstrap) -> Bootstrap:

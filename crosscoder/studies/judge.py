@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from crosscoder.measure import density, dimension, saturation
-from crosscoder.measure.comparison import SiteReadings, identity_residual, measure_site, seeds_row, statistic_row
+from crosscoder.measure import dimension, saturation
+from crosscoder.measure.comparison import SiteReadings, measure_site
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.dimension import CEILING
 from crosscoder.measure.reading import load_reading
-from crosscoder.measure.statistics import Bootstrap, two_level_bootstrap
+from crosscoder.measure.statistics import Bootstrap, seeds_row, statistic_row, two_level_bootstrap
 from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable, Place, Row, Site, State, finite
 from crosscoder.results.verdict import Verdict
 from crosscoder.studies.calibration import worst_calibration
@@ -49,7 +49,7 @@ def judge(
     ]
     inputs = GateInputs(loss_gap=loss_gap, loss_matched=loss_matched, calibration=worst_calibration(table))
     found = evidence.gather(LongTable(tuple(measured)), primary, inputs)
-    residual = identity_residual(found.alpha, found.gamma)
+    residual = evidence.identity_residual(found.alpha, found.gamma)
     measured.append(Row(PRIMARY, "identity_residual", residual, "alpha or gamma was not measured"))
     verdict = decide(found)
     notes = evidence.reading_notes(LongTable(tuple(measured)), inputs)
@@ -92,7 +92,7 @@ def cross_layer(table: LongTable, n_training_seeds: int) -> Row:
         groups = [table.values("genuine_share", **where, training_seed=t) for t in range(n_training_seeds)]
         if not all(groups):
             return Row(PRIMARY, "cross_layer", None, f"no {state} crosscoder of A was probed")
-        shares.append(two_level_bootstrap(groups, seed=seed, n_draws=density.N_DRAWS))
+        shares.append(two_level_bootstrap(groups, seed=seed))
     return statistic_row(PRIMARY, "cross_layer", evidence.cross_layer_excess(*shares))
 
 

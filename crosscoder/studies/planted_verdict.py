@@ -25,9 +25,10 @@ from crosscoder.data.world_pair import DEPTH_RATIO, PairConfig, Side, WorldPair
 from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE
 from crosscoder.foundation.config import config as settings
 from crosscoder.measure import dimension, probes, recovery
-from crosscoder.measure.comparison import SiteReadings, measure_site, seeds_row
+from crosscoder.measure.comparison import SiteReadings, measure_site
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
+from crosscoder.measure.statistics import seeds_row
 from crosscoder.results.table import LongTable, Place, Row, Value, finite, rows_at
 from crosscoder.results.verdict import Label, Verdict
 from crosscoder.studies.fit import fit_dictionary

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from crosscoder.measure.comparison import identity_residual
 from crosscoder.results.table import Estimate, finite
 from crosscoder.results.verdict import Condition, Gate, Hypothesis, Label, UniversalityLabel, Verdict
+from crosscoder.verdict.evidence import identity_residual
 from crosscoder.verdict.rule import RULE, Evidence, Rule
 
 ROUNDING = 1e-12  # 1 - .95 is not .05 in binary; a value at its bound must not fail for that

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from crosscoder.measure import density
-from crosscoder.measure.comparison import SiteReadings, statistic_row
+from crosscoder.measure.comparison import SiteReadings
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.statistics import Bootstrap
+from crosscoder.measure.statistics import Bootstrap, linear_combination, statistic_row
 from crosscoder.results.quantities import PRIMARY_ESTIMATOR
-from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row
+from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable, Place, Row
 from crosscoder.verdict.rule import RULE, Evidence, Rule
 
 PRIMARY_SITE, SECONDARY_SITE = SITES
@@ -149,6 +149,13 @@ def cross_layer_excess(trained: Bootstrap, shuffled: Bootstrap, untrained: Boots
     """
     null = np.maximum(shuffled.stretched(), untrained.stretched())
     return Bootstrap(trained.value - max(shuffled.value, untrained.value), trained.stretched() - null)
+
+
+def identity_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimate | None:
+    """`alpha + 2 gamma - 2` with its interval, alpha and gamma taken as independent; None where one is missing."""
+    if alpha is None or gamma is None or not (alpha.finite and gamma.finite) or alpha.confidence != gamma.confidence:
+        return None
+    return linear_combination([(1.0, alpha), (2.0, gamma)], constant=-2.0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from crosscoder.measure import comparison, counting, density
 from crosscoder.measure.density import SeedPair, ShapeReadings
 from crosscoder.measure.reading import Reading, load_reading, save_reading
 from crosscoder.results.quantities import PRIMARY_ESTIMATOR
-from crosscoder.results.table import Estimate, LongTable, Place
+from crosscoder.results.table import LongTable
 
 T, F = 4000, 192
 DOCUMENT_T = np.arange(T) // 100
@@ -205,21 +205,6 @@ def test_points_are_means_over_dictionary_seeds_and_their_pairs():
     assert found.one("d_eff_debiased") == pytest.approx(one.pairs[1][0].debiased.value)
     alone = ShapeReadings("A", 8, 32, tuple(group[:1] for group in one.seeds))
     assert measured({"A": alone}).one("d_eff_debiased", training_seed=0) is None
-
-
-def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():
-    at = Place(site="write")
-    assert comparison.seeds_row(at, "count_gain", [[1.0, 1.2], [0.9]]).value.value == pytest.approx(1.0)
-    assert comparison.seeds_row(at, "count_gain", [[1.0], ["no bank"]]).missing == "no bank"
-    assert comparison.seeds_row(at, "count_gain", []).missing == "not run"
-
-
-def test_identity_residual():
-    """alpha + 2 gamma - 2, at one end of its line."""
-    found = comparison.identity_residual(Estimate(1.0, 0.9, 1.1), Estimate(0.5, 0.4, 0.6))
-    assert found.value == pytest.approx(0)
-    assert (found.low, found.high) == (pytest.approx(-math.hypot(0.1, 0.2)), pytest.approx(math.hypot(0.1, 0.2)))
-    assert comparison.identity_residual(None, Estimate(0.5, 0.4, 0.6)) is None
 
 
 def test_readings_of_different_texts_are_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from crosscoder.measure import statistics
 from crosscoder.measure.statistics import Bootstrap
-from crosscoder.results.table import Estimate
+from crosscoder.results.table import Estimate, Place
 
 
 def test_the_value_is_the_mean_of_means_and_not_of_dictionaries():
@@ -120,3 +120,10 @@ def test_linear_combination_keeps_lopsided_intervals_lopsided():
     assert found.high == pytest.approx(1 + math.hypot(2, 0.4))
     with pytest.raises(ValueError, match="confidence"):
         statistics.linear_combination([(1.0, Estimate(1, 1, 1)), (1.0, Estimate(1, 1, 1, 0.95))])
+
+
+def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():
+    at = Place(site="write")
+    assert statistics.seeds_row(at, "count_gain", [[1.0, 1.2], [0.9]]).value.value == pytest.approx(1.0)
+    assert statistics.seeds_row(at, "count_gain", [[1.0], ["no bank"]]).missing == "no bank"
+    assert statistics.seeds_row(at, "count_gain", []).missing == "not run"

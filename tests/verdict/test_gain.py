@@ -1,4 +1,4 @@
-"""X, the gain of joint counting, and what R owes to unequal explained variance, by hand."""
+"""X, the gain of joint counting, what R owes to unequal explained variance, and the residual, by hand."""
 
 import math
 
@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from crosscoder.measure.statistics import Bootstrap
-from crosscoder.verdict.evidence import Density, Point, count_gain, cross_layer_excess, equal_variance_shift
+from crosscoder.results.table import Estimate
+from crosscoder.verdict.evidence import (
+    Density,
+    Point,
+    count_gain,
+    cross_layer_excess,
+    equal_variance_shift,
+    identity_residual,
+)
 
 
 class TestEqualVariance:
@@ -45,3 +53,11 @@ def test_cross_layer_excess_takes_the_larger_null():
     found = cross_layer_excess(Bootstrap(0.5, np.full(50, 0.5)), low, high)
     assert found.value == pytest.approx(0.2)
     np.testing.assert_allclose(found.draws, 0.5 - high.draws)
+
+
+def test_identity_residual():
+    """alpha + 2 gamma - 2, at one end of its line."""
+    found = identity_residual(Estimate(1.0, 0.9, 1.1), Estimate(0.5, 0.4, 0.6))
+    assert found.value == pytest.approx(0)
+    assert (found.low, found.high) == (pytest.approx(-math.hypot(0.1, 0.2)), pytest.approx(math.hypot(0.1, 0.2)))
+    assert identity_residual(None, Estimate(0.5, 0.4, 0.6)) is None
