@@ -7,7 +7,7 @@ key of `QUANTITIES`, so that a number without a unit and a definition cannot be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -115,7 +115,7 @@ class Row:
             raise ValueError(f"{self.key!r} is no quantity; the nearest is {nearest_key(self.key)!r}")
 
 
-def rows_at(at: Place, values: dict[str, Value]) -> list[Row]:
+def rows_at(at: Place, values: Mapping[str, Value]) -> list[Row]:
     """One row for each value measured at a place; a number that is not finite is None."""
     return [Row(at, key, finite(value)) for key, value in values.items()]
 

@@ -21,8 +21,8 @@ from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary
 from crosscoder.measure import counting, probes, profile
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
-from crosscoder.results.table import Arm, Place, Role, Row, Site, State, finite, rows_at
-from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
+from crosscoder.results.table import Place, Role, Row, Site, State, finite, rows_at
+from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget, PartialStructure, WholeStructure
 
 SHUFFLE_SEED = 1
 MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random

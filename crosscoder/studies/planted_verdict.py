@@ -29,7 +29,7 @@ from crosscoder.measure.comparison import SiteReadings, measure_site
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import seeds_row
-from crosscoder.results.table import LongTable, Place, Row, Value, finite, rows_at
+from crosscoder.results.table import LongTable, Place, Row, finite, rows_at
 from crosscoder.results.verdict import Label, Verdict
 from crosscoder.studies.fit import fit_dictionary
 from crosscoder.training import TrainConfig
@@ -352,7 +352,7 @@ def verdict_rows(plant: Plant, planted: Planted, case: Case) -> list[Row]:
     )
     truth, drawn = planted_truth(planted), drawn_truth(planted)
     for name, estimate in (("R", found.ratio), ("gamma", found.gamma), ("delta", found.delta)):
-        values: dict[str, Value] = {"found": estimate, "planted": truth[name], "drawn": drawn[name]}
+        values = {"found": estimate, "planted": truth[name], "drawn": drawn[name]}
         rows += rows_at(replace(at, estimator=name), values)
     return rows
 

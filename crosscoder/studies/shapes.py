@@ -29,9 +29,9 @@ from crosscoder.data.subject_training import (
 )
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, SITES, Arm, LongTable, Place, Role, Row, Site, State, rows_at
+from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Role, Row, Site, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.budget import DictionaryBudget, with_k, with_size
+from crosscoder.studies.budget import Arm, DictionaryBudget, with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores
 from crosscoder.studies.folder import StudyFolder, harvest_into, parameter_counts, runs_of

@@ -16,8 +16,8 @@ from crosscoder.data.subject_training import causal_loss
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import human_bytes, say
 from crosscoder.results.file import Results
-from crosscoder.results.table import Arm, Place, Site, State, rows_at
-from crosscoder.studies.budget import DictionaryBudget, Seeds
+from crosscoder.results.table import Place, Site, State, rows_at
+from crosscoder.studies.budget import Arm, DictionaryBudget, Seeds
 from crosscoder.studies.cells import Cell
 from crosscoder.studies.folder import StudyFolder, harvest_into, parameter_counts
 
