@@ -33,6 +33,13 @@ PartialStructure = Literal["strictly_causal", "transcoder"]
 StructureName = WholeStructure | PartialStructure
 Bank = Literal["independent", "same_start", "warm_chain", "shared"]
 HAS_PENALTY = ("jumprelu", "l1_of_norms", "l2_of_norms")
+STRUCTURES: dict[StructureName, Callable[[int], Structure]] = {
+    "acausal": lambda _: Acausal(),
+    "weakly_causal": lambda _: WeaklyCausal(),
+    "strictly_causal": lambda _: StrictlyCausal(),
+    "window": LocalWindow,
+    "transcoder": lambda _: Transcoder(),
+}
 CLASSES: dict[Arm, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
 
 
@@ -95,44 +102,26 @@ class DictionaryBudget:
 
     def sparsity(self, arm: Arm) -> Sparsity:
         """The selection rule of one arm."""
+        coefficient = {} if self.penalty is None else {"coefficient": self.penalty}
         match self.selection:
             case "topk":
                 return TopK(k=self.k(arm))
             case "batch_topk":
                 return BatchTopK(k=self.k(arm))
             case "jumprelu":
-                return JumpReLU(penalty=TargetL0Penalty(target=self.k(arm), **self._coefficient()))
-            case "l1_of_norms":
-                return ReLU(NormPenalty(norm="l1", **self._coefficient()))
-            case "l2_of_norms":
-                return ReLU(NormPenalty(norm="l2", **self._coefficient()))
-
-    def _coefficient(self) -> dict[str, float]:
-        return {} if self.penalty is None else {"coefficient": self.penalty}
+                return JumpReLU(penalty=TargetL0Penalty(target=self.k(arm), **coefficient))
+            case "l1_of_norms" | "l2_of_norms":
+                return ReLU(NormPenalty(norm="l1" if self.selection == "l1_of_norms" else "l2", **coefficient))
 
     def decoder(self) -> Literal["unit", "free"]:
         """Whether decoder norms are held at 1: not where the penalty weighs them."""
         return "free" if self.selection.endswith("of_norms") else "unit"
 
-    def layers(self) -> Structure:
-        """The crosscoder's structure."""
-        match self.structure:
-            case "acausal":
-                return Acausal()
-            case "weakly_causal":
-                return WeaklyCausal()
-            case "strictly_causal":
-                return StrictlyCausal()
-            case "window":
-                return LocalWindow(self.window)
-            case "transcoder":
-                return Transcoder()
-
     def settings(self, arm: Arm) -> dict[str, Any]:
         """Keyword arguments of one arm's dictionary, all but its shape and seed."""
         initial = "same" if self.bank == "same_start" else "independent"
         own: dict[Arm, dict[str, Any]] = {
-            "crosscoder": {"structure": self.layers()},
+            "crosscoder": {"structure": STRUCTURES[self.structure](self.window)},
             "layerwise": {"initial": initial, "shared": self.bank == "shared"},
         }
         return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from crosscoder.results.rows import from_blocks, to_blocks
 from crosscoder.results.table import COMPARED, LongTable, Place, Row
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
-from crosscoder.studies.fit import fit_dictionary, score
+from crosscoder.studies.fit import fit_dictionary, log_uniform_bounds, score
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.studies.workers import run_jobs
 from crosscoder.verdict.evidence import Calibration
@@ -71,9 +70,7 @@ class CalibrationConfig:
 
     def probabilities(self) -> tuple[float, float]:
         """The least and the greatest firing probability, so that about k features are active on a token."""
-        mean = self.budget.k_crosscoder / self.n_planted
-        low = mean * math.log(PROBABILITY_RANGE) / (PROBABILITY_RANGE - 1)
-        return low, low * PROBABILITY_RANGE
+        return log_uniform_bounds(self.budget.k_crosscoder / self.n_planted, PROBABILITY_RANGE)
 
     def world(self) -> World:
         """The planted world; its probabilities sum to k exactly."""

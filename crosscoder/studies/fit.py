@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,12 @@ def fit_dictionary(
     batches = source.batches(batch, seed=seed, steps=config.steps or 0)
     train(dictionary, batches, config=config, device=device, quiet=True)
     return read_dictionary(dictionary, (x_BLD.to(device) for x_BLD in source.held_out()))
+
+
+def log_uniform_bounds(mean: float, ratio: float) -> tuple[float, float]:
+    """The least and the greatest of log-uniform probabilities with this mean, `ratio` apart."""
+    low = mean * math.log(ratio) / (ratio - 1)
+    return low, low * ratio
 
 
 def score(at: Place, found_FLD: np.ndarray, world: World, reading: Reading, *, l0_true: float) -> list[Row]:

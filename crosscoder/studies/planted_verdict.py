@@ -31,7 +31,7 @@ from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import seeds_row
 from crosscoder.results.table import LongTable, Place, Row, finite, rows_at
 from crosscoder.results.verdict import Label, Verdict
-from crosscoder.studies.fit import fit_dictionary
+from crosscoder.studies.fit import fit_dictionary, log_uniform_bounds
 from crosscoder.training import TrainConfig
 from crosscoder.verdict import evidence
 from crosscoder.verdict.decide import decide
@@ -95,30 +95,6 @@ class VerdictConfig:
         """Features of every dictionary."""
         return round(self.size_factor * self.n_features)
 
-    def pair(
-        self, *, gamma: float, delta: float | None, seed: int, training_seed: int, crowding: float = 0.0
-    ) -> WorldPair:
-        """The pair of one training seed; its firing probabilities sum to `active`."""
-        mean = self.active / self.n_features
-        low = mean * math.log(self.probability_range) / (self.probability_range - 1)
-        config = PairConfig(
-            n_features=self.n_features,
-            n_layers=self.n_layers,
-            d_model=self.d_model,
-            gamma=gamma,
-            delta=delta,
-            p_min=low,
-            p_max=low * self.probability_range,
-            noise=self.noise,
-            seed=seed,
-            training_seed=training_seed,
-            sides=self.sides,
-            crowding=crowding,
-        )
-        pair = WorldPair(config)
-        pair.probability_F = pair.probability_F * (self.active / pair.probability_F.sum())
-        return pair
-
 
 @dataclass(frozen=True)
 class Planted:
@@ -133,13 +109,29 @@ class Planted:
 
     @cached_property
     def pairs(self) -> tuple[WorldPair, ...]:
-        """One pair for each training seed."""
-        return tuple(
-            self.config.pair(
-                gamma=self.gamma, delta=self.delta, seed=self.seed, training_seed=t, crowding=self.crowding
+        """One pair for each training seed; firing probabilities sum to `active`."""
+        config, pairs = self.config, []
+        low, high = log_uniform_bounds(config.active / config.n_features, config.probability_range)
+        for training_seed in range(config.training_seeds):
+            pair = WorldPair(
+                PairConfig(
+                    n_features=config.n_features,
+                    n_layers=config.n_layers,
+                    d_model=config.d_model,
+                    gamma=self.gamma,
+                    delta=self.delta,
+                    p_min=low,
+                    p_max=high,
+                    noise=config.noise,
+                    seed=self.seed,
+                    training_seed=training_seed,
+                    sides=config.sides,
+                    crowding=self.crowding,
+                )
             )
-            for t in range(self.config.training_seeds)
-        )
+            pair.probability_F = pair.probability_F * (config.active / pair.probability_F.sum())
+            pairs.append(pair)
+        return tuple(pairs)
 
     def source(self, pair: WorldPair, side: Side) -> PlantedSource:
         """The tokens of one side, scaled; the same held-out ones for every shape and seed."""
@@ -177,16 +169,13 @@ class Planted:
         )
         return self.measure(pair, side, dictionary).distinct
 
-    def subject(self, side: Side) -> ShapeReadings:
-        """All readings of one side."""
-        readings = tuple(
-            tuple(self.read(pair, side, d) for d in range(self.config.dictionary_seeds)) for pair in self.pairs
-        )
-        return ShapeReadings(side, *self.pairs[0].config.shape(side), readings)
-
     def subjects(self) -> dict[str, ShapeReadings]:
         """All readings of every side."""
-        return {side: self.subject(side) for side in self.config.sides}
+        seeds, found = range(self.config.dictionary_seeds), {}
+        for side in self.config.sides:
+            readings = tuple(tuple(self.read(pair, side, d) for d in seeds) for pair in self.pairs)
+            found[side] = ShapeReadings(side, *self.pairs[0].config.shape(side), readings)
+        return found
 
     def bank(self, pair: WorldPair, k: int) -> Point:
         """A bank on A with k active features a layer."""
