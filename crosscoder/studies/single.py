@@ -71,8 +71,10 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
         stores = {}
         for state in ("trained", "untrained") if config.untrained else ("trained",):
             model = subject.model if state == "trained" else load_untrained(config.subject, device=device)
-            spliced = {"subject": config.subject, "ids": ids, "blocks_path": config.blocks_path}
-            stores[NAME, 0, state] = here = study.stores(NAME, state, **(spliced if state == "trained" else {}))
+            spliced = config.subject if state == "trained" else None
+            stores[NAME, 0, state] = here = study.stores(
+                NAME, state, subject=spliced, ids=ids, blocks_path=config.blocks_path
+            )
             say(f"harvesting {config.tokens_train + config.tokens_held_out:,} tokens, {state}")
             harvester = ResidualHarvester(model, layers=layers, blocks_path=config.blocks_path)
             harvest_into(here, harvester, tokens, (config.tokens_train, config.tokens_held_out), quiet=False)
