@@ -10,29 +10,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from crosscoder.foundation.artifact import read_json, replace_file, write_json
+from crosscoder.foundation.artifact import replace_file
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.provenance import describe_run
 from crosscoder.report.planted import VERDICT_WORDS, draw_verdicts, verdict_lines
+from crosscoder.results.file import RESULTS, load_results, save_results
 from crosscoder.results.quantities import definition
-from crosscoder.results.rows import from_blocks, to_blocks
-from crosscoder.results.table import LongTable, Row
+from crosscoder.results.table import Row
+from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.planted_verdict import VerdictConfig, verdict_jobs
-from crosscoder.studies.workers import run_jobs
 
 
-def write(folder: Path, settings: dict[str, Any], rows: list[Row]) -> None:
+def write(study: StudyFolder, config: VerdictConfig, rows: list[Row]) -> None:
     """The rows, their table and their picture."""
     rows.sort(key=lambda row: row.at.seed or 0)
-    table = LongTable(tuple(rows))
-    write_json(folder / "verdicts.json", {"settings": settings, "rows": to_blocks(rows), "provenance": describe_run()})
-    head = [f"# Planted verdicts, {len(table.seeds())} worlds", "", *verdict_lines(table), ""]
+    results = study.results(rows, None, config=config, kind="synthetic", preset="verdicts", text="planted worlds")
+    save_results(results, study.root)
+    head = [f"# Planted verdicts, {len(results.rows.seeds())} worlds", "", *verdict_lines(results.rows), ""]
     words = [f"- **{key}**: {definition(key)}" for key in VERDICT_WORDS]
     page = [*head, "![R and delta by world](verdicts.png)", "", *words]
-    replace_file(folder / "verdicts.md", ("\n".join(page) + "\n").encode())
-    replace_file(folder / "verdicts.png", draw_verdicts(table))
+    replace_file(study.root / "verdicts.md", ("\n".join(page) + "\n").encode())
+    replace_file(study.root / "verdicts.png", draw_verdicts(results.rows))
 
 
 def main() -> None:
@@ -43,20 +41,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/planted-verdicts"))
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    config = VerdictConfig()
-    settings = to_mapping(config)
-    path = given.out / "verdicts.json"
-    old = read_json(path) if path.exists() else {}
-    rows = from_blocks(old["rows"]) if old.get("settings") == settings else []
-    known = LongTable(tuple(rows)).seeds()
+    study, config = StudyFolder(given.out, device=given.device, workers=given.workers), VerdictConfig()
+    old = load_results(given.out) if (given.out / RESULTS).is_file() else None
+    rows = list(old.rows) if old is not None and old.provenance.config == to_mapping(config) else []
+    known = {row.at.seed for row in rows}
     jobs = list(verdict_jobs(config, given.worlds, given.device).items())
     left = [job for seed, job in enumerate(jobs) if seed not in known]
     for start in range(0, len(left), given.workers):
-        batch = dict(left[start : start + given.workers])
-        done = run_jobs(batch, workers=given.workers, device=given.device, label="planted worlds")
+        done = study.run(dict(left[start : start + given.workers]), "planted worlds")
         rows += [row for found in done.values() for row in found]
-        write(given.out, settings, rows)
+        write(study, config, rows)
     print((given.out / "verdicts.md").read_text())
 
 

@@ -137,7 +137,7 @@ class StudyFolder:
         verdict: Verdict | None,
         *,
         config: Any,
-        kind: Literal["aspect_ratio", "subject_study", "planted"],
+        kind: Literal["aspect_ratio", "subject_study", "synthetic"],
         preset: str,
         text: str,
         tokens_fingerprint: str = "",

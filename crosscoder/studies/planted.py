@@ -249,7 +249,7 @@ def run_planted(config: PlantedConfig, *, folder: Path, preset: str, device: str
     done = study.run(study_jobs(config, device), "planted worlds")
     study.lap("training")
     rows = [row for found in done.values() for row in found]
-    results = study.results(rows, None, config=config, kind="planted", preset=preset, text="planted worlds")
+    results = study.results(rows, None, config=config, kind="synthetic", preset=preset, text="planted worlds")
     save_results(results, folder)
     write_page(results, folder)
     return results

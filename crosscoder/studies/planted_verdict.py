@@ -335,7 +335,7 @@ def verdict_rows(plant: Plant, planted: Planted, case: Case) -> list[Row]:
             "right_verdict": decided.label == plant.label and set(plant.kinds) <= set(decided.kinds),
             "verdict_reasons": list(decided.reasons),
             "verdict_sentence": decided.sentence,
-            "gate_values": [[gate.name, finite(gate.value)] for gate in decided.gates],
+            "gate_values": [f"{gate.name}: {finite(gate.value)}" for gate in decided.gates],
             **{name: getattr(found, name) for name in beside},
         },
     )
