@@ -126,7 +126,7 @@ def _relative_dimension(shape: ShapeReadings, seed: int) -> Bootstrap | str:
 
 def _points(readings: SiteReadings, state: State) -> list[Row]:
     """What each shape's crosscoder has in each training seed: means over dictionary seeds, or over pairs of them."""
-    rows = []
+    rows, here = [], Place(state=state, site=readings.site, arm="crosscoder", role="main")
     for shape in readings.shapes(state).values():
         for t, (group, pairs) in enumerate(zip(shape.seeds, shape.pairs, strict=True)):
             values = {
@@ -142,8 +142,7 @@ def _points(readings: SiteReadings, state: State) -> list[Row]:
                 "point_dead_share": [r.dead_share for r in group],
                 "point_l0": [r.l0 for r in group],
             }
-            where = {"subject": shape.name, "training_seed": t, "state": state, "site": readings.site}
-            at = Place(**where, arm="crosscoder", role="main")
+            at = replace(here, subject=shape.name, training_seed=t)
             rows += rows_at(at, {key: _mean(each) for key, each in values.items()})
     return rows
 
