@@ -53,20 +53,14 @@ def _unit(rows_FN: np.ndarray) -> np.ndarray:
 
 def _weights(weight_F: np.ndarray | None, n: int) -> np.ndarray:
     weights = np.ones(n) if weight_F is None else np.asarray(weight_F, dtype=np.float64)
-    if weights.shape != (n,) or not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError(f"weights have shape {weights.shape} for {n} features; give one finite weight >= 0 for each")
     return weights / max(weights.mean(), np.finfo(float).tiny)
-
-
-def _mean_of_pairs(total: float, diagonal: float, pairs: float) -> float:
-    return (total - diagonal) / pairs if pairs > 0 else float("nan")
 
 
 def _dimension(interference: float) -> float:
     """1 / interference; infinite where it is not above 0, nan where undefined."""
     if math.isnan(interference):
-        return float("nan")
-    return 1 / interference if interference > 0 else float("inf")
+        return math.nan
+    return 1 / interference if interference > 0 else math.inf
 
 
 def feature_energy(square_activation_F: np.ndarray, decoder_FN: np.ndarray) -> np.ndarray:
@@ -95,9 +89,6 @@ def weighted_dimension(decoder_FN: np.ndarray, weight_F: np.ndarray | None = Non
     """d_eff with pairs weighted by `w_i w_j`: `sum w_i w_j / sum w_i w_j G_ij^2` over i != j.
 
     Equal weights give `effective_dimension`. nan for fewer than two rows with weight, inf without any interference.
-
-    Raises:
-        ValueError: weights are not one finite number >= 0 for each feature.
     """
     weights = _weights(weight_F, len(decoder_FN))
     return _dimension(_cross_interference(_unit(decoder_FN), _unit(decoder_FN), weights, weights))
@@ -114,7 +105,7 @@ def _cross_interference(
         total = float(np.square((first_FN * numerator_F[:, None]).T @ second_FN).sum())
     own = np.square(first_FN).sum(1) * np.square(second_FN).sum(1)
     pairs = denominator_F.sum() ** 2 - np.square(denominator_F).sum()
-    return _mean_of_pairs(total, float((np.square(numerator_F) * own).sum()), float(pairs))
+    return float((total - (np.square(numerator_F) * own).sum()) / pairs) if pairs > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -143,12 +134,7 @@ def debiased_dimension(
     the expected product is G_ij^2 r_i r_j with r_i the cosine of a feature with its match: free of the additive bias
     1 / N of a square, but shrunk. `attenuation_corrected` also divides by r_i r_j. Refused, with the reason, where the
     mean of r is below `minimum_self_cosine` or fewer than two features match.
-
-    Raises:
-        ValueError: the dictionaries differ in N, or weights do not fit the pairs.
     """
-    if first_FN.shape[1] != second_FN.shape[1]:
-        raise ValueError(f"rows have {first_FN.shape[1]} and {second_FN.shape[1]} entries; compare seeds of one shape")
     n = len(pairs_m2)
     if n < 2:
         return DebiasedDimension(None, None, float("nan"), n, f"{n} features match; a pair of features needs two")
@@ -172,12 +158,7 @@ def highest_probability(density: float, constant: float) -> float:
 
     The ceiling `phi = 1 / (C p ln(1 / p))` solved for p < 1 / e: `exp(W_-1(-1 / (C phi)))`, W_-1 the lower branch of
     Lambert's function. Below phi = e / C every p is possible, and the answer is 1.
-
-    Raises:
-        ValueError: density or constant is not positive.
     """
-    if not (density > 0 and constant > 0):
-        raise ValueError(f"density is {density} and constant {constant}; both must be above 0")
     if density * constant < math.e:
         return 1.0
     if density * constant <= math.e * (1 + 1e-9):  # at the branch point itself the function's series gives nan
@@ -186,33 +167,18 @@ def highest_probability(density: float, constant: float) -> float:
 
 
 def headroom(density: float, probability: float, constant: float) -> float:
-    """`p_max(density) / probability`: above 1 the measured features lie below the ceiling; inf where none exists.
-
-    Raises:
-        ValueError: density, constant or probability is not positive.
-    """
-    if not probability > 0:
-        raise ValueError(f"firing probability is {probability}; headroom needs one above 0")
+    """`p_max(density) / probability`: above 1 the measured features lie below the ceiling; inf where none exists."""
     ceiling = highest_probability(density, constant)
     return float("inf") if density * constant < math.e else ceiling / probability
-
-
-def _check_slope(sizes: np.ndarray, smallest: float) -> None:
-    if len(np.unique(sizes)) < 2:
-        raise ValueError(f"all shapes have size {sizes[0]:g}; a slope needs two different sizes")
-    if not (smallest > 0 and sizes.min() > 0):
-        raise ValueError(f"the smallest value is {smallest:g}, the smallest size {sizes.min():g}; logs need all > 0")
 
 
 def log_slope_of_bootstraps(sizes: Sequence[float], shapes: Sequence[Bootstrap]) -> Bootstrap:
     """Slope of ln(value) on ln(size) of resampled shapes, draw by draw; every shape has equal weight.
 
-    Raises:
-        ValueError: fewer than two different sizes, or something is not positive.
+    Two sizes at least differ, and all values are positive.
     """
-    x = np.asarray(sizes, dtype=np.float64)
-    _check_slope(x, min(float(shape.draws.min()) for shape in shapes))
-    centred = np.log(x) - np.log(x).mean()
+    x = np.log(np.asarray(sizes, dtype=np.float64))
+    centred = x - x.mean()
     weights = centred / np.square(centred).sum()
     values = np.log([shape.value for shape in shapes])
     stretched = [v + s.expansion * (np.log(s.draws) - v) for v, s in zip(values, shapes, strict=True)]

@@ -26,10 +26,6 @@ def test_weights_by_hand(n_dimensions):
     assert dimension.weighted_dimension(rows, weight) == pytest.approx((2 + 6 + 3) / (0.5 * 2 + 0.5 * 6))
     assert dimension.weighted_dimension(rows, np.array([1.0, 0, 1])) == math.inf
     assert dimension.feature_energy(np.array([2.0, 1, 1]), rows).tolist() == [2, 2, 4]
-    with pytest.raises(ValueError, match=r"\(2,\) for 3 features"):
-        dimension.weighted_dimension(rows, np.ones(2))
-    with pytest.raises(ValueError, match="finite weight"):
-        dimension.weighted_dimension(rows, np.array([1.0, -1, 1]))
 
 
 def noisy(rng, rows, cosine):
@@ -88,8 +84,6 @@ def test_noisy_directions_are_refused_with_a_reason():
     assert "below 0.9" in found.reason
     alone = dimension.debiased_dimension(rows, rows, pairs[:1])
     assert alone.reason == "1 features match; a pair of features needs two"
-    with pytest.raises(ValueError, match="50 and 49 entries"):
-        dimension.debiased_dimension(rows, rows[:, :49], pairs)
 
 
 def test_highest_probability_solves_the_ceiling():
@@ -102,17 +96,9 @@ def test_highest_probability_solves_the_ceiling():
     p = 0.01  # n / m = 1 / (p ln(1 / p)), with C = 1
     assert dimension.headroom(1 / (p * math.log(1 / p)), p, 1.0) == pytest.approx(1)
     assert dimension.headroom(2.0, 0.5, 1.0) == math.inf
-    with pytest.raises(ValueError, match="density is -1"):
-        dimension.highest_probability(-1.0, 1.0)
-    with pytest.raises(ValueError, match="probability is 0"):
-        dimension.headroom(5.0, 0.0, 1.0)
 
 
 def test_slope_of_resampled_shapes():
-    with pytest.raises(ValueError, match="two different sizes"):
-        dimension.log_slope_of_bootstraps([2, 2], [Bootstrap(1.0, np.ones(2)), Bootstrap(2.0, np.ones(2))])
-    with pytest.raises(ValueError, match="smallest value is 0"):
-        dimension.log_slope_of_bootstraps([2, 4], [Bootstrap(1.0, np.ones(2)), Bootstrap(0.0, np.zeros(2))])
     shapes = [Bootstrap(1.0, np.array([1.0, 2.0]), 2.0), Bootstrap(4.0, np.array([4.0, 4.0]))]
     found = dimension.log_slope_of_bootstraps([2, 8], shapes)
     assert found.value == pytest.approx(1)
