@@ -1,6 +1,6 @@
 """How many features there are: alive, distinct, merged across layers, and corrected for what seeds alone would lose.
 
-Definitions follow the project's preregistered quantities; `DEFINITIONS` holds the sentence printed beside each number.
+Definitions follow the project's preregistered quantities, `results.quantities`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from crosscoder.measure import dimension, matching, profile
-from crosscoder.measure.reading import DUPLICATE, Reading
+from crosscoder.measure.reading import Reading
 from crosscoder.results.table import Value
 
 LINK = 0.7  # similarity from which features of neighbouring layers, or of two seeds, count as the same
@@ -25,29 +25,6 @@ RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "threshold": matching.threshold_pairs,
 }
 SIMILARITIES = ("correlation", "cosine", "both")
-
-DEFINITIONS = {
-    "alive": "A feature is alive if it is active (value > 0) on more than a share p_min of the held-out tokens; "
-    "p_min = 10 / tokens, so that an alive feature was seen more than ten times.",
-    "dead_share": "Share of a dictionary's features that are not alive on the held-out tokens.",
-    "ultra_dense": f"Alive features active on more than {ULTRA_DENSE:.0%} of the held-out tokens.",
-    "distinct": "Crosscoder count F_cc: alive features, counting once those joined by a joint decoder cosine and an "
-    f"activation correlation both above {DUPLICATE}.",
-    "merged": "Distinct features of the per-layer bank: chains of alive features in neighbouring layers, linked when "
-    f"they are mutual nearest neighbours with activation correlation >= {LINK}. The band is the smallest and the "
-    "largest count over three rules (mutual nearest, Hungarian, threshold) and three similarities (activation "
-    "correlation, decoder cosine, the smaller of both).",
-    "survival": "Seed-corrected survival s = q_adjacent / q_same: the share of features matched in the next layer of "
-    "the same bank, over the share matched in the same layer of a bank with another seed. Independent dictionaries "
-    "of one layer do not agree perfectly; dividing by their agreement removes that loss.",
-    "lifespan_bank": "Lifespan (1 - s^L) / (1 - s): the mean number of layers that a feature lasts if it survives each "
-    "step with probability s. s >= 1 gives L.",
-    "corrected": "Distinct features of the bank, seed-corrected: alive features summed over layers, over the lifespan.",
-    "chapman": "Capture-recapture between two dictionary seeds: (n1 + 1)(n2 + 1) / (m + 1) - 1 with n alive features "
-    f"each, m of them mutual nearest neighbours with activation correlation >= {LINK} (Chapman 1951).",
-    "entropy_load": "Entropy load: the sum over alive features of H(p), the binary entropy of the firing probability, "
-    "in nats; for a bank, of one layer on average. Splitting a feature changes it little, unlike the count.",
-}
 
 
 def binary_entropy(p: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Features on the room they have, by every estimator, with intervals over training seeds, dictionary seeds and text.
 
-The statistic that decides is fixed beforehand: `PRIMARY`. The others are shown beside it, because in practice the ratio
-of two models moves more with the estimator than with the models.
+The statistic that decides is fixed beforehand: `PRIMARY_ESTIMATOR` of `results.quantities`. The others are shown
+beside it, because in practice the ratio of two models moves more with the estimator than with the models.
 """
 
 from __future__ import annotations
@@ -16,25 +16,7 @@ import numpy as np
 from crosscoder.measure import counting, dimension, matching
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, document_sums, log_ratio, two_level_bootstrap
-
-PRIMARY = "load_debiased"
-
-DEFINITIONS = {
-    "load_debiased": "Density lambda, primary: entropy load of the distinct features, nats a token, over the "
-    "energy-weighted two-seed debiased effective dimension.",
-    "load_corrected": "As the primary density, with the debiased dimension corrected for the attenuation that noise in "
-    "both seeds leaves in it.",
-    "load_weighted": "Entropy load over the energy-weighted effective dimension of single dictionaries.",
-    "load_raw": "Entropy load over the raw effective dimension of single dictionaries.",
-    "load_sparse": "As the primary density, without features active on more than a tenth of the tokens.",
-    "count_debiased": "Distinct features over the energy-weighted two-seed debiased effective dimension.",
-    "count_joint": "Distinct features over all neurons L * D.",
-    "count_slots": "Distinct features times the layers each occupies (mean rho), over L * D.",
-    "matched_share": "Share of the smaller dictionary's features that have a mutual nearest neighbour (activation "
-    f"correlation >= {counting.LINK}) in another seed's dictionary of the same subject.",
-    "self_cosine": "Mean joint decoder cosine of such matched features of two dictionary seeds.",
-}
-ESTIMATORS = tuple(key for key in DEFINITIONS if key.startswith(("load", "count")))
+from crosscoder.results.quantities import PRIMARY_ESTIMATOR
 
 
 @dataclass(frozen=True)
@@ -116,7 +98,7 @@ def density(subject: ShapeReadings, estimator: str, document_T: np.ndarray, *, s
     are drawn alike for all shapes, so that ratios share them.
     """
     if estimator == "load_sparse":
-        return density(subject.only(sparse_features), PRIMARY, document_T, seed=seed)
+        return density(subject.only(sparse_features), PRIMARY_ESTIMATOR, document_T, seed=seed)
     kind, room = estimator.split("_", 1)
     if room in ("joint", "slots"):
         return subject.bootstrap(lambda r: _on_neurons(r, subject, by_slot=room == "slots"), seed=seed)

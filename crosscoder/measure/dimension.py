@@ -19,31 +19,6 @@ from crosscoder.results.table import Estimate
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
 CEILING = Estimate(3.52, 2.94, 4.23)  # C of `highest_probability`; benchmarks/ceiling.md says at which sizes
 
-DEFINITIONS = {
-    "per_neuron_layer": "Features per neuron, per layer: features of one layer over its width D.",
-    "per_neuron_joint": "Features per neuron, joint: distinct crosscoder features over the total neurons L * D.",
-    "per_slot": "Occupied slots per neuron: distinct features times the layers each occupies (mean rho), over L * D; "
-    "the same as crosscoder features per layer over D.",
-    "effective_dimension": "d_eff = 1 / mean over pairs of G_ij^2, with G the cosines of the joint decoder rows: the "
-    "number of orthogonal-equivalent dimensions that random features with the same interference would fill. Raw, so "
-    "dictionary noise inflates it.",
-    "density": "lambda: entropy load, the sum over alive features of the binary entropy of their firing probability in "
-    "nats per token, over the effective dimension.",
-    "effective_dimension_weighted": "d_eff, energy-weighted: as the raw one, with each pair weighted by the product of "
-    "its features' energies E[f^2] |W|^2, so that rare and weak features, whose directions are noisiest, count little.",
-    "effective_dimension_debiased": "d_eff, debiased: 1 / weighted mean over pairs of G1_ij G2_ij, with G1 and G2 the "
-    "cosines in two dictionary seeds of matched features. Independent errors of two seeds do not add to a product as "
-    f"they add to a square. Not quoted where the mean cosine of a feature with its match is below {SELF_COSINE}.",
-    "effective_dimension_attenuated": "The debiased d_eff with G1_ij G2_ij divided by r_i r_j, r the cosine of a "
-    "feature with its match: errors also shrink every cosine, by about sqrt(r_i r_j), which the product keeps.",
-    "headroom": "Ceiling over measured firing probability: p_max(phi) / p, with p_max the solution of "
-    "C phi p ln(1 / p) = 1 for p < 1 / e, phi features per effective dimension, C from planted worlds. Above 1 the "
-    "features fit; below phi = e / C nothing constrains them.",
-    "alpha": "Slope of ln(features per layer) on ln(D).",
-    "gamma": "Slope of ln(mean rho) on ln(L): how lifespans grow with depth.",
-    "delta": "Slope of ln(d_eff / D) on ln(L): 1 for features of one layer, 0 for one direction kept through all.",
-}
-
 
 def _unit(rows_FN: np.ndarray) -> np.ndarray:
     rows = np.asarray(rows_FN, dtype=np.float64)

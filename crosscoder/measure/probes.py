@@ -23,21 +23,6 @@ GAIN = 0.05  # a joint AUC this much above the best single layer's counts as gai
 DECODABLE = 0.9  # single-layer AUC from which a feature is readable in one layer
 RECALL = 0.9  # at which the precision of probes is quoted
 
-DEFINITIONS = {
-    "layer_auc": "One-layer AUC: probability that a token with the feature scores above one without it when only layer "
-    "l is read.",
-    "joint_gain": "Joint decodability gain J = AUC reading all layers - largest one-layer AUC.",
-    "cross_layer_excess": f"X: share of features with J > {GAIN} and every one-layer AUC below {DECODABLE}, less the "
-    "larger of the same share in two nulls: tokens shuffled layer by layer, and the untrained model.",
-    "probe": "Probes of joint decodability: ridge regressions of the label 'feature active' on one layer [D] and on "
-    "all layers [L * D], fitted on every other document and scored on the rest; the penalty is a share of the mean "
-    "variance of what the probe reads, for each layer and for all together the one of five, a thousandth to ten, with "
-    "the best mean AUC.",
-    "probe_precision": f"Precision of a probe at recall {RECALL}: share of tokens with the feature among those that "
-    "score at least as high as all but the lowest tenth of the tokens with it, on the scored documents. Unlike an AUC "
-    "it falls when few tokens without the feature score as high, if they are many against those with it.",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:

@@ -11,19 +11,6 @@ from crosscoder.results.table import Value
 HISTOGRAM_BINS = 20
 HEATMAP_ROWS = 200
 
-DEFINITIONS = {
-    "functional_rho": "Functional spread: participation ratio 1 / sum of s_l^2, with s_l the share of layer l in what "
-    "the encoder adds up on the tokens where the feature is active; layers that lower the sum count as 0.",
-    "layer_drop": "Leave-one-layer-out drop: share of a feature's summed activation that is lost when layer l is "
-    "replaced by its mean; activations that fall to the threshold or below are lost whole.",
-    "latent_scaling": "nu_l = beta_l / beta_peak, beta_l the least-squares multiple of the feature's activation times "
-    "its peak layer's decoder row that fits, at layer l, the error with the feature's own part put back (nu_err), or "
-    "the reconstruction (nu_rec). nu_err near 0: the layer truly lacks the direction; near 1 with a small decoder "
-    "norm: shrunk away; nu_rec near 1 with a small norm: other features carry it (arXiv 2504.02922).",
-    "corrected_rho": "Spread after correction: participation ratio of squared amplitudes, each the larger of the "
-    "decoder norm over the peak's and nu_err, from 0 to 1.",
-}
-
 
 def layer_profile(decoder_FLD: np.ndarray) -> np.ndarray:
     """Share of each feature's squared decoder norm on each layer, `e[i, l] = |W_il|^2 / sum_l |W_il|^2`, `[F, L]`.

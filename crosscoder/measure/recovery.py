@@ -20,19 +20,6 @@ SATURATED = 0.95  # share of a dictionary in use from which its count is a lower
 PERSISTENT, DRIFTING = 0.9, 0.4  # least mean cosine of neighbouring layers
 SHAPES = ("local", "persistent", "drifting", "composite")
 
-DEFINITIONS = {
-    "mcc": "Mean cosine of joint decoders in the one-to-one assignment of planted to found features that makes it "
-    "largest (Hungarian). A planted feature without a partner, or with one at a negative cosine, counts as 0.",
-    "recall": f"Share of planted features whose partner in that assignment has cosine >= {MATCH}.",
-    "precision": "Share of found features that are such a partner. A second copy of a planted feature is not one.",
-    "count_error": "Features counted over features planted, minus 1.",
-    "rho_error": "Mean participation ratio of the found features over that of the planted ones, minus 1.",
-    "rho_error_matched": "Mean over recalled features of |rho found / rho planted - 1|.",
-    "d_eff_error": "Effective dimension of the found decoders over that of the planted ones, minus 1.",
-    "l0_error": "Mean active features of a token over the truth, minus 1.",
-    "saturated": f"At least {SATURATED:.0%} of the dictionary is in use: its count says how large it is, no more.",
-}
-
 
 @dataclass(frozen=True)
 class Assignment:
@@ -153,7 +140,7 @@ def is_saturated(count: int, size: int) -> bool:
 def score_features(
     found_FLD: np.ndarray, truth_FLD: np.ndarray, kind_F: np.ndarray, kinds: tuple[str, ...], *, count: int
 ) -> dict[str, Any]:
-    """Every score of one estimate as plain values, by the names of `DEFINITIONS`; None where one is undefined.
+    """Every score of one estimate as plain values, by the names of quantities; None where one is undefined.
 
     count: how many features the estimate says there are, which need not be how many decoders it gives.
     """

@@ -22,20 +22,6 @@ RESOLUTION = 1e-4  # relative error of a count below which a better fit means no
 LARGEST_SCALE = 100.0  # n0 is sought up to this many times the largest dictionary
 CURVATURE = (0.1, 5.0)  # range of kappa in the saturating curve
 
-DEFINITIONS = {
-    "chao2": "Chao2 from m >= 3 dictionary seeds: S + (m - 1) / m * Q1 (Q1 - 1) / (2 (Q2 + 1)), with S features found "
-    "in all, Q1 in exactly one seed and Q2 in exactly two (Chao 1987, bias-corrected): a lower bound where features "
-    "differ in how easily they are found. Log-normal interval.",
-    "chapman_interval": "Chapman's estimate from two seeds with a log-normal interval from Seber's variance.",
-    "stable": "Stable features: alive ones with a mutual nearest neighbour (correlation >= .7) in at least half of the "
-    "other dictionary seeds, of which there are at least two.",
-    "saturation": "Features found against dictionary size n, fitted on logs by F (1 - exp(-(n / n0)^kappa)), "
-    "F n / (n + n0) and A n^kappa; AICc chooses. F_inf is F with a 90 % interval over resampled residuals, each "
-    "resample choosing its curve anew; the probability of no saturation is the Akaike weight of A n^kappa. F_inf is "
-    f"not identified where that probability exceeds {NO_SATURATION} or the interval ends beyond {EXTRAPOLATION:g} "
-    "times the largest count.",
-}
-
 
 def _lognormal(seen: float, unseen: float, variance: float) -> Estimate:
     """`seen + unseen` with an interval that is log-normal in the unseen part, so that it starts at or above `seen`."""

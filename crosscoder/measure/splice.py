@@ -21,15 +21,6 @@ from crosscoder.dictionary import Dictionary
 
 SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
 
-DEFINITIONS = {
-    "loss_recovered": "(ablated - spliced) / (ablated - clean) cross-entropy on held-out text: 1 if the subject does "
-    "not notice the reconstruction, 0 if it is no better than replacing the site by its mean over tokens (or by "
-    "zero). At 'all', every site is replaced at once; on residual sites the last one then decides alone, on block "
-    "writes their sum does.",
-    "kl": "Mean Kullback-Leibler divergence, in nats a token, of the spliced subject's next-token distribution from "
-    "the clean one's.",
-}
-
 
 @dataclass(frozen=True)
 class SplicedSite:

@@ -20,27 +20,6 @@ from crosscoder.results.table import Estimate
 SHARES = (0.5, 0.7)
 EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own
 
-DEFINITIONS = {
-    "u": "u_AB: mean over features of A of the largest activation correlation with a feature of B on the same tokens, "
-    "averaged with the same from B to A; equally many features of both, by subsampling the larger pool.",
-    "u_share": "Share of features whose largest correlation with the other subject's exceeds .5, or .7.",
-    "u_null": "Null of u: the other subject's activity moved round by a random number of tokens, at least the longest "
-    "document; keeps every firing rate and burst, breaks the alignment. Mean over draws.",
-    "universality": "U = (u_AB - null) / (u_AA' - null), A' another training seed of A's shape: 0 as by chance, 1 as "
-    "alike as two trainings of one shape. The untrained pair on the same scale is its floor.",
-    "rate_ratio": "Firing rates of matched features, B / A: median ratio with its central 90 % range over pairs, and "
-    "the rank correlation of the rates.",
-    "exclusive_share": "Share of features of a joint crosscoder over [A's layers ; B's layers] with more than "
-    f"{EXCLUSIVE:.0%} of their decoder energy, averaged over each subject's layers, in one subject.",
-    "hidden_share": "Share of features of a joint crosscoder that are one subject's alone by decoder energy and whose "
-    f"activity no layer of the other tells either (AUC of a linear probe below {DECODABLE} everywhere). A penalty or "
-    "the competition for few active features can empty a decoder row though the other subject has the feature; the "
-    "probe sees through that, also where widths differ and latent scaling is not defined.",
-    "joint_dictionary": "One crosscoder over [first's layers ; second's layers] on the same tokens, each subject "
-    "scaled to the same total energy. The pair of two trainings of one shape says how much is exclusive without any "
-    "difference of shape, the untrained pair how much without training.",
-}
-
 
 @dataclass(frozen=True)
 class Agreement:
