@@ -29,7 +29,7 @@ from crosscoder.dictionary import (
     Sparsity,
 )
 from crosscoder.foundation.order import seeded_generator
-from crosscoder.measure.reading import alive_features, measure_dictionary
+from crosscoder.measure.reading import measure_dictionary
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget
 
 CALIBRATION = 8  # batches that set a BatchTopK threshold
@@ -228,12 +228,12 @@ def fit_variant(
         calibrate_threshold(dictionary, (x_BLD.to(device) for x_BLD in sample))
     measured = measure_dictionary(dictionary, (x.to(device) for x in source.held_out()))
     n_groups = dictionary.grouped().center_GN.shape[0]
-    alive_RF = alive_features(measured.activity)
+    alive_RF = measured.alive_GF
     alive_GF = alive_RF.reshape(-1, n_groups, alive_RF.shape[1]).any(0)  # of a shared SAE: at any layer
     later_L = measured.explained_variance_L[1:]
     later_L = later_L[np.isfinite(later_L)]  # layers that nobody writes
     return {
-        "l0": measured.activity.code.nnz / measured.activity.n_tokens,
+        "l0": measured.code.nnz / measured.code.shape[0],
         "explained_variance": measured.explained_variance,
         "explained_variance_later": float(np.mean(later_L)) if len(later_L) else None,
         "dead_share": 1 - float(alive_GF.mean()),

@@ -213,7 +213,8 @@ def _our_numbers(config: LanguageConfig, setting: Setting, bank: LayerwiseSAE, s
     ids = list(setting.held_out_ids.split(config.blocks_per_batch))
     batches = [_harvest(setting, config, part)[:, skip:].flatten(0, 1) * bank.input_scale[:, None] for part in ids]
     measured = measure_dictionary(bank, batches)
-    code = measured.activity.group(EVALUATED)
+    of_layer = slice(EVALUATED * bank.config.n_features, (EVALUATED + 1) * bank.config.n_features)
+    code = measured.code[:, of_layer].tocsc()
     legacy = [_per_token_explained(x[:, EVALUATED], bank(x).recon[:, EVALUATED]) for x in batches]
     blocks = list(ResidualHarvester(setting.model).blocks)
     result = splice_losses(
@@ -230,7 +231,7 @@ def _our_numbers(config: LanguageConfig, setting: Setting, bank: LayerwiseSAE, s
     return {
         "ev": float(measured.explained_variance_L[EVALUATED]),
         "ev_legacy": float(torch.cat(legacy).mean()),
-        "l0": code.nnz / measured.activity.n_tokens,
+        "l0": code.nnz / code.shape[0],
         "fire": int((np.diff(code.indptr) > 0).sum()),
         "clean": clean,
         "spliced": spliced,

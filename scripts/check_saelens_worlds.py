@@ -160,9 +160,9 @@ def _compare_world(config: WorldsConfig, planted: Planted, bank: LayerwiseSAE, c
 def _our_numbers(planted: Planted, bank: LayerwiseSAE, acts_TP: Tensor) -> dict[str, float]:
     hidden_TD = planted.hidden(acts_TP)
     measured = measure_dictionary(bank, [part[:, None] for part in hidden_TD.split(4096)])
-    code = measured.activity.code
+    code = measured.code
     decoder_FD, truth_PD = bank.decoder[0].numpy(), planted.directions_PD.numpy()
-    fires_F = measured.activity.firing_probability() > 0
+    fires_F = measured.probability_F > 0
     assignment = recovery.assign(decoder_FD[:, None], truth_PD[:, None])
     recall = float(assignment.recalled_F.mean())
     precision = recovery.precision(assignment, len(decoder_FD))

@@ -1,6 +1,6 @@
 """What one trained dictionary says of a held-out text: which features are alive, when they fire, what they write.
 
-`Activity` is of all features, `Reading` of the alive ones; what is alive, and which features are one, is decided here
+`Measured` is of all features, `Reading` of the alive ones; what is alive, and which features are one, is decided here
 and nowhere else. Every count and comparison (two seeds, two trainings, two shapes) is a function of readings taken on
 the same tokens. For a bank the columns of layer l are `l * F : (l + 1) * F`.
 """
@@ -32,43 +32,28 @@ _NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
 
 
 @dataclass(frozen=True)
-class Activity:
-    """Activations of all features on the same T tokens, in the text's order."""
-
-    code: sparse.csr_array  # [T, G * F], float32, no stored zeros
-    n_groups: int
-
-    @property
-    def n_tokens(self) -> int:
-        """T."""
-        return self.code.shape[0]
-
-    @property
-    def n_features(self) -> int:
-        """F, the features of one group."""
-        return self.code.shape[1] // self.n_groups
-
-    def firing_probability(self) -> np.ndarray:
-        """Share of tokens on which each feature is active, `p` `[G * F]`."""
-        return np.bincount(self.code.indices, minlength=self.code.shape[1]) / self.n_tokens
-
-    def group(self, index: int) -> sparse.csc_array:
-        """The columns of one group, `[T, F]`."""
-        return self.code[:, index * self.n_features : (index + 1) * self.n_features].tocsc()
-
-
-@dataclass(frozen=True)
 class Measured:
-    """One pass of a dictionary over held-out tokens."""
+    """What all features of a dictionary did in one pass over T held-out tokens."""
 
-    activity: Activity
+    code: sparse.csr_array  # [T, G * F], float32, no stored zeros, tokens in the text's order
+    n_groups: int
     explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where nobody writes
     explained_variance: float  # the same ratio of sums over all layers of the scaled activations
+
+    @property
+    def probability_F(self) -> np.ndarray:
+        """Share of tokens on which each feature is active, `p` `[G * F]`."""
+        return np.bincount(self.code.indices, minlength=self.code.shape[1]) / self.code.shape[0]
+
+    @property
+    def alive_GF(self) -> np.ndarray:
+        """True for alive features."""
+        return (self.probability_F > minimum_probability(self.code.shape[0])).reshape(self.n_groups, -1)
 
 
 @torch.no_grad()
 def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Measured:
-    """Activity and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
+    """Code and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
 
     Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure leaves
     unwritten count in no sum. Groups are what has a row of its own for every token: the layers of a bank, also of one
@@ -101,11 +86,7 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Mea
     code = sparse.csr_array(sparse.vstack(parts, format="csr"))
     explained_L = torch.full_like(error_L, torch.nan)
     explained_L[written] = 1 - error_L[written] / variance_L[written]
-    return Measured(
-        Activity(code, n_groups),
-        explained_L.numpy(),
-        float(1 - error_L[written].sum() / variance_L[written].sum()),
-    )
+    return Measured(code, n_groups, explained_L.numpy(), float(1 - error_L[written].sum() / variance_L[written].sum()))
 
 
 def sparse_rows(code: SparseCode, n_tokens: int, n_groups: int, n_features: int) -> sparse.csr_array:
@@ -121,12 +102,6 @@ def sparse_rows(code: SparseCode, n_tokens: int, n_groups: int, n_features: int)
 def minimum_probability(n_tokens: int) -> float:
     """p_min: the firing probability above which `n_tokens` held-out tokens show a feature more than ten times."""
     return 10.0 / n_tokens
-
-
-def alive_features(activity: Activity) -> np.ndarray:
-    """True for alive features, `[G, F]`."""
-    alive = activity.firing_probability() > minimum_probability(activity.n_tokens)
-    return alive.reshape(activity.n_groups, activity.n_features)
 
 
 @dataclass(frozen=True)
@@ -218,21 +193,21 @@ class Reading:
 def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Reading:
     """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale."""
     measured = measure_dictionary(dictionary, batches)
-    activity, decoder_FLD = measured.activity, dictionary.decoder_FLD().float().cpu().numpy()
-    alive = alive_features(activity).ravel().nonzero()[0]
+    n_tokens, decoder_FLD = measured.code.shape[0], dictionary.decoder_FLD().float().cpu().numpy()
+    alive = measured.alive_GF.ravel().nonzero()[0]
     held_F = profile.lifespan(profile.layer_profile(decoder_FLD))
-    tokens_F = np.bincount(activity.code.indices, minlength=len(decoder_FLD))
+    tokens_F = np.bincount(measured.code.indices, minlength=len(decoder_FLD))
     return Reading(
         seed=dictionary.config.seed,
         decoder_FLD=decoder_FLD[alive],
-        code=sparse.csc_array(activity.code.tocsc()[:, alive]),
+        code=sparse.csc_array(measured.code.tocsc()[:, alive]),
         explained_variance=measured.explained_variance,
         dead_share=1 - len(alive) / len(decoder_FLD),
-        l0=activity.code.nnz / activity.n_tokens,
+        l0=measured.code.nnz / n_tokens,
         index_F=alive,
-        n_groups=activity.n_groups,
+        n_groups=measured.n_groups,
         size=len(decoder_FLD),
-        l0_layer=float(tokens_F @ held_F) / activity.n_tokens / decoder_FLD.shape[1],
+        l0_layer=float(tokens_F @ held_F) / n_tokens / decoder_FLD.shape[1],
         explained_variance_L=measured.explained_variance_L,
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import optimize
 
 from crosscoder.measure import dimension, matching, profile
+from crosscoder.results.table import finite
 
 MATCH = 0.9  # joint decoder cosine from which a planted feature counts as found
 SATURATED = 0.95  # share of a dictionary in use from which its count is a lower bound
@@ -154,22 +155,18 @@ def score_features(
     return {
         "count": count,
         "count_true": len(truth_FLD),
-        "count_error": _finite(relative_error(count, len(truth_FLD))),
+        "count_error": finite(relative_error(count, len(truth_FLD))),
         "mcc": mean_cosine(assignment),
         "recall": float(assignment.recalled_F.mean()),
-        "precision": _finite(precision(assignment, len(found_FLD))),
-        "recall_by_kind": {kind: _finite(value) for kind, value in zip(kinds, per_kind)},
-        "precision_by_kind": {kind: _finite(value) for kind, value in zip(kinds, per_kind_precision)},
-        "rho": _finite(rho),
+        "precision": finite(precision(assignment, len(found_FLD))),
+        "recall_by_kind": {kind: finite(value) for kind, value in zip(kinds, per_kind)},
+        "precision_by_kind": {kind: finite(value) for kind, value in zip(kinds, per_kind_precision)},
+        "rho": finite(rho),
         "rho_true": rho_true,
-        "rho_error": _finite(relative_error(rho, rho_true)),
-        "rho_error_matched": _finite(matched_rho_error(found_FLD, truth_FLD, assignment)),
-        "d_eff": _finite(d_eff),
-        "d_eff_true": _finite(d_eff_true),
-        "d_eff_error": _finite(relative_error(d_eff, d_eff_true)),
+        "rho_error": finite(relative_error(rho, rho_true)),
+        "rho_error_matched": finite(matched_rho_error(found_FLD, truth_FLD, assignment)),
+        "d_eff": finite(d_eff),
+        "d_eff_true": finite(d_eff_true),
+        "d_eff_error": finite(relative_error(d_eff, d_eff_true)),
         "kind_confusion": {kind: row.tolist() for kind, row in zip(kinds, confusion)},
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

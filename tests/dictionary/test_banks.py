@@ -72,9 +72,9 @@ def test_a_shared_sae_of_one_layer_is_a_bank_of_one_layer():
 def test_activity_of_a_shared_sae_has_a_column_for_each_feature_and_layer():
     shared, x = make().eval(), inputs(50, L, D)
     measured = measure_dictionary(shared, x.split(20))
-    assert measured.activity.n_groups == L
+    assert measured.n_groups == L
     expected = shared.encode(x).to_dense().detach().reshape(50, L * F)
-    np.testing.assert_allclose(measured.activity.code.toarray(), expected.float().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(measured.code.toarray(), expected.float().numpy(), rtol=1e-6)
     decoder_FLD = shared.decoder_FLD()
     assert decoder_FLD.shape == (L * F, L, D)
     for layer in range(L):

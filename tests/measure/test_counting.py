@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from crosscoder.measure import counting, dimension, matching, profile
-from crosscoder.measure.reading import Activity, Reading, alive_features
+from crosscoder.measure.reading import Measured, Reading
 
 
 def csc(dense):
@@ -65,9 +65,9 @@ def test_matching_rules_differ_as_they_should():
 def test_alive_needs_more_than_ten_occurrences():
     code = np.zeros((1000, 3))
     code[:11, 0], code[:10, 1] = 1, 1
-    activity = Activity(sparse.csr_array(code), 1)
-    assert alive_features(activity).tolist() == [[True, False, False]]
-    assert activity.firing_probability().tolist() == [0.011, 0.01, 0]
+    measured = Measured(sparse.csr_array(code), 1, np.ones(1), 1.0)
+    assert measured.alive_GF.tolist() == [[True, False, False]]
+    assert measured.probability_F.tolist() == [0.011, 0.01, 0]
 
 
 def test_duplicates_are_counted_once_only_if_both_direction_and_activity_agree():

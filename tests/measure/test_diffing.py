@@ -57,7 +57,7 @@ def trained(planted):
         config = TrainConfig(learning_rate=1e-2, dead_after_tokens=5_000, log_every=500)
         train(cc, [planted.batch(seed) for seed in range(300)], config=config, quiet=True)
         measured = measure_dictionary(cc, [planted.batch(10_000 + seed, 1024) for seed in range(4)])
-        alive_F = measured.activity.firing_probability() > 0.01
+        alive_F = measured.probability_F > 0.01
         return cc, measured, alive_F
 
     return {"free": fit(()), "dedicated": fit((0.125, 0.125))}

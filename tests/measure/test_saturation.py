@@ -25,8 +25,6 @@ def test_chao2_by_hand():
     assert estimate.high == pytest.approx(8 + unseen * factor)
     assert estimate.low == pytest.approx(8 + unseen / factor)
     assert saturation.chao2(found[4:8]).value == 4  # none was found once only
-    with pytest.raises(ValueError, match="2 dictionary seeds"):
-        saturation.chao2(found[:, :2])
 
 
 def test_chao2_covers_the_size_of_a_planted_pool():
@@ -63,16 +61,12 @@ def test_incidence_joins_matches_of_all_seeds():
     found = saturation.incidence([2, 2, 2], links)
     assert sorted(found.sum(1).tolist()) == [1, 2, 3]
     assert found.sum(0).tolist() == [2, 2, 2]
-    with pytest.raises(ValueError, match=r"\(1, 2\)"):
-        saturation.incidence([2, 2, 2], {pair: links[pair] for pair in ((0, 1), (0, 2))})
 
 
 def test_stable_features_are_matched_in_half_of_the_others():
     links = [np.array([[0, 5], [1, 2]]), np.array([[1, 0]]), np.array([[1, 1], [2, 0]])]
     assert saturation.stable_features(4, links).tolist() == [False, True, False, False]
     assert saturation.stable_features(4, links[:2]).tolist() == [True, True, False, False]
-    with pytest.raises(ValueError, match="1 other seeds"):
-        saturation.stable_features(4, links[:1])
 
 
 PLANTED = {
@@ -139,8 +133,6 @@ def test_too_few_sizes_are_not_identified():
     found = saturation.fit_saturation([64, 128, 256, 512], [50, 90, 130, 150], seed=0)
     assert (found.limit, found.curves) == (None, ())
     assert found.reason == "not identified: 4 counts at 4 sizes cannot tell three curves apart; 6 at 4 sizes can"
-    with pytest.raises(ValueError, match="2 sizes and 3 counts"):
-        saturation.fit_saturation([64, 128], [1, 2, 3], seed=0)
 
 
 def three_seeds() -> ShapeReadings:

@@ -13,7 +13,7 @@ from crosscoder.dictionary import NormPenalty, ReLU
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting, matching, profile, recovery
 from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
-from crosscoder.measure.reading import alive_features, measure_dictionary, read_dictionary
+from crosscoder.measure.reading import measure_dictionary, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict.decide import Evidence, check_gates
 
@@ -33,7 +33,7 @@ def held_out(world, dictionary, n=20_480):
     """Inputs, planted activity, and what the dictionary makes of it."""
     x_BLD, activations_BF = world.sample(n, seeded_generator("traps"))
     measured = measure_dictionary(dictionary, x_BLD.split(4096))
-    alive = alive_features(measured.activity)[0].nonzero()[0]
+    alive = measured.alive_GF[0].nonzero()[0]
     return x_BLD, activations_BF.numpy(), measured, alive
 
 
@@ -58,7 +58,7 @@ class TestAbsorption:
         dictionary = trained(world, n_features=48, sparsity=BatchTopK(k=k))
         _, planted, measured, _ = held_out(world, dictionary)
         found = recovery.assign(dictionary.decoder_FLD().numpy(), world.decoder_FLD.numpy())
-        active = measured.activity.code.toarray() > 0
+        active = measured.code.toarray() > 0
         parents = np.arange(0, 32, 2)
         rates = [
             absorption_rate(active[:, found.partner_F[i]], planted[:, i] > 0, planted[:, i + 1] > 0) for i in parents
@@ -160,7 +160,7 @@ class TestShrinkage:
         decoder_FN = dictionary.decoder_FLD().flatten(1).numpy()
         found = recovery.assign(decoder_FN[spread.feature_n][:, None], world.decoder_FLD.flatten(1)[:, None].numpy())
         rows = found.partner_F[found.recalled_F]
-        code = measured.activity.group(0)
+        code = measured.code.tocsc()
         bias_N = dictionary.grouped().center_GN[0].detach().numpy()
         before, after = refitted_variances(code, x_BLD.flatten(1).numpy(), decoder_FN, bias_N)
         assert before == pytest.approx(measured.explained_variance, abs=1e-4)
