@@ -1,4 +1,4 @@
-"""How many features there are: alive, distinct, merged across layers, and corrected for what seeds alone would lose.
+"""How many features there are: alive, distinct, merged across layers, and corrected for disagreement of seeds.
 
 Definitions follow the project's preregistered quantities, `results.quantities`.
 """

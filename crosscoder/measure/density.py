@@ -1,4 +1,4 @@
-"""Features on the room they have, by every estimator, with intervals over training seeds, dictionary seeds and text.
+"""Density of features: their load or count over their dimension, with intervals over seeds and documents.
 
 The statistic that decides is fixed beforehand: `PRIMARY_ESTIMATOR` of `results.quantities`. The others are shown
 beside it, because in practice the ratio of two models moves more with the estimator than with the models.

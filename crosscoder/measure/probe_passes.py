@@ -38,15 +38,11 @@ class Documents:
             seen = f"{n_tokens}" if whole else f"at least {n_tokens}"
             raise ValueError(f"{n} document labels for {seen} tokens; give one for each")
 
-    def numbers(self, start: int, stop: int) -> np.ndarray:
-        """The number of the document of each token from `start` to `stop`."""
-        if self._number_T is None:
-            return np.arange(start, stop) // STRETCH_OF_TOKENS
-        return self._number_T[start:stop]
-
     def scored(self, start: int, stop: int) -> np.ndarray:
-        """True for tokens on which probes are scored."""
-        return self.numbers(start, stop) % 2 == 1
+        """True for those tokens from `start` to `stop` on which probes are scored."""
+        if self._number_T is None:
+            return np.arange(start, stop) // STRETCH_OF_TOKENS % 2 == 1
+        return self._number_T[start:stop] % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -161,9 +157,9 @@ def choose_ridges(
 ) -> list[float]:
     """The penalty of each layer's probe and of the one that reads all: of `RIDGES`, the best mean AUC, `[L + 1]`.
 
-    A penalty that suits one layer lets a probe of all of them fit noise where tokens are few against L * D, and a
-    joint AUC below that of a layer says nothing of the features. The mean is over at most `CHOOSING` features, on the
-    scored documents: one choice among five for all features gains next to nothing by chance.
+    With one penalty for all, the joint probe would fit noise where tokens are few against L * D, and a joint AUC below
+    that of a layer says nothing of the features. The mean is over at most `CHOOSING` features of the scored documents;
+    one choice among five for all features gains next to nothing by chance.
     """
     some_n = chosen_n[:: max(1, len(chosen_n) // CHOOSING)][:CHOOSING]
     n, n_layers = len(some_n), dictionary.config.n_layers

@@ -1,4 +1,4 @@
-"""How many layers a trained crosscoder's features are read from, and whether any one layer would have told.
+"""From which layers a crosscoder's features are read, and how well a single layer predicts when they are active.
 
 Measured on a dictionary and a stream of held-out activations, in two passes whose memory does not grow with the text.
 """
@@ -46,7 +46,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class FunctionalSpread:
-    """Functional spread and joint decodability of n features. nan: seen too rarely."""
+    """Functional spread and joint decodability of n features; nan for those active too rarely."""
 
     feature_n: np.ndarray  # their numbers in the dictionary, ascending
     n_alive: int
@@ -73,12 +73,12 @@ class FunctionalSpread:
 
     @property
     def genuine_n(self) -> np.ndarray:
-        """True for genuinely cross-layer features, `[n]`; false where it cannot be told."""
+        """True for genuinely cross-layer features, `[n]`; false for those active too rarely."""
         return genuine_features(self.auc_joint_n, self.auc_nL)
 
     @property
     def aucs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `cross_layer_excess` takes."""
+        """Arguments of `cross_layer_excess`."""
         return self.auc_joint_n, self.auc_nL
 
     def genuine_F(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class FunctionalSpread:
         return mask
 
     def summary(self) -> dict[str, float]:
-        """Means over the features for which each is defined, as plain numbers; nan if it is for none."""
+        """Means over the features for which each is defined, by the names of quantities; nan where there is none."""
         return {
             "probe_features": float(len(self.feature_n)),
             "probe_alive": float(self.n_alive),
@@ -177,25 +177,21 @@ def measure_functional_spread(
     batches: gives the held-out stream `x_BLD` in the dictionary's own scale from its beginning, the same each time.
     document_T: each token's document, in the stream's order; without it every 256 tokens are one.
 
-    What J can say: the label is the feature's own activity, and an active feature is by definition one whose sum over
-    layers is large, so the joint probe is nearly perfect by construction and J is in effect 1 less the best one-layer
-    AUC: how little the best single layer tells of what the dictionary calls the feature. It cannot show that the
-    subject computes with several layers. It is also large where a feature is the same in all layers but noisy, so
-    that layers average (a persistent feature under noise), and where one latent holds unrelated features of two
-    layers. A shuffle of tokens by layer reproduces the second, not the first. It is small where a combination of
-    layers is rare against each of its parts only in proportion: an AUC does not see false alarms on 5 % of the tokens,
-    though they be more than the feature's own; `precision_nL` does.
+    What J can say: the label is the feature's own activity. A feature is active where its sum over layers is large, so
+    the joint probe is nearly perfect by construction, and J is in effect 1 less the best one-layer AUC. It cannot show
+    that the subject computes with several layers. J is also large for a persistent feature under noise, which a joint
+    probe averages, and where one latent holds unrelated features of two layers; only the second remains when tokens
+    are shuffled by layer. J is small for a rare combination of frequent parts: an AUC hardly sees false alarms on 5 %
+    of the tokens, even if they outnumber the feature's own tokens; `precision_nL` does.
 
     Raises:
-        ValueError: the dictionary is a bank, nothing is alive, a half of the documents is empty, or labels do not fit.
+        ValueError: the dictionary is a bank, no feature is alive, half of the documents are empty, or the labels are
+            not one for each token.
     """
     config = config or ProbeConfig()
-    n_groups, width = dictionary.grouped().center_GN.shape
-    n_layers = dictionary.config.n_layers
-    if n_groups != 1:
-        raise ValueError(
-            f"the dictionary is a bank of {n_groups}; functional spread needs features that read all layers"
-        )
+    n_layers, d_model = dictionary.config.n_layers, dictionary.config.d_model
+    if dictionary.grouped().encoder_GFN.shape[2] != n_layers * d_model:
+        raise ValueError("the dictionary is a bank; functional spread needs features that read all layers")
     documents = Documents(document_T)
     was_training = dictionary.training
     dictionary.eval()
@@ -214,7 +210,7 @@ def measure_functional_spread(
     finally:
         dictionary.train(was_training)
     encoder_nLD, decoder_nLD = (
-        parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(len(chosen_n), n_layers, width // n_layers)
+        parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(len(chosen_n), n_layers, d_model)
         for parameter_FN in (dictionary.grouped().encoder_GFN[0], dictionary.grouped().decoder_GFN[0])
     )
     return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, ridges)

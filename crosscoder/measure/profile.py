@@ -1,4 +1,4 @@
-"""Over how many layers a feature extends: by its decoder, by what it is read from, and corrected for shrinkage."""
+"""Layer profiles of features: by decoder norms, by what the encoder reads, and corrected for a penalty's shrinkage."""
 
 from __future__ import annotations
 

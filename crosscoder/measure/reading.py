@@ -1,4 +1,4 @@
-"""What one trained dictionary says of a held-out text: which features are alive, when they fire, what they write.
+"""What one trained dictionary does on a held-out text: which features are alive, when they fire, what they write.
 
 `Measured` is of all features, `Reading` of the alive ones; what is alive, and which features are one, is decided here
 and nowhere else. Every count and comparison (two seeds, two trainings, two shapes) is a function of readings taken on
@@ -37,7 +37,7 @@ class Measured:
 
     code: sparse.csr_array  # [T, G * F], float32, no stored zeros, tokens in the text's order
     n_groups: int
-    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where nobody writes
+    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where no feature writes
     explained_variance: float  # the same ratio of sums over all layers of the scaled activations
 
     @property

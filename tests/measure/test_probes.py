@@ -198,8 +198,10 @@ class TestWhatIsMeasured:
 
     def test_what_cannot_be_measured_is_refused(self, seen):
         dictionary, x, document = seen
-        with pytest.raises(ValueError, match="bank"):
-            measure_functional_spread(LayerwiseSAE(n_layers=3, d_model=8, n_features=40), batches_of(x))
+        for shared in (False, True):
+            bank = LayerwiseSAE(n_layers=3, d_model=8, n_features=40, shared=shared)
+            with pytest.raises(ValueError, match="bank"):
+                measure_functional_spread(bank, batches_of(x))
         for labels in (document[:-1], np.append(document, 0)):
             with pytest.raises(ValueError, match="one for each"):
                 measure_functional_spread(dictionary, batches_of(x), document_T=labels)
