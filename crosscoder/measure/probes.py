@@ -17,6 +17,7 @@ from crosscoder.dictionary import Dictionary
 from crosscoder.measure import probe_passes, profile
 from crosscoder.measure.probe_passes import Batches, Documents, Moments, Scores
 from crosscoder.measure.reading import minimum_probability
+from crosscoder.results.table import Value
 
 MIN_ACTIVE = 10  # active tokens in each half of the documents below which a feature's AUCs are nan
 GAIN = 0.05  # a joint AUC this much above the best single layer's counts as gained by reading layers together
@@ -96,7 +97,7 @@ class FunctionalSpread:
         mask[self.feature_n] = self.genuine_n
         return mask
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Value]:
         """Means over the features for which each is defined, by the names of quantities; nan where there is none."""
         return {
             "probe_features": float(len(self.feature_n)),
@@ -160,8 +161,8 @@ def cross_layer_excess(
     untrained: tuple[np.ndarray, np.ndarray],
 ) -> float:
     """X of one dictionary from `(auc_joint_F, auc_FL)` of the trained subject and of both nulls; nan if one is."""
-    share, *nulls = (genuine_share(*aucs) for aucs in (trained, shuffled, untrained))
-    return float(share - np.maximum(*nulls))
+    share, shuffle, initial = (genuine_share(*aucs) for aucs in (trained, shuffled, untrained))
+    return float(share - np.maximum(shuffle, initial))
 
 
 @torch.no_grad()

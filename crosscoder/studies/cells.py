@@ -223,8 +223,8 @@ def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: S
     ids = load_file(stores.held_out_ids)["ids"].long().to(device).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
     found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
-    values = {"splice_tokens": found.n_tokens, "spliced_ablation": found.ablation, "clean_loss": found.clean_loss}
-    rows = rows_at(at, values)
+    rows = rows_at(at, {"splice_tokens": found.n_tokens, "spliced_ablation": found.ablation})
+    rows += rows_at(at, {"clean_loss": found.clean_loss})
     for one in found.sites:
         numbers = {key: getattr(one, key) for key in ("spliced_loss", "ablated_loss", "loss_recovered", "kl")}
         rows += rows_at(replace(at, layer=one.layer), numbers)
