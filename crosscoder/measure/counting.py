@@ -92,7 +92,7 @@ def count_features(reading: Reading) -> dict[str, Value]:
     """Counts of one dictionary by the names of quantities.
 
     A feature counts on every layer that it occupies, so that the features of a layer are the distinct ones times mean
-    rho over L; of a bank, rho is 1. Only a bank's features can be merged along the layers.
+    rho over L; of a bank, rho is 1. Features of one layer each, as those of a bank, are also merged along the layers.
     """
     n_layers, d_model = reading.decoder_FLD.shape[1:]
     groups = reading.groups
@@ -108,11 +108,15 @@ def count_features(reading: Reading) -> dict[str, Value]:
         "entropy_load": float(load),
         "effective_dimension": np.mean([dimension.effective_dimension(group.decoder_FLD) for group in groups]),
     }
-    if len(groups) > 1:
+    if len(groups) == n_layers:
         merged = merged_counts(reading)
         every = [count for rules in merged.values() for count in rules.values()]
-        joint = merged["correlation"]["mutual nearest"]
-        values |= {"merged": joint, "merged_low": min(every), "merged_high": max(every)}
+        values |= {
+            "merged": merged["correlation"]["mutual nearest"],
+            "merged_low": min(every),
+            "merged_high": max(every),
+        }
+        joint = values["merged"] if n_layers > 1 else distinct
     per_layer = distinct * float(reading.rho_F.mean()) / n_layers if len(reading) else 0.0
     return values | {
         "features_per_layer": per_layer,

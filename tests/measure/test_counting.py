@@ -89,6 +89,13 @@ def test_duplicates_of_a_bank_are_those_of_one_layer():
     assert counts["alive_per_layer"] == [2, 2]
 
 
+def test_a_dictionary_of_one_layer_is_bank_and_crosscoder_alike():
+    z = np.random.default_rng(8).random((300, 1))
+    counts = counting.count_features(bank_of([np.hstack([z, z])], [np.eye(2)[[0, 0]]]))
+    assert (counts["alive"], counts["distinct"], counts["merged"]) == (2, 1, 2)
+    assert counts["per_neuron_joint"] == counts["per_neuron_layer"] == 0.5
+
+
 def bank_of(codes, decoders):
     """The reading of a bank whose layers have as many features each, all alive."""
     n_layers, n = len(codes), len(decoders[0])
