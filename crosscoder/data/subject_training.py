@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crosscoder.data.subject import build_subject, without_progress_bars
+from crosscoder.data.subject import build_subject, load_model, without_progress_bars
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
-    DamagedArtifactError,
     committed_directory,
     read_json,
     verify_directory,
@@ -31,7 +30,7 @@ from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.order import batch_indices
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedModel
 
 SCHEMA = "crosscoder.subject/1"
 RUN_FILE = "run.json"
@@ -138,28 +137,15 @@ class SubjectRun:
             train_fingerprint=record["train_fingerprint"],
         )
 
-    def load_model(self, index: int, *, device: str | torch.device = "cpu") -> LlamaForCausalLM:
+    def load_model(self, index: int, *, device: str | torch.device = "cpu") -> PreTrainedModel:
         """The subject at `checkpoints[index]`, verified, in evaluation mode and without gradients."""
         return load_checkpoint(self.folder / self.checkpoints[index].folder, device=device)
 
 
-def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -> LlamaForCausalLM:
+def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -> PreTrainedModel:
     """A kept subject, verified against its manifest, in evaluation mode and without gradients."""
-    from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     verify_directory(folder, schema=SCHEMA)
-    config = LlamaConfig.from_pretrained(str(folder))
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights, which are then replaced
-        model = LlamaForCausalLM(config)
-    weights = load_file(Path(folder) / "model.safetensors")
-    result = model.load_state_dict(weights, strict=False)
-    missing = set(result.missing_keys) - {"lm_head.weight"}  # tied to the embedding, so stored once
-    if missing or result.unexpected_keys:
-        raise DamagedArtifactError(
-            f"{folder}: the weights lack {sorted(missing)} and hold unknown {result.unexpected_keys}; train again"
-        )
-    return model.to(device).eval().requires_grad_(False)
+    return load_model(folder, device=device)
 
 
 def train_subject(
@@ -170,11 +156,8 @@ def train_subject(
     folder: str | Path,
     device: str | torch.device = "cpu",
     quiet: bool = False,
-    on_progress: Callable[[int, int, float], None] | None = None,
 ) -> SubjectRun:
     """Train a subject and keep its checkpoints in `folder/step-N`; `folder/run.json` is written last.
-
-    `on_progress(step, n_steps, loss)` is called after every step.
 
     Raises:
         ValueError: the blocks are not of length `context`, or the two sets have different vocabularies.
@@ -203,8 +186,6 @@ def train_subject(
     with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
         for step, loss in _training_steps(model, config, train_tokens):
             progress.advance(loss=loss)
-            if on_progress is not None:
-                on_progress(step, config.n_steps, loss)
             if step in kept:
                 training_seconds += time.perf_counter() - started
                 checkpoints.append(_keep(model, step, config, held_out_BS, folder))
