@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from crosscoder.foundation.artifact import (
     verify_directory,
     write_json,
 )
-from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes
 from crosscoder.foundation.order import order_slice
 
@@ -41,7 +40,7 @@ _ORIGINS = ("document_T", "sequence_T", "position_T")
 _SLACK_BYTES = 2**20
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class Shard:
     """One file of the store."""
 
@@ -49,7 +48,7 @@ class Shard:
     tokens: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class StoreIndex:
     """What a store holds and where it came from."""
 

@@ -11,9 +11,10 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from crosscoder.foundation.artifact import (
     verify_directory,
     write_json,
 )
-from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.order import batch_indices
 
@@ -39,20 +40,26 @@ FIRST_CHECKPOINT = 1 / 3
 """Where in training the first kept checkpoint after the initial weights lies, as a fraction of the steps."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class SubjectConfig:
     """A subject's shape and its training."""
 
-    n_layers: int
-    d_model: int
-    context: int = 128
-    head_dim: int = 32
-    batch: int = 32
+    n_layers: PositiveInt
+    """Blocks."""
+    d_model: PositiveInt
+    """Width; a multiple of `head_dim`."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a training sequence, and the longest text that the subject can read."""
+    head_dim: PositiveInt = 32
+    """Width of an attention head."""
+    batch: PositiveInt = 32
     """Sequences a step."""
-    tokens: int = 1_500_000
-    learning_rate: float = 3e-3
-    warmup_fraction: float = 0.02
-    n_checkpoints: int = 20
+    tokens: PositiveInt = 1_500_000
+    """Training tokens, rounded to whole steps."""
+    learning_rate: PositiveFloat = 3e-3
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the steps in which the learning rate rises."""
+    n_checkpoints: PositiveInt = 20
     """Kept in the last two thirds of training, the end included; the initial weights are kept besides."""
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -60,17 +67,6 @@ class SubjectConfig:
     instructions `bfloat16` is about 1.5 times as fast; without them it is slower."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "head_dim", "batch", "tokens", "n_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.context < 2:
-            raise ValueError(f"context is {self.context}, expected at least 2")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision is {self.precision!r}, expected 'float32' or 'bfloat16'")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is {self.warmup_fraction}, expected 0 or more and below 1")
         if self.n_checkpoints > len(self.checkpoint_steps):
             raise ValueError(
                 f"{self.n_steps} steps cannot hold {self.n_checkpoints} checkpoints in their last "
