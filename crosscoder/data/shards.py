@@ -21,7 +21,6 @@ from crosscoder.data.residuals import (
 from crosscoder.data.sources import SiteKind, SiteSource, are_neighbours, combine_fingerprints, select_sites
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
-    MANIFEST,
     DamagedArtifactError,
     committed_directory,
     read_json,
@@ -135,10 +134,7 @@ class ActivationShards:
             DamagedArtifactError: a file is missing, truncated or altered; names it.
         """
         folder = Path(folder)
-        if verify:
-            verify_directory(folder, schema=SCHEMA)
-        else:
-            _check_sizes(folder)
+        verify_directory(folder, schema=SCHEMA, hashes=verify)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
         opened = [_open_shard(folder, shard, index) for shard in index.shards]
         if not opened:
@@ -293,13 +289,3 @@ def _open_shard(folder: Path, shard: Shard, index: StoreIndex) -> dict[str, Tens
             f"{list(expected)}; harvest again"
         )
     return tensors
-
-
-def _check_sizes(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {MANIFEST}: it is not a finished store; check the path")
-    for name, entry in read_json(folder / MANIFEST)["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != entry["bytes"]:
-            seen = "is missing" if size is None else f"has {size} bytes, {MANIFEST} says {entry['bytes']}"
-            raise DamagedArtifactError(f"{folder / name} {seen}; harvest again, or restore it from a copy")
