@@ -220,7 +220,7 @@ def test_geometric_median_resists_outliers():
 def test_bias_starts_at_the_centre(cls, method):
     dictionary = make(cls)
     x = inputs(50, 3, 8) + 3
-    initial.initialize_bias(dictionary, x, method=method)
+    initial.initialize_bias(dictionary.grouped(), x, method=method)
     expected = {"zero": 0.0}.get(method, 3.0)
     assert np.isclose(dictionary.decoder_bias.mean().item(), expected, atol=0.2)
 
