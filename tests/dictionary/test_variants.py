@@ -10,8 +10,8 @@ from crosscoder.dictionary import DictionaryConfig, L0Penalty, NormPenalty, Tanh
 from crosscoder.dictionary.losses import loss_terms
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.studies.budget import DictionaryBudget, Selection
+from tests.dictionary.test_dictionaries import BOTH, inputs, make
 
-BOTH = pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
 PENALTIES = [
     NormPenalty(norm="l1", coefficient=0.3),
     NormPenalty(norm="l2", coefficient=0.3),
@@ -23,21 +23,6 @@ RULES = [ReLU(penalty) for penalty in PENALTIES[:3]] + [
     JumpReLU(threshold=0.6, window=0.5, penalty=penalty) for penalty in PENALTIES
 ]
 EVERY_RULE = pytest.mark.parametrize("sparsity", RULES, ids=lambda s: f"{type(s).__name__}-{s.penalty}")
-
-
-def make(cls, sparsity, *, seed=0, **settings):
-    """A float64 dictionary whose parameters all differ."""
-    settings = {"n_layers": 3, "d_model": 8, "n_features": 40, "sparsity": sparsity, "seed": seed, **settings}
-    dictionary = cls(**settings).double()
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in dictionary.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return dictionary
-
-
-def inputs(*shape, seed=5):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Rectangle(torch.autograd.Function):
