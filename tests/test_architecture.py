@@ -17,6 +17,7 @@ FLOORS = {
     "crosscoder.data": 1,
     "crosscoder.dictionary": 1,
     "crosscoder.training": 2,
+    "crosscoder.formats": 3,
     "crosscoder.results": 3,
     "crosscoder.measure": 4,
     "crosscoder.verdict": 5,

@@ -15,9 +15,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
-from crosscoder.dictionary.interface import SparseCode
 
 
 @dataclass(frozen=True)

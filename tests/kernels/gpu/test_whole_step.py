@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
-from crosscoder.training.checkpoint import TrainState
-from crosscoder.training.firing import FiringTracker
 from crosscoder.training.optimizer import RowAdam
+from crosscoder.training.state import FiringTracker, TrainState
 from crosscoder.training.step import TrainConfig, take_step
 from triton_kernels import cpu, gpu, ops
 
