@@ -21,7 +21,6 @@ from torch import Tensor
 from triton_kernels.gpu.batch_threshold import RunningBound, largest_pairs
 from triton_kernels.gpu.gather_dot import gather_dot
 from triton_kernels.gpu.group_max import group_max
-from triton_kernels.gpu.score_slab import pays, score_slab
 from triton_kernels.gpu.select_threshold import (
     Pairs,
     collect,
@@ -41,7 +40,6 @@ class Slab(NamedTuple):
     start: int
     centred_RN: Tensor
     z_RF: Tensor
-    maxima_RG: Tensor | None  # of the scores, where the product has found them: see `score_slab`
 
 
 class Encoder(NamedTuple):
@@ -58,8 +56,8 @@ class Encoder(NamedTuple):
         """Whether the chosen pairs are computed again in the encoder's own dtype."""
         return self.product != self.encoder_GFN.dtype
 
-    def slabs(self, x_BGN: Tensor, group: int, scale_F: Tensor | None) -> Iterator[Slab]:
-        """The scores of one dictionary, in slabs of rows; the scale is for the maxima alone."""
+    def slabs(self, x_BGN: Tensor, group: int) -> Iterator[Slab]:
+        """The scores of one dictionary, in slabs of rows."""
         n_rows, n_features = x_BGN.shape[0], self.encoder_GFN.shape[1]
         step = max(1, min(n_rows, SLAB_BYTES // (n_features * self.product.itemsize)))
         slab = torch.empty(step if n_rows else 0, n_features, dtype=self.product, device=x_BGN.device)
@@ -67,12 +65,8 @@ class Encoder(NamedTuple):
         for start in range(0, n_rows, step):
             centred = x_BGN[start : start + step, group] - self.center_GN[group]
             z = slab[: centred.shape[0]]
-            low_RN, encoder_FN, maxima = centred.to(self.product), self.working_GFN[group], None
-            if pays(low_RN.shape[1], self.product):
-                maxima = score_slab(low_RN, encoder_FN, bias_F, scale_F, z)
-            else:
-                torch.addmm(bias_F, low_RN, encoder_FN.t(), out=z)
-            yield Slab(start, centred, z, maxima)
+            torch.addmm(bias_F, centred.to(self.product), self.working_GFN[group].t(), out=z)
+            yield Slab(start, centred, z)
 
     def rescore(self, centred_RN: Tensor, features_P: Tensor, offsets: Tensor) -> Tensor:
         """z of the given pairs in the encoder's dtype."""
@@ -102,11 +96,11 @@ def encode_top_k(
     features = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=device)
     for group in range(n_groups):
         scale_F = _scale_of(scale_GF, group)
-        for start, centred, z, maxima in encoder.slabs(x_BGN, group, scale_F):
+        for start, centred, z in encoder.slabs(x_BGN, group):
             rows = slice(start, start + z.shape[0])
             value, feature = values[rows, group], features[rows, group]
             chosen_z = torch.empty(value.shape, dtype=product, device=device) if encoder.rescores else value
-            select_top_k(z, scale_F, k, group * n_features, chosen_z, feature, maxima)
+            select_top_k(z, scale_F, k, group * n_features, chosen_z, feature)
             if encoder.rescores:
                 offsets = torch.arange(0, value.numel() + 1, k, device=device)
                 value.copy_(encoder.rescore(centred, feature.reshape(-1), offsets).relu_().view(-1, k))
@@ -136,11 +130,11 @@ def encode_batch_top_k(
     lists, cuts = [], []
     for group in range(n_groups):
         scale_F, running, parts = _scale_of(scale_GF, group), RunningBound(n_rows * k, x_BGN.device), []
-        for start, _, z, maxima in encoder.slabs(x_BGN, group, scale_F):
+        for start, _, z in encoder.slabs(x_BGN, group):
             if product == torch.float64:
                 parts.append(kept_pairs_fp64(z, scale_F, start, None))
             else:
-                maxima = group_max(z, scale_F) if maxima is None else maxima
+                maxima = group_max(z, scale_F)
                 parts.append(kept_pairs(z, scale_F, maxima, start, lower_F=None, bound=running.add(maxima)))
         best, cut = largest_pairs(collect(parts, encoder_GFN), n_rows * k)
         lists.append(best)
@@ -164,11 +158,11 @@ def encode_threshold(
         scale_F, parts = _scale_of(scale_GF, group), []
         lower_F = (threshold_GF[group].to(torch.promote_types(product, torch.float32)) - window / 2).contiguous()
         bounds = group_bounds(lower_F)
-        for start, _, z, maxima in encoder.slabs(x_BGN, group, scale_F):
+        for start, _, z in encoder.slabs(x_BGN, group):
             if product == torch.float64:
                 parts.append(kept_pairs_fp64(z, scale_F, start, lower_F))
             else:
-                maxima = group_max(z, scale_F) if maxima is None else maxima
+                maxima = group_max(z, scale_F)
                 parts.append(kept_pairs(z, scale_F, maxima, start, lower_F=lower_F, bound=bounds))
         lists.append(collect(parts, encoder_GFN))
     z, features, offsets, score = _code_of(x_BGN, encoder, lists)

@@ -114,13 +114,11 @@ def choose_features_kernel(
 
 
 def select_top_k(
-    z_RF: Tensor, scale_F: Tensor | None, k: int, first_feature: int, values_RK: Tensor, features_RK: Tensor,
-    maxima_RG: Tensor | None = None,
-) -> None:  # fmt: skip
+    z_RF: Tensor, scale_F: Tensor | None, k: int, first_feature: int, values_RK: Tensor, features_RK: Tensor
+) -> None:
     """Fill `values_RK` with relu(z) and `features_RK` with `first_feature` + column of the k best scores of each row.
 
-    The two results may be strided over their rows. The scale changes the choice, not the values. `maxima_RG` is
-    `group_max` of the scores, where it is known.
+    The two results may be strided over their rows. The scale changes the choice, not the values.
     """
     n_rows, n_features = z_RF.shape
     n_groups = tiles.cdiv(n_features, GROUP)
@@ -137,7 +135,7 @@ def select_top_k(
         chosen = torch.empty(n_rows, k, dtype=torch.int32, device=z_RF.device)
         size = tiles.power_of_two(n_groups)
         choose_groups_kernel[(n_rows,)](
-            group_max(z_RF, scale_F) if maxima_RG is None else maxima_RG, chosen, n_groups, k,
+            group_max(z_RF, scale_F), chosen, n_groups, k,
             SIZE=size, CHUNK=min(size, tiles.CHOICE_CHUNK), BITS=bits, num_warps=tiles.choice_warps(size),
         )  # fmt: skip
     size = tiles.power_of_two(k) * GROUP if gather else max(16, tiles.power_of_two(n_features))

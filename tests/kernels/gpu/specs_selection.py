@@ -5,8 +5,6 @@ Budgets: registers a thread that still let the programs meant to share a multipr
 
 import triton.language as tl
 
-from triton_kernels.gpu import score_slab as slab
-
 TOPK = "triton_kernels.gpu.select_topk:"
 ADAM = "triton_kernels.gpu.adam_rows:"
 
@@ -49,15 +47,6 @@ def group_max(dtype, key, scaled, budget):
     return ("triton_kernels.gpu.group_max:group_max_kernel", signature, {"SCALED": scaled, "TILE": 128}, 4, 3, budget)
 
 
-def score_slab(key, scaled):
-    """At N = 768 and F = 32,768: 64 sums a thread, and one program of eight warps a multiprocessor of sm_80."""
-    pointers = dict.fromkeys(("x_ptr", "encoder_ptr", "bias_ptr", "z_ptr"), "*bf16")
-    sizes = {**dict.fromkeys(("n_features", "width", "n_groups"), "i32:16"), "n_rows": "i32", "n_row_tiles": "i32"}
-    signature = {**pointers, **sizes, "scale_ptr": "*fp32" if scaled else "*bf16", "maxima_ptr": key}
-    constants = {"SCALED": scaled, "ROWS": slab.ROWS, "COLUMNS": slab.COLUMNS, "DEPTH": slab.DEPTH}
-    return ("triton_kernels.gpu.score_slab:score_slab_kernel", signature, constants, 8, 3, 184)
-
-
 def pairs(dtype, key, scaled, per_column, write, budget):
     signature = {**PAIRS, "z_ptr": dtype, "z_out_ptr": dtype, "maxima_ptr": key}
     constants = {"SCALED": scaled, "PER_COLUMN": per_column, "WRITE": write, "TILE": 128}
@@ -81,8 +70,6 @@ def rows(rows_, columns, warps, budget):
 SPECS = [
     group_max("*bf16", "*i16", False, 64),
     group_max("*fp32", "*i32", True, 64),
-    score_slab("*i16", False),
-    score_slab("*i32", True),
     (TOPK + "choose_groups_kernel", {**GROUPS, "maxima_ptr": "*i16"}, choice(1024, 16), 2, 3, 96),
     (TOPK + "choose_groups_kernel", {**GROUPS, "maxima_ptr": "*i32"}, choice(4096, 32), 8, 3, 96),
     features("*bf16", False, True, 1024, 16, 2),
