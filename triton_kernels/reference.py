@@ -119,13 +119,11 @@ def adam_rows(
     scale_G: Tensor | None,
     unit: bool,
     working_RN: Tensor | None,
-    norms_R: Tensor | None,
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) in place, with what belongs to the rows.
 
     Row r's gradient is first multiplied by `scale_G[r // (R / G)]`. `unit`: the gradient's part along the parameter
-    row is removed and the row has norm 1 again afterwards. `working_RN` and `norms_R` receive the new rows, rounded
-    to its dtype, and their norms.
+    row is removed and the row has norm 1 again afterwards. `working_RN` receives the new rows, rounded to its dtype.
     """
     gradient = gradient_RN
     if unit:
@@ -140,8 +138,6 @@ def adam_rows(
         parameter_RN.div_(parameter_RN.norm(dim=1, keepdim=True).clamp_min(1e-12))
     if working_RN is not None:
         working_RN.copy_(parameter_RN)
-    if norms_R is not None:
-        norms_R.copy_(parameter_RN.norm(dim=1))
 
 
 def scores(

@@ -23,13 +23,12 @@ def adam_rows(
     scale_G: Tensor | None = None,
     unit: bool = False,
     working_RN: Tensor | None = None,
-    norms_R: Tensor | None = None,
 ) -> None:
     """One step of AdamW in place on the rows of a parameter: see `reference.adam_rows`.
 
     step: counted from 1. scale_G: what the gradient rows are multiplied by, one number for each of G equal runs of
-    rows. unit: rows have norm 1, stay so, and the gradient's part along them is removed. working_RN, norms_R: receive
-    the new rows in another dtype, and their norms.
+    rows. unit: rows have norm 1, stay so, and the gradient's part along them is removed. working_RN: receives
+    the new rows in another dtype.
     """
     with on_device_of(parameter_RN):
         implementation(parameter_RN).adam_rows(
@@ -45,7 +44,6 @@ def adam_rows(
             scale_G=scale_G,
             unit=unit,
             working_RN=working_RN,
-            norms_R=norms_R,
         )
     torch.autograd.graph.increment_version(parameter_RN)
 

@@ -29,7 +29,6 @@ def adam_rows(
     scale_G: Tensor | None,
     unit: bool,
     working_RN: Tensor | None,
-    norms_R: Tensor | None,
 ) -> None:
     """See `reference.adam_rows`."""
     for name, tensor in {"parameter": parameter_RN, "first": first_RN, "second": second_RN}.items():
@@ -40,8 +39,6 @@ def adam_rows(
         native.adam_rows(parameter_RN, gradient_RN, first_RN, second_RN, **settings, scale_G=scale_G, unit=unit)
         if working_RN is not None:
             working_RN.copy_(parameter_RN)
-        if norms_R is not None:
-            norms_R.copy_(torch.linalg.vector_norm(parameter_RN, dim=1))
         return
     n_rows, width = parameter_RN.shape
     gradient_RN = gradient_RN.contiguous()
@@ -74,8 +71,6 @@ def adam_rows(
             parameter.div_(torch.linalg.vector_norm(parameter, dim=1, keepdim=True).clamp_min_(1e-12))
         if working_RN is not None:
             working_RN[rows] = parameter.to(working_RN.dtype)
-        if norms_R is not None:
-            norms_R[rows] = torch.linalg.vector_norm(parameter, dim=1)
 
 
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:

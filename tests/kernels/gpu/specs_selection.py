@@ -28,8 +28,8 @@ STATE = {
     **dict.fromkeys(("keep", "blend_first", "decay_second", "blend_second", "rate", "root", "eps"), "fp32"),
     "working_ptr": "*i16",
 }
-ROWS = {**STATE, "norms_ptr": "*fp32", "width": "i32:16", "group_rows": "i32:16"}
-EVERYTHING = {"SCALED": True, "UNIT": True, "WORKING": True, "NORMS": True}
+ROWS = {**STATE, "width": "i32:16", "group_rows": "i32:16"}
+EVERYTHING = {"SCALED": True, "WORKING": True}
 
 
 def choice(size, bits):
