@@ -32,6 +32,7 @@ from bench_common import (
 from torch import Tensor
 
 from triton_kernels import gpu
+from triton_kernels.arguments import Encoding
 from triton_kernels.gpu import select_topk, tiles
 from triton_kernels.gpu.group_max import GROUP, empty_maxima, group_max, raw_key
 
@@ -126,7 +127,8 @@ def errors(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor) -> dict[str, float]
 def encode_forms(shape: Shape, device: str) -> dict[str, Step]:
     """The whole encoder of a bank, both ways."""
     problem = make_problem(shape, bank=True, dtype="bf16", device=device)
-    weights = (problem.x_BGN, problem.center_GN, problem.encoder_GFN, problem.bias_GF, None)
+    weights = (problem.x_BGN, problem.center_GN, problem.encoder_GFN, problem.bias_GF)
+    encoding = Encoding(*weights, scale_GF=None, product=torch.bfloat16, working_GFN=None)
     n_rows, n_groups, _ = problem.x_BGN.shape
     z_RF = torch.empty(n_rows, shape.n_features, dtype=torch.bfloat16, device=device)
     values = torch.empty(n_rows, n_groups, shape.k, dtype=torch.bfloat16, device=device)
@@ -140,7 +142,7 @@ def encode_forms(shape: Shape, device: str) -> dict[str, Step]:
             with mock.patch.object(select_topk, "group_max", return_value=maxima):
                 select_topk.select_top_k(z_RF, None, shape.k, group * shape.n_features, *chosen)
 
-    return {"apart": lambda: gpu.encode_top_k(*weights, shape.k, torch.bfloat16, None), "one kernel": one_kernel}
+    return {"apart": lambda: gpu.encode_top_k(encoding, shape.k), "one kernel": one_kernel}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

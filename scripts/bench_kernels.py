@@ -214,14 +214,14 @@ def judge_encoders(problem: Problem, product: str, k: int) -> dict[str, dict[str
     for operator in operators(problem, product, k)[3:]:
         values, features, *rest = operator.call()
         R = z.shape[0] * z.shape[1]
-        offsets = rest[0] if rest else torch.arange(0, R * k + 1, k, device=z.device)
+        by_row = operator.name == "encode_top_k"
+        offsets = torch.arange(0, R * k + 1, k, device=z.device) if by_row else rest[0]
         rows = torch.repeat_interleave(offsets.diff())
         columns = features.long() - (rows % z.shape[1]) * z.shape[2]
         flat = z.flatten(0, 1)
         error = max((values.double() - flat[rows, columns].relu()).abs().tolist(), default=0.0)
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[rows, columns] = True
-        by_row = operator.name == "encode_top_k"
         grid, chosen = (flat, kept) if by_row else (z, kept.view(z.shape))
         if operator.name == "encode_threshold":
             regret = ((grid > 3.0) != chosen).mul((grid - 3.0).abs()).max()

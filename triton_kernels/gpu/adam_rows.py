@@ -16,8 +16,8 @@ import math
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
+from triton_kernels.arguments import AdamRows, AdamSettings
 from triton_kernels.gpu import tiles
 
 
@@ -136,12 +136,10 @@ def divide_row(p_ptr, working_ptr, width, divisor, WORKING: tl.constexpr, COLUMN
             store_working(working_ptr, column, p, column < width)
 
 
-def adam_rows(
-    parameter_RN: Tensor, gradient_RN: Tensor, first_RN: Tensor, second_RN: Tensor,
-    *, step: int, rate: float, betas: tuple[float, float], eps: float, weight_decay: float,
-    scale_G: Tensor | None, unit: bool, working_RN: Tensor | None,
-) -> None:  # fmt: skip
+def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
     """See `reference.adam_rows`. Parameter and moments are contiguous fp32, changed in place."""
+    parameter_RN, gradient_RN, first_RN, second_RN, working_RN = rows
+    step, rate, betas, eps, weight_decay, scale_G, unit = settings
     for tensor in (parameter_RN, first_RN, second_RN):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"adam_rows works in place on contiguous float32 tensors, got {tensor.dtype}")
@@ -168,13 +166,13 @@ def adam_rows(
             *pointers, *numbers, elements, n_tiles, **flags, TILE=tiles.FLAT_TILE, num_warps=4
         )
         return
-    rows, columns, warps = tiles.row_tile(width)
+    n_together, columns, warps = tiles.row_tile(width)
     if columns < width:
         adam_long_rows_kernel[(n_rows,)](
             *pointers, *numbers, width, n_rows // n_scales, **flags, COLUMNS=columns, num_warps=warps
         )
     else:
-        adam_rows_kernel[(tiles.cdiv(n_rows, rows),)](
+        adam_rows_kernel[(tiles.cdiv(n_rows, n_together),)](
             *pointers, *numbers, n_rows, width, n_rows // n_scales,
-            **flags, ROWS=rows, COLUMNS=columns, num_warps=warps,
+            **flags, ROWS=n_together, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip

@@ -9,10 +9,10 @@ TOPK = "triton_kernels.gpu.select_topk:"
 ADAM = "triton_kernels.gpu.adam_rows:"
 
 MAXIMA = {"n_features": "i32:16", "n_groups": "i32:16", "n_tiles": "i32", "scale_ptr": "*fp32"}
-GROUPS = {"chosen_ptr": "*i32", "n_groups": "i32:16", "k": "i32:16"}
+GROUPS = {"groups_ptr": "*i32", "n_groups": "i32:16", "k": "i32:16"}
 FEATURES = {
-    **dict.fromkeys(("chosen_ptr", "features_ptr"), "*i32"),
-    **dict.fromkeys(("n_features", "k", "first_feature", "values_stride", "features_stride"), "i32:16"),
+    **dict.fromkeys(("groups_ptr", "features_ptr"), "*i32"),
+    **dict.fromkeys(("n_features", "k", "first_feature", "z_stride", "features_stride"), "i32:16"),
     "scale_ptr": "*fp32",
 }
 PAIRS = {
@@ -37,7 +37,7 @@ def choice(size, bits):
 
 
 def features(dtype, scaled, gather, size, bits, warps):
-    signature = {**FEATURES, "z_ptr": dtype, "values_ptr": dtype}
+    signature = {**FEATURES, "z_ptr": dtype, "chosen_z_ptr": dtype}
     constants = {"SCALED": scaled, "GATHER": gather, **choice(size, bits)}
     return (TOPK + "choose_features_kernel", signature, constants, warps, 3, 128)
 

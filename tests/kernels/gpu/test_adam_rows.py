@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from triton_kernels import reference
-from triton_kernels.gpu.adam_rows import adam_rows
-from triton_kernels.gpu.row_squares import row_squares
+from triton_kernels import adam_rows, reference, row_squares
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
