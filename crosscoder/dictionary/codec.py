@@ -69,7 +69,7 @@ def encode_grouped(
     working_GFN = grouped.working_GFN if scale_GF is None else None
     match config.sparsity:
         case TopK(k=k):
-            values, features = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
+            values, features, _ = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
             offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
             return values, features, offsets, None
         case BatchTopK(k=k) if training:
