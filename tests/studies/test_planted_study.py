@@ -98,7 +98,7 @@ def test_a_good_crosscoder_is_near_the_truth(good):
     assert good["rho_error_matched"] <= 0.05
     assert abs(good["d_eff_error"]) <= 0.1
     assert not good["saturated"]
-    assert good["l0"] == pytest.approx(good["l0_true"], rel=0.1), "the threshold of inference does not keep training's k"
+    assert good["l0"] == pytest.approx(good["l0_true"], rel=0.1), "inference does not keep training's k"
 
 
 def test_an_untrained_crosscoder_finds_nothing():
