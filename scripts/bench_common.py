@@ -259,7 +259,7 @@ class Problem(NamedTuple):
 
 
 def adam_definition(state: Sequence[Tensor], *, unit: bool) -> tuple[Tensor, ...]:
-    """Parameter, moments and row norms after one step, and the gradient rows' squares, in the tensors' dtype."""
+    """Parameter and moments after one step, and the gradient rows' squares, in the tensors' dtype."""
     parameter, gradient, first, second = state
     if unit:
         gradient = gradient - (gradient * parameter).sum(1, keepdim=True) * parameter
@@ -270,7 +270,7 @@ def adam_definition(state: Sequence[Tensor], *, unit: bool) -> tuple[Tensor, ...
     parameter = parameter - ADAM["rate"] / (1 - low ** ADAM["step"]) * first / root
     if unit:
         parameter = parameter / parameter.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return parameter, first, second, parameter.norm(dim=1), squares
+    return parameter, first, second, squares
 
 
 def make_problem(

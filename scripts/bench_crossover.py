@@ -17,6 +17,7 @@ from bench_common import milliseconds
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.provenance import describe_run
 from triton_kernels import dense
+from triton_kernels.arguments import Code
 from triton_kernels.ops import implementation
 
 SHAPES = {
@@ -33,14 +34,15 @@ def passes(form: ModuleType, shape: tuple[int, int, int, int], k: int, device: s
     chosen = torch.rand(n_rows, n_groups, n_features, generator=generator).topk(k, dim=2).indices.sort(2).values
     features = (chosen + torch.arange(n_groups)[:, None] * n_features).flatten().int().to(device)
     values, offsets = torch.rand(features.numel(), device=device), torch.arange(0, features.numel() + 1, k).to(device)
+    code = Code(values, features, offsets)
     decoder = torch.randn(n_groups, n_features, width, device=device)
     bias, x = torch.zeros(n_groups, width, device=device), torch.randn(n_rows, n_groups, width, device=device)
     weight = torch.ones(n_groups, 1, device=device)
 
     def call() -> None:
-        error, _ = form.decode_loss(values, features, offsets, decoder, bias, x, 1)
-        d_values, _ = form.backward_decoder(values, features, offsets, error, weight, decoder)
-        form.backward_encoder(d_values, features, offsets, x, bias, n_features)
+        error, _ = form.decode_loss(code, decoder, bias, x, 1)
+        d_values, _ = form.backward_decoder(code, error, weight, decoder)
+        form.backward_encoder(code._replace(values_P=d_values), x, bias, n_features)
 
     return statistics.median([milliseconds(call, device) for _ in range(9)][2:])
 

@@ -1,7 +1,9 @@
 """Up to which row width a product that finds its groups' maxima beats the library's GEMM and `group_max` after it.
 
 Both fill a slab of bf16 scores and return its maxima, taking turns; then the whole `encode_top_k` either way.
-`triton_kernels.gpu.score_slab.WIDEST` is set by it: to the widest N up to which the last column stays above 1.
+The one kernel belongs in the library for widths at which the last column stays above 1, and stays here until it has
+won on a GPU. It saves one read of the slab, R * F * 2 bytes, beside a product of 2 * R * F * N operations: less the
+wider the rows.
 
     python scripts/bench_epilogue.py [--out benchmarks]      # needs a GPU; half a minute
 """
@@ -13,8 +15,10 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
+import triton.language as tl
 from bench_common import (
     Shape,
     Step,
@@ -25,9 +29,12 @@ from bench_common import (
     markdown_table,
     write_report,
 )
+from torch import Tensor
 
-from triton_kernels.gpu import encode, score_slab
-from triton_kernels.gpu.group_max import group_max
+from triton_kernels import gpu
+from triton_kernels.arguments import Encoding
+from triton_kernels.gpu import select_topk, tiles
+from triton_kernels.gpu.group_max import GROUP, empty_maxima, group_max, raw_key
 
 WIDTHS = (128, 256, 512, 768, 1024, 2048)
 PREDICTED = (
@@ -35,29 +42,83 @@ PREDICTED = (
     "above 1 up to 256, under .95 at 2,048."
 )
 
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # one program of eight warps, 64 sums a thread
+
+
+@tiles.jit
+def score_slab_kernel(
+    x_ptr, encoder_ptr, bias_ptr, scale_ptr, z_ptr, maxima_ptr, n_rows, n_features, width, n_groups, n_row_tiles,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # Rows run fast: a slab's x stays in the L2 cache, and the encoder is fetched once.
+    row = (tl.program_id(0) % n_row_tiles) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) // n_row_tiles) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    x_row, encoder_row = row.to(tl.int64)[:, None] * width, column.to(tl.int64)[:, None] * width
+    total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    for start in range(0, width, DEPTH):
+        depth = start + tl.arange(0, DEPTH)[None, :]
+        x = tl.load(x_ptr + x_row + depth, mask=(row < n_rows)[:, None] & (depth < width), other=0.0)
+        encoder = tl.load(
+            encoder_ptr + encoder_row + depth, mask=(column < n_features)[:, None] & (depth < width), other=0.0
+        )
+        total = tl.dot(x, tl.trans(encoder), total)
+    inside = column < n_features
+    total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    z = total.to(z_ptr.dtype.element_ty)  # keys are of the rounded scores, as `group_max` would read them
+    place = row.to(tl.int64)[:, None] * n_features + column[None, :]
+    tl.store(z_ptr + place, z, mask=(row < n_rows)[:, None] & inside[None, :])
+    z = tl.where(inside[None, :], z, float("-inf")).to(z_ptr.dtype.element_ty)
+    if SCALED:
+        key = raw_key(z.to(tl.float32) * tl.load(scale_ptr + column, mask=inside, other=1.0).to(tl.float32)[None, :])
+    else:
+        key = raw_key(z)
+    best = tl.max(tl.reshape(key, [ROWS, COLUMNS // 32, 32]), axis=2)
+    best = tl.where(best == -1, 0, best)  # -0 has the key -1
+    group = first // 32 + tl.arange(0, COLUMNS // 32)
+    place = row.to(tl.int64)[:, None] * n_groups + group[None, :]
+    kept = (row < n_rows)[:, None] & (group < n_groups)[None, :]
+    tl.store(maxima_ptr + place, best.to(maxima_ptr.dtype.element_ty), mask=kept)
+
+
+def score_slab(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor | None, z_RF: Tensor) -> Tensor:
+    """Fill `z_RF` with <x, encoder row> + bias and return what `group_max` returns of it.
+
+    x, encoder and z are of one 16-bit dtype; sums are in fp32, rounded once.
+    """
+    n_rows, n_features = z_RF.shape
+    maxima = empty_maxima(z_RF, scale_F)
+    n_row_tiles = tiles.cdiv(n_rows, ROWS)
+    score_slab_kernel[(n_row_tiles * tiles.cdiv(n_features, COLUMNS),)](
+        x_RN.contiguous(), encoder_FN.contiguous(), bias_F, bias_F if scale_F is None else scale_F, z_RF, maxima,
+        n_rows, n_features, x_RN.shape[1], tiles.cdiv(n_features, GROUP), n_row_tiles,
+        SCALED=scale_F is not None, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return maxima
+
 
 def medians(forms: dict[str, Step], device: str, repeats: int) -> dict[str, float]:
     """Median milliseconds of each form, the forms taking turns."""
     return {name: statistics.median(times) for name, times in alternate(forms, repeats, device).items()}
 
 
-def slab_forms(x_RN: torch.Tensor, encoder_FN: torch.Tensor, bias_F: torch.Tensor) -> dict[str, Step]:
+def slab_forms(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor) -> dict[str, Step]:
     """One slab and its maxima, both ways."""
     z_RF = torch.empty(x_RN.shape[0], encoder_FN.shape[0], dtype=x_RN.dtype, device=x_RN.device)
 
-    def apart() -> torch.Tensor:
+    def apart() -> Tensor:
         torch.addmm(bias_F, x_RN, encoder_FN.t(), out=z_RF)
         return group_max(z_RF, None)
 
-    return {"apart": apart, "one kernel": lambda: score_slab.score_slab(x_RN, encoder_FN, bias_F, None, z_RF)}
+    return {"apart": apart, "one kernel": lambda: score_slab(x_RN, encoder_FN, bias_F, None, z_RF)}
 
 
-def errors(x_RN: torch.Tensor, encoder_FN: torch.Tensor, bias_F: torch.Tensor) -> dict[str, float]:
+def errors(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor) -> dict[str, float]:
     """Largest error of 64 rows' scores against float64, both ways, and how many groups' maxima are wrong."""
     x_RN = x_RN[:64]
     truth = x_RN.double() @ encoder_FN.double().t() + bias_F.double()
     z_RF = torch.empty(truth.shape, dtype=x_RN.dtype, device=x_RN.device)
-    maxima = score_slab.score_slab(x_RN, encoder_FN, bias_F, None, z_RF)
+    maxima = score_slab(x_RN, encoder_FN, bias_F, None, z_RF)
     theirs = torch.addmm(bias_F, x_RN, encoder_FN.t())
     found = {name: float((z.double() - truth).abs().max()) for name, z in (("one kernel", z_RF), ("apart", theirs))}
     return {**found, "wrong maxima": int((maxima != group_max(z_RF, None)).sum())}
@@ -66,16 +127,22 @@ def errors(x_RN: torch.Tensor, encoder_FN: torch.Tensor, bias_F: torch.Tensor) -
 def encode_forms(shape: Shape, device: str) -> dict[str, Step]:
     """The whole encoder of a bank, both ways."""
     problem = make_problem(shape, bank=True, dtype="bf16", device=device)
-    weights = (problem.x_BGN, problem.center_GN, problem.encoder_GFN, problem.bias_GF, None)
+    weights = (problem.x_BGN, problem.center_GN, problem.encoder_GFN, problem.bias_GF)
+    encoding = Encoding(*weights, scale_GF=None, product=torch.bfloat16, working_GFN=None)
+    n_rows, n_groups, _ = problem.x_BGN.shape
+    z_RF = torch.empty(n_rows, shape.n_features, dtype=torch.bfloat16, device=device)
+    values = torch.empty(n_rows, n_groups, shape.k, dtype=torch.bfloat16, device=device)
+    features = torch.empty(n_rows, n_groups, shape.k, dtype=torch.int32, device=device)
 
-    def choose(widest: int) -> None:
-        before, score_slab.WIDEST = score_slab.WIDEST, widest
-        try:
-            encode.encode_top_k(*weights, shape.k, torch.bfloat16, None)
-        finally:
-            score_slab.WIDEST = before
+    def one_kernel() -> None:
+        for group in range(n_groups):
+            x_RN = problem.x_BGN[:, group] - problem.center_GN[group]
+            maxima = score_slab(x_RN, problem.encoder_GFN[group], problem.bias_GF[group], None, z_RF)
+            chosen = (values[:, group], features[:, group])
+            with mock.patch.object(select_topk, "group_max", return_value=maxima):
+                select_topk.select_top_k(z_RF, None, shape.k, group * shape.n_features, *chosen)
 
-    return {"apart": lambda: choose(0), "one kernel": lambda: choose(shape.d_model)}
+    return {"apart": lambda: gpu.encode_top_k(encoding, shape.k), "one kernel": one_kernel}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -214,14 +214,14 @@ def judge_encoders(problem: Problem, product: str, k: int) -> dict[str, dict[str
     for operator in operators(problem, product, k)[3:]:
         values, features, *rest = operator.call()
         R = z.shape[0] * z.shape[1]
-        offsets = rest[0] if rest else torch.arange(0, R * k + 1, k, device=z.device)
+        by_row = operator.name == "encode_top_k"
+        offsets = torch.arange(0, R * k + 1, k, device=z.device) if by_row else rest[0]
         rows = torch.repeat_interleave(offsets.diff())
         columns = features.long() - (rows % z.shape[1]) * z.shape[2]
         flat = z.flatten(0, 1)
         error = max((values.double() - flat[rows, columns].relu()).abs().tolist(), default=0.0)
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[rows, columns] = True
-        by_row = operator.name == "encode_top_k"
         grid, chosen = (flat, kept) if by_row else (z, kept.view(z.shape))
         if operator.name == "encode_threshold":
             regret = ((grid > 3.0) != chosen).mul((grid - 3.0).abs()).max()
@@ -243,11 +243,10 @@ def judge_updates(problem: Problem, *_: object) -> dict[str, dict[str, Any]]:
         truth = common.adam_definition([tensor.double() for tensor in state], unit=unit)
         plain = common.adam_definition(state, unit=unit)
         squares = triton_kernels.row_squares(state[1], state[0] if unit else None)
-        norms = state[0].new_empty(state[0].shape[0])
-        triton_kernels.adam_rows(*state, **common.ADAM, unit=unit, norms_R=norms)
+        triton_kernels.adam_rows(*state, **common.ADAM, unit=unit)
         end = ", unit rows" if unit else ""
-        out["adam_rows" + end] = judge((state[0], *state[2:], norms), plain[:4], truth[:4])
-        out["row_squares" + end] = judge(squares, plain[4:], truth[4:])
+        out["adam_rows" + end] = judge((state[0], *state[2:]), plain[:3], truth[:3])
+        out["row_squares" + end] = judge(squares, plain[3:], truth[3:])
     return out
 
 

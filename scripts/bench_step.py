@@ -83,20 +83,13 @@ def library_step(
     keep: list[torch.nn.Module] | None = None,
 ) -> Step:
     """One step as the trainer takes it, without logging and without dead features; `keep` receives the dictionary."""
-    from crosscoder.training.checkpoint import TrainState
-    from crosscoder.training.firing import FiringTracker
-    from crosscoder.training.optimizer import make_optimizer
+    from crosscoder.training.state import TrainState
     from crosscoder.training.step import TrainConfig, take_step
 
     settings = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
     dictionary = kind(**settings, aux_k=0, decoder=decoder, sparsity=rule(k=shape.k)).to(x_BLD.device)
     config = TrainConfig(dead_after_tokens=10**12, precision=dtype)  # ty: ignore[invalid-argument-type]
-    state = TrainState(
-        dictionary,
-        make_optimizer(dictionary, learning_rate=config.learning_rate, precision=dtype),
-        FiringTracker(dictionary.grouped().center_GN.shape[0], shape.n_features, device=x_BLD.device),
-    )
-
+    state = TrainState.start(dictionary, learning_rate=config.learning_rate, precision=dtype)
     if keep is not None:
         keep.append(dictionary)
 

@@ -28,7 +28,7 @@ from crosscoder.data.subject_training import SubjectConfig, train_subject
 from crosscoder.data.text import load_documents, split_documents
 from crosscoder.data.tokens import pack_documents, train_tokenizer
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE, TopK
-from crosscoder.dictionary.saelens import save_saelens
+from crosscoder.formats.saelens import save_saelens
 from crosscoder.measure.reading import measure_dictionary
 from crosscoder.measure.splice import splice_losses
 from crosscoder.training import TrainConfig, train

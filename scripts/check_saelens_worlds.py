@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE
-from crosscoder.dictionary.saelens import save_saelens
+from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import recovery
 from crosscoder.measure.reading import measure_dictionary

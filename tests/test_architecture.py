@@ -17,6 +17,7 @@ FLOORS = {
     "crosscoder.data": 1,
     "crosscoder.dictionary": 1,
     "crosscoder.training": 2,
+    "crosscoder.formats": 3,
     "crosscoder.results": 3,
     "crosscoder.measure": 4,
     "crosscoder.verdict": 5,
@@ -96,17 +97,13 @@ def test_functions_stay_short():
     assert not too_long
 
 
-def test_import_is_light():
+def test_importing_the_library_does_not_load_what_only_commands_need():
     code = (
-        "import sys, time, torch; start = time.perf_counter(); import crosscoder, crosscoder.training; "
-        "seconds = time.perf_counter() - start; "
-        "heavy = {'transformers', 'datasets', 'matplotlib', 'tyro', 'pandas', 'scipy'} & set(sys.modules); "
-        "print(sorted(heavy), seconds)"
+        "import sys, crosscoder, crosscoder.training; "
+        "print({'transformers', 'datasets', 'matplotlib', 'tyro', 'pandas', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy, seconds = done.stdout.rsplit(" ", 1)
-    assert heavy == "[]"
-    assert float(seconds) < 1.0
+    assert done.stdout.strip() == "set()"
 
 
 def test_no_pickle_anywhere():

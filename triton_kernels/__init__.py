@@ -1,20 +1,21 @@
 """Sparse linear algebra for dictionaries: CSR codes against row-major tables.
 
 Letters: B batch, G dictionaries side by side, F features of one dictionary, N width of a row, R = B * G rows,
-P kept (row, feature) pairs. `reference` defines each operator, `cpu` and `gpu` are its fast forms for a device, and
-`ops`, `encoders` and `updates` are what the floors above call.
+P kept (row, feature) pairs. `reference` defines each operator in plain torch, `cpu` and `gpu` are its fast forms for a
+device, and `ops` and `encoders` are what the packages above call.
 """
 
 from triton_kernels.encoders import encode_batch_top_k, encode_threshold, encode_top_k
 from triton_kernels.ops import (
+    adam_rows,
     backward_decoder,
     backward_encoder,
     decode_loss,
     gather_dot,
     gather_sum,
+    row_squares,
     scatter_outer,
 )
-from triton_kernels.updates import adam_rows, row_squares
 
 __all__ = [
     "adam_rows",

@@ -7,9 +7,12 @@ device; same names and results as the sparse forms.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from triton_kernels.arguments import Code
 from triton_kernels.reference import row_of_pair, sum_dtype
 
 # F / K up to which the dense form is taken. CPU: measured (scripts/bench_crossover.py); at one feature in two it wins
@@ -25,65 +28,57 @@ def pays(device: torch.device, n_pairs: int, n_rows: int, n_features: int) -> bo
     return 0 < n_elements <= min(MAX_ELEMENTS[device.type], FEATURES_PER_ACTIVE[device.type] * n_pairs)
 
 
-def positions(features_P: Tensor, offsets: Tensor, n_groups: int, n_features: int) -> Tensor:
+def positions(code: Code, n_groups: int, n_features: int) -> Tensor:
     """Where each pair stands in the flat `[B, G, F]` code."""
-    token_P = row_of_pair(offsets[::n_groups], features_P.numel())
-    return token_P * (n_groups * n_features) + features_P
+    token_P = row_of_pair(code.offsets[::n_groups], code.features_P.numel())
+    return token_P * (n_groups * n_features) + code.features_P
 
 
 def written_out(values_P: Tensor, positions_P: Tensor, shape_BGF: tuple[int, int, int]) -> Tensor:
     """The code as `[G, B, F]`, a view of a `[B, G, F]` tensor."""
-    n_elements = shape_BGF[0] * shape_BGF[1] * shape_BGF[2]
-    return values_P.new_zeros(n_elements).scatter_add_(0, positions_P, values_P).view(shape_BGF).transpose(0, 1)
+    flat = values_P.new_zeros(math.prod(shape_BGF)).scatter_add_(0, positions_P, values_P)
+    return flat.view(shape_BGF).transpose(0, 1)
 
 
-def decode_loss(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    decoder_GFN: Tensor,
-    bias_GN: Tensor,
-    x_BGN: Tensor,
-    n_parts: int,
-) -> tuple[Tensor, Tensor]:
+def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`."""
     n_groups, n_features, _ = decoder_GFN.shape
     shape = (x_BGN.shape[0], n_groups, n_features)
-    code_GBF = written_out(values_P, positions(features_P, offsets, n_groups, n_features), shape)
+    code_GBF = written_out(code.values_P, positions(code, n_groups, n_features), shape)
     error_BGN = torch.bmm(code_GBF, decoder_GFN).transpose(0, 1).contiguous()
     error_BGN.add_(bias_GN).sub_(x_BGN)
+    return error_BGN, squares_of_parts(error_BGN, n_parts)
+
+
+def squares_of_parts(error_BGN: Tensor, n_parts: int) -> Tensor:
+    """Squares of the error summed by part of N, `[G, n_parts]`, without a pass of its own over the squares."""
     parts = error_BGN.unflatten(2, (n_parts, -1))
-    norms_BGL = torch.linalg.vector_norm(parts, dim=3, dtype=torch.float64)  # no pass of its own over the squares
-    return error_BGN, norms_BGL.square().sum(0).to(sum_dtype(error_BGN.dtype))
+    norms_BGL = torch.linalg.vector_norm(parts, dim=3, dtype=torch.float64)
+    return norms_BGL.square().sum(0).to(sum_dtype(error_BGN.dtype))
 
 
-def backward_decoder(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    error_BGN: Tensor,
-    weight_GL: Tensor,
-    decoder_GFN: Tensor,
-) -> tuple[Tensor, Tensor]:
+def reconstruction_gradient(error_BGN: Tensor, weight_GL: Tensor) -> Tensor:
+    """Gradient of `sum(weight * squares)` to the reconstruction, `[B, G, N]`, in the error's dtype."""
+    parts = error_BGN.unflatten(2, (weight_GL.shape[1], -1))
+    return (parts * (2 * weight_GL)[..., None]).flatten(2).to(error_BGN.dtype)
+
+
+def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.backward_decoder`."""
     n_groups, n_features, _ = decoder_GFN.shape
     shape = (error_BGN.shape[0], n_groups, n_features)
-    grad_BGN = (error_BGN.unflatten(2, (weight_GL.shape[1], -1)) * (2 * weight_GL)[..., None]).flatten(2)
-    grad_BGN = grad_BGN.to(error_BGN.dtype)
-    grad_GBN = grad_BGN.transpose(0, 1)
-    positions_P = positions(features_P, offsets, n_groups, n_features)
+    grad_GBN = reconstruction_gradient(error_BGN, weight_GL).transpose(0, 1)
+    positions_P = positions(code, n_groups, n_features)
     d_code_GBF = torch.bmm(grad_GBN, decoder_GFN.transpose(1, 2))
     d_values = d_code_GBF.transpose(0, 1).reshape(-1)[positions_P]
-    code_GBF = written_out(values_P, positions_P, shape)
+    code_GBF = written_out(code.values_P, positions_P, shape)
     return d_values, torch.bmm(code_GBF.transpose(1, 2), grad_GBN)
 
 
-def backward_encoder(
-    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
-) -> tuple[Tensor, Tensor]:
-    """See `reference.backward_encoder`."""
+def backward_encoder(code: Code, x_BGN: Tensor, center_GN: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """See `reference.backward_encoder`; the code holds the gradients to the pairs' pre-activations."""
     n_groups = center_GN.shape[0]
-    centered_BGN = (x_BGN - center_GN).to(d_z_P.dtype)
+    centered_BGN = (x_BGN - center_GN).to(code.values_P.dtype)
     shape = (x_BGN.shape[0], n_groups, n_features)
-    d_z_GBF = written_out(d_z_P, positions(features_P, offsets, n_groups, n_features), shape)
+    d_z_GBF = written_out(code.values_P, positions(code, n_groups, n_features), shape)
     return torch.bmm(d_z_GBF.transpose(1, 2), centered_BGN.transpose(0, 1)), d_z_GBF.sum(1)

@@ -1,11 +1,15 @@
-"""The three encoders as `torch.library` operators, and their common derivative.
+"""The three encoders: signature, fake form and common derivative; `reference` defines them.
 
-x `[B, G, N]`, center `[G, N]`, encoder `[G, F, N]`, bias `[G, F]`, scale `[G, F]` or None. `product` is the dtype in
-which scores are computed. Where it is the encoder's own, the choice is that of exact scores; where it is bf16 on a
-wider encoder, rounded scores choose and the kept values are computed again in the encoder's dtype, so that values and
-gradients are exact for the chosen pairs. `working` may hold the encoder already rounded to `product`.
+They take x `[B, G, N]`, center `[G, N]`, encoder `[G, F, N]`, bias `[G, F]` and scale `[G, F]` or None. The
+pre-activation of a feature is `z = <x - center, encoder row> + bias`, its score `z * scale`, its value relu(z). Scores
+choose the pairs; the choice is not differentiated, and gradients reach the chosen rows where the value is positive.
+`product` is the dtype in which scores are computed. Where it is the encoder's own, the choice is that of exact scores;
+where it is bf16 on a wider encoder, rounded scores choose and z is computed again in the encoder's dtype, so that
+values and gradients are exact for the chosen pairs. `working` may hold the encoder already rounded to `product`.
+Features are global, `g * F + f`, ascending within a row, and a row is `b * G + g`.
 
-Returned features are global, `g * F + f`, ascending within a row, and a row is `b * G + g`.
+The scores of the kept pairs follow without loss from what an encoder returns, for a further cut among them (over
+shards of the features): z is returned, or it equals the value because only positive scores are kept.
 """
 
 from __future__ import annotations
@@ -15,99 +19,88 @@ import math
 import torch
 from torch import Tensor
 
-from triton_kernels.ops import DEVICES, backward_encoder, gather_sum, implementation, on_device_of
+from triton_kernels.arguments import Encoding
+from triton_kernels.ops import backward_encoder, gather_sum, implementation, on_device_of, operator
 
-PARTS_OF_A_SUM = 8
+PARTS_OF_A_SUM = 8  # products into which the gradient to the center is cut
 
 
-@torch.library.custom_op("crosscoder::encode_top_k", mutates_args=(), device_types=DEVICES)
+@operator("crosscoder::encode_top_k")
 def encode_top_k(
-    x_BGN: Tensor,
-    center_GN: Tensor,
-    encoder_GFN: Tensor,
-    bias_GF: Tensor,
-    scale_GF: Tensor | None,
-    k: int,
-    product: torch.dtype,
-    working_GFN: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Values and features, `[B * G * k]` each, of the k best scores of each row; equal scores by lowest feature."""
-    arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN)
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
+    k: int, product: torch.dtype, working_GFN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Values, features and z, `[B * G * k]` each, of the k best scores of each row; equal scores by lowest feature.
+
+    A row with fewer than k positive z keeps some that are not: their values are 0. z is without gradient.
+    """
+    encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        return implementation(x_BGN).encode_top_k(*arguments)
+        z_P, features_P = implementation(x_BGN).encode_top_k(encoding, k)
+        return z_P.relu(), features_P, z_P
 
 
-@torch.library.custom_op("crosscoder::encode_batch_top_k", mutates_args=(), device_types=DEVICES)
+@operator("crosscoder::encode_batch_top_k")
 def encode_batch_top_k(
-    x_BGN: Tensor,
-    center_GN: Tensor,
-    encoder_GFN: Tensor,
-    bias_GF: Tensor,
-    scale_GF: Tensor | None,
-    k: int,
-    product: torch.dtype,
-    working_GFN: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
+    k: int, product: torch.dtype, working_GFN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Values, features, offsets `[B * G + 1]` and cut `[G]` of the B * k largest positive scores of each dictionary.
 
     Equal scores go to the lowest (row, feature). Fewer pairs come back only where fewer scores are positive; the cut
-    is the smallest kept score, 0 where there is none.
+    is the smallest kept score, 0 where there is none. A value is its z: the score is value times scale.
     """
-    arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN)
+    encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        return implementation(x_BGN).encode_batch_top_k(*arguments)
+        return implementation(x_BGN).encode_batch_top_k(encoding, k)
 
 
-@torch.library.custom_op("crosscoder::encode_threshold", mutates_args=(), device_types=DEVICES)
+@operator("crosscoder::encode_threshold")
 def encode_threshold(
-    x_BGN: Tensor,
-    center_GN: Tensor,
-    encoder_GFN: Tensor,
-    bias_GF: Tensor,
-    scale_GF: Tensor | None,
-    threshold_GF: Tensor,
-    window: float,
-    product: torch.dtype,
-    working_GFN: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values, features, offsets and pre-activations of every positive z with `score > threshold - window / 2`.
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
+    threshold_GF: Tensor, window: float, product: torch.dtype, working_GFN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Values, features, offsets and z of every positive z with `score > threshold - window / 2`.
 
     The value is z where the score is above the threshold and 0 in the lower half of the window, whose pairs exist for
     the threshold's straight-through gradient: `-(theta / scale / window)` for scores within half a window of theta,
-    0 elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435).
+    0 elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435). z is without
+    gradient.
     """
-    arguments = (x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_GF, window, product, working_GFN)
+    encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        return implementation(x_BGN).encode_threshold(*arguments)
+        return implementation(x_BGN).encode_threshold(encoding, threshold_GF, window)
 
 
 @encode_top_k.register_fake
 def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN):
     n_pairs = x_BGN.shape[0] * x_BGN.shape[1] * k
-    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32)
+    values = encoder_GFN.new_empty(n_pairs)
+    return values, x_BGN.new_empty(n_pairs, dtype=torch.int32), torch.empty_like(values)
+
+
+def _fake_code(x_BGN: Tensor, encoder_GFN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n_pairs = torch.library.get_ctx().new_dynamic_size()
+    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
+    return encoder_GFN.new_empty(n_pairs), x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets
 
 
 @encode_batch_top_k.register_fake
 def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, k, product, working_GFN):
-    n_pairs = torch.library.get_ctx().new_dynamic_size()
-    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
-    features = x_BGN.new_empty(n_pairs, dtype=torch.int32)
-    return encoder_GFN.new_empty(n_pairs), features, offsets, encoder_GFN.new_empty(x_BGN.shape[1])
+    return *_fake_code(x_BGN, encoder_GFN), encoder_GFN.new_empty(x_BGN.shape[1])
 
 
 @encode_threshold.register_fake
 def _(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, threshold_GF, window, product, working_GFN):
-    n_pairs = torch.library.get_ctx().new_dynamic_size()
-    offsets = x_BGN.new_empty(x_BGN.shape[0] * x_BGN.shape[1] + 1, dtype=torch.int64)
-    values = encoder_GFN.new_empty(n_pairs)
-    return values, x_BGN.new_empty(n_pairs, dtype=torch.int32), offsets, torch.empty_like(values)
+    code = _fake_code(x_BGN, encoder_GFN)
+    return *code, torch.empty_like(code[0])
 
 
 def _save_top_k(ctx, inputs, output):
-    x_BGN, center_GN, encoder_GFN, _, _, k, *_ = inputs
-    values_P, features_P = output
-    offsets = torch.arange(0, values_P.numel() + 1, k, device=values_P.device)
-    ctx.save_for_backward(x_BGN, center_GN, encoder_GFN, values_P, features_P, offsets)
+    values_P, features_P, z_P = output
+    ctx.mark_non_differentiable(z_P)
+    offsets = torch.arange(0, values_P.numel() + 1, inputs[5], device=values_P.device)
+    ctx.save_for_backward(*inputs[:3], values_P, features_P, offsets)
 
 
 def _save_batch_top_k(ctx, inputs, output):

@@ -1,14 +1,14 @@
-"""The operators that dictionaries call: shapes, devices and derivatives stated once, in `torch.library`.
+"""The operators on sparse codes and on the rows of parameters: signature, fake form and derivative of each.
 
-Three primitives are closed under differentiation (see `reference`). Three encoders choose which pairs exist: the
-choice is not differentiated, the values are, and where a kept value is positive the gradient passes to the chosen rows
-only. `decode_loss` fuses decoding with the squared error. The device of the tensors picks the implementation:
-`triton_kernels.cpu` or `triton_kernels.gpu`, which offer the same names; codes that are not very sparse go to `dense`.
+`reference` defines them. The device of the tensors picks the form that runs: `cpu` or `gpu`, which offer the same
+functions; codes that are not very sparse go to `dense`. Three primitives (`gather_sum`, `gather_dot`, `scatter_outer`)
+are closed under differentiation. The encoders, which make the codes, are in `encoders`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Generator
 from types import ModuleType
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from triton_kernels import dense
+from triton_kernels.arguments import AdamRows, AdamSettings, Code
 from triton_kernels.reference import sum_dtype
 
-DEVICES = ("cpu", "cuda")
+operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
 
 def implementation(tensor: Tensor) -> ModuleType:
@@ -32,6 +33,12 @@ def implementation(tensor: Tensor) -> ModuleType:
     return cpu
 
 
+def form_for(tensor: Tensor, code: Code, n_features: int) -> ModuleType:
+    """`dense` where a code over so many features is better written out, else the device's own module."""
+    n_pairs, n_rows = code.values_P.numel(), code.offsets.numel() - 1
+    return dense if dense.pays(tensor.device, n_pairs, n_rows, n_features) else implementation(tensor)
+
+
 @contextlib.contextmanager
 def on_device_of(tensor: Tensor) -> Generator[None]:
     """Runs an operator as it is told to: autocast rounds nothing in it, and kernels start on the tensor's own GPU."""
@@ -42,77 +49,29 @@ def on_device_of(tensor: Tensor) -> Generator[None]:
         yield
 
 
-def form_for(tensor: Tensor, n_pairs: int, n_rows: int, n_features: int) -> ModuleType:
-    """`dense` where a code of that shape is better written out, else the device's own module."""
-    return dense if dense.pays(tensor.device, n_pairs, n_rows, n_features) else implementation(tensor)
+def _code(values_P: Tensor, features_P: Tensor, offsets: Tensor) -> Code:
+    return Code(values_P, features_P.to(torch.int32), offsets)
 
 
-@torch.library.custom_op("crosscoder::gather_sum", mutates_args=(), device_types=DEVICES)
+@operator("crosscoder::gather_sum")
 def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[r] = sum over pairs p of row r of values[p] * table[features[p]]`, as `[R, N]`."""
     with on_device_of(table_FN):
-        return implementation(table_FN).gather_sum(values_P, features_P.to(torch.int32), offsets, table_FN)
+        return implementation(table_FN).gather_sum(_code(values_P, features_P, offsets), table_FN)
 
 
-@torch.library.custom_op("crosscoder::gather_dot", mutates_args=(), device_types=DEVICES)
+@operator("crosscoder::gather_dot")
 def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[p] = <x[row of p], table[features[p]]>`, as `[P]`."""
     with on_device_of(x_RN):
         return implementation(x_RN).gather_dot(x_RN, features_P.to(torch.int32), offsets, table_FN)
 
 
-@torch.library.custom_op("crosscoder::scatter_outer", mutates_args=(), device_types=DEVICES)
+@operator("crosscoder::scatter_outer")
 def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
     """`out[f] = sum over pairs p with features[p] = f of values[p] * x[row of p]`, as `[F, N]`."""
     with on_device_of(x_RN):
-        return implementation(x_RN).scatter_outer(values_P, features_P.to(torch.int32), offsets, x_RN, n_features)
-
-
-@torch.library.custom_op("crosscoder::decode_loss", mutates_args=(), device_types=DEVICES)
-def decode_loss(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    decoder_GFN: Tensor,
-    bias_GN: Tensor,
-    x_BGN: Tensor,
-    n_parts: int,
-) -> tuple[Tensor, Tensor]:
-    """Error of the reconstruction `[B, G, N]`, and its squares summed by part of N, `[G, n_parts]`.
-
-    `error = decoded + bias - x`; both are differentiable, once.
-    """
-    form = form_for(x_BGN, values_P.numel(), offsets.numel() - 1, decoder_GFN.shape[1])
-    features_P = features_P.to(torch.int32)
-    with on_device_of(x_BGN):
-        return form.decode_loss(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts)
-
-
-@torch.library.custom_op("crosscoder::backward_decoder", mutates_args=(), device_types=DEVICES)
-def backward_decoder(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    error_BGN: Tensor,
-    weight_GL: Tensor,
-    decoder_GFN: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `sum(weight * squares)` of `decode_loss` to its values `[P]` and decoder `[G, F, N]`."""
-    form = form_for(error_BGN, values_P.numel(), offsets.numel() - 1, decoder_GFN.shape[1])
-    features_P = features_P.to(torch.int32)
-    with on_device_of(error_BGN):
-        return form.backward_decoder(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN)
-
-
-@torch.library.custom_op("crosscoder::backward_encoder", mutates_args=(), device_types=DEVICES)
-def backward_encoder(
-    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients to the encoder `[G, F, N]` and its bias `[G, F]`, from those to the pairs' pre-activations."""
-    form = form_for(x_BGN, d_z_P.numel(), offsets.numel() - 1, n_features)
-    features_P = features_P.to(torch.int32)
-    with on_device_of(x_BGN):
-        return form.backward_encoder(d_z_P, features_P, offsets, x_BGN, center_GN, n_features)
+        return implementation(x_RN).scatter_outer(_code(values_P, features_P, offsets), x_RN, n_features)
 
 
 @gather_sum.register_fake
@@ -130,25 +89,8 @@ def _(values_P, features_P, offsets, x_RN, n_features):
     return x_RN.new_empty(n_features, x_RN.shape[1])
 
 
-@decode_loss.register_fake
-def _(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts):
-    squares_GL = decoder_GFN.new_empty(x_BGN.shape[1], n_parts, dtype=sum_dtype(decoder_GFN.dtype))
-    return decoder_GFN.new_empty(x_BGN.shape), squares_GL
-
-
-@backward_decoder.register_fake
-def _(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN):
-    return torch.empty_like(values_P), torch.empty_like(decoder_GFN)
-
-
-@backward_encoder.register_fake
-def _(d_z_P, features_P, offsets, x_BGN, center_GN, n_features):
-    n_groups, width = center_GN.shape
-    return d_z_P.new_empty(n_groups, n_features, width), d_z_P.new_empty(n_groups, n_features)
-
-
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _save_primitive(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
 
 
 def _gather_sum_backward(ctx, grad_RN):
@@ -171,11 +113,6 @@ def _gather_dot_backward(ctx, grad_P):
     return d_x, None, None, d_table
 
 
-def _save_scatter_outer(ctx, inputs, output):
-    values_P, features_P, offsets, x_RN, _ = inputs
-    ctx.save_for_backward(values_P, features_P, offsets, x_RN)
-
-
 def _scatter_outer_backward(ctx, grad_FN):
     values_P, features_P, offsets, x_RN = ctx.saved_tensors
     d_values = d_x = None
@@ -186,9 +123,65 @@ def _scatter_outer_backward(ctx, grad_FN):
     return d_values, None, None, d_x, None
 
 
+gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_primitive)
+gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_primitive)
+scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_save_primitive)
+
+
+@operator("crosscoder::decode_loss")
+def decode_loss(
+    values_P: Tensor, features_P: Tensor, offsets: Tensor,
+    decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Error of the reconstruction `[B, G, N]`, and its squares summed by part of N, `[G, n_parts]`.
+
+    `error = decoded + bias - x`; both are differentiable, once.
+    """
+    code = _code(values_P, features_P, offsets)
+    with on_device_of(x_BGN):
+        return form_for(x_BGN, code, decoder_GFN.shape[1]).decode_loss(code, decoder_GFN, bias_GN, x_BGN, n_parts)
+
+
+@operator("crosscoder::backward_decoder")
+def backward_decoder(
+    values_P: Tensor, features_P: Tensor, offsets: Tensor, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sum(weight * squares)` of `decode_loss` to its values `[P]` and decoder `[G, F, N]`."""
+    code = _code(values_P, features_P, offsets)
+    with on_device_of(error_BGN):
+        form = form_for(error_BGN, code, decoder_GFN.shape[1])
+        return form.backward_decoder(code, error_BGN, weight_GL, decoder_GFN)
+
+
+@operator("crosscoder::backward_encoder")
+def backward_encoder(
+    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the encoder `[G, F, N]` and its bias `[G, F]`, from those to the pairs' pre-activations."""
+    code = _code(d_z_P, features_P, offsets)
+    with on_device_of(x_BGN):
+        return form_for(x_BGN, code, n_features).backward_encoder(code, x_BGN, center_GN, n_features)
+
+
+@decode_loss.register_fake
+def _(values_P, features_P, offsets, decoder_GFN, bias_GN, x_BGN, n_parts):
+    squares_GL = decoder_GFN.new_empty(x_BGN.shape[1], n_parts, dtype=sum_dtype(decoder_GFN.dtype))
+    return decoder_GFN.new_empty(x_BGN.shape), squares_GL
+
+
+@backward_decoder.register_fake
+def _(values_P, features_P, offsets, error_BGN, weight_GL, decoder_GFN):
+    return torch.empty_like(values_P), torch.empty_like(decoder_GFN)
+
+
+@backward_encoder.register_fake
+def _(d_z_P, features_P, offsets, x_BGN, center_GN, n_features):
+    n_groups, width = center_GN.shape
+    return d_z_P.new_empty(n_groups, n_features, width), d_z_P.new_empty(n_groups, n_features)
+
+
 def _save_decode_loss(ctx, inputs, output):
-    values_P, features_P, offsets, decoder_GFN, *_ = inputs
-    ctx.save_for_backward(values_P, features_P, offsets, decoder_GFN, output[0])
+    ctx.save_for_backward(*inputs[:4], output[0])
     ctx.set_materialize_grads(False)
 
 
@@ -198,7 +191,7 @@ def _spread(weight_GL: Tensor, width: int) -> Tensor:
 
 
 def _decode_loss_backward(ctx, grad_error, grad_squares):
-    values_P, features_P, offsets, decoder_GFN, error_BGN = ctx.saved_tensors
+    *code, decoder_GFN, error_BGN = ctx.saved_tensors
     width = decoder_GFN.shape[2]
     if grad_error is not None:  # the error itself was used: one gradient for both, under a weight that leaves it as is
         if grad_squares is not None:
@@ -209,8 +202,7 @@ def _decode_loss_backward(ctx, grad_error, grad_squares):
         return (None,) * 7
     d_values = d_decoder = d_bias = d_x = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        arguments = (values_P, features_P, offsets, error_BGN, grad_squares, decoder_GFN)
-        d_values, d_decoder = backward_decoder(*arguments)
+        d_values, d_decoder = backward_decoder(*code, error_BGN, grad_squares, decoder_GFN)
     spread_GN = _spread(grad_squares, width)
     if ctx.needs_input_grad[4]:
         d_bias = spread_GN * error_BGN.sum(0)
@@ -219,7 +211,40 @@ def _decode_loss_backward(ctx, grad_error, grad_squares):
     return d_values, None, None, d_decoder, d_bias, d_x, None
 
 
-gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_inputs)
-gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_inputs)
-scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_save_scatter_outer)
 decode_loss.register_autograd(_decode_loss_backward, setup_context=_save_decode_loss)
+
+
+@torch.no_grad()
+def adam_rows(
+    parameter_RN: Tensor,
+    gradient_RN: Tensor,
+    first_RN: Tensor,
+    second_RN: Tensor,
+    *,
+    step: int,
+    rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scale_G: Tensor | None = None,
+    unit: bool = False,
+    working_RN: Tensor | None = None,
+) -> None:
+    """One step of AdamW in place on the rows of a parameter: see `reference.adam_rows`.
+
+    step: counted from 1. scale_G: what the gradient rows are multiplied by, one number for each of G equal runs of
+    rows. unit: rows have norm 1, stay so, and the gradient's part along them is removed. working_RN: receives the new
+    rows in another dtype.
+    """
+    rows = AdamRows(parameter_RN, gradient_RN, first_RN, second_RN, working_RN)
+    settings = AdamSettings(step, rate, betas, eps, weight_decay, scale_G, unit)
+    with on_device_of(parameter_RN):
+        implementation(parameter_RN).adam_rows(rows, settings)
+    torch.autograd.graph.increment_version(parameter_RN)
+
+
+@torch.no_grad()
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None = None) -> Tensor:
+    """Squared norm of each gradient row, `[R]`, without its part along the given row of norm 1, if one is given."""
+    with on_device_of(gradient_RN):
+        return implementation(gradient_RN).row_squares(gradient_RN, unit_RN)

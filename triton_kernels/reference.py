@@ -1,13 +1,15 @@
-"""The definition of each sparse primitive in plain torch: any dtype, any device, no cleverness.
+"""The definition of each operator in plain torch: any dtype, any device, no cleverness.
 
 A sparse code is CSR: `values_P`, `features_P` and `offsets` of length R + 1, so that row r owns the pairs
-`offsets[r] : offsets[r + 1]`. Tables are row-major, one row a feature. These forms materialise `[P, N]` and are the
-truth that every faster form is tested against.
+`offsets[r] : offsets[r + 1]`. Tables are row-major, one row a feature. These forms materialise `[P, N]` and `[B, G, F]`
+and are the truth that every faster form is tested against. An encoder's definition takes the operator's arguments up to
+those that say how to compute (`product`, `working`).
 """
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -119,13 +121,11 @@ def adam_rows(
     scale_G: Tensor | None,
     unit: bool,
     working_RN: Tensor | None,
-    norms_R: Tensor | None,
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) in place, with what belongs to the rows.
 
     Row r's gradient is first multiplied by `scale_G[r // (R / G)]`. `unit`: the gradient's part along the parameter
-    row is removed and the row has norm 1 again afterwards. `working_RN` and `norms_R` receive the new rows, rounded
-    to its dtype, and their norms.
+    row is removed and the row has norm 1 again afterwards. `working_RN` receives the new rows, rounded to its dtype.
     """
     gradient = gradient_RN
     if unit:
@@ -140,8 +140,6 @@ def adam_rows(
         parameter_RN.div_(parameter_RN.norm(dim=1, keepdim=True).clamp_min(1e-12))
     if working_RN is not None:
         working_RN.copy_(parameter_RN)
-    if norms_R is not None:
-        norms_R.copy_(parameter_RN.norm(dim=1))
 
 
 def scores(
@@ -153,10 +151,70 @@ def scores(
     return z_BGF, z_BGF if scale_GF is None else z_BGF * scale_GF
 
 
+def kept_by_row(score_BGF: Tensor, k: int) -> Tensor:
+    """True for the k largest scores of each row; equal scores by lowest feature."""
+    columns = first_largest(score_BGF.flatten(0, 1), k).view(*score_BGF.shape[:2], k)
+    return torch.zeros_like(score_BGF, dtype=torch.bool).scatter(2, columns, True)
+
+
 def kept_by_batch(score_BGF: Tensor, k: int) -> Tensor:
     """True for the B * k largest positive scores of each dictionary; equal scores by lowest (row, feature)."""
-    n_rows, n_groups, n_features = score_BGF.shape
-    flat_GX = score_BGF.transpose(0, 1).flatten(1)
-    best = torch.sort(flat_GX, dim=1, descending=True, stable=True).indices[:, : n_rows * k]
-    kept_GX = torch.zeros_like(flat_GX, dtype=torch.bool).scatter(1, best, True) & (flat_GX > 0)
-    return kept_GX.view(n_groups, n_rows, n_features).transpose(0, 1)
+    score_GX = rearrange(score_BGF, "b g f -> g (b f)")
+    columns = first_largest(score_GX, score_BGF.shape[0] * k)
+    kept_GX = torch.zeros_like(score_GX, dtype=torch.bool).scatter(1, columns, True) & (score_GX > 0)
+    return rearrange(kept_GX, "g (b f) -> b g f", b=score_BGF.shape[0])
+
+
+def code_of(kept_BGF: Tensor, value_BGF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, global features (int32) and offsets of the kept pairs."""
+    _, n_groups, n_features = kept_BGF.shape
+    rows, features = rearrange(kept_BGF, "b g f -> (b g) f").nonzero(as_tuple=True)
+    offsets = starts(kept_BGF.sum(2).flatten())
+    return value_BGF[kept_BGF], (features + rows % n_groups * n_features).to(torch.int32), offsets
+
+
+def encode_top_k(
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values `relu(z)`, global features and z of the k best scores of each row; autograd differentiates the values."""
+    z_BGF, score_BGF = scores(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF)
+    z_P, features_P, _ = code_of(kept_by_row(score_BGF.detach(), k), z_BGF)
+    return z_P.relu(), features_P, z_P.detach()
+
+
+def encode_batch_top_k(
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, global features and offsets of `kept_by_batch`, and the smallest kept score of each dictionary or 0."""
+    z_BGF, score_BGF = scores(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF)
+    kept_BGF = kept_by_batch(score_BGF.detach(), k)
+    cuts = [score_BF[kept_BF] for score_BF, kept_BF in zip(score_BGF.unbind(1), kept_BGF.unbind(1), strict=True)]
+    cut_G = torch.stack([cut.amin() if cut.numel() else cut.new_zeros(()) for cut in cuts])
+    z_P, features_P, offsets = code_of(kept_BGF, z_BGF)
+    return z_P.relu(), features_P, offsets, cut_G.detach()
+
+
+def encode_threshold(
+    x_BGN: Tensor,
+    center_GN: Tensor,
+    encoder_GFN: Tensor,
+    bias_GF: Tensor,
+    scale_GF: Tensor | None,
+    threshold_GF: Tensor,
+    window: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, global features, offsets and z of every positive z with `score > threshold - window / 2`.
+
+    The value is z above the threshold and 0 below. Its derivative to the threshold theta is `-(theta / scale / window)`
+    within half a window of it (Rajamanoharan et al. 2024, arXiv 2407.14435, section 3).
+    """
+    z_BGF, score_BGF = scores(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF)
+    kept_BGF = (score_BGF > threshold_GF - window / 2) & (z_BGF > 0)
+    value_BGF = torch.where(score_BGF > threshold_GF, z_BGF, 0)
+    if window > 0:
+        theta_GF = threshold_GF.detach()
+        pull_GF = theta_GF / window if scale_GF is None else theta_GF / scale_GF / window
+        is_inside_BGF = (score_BGF - theta_GF).abs() < window / 2
+        value_BGF = value_BGF + torch.where(is_inside_BGF, pull_GF, 0).detach() * (theta_GF - threshold_GF)
+    values_P, features_P, offsets = code_of(kept_BGF, value_BGF)
+    return values_P, features_P, offsets, z_BGF.detach()[kept_BGF]

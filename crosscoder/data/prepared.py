@@ -65,8 +65,6 @@ def prepare_tokens(
     sequence_length: int = 128,
     held_out_fraction: float = 0.05,
     seed: int = 0,
-    text_column: str = "text",
-    split: str = "train",
     max_documents: int | None = None,
 ) -> PreparedTokens:
     """Documents of `source`, split by document and packed; a new tokenizer sees the training documents only.
@@ -76,7 +74,7 @@ def prepare_tokens(
     """
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer or the vocab_size of one to train, not both and not neither")
-    documents = load_documents(source, text_column=text_column, split=split, max_documents=max_documents)
+    documents = load_documents(source, max_documents=max_documents)
     train, held_out = split_documents(documents, held_out_fraction=held_out_fraction, seed=seed)
     if tokenizer is None:
         tokenizer = train_tokenizer(train, vocab_size=vocab_size or 0)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from crosscoder.data.hooks import ModuleEnd, reading
@@ -40,7 +41,7 @@ class Harvest:
     position_T: Tensor
     """Its position in that row."""
     dropped: dict[str, int]
-    """How many tokens were left out, by reason: `padding`, `first_positions`."""
+    """How many tokens were left out, by reason: `first_positions`."""
 
 
 def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleList:
@@ -104,9 +105,7 @@ class ResidualHarvester:
     `reads="mlp"` reads the MLPs of the chosen blocks instead (all of 1 to n by default): [what each is given, after the
     block's norm; what each returns], so that `sites` names every block twice.
 
-    The first `skip_positions` tokens of each sequence are dropped (their norms can be thousands of times the
-    rest), and so is padding: what `attention_mask` marks as 0 or, without a mask, the run of `pad_token_id`
-    that ends a row.
+    The first `skip_positions` tokens of each sequence are dropped: their norms can be thousands of times the rest.
     """
 
     def __init__(
@@ -117,7 +116,6 @@ class ResidualHarvester:
         blocks_path: str | None = None,
         reads: Literal["residual", "mlp"] = "residual",
         skip_positions: int = 1,
-        pad_token_id: int | None = None,
     ) -> None:
         self.model = model
         self.blocks = find_blocks(model, blocks_path)
@@ -128,7 +126,7 @@ class ResidualHarvester:
         self.sites = 2 * chosen if reads == "mlp" else chosen
         if skip_positions < 0:
             raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
-        self.skip_positions, self.pad_token_id = skip_positions, pad_token_id
+        self.skip_positions = skip_positions
 
     @property
     def n_layers(self) -> int:
@@ -138,7 +136,8 @@ class ResidualHarvester:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model's weights, the sites and the token policy, taken when first asked for."""
-        digest = hashlib.sha256(repr((self.sites, self.skip_positions, self.pad_token_id)).encode())
+        policy = (self.sites, self.skip_positions, None)  # None stood for padding, which is never harvested
+        digest = hashlib.sha256(repr(policy).encode())
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
             flat = parameter.detach().contiguous().cpu().reshape(-1)
@@ -146,53 +145,44 @@ class ResidualHarvester:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def harvest(self, ids_BS: Tensor, attention_mask: Tensor | None = None) -> Harvest:
+    def harvest(self, ids_BS: Tensor) -> Harvest:
         """The kept tokens of `ids_BS`, row by row, at every site, in the model's dtype and on its device.
 
         Raises:
-            ValueError: the model is in training mode, an id is outside its vocabulary, padding stands before text, no
-                token is left, or sites differ in width.
+            ValueError: the model is in training mode, an id is outside its vocabulary, no token is left, or sites
+                differ in width.
         """
         self._check_call(ids_BS)
-        device = next(self.model.parameters()).device
-        ids_BS = ids_BS.to(device)
-        real_BS = self._real_tokens(ids_BS, attention_mask)
-        keep_BS = real_BS.clone()
-        keep_BS[:, : self.skip_positions] = False
-        rows_T = keep_BS.reshape(-1).nonzero().squeeze(1)
-        if not len(rows_T):
-            raise ValueError(
-                f"no token is left of {list(ids_BS.shape)} after {self.skip_positions} skipped positions and padding"
-            )
-        all_real = bool(real_BS.all())
-        x_TLD = self._run(ids_BS, None if all_real else real_BS.long(), rows_T)
-        n_real = int(real_BS.sum())
-        length = ids_BS.shape[1]
+        ids_BS = ids_BS.to(next(self.model.parameters()).device)
+        n_rows, length = ids_BS.shape
+        kept = torch.arange(self.skip_positions, length, device=ids_BS.device)
+        if not len(kept):
+            raise ValueError(f"no token is left of {[n_rows, length]} after {self.skip_positions} skipped positions")
         return Harvest(
-            x_TLD=x_TLD,
-            sequence_T=rows_T // length,
-            position_T=rows_T % length,
-            dropped={"padding": ids_BS.numel() - n_real, "first_positions": n_real - len(rows_T)},
+            x_TLD=self._run(ids_BS),
+            sequence_T=torch.arange(n_rows, device=ids_BS.device).repeat_interleave(len(kept)),
+            position_T=kept.repeat(n_rows),
+            dropped={"first_positions": n_rows * self.skip_positions},
         )
 
-    def _run(self, ids_BS: Tensor, mask_BS: Tensor | None, rows_T: Tensor) -> Tensor:
+    def _run(self, ids_BS: Tensor) -> Tensor:
         buffer: list[Tensor] = []
 
         def store(slot: int, hidden_BSD: Tensor) -> None:
+            kept_BSD = hidden_BSD[:, self.skip_positions :]
             if not buffer:
-                buffer.append(hidden_BSD.new_empty(len(rows_T), len(self.sites), hidden_BSD.shape[-1]))
+                n_tokens = kept_BSD.shape[0] * kept_BSD.shape[1]
+                buffer.append(hidden_BSD.new_empty(n_tokens, len(self.sites), hidden_BSD.shape[-1]))
             if hidden_BSD.shape[-1] != buffer[0].shape[-1]:
                 raise ValueError(
                     f"site {self.sites[slot]} is {hidden_BSD.shape[-1]} wide and site {self.sites[0]} is "
                     f"{buffer[0].shape[-1]}; choose layers of one width"
                 )
-            buffer[0][:, slot] = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[rows_T]
+            buffer[0][:, slot] = rearrange(kept_BSD, "b s d -> (b s) d")
             if slot == len(self.sites) - 1:
                 raise _AllSitesReadError
 
-        arguments: dict[str, Any] = {} if mask_BS is None else {"attention_mask": mask_BS}
-        if hasattr(self.model, "config"):
-            arguments["use_cache"] = False
+        arguments: dict[str, Any] = {"use_cache": False} if hasattr(self.model, "config") else {}
         try:
             with reading(self._ends(), store):
                 self.model(ids_BS, **arguments)
@@ -223,29 +213,9 @@ class ResidualHarvester:
                 "tokens were made by another tokenizer"
             )
 
-    def _real_tokens(self, ids_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is not None:
-            if attention_mask.shape != ids_BS.shape:
-                raise ValueError(f"the mask is {list(attention_mask.shape)}, the ids {list(ids_BS.shape)}")
-            real_BS = attention_mask.to(ids_BS.device).bool()
-        elif self.pad_token_id is not None:
-            is_pad = (ids_BS == self.pad_token_id).long()
-            real_BS = is_pad.flip(1).cumprod(1).flip(1) == 0
-        else:
-            return torch.ones_like(ids_BS, dtype=torch.bool)
-        if bool((real_BS[:, 1:] & ~real_BS[:, :-1]).any()):
-            raise ValueError("padding stands before text in a row; pad on the right (tokenizer.padding_side = 'right')")
-        return real_BS
-
 
 def kept_per_block(harvester: ResidualHarvester, tokens: TokenBlocks) -> int:
-    """How many tokens of each block are kept.
-
-    Raises:
-        ValueError: none, or the harvester drops padding, of which packed blocks have none.
-    """
-    if harvester.pad_token_id is not None:
-        raise ValueError("packed blocks have no padding; make the harvester without pad_token_id")
+    """How many tokens of each block are kept; a ValueError if none are."""
     kept = tokens.sequence_length - harvester.skip_positions
     if kept < 1:
         raise ValueError(f"skipping {harvester.skip_positions} of {tokens.sequence_length} positions leaves nothing")

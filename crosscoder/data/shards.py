@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,14 +21,13 @@ from crosscoder.data.residuals import (
 from crosscoder.data.sources import SiteKind, SiteSource, are_neighbours, combine_fingerprints, select_sites
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
-    MANIFEST,
     DamagedArtifactError,
     committed_directory,
     read_json,
     verify_directory,
     write_json,
 )
-from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes
 from crosscoder.foundation.order import order_slice
 
@@ -41,7 +39,7 @@ _ORIGINS = ("document_T", "sequence_T", "position_T")
 _SLACK_BYTES = 2**20
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class Shard:
     """One file of the store."""
 
@@ -49,7 +47,7 @@ class Shard:
     tokens: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class StoreIndex:
     """What a store holds and where it came from."""
 
@@ -136,10 +134,7 @@ class ActivationShards:
             DamagedArtifactError: a file is missing, truncated or altered; names it.
         """
         folder = Path(folder)
-        if verify:
-            verify_directory(folder, schema=SCHEMA)
-        else:
-            _check_sizes(folder)
+        verify_directory(folder, schema=SCHEMA, hashes=verify)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
         opened = [_open_shard(folder, shard, index) for shard in index.shards]
         if not opened:
@@ -294,13 +289,3 @@ def _open_shard(folder: Path, shard: Shard, index: StoreIndex) -> dict[str, Tens
             f"{list(expected)}; harvest again"
         )
     return tensors
-
-
-def _check_sizes(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {MANIFEST}: it is not a finished store; check the path")
-    for name, entry in read_json(folder / MANIFEST)["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != entry["bytes"]:
-            seen = "is missing" if size is None else f"has {size} bytes, {MANIFEST} says {entry['bytes']}"
-            raise DamagedArtifactError(f"{folder / name} {seen}; harvest again, or restore it from a copy")

@@ -44,7 +44,6 @@ def load_subject(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
 ) -> Subject:
     """The causal language model of a Hub name, a folder, or a .gguf file (which is unpacked to `dtype`).
 
@@ -54,9 +53,8 @@ def load_subject(
     """
     from transformers import AutoTokenizer
 
-    where = locate(name_or_path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-    model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path))
+    model = load_model(name_or_path, device=device, dtype=dtype)
     return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
 
 
@@ -65,30 +63,26 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    where = locate(name_or_path)
     with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(**locate(name_or_path), dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_untrained(
-    name_or_path: str | Path, *, seed: int = 0, device: str | torch.device = "cpu", trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_untrained(name_or_path: str | Path, *, seed: int = 0, device: str | torch.device = "cpu") -> PreTrainedModel:
     """A model of the same configuration as `load_model` gives, with its initial weights drawn anew: the control.
 
     Weights are as the model's own class initialises them; the global random state is left as it was.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(**locate(name_or_path), trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(**locate(name_or_path))
     with torch.random.fork_rng(devices=[]), without_progress_bars():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.to(device).eval().requires_grad_(False)
 
 

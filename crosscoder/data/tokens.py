@@ -237,16 +237,9 @@ def _state(fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("token folders need the package `pyarrow`; run: pip install pyarrow") from error
-    return pyarrow
-
-
 def _write_arrow(path: Path, ids_BS: np.ndarray, documents: np.ndarray) -> None:
-    pa = _pyarrow()
+    import pyarrow as pa
+
     flat = pa.array(np.ascontiguousarray(ids_BS).reshape(-1))
     columns = {
         "input_ids": pa.FixedSizeListArray.from_arrays(flat, ids_BS.shape[1]),
@@ -258,7 +251,8 @@ def _write_arrow(path: Path, ids_BS: np.ndarray, documents: np.ndarray) -> None:
 
 
 def _read_arrow(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    pa = _pyarrow()
+    import pyarrow as pa
+
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
         ids = table.column("input_ids").chunk(0).flatten().to_numpy()

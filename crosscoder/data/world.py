@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from crosscoder.foundation.config import config
 from crosscoder.foundation.order import seeded_generator
 
 Kind = Literal["local", "persistent", "drifting", "split", "gated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Probability = Annotated[float, Field(ge=0, le=1)]
 GATED_GROUP = 4  # two first halves times two second halves
 DRIFT_TURN = 0.9  # cosine of the dense drift's directions at neighbouring layers
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class Firing:
     """How often features fire, and which of them together. A group is `group` features with neighbouring ids.
 
@@ -32,23 +34,11 @@ class Firing:
 
     law: Literal["log-uniform", "zipf"] = "log-uniform"
     dependence: Literal["independent", "correlated", "hierarchical", "exclusive"] = "independent"
-    strength: float = 0.5
-    group: int = 2
-
-    def __post_init__(self) -> None:
-        if self.law not in ("log-uniform", "zipf"):
-            raise ValueError(f"law is {self.law!r}, expected 'log-uniform' or 'zipf'")
-        if self.dependence not in ("independent", "correlated", "hierarchical", "exclusive"):
-            raise ValueError(
-                f"dependence is {self.dependence!r}, expected independent, correlated, hierarchical or exclusive"
-            )
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength is {self.strength}, expected 0 to 1")
-        if self.group < 2:
-            raise ValueError(f"group is {self.group}, expected at least 2 features")
+    strength: Probability = 0.5
+    group: Annotated[int, Field(ge=2)] = 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class Nuisance:
     """What is in the activations besides sparse features, and is not part of the truth.
 
@@ -58,22 +48,13 @@ class Nuisance:
         layers together, at a uniform angle.
     """
 
-    drift_rank: int = 0
-    drift_scale: float = 1.0
-    n_circles: int = 0
-    circle_probability: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("drift_rank", "n_circles"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if not (math.isfinite(self.drift_scale) and self.drift_scale >= 0):
-            raise ValueError(f"drift_scale is {self.drift_scale}, expected 0 or more")
-        if not 0 <= self.circle_probability <= 1:
-            raise ValueError(f"circle_probability is {self.circle_probability}, expected 0 to 1")
+    drift_rank: NonNegativeInt = 0
+    drift_scale: NonNegativeFloat = 1.0
+    n_circles: NonNegativeInt = 0
+    circle_probability: Probability = 0.05
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class WorldConfig:
     """The planted features.
 
@@ -84,39 +65,28 @@ class WorldConfig:
     and two second halves. It takes two layers to tell split or gated features apart.
     """
 
-    n_features: int = 64
-    n_layers: int = 4
-    d_model: int = 16
+    n_features: PositiveInt = 64
+    n_layers: PositiveInt = 4
+    d_model: Annotated[int, Field(ge=2)] = 16
+    """At least 2, so that directions can turn."""
     kinds: tuple[Kind, ...] = ("local", "persistent", "drifting")
-    p_min: float = 0.01
-    p_max: float = 0.05
-    drift_cosine: float = 0.8
+    p_min: Annotated[float, Field(gt=0)] = 0.01
+    p_max: Probability = 0.05
+    drift_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.8
     equal_energy: bool = True
     """True: a feature's squared norms sum to 1 over layers. False: its norm is 1 wherever it lives."""
-    noise: float = 0.0
+    noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise on every activation."""
     seed: int = 0
-    firing: Firing = dataclasses.field(default_factory=Firing)
-    nuisance: Nuisance = dataclasses.field(default_factory=Nuisance)
+    firing: Firing = Firing()
+    nuisance: Nuisance = Nuisance()
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.d_model < 2:
-            raise ValueError(f"d_model is {self.d_model}, expected at least 2 (directions must be able to turn)")
-        unknown = set(self.kinds) - set(KINDS)
-        if not self.kinds or unknown:
-            raise ValueError(f"kinds are {self.kinds}, expected some of {', '.join(KINDS)}")
+        if not self.kinds:
+            raise ValueError(f"there are no kinds of features; expected some of {', '.join(KINDS)}")
         if self.n_layers == 1 and set(self.kinds) != {"local"}:
             raise ValueError("with one layer every feature is local; use kinds=('local',) or more layers")
-        if not 0 < self.p_min <= self.p_max <= 1:
-            raise ValueError(f"expected 0 < p_min <= p_max <= 1, got {self.p_min} and {self.p_max}")
-        if not -1 <= self.drift_cosine <= 1:
-            raise ValueError(f"drift_cosine is {self.drift_cosine}, expected -1 to 1")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ValueError(f"noise is {self.noise}, expected 0 or more")
-        check_exclusive(self.firing, self.p_max)
+        check_probabilities(self.firing, self.p_min, self.p_max)
 
 
 class World:
@@ -216,8 +186,10 @@ class World:
         return torch.einsum("bcp,cpld->bld", point_BC2, self._circles_C2LD)
 
 
-def check_exclusive(firing: Firing, p_max: float) -> None:
-    """Refuses groups in which at most one may fire but whose probabilities can sum to more than 1."""
+def check_probabilities(firing: Firing, p_min: float, p_max: float) -> None:
+    """Refuses a range that is upside down, and groups of which at most one may fire but whose sum can exceed 1."""
+    if p_min > p_max:
+        raise ValueError(f"expected p_min <= p_max, got {p_min} and {p_max}")
     if firing.dependence == "exclusive" and firing.group * p_max > 1:
         raise ValueError(
             f"{firing.group} exclusive features with p_max = {p_max} can sum to more than 1; "

@@ -7,21 +7,23 @@ they turn is chosen, so the answer that a comparison of the two should give is k
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from crosscoder.data.world import (
     Firing,
-    check_exclusive,
+    Probability,
+    check_probabilities,
     draw_activations,
     firing_probabilities,
     mean_interference_dimension,
     window_profile,
 )
+from crosscoder.foundation.config import config
 from crosscoder.foundation.order import seeded_generator
 
 Side = Literal["A", "B", "C"]
@@ -40,7 +42,7 @@ def planted_density_ratio(delta: float) -> float:
     return DEPTH_RATIO**delta / WIDTH_RATIO
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class PairConfig:
     """One set of features for two shapes.
 
@@ -49,43 +51,29 @@ class PairConfig:
         not turn. Windows allow 1 - gamma to 1 if L^gamma divides L, and a little less otherwise.
     """
 
-    n_features: int = 64
-    n_layers: int = 4
+    n_features: Annotated[int, Field(ge=2)] = 64
+    n_layers: Annotated[int, Field(ge=DEPTH_RATIO, multiple_of=DEPTH_RATIO)] = 4
     """Layers of A; a multiple of 4."""
-    d_model: int = 16
+    d_model: Annotated[int, Field(ge=2)] = 16
     """Width of A."""
-    gamma: float = 0.5
+    gamma: Probability = 0.5
     delta: float | None = None
-    p_min: float = 0.01
-    p_max: float = 0.05
-    firing: Firing = dataclasses.field(default_factory=Firing)
-    noise: float = 0.0
+    p_min: Annotated[float, Field(gt=0)] = 0.01
+    p_max: Probability = 0.05
+    firing: Firing = Firing()
+    noise: NonNegativeFloat = 0.0
     seed: int = 0
     training_seed: int = 0
     """Another one is another training of the same shapes: the same features on the same tokens, other directions."""
     sides: tuple[Side, ...] = SIDES
     """A, B and, where wished, C."""
-    crowding: float = 0.0
+    crowding: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Directions lie in D L^-crowding dimensions of each layer, so that d_eff = D L^(delta - crowding)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.crowding < 1:
-            raise ValueError(f"crowding is {self.crowding}, expected 0 or more and less than 1")
-        if not set(SIDES) <= set(self.sides) <= {*SIDES, "C"}:
+        if not set(SIDES) <= set(self.sides):
             raise ValueError(f"sides are {self.sides}, expected A, B and perhaps C")
-        if self.n_features < 2:
-            raise ValueError(f"n_features is {self.n_features}, expected at least 2")
-        if self.n_layers < DEPTH_RATIO or self.n_layers % DEPTH_RATIO:
-            raise ValueError(f"n_layers is {self.n_layers}, expected a multiple of {DEPTH_RATIO} (B has a quarter)")
-        if self.d_model < 2:
-            raise ValueError(f"d_model is {self.d_model}, expected at least 2")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}, expected 0 to 1")
-        if not 0 < self.p_min <= self.p_max <= 1:
-            raise ValueError(f"expected 0 < p_min <= p_max <= 1, got {self.p_min} and {self.p_max}")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ValueError(f"noise is {self.noise}, expected 0 or more")
-        check_exclusive(self.firing, self.p_max)
+        check_probabilities(self.firing, self.p_min, self.p_max)
 
     def shape(self, side: Side) -> tuple[int, int]:
         """`(layers, width)` of one side."""

@@ -1,17 +1,11 @@
 """Floor 1: dictionaries as functions of `x_BLD`, wherever that came from."""
 
 from pathlib import Path
-from typing import Any
 
 from crosscoder.dictionary import pretrained
-from crosscoder.dictionary.crosscoder import Crosscoder
-from crosscoder.dictionary.interface import (
-    Dictionary,
-    DictionaryConfig,
-    DictionaryOutput,
-    SparseCode,
-)
-from crosscoder.dictionary.layerwise import LayerwiseSAE
+from crosscoder.dictionary.code import DictionaryOutput, SparseCode
+from crosscoder.dictionary.config import DictionaryConfig
+from crosscoder.dictionary.dictionary import DICTIONARIES, Crosscoder, Dictionary, LayerwiseSAE
 from crosscoder.dictionary.sparsity import (
     BatchTopK,
     JumpReLU,
@@ -34,10 +28,8 @@ from crosscoder.dictionary.structure import (
     stack_subjects,
 )
 
-DICTIONARIES: dict[str, Any] = {"Crosscoder": Crosscoder, "LayerwiseSAE": LayerwiseSAE}
 
-
-def load_dictionary(folder: str | Path, *, verify: bool = True) -> Any:
+def load_dictionary(folder: str | Path, *, verify: bool = True) -> Dictionary:
     """The dictionary saved in `folder`, of whichever class its config names, in evaluation mode."""
     return pretrained.load_dictionary(folder, DICTIONARIES, verify=verify)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary.interface import DictionaryConfig, Grouped, SparseCode
+from crosscoder.dictionary.code import Grouped, SparseCode
+from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
 
@@ -23,7 +25,7 @@ def decoder_norms(decoder_GFN: Tensor, norm: Literal["l1", "l2"], *, d_model: in
     """The norm of each feature's decoder row, `[G, F]`: of all layers together (`l2`), or summed over layers (`l1`)."""
     if norm == "l2":
         return decoder_GFN.norm(dim=-1)
-    return decoder_GFN.unflatten(-1, (-1, d_model)).norm(dim=-1).sum(-1)
+    return rearrange(decoder_GFN, "g f (l d) -> g f l d", d=d_model).norm(dim=-1).sum(-1)
 
 
 def thresholds(grouped: Grouped, config: DictionaryConfig, threshold_G: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def encode_grouped(
     working_GFN = grouped.working_GFN if scale_GF is None else None
     match config.sparsity:
         case TopK(k=k):
-            values, features = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
+            values, features, _ = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
             offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
             return values, features, offsets, None
         case BatchTopK(k=k) if training:
@@ -95,13 +97,8 @@ def squared_error(x_BGN: Tensor, code: SparseCode, grouped: Grouped, *, n_parts:
 
 def decode_grouped(values: Tensor, features: Tensor, offsets: Tensor, decoder_GFN: Tensor) -> Tensor:
     """Weighted sums of decoder rows, `[B * G, N]`, without the bias; `features` are global."""
-    table_FN = decoder_GFN.reshape(-1, decoder_GFN.shape[-1])
+    table_FN = rearrange(decoder_GFN, "g f n -> (g f) n")
     return triton_kernels.gather_sum(values.to(table_FN.dtype), features, offsets, table_FN)
-
-
-def to_local(features: Tensor, n_features: int, n_groups: int) -> Tensor:
-    """Features counted within their own dictionary."""
-    return features if n_groups == 1 else features % n_features
 
 
 def to_global(code: SparseCode, n_groups: int) -> Tensor:
@@ -125,10 +122,10 @@ def encode_dense_grouped(
             order = score_BGF.sort(dim=-1, descending=True, stable=True).indices
             kept_BGF = torch.zeros_like(score_BGF, dtype=torch.bool).scatter(-1, order[..., :k], True)
         case BatchTopK(k=k) if training:
-            score_GX = score_BGF.transpose(0, 1).flatten(1)
+            score_GX = rearrange(score_BGF, "b g f -> g (b f)")
             order = score_GX.sort(dim=-1, descending=True, stable=True).indices[:, : k * x_BGN.shape[0]]
             kept_GX = torch.zeros_like(score_GX, dtype=torch.bool).scatter(-1, order, True)
-            kept_BGF = kept_GX.view(-1, x_BGN.shape[0], config.n_features).transpose(0, 1)
+            kept_BGF = rearrange(kept_GX, "g (b f) -> b g f", b=x_BGN.shape[0])
         case JumpReLU(window=window) if training:
             theta_GF = thresholds(grouped, config, threshold_G)
             inside_BGF = (z_BGF > 0) & ((z_BGF - theta_GF).abs() < window / 2)

@@ -1,38 +1,20 @@
-"""Where a dictionary starts: decoder directions, the encoder as their transpose, the bias at the data's centre."""
+"""Where a dictionary starts: rows of norm 1, and the bias at the data's centre."""
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from crosscoder.dictionary.interface import Dictionary
-from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, Sparsity
-
-
-def directions(shape: tuple[int, ...], *, layer_dim: int, initial: Literal["independent", "same"], seed: int) -> Tensor:
-    """Gaussian rows, a pure function of `seed`; with `same` they do not change along `layer_dim`."""
-    drawn = list(shape)
-    if initial == "same":
-        drawn[layer_dim] = 1
-    return torch.randn(drawn, generator=torch.Generator().manual_seed(seed)).expand(shape)
+from crosscoder.dictionary.code import Grouped
 
 
-def unit_rows(rows: Tensor, *, row_dims: int, mask: Tensor | None = None) -> Tensor:
-    """The rows, masked, with norm 1 over their last `row_dims` axes together, as a tensor of its own."""
+def unit_rows(rows: Tensor, *, n_axes: int, mask: Tensor | None = None) -> Tensor:
+    """The rows, masked, with norm 1 over their last `n_axes` axes together, as a tensor of its own."""
     if mask is not None:
         rows = rows * mask
-    dims = tuple(range(-row_dims, 0))
-    return rows / rows.norm(dim=dims, keepdim=True)
-
-
-def log_threshold(shapes: dict[str, tuple[int, ...]], sparsity: Sparsity) -> nn.Parameter | None:
-    """The logarithm of JumpReLU's threshold, the same for every feature at first; None for other rules."""
-    if not isinstance(sparsity, JumpReLU):
-        return None
-    return nn.Parameter(torch.full(shapes["log_threshold"], math.log(sparsity.threshold)))
+    return rows / rows.norm(dim=tuple(range(-n_axes, 0)), keepdim=True)
 
 
 def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:
@@ -56,12 +38,10 @@ def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5
 
 
 @torch.no_grad()
-def initialize_bias(
-    dictionary: Dictionary, x_BLD: Tensor, *, method: Literal["geometric_median", "mean", "zero"]
-) -> None:
+def initialize_bias(grouped: Grouped, x_BLD: Tensor, *, method: Literal["geometric_median", "mean", "zero"]) -> None:
     """Set the decoder bias of every layer to the centre of a first batch."""
-    center_GN = dictionary.grouped().center_GN
-    x_BGN = x_BLD.reshape(-1, *center_GN.shape).to(center_GN)
+    center_GN = grouped.center_GN
+    x_BGN = grouped.split(x_BLD).to(center_GN)
     match method:
         case "geometric_median":
             center_GN.copy_(torch.stack([geometric_median(x_BGN[:, g]) for g in range(x_BGN.shape[1])]))
@@ -69,17 +49,3 @@ def initialize_bias(
             center_GN.copy_(x_BGN.mean(0))
         case "zero":
             center_GN.zero_()
-
-
-def update_threshold(dictionary: Dictionary, cut_G: Tensor | None) -> None:
-    """Move the inference threshold towards a training step's cut; without gradient this is no step, and nothing moves.
-
-    The first cut is taken whole, later ones with weight 1 - momentum.
-    """
-    sparsity = dictionary.config.sparsity
-    if cut_G is None or not isinstance(sparsity, BatchTopK) or not torch.is_grad_enabled():
-        return
-    with torch.no_grad():
-        old_G = dictionary.threshold
-        cut_G = cut_G.to(old_G.dtype)
-        old_G.copy_(torch.where(old_G.isnan(), cut_G, torch.lerp(cut_G, old_G, sparsity.momentum)))

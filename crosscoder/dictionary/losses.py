@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from crosscoder.dictionary import codec
-from crosscoder.dictionary.interface import Dictionary, DictionaryConfig, Grouped, SparseCode, checked_input
+from crosscoder.dictionary.code import Grouped, SparseCode
+from crosscoder.dictionary.config import DictionaryConfig
+from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.sparsity import JumpReLU, L0Penalty, NormPenalty, ReLU, TanhPenalty, TargetL0Penalty
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, section A.2
@@ -28,7 +31,12 @@ class LossOutput(NamedTuple):
 
 
 def loss_terms(
-    dictionary: Dictionary, x: Tensor, *, dead_GF: Tensor | None = None, penalty_factor: float = 1.0
+    dictionary: Dictionary,
+    x_BLD: Tensor,
+    *,
+    dead_GF: Tensor | None = None,
+    penalty_factor: float = 1.0,
+    working_GFN: Tensor | None = None,
 ) -> LossOutput:
     """`recon`, the mean squared error per number that is reconstructed, and what the config asks for beside it.
 
@@ -40,12 +48,11 @@ def loss_terms(
 
     dead_GF: True for features that the auxiliary term should revive; None or all False leaves the term out.
     penalty_factor: what the penalty is multiplied by, for its warm-up.
+    working_GFN: the encoder rounded for its product, where an optimiser keeps one.
     """
-    config = dictionary.config
-    x_BLD = checked_input(x, config)
-    grouped = dictionary.grouped()
-    x_BGN = x_BLD.reshape(-1, *grouped.center_GN.shape)
-    code = dictionary.encode(x_BLD)
+    config, grouped = dictionary.config, dictionary.grouped()._replace(working_GFN=working_GFN)
+    x_BGN = grouped.split(x_BLD)
+    code = dictionary.encode_checked(x_BLD, grouped, batch_shape=x_BLD.shape[:1])
     error_BGN, square = _written_error(x_BGN, code, grouped, config)
     error_BLD = error_BGN.detach().view(x_BLD.shape)
     n_written = x_BLD.shape[0] * config.n_written()
@@ -114,11 +121,12 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
     The residual already excludes the decoder bias, so none is added. Gradient reaches encoder, encoder bias and
     decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
     """
-    encoder_GFN, decoder_GFN, bias_GF, center_GN = dictionary.grouped()[:4]
-    x_BGN = x_BLD.reshape(-1, *center_GN.shape) - center_GN.detach()
+    grouped = dictionary.grouped()
+    encoder_GFN, decoder_GFN, bias_GF, center_GN = grouped[:4]
+    x_GBN = rearrange(grouped.split(x_BLD) - center_GN.detach(), "b g n -> g b n")
     is_written_L1 = torch.zeros(x_BLD.shape[1], 1, dtype=x_BLD.dtype, device=x_BLD.device)
     is_written_L1[dictionary.config.written()] = 1
-    residual_GBN = (residual_BLD * is_written_L1).reshape(x_BGN.shape).transpose(0, 1)
+    residual_GBN = rearrange(grouped.split(residual_BLD * is_written_L1), "b g n -> g b n")
     k_aux = dictionary.config.aux_k
     if k_aux is None:
         n_read = min(center_GN.shape[1], dictionary.config.n_read())
@@ -126,7 +134,7 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
     features_GD, is_dead_GD = _dead_features(dead_GF, limit=max(k_aux, dead_GF.shape[1] // 4))
     rows = torch.arange(len(dead_GF), device=dead_GF.device)[:, None], features_GD
     # Dense on purpose: a sparse gather is slower than a product once k_aux > F / 181.
-    z_GBD = torch.baddbmm(bias_GF[rows][:, None], x_BGN.transpose(0, 1), encoder_GFN[rows].transpose(1, 2))
+    z_GBD = torch.baddbmm(bias_GF[rows][:, None], x_GBN, rearrange(encoder_GFN[rows], "g d n -> g n d"))
     code_GBD = z_GBD.relu() * is_dead_GD[:, None]
     if k_aux < code_GBD.shape[2]:
         chosen = code_GBD.topk(k_aux, dim=2, sorted=False)

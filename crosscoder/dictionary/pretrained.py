@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from crosscoder.dictionary.interface import DictionaryConfig
+from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
@@ -19,19 +20,22 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.config import from_mapping, to_mapping
 
+if TYPE_CHECKING:
+    from crosscoder.dictionary.dictionary import Dictionary
+
 SCHEMA = "crosscoder.dictionary/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def save_dictionary(dictionary: Any, folder: str | Path) -> None:
+def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
     """Write `dictionary` to `folder`, replacing an older artifact there, whole or not at all."""
     with committed_directory(folder, schema=SCHEMA) as temporary:
         write_dictionary(dictionary, temporary)
 
 
-def write_dictionary(dictionary: Any, folder: Path) -> None:
+def write_dictionary(dictionary: Dictionary, folder: Path) -> None:
     """Write config and weights as plain files into `folder`, which the caller commits."""
     config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config)}
     write_json(folder / CONFIG, config)
@@ -48,7 +52,7 @@ def read_config(folder: str | Path) -> tuple[str, DictionaryConfig]:
     return config["class"], from_mapping(DictionaryConfig, config.get("settings"), where=str(path))
 
 
-def load_dictionary(folder: str | Path, classes: dict[str, Any], *, verify: bool = True) -> Any:
+def load_dictionary(folder: str | Path, classes: Mapping[str, type[Dictionary]], *, verify: bool = True) -> Any:
     """The dictionary saved in `folder`, one of `classes`, in evaluation mode.
 
     Raises:
@@ -63,7 +67,7 @@ def load_dictionary(folder: str | Path, classes: dict[str, Any], *, verify: bool
     if name not in classes:
         raise ValueError(f"{folder} holds a {name}, not a {' or '.join(sorted(classes))}; load it as a {name}")
     _check_header(folder / WEIGHTS, classes[name].tensor_shapes(config))
-    dictionary = classes[name](**{field: getattr(config, field) for field in to_mapping(config)})
+    dictionary = classes[name](**config.settings())
     dictionary.load_state_dict(_read_tensors(folder / WEIGHTS))
     return dictionary.eval()
 

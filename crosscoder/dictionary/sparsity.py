@@ -10,28 +10,14 @@ which no other rule has.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from crosscoder.foundation.config import config
 
 
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k is {k!r}; expected a whole number of at least 1")
-
-
-def _check_positive(**settings: float) -> None:
-    for name, value in settings.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value!r}; expected a positive number")
-
-
-def _check_coefficient(coefficient: float) -> None:
-    if not (math.isfinite(coefficient) and coefficient >= 0):
-        raise ValueError(f"coefficient is {coefficient!r}; expected 0 or more")
-
-
-@dataclass(frozen=True)
+@config(kw_only=False)
 class NormPenalty:
     """A feature costs its value times its decoder's norm: `coefficient / width * mean over rows of sum_i f_i |W_i|`.
 
@@ -44,28 +30,19 @@ class NormPenalty:
     """
 
     norm: Literal["l1", "l2"] = "l1"
-    coefficient: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.norm not in ("l1", "l2"):
-            raise ValueError(f"norm is {self.norm!r}; expected 'l1' or 'l2'")
-        _check_coefficient(self.coefficient)
+    coefficient: NonNegativeFloat = 1.0
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class TanhPenalty:
     """A count of active features that forgives small values: `coefficient * mean over rows of sum_i tanh(scale f_i
     ||W_i||)` (Anthropic, "Circuits Updates", February 2024; in this form, January 2025, with scale 4)."""
 
-    scale: float = 4.0
-    coefficient: float = 3e-3
-
-    def __post_init__(self) -> None:
-        _check_positive(scale=self.scale)
-        _check_coefficient(self.coefficient)
+    scale: PositiveFloat = 4.0
+    coefficient: NonNegativeFloat = 3e-3
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class L0Penalty:
     """The mean number of active features of a row, times `coefficient` (Rajamanoharan et al. 2024, section 3).
 
@@ -73,42 +50,32 @@ class L0Penalty:
     With inputs of norm sqrt(width) the coefficient is the paper's lambda.
     """
 
-    coefficient: float = 3e-3
-
-    def __post_init__(self) -> None:
-        _check_coefficient(self.coefficient)
+    coefficient: NonNegativeFloat = 3e-3
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class TargetL0Penalty:
     """`coefficient * (L0 / target - 1)^2`, L0 the mean number of active features of a row over the batch, by layer in
     a bank, with the gradient of `L0Penalty` (Rajamanoharan et al. 2024, the appendix's loss for a desired sparsity)."""
 
-    target: float = 32.0
-    coefficient: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_positive(target=self.target)
-        _check_coefficient(self.coefficient)
+    target: PositiveFloat = 32.0
+    coefficient: NonNegativeFloat = 1.0
 
 
 Penalty = NormPenalty | TanhPenalty | L0Penalty | TargetL0Penalty
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class TopK:
     """Each token keeps its k largest scores (Gao et al. 2024, arXiv 2406.04093, eq. 3); in a bank, at each layer.
 
     Equal scores go to the lowest feature. A kept score below zero has value 0.
     """
 
-    k: int = 32
-
-    def __post_init__(self) -> None:
-        _check_k(self.k)
+    k: PositiveInt = 32
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class BatchTopK:
     """A batch of B tokens keeps its B * k largest positive scores (Bussmann et al. 2024, arXiv 2412.06410).
 
@@ -116,16 +83,11 @@ class BatchTopK:
     threshold, so that a token's code does not depend on its neighbours; `momentum` is that mean's memory per step.
     """
 
-    k: int = 32
-    momentum: float = 0.99
-
-    def __post_init__(self) -> None:
-        _check_k(self.k)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum!r}; expected 0 <= momentum < 1")
+    k: PositiveInt = 32
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class ReLU:
     """Every feature with a positive pre-activation is active; `penalty` makes them few (Lindsey et al. 2024).
 
@@ -133,16 +95,10 @@ class ReLU:
     that is positive on no token gets no gradient: the trainer's `resample_every` starts it again.
     """
 
-    penalty: NormPenalty | TanhPenalty = field(default_factory=NormPenalty)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.penalty, NormPenalty | TanhPenalty):
-            raise ValueError(
-                f"penalty is {self.penalty!r}; without a learned threshold it must be a NormPenalty or a TanhPenalty"
-            )
+    penalty: NormPenalty | TanhPenalty = NormPenalty()
 
 
-@dataclass(frozen=True)
+@config(kw_only=False)
 class JumpReLU:
     """A feature is active, with its value z, where z exceeds its own learned threshold theta (Rajamanoharan et al.
     2024, arXiv 2407.14435, section 3): `f_i = z_i H(z_i - theta_i)`.
@@ -153,14 +109,9 @@ class JumpReLU:
     have norm sqrt(width); theta moves by factors, so that from a small one the way is long.
     """
 
-    threshold: float = 1.0
-    window: float = 0.5
-    penalty: Penalty = field(default_factory=TargetL0Penalty)
-
-    def __post_init__(self) -> None:
-        _check_positive(threshold=self.threshold, window=self.window)
-        if not isinstance(self.penalty, Penalty):
-            raise ValueError(f"penalty is {self.penalty!r}; expected a penalty such as TargetL0Penalty(target=32)")
+    threshold: PositiveFloat = 1.0
+    window: PositiveFloat = 0.5
+    penalty: Penalty = TargetL0Penalty()
 
 
 Sparsity = TopK | BatchTopK | ReLU | JumpReLU

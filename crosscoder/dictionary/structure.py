@@ -7,54 +7,116 @@ dealt out by index in turns, so that every prefix of a dictionary holds all kind
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from crosscoder.foundation.config import config
 
-@dataclass(frozen=True)
-class Acausal:
+
+class Masks(NamedTuple):
+    """What each feature may use, as booleans `[F, L, 1]`, or `[F, L, D]` where some columns are padding."""
+
+    read: Tensor
+    write: Tensor
+
+
+class Structure:
+    """What can be asked of every structure; the answers here are those of features that read and write all layers."""
+
+    def check(self, n_layers: int, d_model: int) -> None:
+        """Raises a ValueError that says what does not fit a dictionary of this shape, and what would."""
+
+    def n_bases(self, n_layers: int) -> int:
+        """Over how many base layers the features are dealt out: feature i has base layer `i mod n_bases`."""
+        return 1
+
+    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
+        """The layers that a feature with this base layer reads, and those that it writes."""
+        return range(n_layers), range(n_layers)
+
+    def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:
+        """How many numbers each layer has, padding left out."""
+        return (d_model,) * n_layers
+
+    def masks(self, n_features: int, n_layers: int, d_model: int) -> Masks | None:
+        """Which weights exist; None where all do."""
+        spans = [self.spans(base, n_layers) for base in range(self.n_bases(n_layers))]
+        table_2BL = torch.tensor(
+            [[[layer in span for layer in range(n_layers)] for span in kind] for kind in zip(*spans)]
+        )
+        read_FL, write_FL = table_2BL[:, torch.arange(n_features) % len(spans)]
+        return Masks(read_FL[:, :, None], write_FL[:, :, None])
+
+
+@config
+class Acausal(Structure):
     """Every feature reads and writes all layers (Lindsey et al. 2024, "Sparse Crosscoders", the plain crosscoder)."""
 
+    def masks(self, n_features: int, n_layers: int, d_model: int) -> None:
+        return None
 
-@dataclass(frozen=True)
-class WeaklyCausal:
+
+@config
+class WeaklyCausal(Structure):
     """Feature i reads layer l(i) and writes that layer and all later ones (Lindsey et al. 2024, "Crosscoder variants").
 
     `f_i = rule(<E_i, x_l(i)>)`, `recon_l = sum over i with l(i) <= l of f_i W_il`. Base layers are dealt out evenly:
     `l(i) = i mod L`.
     """
 
+    def n_bases(self, n_layers: int) -> int:
+        return n_layers
 
-@dataclass(frozen=True)
-class StrictlyCausal:
+    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
+        return range(base, base + 1), range(base, n_layers)
+
+
+@config
+class StrictlyCausal(Structure):
     """Feature i reads layer l(i) and writes the later ones alone (Lindsey et al. 2024, "Crosscoder variants").
 
     `l(i) = i mod (L - 1)`: a feature of the last layer would write nothing. Nobody writes layer 0. It is read, it is
     no part of the loss or of explained variance, and its reconstruction is the decoder bias.
     """
 
+    def check(self, n_layers: int, d_model: int) -> None:
+        if n_layers < 2:
+            raise ValueError(f"StrictlyCausal needs a layer to read and a later one to write; n_layers is {n_layers}")
 
-@dataclass(frozen=True)
-class LocalWindow:
+    def n_bases(self, n_layers: int) -> int:
+        return n_layers - 1
+
+    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
+        return range(base, base + 1), range(base + 1, n_layers)
+
+
+@config(kw_only=False)
+class LocalWindow(Structure):
     """Feature i reads and writes `width` neighbouring layers (the locality ladder of Lindsey et al. 2024).
 
     It begins at layer `i mod (L - width + 1)`, so that every window is whole; inner layers are in more windows than
     outer ones. Width L is `Acausal`; with width 1 features are those of a bank, chosen together.
     """
 
-    width: int
+    width: PositiveInt
 
-    def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise ValueError(f"width is {self.width!r}; expected a whole number of layers, at least 1")
+    def check(self, n_layers: int, d_model: int) -> None:
+        if self.width > n_layers:
+            raise ValueError(f"a window of {self.width} layers does not fit n_layers = {n_layers}; lower the width")
+
+    def n_bases(self, n_layers: int) -> int:
+        return n_layers - self.width + 1
+
+    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
+        return range(base, base + self.width), range(base, base + self.width)
 
 
-@dataclass(frozen=True)
-class Transcoder:
+@config
+class Transcoder(Structure):
     """Cross-layer transcoder (Ameisen et al. 2025, "Circuit Tracing"; one layer: Dunefsky et al. 2024, 2406.11944).
 
     The layer axis is [what L MLPs read ; what they write], 2 L in all. Feature i reads input `l(i) = i mod L` and
@@ -62,9 +124,21 @@ class Transcoder:
     they are no part of the loss or of explained variance, and their reconstruction is the decoder bias.
     """
 
+    def check(self, n_layers: int, d_model: int) -> None:
+        if n_layers % 2:
+            raise ValueError(
+                f"Transcoder stacks as many outputs as inputs; n_layers is {n_layers}, expected an even number"
+            )
 
-@dataclass(frozen=True)
-class Diffing:
+    def n_bases(self, n_layers: int) -> int:
+        return n_layers // 2
+
+    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
+        return range(base, base + 1), range(base + n_layers // 2, n_layers)
+
+
+@config(kw_only=False)
+class Diffing(Structure):
     """Several subjects stacked on the layer axis, [A's layers ; B's layers], also of different depth and width.
 
     The model-diffing crosscoder of Lindsey et al. 2024, with the dedicated features of Jiralerspong and Bricken 2026
@@ -75,138 +149,51 @@ class Diffing:
     dedicated: the share of features of each subject's own; empty for none.
     """
 
-    n_layers: tuple[int, ...]
-    d_models: tuple[int, ...]
-    dedicated: tuple[float, ...] = ()
+    n_layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    d_models: tuple[PositiveInt, ...]
+    dedicated: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = (*self.n_layers, *self.d_models)
-        if len(self.n_layers) != len(self.d_models) or not sizes or min(sizes) < 1:
+        if len(self.n_layers) != len(self.d_models):
             raise ValueError(
-                f"n_layers are {self.n_layers} and d_models {self.d_models}; expected one positive number of each for "
-                "every subject"
+                f"n_layers are {self.n_layers} and d_models {self.d_models}; expected one number of each for every "
+                "subject"
             )
         if self.dedicated and len(self.dedicated) != len(self.n_layers):
             raise ValueError(
                 f"dedicated has {len(self.dedicated)} shares for {len(self.n_layers)} subjects; give one for each, or "
                 "none"
             )
-        if any(not 0 <= share <= 1 for share in self.dedicated) or sum(self.dedicated) > 1:
-            raise ValueError(f"dedicated is {self.dedicated}; expected shares from 0 that sum to at most 1")
+        if sum(self.dedicated) > 1:
+            raise ValueError(f"dedicated is {self.dedicated}; expected shares that sum to at most 1")
 
-
-Structure = Acausal | WeaklyCausal | StrictlyCausal | LocalWindow | Transcoder | Diffing
-
-
-class Masks(NamedTuple):
-    """What each feature may use, as booleans `[F, L, 1]`, or `[F, L, D]` where some columns are padding."""
-
-    read: Tensor
-    write: Tensor
-
-
-def check_structure(structure: Structure, *, n_features: int, n_layers: int, d_model: int) -> None:
-    """Refuses a structure that does not fit a dictionary.
-
-    Raises:
-        ValueError: says what does not fit, and what would.
-    """
-    name = type(structure).__name__
-    match structure:
-        case StrictlyCausal() if n_layers < 2:
-            raise ValueError(f"{name} needs a layer to read and a later one to write; n_layers is {n_layers}")
-        case LocalWindow(width=width) if width > n_layers:
-            raise ValueError(f"a window of {width} layers does not fit n_layers = {n_layers}; lower the width")
-        case Transcoder() if n_layers % 2:
+    def check(self, n_layers: int, d_model: int) -> None:
+        if sum(self.n_layers) != n_layers or max(self.d_models) != d_model:
             raise ValueError(
-                f"{name} stacks as many outputs as inputs; n_layers is {n_layers}, expected an even number"
+                f"subjects have {self.n_layers} layers of width {self.d_models}, the dictionary n_layers = {n_layers} "
+                f"and d_model = {d_model}; expected their sum and their largest"
             )
-        case Diffing() if sum(structure.n_layers) != n_layers or max(structure.d_models) != d_model:
-            raise ValueError(
-                f"subjects have {structure.n_layers} layers of width {structure.d_models}, the dictionary n_layers = "
-                f"{n_layers} and d_model = {d_model}; expected their sum and their largest"
-            )
-    needed = n_bases(structure, n_layers)
-    if n_features < needed:
-        raise ValueError(f"{name} deals its features out over {needed} layers; n_features is {n_features}")
+
+    def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:
+        return tuple(d for depth, d in zip(self.n_layers, self.d_models) for _ in range(depth))
+
+    def owners(self, n_features: int) -> Tensor:
+        """The subject that each feature is dedicated to, int64 `[F]`; -1 where it is shared by all."""
+        own = [round(share * n_features) for share in self.dedicated]
+        counts = [max(0, n_features - sum(own)), *own]
+        owner_F = torch.arange(-1, len(own)).repeat_interleave(torch.tensor(counts))[:n_features]
+        place_F = torch.cat([(torch.arange(count) + 0.5) / max(1, count) for count in counts])[:n_features]
+        return owner_F[place_F.argsort(stable=True)]
+
+    def masks(self, n_features: int, n_layers: int, d_model: int) -> Masks:
+        owner_F1 = self.owners(n_features)[:, None]
+        subject_L = torch.arange(len(self.n_layers)).repeat_interleave(torch.tensor(self.n_layers))
+        exists_LD = torch.arange(d_model) < torch.tensor(self.layer_widths(n_layers, d_model))[:, None]
+        both_FLD = ((owner_F1 < 0) | (owner_F1 == subject_L))[:, :, None] & exists_LD
+        return Masks(both_FLD, both_FLD)
 
 
-def n_bases(structure: Structure, n_layers: int) -> int:
-    """Over how many base layers the features are dealt out: feature i has base layer `i mod n_bases`."""
-    match structure:
-        case WeaklyCausal():
-            return n_layers
-        case StrictlyCausal():
-            return n_layers - 1
-        case LocalWindow(width=width):
-            return n_layers - width + 1
-        case Transcoder():
-            return n_layers // 2
-        case _:
-            return 1
-
-
-def feature_owners(structure: Diffing, n_features: int) -> Tensor:
-    """The subject that each feature is dedicated to, int64 `[F]`; -1 where it is shared by all."""
-    own = [round(share * n_features) for share in structure.dedicated]
-    counts = [max(0, n_features - sum(own)), *own]
-    owner_F = torch.arange(-1, len(own)).repeat_interleave(torch.tensor(counts))[:n_features]
-    place_F = torch.cat([(torch.arange(count) + 0.5) / max(1, count) for count in counts])[:n_features]
-    return owner_F[place_F.argsort(stable=True)]
-
-
-def feature_masks(structure: Structure, *, n_features: int, n_layers: int, d_model: int) -> Masks | None:
-    """The masks of a structure; None where nothing is masked."""
-    base_F1 = torch.arange(n_features)[:, None] % n_bases(structure, n_layers)
-    layer_L = torch.arange(n_layers)
-    match structure:
-        case Acausal():
-            return None
-        case WeaklyCausal():
-            read, write = layer_L == base_F1, layer_L >= base_F1
-        case StrictlyCausal():
-            read, write = layer_L == base_F1, layer_L > base_F1
-        case LocalWindow(width=width):
-            read = write = (layer_L >= base_F1) & (layer_L < base_F1 + width)
-        case Transcoder():
-            read, write = layer_L == base_F1, layer_L >= base_F1 + n_layers // 2
-        case Diffing():
-            subject_L = torch.arange(len(structure.n_layers)).repeat_interleave(torch.tensor(structure.n_layers))
-            owner_F1 = feature_owners(structure, n_features)[:, None]
-            width_L = torch.tensor(structure.d_models)[subject_L]
-            exists_LD = torch.arange(d_model) < width_L[:, None]
-            both = ((owner_F1 < 0) | (owner_F1 == subject_L))[:, :, None] & exists_LD
-            return Masks(both, both)
-    return Masks(read[:, :, None], write[:, :, None])
-
-
-def first_written(structure: Structure, n_layers: int) -> int:
-    """The first layer that is reconstructed; all later ones are."""
-    match structure:
-        case StrictlyCausal():
-            return 1
-        case Transcoder():
-            return n_layers // 2
-        case _:
-            return 0
-
-
-def layer_widths(structure: Structure, *, n_layers: int, d_model: int) -> tuple[int, ...]:
-    """How many numbers each layer has, padding left out."""
-    if isinstance(structure, Diffing):
-        return tuple(d for depth, d in zip(structure.n_layers, structure.d_models) for _ in range(depth))
-    return (d_model,) * n_layers
-
-
-def read_width(structure: Structure, *, n_layers: int, d_model: int) -> int:
-    """The most numbers of a token that one feature reads."""
-    match structure:
-        case WeaklyCausal() | StrictlyCausal() | Transcoder():
-            return d_model
-        case LocalWindow(width=width):
-            return width * d_model
-        case _:
-            return sum(layer_widths(structure, n_layers=n_layers, d_model=d_model))
+AnyStructure = Acausal | WeaklyCausal | StrictlyCausal | LocalWindow | Transcoder | Diffing
 
 
 def stack_subjects(subjects: Sequence[Tensor]) -> Tensor:

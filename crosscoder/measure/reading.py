@@ -20,9 +20,8 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from torch import Tensor
 
-from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
-from crosscoder.dictionary.interface import SparseCode
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
 from crosscoder.measure import dimension, matching, profile
 

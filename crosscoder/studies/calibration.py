@@ -24,7 +24,7 @@ from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.config import to_mapping
 from crosscoder.results.rows import from_blocks, to_blocks
-from crosscoder.results.table import COMPARED, LongTable, Place, Row
+from crosscoder.results.table import COMPARED, LongTable, Place, Row, rows_at
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
 from crosscoder.studies.fit import fit_dictionary, log_uniform_bounds, score
@@ -125,7 +125,8 @@ def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[
     )
     at = Place(role="calibration", n_features=budget.n_features, k=budget.k_crosscoder, seed=config.seed)
     rows = score(at, reading.distinct.decoder_FLD, world, reading, l0_true=budget.k_crosscoder)
-    return [*rows, Row(at, "equal_energy", config.equal_energy)]
+    about = {"n_layers": config.n_layers, "d_model": config.d_model, "equal_energy": config.equal_energy}
+    return [*rows, *rows_at(at, about)]
 
 
 def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: str = "cpu") -> list[Row]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,10 +93,6 @@ class StudyFolder:
             blocks_path=blocks_path,
         )
 
-    def drop_activations(self) -> None:
-        """Free the disk of activations that have been read."""
-        shutil.rmtree(self._activations, ignore_errors=True)
-
     def left(self, cells: Sequence[AnyCell]) -> list[AnyCell]:
         """The cells whose rows are not there yet."""
         return [cell for cell in cells if not self._rows_of(cell).is_file()]
@@ -173,6 +169,12 @@ def harvest_into(
             home.parent.mkdir(parents=True, exist_ok=True)
             write_shards(harvester, blocks, home, max_tokens=n_tokens, metadata=metadata, quiet=quiet)
         ActivationShards.load(home)  # hashes are checked once here, and not again by every cell
+
+
+def drop_activations(stores: Iterable[Stores]) -> None:
+    """Free the disk of activations that have been read."""
+    for one in stores:
+        shutil.rmtree(one.train.parent, ignore_errors=True)
 
 
 def parameter_counts(model: Any) -> dict[str, int]:

@@ -34,7 +34,7 @@ from crosscoder.studies import judge
 from crosscoder.studies.budget import Arm, DictionaryBudget, with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores
-from crosscoder.studies.folder import StudyFolder, harvest_into, parameter_counts, runs_of
+from crosscoder.studies.folder import StudyFolder, drop_activations, harvest_into, parameter_counts, runs_of
 from crosscoder.studies.joint import JointCell
 from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
 from crosscoder.verdict.rule import RULE
@@ -71,7 +71,7 @@ def run_study(
         study.lap("activations")
         study.run_cells(own, stores)
         if not config.keep_activations:
-            study.drop_activations()
+            drop_activations(stores.values())
     study.lap("dictionaries")
     if left := study.left(cells):
         raise OtherPartsError(f"this part is done; {len(left)} of {len(cells)} cells are left for other parts")

@@ -19,7 +19,7 @@ from crosscoder.results.file import Results
 from crosscoder.results.table import Place, Site, State, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget, Seeds
 from crosscoder.studies.cells import Cell
-from crosscoder.studies.folder import StudyFolder, harvest_into, parameter_counts
+from crosscoder.studies.folder import StudyFolder, drop_activations, harvest_into, parameter_counts
 
 NAME = "S"
 LOSS_BLOCKS = 32
@@ -81,7 +81,7 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
         study.lap("activations")
         study.run_cells(cells, stores)
         if not config.keep_activations:
-            study.drop_activations()
+            drop_activations(stores.values())
     study.lap("dictionaries")
     stride = max(1, len(tokens.held_out) // LOSS_BLOCKS)
     model, d_model = subject.model, subject.model.config.get_text_config(decoder=True).hidden_size

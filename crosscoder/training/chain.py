@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosscoder.foundation.config import to_mapping
+from crosscoder.dictionary import Dictionary
 from crosscoder.training.step import TrainConfig
 from crosscoder.training.trainer import Batches, TrainResult, train
 
@@ -17,7 +16,7 @@ Repeatable = Sequence[Tensor] | Callable[[int], Iterable[Tensor]]
 
 
 def train_warm_chain(
-    bank: Any,
+    bank: Dictionary,
     batches: Repeatable,
     *,
     config: TrainConfig | None = None,
@@ -45,10 +44,9 @@ def train_warm_chain(
         ValueError: `bank` is no bank of separate layers, `batches` could be read only once, or as `train`.
     """
     _check(bank, batches)
-    settings = {name: getattr(bank.config, name) for name in to_mapping(bank.config)}
     metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)
     for layer in range(bank.config.n_layers):
-        single = type(bank)(**{**settings, "n_layers": 1})
+        single = type(bank)(**{**bank.config.settings(), "n_layers": 1})
         single.load_state_dict({**state, "input_scale": bank.input_scale[layer : layer + 1]})
         result = train(
             single,
@@ -71,8 +69,8 @@ def train_warm_chain(
     return TrainResult(bank, metrics, steps, tokens)
 
 
-def _check(bank: Any, batches: Repeatable) -> None:
-    n_groups, n_layers = bank.grouped().center_GN.shape[0], bank.config.n_layers
+def _check(bank: Dictionary, batches: Repeatable) -> None:
+    n_groups, n_layers = bank.n_groups, bank.config.n_layers
     if n_groups != n_layers:
         raise ValueError(
             f"a {type(bank).__name__} of {n_layers} layers has {n_groups} dictionary; a chain needs a LayerwiseSAE "
@@ -85,11 +83,11 @@ def _check(bank: Any, batches: Repeatable) -> None:
         )
 
 
-def _layer_state(bank: Any, layer: int) -> dict[str, Tensor]:
+def _layer_state(bank: Dictionary, layer: int) -> dict[str, Tensor]:
     return {name: tensor[layer : layer + 1].clone() for name, tensor in bank.state_dict().items()}
 
 
-def _started_from(single: Any) -> dict[str, Tensor]:
+def _started_from(single: Dictionary) -> dict[str, Tensor]:
     """What the next layer begins with: weights, but a centre and an inference threshold of its own."""
     state = _layer_state(single, 0)
     return {
@@ -100,7 +98,7 @@ def _started_from(single: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _write_layer(bank: Any, layer: int, single: Any) -> None:
+def _write_layer(bank: Dictionary, layer: int, single: Dictionary) -> None:
     for name, tensor in bank.state_dict().items():
         tensor[layer] = single.state_dict()[name][0].to(tensor)
 

@@ -1,17 +1,19 @@
-"""Checkpoints: everything that affects the future of a run, committed whole, verified before use, never pickled."""
+"""The files of one training run: metrics, record, checkpoints, and at the end the dictionary.
+
+A checkpoint is everything that affects the future of a run, committed whole, verified before use, never pickled.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.pretrained import write_dictionary
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
@@ -21,30 +23,14 @@ from crosscoder.foundation.artifact import (
     write_json,
 )
 from crosscoder.foundation.console import say
-from crosscoder.training.firing import FiringTracker
-from crosscoder.training.optimizer import RowAdam
+from crosscoder.foundation.provenance import describe_run
+from crosscoder.training.state import TrainState
 
 SCHEMA = "crosscoder.checkpoint/1"
 KEEP = 2
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
+Entry = dict[str, float | None]
 _STEP = re.compile(r"^step-(\d{9})$")
-
-
-@dataclass
-class TrainState:
-    """All that a training run carries from one step to the next.
-
-    The dictionary's state includes its inference threshold and input scale. The data cursor is `step`: batch number
-    `step` is the next one. What a step draws at random it draws from a generator seeded by `step`, so there is none to
-    keep.
-    """
-
-    dictionary: Dictionary
-    optimizer: RowAdam
-    firing: FiringTracker
-    step: int = 0
-    tokens: int = 0
-    first_batch: str = ""
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -128,3 +114,51 @@ def _refuse_other_settings(saved: dict[str, Any], wanted: dict[str, Any], path: 
             f"{path} was written under other settings, and continuing would mix two runs: {'; '.join(differing)}. "
             "Restore the settings, or start in a new folder."
         )
+
+
+class RunFolder:
+    """The files of one run: metrics.jsonl, run.json, checkpoints/ and, at the end, dictionary/."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self._folder, self._settings = folder, settings
+        self._metrics = folder / "metrics.jsonl"
+
+    def open(self, state: TrainState, *, resume: bool) -> list[Entry]:
+        """Load the newest checkpoint into `state` if asked to; the metrics up to that step are returned."""
+        newest = latest_checkpoint(self._folder / "checkpoints")
+        if newest is not None and not resume:
+            raise ValueError(f"{self._folder} already holds {newest.name}; pass resume=True, or choose a new folder")
+        if newest is not None:
+            load_checkpoint(newest, state, settings=self._settings)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / "run.json", describe_run(self._settings))
+        kept = [entry for entry in _read_metrics(self._metrics) if (entry["step"] or 0) <= state.step]
+        if newest is None:
+            kept = []
+        self._metrics.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept
+
+    def log(self, entry: Entry) -> None:
+        with self._metrics.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+    def checkpoint(self, state: TrainState) -> None:
+        save_checkpoint(state, self._folder / "checkpoints", settings=self._settings)
+
+    def finish(self, state: TrainState) -> None:
+        if not (self._folder / "checkpoints" / f"step-{state.step:09d}").exists():
+            self.checkpoint(state)
+        state.dictionary.save_pretrained(self._folder / "dictionary")
+
+
+def _read_metrics(path: Path) -> list[Entry]:
+    """Whole lines only: a process killed while writing leaves a torn last one."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries

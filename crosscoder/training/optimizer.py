@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import triton_kernels
 from crosscoder.dictionary import Dictionary
-
-OWN = ("_dictionary", "_n_groups", "_keep_working_copy")
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -40,13 +39,21 @@ class RowAdam(torch.optim.Optimizer):
                     "what may be rounded: use dictionary.float()"
                 )
         self._dictionary = dictionary
-        self._n_groups = dictionary.grouped().center_GN.shape[0]
+        self._n_groups = dictionary.n_groups
         self._keep_working_copy = keep_working_copy
+        self._working_RN: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy needs to go on."""
-        mine = {key: value for key, value in vars(self).items() if key in OWN}
-        return {**super().__getstate__(), **mine}
+        own = ("_dictionary", "_n_groups", "_keep_working_copy", "_working_RN")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    @property
+    def working_GFN(self) -> Tensor | None:
+        """The encoder rounded to bf16 for the next product, from the first step on, where this optimiser keeps it."""
+        if self._working_RN is None:
+            return None
+        return rearrange(self._working_RN, "(g f) n -> g f n", g=self._n_groups)
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy.
@@ -66,7 +73,7 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
         """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself."""
-        squares = [self._dictionary.grouped().center_GN.new_zeros(self._n_groups)]
+        squares = [self._dictionary.decoder_bias.new_zeros(self._n_groups)]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is not None:
                 unit = self._rows(name, parameter) if self._is_unit(name) else None
@@ -127,12 +134,6 @@ class RowAdam(torch.optim.Optimizer):
     def _working_copy(self, name: str, parameter: Tensor) -> Tensor | None:
         if name != "encoder" or not self._keep_working_copy:
             return None
-        if self._dictionary.working_encoder is None:
-            self._dictionary.working_encoder = torch.empty_like(parameter, dtype=torch.bfloat16)
-        return self._rows(name, self._dictionary.working_encoder)
-
-
-def make_optimizer(dictionary: Dictionary, *, learning_rate: float, precision: str = "fp32") -> RowAdam:
-    """The optimiser of a training run; on a GPU in bf16 it also keeps the encoder rounded for the next product."""
-    is_gpu = next(iter(dictionary.parameters())).is_cuda
-    return RowAdam(dictionary, lr=learning_rate, keep_working_copy=is_gpu and precision == "bf16")
+        if self._working_RN is None:
+            self._working_RN = torch.empty_like(self._rows(name, parameter), dtype=torch.bfloat16)
+        return self._working_RN

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from crosscoder.dictionary.sparsity import JumpReLU
-from crosscoder.training.checkpoint import TrainState
+from crosscoder.foundation.order import seeded_generator
+from crosscoder.training.state import TrainState
 
 ENCODER_SHARE = 0.2  # of the alive encoder rows' mean norm (Bricken et al. 2023)
 
@@ -29,9 +30,9 @@ def resample_dead(state: TrainState, x_BLD: Tensor, error_BLD: Tensor, *, dead_a
     dictionary, config = state.dictionary, state.dictionary.config
     grouped, dead_GF = dictionary.grouped(), state.firing.dead(dead_after_tokens)
     n_groups, n_features = dead_GF.shape
-    x_RGN = x_BLD.reshape(-1, *grouped.center_GN.shape) - grouped.center_GN
+    x_RGN = grouped.split(x_BLD) - grouped.center_GN
     loss_RG = error_BLD[:, config.written()].reshape(len(x_RGN), n_groups, -1).double().square().sum(2).cpu()
-    generator = _generator(config.seed, state.step)
+    generator = seeded_generator("resample", config.seed, state.step)
     count = 0
     for group in range(n_groups):
         weight_R = (loss_RG[:, group] / loss_RG[:, group].max().clamp_min(1e-300)).square()
@@ -52,7 +53,7 @@ def _start_again(state: TrainState, features: Tensor, rows_RN: Tensor, encoder_n
     optimizer, dictionary = state.optimizer, state.dictionary
     optimizer.replace_rows(features, {"encoder": rows_RN, "decoder": rows_RN})
     masked = dictionary.grouped()  # reads as 0 what the structure forbids
-    encoder_RN, decoder_RN = (weight.flatten(0, 1)[features] for weight in masked[:2])
+    encoder_RN, decoder_RN = (rearrange(weight, "g f n -> (g f) n")[features] for weight in masked[:2])
     zeros_R1 = rows_RN.new_zeros(len(features), 1)
     new = {
         "encoder": encoder_norm * torch.nn.functional.normalize(encoder_RN, dim=1),
@@ -62,8 +63,3 @@ def _start_again(state: TrainState, features: Tensor, rows_RN: Tensor, encoder_n
     if isinstance(dictionary.config.sparsity, JumpReLU):
         new["log_threshold"] = zeros_R1 + math.log(dictionary.config.sparsity.threshold)
     optimizer.replace_rows(features, new)
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    digest = hashlib.sha256(f"resample/{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

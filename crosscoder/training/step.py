@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from crosscoder.dictionary.dictionary import checked_input, non_finite
 from crosscoder.dictionary.initial import initialize_bias
-from crosscoder.dictionary.interface import checked_input
 from crosscoder.dictionary.losses import explained_variance, loss_terms
-from crosscoder.training.checkpoint import TrainState
+from crosscoder.foundation.config import config
+from crosscoder.training.checkpoint import Entry
 from crosscoder.training.resample import resample_dead
-from crosscoder.training.run_folder import Entry
-from crosscoder.training.schedule import learning_rate_factor, linear_rise
+from crosscoder.training.state import TrainState
 
 
 class NonFiniteError(FloatingPointError):
     """A batch, a loss or a gradient holds NaN or infinity; the parameters were not changed by it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class TrainConfig:
     """How a dictionary is trained.
 
@@ -42,48 +41,41 @@ class TrainConfig:
         before the rate begins to fall, so that every feature is trained to the end.
     """
 
-    steps: int | None = None
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    decay_fraction: float = 0.3
-    penalty_warmup_steps: int = 50
-    grad_clip: float = 1.0
+    steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 50
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
+    penalty_warmup_steps: NonNegativeInt = 50
+    grad_clip: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    dead_after_tokens: int = 100_000
+    dead_after_tokens: NonNegativeInt = 100_000
     bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
-    log_every: int = 50
-    checkpoint_every: int = 0
-    resample_every: int = 0
+    log_every: PositiveInt = 50
+    checkpoint_every: NonNegativeInt = 0
+    resample_every: NonNegativeInt = 0
 
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1, or None for every batch")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction is {self.decay_fraction}; expected a number from 0 to 1")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}; expected 'fp32' or 'bf16'")
-        if self.bias_init not in ("geometric_median", "mean", "zero"):
-            raise ValueError(f"bias_init is {self.bias_init!r}; expected 'geometric_median', 'mean' or 'zero'")
-        for name in ("warmup_steps", "penalty_warmup_steps", "grad_clip", "dead_after_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("checkpoint_every", "resample_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (off) or a number of steps")
-        if self.log_every < 1:
-            raise ValueError(f"log_every is {self.log_every}; expected at least 1")
+
+def linear_rise(step: int, *, warmup: int) -> float:
+    """From `1 / (warmup + 1)` at step 0 to 1 at step `warmup`, and 1 from there on."""
+    return min(1.0, (step + 1) / (warmup + 1))
+
+
+def learning_rate_factor(step: int, *, n_steps: int | None, warmup: int, decay_fraction: float) -> float:
+    """What the peak rate is multiplied by at `step` (counted from 0): linear rise, flat, linear fall.
+
+    The rise takes `warmup` steps, the fall the last `decay_fraction` of `n_steps`; where both overlap the smaller
+    wins, so a warm-up longer than the run is harmless. Without a known end the rate stays flat.
+    """
+    fall = 1.0
+    if n_steps is not None and decay_fraction > 0:
+        fall = (n_steps - step) / (decay_fraction * n_steps + 1)
+    return min(linear_rise(step, warmup=warmup), fall)
 
 
 def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | None) -> Callable[[], Entry]:
     """Takes one optimiser step and returns a function that computes what to log about it."""
     dictionary = state.dictionary
-    parameters = list(dictionary.parameters())
-    x_BLD = checked_input(x.detach(), dictionary.config).to(parameters[0].dtype)
-    if x_BLD.is_inference():
-        x_BLD = x_BLD.clone()
-    _require_finite_batch(x_BLD, state.step)
+    x_BLD = _checked_batch(x, state)
     rate = config.learning_rate * learning_rate_factor(
         state.step, n_steps=n_steps, warmup=config.warmup_steps, decay_fraction=config.decay_fraction
     )
@@ -91,14 +83,15 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     state.optimizer.zero_grad(set_to_none=True)
     before = {name: dictionary.state_dict()[name].clone() for name in ("threshold", "decoder_bias")}
     try:
-        if state.step == 0 and not bool(dictionary.grouped().center_GN.any()):
-            initialize_bias(dictionary, x_BLD, method=config.bias_init)
+        if state.step == 0 and not bool(dictionary.decoder_bias.any()):
+            initialize_bias(dictionary.grouped(), x_BLD, method=config.bias_init)
         with _autocast(config, x_BLD.device):
             out = loss_terms(
                 dictionary,
                 x_BLD,
                 dead_GF=state.firing.dead(config.dead_after_tokens),
                 penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
+                working_GFN=state.optimizer.working_GFN,
             )
         loss = torch.stack(list(out.terms.values())).sum()
         loss.backward()
@@ -164,14 +157,13 @@ def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractC
     return contextlib.nullcontext()
 
 
-def _require_finite_batch(x_BLD: Tensor, step: int) -> None:
+def _checked_batch(x: Tensor, state: TrainState) -> Tensor:
+    x_BLD = checked_input(x.detach(), state.dictionary.config).to(state.dictionary.encoder.dtype)
     if x_BLD.numel() == 0:
-        raise ValueError(f"step {step}: the batch has shape {tuple(x_BLD.shape)}, no token to learn from")
-    if all(bool(torch.isfinite(bound)) for bound in torch.aminmax(x_BLD)):
-        return
-    token, layer, _ = (~torch.isfinite(x_BLD)).nonzero()[0].tolist()
-    count = int((~torch.isfinite(x_BLD)).any(2).any(1).sum())
-    raise NonFiniteError(
-        f"step {step}: the batch holds NaN or infinity in {count} of {x_BLD.shape[0]} tokens, first at token {token}, "
-        f"layer {layer}; the parameters are unchanged. Harvest in fp32 or bf16 and drop such tokens."
-    )
+        raise ValueError(f"step {state.step}: the batch has shape {tuple(x_BLD.shape)}, no token to learn from")
+    if where := non_finite(x_BLD):
+        raise NonFiniteError(
+            f"step {state.step}: the batch holds NaN or infinity{where}; the parameters are unchanged. Harvest in fp32 "
+            "or bf16 and drop such tokens."
+        )
+    return x_BLD.clone() if x_BLD.is_inference() else x_BLD

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress
-from crosscoder.training.checkpoint import TrainState
-from crosscoder.training.firing import FiringTracker
-from crosscoder.training.optimizer import make_optimizer
-from crosscoder.training.run_folder import Entry, RunFolder
+from crosscoder.training.checkpoint import Entry, RunFolder
+from crosscoder.training.state import TrainState
 from crosscoder.training.step import NonFiniteError, TrainConfig, take_step
 
 __all__ = ["NonFiniteError", "TrainConfig", "TrainResult", "train"]
@@ -34,14 +33,14 @@ Batches = Iterable[Tensor] | Callable[[int], Iterable[Tensor]]
 class TrainResult:
     """What `train` returns: the dictionary (evaluation mode), its logged metrics, and how far it went."""
 
-    dictionary: Any
+    dictionary: Dictionary
     metrics: list[Entry]
     steps: int
     tokens: int
 
 
 def train(
-    dictionary: Any,
+    dictionary: Dictionary,
     batches: Batches,
     *,
     config: TrainConfig | None = None,
@@ -67,7 +66,6 @@ def train(
     if isinstance(batches, Tensor):
         raise ValueError(f"batches is one tensor of shape {tuple(batches.shape)}; give an iterable of batches, as [x]")
     n_steps = config.steps if config.steps is not None else _length(batches)
-    device = torch.device(device) if device is not None else next(iter(dictionary.parameters())).device
     was_training = dictionary.training
     dictionary.to(device).train()
     settings = {
@@ -77,22 +75,19 @@ def train(
         "data": data_fingerprint,
         "steps": n_steps,
     }
-    groups = dictionary.grouped().center_GN.shape[0]
-    state = TrainState(
-        dictionary,
-        make_optimizer(dictionary, learning_rate=config.learning_rate, precision=config.precision),
-        FiringTracker(groups, dictionary.config.n_features, device=device),
-    )
+    state = TrainState.start(dictionary, learning_rate=config.learning_rate, precision=config.precision)
     run = RunFolder(Path(folder), settings) if folder is not None else None
     metrics = run.open(state, resume=resume) if run else []
     try:
         _take_steps(state, batches, config, n_steps, metrics, run, Progress(label, n_steps, unit="step", quiet=quiet))
-        _require_all_steps(state, config)
+        if state.step == 0 or (config.steps is not None and state.step < config.steps):
+            raise ValueError(
+                f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "
+                "give more data or fewer steps"
+            )
     except BaseException:
         dictionary.train(was_training)
         raise
-    finally:
-        dictionary.working_encoder = None  # from here on anyone may write to the encoder
     dictionary.eval()
     if run:
         run.finish(state)
@@ -127,14 +122,6 @@ def _take_steps(
                 run.checkpoint(state)
     if log is not None and (not metrics or metrics[-1]["step"] != state.step):
         keep(log())
-
-
-def _require_all_steps(state: TrainState, config: TrainConfig) -> None:
-    if state.step == 0 or (config.steps is not None and state.step < config.steps):
-        raise ValueError(
-            f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "
-            "give more data or fewer steps"
-        )
 
 
 def _length(batches: Batches) -> int | None:

@@ -85,27 +85,13 @@ def test_blocks_and_embedding_are_found(kind):
     assert find_embedding(model).num_embeddings == 30
 
 
-def test_positions_and_padding_are_dropped_and_counted():
+def test_first_positions_are_dropped_and_counted():
     model = make_model("gpt2")
-    mask = torch.ones_like(IDS)
-    mask[1, 5:] = 0
     whole = ResidualHarvester(model, skip_positions=0).harvest(IDS).x_TLD.reshape(4, 9, 4, 16)
-    harvest = ResidualHarvester(model, skip_positions=2).harvest(IDS, mask)
-    assert harvest.dropped == {"padding": 4, "first_positions": 8}
-    assert len(harvest.x_TLD) == 4 * 9 - 12
-    assert harvest.position_T.min() == 2
-    assert not ((harvest.sequence_T == 1) & (harvest.position_T >= 5)).any()
-    expected = whole[harvest.sequence_T, harvest.position_T]
-    torch.testing.assert_close(harvest.x_TLD, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_only_the_padding_that_ends_a_row_is_padding():
-    ids = torch.tensor([[7, 0, 3, 0, 0], [1, 2, 3, 4, 5]])
-    harvest = ResidualHarvester(make_model("llama"), skip_positions=0, pad_token_id=0).harvest(ids)
-    assert harvest.dropped["padding"] == 2
-    assert len(harvest.x_TLD) == 8
-    with pytest.raises(ValueError, match="pad on the right"):
-        ResidualHarvester(make_model("llama")).harvest(IDS, (torch.arange(9) > 2).expand(4, 9))
+    harvest = ResidualHarvester(model, skip_positions=2).harvest(IDS)
+    assert harvest.dropped == {"first_positions": 8}
+    assert harvest.position_T.tolist() == list(range(2, 9)) * 4
+    assert torch.equal(harvest.x_TLD, whole[harvest.sequence_T, harvest.position_T])
 
 
 def test_chosen_layers_only_and_the_rest_is_not_run(llama):

@@ -35,7 +35,7 @@ def test_rows_and_where_they_come_from_are_in_stored_order(harvester, blocks, tr
     torch.testing.assert_close(store.rows(15, 45), truth[15:45])
     assert store.sequences_T.tolist() == [number for number in range(11) for _ in range(7)]
     assert store.positions_T.tolist() == list(range(1, 8)) * 11
-    assert store.index.dropped == {"padding": 0, "first_positions": 11, "beyond_max_tokens": 0}
+    assert store.index.dropped == {"first_positions": 11, "beyond_max_tokens": 0}
     assert store.index.metadata == {"model": "tiny"}
     assert [shard.tokens for shard in store.index.shards] == [20, 20, 20, 17]
     with pytest.raises(ValueError, match="rows 70 to 78"):

@@ -147,8 +147,6 @@ def test_views_drop_the_embedding_or_take_differences(harvester, blocks, truth, 
 
 
 def test_settings_that_cannot_work_are_refused(harvester, blocks, llama):
-    with pytest.raises(ValueError, match="pad_token_id"):
-        ActivationStream(ResidualHarvester(llama, pad_token_id=0), blocks)
     with pytest.raises(ValueError, match="leaves nothing"):
         ActivationStream(ResidualHarvester(llama, skip_positions=8), blocks)
     with pytest.raises(ValueError, match="max_tokens is 0"):

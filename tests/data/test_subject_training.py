@@ -110,20 +110,6 @@ def test_repeated_text_is_recorded_and_said(tmp_path, capsys):
     assert "every text is repeated, 3.20 epochs" in capsys.readouterr().err
 
 
-def test_progress_is_told(tmp_path):
-    told = []
-    config = dataclasses.replace(CONFIG, tokens=4 * 64, n_checkpoints=2)
-    train_subject(
-        config,
-        counting_blocks(40),
-        counting_blocks(4),
-        folder=tmp_path,
-        quiet=True,
-        on_progress=lambda step, n_steps, loss: told.append((step, n_steps)),
-    )
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
 def test_loss_is_that_of_transformers():
     model = build_subject(1, 16, vocab_size=16, context=8, head_dim=4, seed=0).eval()
     ids = counting_blocks(5)[:]

@@ -48,15 +48,17 @@ def test_missing_demo_corpus_says_what_to_install(monkeypatch):
 
 def test_saved_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"body": ["one", None, "  ", "two"]})
+    table = datasets.Dataset.from_dict({"text": ["one", None, "  ", "two"]})
     table.save_to_disk(str(tmp_path / "plain"))
-    datasets.DatasetDict({"valid": table}).save_to_disk(str(tmp_path / "splits"))
-    assert load_documents(str(tmp_path / "plain"), text_column="body") == ["one", "two"]
-    assert load_documents(str(tmp_path / "splits"), text_column="body", split="valid") == ["one", "two"]
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict({"valid": table}).save_to_disk(str(tmp_path / "valid"))
+    table.rename_column("text", "body").save_to_disk(str(tmp_path / "body"))
+    for name in ("plain", "splits"):
+        assert load_documents(str(tmp_path / name)) == ["one", "two"]
     with pytest.raises(ValueError, match=r"no column 'text'; it has \['body'\]"):
-        load_documents(str(tmp_path / "plain"))
+        load_documents(str(tmp_path / "body"))
     with pytest.raises(ValueError, match=r"no split 'train'; it has \['valid'\]"):
-        load_documents(str(tmp_path / "splits"), text_column="body")
+        load_documents(str(tmp_path / "valid"))
 
 
 def test_split_is_by_document_deterministic_and_never_empty():

@@ -8,7 +8,7 @@ from crosscoder import BatchTopK, JumpReLU, LayerwiseSAE, ReLU, TopK, load_dicti
 from crosscoder.dictionary.losses import loss_terms
 from crosscoder.measure.reading import measure_dictionary
 from crosscoder.training import TrainConfig, train
-from crosscoder.training.firing import FiringTracker
+from crosscoder.training.state import FiringTracker
 
 L, D, F = 3, 8, 40
 RULES = pytest.mark.parametrize(

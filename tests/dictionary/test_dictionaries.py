@@ -12,7 +12,7 @@ BOTH = pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
 RULES = pytest.mark.parametrize("sparsity", [TopK(k=5), BatchTopK(k=5)])
 
 
-def make(cls, *, sparsity=TopK(k=5), seed=0, dtype=torch.float64, **settings):  # noqa: B008
+def make(cls, sparsity=TopK(k=5), *, seed=0, dtype=torch.float64, **settings):  # noqa: B008
     """A dictionary whose encoder, decoder and biases all differ."""
     settings = {"n_layers": 3, "d_model": 8, "n_features": 40, "sparsity": sparsity, "seed": seed, **settings}
     dictionary = cls(**settings).to(dtype)
@@ -44,6 +44,11 @@ def test_public_shapes():
     assert bank.encode(x_BLD).to_dense().shape == (7, 6, 64)
     assert bank.encoder.shape == (6, 64, 16)
     assert bank.encoder_bias.shape == (6, 64)
+    shared = LayerwiseSAE(n_layers=6, d_model=16, n_features=64, sparsity=TopK(k=4), shared=True)
+    for dictionary, groups, rows in ((cc, 1, 1), (bank, 6, 6), (shared, 1, 6)):
+        assert dictionary.n_groups == groups
+        assert dictionary.rows_per_token(dictionary.config) == rows
+        assert dictionary.encode(x_BLD).n_rows == 7 * rows
 
 
 @BOTH
@@ -220,7 +225,7 @@ def test_geometric_median_resists_outliers():
 def test_bias_starts_at_the_centre(cls, method):
     dictionary = make(cls)
     x = inputs(50, 3, 8) + 3
-    initial.initialize_bias(dictionary, x, method=method)
+    initial.initialize_bias(dictionary.grouped(), x, method=method)
     expected = {"zero": 0.0}.get(method, 3.0)
     assert np.isclose(dictionary.decoder_bias.mean().item(), expected, atol=0.2)
 

@@ -27,6 +27,14 @@ def reseal(folder):
     write_json(folder / MANIFEST, manifest)
 
 
+def alter(folder, change):
+    """Change the saved settings, with a manifest that agrees."""
+    config = read_json(folder / "config.json")
+    change(config["settings"])
+    write_json(folder / "config.json", config)
+    reseal(folder)
+
+
 def test_round_trip(saved):
     cc, folder = saved
     again = Crosscoder.from_pretrained(folder)
@@ -78,20 +86,14 @@ def test_weights_that_are_not_finite_are_refused(saved):
 
 def test_shapes_that_disagree_with_the_config_are_refused_before_allocating(saved):
     folder = saved[1]
-    config = json.loads((folder / "config.json").read_text())
-    config["settings"]["n_features"] = 10**12
-    (folder / "config.json").write_text(json.dumps(config))
-    reseal(folder)
+    alter(folder, lambda settings: settings.update(n_features=10**12))
     with pytest.raises(DamagedArtifactError, match=r"encoder: file \(16, 2, 4\), config \(1000000000000, 2, 4\)"):
         Crosscoder.from_pretrained(folder)
 
 
 def test_unknown_setting_names_the_nearest(saved):
     folder = saved[1]
-    config = json.loads((folder / "config.json").read_text())
-    config["settings"]["n_feature"] = config["settings"].pop("n_features")
-    (folder / "config.json").write_text(json.dumps(config))
-    reseal(folder)
+    alter(folder, lambda settings: settings.update(n_feature=settings.pop("n_features")))
     with pytest.raises(ValueError, match="unknown setting 'n_feature'; did you mean 'n_features'"):
         Crosscoder.from_pretrained(folder)
 
@@ -106,25 +108,21 @@ def test_a_pickle_named_safetensors_is_never_executed(saved, tmp_path):
     assert not sentinel.exists()
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+@pytest.mark.parametrize("manifest", [None, '{"name": "my web extension"}'])
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, manifest):
     (tmp_path / "thesis.txt").write_text("years of work")
+    if manifest is not None:
+        (tmp_path / MANIFEST).write_text(manifest)
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(FileExistsError, match="not ours to replace"):
         Crosscoder(n_layers=1, d_model=2, n_features=4, sparsity=TopK(k=1)).save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no MANIFEST.json"):
         Crosscoder.from_pretrained(tmp_path / "nowhere")
-
-
-def test_a_foreign_manifest_does_not_make_a_folder_ours(tmp_path):
-    (tmp_path / MANIFEST).write_text('{"name": "my web extension"}')
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not ours to replace"):
-        Crosscoder(n_layers=1, d_model=2, n_features=4, sparsity=TopK(k=1)).save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
 
 
 def test_a_file_added_to_a_saved_dictionary_is_not_deleted_by_saving_again(saved):
@@ -156,9 +154,7 @@ def test_malformed_headers_are_refused(saved, header):
 
 def test_shapes_that_only_the_header_claims_are_refused(saved):
     folder, huge = saved[1], 10**12
-    config = json.loads((folder / "config.json").read_text())
-    config["settings"]["n_features"] = huge
-    (folder / "config.json").write_text(json.dumps(config))
+    alter(folder, lambda settings: settings.update(n_features=huge))
     shapes = Crosscoder.tensor_shapes(Crosscoder(n_layers=2, d_model=4, n_features=4, sparsity=TopK(k=1)).config)
     header, start = {}, 0
     for name, shape in shapes.items():

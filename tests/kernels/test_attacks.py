@@ -51,7 +51,7 @@ def test_the_certificate_holds_at_every_magnitude(scale):
 def test_nan_in_the_encoder_comes_out():
     x, encoder = torch.randn(4, 128), torch.randn(512, 128)
     encoder[7] = torch.nan
-    values, _ = ops.encode_top_k(
+    values, _, _ = ops.encode_top_k(
         x[:, None], torch.zeros(1, 128), encoder[None], torch.zeros(1, 512), None, 8, F32, None
     )
     assert values.isnan().any()
@@ -111,7 +111,7 @@ def test_autocast_rounds_nothing_inside_an_operator(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_kept_transpose_is_not_taken_for_other_numbers_in_the_same_memory():
+def test_the_cached_transpose_is_not_taken_for_other_numbers_in_the_same_memory():
     _, features, offsets = random_code(20, 9)
     buffer, x, table = features.numpy().copy(), torch.randn(20, 4), torch.randn(9, 4)
     for seed in range(3):

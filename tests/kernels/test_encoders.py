@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import triton_kernels as ops
 from tests.kernels.codes import encoder_inputs
 from triton_kernels import reference
-from triton_kernels.cpu import affine as product
-from triton_kernels.cpu import encode, prefilter, selection
+from triton_kernels.cpu import encode, native, prefilter, problem, rounded, selection
+from triton_kernels.cpu.problem import Problem
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -19,8 +19,10 @@ def plain_inputs(**shape):
 
 
 @pytest.fixture(params=["slabs", "candidates"])
-def way(request, monkeypatch):
+def way(request, monkeypatch, cpu_form):
     """Makes fp32 encoders look at every score in fp32, or at candidates from a bf16 product first."""
+    if request.param == "candidates" and cpu_form == "stock":
+        pytest.skip("certified candidates are found in C alone")
     monkeypatch.setattr(prefilter, "pays", lambda encoder, k: request.param == "candidates" and encoder.dtype == F32)
     return request.param
 
@@ -56,7 +58,7 @@ def test_top_k_keeps_the_best_of_each_row(way, shape, scaled):
     k = shape.pop("k")
     inputs = plain_inputs(**shape, dtype=F32)
     scale = torch.rand(inputs[3].shape) + 0.5 if scaled else None
-    values, features = ops.encode_top_k(*inputs, scale, k, F32, None)
+    values, features, _ = ops.encode_top_k(*inputs, scale, k, F32, None)
     columns, expected = expected_top_k(inputs, scale, k)
     n_groups, n_features = inputs[3].shape
     found = features.view(-1, n_groups, k).long() - torch.arange(n_groups)[:, None] * n_features
@@ -80,7 +82,7 @@ def test_hard_scores_are_chosen_as_the_definition_says(way, inputs):
             bias[0, 123] = 1000.0
         case "huge row":
             x[3] *= 1e6
-    values, features = ops.encode_top_k(x, center, encoder, bias, None, 5, F32, None)
+    values, features, _ = ops.encode_top_k(x, center, encoder, bias, None, 5, F32, None)
     columns, expected = expected_top_k((x, center, encoder, bias), None, 5)
     assert torch.equal(features.view(-1, 1, 5).long(), columns)
     torch.testing.assert_close(values.view(expected.shape), expected, rtol=1e-5, atol=1e-4)
@@ -90,13 +92,15 @@ def test_hard_scores_are_chosen_as_the_definition_says(way, inputs):
 @given(st.integers(0, 10**6), st.sampled_from([1e-4, 1e-3, 1e-2, 1.0]), st.integers(1, 40), st.booleans())
 def test_certified_candidates_hold_the_exact_choice_whatever_the_data(seed, spread, k, uneven):
     """Scores closer together than bf16 can tell apart: the certificate must still let the right ones through."""
+    if not native.serves():
+        pytest.skip("certified candidates are found in C alone")
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6, 64, generator=generator)
     encoder = torch.randn(1, 64, generator=generator) + spread * torch.randn(512, 64, generator=generator)
     if uneven:
         encoder *= torch.rand(512, 1, generator=generator) * 5
     bias = torch.randn(512, generator=generator) * spread
-    found = prefilter.top_k_candidates(prefilter.rounded(x), prefilter.Encoder(encoder, bias, None, True), k)
+    found = prefilter.top_k(Problem(x, encoder, bias, None, F32), k)
     candidates = torch.zeros(6, 512, dtype=torch.bool)
     candidates[found.rows(), found.features] = True
     exact = x.double() @ encoder.double().T + bias.double()
@@ -111,7 +115,8 @@ def test_without_its_margin_the_certificate_would_be_wrong():
     x = torch.randn(64, 64, generator=generator)
     encoder = torch.randn(1, 64, generator=generator) + 1e-2 * torch.randn(512, 64, generator=generator)
     bias = torch.zeros(512)
-    found = prefilter.top_k_candidates(prefilter.rounded(x), prefilter.Encoder(encoder, bias, None, False), 8)
+    finder = prefilter if native.serves() else rounded
+    found = finder.top_k(Problem(x, encoder, bias, None, BF16), 8)
     candidates = torch.zeros(64, 512, dtype=torch.bool)
     candidates[found.rows(), found.features] = True
     exact = x.double() @ encoder.double().T
@@ -134,9 +139,23 @@ def test_certified_and_plain_choices_are_the_same_code(monkeypatch):
     assert results[0][2][0].numel() > 100
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
+def test_machines_with_and_without_a_compiler_find_the_same_candidates(scaled, spread):
+    if not native.serves():
+        pytest.skip("no library to compare with")
+    x, _, encoder, bias = plain_inputs(n_rows=40, n_groups=1, n_features=600, width=64, dtype=F32)
+    encoder = encoder[0, :1] + spread * encoder[0]  # scores that bf16 can hardly tell apart, and ties
+    scale = torch.rand(600) + 0.5 if scaled else None
+    given = Problem(x[:, 0], encoder, bias[0], scale, BF16)
+    for name, argument in (("top_k", 9), ("batch", 360), ("above", 4.001)):
+        for ours, theirs in zip(getattr(prefilter, name)(given, argument), getattr(rounded, name)(given, argument)):
+            assert torch.equal(ours, theirs), name
+
+
 def test_bf16_products_choose_and_fp32_scores_again():
     inputs = plain_inputs(n_rows=32, n_groups=1, n_features=512, width=64, dtype=F32)
-    values, features = ops.encode_top_k(*inputs, None, 8, BF16, None)
+    values, features, _ = ops.encode_top_k(*inputs, None, 8, BF16, None)
     z, _ = reference.scores(*inputs, None)
     torch.testing.assert_close(values, z[:, 0].gather(1, features.view(32, 8).long()).flatten(), rtol=1e-5, atol=1e-5)
     columns, _ = expected_top_k(inputs, None, 8)
@@ -216,14 +235,14 @@ def test_chunking_does_not_change_the_selection(way, monkeypatch):
 
 def test_only_one_slab_of_scores_exists(way, monkeypatch):
     sizes = []
-    plain = product.affine
+    plain = problem.affine
 
     def spy(x, weight, bias):
         out = plain(x, weight, bias)
         sizes.append(out.numel())
         return out
 
-    monkeypatch.setattr(encode, "affine", spy)
+    monkeypatch.setattr(problem, "affine", spy)
     monkeypatch.setattr(prefilter, "affine", spy)
     monkeypatch.setattr(encode, "SLAB_ELEMENTS", 100)
     monkeypatch.setattr(prefilter, "SLAB_ELEMENTS", 100)
@@ -246,18 +265,41 @@ def test_threshold_keeps_what_is_above_and_marks_the_window(way):
     assert 0 < int((values == 0).sum()) < values.numel()
 
 
-def test_threshold_learns_through_its_window():
-    x, center, encoder, bias = encoder_inputs(n_rows=30, n_groups=1, n_features=7)
-    threshold = torch.full((1, 7), 1.0, dtype=F64, requires_grad=True)
-    values, features, _, z = ops.encode_threshold(x, center, encoder, bias, None, threshold, 0.5, F64, None)
-    weight = torch.randn(values.shape, dtype=F64)
-    (grad,) = torch.autograd.grad((values * weight).sum(), threshold)
-    expected = torch.zeros(7, dtype=F64)
-    for pair in range(values.numel()):
-        if abs(z[pair].item() - 1.0) < 0.25:
-            expected[features[pair]] -= 1.0 / 0.5 * weight[pair]
-    assert expected.abs().max() > 0
-    torch.testing.assert_close(grad[0], expected)
+ENCODERS = (("encode_top_k", (3,)), ("encode_batch_top_k", (3,)), ("encode_threshold", ("threshold", 0.7)))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("name", "rest"), ENCODERS, ids=[name for name, _ in ENCODERS])
+def test_encoders_and_their_derivatives_equal_their_definitions(name, rest, scaled):
+    inputs = encoder_inputs(n_rows=30, n_features=23)
+    threshold = (torch.rand(2, 23, dtype=F64) + 0.5).requires_grad_(True)
+    scale = torch.rand(2, 23, dtype=F64) + 0.5 if scaled else None
+    arguments = (*inputs, scale, *(threshold if one == "threshold" else one for one in rest))
+    ours, theirs = getattr(ops, name)(*arguments, F64, None), getattr(reference, name)(*arguments)
+    torch.testing.assert_close(ours, theirs)
+    weight, leaves = torch.randn(ours[0].shape, dtype=F64), (*inputs, threshold)
+    for one, other in zip(
+        torch.autograd.grad(ours[0], leaves, weight, materialize_grads=True, allow_unused=True),
+        torch.autograd.grad(theirs[0], leaves, weight, materialize_grads=True, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("shift", [0.0, -4.0])  # many positive scores, and fewer than k a row
+def test_shards_of_the_features_choose_together_what_the_whole_chooses(shift):
+    """Each shard's kept pairs come with z, so their scores can be cut once more."""
+    x, center, encoder, bias = plain_inputs(n_rows=11, n_groups=1, n_features=40)
+    bias, scale = bias + shift, torch.rand(1, 40, dtype=F64) + 0.5
+    whole, features, z = ops.encode_top_k(x, center, encoder, bias, scale, 4, F64, None)
+    assert torch.equal(whole, z.relu())
+    found = torch.full((11, 40), -torch.inf, dtype=F64)
+    for shard in (slice(0, 25), slice(25, 40)):
+        part = (x, center, encoder[:, shard], bias[:, shard], scale[:, shard])
+        _, columns, part_z = ops.encode_top_k(*part, 4, F64, None)
+        columns = columns.view(11, 4).long() + shard.start
+        found.scatter_(1, columns, part_z.view(11, 4) * scale[0, columns])
+    assert torch.equal(reference.first_largest(found, 4), features.view(11, 4).long())
 
 
 def test_encoders_differentiate_their_values():
@@ -279,7 +321,7 @@ def test_compiled_code_takes_the_operators_whole():
     inputs = encoder_inputs(dtype=F32)
 
     def loss(x, center, encoder, bias):
-        values, features = ops.encode_top_k(x, center, encoder, bias, None, 3, F32, None)
+        values, features, _ = ops.encode_top_k(x, center, encoder, bias, None, 3, F32, None)
         offsets = torch.arange(0, values.shape[0] + 1, 3)
         return ops.decode_loss(values, features, offsets, encoder, center, x, 2)[1].sum()
 
@@ -321,6 +363,6 @@ def test_affine_is_true_fp32():
     x, weight, bias = torch.randn(40, 70), torch.randn(90, 70), torch.randn(90)
     truth = torch.addmm(bias.double(), x.double(), weight.double().T)
     plain = torch.addmm(bias, x, weight.T)
-    error = (product.affine(x, weight, bias).double() - truth).abs().max()
+    error = (problem.affine(x, weight, bias).double() - truth).abs().max()
     assert error <= 4 * (plain.double() - truth).abs().max()
     assert error < 1e-4  # bf16 products would err by about 0.05 here

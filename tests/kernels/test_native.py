@@ -10,11 +10,23 @@ from hypothesis import strategies as st
 
 import triton_kernels as ops
 from tests.kernels.codes import random_code
-from triton_kernels import kept, reference
+from triton_kernels import cache, dense, reference
 from triton_kernels.cpu import fused, lists, native, selection
 from triton_kernels.cpu.native import build
 
+pytestmark = pytest.mark.usefixtures("sparse_form")
 WIDTHS = (1, 15, 16, 17, 31, 32, 63, 64, 65, 100, 129)  # around the sixteen numbers that go together
+
+
+@pytest.fixture(scope="module")
+def in_c(cpu_form):
+    if cpu_form == "stock":
+        pytest.skip("of the compiled form")
+
+
+@pytest.fixture
+def sparse_form(monkeypatch):
+    monkeypatch.setitem(dense.FEATURES_PER_ACTIVE, "cpu", 0)
 
 
 def as_fp32(*tensors):
@@ -44,7 +56,7 @@ def test_fused_operators_at_every_width(width):
         narrow = [as_fp32(a)[0] if isinstance(a, torch.Tensor) else a for a in arguments]
         wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in narrow]
         truth, plain = getattr(reference, name)(*wide), getattr(reference, name)(*narrow)
-        for found, theirs, exact in zip(getattr(fused, name)(*narrow), plain, truth, strict=True):
+        for found, theirs, exact in zip(getattr(ops, name)(*narrow), plain, truth, strict=True):
             assert is_as_exact(found, theirs, exact), name
             wrong = found.clone()
             wrong.view(-1)[-1] += 8 * (theirs - exact).abs().max() + 2**-20 * exact.abs().max()  # in the ragged lanes
@@ -54,7 +66,7 @@ def test_fused_operators_at_every_width(width):
 def test_the_decoder_may_be_longer_than_one_block_of_the_cache(monkeypatch):
     values, features, offsets = random_code(6, 700, most=300)
     decoder, x = torch.randn(1, 700, 8192), torch.randn(6, 1, 8192)  # 22 MiB, and blocks are of 12
-    error, squares = fused.decode_loss(values.float(), features, offsets, decoder, torch.zeros(1, 8192), x, 4)
+    error, squares = ops.decode_loss(values.float(), features, offsets, decoder, torch.zeros(1, 8192), x, 4)
     expected, expected_squares = reference.decode_loss(values, features, offsets, decoder.double(), 0, x.double(), 4)
     torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(squares.double(), expected_squares, rtol=1e-5, atol=1e-4)
@@ -67,7 +79,7 @@ def test_keys_are_in_the_order_of_the_scores():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     score = bits.view(torch.bfloat16).float()
     bits, score = bits[~score.isnan()], score[~score.isnan()]
-    keys = lists._turned(bits)
+    keys = lists.keys_of(bits.view(torch.bfloat16))
     assert torch.equal(lists.scores_of(keys), score)
     by_key = score[keys.sort().indices]
     assert (by_key.diff() >= 0).all()
@@ -75,7 +87,7 @@ def test_keys_are_in_the_order_of_the_scores():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 200), st.integers(1, 4), st.booleans())
-def test_lists_hold_what_is_not_below_the_bound(seed, n_columns, n_chunks, special):
+def test_lists_hold_what_is_not_below_the_bound(in_c, seed, n_columns, n_chunks, special):
     draw = torch.Generator().manual_seed(seed)
     n_rows, n_features = 3, n_columns * n_chunks
     score = torch.randn(n_rows, n_features, generator=draw).round(decimals=1).bfloat16()
@@ -90,7 +102,7 @@ def test_lists_hold_what_is_not_below_the_bound(seed, n_columns, n_chunks, speci
     assert found.n_chunks == n_chunks
     merged = lists.merged(found, torch.full((n_rows,), -torch.inf), n_features)
     rows, features = (score.float() >= bound[:, None]).nonzero(as_tuple=True)
-    near = (lists.keys_reaching(bound) != lists._turned(bound.bfloat16().view(torch.int16)))[merged.rows()]
+    near = (lists.keys_reaching(bound) != lists.keys_of(bound.bfloat16()))[merged.rows()]
     exact = score.float()[merged.rows(), merged.features.long()] >= bound[merged.rows()]
     assert (exact | near).all()  # a bound of 0 lets -0 pass too
     assert torch.equal(merged.rows()[exact], rows)
@@ -108,7 +120,7 @@ def test_lists_hold_what_is_not_below_the_bound(seed, n_columns, n_chunks, speci
 
 @pytest.mark.parametrize("n_columns", [300, 40_000])
 @pytest.mark.parametrize("slack", [0.0, 2**-8])
-def test_the_sieve_lets_the_k_best_through_and_few_others(n_columns, slack):
+def test_the_sieve_lets_the_k_best_through_and_few_others(in_c, n_columns, slack):
     score = torch.randn(2, n_columns, generator=torch.Generator().manual_seed(0)).bfloat16() - 3  # mostly negative
     margin = torch.tensor([0.0, 0.01])
     for k in (1, 7, 250):
@@ -131,20 +143,19 @@ def test_the_sieve_lets_the_k_best_through_and_few_others(n_columns, slack):
         assert torch.equal(known, higher)
 
 
-def test_the_kth_of_more_keys_than_sixteen_bits_can_count():
+def test_the_kth_of_more_keys_than_sixteen_bits_can_count(in_c):
     keys = torch.arange(100_000).remainder(2**14).to(torch.int16)
     found = lists.Lists(keys.int(), keys, torch.tensor([0, keys.numel()]), 1)
     expected = lists.scores_of(keys.sort(descending=True).values[70_000 - 1 : 70_000])
     assert torch.equal(lists.kth_score(found, 70_000), expected)
 
 
-def test_top_k_puts_nan_first_and_takes_zeros_for_equal():
+def test_top_k_puts_nan_first_and_takes_zeros_for_equal(in_c):
     score = torch.tensor([[1.0, -0.0, 0.0, -1.0, float("nan"), 0.0, -float("nan"), 3.0]] * 2)
-    if native.serves():
-        assert native.top_k_of_rows(score, 0, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
-        assert native.top_k_of_rows(score, 6, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
-        lists_of_eight = torch.tensor([0, 8, 16])
-        assert native.top_k_of_lists(score.flatten(), lists_of_eight, 3).tolist() == [[4, 6, 7], [12, 14, 15]]
+    assert native.top_k_of_rows(score, 0, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
+    assert native.top_k_of_rows(score, 6, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
+    lists_of_eight = torch.tensor([0, 8, 16])
+    assert native.top_k_of_lists(score.flatten(), lists_of_eight, 3).tolist() == [[4, 6, 7], [12, 14, 15]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,23 +188,23 @@ def test_the_largest_of_a_list_keep_the_first_of_equals():
 def make_gradient():
     code = [as_fp32(tensor)[0] for tensor in random_code(12, 9, most=6)]
     decoder, error = torch.randn(1, 9, 64), torch.randn(12, 1, 64)
-    return fused.backward_decoder(*code, error, torch.ones(1, 4), decoder)[1].view(9, 64)
+    return ops.backward_decoder(*code, error, torch.ones(1, 4), decoder)[1].view(9, 64)
 
 
 def test_squares_of_rows_are_known_until_somebody_writes(cpu_form):
     gradient = make_gradient()
     squares = gradient.square().sum(1)
-    known = fused.row_squares.find(gradient)
+    known = fused.gradient_squares.find(gradient)
     assert (known is not None) == (cpu_form == "native")
     torch.testing.assert_close(ops.row_squares(gradient), squares)
     torch.testing.assert_close(ops.row_squares(gradient.view(18, 32)), gradient.view(18, 32).square().sum(1))
     gradient.mul_(3)
-    assert fused.row_squares.find(gradient) is None
+    assert fused.gradient_squares.find(gradient) is None
     torch.testing.assert_close(ops.row_squares(gradient), 9 * squares)
 
 
 def test_squares_are_not_taken_for_those_of_another_gradient():
-    known = kept.RowSquares(room=2)
+    known = cache.SquaresCache(size=2)
     gradient = torch.randn(5, 3)
     known.note(gradient, gradient.square().sum(1))
     assert known.find(gradient.clone()) is None
@@ -206,13 +217,13 @@ def test_squares_are_not_taken_for_those_of_another_gradient():
     assert known.find(another) is None
     for _ in range(3):
         known.note(another, another.square().sum(1))
-    assert len(known._notes) == 2
+    assert len(known._entries) == 2
     known.clear()
     assert known.find(another) is None
 
 
 def test_equal_offsets_find_the_kept_answer_and_others_do_not():
-    latest, made = kept.Latest(), []
+    latest, made = cache.TransposeCache(), []
     features = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
 
     def get(offsets):
@@ -237,9 +248,7 @@ def test_equal_offsets_find_the_kept_answer_and_others_do_not():
         ([0, 3], [1, 1, 2], "ascend from 0 to 2"),
     ],
 )
-def test_a_code_that_leads_outside_its_table_is_refused(cpu_form, features, offsets, message):
-    if cpu_form == "stock":
-        pytest.skip("torch has its own words")
+def test_a_code_that_leads_outside_its_table_is_refused(in_c, features, offsets, message):
     values, features, offsets = torch.ones(2), torch.tensor(features, dtype=torch.int32), torch.tensor(offsets)
     with pytest.raises(IndexError, match=message):
         ops.gather_sum(values, features, offsets, torch.ones(9, 4))
@@ -249,9 +258,7 @@ def test_a_code_that_leads_outside_its_table_is_refused(cpu_form, features, offs
         ops.decode_loss(values, features, offsets, torch.ones(1, 9, 4), torch.ones(1, 4), torch.ones(2, 1, 4), 1)
 
 
-def test_c_functions_take_what_they_declare_and_nothing_else():
-    if not native.serves():
-        pytest.skip("no library")
+def test_c_functions_take_what_they_declare_and_nothing_else(in_c):
     gradient, out = torch.ones(3, 4), torch.empty(3)
     for wrong in (gradient.double(), gradient.bfloat16(), 2.0):
         with pytest.raises(TypeError, match="row_squares: gradient is"):
@@ -269,7 +276,7 @@ def test_tables_of_any_dtype_find_candidates_by_bf16():
     for dtype in (torch.bfloat16, torch.float64):
         arguments = (x.to(dtype), torch.zeros(1, 8, dtype=dtype), encoder.to(dtype), torch.zeros(1, 1024, dtype=dtype))
         product = torch.bfloat16 if dtype == torch.float64 else torch.float32
-        values, features = ops.encode_top_k(*arguments, None, 32, product, None)
+        values, features, _ = ops.encode_top_k(*arguments, None, 32, product, None)
         z = (x[:, 0] @ encoder[0].T).to(dtype)
         best = z.topk(32, dim=1).indices
         shared = (features.view(64, 32, 1).long() == best[:, None]).any(2).float().mean()
@@ -278,16 +285,14 @@ def test_tables_of_any_dtype_find_candidates_by_bf16():
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch, cpu_form):
-    if cpu_form == "stock":
-        pytest.skip("of the compiled form")
+def cache_folder(tmp_path, monkeypatch, in_c):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "crosscoder"
 
 
-def test_the_library_is_compiled_once(cache, monkeypatch):
+def test_the_library_is_compiled_once(cache_folder, monkeypatch):
     made = build.compiled(build.compiler())
-    assert [path.name for path in cache.iterdir()] == [made.name]
+    assert [path.name for path in cache_folder.iterdir()] == [made.name]
     monkeypatch.setattr(build, "FLAGS", build.FLAGS)
     before = made.stat().st_mtime_ns
     assert build.compiled(build.compiler()) == made
@@ -296,7 +301,7 @@ def test_the_library_is_compiled_once(cache, monkeypatch):
     assert build.compiled(build.compiler()) != made
 
 
-def test_no_compiler_is_said_and_everything_runs(cache, monkeypatch):
+def test_no_compiler_is_said_and_everything_runs(cache_folder, monkeypatch):
     monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
     monkeypatch.delenv("CC", raising=False)
     build.library.cache_clear()
@@ -310,28 +315,28 @@ def test_no_compiler_is_said_and_everything_runs(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["false", "/no/such/file", "gcc -include /no/such/file.h"])
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(cache, monkeypatch, command):
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(cache_folder, monkeypatch, command):
     monkeypatch.setenv("CC", command)
     build.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="the C kernels are not available"):
             assert build.library() is None
-        assert not cache.exists() or list(cache.iterdir()) == []
+        assert not cache_folder.exists() or list(cache_folder.iterdir()) == []
     finally:
         build.library.cache_clear()
 
 
-def test_a_cache_that_cannot_be_written_is_no_obstacle(cache, monkeypatch):
-    cache.parent.joinpath("crosscoder").write_text("a file where the folder should be")
+def test_a_cache_that_cannot_be_written_is_no_obstacle(cache_folder, monkeypatch):
+    cache_folder.parent.joinpath("crosscoder").write_text("a file where the folder should be")
     folder = build.cache_folder()
     assert folder.is_dir()
     shutil.rmtree(folder)
 
 
-def test_no_source_has_a_warning(cache):
+def test_no_source_has_a_warning(cache_folder):
     sources = [str(path) for path in build.FOLDER.glob("*.c")]
     command = [*build.compiler(), *build.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *sources, "-lm"]
-    subprocess.run([*command, "-o", str(cache.parent / "checked.so")], check=True)
+    subprocess.run([*command, "-o", str(cache_folder.parent / "checked.so")], check=True)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -340,9 +345,9 @@ def test_threads_do_not_change_a_bit(threads):
         values, features, offsets = random_code(64, 50, most=40)
         decoder, x = torch.linspace(-1, 1, 50 * 96).view(1, 50, 96), torch.linspace(-2, 2, 64 * 96).view(64, 1, 96)
         code = (values.float(), features, offsets)
-        out = [*fused.decode_loss(*code, decoder, torch.zeros(1, 96), x, 6)]
-        out += fused.backward_decoder(*code, x, torch.ones(1, 6), decoder)
-        out += fused.backward_encoder(*code, x, torch.ones(1, 96), 50)
+        out = [*ops.decode_loss(*code, decoder, torch.zeros(1, 96), x, 6)]
+        out += ops.backward_decoder(*code, x, torch.ones(1, 6), decoder)
+        out += ops.backward_encoder(*code, x, torch.ones(1, 96), 50)
         state = [out[3][0].clone(), out[4][0], torch.zeros(50, 96), torch.zeros(50, 96)]
         ops.adam_rows(*state, step=1, rate=1e-3)
         top = ops.encode_top_k(x, torch.zeros(1, 96), decoder, torch.zeros(1, 50), None, 5, torch.bfloat16, None)

@@ -6,6 +6,7 @@ import torch
 import triton_kernels as ops
 from tests.kernels.codes import random_code
 from triton_kernels import reference
+from triton_kernels.arguments import Code
 from triton_kernels.cpu import sparse, workspace
 
 SHAPES = [(7, 13, 5), (1, 1, 1), (16, 3, 31), (9, 101, 2), (31, 37, 53)]
@@ -136,15 +137,15 @@ def test_few_unused_blocks_are_kept(monkeypatch):
 
 def test_recycled_scatter_equals_the_plain_one(monkeypatch):
     values, features, offsets = random_code(50, 40, most=9, dtype=torch.float32)
-    x = torch.randn(50, 8)
-    plain = sparse.scatter_outer(values, features, offsets, x, 40)
+    code, x = Code(values, features, offsets), torch.randn(50, 8)
+    plain = sparse.scatter_outer(code, x, 40)
     monkeypatch.setattr(workspace, "RECYCLED_BYTES", 0)
     monkeypatch.setattr(workspace, "_blocks", [])
-    recycled = [sparse.scatter_outer(values, features, offsets, x, 40) for _ in range(3)]
+    recycled = [sparse.scatter_outer(code, x, 40) for _ in range(3)]
     torch.testing.assert_close(recycled[0], plain)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    recycled.append(sparse.scatter_outer(values, features, offsets, x, 40))
+    recycled.append(sparse.scatter_outer(code, x, 40))
     torch.set_num_threads(threads)
     assert all(torch.equal(recycled[0], other) for other in recycled[1:])
 

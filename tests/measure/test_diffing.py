@@ -5,7 +5,6 @@ import torch
 
 from crosscoder import BatchTopK, Crosscoder
 from crosscoder.dictionary import Diffing, stack_subjects
-from crosscoder.dictionary.structure import feature_owners
 from crosscoder.measure.matching import decoder_cosine
 from crosscoder.measure.profile import layer_profile
 from crosscoder.measure.reading import measure_dictionary
@@ -104,7 +103,7 @@ def test_found_features_are_in_the_subjects_of_their_planted_partner(planted, tr
 
 def test_dedicated_features_hold_exclusive_planted_ones(planted, trained):
     cc, _, alive_F = trained["dedicated"]
-    owner_F = feature_owners(cc.config.structure, FEATURES).numpy()
+    owner_F = cc.config.structure.owners(FEATURES).numpy()
     decoder = cc.decoder_FLD().numpy()
     assert (decoder[owner_F == 0][:, LAYERS[0] :] == 0).all()
     assert (decoder[owner_F == 1][:, : LAYERS[0]] == 0).all()

@@ -77,9 +77,9 @@ def test_a_wrong_choice_is_noticed(bench, monkeypatch):
     right = triton_kernels.encode_top_k
 
     def second_best(*arguments):
-        values, features = right(*arguments[:5], arguments[5] + 1, *arguments[6:])
+        values, features, z = right(*arguments[:5], arguments[5] + 1, *arguments[6:])
         keep = torch.arange(values.numel()) % 5 != values.view(-1, 5).argmax(1).repeat_interleave(5)
-        return values[keep], features[keep]
+        return values[keep], features[keep], z[keep]
 
     monkeypatch.setattr(triton_kernels, "encode_top_k", second_best)
     verdicts = bench["kernels"].judge_encoders(problem, "fp32", 4)

@@ -21,3 +21,16 @@ def test_every_room_is_either_computing_or_known_to_show():
     package = folder.Path(folder.__file__).parents[1]
     rooms = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
     assert rooms - set(folder.COMPUTING) <= {"foundation", "formats", "results", "report"}
+
+
+def test_cleaning_up_after_one_part_leaves_the_activations_that_others_read(tmp_path):
+    study = folder.StudyFolder(tmp_path)
+    own, other = (study.stores(run, "trained") for run in ("A0", "B0"))
+    for one in (own, other):
+        one.train.mkdir(parents=True)
+        one.held_out.mkdir()
+    folder.drop_activations([own])
+    assert not own.train.exists()
+    assert not own.held_out.exists()
+    assert other.train.is_dir()
+    assert other.held_out.is_dir()

@@ -8,10 +8,9 @@ import torch
 from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
 from crosscoder.dictionary import NormPenalty
 from crosscoder.training import NonFiniteError, TrainConfig, train
-from crosscoder.training.checkpoint import TrainState
-from crosscoder.training.firing import FiringTracker
 from crosscoder.training.optimizer import RowAdam
 from crosscoder.training.resample import ENCODER_SHARE, resample_dead
+from crosscoder.training.state import FiringTracker, TrainState
 
 L, D, F = 3, 8, 24
 BOTH = pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
@@ -183,9 +182,4 @@ def test_a_rounded_working_copy_is_written_too():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.replace_rows(torch.tensor([3, 5]), {"encoder": torch.full((2, L * D), 0.3)})
-    assert torch.equal(cc.working_encoder, cc.encoder.bfloat16())
-
-
-def test_a_wrong_interval_is_refused():
-    with pytest.raises(ValueError, match=r"resample_every is -1; expected 0 \(off\) or a number of steps"):
-        TrainConfig(resample_every=-1)
+    assert torch.equal(optimizer.working_GFN, cc.encoder.bfloat16().flatten(1)[None])

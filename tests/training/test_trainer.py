@@ -13,8 +13,8 @@ import torch
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.training import NonFiniteError, TrainConfig, train
 from crosscoder.training.checkpoint import latest_checkpoint
-from crosscoder.training.firing import FiringTracker
-from crosscoder.training.schedule import learning_rate_factor
+from crosscoder.training.state import FiringTracker
+from crosscoder.training.step import learning_rate_factor
 
 L, D, F = 3, 8, 24
 
@@ -146,7 +146,13 @@ def test_wrong_batches_are_refused():
         ({"bias_init": "median"}, "bias_init is 'median'"),
         ({"log_every": 0}, "log_every is 0"),
         ({"grad_clip": -1.0}, "grad_clip is -1.0"),
+        ({"grad_clip": float("nan")}, "grad_clip is nan; expected a finite number"),
+        ({"grad_clip": float("inf")}, "grad_clip is inf"),
         ({"penalty_warmup_steps": -1}, "penalty_warmup_steps is -1"),
+        ({"warmup_steps": 2.5}, "warmup_steps is 2.5; expected a valid integer"),
+        ({"steps": True}, "steps is True"),
+        ({"checkpoint_every": "5"}, "checkpoint_every is '5'"),
+        ({"resample_every": -1}, "resample_every is -1"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

@@ -1,7 +1,7 @@
 """Adam by blocks of rows: what belongs to a row is done to it while it is in cache.
 
-Each block is read and written once for clipping, projection, the update and the norm together: in C for fp32, else
-around torch's fused AdamW.
+Each block is read and written once for clipping, projection, the update and renormalising together: in C for fp32,
+else around torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -9,78 +9,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triton_kernels.arguments import AdamRows, AdamSettings
 from triton_kernels.cpu import fused, native
 from triton_kernels.reference import sum_dtype
 
 BLOCK_ELEMENTS = 2**18  # 1 MiB of each of parameter, gradient and both moments
 
 
-def adam_rows(
-    parameter_RN: Tensor,
-    gradient_RN: Tensor,
-    first_RN: Tensor,
-    second_RN: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scale_G: Tensor | None,
-    unit: bool,
-    working_RN: Tensor | None,
-    norms_R: Tensor | None,
-) -> None:
+def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
     """See `reference.adam_rows`."""
+    parameter_RN, gradient_RN, first_RN, second_RN, working_RN = rows
     for name, tensor in {"parameter": parameter_RN, "first": first_RN, "second": second_RN}.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it is changed in place and must be contiguous")
-    if native.serves(parameter_RN, gradient_RN, first_RN, second_RN, scale_G):
-        settings = {"step": step, "rate": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        native.adam_rows(parameter_RN, gradient_RN, first_RN, second_RN, **settings, scale_G=scale_G, unit=unit)
-        if working_RN is not None:
-            working_RN.copy_(parameter_RN)
-        if norms_R is not None:
-            norms_R.copy_(torch.linalg.vector_norm(parameter_RN, dim=1))
-        return
-    n_rows, width = parameter_RN.shape
-    gradient_RN = gradient_RN.contiguous()
+    if native.serves(parameter_RN, gradient_RN, first_RN, second_RN, settings.scale_G):
+        native.adam_rows(rows, settings)
+    else:
+        _adam_of_blocks(rows._replace(gradient_RN=gradient_RN.contiguous()), settings)
+    if working_RN is not None:
+        working_RN.copy_(parameter_RN)
+
+
+def _adam_of_blocks(rows: AdamRows, settings: AdamSettings) -> None:
+    n_rows, width = rows.parameter_RN.shape
     block = max(1, BLOCK_ELEMENTS // max(1, width))
-    scale_R = None if scale_G is None else scale_G.repeat_interleave(n_rows // scale_G.numel())[:, None]
+    scale_R = None
+    if settings.scale_G is not None:
+        scale_R = settings.scale_G.repeat_interleave(n_rows // settings.scale_G.numel())[:, None]
     for start in range(0, n_rows, block):
-        rows = slice(start, start + block)
-        parameter, gradient = parameter_RN[rows], gradient_RN[rows]
-        if unit:
+        part = slice(start, start + block)
+        parameter, gradient, first, second = (tensor[part] for tensor in rows[:4])
+        if settings.unit:
             along = torch.linalg.vecdot(gradient, parameter)[:, None]
             gradient = torch.addcmul(gradient, along, parameter, value=-1)
         if scale_R is not None:
-            gradient = gradient * scale_R[rows]
+            gradient = gradient * scale_R[part]
         torch._fused_adamw_(
             [parameter],
             [gradient],
-            [first_RN[rows]],
-            [second_RN[rows]],
+            [first],
+            [second],
             [],
-            [torch.tensor(float(step))],
-            lr=rate,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=weight_decay,
-            eps=eps,
+            [torch.tensor(float(settings.step))],
+            lr=settings.rate,
+            beta1=settings.betas[0],
+            beta2=settings.betas[1],
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
             amsgrad=False,
             maximize=False,
         )
-        if unit:
+        if settings.unit:
             parameter.div_(torch.linalg.vector_norm(parameter, dim=1, keepdim=True).clamp_min_(1e-12))
-        if working_RN is not None:
-            working_RN[rows] = parameter.to(working_RN.dtype)
-        if norms_R is not None:
-            norms_R[rows] = torch.linalg.vector_norm(parameter, dim=1)
 
 
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
     """See `reference.row_squares`."""
-    known_R = fused.row_squares.find(gradient_RN) if unit_RN is None else None
+    known_R = fused.gradient_squares.find(gradient_RN) if unit_RN is None else None
     if known_R is not None:
         return known_R
     if native.serves(gradient_RN, unit_RN):

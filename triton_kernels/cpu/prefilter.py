@@ -1,4 +1,4 @@
-"""Candidates for an exact selection, from a product in bf16: half the time of one in fp32 where the CPU has bf16 units.
+"""Candidates for an exact selection, from a product in bf16 and in C: half the time of one in fp32 with bf16 units.
 
 With x~ and w~ the rounded vectors, Cauchy and Schwarz bound what rounding can do to a score `z = <x, w> + b`:
 
@@ -7,7 +7,7 @@ With x~ and w~ the rounded vectors, Cauchy and Schwarz bound what rounding can d
 where the norms of the residuals are measured, not guessed. A feature whose rounded score is further below the k-th
 best than both margins together cannot be among the k best, whatever the data, so scoring the others again in fp32
 gives the selection of an fp32 product: `certified`. Without the margin the rounded scores alone decide who is a
-candidate and fp32 decides among candidates: that is the setting `bf16`.
+candidate and fp32 decides among candidates: that is the setting `bf16` (`rounded` does it without C).
 
 The encoder is rounded a chunk of features at a time, and only one slab of scores exists at a time. What a chunk's
 scores prove about the k-th best goes on to the next one, and to a last sieve over all chunks' candidates.
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import lists, native, selection
-from triton_kernels.cpu.affine import affine
 from triton_kernels.cpu.lists import Candidates, Lists
-from triton_kernels.reference import starts, sum_dtype
+from triton_kernels.cpu.problem import Problem, affine
+from triton_kernels.reference import row_of_pair, starts
 
 SLAB_ELEMENTS = 2**22  # of scores: 8 MiB in bf16
 CHUNK_ELEMENTS = 2**22  # of the encoder
@@ -35,27 +35,7 @@ MIN_CHUNK, CHUNK_PER_KEPT = 1024, 16  # features of a chunk, at least, and for e
 RELATIVE = 2.0**-8 * 1.01  # rounding of a result to bf16
 SUMMATION = 2.0**-23  # of a term of a sum in fp32, for both sums that are compared
 SAFE_NORMS = (1e-12, 1e18)  # between them squares of a row and of its rounding neither vanish nor overflow
-ROWS_AT_A_TIME = 512  # of a table that is rounded: copy and both norms are made while the rows are in cache
 MIN_FEATURES, MIN_WIDTH, FEATURES_PER_ACTIVE = 4096, 128, 64
-
-
-class Encoder(NamedTuple):
-    """What candidates are looked for with: rows times `scale_F` where given, certified or not."""
-
-    weight_FN: Tensor
-    bias_F: Tensor
-    scale_F: Tensor | None
-    certified: bool
-
-    @property
-    def slack(self) -> float:
-        """Relative rounding of a result that a certificate must allow for."""
-        return RELATIVE if self.certified else 0.0
-
-    def n_chunks(self, k: int) -> int:
-        """In how many chunks of features the candidates of k are looked for."""
-        n_features, width = self.weight_FN.shape
-        return max(1, min(-(-n_features * width // CHUNK_ELEMENTS), n_features // max(MIN_CHUNK, CHUNK_PER_KEPT * k)))
 
 
 class Rows(NamedTuple):
@@ -75,7 +55,12 @@ class Slab(NamedTuple):
 
 
 class UnsafeError(ArithmeticError):
-    """Some row has no certificate: numbers that are not finite, or whose squares leave the range of fp32."""
+    """There is no certificate: numbers that are not finite, or whose squares leave the range of fp32."""
+
+    def __init__(self, safe_R: Tensor | None = None) -> None:
+        """safe_R: the rows that have a certificate by themselves; None where no row has."""
+        super().__init__()
+        self.safe_R = safe_R
 
 
 def pays(encoder_FN: Tensor, k: int) -> bool:
@@ -86,27 +71,31 @@ def pays(encoder_FN: Tensor, k: int) -> bool:
     return is_fast and fits and encoder_FN.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def rounded(table_RN: Tensor, scale_R: Tensor | None = None) -> Rows:
-    """Rows times their scale in bf16, and the norms of the rows and of what rounding took from them."""
-    if native.serves(table_RN, scale_R):
-        return Rows(*native.round_rows(table_RN, scale_R))
-    low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
-    norm_R, error_R = table_RN.new_empty(2, table_RN.shape[0], dtype=sum_dtype(table_RN.dtype))
-    for start in range(0, table_RN.shape[0], ROWS_AT_A_TIME):
-        part = slice(start, start + ROWS_AT_A_TIME)
-        rows = table_RN[part] if scale_R is None else table_RN[part] * scale_R[part, None]
-        low_RN[part] = rows
-        norm_R[part] = torch.linalg.vector_norm(rows, dim=1, dtype=norm_R.dtype)
-        error_R[part] = torch.linalg.vector_norm(rows - low_RN[part], dim=1, dtype=norm_R.dtype)
-    return Rows(low_RN, norm_R, error_R)
+def _safe_rows(problem: Problem) -> Rows:
+    """The rows in bf16.
+
+    Raises:
+        UnsafeError: not every row can have a certificate.
+    """
+    x = Rows(*native.round_rows(problem.x_RN, None))
+    safe_R = (x.norm_R > SAFE_NORMS[0]) & (x.norm_R < SAFE_NORMS[1])
+    if not bool(safe_R.all()):
+        raise UnsafeError(safe_R)
+    return x
 
 
-def is_safe(x: Rows) -> Tensor:
-    """Whether each row's score can be certified at all, `[R]`."""
-    return (x.norm_R > SAFE_NORMS[0]) & (x.norm_R < SAFE_NORMS[1])
+def _slack(problem: Problem) -> float:
+    """Relative rounding of a result that a certificate must allow for; 0 where rounded scores are to choose."""
+    return 0.0 if problem.is_rounded else RELATIVE
 
 
-def _scan(x: Rows, encoder: Encoder, n_chunks: int, take: Callable[[Slab], None]) -> None:
+def _n_chunks(problem: Problem, k: int) -> int:
+    """In how many chunks of features the candidates of k are looked for."""
+    n_features, width = problem.encoder_FN.shape
+    return max(1, min(-(-n_features * width // CHUNK_ELEMENTS), n_features // max(MIN_CHUNK, CHUNK_PER_KEPT * k)))
+
+
+def _scan(x: Rows, problem: Problem, n_chunks: int, take: Callable[[Slab], None]) -> None:
     """Gives `take` slab by slab of rows, of chunk by chunk of features; a slab's memory is the next one's.
 
     Raises:
@@ -114,9 +103,9 @@ def _scan(x: Rows, encoder: Encoder, n_chunks: int, take: Callable[[Slab], None]
     """
     low_norm_R = x.norm_R + x.error_R  # at least that of the rounded row
     for chunk in range(n_chunks):
-        scale_F = None if encoder.scale_F is None else encoder.scale_F[chunk::n_chunks]
-        weight = rounded(encoder.weight_FN[chunk::n_chunks], scale_F)
-        bias_F = encoder.bias_F[chunk::n_chunks]
+        scale_F = None if problem.scale_F is None else problem.scale_F[chunk::n_chunks]
+        weight = Rows(*native.round_rows(problem.encoder_FN[chunk::n_chunks], scale_F))
+        bias_F = problem.bias_F[chunk::n_chunks]
         bias_F = bias_F if scale_F is None else bias_F * scale_F
         low_F = bias_F.to(torch.bfloat16)
         norm, error = weight.norm_R.amax().item(), weight.error_R.amax().item()
@@ -124,7 +113,7 @@ def _scan(x: Rows, encoder: Encoder, n_chunks: int, take: Callable[[Slab], None]
         if not (SAFE_NORMS[0] < norm < SAFE_NORMS[1] and math.isfinite(error) and math.isfinite(bias_error)):
             raise UnsafeError
         margin_R = torch.zeros_like(x.norm_R)
-        if encoder.certified:
+        if not problem.is_rounded:
             sums = SUMMATION * x.low_RN.shape[1] * (norm + error)
             margin_R = x.error_R * norm + low_norm_R * (error + sums) + bias_error
         step = max(1, SLAB_ELEMENTS // low_F.numel())
@@ -151,42 +140,44 @@ class _Found:
         return Lists(columns, keys, starts(counts), self.margin_R.numel())
 
 
-def top_k_candidates(x: Rows, encoder: Encoder, k: int) -> Candidates:
-    """At least k features of each row, the k best scores among them; all rows must be safe.
+def top_k(problem: Problem, k: int) -> Candidates:
+    """At least k features of each row, the k best scores among them.
 
     Raises:
-        UnsafeError: the encoder has no certificate.
+        UnsafeError: some rows have no certificate, or the encoder has none.
     """
-    found, slack = _Found(x.norm_R), encoder.slack
+    x, slack = _safe_rows(problem), _slack(problem)
+    found = _Found(x.norm_R)
     least_R = torch.full_like(x.norm_R, -torch.inf)  # what the k-th best exact score is at least
 
     def take(slab: Slab) -> None:
         found.add(slab, lists.sieved(slab.score_RF, k, slab.margin_R, slack, least_R[slab.rows]))
 
-    _scan(x, encoder, encoder.n_chunks(k), take)
+    _scan(x, problem, _n_chunks(problem, k), take)
     every = found.lists()
     least_R = torch.maximum(least_R, lists.proven(lists.kth_score(every, k), found.margin_R, slack))
-    return lists.merged(every, lists.within_reach(least_R, found.margin_R, slack), encoder.bias_F.numel())
+    return lists.merged(every, lists.within_reach(least_R, found.margin_R, slack), problem.bias_F.numel())
 
 
-def above_candidates(x: Rows, encoder: Encoder, threshold: float) -> Candidates:
+def above(problem: Problem, threshold: float) -> Candidates:
     """Every feature whose score may exceed `threshold`.
 
     Raises:
         UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
     """
+    x = _safe_rows(problem)
     found = _Found(x.norm_R)
     exact = x.norm_R.new_tensor(threshold)
 
     def take(slab: Slab) -> None:
-        bound_R = _positive(lists.within_reach(exact, slab.margin_R, encoder.slack))
+        bound_R = _positive(lists.within_reach(exact, slab.margin_R, _slack(problem)))
         found.add(slab, lists.not_below(slab.score_RF, bound_R))
 
-    _scan(x, encoder, encoder.n_chunks(1), take)
-    return lists.merged(found.lists(), torch.full_like(x.norm_R, -torch.inf), encoder.bias_F.numel())
+    _scan(x, problem, _n_chunks(problem, 1), take)
+    return lists.merged(found.lists(), torch.full_like(x.norm_R, -torch.inf), problem.bias_F.numel())
 
 
-def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
+def batch(problem: Problem, wanted: int) -> Candidates:
     """At least `wanted` pairs, the `wanted` largest positive scores of the batch among them.
 
     A sample of the first slab guesses what they reach. The guess was not too high if so many are proven to reach it.
@@ -194,7 +185,8 @@ def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
     Raises:
         UnsafeError: there is no certificate, or the guess was too high or too near 0.
     """
-    n_rows, n_features, slack = x.norm_R.numel(), encoder.bias_F.numel(), encoder.slack
+    x, slack = _safe_rows(problem), _slack(problem)
+    n_rows, n_features = x.norm_R.numel(), problem.bias_F.numel()
     found, guesses = _Found(x.norm_R), []
 
     def take(slab: Slab) -> None:
@@ -204,9 +196,9 @@ def batch_candidates(x: Rows, encoder: Encoder, wanted: int) -> Candidates:
         bound_R = _positive(lists.within_reach(guesses[0], slab.margin_R, slack))
         found.add(slab, lists.not_below(slab.score_RF, bound_R))
 
-    _scan(x, encoder, encoder.n_chunks(-(-wanted // n_rows)), take)
+    _scan(x, problem, _n_chunks(problem, -(-wanted // n_rows)), take)
     every = found.lists()
-    rows = lists.row_of_pair(every.offsets, every.keys.numel()) % n_rows
+    rows = row_of_pair(every.offsets, every.keys.numel()) % n_rows
     proven_P = lists.proven(lists.scores_of(every.keys), found.margin_R[rows], slack)
     if int((proven_P >= guesses[0]).sum()) < wanted:
         raise UnsafeError

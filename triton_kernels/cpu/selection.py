@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from triton_kernels.cpu import native
-from triton_kernels.reference import first_largest, row_of_pair
+from triton_kernels.reference import first_largest, row_of_pair, starts
 
 GROUP = 32
 GROUPS_PER_KEPT = 8  # columns are looked at again where they reach the k-th largest of so many groups' maxima
@@ -66,15 +68,39 @@ def _top_k_of_groups(score_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return columns, (smallest == best.values[:, k]) | (smallest <= maxima.values[:, k])
 
 
-def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, scores, columns and offsets (CSR, int32 and int64) of the pairs with score > bound and z > least."""
+class Scored(NamedTuple):
+    """Kept pairs of one dictionary as CSR."""
+
+    z: Tensor
+    score: Tensor
+    features: Tensor  # int32, ascending within a row
+    offsets: Tensor  # [R + 1], int64
+
+    def only(self, kept: Tensor) -> Scored:
+        """Those at the positions `kept`, which ascend."""
+        offsets = torch.searchsorted(kept, self.offsets)
+        return Scored(self.z[kept], self.score[kept], self.features[kept], offsets)
+
+
+def stacked(slabs: list[Scored], dtype: torch.dtype) -> Scored:
+    """The pairs of successive slabs of rows as one code; `dtype` is that of z, for where there is no slab."""
+    if not slabs:
+        empty = torch.empty(0, dtype=dtype)
+        return Scored(empty, empty, empty.to(torch.int32), torch.zeros(1, dtype=torch.int64))
+    z, score, features = (torch.cat(column) for column in list(zip(*slabs, strict=True))[:3])
+    counts_R = torch.cat([slab.offsets.diff() for slab in slabs])
+    return Scored(z, score, features, starts(counts_R))
+
+
+def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> Scored:
+    """The pairs with score > bound and z > least."""
     if native.serves(z_RF, scale_F, bound_F):
-        return native.above(z_RF, scale_F, bound_F, least)
+        return Scored(*native.above(z_RF, scale_F, bound_F, least))
     score_RF = z_RF if scale_F is None else z_RF * scale_F
     place = ((score_RF > bound_F) & (z_RF > least)).view(-1).nonzero().squeeze(1)
     offsets = torch.searchsorted(place, torch.arange(z_RF.shape[0] + 1) * z_RF.shape[1])
     columns = (place % max(1, z_RF.shape[1])).to(torch.int32)
-    return z_RF.view(-1)[place], score_RF.view(-1)[place], columns, offsets
+    return Scored(z_RF.view(-1)[place], score_RF.view(-1)[place], columns, offsets)
 
 
 def sampled_bound(z_RF: Tensor, scale_F: Tensor | None, kept_fraction: float) -> float:

@@ -16,27 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_kernels.arguments import Code
+from triton_kernels.cache import TransposeCache
 from triton_kernels.cpu import native, workspace
-from triton_kernels.cpu.native import FeatureMajor
-from triton_kernels.kept import Latest
-from triton_kernels.reference import row_of_pair
+from triton_kernels.cpu.native import Transpose
+from triton_kernels.reference import row_of_pair, starts
 
-_latest: Latest[FeatureMajor] = Latest()
-
-
-def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
-    """The code's pairs in feature-major order, from one stable sort; the latest answer is kept."""
-    return _latest.get(features_P, offsets, (n_features,), lambda: _transpose(features_P, offsets, n_features))
+_transposes: TransposeCache[Transpose] = TransposeCache()
 
 
-def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
+def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Transpose:
+    """The code's pairs in feature-major order, from one stable sort; the last transpose is cached."""
+    return _transposes.get(features_P, offsets, (n_features,), lambda: _transpose(features_P, offsets, n_features))
+
+
+def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> Transpose:
     if native.serves():
         return native.feature_major(features_P, offsets, n_features)
     order_P = torch.sort(features_P, stable=True).indices
     rows_P = row_of_pair(offsets, features_P.numel()).to(torch.int32)[order_P]
-    starts = torch.zeros(n_features + 1, dtype=torch.int32, device=features_P.device)
-    starts[1:] = torch.bincount(features_P, minlength=n_features).cumsum(0)
-    return FeatureMajor(order_P, rows_P, starts)
+    begins = starts(torch.bincount(features_P, minlength=n_features)).to(torch.int32)
+    return Transpose(order_P, rows_P, begins)
 
 
 def _weighted_bags(values_P: Tensor, indices_P: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
@@ -50,13 +50,13 @@ def _weighted_bags(values_P: Tensor, indices_P: Tensor, offsets: Tensor, table: 
     )
 
 
-def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
+def gather_sum(code: Code, table_FN: Tensor) -> Tensor:
     """See `reference.gather_sum`."""
-    if features_P.numel() == 0:
-        return table_FN.new_zeros(offsets.numel() - 1, table_FN.shape[1])
-    if native.serves(values_P, table_FN):
-        return native.gather_sum(values_P, features_P, offsets, table_FN)
-    return _weighted_bags(values_P, features_P, offsets, table_FN.contiguous())
+    if code.features_P.numel() == 0:
+        return table_FN.new_zeros(code.offsets.numel() - 1, table_FN.shape[1])
+    if native.serves(code.values_P, table_FN):
+        return native.gather_sum(code, table_FN)
+    return _weighted_bags(*code, table_FN.contiguous())
 
 
 def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
@@ -73,8 +73,9 @@ def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tens
     return torch.empty_like(dots_P).scatter_(0, major.order_P, dots_P)
 
 
-def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
+def scatter_outer(code: Code, x_RN: Tensor, n_features: int) -> Tensor:
     """See `reference.scatter_outer`."""
+    values_P, features_P, offsets = code
     if features_P.numel() == 0:
         return x_RN.new_zeros(n_features, x_RN.shape[1])
     major = feature_major(features_P, offsets, n_features)

@@ -1,8 +1,8 @@
 """AdamW over the rows of a parameter, with everything that belongs to a row: one pass over the four tensors.
 
-Fused: the scale that clips a gradient, the removal of its part along a unit row, the update, renormalising, the copy
-rounded to the working dtype and the norms. Floor: 28 bytes an element in fp32 (30 with a bf16 copy). Without unit rows
-and norms the tensors are walked flat, whatever the row's length. A unit row longer than 4,096 is walked three times
+Fused: the scale that clips a gradient, the removal of its part along a unit row, the update, renormalising and the copy
+rounded to the working dtype. Floor: 28 bytes an element in fp32 (30 with a bf16 copy). Without unit rows the tensors
+are walked flat, whatever the row's length. A unit row longer than 4,096 is walked three times
 (dot product, update, division) in tiles that should still be in the L1 or L2 cache. Deterministic: one program owns a
 row, and sums it in tile order.
 
@@ -16,8 +16,8 @@ import math
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
+from triton_kernels.arguments import AdamRows, AdamSettings
 from triton_kernels.gpu import tiles
 
 
@@ -66,12 +66,12 @@ def adam_flat_kernel(
 
 @tiles.jit
 def adam_rows_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr, norms_ptr,
+    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr,
     keep, blend_first, decay_second, blend_second, rate, root, eps, n_rows, width, group_rows,
-    SCALED: tl.constexpr, UNIT: tl.constexpr, WORKING: tl.constexpr, NORMS: tl.constexpr,
+    SCALED: tl.constexpr, WORKING: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of at most COLUMNS, ROWS of them, in registers."""
+    """ROWS unit rows of at most COLUMNS, in registers."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     place = row[:, None] * width + column[None, :]
@@ -82,40 +82,31 @@ def adam_rows_kernel(
     p = tl.load(p_ptr + place, mask=mask, other=0.0)
     m = tl.load(m_ptr + place, mask=mask, other=0.0)
     v = tl.load(v_ptr + place, mask=mask, other=0.0)
-    if UNIT:
-        g -= tl.sum(g * p, axis=1)[:, None] * p
+    g -= tl.sum(g * p, axis=1)[:, None] * p
     p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
     tl.store(m_ptr + place, m, mask=mask)
     tl.store(v_ptr + place, v, mask=mask)
-    norm = tl.sqrt(tl.sum(p * p, axis=1))
-    if UNIT:
-        divisor = tl.maximum(norm, 1e-12)
-        p /= divisor[:, None]
-        norm /= divisor
+    p /= tl.maximum(tl.sqrt(tl.sum(p * p, axis=1)), 1e-12)[:, None]
     tl.store(p_ptr + place, p, mask=mask)
     if WORKING:
         store_working(working_ptr, place, p, mask)
-    if NORMS:
-        tl.store(norms_ptr + row, norm, mask=row < n_rows)
 
 
 @tiles.jit
 def adam_long_rows_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr, norms_ptr,
+    p_ptr, g_ptr, m_ptr, v_ptr, scale_ptr, working_ptr,
     keep, blend_first, decay_second, blend_second, rate, root, eps, width, group_rows,
-    SCALED: tl.constexpr, UNIT: tl.constexpr, WORKING: tl.constexpr, NORMS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr, WORKING: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row of any length a program, in tiles of COLUMNS."""
+    """One unit row of any length a program, in tiles of COLUMNS."""
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + row // group_rows).to(tl.float32) if SCALED else 1.0
-    part = 0.0
-    if UNIT:
-        along = tl.full([COLUMNS], 0.0, tl.float32)
-        for start in range(0, width, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            g = tl.load(g_ptr + row * width + column, mask=column < width, other=0.0).to(tl.float32) * scale
-            along += g * tl.load(p_ptr + row * width + column, mask=column < width, other=0.0)
-        part = tl.sum(along, axis=0)
+    along = tl.full([COLUMNS], 0.0, tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        g = tl.load(g_ptr + row * width + column, mask=column < width, other=0.0).to(tl.float32) * scale
+        along += g * tl.load(p_ptr + row * width + column, mask=column < width, other=0.0)
+    part = tl.sum(along, axis=0)
     squares = tl.full([COLUMNS], 0.0, tl.float32)
     for start in range(0, width, COLUMNS):
         place = row * width + start + tl.arange(0, COLUMNS)
@@ -124,22 +115,15 @@ def adam_long_rows_kernel(
         p = tl.load(p_ptr + place, mask=mask, other=0.0)
         m = tl.load(m_ptr + place, mask=mask, other=0.0)
         v = tl.load(v_ptr + place, mask=mask, other=0.0)
-        if UNIT:
-            g -= part * p
+        g -= part * p
         p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
         squares += p * p
         tl.store(m_ptr + place, m, mask=mask)
         tl.store(v_ptr + place, v, mask=mask)
         tl.store(p_ptr + place, p, mask=mask)
-        if WORKING and not UNIT:
-            store_working(working_ptr, place, p, mask)
-    norm = tl.sqrt(tl.sum(squares, axis=0))
-    if UNIT:
-        # What other threads stored above is visible: the sum that gave `norm` ended at a barrier.
-        divide_row(p_ptr + row * width, working_ptr + row * width, width, tl.maximum(norm, 1e-12), WORKING, COLUMNS)
-        norm /= tl.maximum(norm, 1e-12)
-    if NORMS:
-        tl.store(norms_ptr + row, norm)
+    # What other threads stored above is visible: the sum that gives the norm ends at a barrier.
+    norm = tl.maximum(tl.sqrt(tl.sum(squares, axis=0)), 1e-12)
+    divide_row(p_ptr + row * width, working_ptr + row * width, width, norm, WORKING, COLUMNS)
 
 
 @tiles.jit
@@ -152,12 +136,10 @@ def divide_row(p_ptr, working_ptr, width, divisor, WORKING: tl.constexpr, COLUMN
             store_working(working_ptr, column, p, column < width)
 
 
-def adam_rows(
-    parameter_RN: Tensor, gradient_RN: Tensor, first_RN: Tensor, second_RN: Tensor,
-    *, step: int, rate: float, betas: tuple[float, float], eps: float, weight_decay: float,
-    scale_G: Tensor | None, unit: bool, working_RN: Tensor | None, norms_R: Tensor | None,
-) -> None:  # fmt: skip
+def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
     """See `reference.adam_rows`. Parameter and moments are contiguous fp32, changed in place."""
+    parameter_RN, gradient_RN, first_RN, second_RN, working_RN = rows
+    step, rate, betas, eps, weight_decay, scale_G, unit = settings
     for tensor in (parameter_RN, first_RN, second_RN):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"adam_rows works in place on contiguous float32 tensors, got {tensor.dtype}")
@@ -177,22 +159,20 @@ def adam_rows(
         rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps,
     )  # fmt: skip
     flags = {"SCALED": scale_G is not None, "WORKING": working_RN is not None}
-    if not unit and norms_R is None:
+    if not unit:
         elements = parameter_RN.numel() // n_scales
         n_tiles = tiles.cdiv(elements, tiles.FLAT_TILE)
         adam_flat_kernel[(n_scales * n_tiles,)](
             *pointers, *numbers, elements, n_tiles, **flags, TILE=tiles.FLAT_TILE, num_warps=4
         )
         return
-    pointers = (*pointers, parameter_RN if norms_R is None else norms_R)
-    flags |= {"UNIT": unit, "NORMS": norms_R is not None}
-    rows, columns, warps = tiles.row_tile(width)
+    n_together, columns, warps = tiles.row_tile(width)
     if columns < width:
         adam_long_rows_kernel[(n_rows,)](
             *pointers, *numbers, width, n_rows // n_scales, **flags, COLUMNS=columns, num_warps=warps
         )
     else:
-        adam_rows_kernel[(tiles.cdiv(n_rows, rows),)](
+        adam_rows_kernel[(tiles.cdiv(n_rows, n_together),)](
             *pointers, *numbers, n_rows, width, n_rows // n_scales,
-            **flags, ROWS=rows, COLUMNS=columns, num_warps=warps,
+            **flags, ROWS=n_together, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.arguments import Code
 from triton_kernels.gpu.feature_major import add_scratch, feature_major
 from triton_kernels.gpu.gather_dot import add_tiles
 from triton_kernels.gpu.tiles import Tile, accumulator, gather_tile, jit, tile_count, torch_accumulator
@@ -67,26 +68,25 @@ def decoder_tile(width: int, itemsize: int, n_tokens: int) -> Tile:
     return gather_tile(width, itemsize, n_tokens, most_row_bytes=1024, most_pairs=4)
 
 
-def backward_decoder(
-    values_P: Tensor, features_P: Tensor, offsets: Tensor, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
     """`d_values` in the code's order and `d_decoder` as `[G, F, N]`, in the decoder's dtype."""
+    values_P, features_P, offsets = code
     (n_groups, features_each, width), n_pairs, dtype = decoder_GFN.shape, values_P.numel(), decoder_GFN.dtype
     if n_pairs == 0:
         return values_P.new_zeros(0), decoder_GFN.new_zeros(decoder_GFN.shape)
     n_features = n_groups * features_each
-    major = feature_major(features_P, offsets, n_features)
+    transpose = feature_major(features_P, offsets, n_features)
     tile = decoder_tile(width, error_BGN.itemsize, error_BGN.shape[0])
     n_tiles = tile_count(width, tile.columns)
     wide, device = torch_accumulator(dtype), values_P.device
     scale_GN = (2 * weight_GL.to(wide)).repeat_interleave(width // weight_GL.shape[1], dim=1)
     d_decoder_FN = torch.empty(n_features, width, dtype=dtype, device=device)
-    scratch = torch.empty(major.scratch_features.numel(), width, dtype=wide, device=device)
+    scratch = torch.empty(transpose.scratch_features.numel(), width, dtype=wide, device=device)
     partials = torch.empty(n_tiles, n_pairs, dtype=wide, device=device)
-    backward_decoder_kernel[(major.chunks.shape[0], n_tiles)](
-        major.chunks, major.rows_P, values_P[major.order_P], error_BGN.contiguous(), scale_GN,
+    backward_decoder_kernel[(transpose.chunks.shape[0], n_tiles)](
+        transpose.chunks, transpose.rows_P, values_P[transpose.order_P], error_BGN.contiguous(), scale_GN,
         decoder_GFN.contiguous(), d_decoder_FN, scratch, partials, n_pairs, n_features, features_each,
         width, tile.columns, tile.pairs, accumulator(dtype), num_warps=1,
     )  # fmt: skip
-    add_scratch(d_decoder_FN, scratch, major)
-    return add_tiles(partials, values_P.dtype, major.order_P), d_decoder_FN.view(decoder_GFN.shape)
+    add_scratch(d_decoder_FN, scratch, transpose)
+    return add_tiles(partials, values_P.dtype, transpose.order_P), d_decoder_FN.view(decoder_GFN.shape)

@@ -12,20 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triton_kernels.arguments import Code
 from triton_kernels.gpu.feature_major import feature_major
 from triton_kernels.gpu.scatter_outer import scatter_rows
 
 
-def backward_encoder(
-    d_z_P: Tensor, features_P: Tensor, offsets: Tensor, x_BGN: Tensor, center_GN: Tensor, n_features: int
-) -> tuple[Tensor, Tensor]:
+def backward_encoder(code: Code, x_BGN: Tensor, center_GN: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     """`d_encoder` as `[G, F, N]` and `d_bias` as `[G, F]`, both in the centre's dtype; x may be narrower."""
+    d_z_P, features_P, offsets = code
     n_groups, width = center_GN.shape
     if features_P.numel() == 0:
         return center_GN.new_zeros(n_groups, n_features, width), center_GN.new_zeros(n_groups, n_features)
     n_rows = n_groups * n_features
     d_encoder_FN = torch.empty(n_rows, width, dtype=center_GN.dtype, device=center_GN.device)
     d_bias_F = torch.empty(n_rows, dtype=center_GN.dtype, device=center_GN.device)
-    major = feature_major(features_P, offsets, n_rows)
-    scatter_rows(d_z_P, major, x_BGN.reshape(-1, width), center_GN, d_encoder_FN, d_bias_F)
+    transpose = feature_major(features_P, offsets, n_rows)
+    scatter_rows(d_z_P, transpose, x_BGN.reshape(-1, width), center_GN, d_encoder_FN, d_bias_F)
     return d_encoder_FN.view(n_groups, n_features, width), d_bias_F.view(n_groups, n_features)

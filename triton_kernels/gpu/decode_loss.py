@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.arguments import Code
 from triton_kernels.gpu.gather_sum import weighted_rows
 from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
 
@@ -38,15 +39,7 @@ def decode_loss_kernel(
     tl.store(squares + partial, tl.sum(difference * difference, 0))
 
 
-def decode_loss(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    decoder_GFN: Tensor,
-    bias_GN: Tensor,
-    x_BGN: Tensor,
-    n_parts: int,
-) -> tuple[Tensor, Tensor]:
+def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
     """The error `gather_sum(code, decoder) + bias - x` as `[B, G, N]`, and its squares summed as `[G, n_parts]`.
 
     The squares are summed over the batch and over each of `n_parts` equal runs of columns, before the error is
@@ -61,7 +54,7 @@ def decode_loss(
     squares = torch.empty(n_groups, n_parts, n_tiles * n_tokens, dtype=torch_accumulator(dtype), device=x_BGN.device)
     if error_BGN.numel() > 0:
         decode_loss_kernel[(n_tokens, n_parts * n_tiles, n_groups)](
-            values_P.contiguous(), features_P.contiguous(), offsets.contiguous(), decoder_GFN.contiguous(),
+            *(one.contiguous() for one in code), decoder_GFN.contiguous(),
             bias_GN.contiguous(), x_BGN.contiguous(), error_BGN, squares,
             width, part, tile.columns, tile.pairs, accumulator(dtype), num_warps=1,
         )  # fmt: skip

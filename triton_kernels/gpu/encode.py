@@ -13,15 +13,14 @@ choices are (see `select_topk`, `select_threshold`, `batch_threshold`), the GEMM
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from triton_kernels.arguments import Encoding
 from triton_kernels.gpu.batch_threshold import RunningBound, largest_pairs
 from triton_kernels.gpu.gather_dot import gather_dot
 from triton_kernels.gpu.group_max import group_max
-from triton_kernels.gpu.score_slab import pays, score_slab
 from triton_kernels.gpu.select_threshold import (
     Pairs,
     collect,
@@ -35,142 +34,107 @@ from triton_kernels.gpu.select_topk import select_top_k
 SLAB_BYTES = 256 * 2**20
 
 
-class Slab(NamedTuple):
-    """Scores of rows `start : start + z.shape[0]`, and those rows of x, centred. The next slab overwrites `z`."""
-
-    start: int
-    centred_RN: Tensor
-    z_RF: Tensor
-    maxima_RG: Tensor | None  # of the scores, where the product has found them: see `score_slab`
-
-
-class Encoder(NamedTuple):
-    """Encoder of G dictionaries, as the operators receive it."""
-
-    center_GN: Tensor
-    encoder_GFN: Tensor
-    bias_GF: Tensor
-    product: torch.dtype
-    working_GFN: Tensor
-
-    @property
-    def rescores(self) -> bool:
-        """Whether the chosen pairs are computed again in the encoder's own dtype."""
-        return self.product != self.encoder_GFN.dtype
-
-    def slabs(self, x_BGN: Tensor, group: int, scale_F: Tensor | None) -> Iterator[Slab]:
-        """The scores of one dictionary, in slabs of rows; the scale is for the maxima alone."""
-        n_rows, n_features = x_BGN.shape[0], self.encoder_GFN.shape[1]
-        step = max(1, min(n_rows, SLAB_BYTES // (n_features * self.product.itemsize)))
-        slab = torch.empty(step if n_rows else 0, n_features, dtype=self.product, device=x_BGN.device)
-        bias_F = self.bias_GF[group].to(self.product)
-        for start in range(0, n_rows, step):
-            centred = x_BGN[start : start + step, group] - self.center_GN[group]
-            z = slab[: centred.shape[0]]
-            low_RN, encoder_FN, maxima = centred.to(self.product), self.working_GFN[group], None
-            if pays(low_RN.shape[1], self.product):
-                maxima = score_slab(low_RN, encoder_FN, bias_F, scale_F, z)
-            else:
-                torch.addmm(bias_F, low_RN, encoder_FN.t(), out=z)
-            yield Slab(start, centred, z, maxima)
-
-    def rescore(self, centred_RN: Tensor, features_P: Tensor, offsets: Tensor) -> Tensor:
-        """z of the given pairs in the encoder's dtype."""
-        table_FN = self.encoder_GFN.reshape(-1, self.encoder_GFN.shape[2])
-        z_P = gather_dot(centred_RN.to(table_FN.dtype).contiguous(), features_P, offsets, table_FN)
-        return z_P + self.bias_GF.reshape(-1)[features_P.long()]
+def _slabs(encoding: Encoding, working_FN: Tensor, group: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row, centred rows and scores of one dictionary's slabs of rows; the next slab overwrites the scores."""
+    (n_rows, _, _), n_features, dtype = encoding.x_BGN.shape, working_FN.shape[0], encoding.product
+    step = max(1, min(n_rows, SLAB_BYTES // (n_features * dtype.itemsize)))
+    slab = torch.empty(step if n_rows else 0, n_features, dtype=dtype, device=working_FN.device)
+    bias_F = encoding.bias_GF[group].to(dtype)
+    for start in range(0, n_rows, step):
+        centred_RN = encoding.x_BGN[start : start + step, group] - encoding.center_GN[group]
+        z_RF = slab[: centred_RN.shape[0]]
+        torch.addmm(bias_F, centred_RN.to(dtype), working_FN.t(), out=z_RF)
+        yield start, centred_RN, z_RF
 
 
-def _encoder(center_GN, encoder_GFN, bias_GF, product: torch.dtype, working_GFN: Tensor | None) -> Encoder:
-    working = encoder_GFN.to(product) if working_GFN is None else working_GFN
-    return Encoder(center_GN, encoder_GFN, bias_GF, product, working)
+def _rescored(encoding: Encoding, centred_RN: Tensor, features_P: Tensor, offsets: Tensor) -> Tensor:
+    """z of the given pairs in the encoder's own dtype."""
+    table_FN = encoding.encoder_GFN.reshape(-1, encoding.encoder_GFN.shape[2])
+    z_P = gather_dot(centred_RN.to(table_FN.dtype).contiguous(), features_P, offsets, table_FN)
+    return z_P + encoding.bias_GF.reshape(-1)[features_P.long()]
 
 
-def _scale_of(scale_GF: Tensor | None, group: int) -> Tensor | None:
-    return None if scale_GF is None else scale_GF[group].contiguous()
+def _working(encoding: Encoding) -> Tensor:
+    return encoding.encoder_GFN.to(encoding.product) if encoding.working_GFN is None else encoding.working_GFN
 
 
-def encode_top_k(
-    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
-    k: int, product: torch.dtype, working_GFN: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Values and global features, `[B * G * k]` each, of the k best scores of each row and dictionary."""
-    n_rows, n_groups, _ = x_BGN.shape
-    n_features, device = encoder_GFN.shape[1], x_BGN.device
-    encoder = _encoder(center_GN, encoder_GFN, bias_GF, product, working_GFN)
-    values = torch.empty(n_rows, n_groups, k, dtype=encoder_GFN.dtype, device=device)
-    features = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=device)
+def _scale_of(encoding: Encoding, group: int) -> Tensor | None:
+    return None if encoding.scale_GF is None else encoding.scale_GF[group].contiguous()
+
+
+def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
+    """z and global features, `[B * G * k]` each, of the k best scores of each row and dictionary."""
+    (n_rows, n_groups, _), device = encoding.x_BGN.shape, encoding.x_BGN.device
+    n_features, working_GFN = encoding.encoder_GFN.shape[1], _working(encoding)
+    z_BGK = torch.empty(n_rows, n_groups, k, dtype=encoding.encoder_GFN.dtype, device=device)
+    features_BGK = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=device)
     for group in range(n_groups):
-        scale_F = _scale_of(scale_GF, group)
-        for start, centred, z, maxima in encoder.slabs(x_BGN, group, scale_F):
-            rows = slice(start, start + z.shape[0])
-            value, feature = values[rows, group], features[rows, group]
-            chosen_z = torch.empty(value.shape, dtype=product, device=device) if encoder.rescores else value
-            select_top_k(z, scale_F, k, group * n_features, chosen_z, feature, maxima)
-            if encoder.rescores:
-                offsets = torch.arange(0, value.numel() + 1, k, device=device)
-                value.copy_(encoder.rescore(centred, feature.reshape(-1), offsets).relu_().view(-1, k))
-    return values.view(-1), features.view(-1)
+        scale_F = _scale_of(encoding, group)
+        for start, centred_RN, z_RF in _slabs(encoding, working_GFN[group], group):
+            rows = slice(start, start + z_RF.shape[0])
+            z_RK, features_RK = z_BGK[rows, group], features_BGK[rows, group]
+            chosen_RK = torch.empty(z_RK.shape, dtype=encoding.product, device=device) if encoding.is_rounded else z_RK
+            select_top_k(z_RF, scale_F, k, group * n_features, chosen_RK, features_RK)
+            if encoding.is_rounded:
+                offsets = torch.arange(0, z_RK.numel() + 1, k, device=device)
+                z_RK.copy_(_rescored(encoding, centred_RN, features_RK.reshape(-1), offsets).view(-1, k))
+    return z_BGK.view(-1), features_BGK.view(-1)
 
 
-def _code_of(x_BGN: Tensor, encoder: Encoder, lists: list[Pairs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _kept(
+    z_RF: Tensor, scale_F: Tensor | None, start: int, lower_F: Tensor | None, bound: Tensor | RunningBound
+) -> Pairs:
+    """The pairs of a slab above `lower_F`, whose groups have `bound`, or those above the running bound of the batch."""
+    if z_RF.dtype == torch.float64:
+        return kept_pairs_fp64(z_RF, scale_F, start, lower_F)
+    maxima = group_max(z_RF, scale_F)
+    bound = bound.add(maxima) if isinstance(bound, RunningBound) else bound
+    return kept_pairs(z_RF, scale_F, maxima, start, lower_F=lower_F, bound=bound)
+
+
+def _code_of(encoding: Encoding, lists: list[Pairs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z in the encoder's dtype, global features, offsets and scores of the chosen pairs."""
-    z, features, offsets, score = join_dictionaries(lists, x_BGN.shape[0], encoder.encoder_GFN.shape[1])
-    if encoder.rescores:
-        centred = (x_BGN - encoder.center_GN).reshape(-1, x_BGN.shape[2])
-        z = encoder.rescore(centred, features, offsets)
+    n_rows, _, width = encoding.x_BGN.shape
+    z, features, offsets, score = join_dictionaries(lists, n_rows, encoding.encoder_GFN.shape[1])
+    if encoding.is_rounded:
+        centred_RN = (encoding.x_BGN - encoding.center_GN).reshape(-1, width)
+        z = _rescored(encoding, centred_RN, features, offsets)
     return z, features, offsets, score
 
 
-def encode_batch_top_k(
-    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
-    k: int, product: torch.dtype, working_GFN: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values, global features, offsets `[B * G + 1]` and cut `[G]` of the B * k largest positive scores a dictionary.
 
     Equal scores go to the lowest (row, feature). There are fewer pairs only where fewer scores are positive. The cut
     is the smallest kept score, 0 without any.
     """
-    n_rows, n_groups, _ = x_BGN.shape
-    encoder = _encoder(center_GN, encoder_GFN, bias_GF, product, working_GFN)
-    lists, cuts = [], []
+    n_rows, n_groups, _ = encoding.x_BGN.shape
+    working_GFN, lists, cuts = _working(encoding), [], []
     for group in range(n_groups):
-        scale_F, running, parts = _scale_of(scale_GF, group), RunningBound(n_rows * k, x_BGN.device), []
-        for start, _, z, maxima in encoder.slabs(x_BGN, group, scale_F):
-            if product == torch.float64:
-                parts.append(kept_pairs_fp64(z, scale_F, start, None))
-            else:
-                maxima = group_max(z, scale_F) if maxima is None else maxima
-                parts.append(kept_pairs(z, scale_F, maxima, start, lower_F=None, bound=running.add(maxima)))
-        best, cut = largest_pairs(collect(parts, encoder_GFN), n_rows * k)
+        scale_F, running = _scale_of(encoding, group), RunningBound(n_rows * k, encoding.x_BGN.device)
+        slabs = _slabs(encoding, working_GFN[group], group)
+        parts = [_kept(z_RF, scale_F, start, None, running) for start, _, z_RF in slabs]
+        best, cut = largest_pairs(collect(parts, encoding.encoder_GFN), n_rows * k)
         lists.append(best)
-        cuts.append(cut.to(encoder_GFN.dtype))
-    z, features, offsets, _ = _code_of(x_BGN, encoder, lists)
+        cuts.append(cut.to(encoding.encoder_GFN.dtype))
+    z, features, offsets, _ = _code_of(encoding, lists)
     return z.relu(), features, offsets, torch.stack(cuts)
 
 
-def encode_threshold(
-    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
-    threshold_GF: Tensor, window: float, product: torch.dtype, working_GFN: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values, global features, offsets and z of the pairs with score > threshold - window / 2 and z > 0.
 
     The value is relu(z) where the score is above the threshold itself, else 0.
     """
-    n_groups = x_BGN.shape[1]
-    encoder = _encoder(center_GN, encoder_GFN, bias_GF, product, working_GFN)
-    lists = []
-    for group in range(n_groups):
-        scale_F, parts = _scale_of(scale_GF, group), []
-        lower_F = (threshold_GF[group].to(torch.promote_types(product, torch.float32)) - window / 2).contiguous()
+    working_GFN, lists = _working(encoding), []
+    for group in range(encoding.x_BGN.shape[1]):
+        scale_F = _scale_of(encoding, group)
+        wide = torch.promote_types(encoding.product, torch.float32)
+        lower_F = (threshold_GF[group].to(wide) - window / 2).contiguous()
         bounds = group_bounds(lower_F)
-        for start, _, z, maxima in encoder.slabs(x_BGN, group, scale_F):
-            if product == torch.float64:
-                parts.append(kept_pairs_fp64(z, scale_F, start, lower_F))
-            else:
-                maxima = group_max(z, scale_F) if maxima is None else maxima
-                parts.append(kept_pairs(z, scale_F, maxima, start, lower_F=lower_F, bound=bounds))
-        lists.append(collect(parts, encoder_GFN))
-    z, features, offsets, score = _code_of(x_BGN, encoder, lists)
+        slabs = _slabs(encoding, working_GFN[group], group)
+        parts = [_kept(z_RF, scale_F, start, lower_F, bounds) for start, _, z_RF in slabs]
+        lists.append(collect(parts, encoding.encoder_GFN))
+    z, features, offsets, score = _code_of(encoding, lists)
     above = score > threshold_GF.reshape(-1)[features.long()].to(score.dtype)
     return torch.where(above, z.relu(), 0), features, offsets, z

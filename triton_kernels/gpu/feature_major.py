@@ -17,13 +17,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.cache import TransposeCache
 from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
-from triton_kernels.kept import Latest
 
 CHUNK = 128
 
 
-class FeatureMajor(NamedTuple):
+class ChunkedTranspose(NamedTuple):
     """A code's pairs by feature, and the chunks they are cut into."""
 
     order_P: Tensor  # position of each sorted pair in the row-major code, int64
@@ -34,15 +34,17 @@ class FeatureMajor(NamedTuple):
     first_scratch: Tensor  # [F + 1], int32: where each feature's scratch rows begin
 
 
-_latest: Latest[FeatureMajor] = Latest()
+_transposes: TransposeCache[ChunkedTranspose] = TransposeCache()
 
 
-def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
-    """The code's pairs in feature-major order; the latest answer is kept."""
-    return _latest.get(features_P, offsets, (n_features, CHUNK), lambda: _transpose(features_P, offsets, n_features))
+def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> ChunkedTranspose:
+    """The code's pairs in feature-major order; the last transpose is cached."""
+    return _transposes.get(
+        features_P, offsets, (n_features, CHUNK), lambda: _transpose(features_P, offsets, n_features)
+    )
 
 
-def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
+def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> ChunkedTranspose:
     n_spare, device = features_P.numel() // CHUNK, features_P.device
     sorted_P, order_P = torch.sort(features_P, stable=True)
     rows_P = torch.searchsorted(offsets[1:].contiguous(), order_P, right=True, out_int32=True)
@@ -60,7 +62,7 @@ def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureM
     scratch = torch.where(nth > 0, first_scratch[feature] + nth - 1, -1)
     chunks = torch.stack([feature, begin, end, scratch], 1)
     scratch_features = torch.searchsorted(ends, chunk[:n_spare], right=True, out_int32=True)
-    return FeatureMajor(order_P, rows_P, starts, chunks, scratch_features, first_scratch)
+    return ChunkedTranspose(order_P, rows_P, starts, chunks, scratch_features, first_scratch)
 
 
 @jit
@@ -84,13 +86,13 @@ def add_scratch_kernel(
             tl.store(target, total.to(out.dtype.element_ty), inside)
 
 
-def add_scratch(out_FN: Tensor, scratch_SN: Tensor, major: FeatureMajor) -> None:
+def add_scratch(out_FN: Tensor, scratch_SN: Tensor, transpose: ChunkedTranspose) -> None:
     """Add to every feature's output row its further chunks' partial rows, in chunk order, in place."""
     (n_scratch, width), n_features = scratch_SN.shape, out_FN.shape[0]
     if n_scratch == 0:
         return
     tile = gather_tile(width, scratch_SN.itemsize, 1)
     add_scratch_kernel[(n_scratch, tile_count(width, tile.columns))](
-        out_FN, scratch_SN, major.scratch_features, major.first_scratch, n_features,
+        out_FN, scratch_SN, transpose.scratch_features, transpose.first_scratch, n_features,
         width, tile.columns, tile.pairs, accumulator(scratch_SN.dtype), num_warps=1,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.arguments import Code
 from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
 
 
@@ -52,8 +53,9 @@ def gather_sum_kernel(
     tl.store(out + row * N + columns, total.to(out.dtype.element_ty), inside, eviction_policy="evict_first")
 
 
-def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
+def gather_sum(code: Code, table_FN: Tensor) -> Tensor:
     """See `reference.gather_sum`; the output has the table's dtype."""
+    values_P, features_P, offsets = code
     n_rows, (n_features, width) = offsets.numel() - 1, table_FN.shape
     if features_P.numel() == 0 or width == 0:
         return table_FN.new_zeros(n_rows, width)

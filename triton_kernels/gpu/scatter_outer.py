@@ -13,7 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.gpu.feature_major import FeatureMajor, add_scratch, feature_major
+from triton_kernels.arguments import Code
+from triton_kernels.gpu.feature_major import ChunkedTranspose, add_scratch, feature_major
 from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
 
 
@@ -58,31 +59,37 @@ def scatter_outer_kernel(
 
 
 def scatter_rows(
-    values_P: Tensor, major: FeatureMajor, x_RN: Tensor, center_GN: Tensor | None, out_FN: Tensor, sums_F: Tensor | None
+    values_P: Tensor,
+    transpose: ChunkedTranspose,
+    x_RN: Tensor,
+    center_GN: Tensor | None,
+    out_FN: Tensor,
+    sums_F: Tensor | None,
 ) -> None:
     """Write `scatter_outer` of the centred rows into `out_FN`, and each feature's sum of values into `sums_F`.
 
     `sums_F` is written where a centre is given. At least one pair.
     """
-    (n_features, width), n_scratch = out_FN.shape, major.scratch_features.numel()
+    (n_features, width), n_scratch = out_FN.shape, transpose.scratch_features.numel()
     n_groups = 1 if center_GN is None else center_GN.shape[0]
     dtype = torch_accumulator(out_FN.dtype)
     scratch = torch.empty(n_scratch, width, dtype=dtype, device=out_FN.device)
     scratch_sums = torch.empty(n_scratch, 1, dtype=dtype, device=out_FN.device)
     tile = gather_tile(width, x_RN.itemsize, x_RN.shape[0] // n_groups, most_row_bytes=1024)
-    scatter_outer_kernel[(major.chunks.shape[0], tile_count(width, tile.columns))](
-        major.chunks, major.rows_P, values_P[major.order_P], x_RN.contiguous(),
+    scatter_outer_kernel[(transpose.chunks.shape[0], tile_count(width, tile.columns))](
+        transpose.chunks, transpose.rows_P, values_P[transpose.order_P], x_RN.contiguous(),
         x_RN if center_GN is None else center_GN.contiguous(), out_FN, scratch,
         scratch if sums_F is None else sums_F, scratch_sums, n_features, n_features // n_groups,
         center_GN is not None, width, tile.columns, tile.pairs, accumulator(out_FN.dtype), num_warps=1,
     )  # fmt: skip
-    add_scratch(out_FN, scratch, major)
+    add_scratch(out_FN, scratch, transpose)
     if sums_F is not None:
-        add_scratch(sums_F.view(-1, 1), scratch_sums, major)
+        add_scratch(sums_F.view(-1, 1), scratch_sums, transpose)
 
 
-def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: Tensor, n_features: int) -> Tensor:
+def scatter_outer(code: Code, x_RN: Tensor, n_features: int) -> Tensor:
     """See `reference.scatter_outer`; the output has x's dtype."""
+    values_P, features_P, offsets = code
     if features_P.numel() == 0 or x_RN.shape[1] == 0:
         return x_RN.new_zeros(n_features, x_RN.shape[1])
     out_FN = torch.empty(n_features, x_RN.shape[1], dtype=x_RN.dtype, device=x_RN.device)

@@ -62,7 +62,7 @@ def take_in_order(key, cut, left, before):
 
 @tiles.jit
 def choose_groups_kernel(
-    maxima_ptr, chosen_ptr, n_groups, k, SIZE: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr
+    maxima_ptr, groups_ptr, n_groups, k, SIZE: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, SIZE)
@@ -75,20 +75,20 @@ def choose_groups_kernel(
         inside = place < n_groups
         part = tl.load(maxima_ptr + row * n_groups + place, mask=inside, other=0).to(tl.int32)
         take, rank, before = take_in_order(mend_key(part, inside, BITS), cut, left, before)
-        tl.store(chosen_ptr + row * k + rank, place, mask=take)
+        tl.store(groups_ptr + row * k + rank, place, mask=take)
 
 
 @tiles.jit
 def choose_features_kernel(
-    z_ptr, scale_ptr, chosen_ptr, values_ptr, features_ptr,
-    n_features, k, first_feature, values_stride, features_stride,
+    z_ptr, scale_ptr, groups_ptr, chosen_z_ptr, features_ptr,
+    n_features, k, first_feature, z_stride, features_stride,
     SCALED: tl.constexpr, GATHER: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * n_features
     if GATHER:
         slot = tl.arange(0, SIZE // 32)
-        group = tl.load(chosen_ptr + row * k + slot, mask=slot < k, other=0)
+        group = tl.load(groups_ptr + row * k + slot, mask=slot < k, other=0)
         column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
         valid = (slot < k)[:, None] & (column < n_features)
         key = mend_key(load_key(z_ptr, scale_ptr, column, valid, SCALED), valid, BITS)
@@ -102,59 +102,56 @@ def choose_features_kernel(
         place = start + tl.arange(0, CHUNK)
         inside = place < n_features
         if GATHER:  # the groups ascend, so order of places is order of columns
-            chosen = tl.load(chosen_ptr + row * k + place // 32, mask=place // 32 < k, other=0)
+            chosen = tl.load(groups_ptr + row * k + place // 32, mask=place // 32 < k, other=0)
             inside = (place // 32 < k) & (chosen * 32 + place % 32 < n_features)
             place = chosen * 32 + place % 32
         part = mend_key(load_key(z_ptr, scale_ptr, place, inside, SCALED), inside, BITS)
         take, rank, before = take_in_order(part, cut, left, before)
-        z = tl.load(z_ptr + place, mask=take, other=0.0).to(tl.float32)
-        z = tl.where(z < 0, 0.0, z).to(values_ptr.dtype.element_ty)
-        tl.store(values_ptr + row * values_stride + rank, z, mask=take)
+        z = tl.load(z_ptr + place, mask=take, other=0.0)
+        tl.store(chosen_z_ptr + row * z_stride + rank, z.to(chosen_z_ptr.dtype.element_ty), mask=take)
         tl.store(features_ptr + row * features_stride + rank, place + first_feature, mask=take)
 
 
 def select_top_k(
-    z_RF: Tensor, scale_F: Tensor | None, k: int, first_feature: int, values_RK: Tensor, features_RK: Tensor,
-    maxima_RG: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Fill `values_RK` with relu(z) and `features_RK` with `first_feature` + column of the k best scores of each row.
+    z_RF: Tensor, scale_F: Tensor | None, k: int, first_feature: int, z_RK: Tensor, features_RK: Tensor
+) -> None:
+    """Fill `z_RK` with z and `features_RK` with `first_feature` + column of the k best scores of each row.
 
-    The two results may be strided over their rows. The scale changes the choice, not the values. `maxima_RG` is
-    `group_max` of the scores, where it is known.
+    The two results may be strided over their rows. The scale changes the choice, not z.
     """
     n_rows, n_features = z_RF.shape
     n_groups = tiles.cdiv(n_features, GROUP)
     gather = k <= MOST_KEPT and (2 * k <= n_groups or n_features > MOST_DIRECT)
     countable = n_groups <= MOST_COUNTED  # equal keys are counted in 15 bits
     if z_RF.dtype == torch.float64 or k >= n_features or not ((gather and countable) or n_features <= MOST_DIRECT):
-        _select_by_sort(z_RF, scale_F, k, first_feature, values_RK, features_RK)
+        _select_by_sort(z_RF, scale_F, k, first_feature, z_RK, features_RK)
         return
     if not n_rows:
         return
     bits = key_bits(z_RF, scale_F)
-    chosen = features_RK  # not read unless gather
+    groups = features_RK  # not read unless gather
     if gather:
-        chosen = torch.empty(n_rows, k, dtype=torch.int32, device=z_RF.device)
+        groups = torch.empty(n_rows, k, dtype=torch.int32, device=z_RF.device)
         size = tiles.power_of_two(n_groups)
         choose_groups_kernel[(n_rows,)](
-            group_max(z_RF, scale_F) if maxima_RG is None else maxima_RG, chosen, n_groups, k,
+            group_max(z_RF, scale_F), groups, n_groups, k,
             SIZE=size, CHUNK=min(size, tiles.CHOICE_CHUNK), BITS=bits, num_warps=tiles.choice_warps(size),
         )  # fmt: skip
     size = tiles.power_of_two(k) * GROUP if gather else max(16, tiles.power_of_two(n_features))
     choose_features_kernel[(n_rows,)](
-        z_RF, z_RF if scale_F is None else scale_F, chosen, values_RK, features_RK,
-        n_features, k, first_feature, values_RK.stride(0), features_RK.stride(0),
+        z_RF, z_RF if scale_F is None else scale_F, groups, z_RK, features_RK,
+        n_features, k, first_feature, z_RK.stride(0), features_RK.stride(0),
         SCALED=scale_F is not None, GATHER=gather, SIZE=size, CHUNK=min(size, tiles.CHOICE_CHUNK), BITS=bits,
         num_warps=tiles.choice_warps(size),
     )  # fmt: skip
 
 
-def _select_by_sort(z_RF, scale_F, k, first_feature, values_RK, features_RK) -> None:
+def _select_by_sort(z_RF, scale_F, k, first_feature, z_RK, features_RK) -> None:
     if k >= z_RF.shape[1]:
         columns = torch.arange(k, device=z_RF.device).expand(z_RF.shape[0], -1)
     elif scale_F is None:
         columns = first_largest(z_RF, k)
     else:
         columns = first_largest(z_RF.to(torch.promote_types(z_RF.dtype, torch.float32)) * scale_F, k)
-    values_RK.copy_(z_RF.gather(1, columns).relu())
+    z_RK.copy_(z_RF.gather(1, columns))
     features_RK.copy_(columns + first_feature)

@@ -5,16 +5,14 @@ Budgets: registers a thread that still let the programs meant to share a multipr
 
 import triton.language as tl
 
-from triton_kernels.gpu import score_slab as slab
-
 TOPK = "triton_kernels.gpu.select_topk:"
 ADAM = "triton_kernels.gpu.adam_rows:"
 
 MAXIMA = {"n_features": "i32:16", "n_groups": "i32:16", "n_tiles": "i32", "scale_ptr": "*fp32"}
-GROUPS = {"chosen_ptr": "*i32", "n_groups": "i32:16", "k": "i32:16"}
+GROUPS = {"groups_ptr": "*i32", "n_groups": "i32:16", "k": "i32:16"}
 FEATURES = {
-    **dict.fromkeys(("chosen_ptr", "features_ptr"), "*i32"),
-    **dict.fromkeys(("n_features", "k", "first_feature", "values_stride", "features_stride"), "i32:16"),
+    **dict.fromkeys(("groups_ptr", "features_ptr"), "*i32"),
+    **dict.fromkeys(("n_features", "k", "first_feature", "z_stride", "features_stride"), "i32:16"),
     "scale_ptr": "*fp32",
 }
 PAIRS = {
@@ -30,8 +28,8 @@ STATE = {
     **dict.fromkeys(("keep", "blend_first", "decay_second", "blend_second", "rate", "root", "eps"), "fp32"),
     "working_ptr": "*i16",
 }
-ROWS = {**STATE, "norms_ptr": "*fp32", "width": "i32:16", "group_rows": "i32:16"}
-EVERYTHING = {"SCALED": True, "UNIT": True, "WORKING": True, "NORMS": True}
+ROWS = {**STATE, "width": "i32:16", "group_rows": "i32:16"}
+EVERYTHING = {"SCALED": True, "WORKING": True}
 
 
 def choice(size, bits):
@@ -39,7 +37,7 @@ def choice(size, bits):
 
 
 def features(dtype, scaled, gather, size, bits, warps):
-    signature = {**FEATURES, "z_ptr": dtype, "values_ptr": dtype}
+    signature = {**FEATURES, "z_ptr": dtype, "chosen_z_ptr": dtype}
     constants = {"SCALED": scaled, "GATHER": gather, **choice(size, bits)}
     return (TOPK + "choose_features_kernel", signature, constants, warps, 3, 128)
 
@@ -47,15 +45,6 @@ def features(dtype, scaled, gather, size, bits, warps):
 def group_max(dtype, key, scaled, budget):
     signature = {**MAXIMA, "z_ptr": dtype, "maxima_ptr": key}
     return ("triton_kernels.gpu.group_max:group_max_kernel", signature, {"SCALED": scaled, "TILE": 128}, 4, 3, budget)
-
-
-def score_slab(key, scaled):
-    """At N = 768 and F = 32,768: 64 sums a thread, and one program of eight warps a multiprocessor of sm_80."""
-    pointers = dict.fromkeys(("x_ptr", "encoder_ptr", "bias_ptr", "z_ptr"), "*bf16")
-    sizes = {**dict.fromkeys(("n_features", "width", "n_groups"), "i32:16"), "n_rows": "i32", "n_row_tiles": "i32"}
-    signature = {**pointers, **sizes, "scale_ptr": "*fp32" if scaled else "*bf16", "maxima_ptr": key}
-    constants = {"SCALED": scaled, "ROWS": slab.ROWS, "COLUMNS": slab.COLUMNS, "DEPTH": slab.DEPTH}
-    return ("triton_kernels.gpu.score_slab:score_slab_kernel", signature, constants, 8, 3, 184)
 
 
 def pairs(dtype, key, scaled, per_column, write, budget):
@@ -81,8 +70,6 @@ def rows(rows_, columns, warps, budget):
 SPECS = [
     group_max("*bf16", "*i16", False, 64),
     group_max("*fp32", "*i32", True, 64),
-    score_slab("*i16", False),
-    score_slab("*i32", True),
     (TOPK + "choose_groups_kernel", {**GROUPS, "maxima_ptr": "*i16"}, choice(1024, 16), 2, 3, 96),
     (TOPK + "choose_groups_kernel", {**GROUPS, "maxima_ptr": "*i32"}, choice(4096, 32), 8, 3, 96),
     features("*bf16", False, True, 1024, 16, 2),

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from triton_kernels import reference
-from triton_kernels.gpu.adam_rows import adam_rows
-from triton_kernels.gpu.row_squares import row_squares
+from triton_kernels import adam_rows, reference, row_squares
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -28,11 +26,9 @@ def gradients_of(shape, steps=3):
 
 
 def run(step_function, state, gradients, *, device="cpu", **options):
-    """The state, norms and working copy after the steps, from the dtype of the state."""
+    """The state and the working copy after the steps, from the dtype of the state."""
     parameter, first, second = (t.clone().to(device) for t in state)
-    norms = working = None
-    if options.pop("norms", False):
-        norms = torch.empty(parameter.shape[0], dtype=parameter.dtype, device=device)
+    working = None
     if (dtype := options.pop("working", None)) is not None:
         working = torch.empty(parameter.shape, dtype=dtype, device=device)
     scale = options.pop("scale_G", None)
@@ -41,19 +37,16 @@ def run(step_function, state, gradients, *, device="cpu", **options):
             parameter, gradient.to(device, parameter.dtype), first, second,
             step=step, **{"weight_decay": 0.0, "unit": False, **SETTINGS, **options},
             scale_G=None if scale is None else scale.to(device, parameter.dtype),
-            working_RN=working, norms_R=norms,
+            working_RN=working,
         )  # fmt: skip
-    return [None if t is None else t.cpu() for t in (parameter, first, second, norms, working)]
+    return [None if t is None else t.cpu() for t in (parameter, first, second, working)]
 
 
-@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_torch_adamw(shape, weight_decay, norms, device):
+def test_equals_torch_adamw(shape, weight_decay, device):
     state, gradients = state_of(shape), gradients_of(shape)
-    parameter, first, second, *_ = run(
-        adam_rows, state, gradients, device=device, weight_decay=weight_decay, norms=norms
-    )
+    parameter, first, second, *_ = run(adam_rows, state, gradients, device=device, weight_decay=weight_decay)
     for implementation in ("fused", "foreach"):
         twin = torch.nn.Parameter(state[0].clone())
         optimizer = torch.optim.AdamW([twin], lr=1e-2, weight_decay=weight_decay, **{implementation: True})
@@ -68,31 +61,30 @@ def test_equals_torch_adamw(shape, weight_decay, norms, device):
         torch.testing.assert_close(second, moments["exp_avg_sq"], rtol=1e-6, atol=0)
 
 
-def check_against_float64(shape, options, device, *, norms=True, spoil=lambda result: None):
+def check_against_float64(shape, options, device, *, spoil=lambda result: None):
     unit = options.get("unit", False)
     state, gradients = state_of(shape, unit=unit), gradients_of(shape)
     if unit and shape[1] == 1:
         gradients = [g * 0 for g in gradients]  # nothing is left of a gradient in one dimension but rounding
-    truth = run(reference.adam_rows, [t.double() for t in state], gradients, norms=norms, **options)
-    plain = run(reference.adam_rows, state, gradients, norms=norms, **options)
-    found = run(adam_rows, state, gradients, device=device, norms=norms, working=torch.bfloat16, **options)
+    truth = run(reference.adam_rows, [t.double() for t in state], gradients, **options)
+    plain = run(reference.adam_rows, state, gradients, **options)
+    found = run(adam_rows, state, gradients, device=device, working=torch.bfloat16, **options)
     spoil(found)
-    assert torch.equal(found[4], found[0].bfloat16())
-    for one, torchs, exact in zip(found[: 3 + norms], plain[: 3 + norms], truth[: 3 + norms], strict=True):
+    assert torch.equal(found[3], found[0].bfloat16())
+    for one, torchs, exact in zip(found[:3], plain[:3], truth[:3], strict=True):
         allowed = 2 * (torchs.double() - exact).abs().amax() + 2**-24 * exact.abs().amax()
         assert (one.double() - exact).abs().amax() <= allowed
 
 
-@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("scales", [None, (0.5,), (0.25, 3.0)])
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_errs_at_most_twice_as_much_as_torch(shape, unit, scales, norms, device):
+def test_errs_at_most_twice_as_much_as_torch(shape, unit, scales, device):
     scale = None if scales is None else torch.tensor(scales)
-    check_against_float64(shape, {"unit": unit, "scale_G": scale, "weight_decay": 0.05}, device, norms=norms)
+    check_against_float64(shape, {"unit": unit, "scale_G": scale, "weight_decay": 0.05}, device)
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", range(4))
 def test_a_perturbed_result_is_noticed(place, device):
     def spoil(result):
         result[place].view(-1)[2] += 1e-2 if place != 2 else 1e-4 * result[2].max()
@@ -102,10 +94,9 @@ def test_a_perturbed_result_is_noticed(place, device):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter's infinities
-@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("width", [5, 4097])
-def test_working_copy_rounds_to_nearest_even(unit, norms, width, device):
+def test_working_copy_rounds_to_nearest_even(unit, width, device):
     """Ties, carries into the exponent, infinity and NaN, written through a step that changes nothing."""
     bits = [0x3F808000, 0x3F818000, 0x3F7FFFFF, 0x3F80FFFF, 0x00000001, 0x3F807FFF, -0x7F800001]
     if not unit:
@@ -116,7 +107,7 @@ def test_working_copy_rounds_to_nearest_even(unit, norms, width, device):
         parameter /= parameter.norm(dim=1, keepdim=True).clamp_min(1e-12)
     state = (parameter, torch.zeros_like(parameter), torch.zeros_like(parameter))
     result, *_, working = run(
-        adam_rows, state, [torch.zeros_like(parameter)], device=device, unit=unit, norms=norms, working=torch.bfloat16
+        adam_rows, state, [torch.zeros_like(parameter)], device=device, unit=unit, working=torch.bfloat16
     )
     expected = result.bfloat16()
     assert torch.equal(working.isnan(), expected.isnan())
@@ -126,9 +117,7 @@ def test_working_copy_rounds_to_nearest_even(unit, norms, width, device):
 
 
 def test_working_copy_of_other_dtypes(device):
-    result, *_, working = run(
-        adam_rows, state_of((3, 5)), gradients_of((3, 5)), device=device, working=torch.float32, norms=True
-    )
+    result, *_, working = run(adam_rows, state_of((3, 5)), gradients_of((3, 5)), device=device, working=torch.float32)
     assert torch.equal(result, working)
 
 
@@ -146,7 +135,7 @@ def test_state_that_cannot_be_changed_in_place_is_refused():
     options = {**SETTINGS, "step": 1, "weight_decay": 0.0, "scale_G": None, "unit": False}
     for wrong in (parameter.t(), parameter.bfloat16()):
         with pytest.raises(ValueError, match="contiguous float32"):
-            adam_rows(wrong, wrong, first, second, **options, working_RN=None, norms_R=None)
+            adam_rows(wrong, wrong, first, second, **options, working_RN=None)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
@@ -158,7 +147,7 @@ def test_nothing_to_do(shape, device):
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("shape", [(5, 768), (6, 13), (2, 4099)], ids=str)
 def test_two_runs_and_any_order_of_programs_agree_to_the_bit(shape, unit, device, shuffled_programs):
-    options = {"unit": unit, "norms": True, "working": torch.bfloat16, "device": device}
+    options = {"unit": unit, "working": torch.bfloat16, "device": device}
     state, gradients = state_of(shape, unit=unit), gradients_of(shape)
     once = run(adam_rows, state, gradients, **options)
     with shuffled_programs(seed=5):

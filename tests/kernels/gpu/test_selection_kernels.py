@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import triton_kernels as ops
 from triton_kernels import reference
 from triton_kernels.gpu import batch_threshold, encode, group_max, select_threshold, select_topk
 
@@ -42,7 +43,7 @@ def check_top_k(z, scale, k):
     score = z if scale is None else z.to(torch.promote_types(z.dtype, torch.float32)) * scale
     expected = reference.first_largest(score, k)
     assert torch.equal(features.long(), expected + 100)
-    assert torch.equal(values, z.gather(1, expected).relu())
+    assert torch.equal(values, z.gather(1, expected))
 
 
 KINDS = ["normal", "many equal", "all equal", "negative", "zeros of both signs", "one best"]
@@ -233,13 +234,13 @@ def test_encoders_choose_what_plain_torch_chooses(shape, dtype, product, device)
     arguments = problem(n_rows, n_groups, n_features, width, dtype=dtype, scaled=scaled, device=device)
     z, score = exact_scores(*arguments)
 
-    values, features = encode.encode_top_k(*arguments, k, product, None)
+    values, features, _ = ops.encode_top_k(*arguments, k, product, None)
     columns = reference.first_largest(score.flatten(0, 1), k).view(n_rows, n_groups, k)
     assert torch.equal(features.view(columns.shape).long(), global_features(columns, n_features))
     assert torch.equal(values.view(columns.shape).double(), z.gather(2, columns).relu())
     assert values.dtype == dtype
 
-    values, features, offsets, cut = encode.encode_batch_top_k(*arguments, k, product, None)
+    values, features, offsets, cut = ops.encode_batch_top_k(*arguments, k, product, None)
     keep = batch_mask(score, k)
     assert_same_code(values, features, offsets, code_of_mask(keep, z))
     least = (
@@ -248,7 +249,7 @@ def test_encoders_choose_what_plain_torch_chooses(shape, dtype, product, device)
     assert torch.equal(cut.double().cpu(), torch.where(least.isinf(), 0.0, least).cpu().double())
 
     threshold = torch.randint(-1, 6, (n_groups, n_features), generator=generator(3)).to(dtype).to(device)
-    values, features, offsets, pre = encode.encode_threshold(*arguments, threshold, 2.5, product, None)
+    values, features, offsets, pre = ops.encode_threshold(*arguments, threshold, 2.5, product, None)
     keep = (score > threshold.double() - 1.25) & (z > 0)
     assert_same_code(values, features, offsets, code_of_mask(keep, torch.where(score > threshold, z, 0)))
     assert torch.equal(pre.double(), z[keep])
@@ -272,7 +273,7 @@ def test_only_the_choice_is_in_low_precision(scaled, device):
     )
     score = low.float() if scale is None else low.float() * scale
     columns = reference.first_largest(score.flatten(0, 1), 5).view(4, 2, 5)
-    values, features = encode.encode_top_k(*arguments, 5, torch.bfloat16, encoder.bfloat16())
+    values, features, _ = ops.encode_top_k(*arguments, 5, torch.bfloat16, encoder.bfloat16())
     assert torch.equal(features.view(4, 2, 5).long(), global_features(columns, 70))
     truth = z.gather(2, columns).relu().flatten()
     plain = torch.einsum("bgn,gfn->bgf", x - center, encoder) + bias
@@ -283,7 +284,7 @@ def test_only_the_choice_is_in_low_precision(scaled, device):
     assert (values - truth).abs().max() > allowed
 
     keep = batch_mask(score, 5)
-    values, features, offsets, cut = encode.encode_batch_top_k(*arguments, 5, torch.bfloat16, None)
+    values, features, offsets, cut = ops.encode_batch_top_k(*arguments, 5, torch.bfloat16, None)
     expected = code_of_mask(keep, z)
     assert torch.equal(offsets, expected[2])
     assert torch.equal(features.long(), expected[1])
@@ -291,7 +292,7 @@ def test_only_the_choice_is_in_low_precision(scaled, device):
     assert torch.equal(cut, torch.where(keep, score, torch.inf).amin((0, 2)).float())
 
     keep = (score > 1.5) & (low > 0)
-    values, features, _, pre = encode.encode_threshold(*arguments, bias * 0 + 2, 1.0, torch.bfloat16, None)
+    values, features, _, pre = ops.encode_threshold(*arguments, bias * 0 + 2, 1.0, torch.bfloat16, None)
     assert torch.equal(features.long(), code_of_mask(keep, z)[1])
     assert (pre - z[keep]).abs().max() <= allowed
     assert torch.equal(values, torch.where(score[keep] > 2, pre, 0))
@@ -300,9 +301,9 @@ def test_only_the_choice_is_in_low_precision(scaled, device):
 def every_encoder(arguments, product):
     threshold = torch.full_like(arguments[3], 1.5)
     return (
-        *encode.encode_top_k(*arguments, 3, product, None),
-        *encode.encode_batch_top_k(*arguments, 3, product, None),
-        *encode.encode_threshold(*arguments, threshold, 1.0, product, None),
+        *ops.encode_top_k(*arguments, 3, product, None),
+        *ops.encode_batch_top_k(*arguments, 3, product, None),
+        *ops.encode_threshold(*arguments, threshold, 1.0, product, None),
     )
 
 
@@ -322,16 +323,16 @@ def test_neither_chunks_nor_the_order_of_programs_change_a_bit(product, device, 
 def test_one_hot_feature_and_no_positive_score(device):
     x, center, encoder, bias, _ = problem(4, 1, 50, 3, device=device)
     bias[0] = -100.0
-    values, _ = encode.encode_top_k(x, center, encoder, bias, None, 2, torch.float32, None)
+    values, _, _ = ops.encode_top_k(x, center, encoder, bias, None, 2, torch.float32, None)
     assert values.eq(0).all()
     for code in (
-        encode.encode_batch_top_k(x, center, encoder, bias, None, 2, torch.float32, None),
-        encode.encode_threshold(x, center, encoder, bias, None, bias * 0, 0.5, torch.float32, None),
+        ops.encode_batch_top_k(x, center, encoder, bias, None, 2, torch.float32, None),
+        ops.encode_threshold(x, center, encoder, bias, None, bias * 0, 0.5, torch.float32, None),
     ):
         assert code[0].numel() == 0
         assert code[2].eq(0).all()
     bias[0, 9] = 100.0
-    values, features, offsets, cut = encode.encode_batch_top_k(x, center, encoder, bias, None, 2, torch.float32, None)
+    values, features, offsets, cut = ops.encode_batch_top_k(x, center, encoder, bias, None, 2, torch.float32, None)
     assert features.tolist() == [9] * 4
     assert offsets.tolist() == [0, 1, 2, 3, 4]
     assert float(cut) == float(values.min())

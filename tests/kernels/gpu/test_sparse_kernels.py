@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import triton_kernels as ops
 from triton_kernels import reference
 from triton_kernels.gpu import feature_major as transpose
 from triton_kernels.gpu import tiles
-from triton_kernels.gpu.backward_decoder import backward_decoder
-from triton_kernels.gpu.backward_encoder import backward_encoder
-from triton_kernels.gpu.decode_loss import decode_loss
-from triton_kernels.gpu.gather_dot import gather_dot
-from triton_kernels.gpu.gather_sum import gather_sum
-from triton_kernels.gpu.scatter_outer import scatter_outer
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -81,14 +76,16 @@ def arguments_of(shape, dtype, device, seed=0):
     x_BGN, table_GFN = normal(n_tokens, n_groups, width), normal(n_groups, n_features, width)
     row_GN, weight_GL = normal(n_groups, width), normal(n_groups, n_parts)
     x_RN, table_FN = x_BGN.flatten(0, 1), table_GFN.flatten(0, 1)
-    return {
-        "gather_sum": (gather_sum, (values_P, *code, table_FN)),
-        "gather_dot": (gather_dot, (x_RN, *code, table_FN)),
-        "scatter_outer": (scatter_outer, (values_P, *code, x_RN, n_groups * n_features)),
-        "decode_loss": (decode_loss, (values_P, *code, table_GFN, row_GN, x_BGN, n_parts)),
-        "backward_decoder": (backward_decoder, (values_P, *code, x_BGN, weight_GL, table_GFN)),
-        "backward_encoder": (backward_encoder, (values_P, *code, x_BGN, row_GN, n_features)),
+    arguments = {
+        "gather_sum": (values_P, *code, table_FN),
+        "gather_dot": (x_RN, *code, table_FN),
+        "scatter_outer": (values_P, *code, x_RN, n_groups * n_features),
+        "decode_loss": (values_P, *code, table_GFN, row_GN, x_BGN, n_parts),
+        "backward_decoder": (values_P, *code, x_BGN, weight_GL, table_GFN),
+        "backward_encoder": (values_P, *code, x_BGN, row_GN, n_features),
     }
+
+    return {name: (getattr(ops, name), given) for name, given in arguments.items()}
 
 
 def run(function, arguments):
@@ -146,7 +143,7 @@ def test_bits_depend_neither_on_the_run_nor_on_the_order_of_programs(name, devic
     first = run(function, arguments)
     with shuffled_programs(1):
         second = run(function, arguments)
-    transpose._latest.clear()
+    transpose._transposes.clear()
     with shuffled_programs(2):
         third = run(function, arguments)
     for one, two, three in zip(first, second, third, strict=True):
@@ -171,10 +168,10 @@ def test_an_expanded_error_is_read_as_such(device):
     _, arguments = arguments_of(SHAPES["parts"], torch.float32, device)["backward_decoder"]
     error = torch.full((), 0.5, device=device).expand(arguments[3].shape)
     arguments = (*arguments[:3], error, *arguments[4:])
-    check("backward_decoder", arguments, run(backward_decoder, arguments))
+    check("backward_decoder", arguments, run(ops.backward_decoder, arguments))
     x = torch.full((), 0.5, device=device).expand(arguments[3].shape)
     arguments = (*arguments[:3], x, x[0], arguments[5].shape[1])
-    check("backward_encoder", arguments, run(backward_encoder, arguments))
+    check("backward_encoder", arguments, run(ops.backward_encoder, arguments))
 
 
 @pytest.mark.parametrize("name", ["gather_sum", "gather_dot", "decode_loss", "backward_decoder", "backward_encoder"])
@@ -208,7 +205,7 @@ def test_a_feature_in_every_row_is_cut_into_chunks_and_a_dead_one_gets_a_zero_ro
     assert (major.starts.diff()[0], major.starts.diff()[-1]) == (19, 0)
     assert (major.chunks[:, 0] == 0).sum() == 5
     assert (major.scratch_features == 0).sum() == 4
-    result = scatter_outer(*arguments)
+    result = ops.scatter_outer(*arguments)
     check("scatter_outer", arguments, [result])
     assert result[-1].eq(0).all()
     assert len(major.chunks) == n_features + len(values) // SHORT_CHUNK

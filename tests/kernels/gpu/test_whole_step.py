@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
-from crosscoder.training.checkpoint import TrainState
-from crosscoder.training.firing import FiringTracker
 from crosscoder.training.optimizer import RowAdam
+from crosscoder.training.state import FiringTracker, TrainState
 from crosscoder.training.step import TrainConfig, take_step
 from triton_kernels import cpu, gpu, ops
 
@@ -28,7 +27,6 @@ def test_three_steps_equal_those_of_the_cpu(cls, sparsity, monkeypatch):
     for module in (cpu, gpu):
         monkeypatch.setattr(ops, "implementation", lambda tensor, module=module: module)
         monkeypatch.setattr("triton_kernels.encoders.implementation", lambda tensor, module=module: module)
-        monkeypatch.setattr("triton_kernels.updates.implementation", lambda tensor, module=module: module)
         dictionary = cls(n_layers=2, d_model=5, n_features=37, sparsity=sparsity, aux_k=0)
         groups = dictionary.grouped().center_GN.shape[0]
         state = TrainState(dictionary, RowAdam(dictionary, lr=1e-2), FiringTracker(groups, 37))

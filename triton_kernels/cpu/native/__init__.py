@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_kernels.arguments import AdamRows, AdamSettings, Code
 from triton_kernels.cpu.native import build
 from triton_kernels.reference import starts
 
@@ -68,7 +69,7 @@ def _as_c(name: str, wanted: build.Parameter, argument: Tensor | float | None) -
     return ctypes.c_void_p(argument.data_ptr()), argument
 
 
-class FeatureMajor(NamedTuple):
+class Transpose(NamedTuple):
     """The transpose of a CSR code: pairs sorted by feature (ties in row order), and where each feature begins."""
 
     order_P: Tensor  # position in the row-major code, int64
@@ -90,33 +91,34 @@ def _require_code(features_P: Tensor, offsets: Tensor, n_features: int) -> None:
         raise IndexError(f"offsets must ascend from 0 to {features_P.numel()}, the number of pairs")
 
 
-def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> FeatureMajor:
+def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Transpose:
     """The code's pairs in feature-major order; features are int32."""
     _require_code(features_P, offsets, n_features)
     order_P = torch.empty(features_P.numel(), dtype=torch.int64)
     rows_P, begins = torch.empty_like(order_P, dtype=torch.int32), torch.empty(n_features + 1, dtype=torch.int32)
     _call("feature_major", offsets.numel() - 1, n_features, features_P, offsets.long(), begins, rows_P, order_P)
-    return FeatureMajor(order_P, rows_P, begins)
+    return Transpose(order_P, rows_P, begins)
 
 
-def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
+def gather_sum(code: Code, table_FN: Tensor) -> Tensor:
     """See `reference.gather_sum`."""
+    values_P, features_P, offsets = code
     _require_code(features_P, offsets, table_FN.shape[0])
     out_RN = table_FN.new_empty(offsets.numel() - 1, table_FN.shape[1])
     _call("gather_sum", *out_RN.shape, values_P, features_P, offsets.long(), table_FN, out_RN)
     return out_RN
 
 
-def gather_dot(x_RN: Tensor, major: FeatureMajor, table_FN: Tensor) -> Tensor:
+def gather_dot(x_RN: Tensor, transpose: Transpose, table_FN: Tensor) -> Tensor:
     """See `reference.gather_dot`."""
-    out_P = x_RN.new_empty(major.order_P.numel())
-    _call("gather_dot", *table_FN.shape, major.offsets, major.rows_P, major.order_P, x_RN, table_FN, out_P)
+    out_P = x_RN.new_empty(transpose.order_P.numel())
+    _call("gather_dot", *table_FN.shape, transpose.offsets, transpose.rows_P, transpose.order_P, x_RN, table_FN, out_P)
     return out_P
 
 
 def scatter_outer(
     values_P: Tensor,
-    major: FeatureMajor,
+    transpose: Transpose,
     x_RN: Tensor,
     out_FN: Tensor,
     *,
@@ -130,36 +132,28 @@ def scatter_outer(
     n_groups = 1 if center_GN is None else center_GN.shape[0]
     squares_F = out_FN.new_empty(out_FN.shape[0])
     sizes = (out_FN.shape[0], n_groups, out_FN.shape[1])
-    indices = (major.offsets, major.rows_P, major.order_P)
+    indices = (transpose.offsets, transpose.rows_P, transpose.order_P)
     _call("scatter_outer", *sizes, *indices, values_P, x_RN, center_GN, out_FN, sums_F, squares_F)
     return squares_F
 
 
-def decode_loss(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    decoder_GFN: Tensor,
-    bias_GN: Tensor,
-    x_BGN: Tensor,
-    n_parts: int,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_loss`; the squares are in float64."""
+def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
+    """See `reference.decode_loss`."""
     n_groups, n_features, width = decoder_GFN.shape
     n_rows = x_BGN.shape[0] * n_groups
-    _require_code(features_P, offsets, n_groups * n_features)
+    _require_code(code.features_P, code.offsets, n_groups * n_features)
     error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
     squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
     progress_R = torch.empty(n_rows, dtype=torch.int64)
     sizes = (n_rows, n_groups, n_groups * n_features, width, n_parts)
-    code = (values_P, features_P, offsets.long())
-    _call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_BGN, squares_BGL, progress_R)
-    return error_BGN, squares_BGL.sum(0)
+    inputs = (code.values_P, code.features_P, code.offsets.long(), decoder_GFN, bias_GN, x_BGN)
+    _call("decode_loss", *sizes, *inputs, error_BGN, squares_BGL, progress_R)
+    return error_BGN, squares_BGL.sum(0).float()
 
 
 def backward_decoder(
     values_P: Tensor,
-    major: FeatureMajor,
+    transpose: Transpose,
     error_BGN: Tensor,
     weight_GL: Tensor,
     decoder_GFN: Tensor,
@@ -172,32 +166,20 @@ def backward_decoder(
     n_groups, n_features, width = decoder_GFN.shape
     d_values_P, squares_F = torch.empty(values_P.shape), torch.empty(n_groups * n_features)
     sizes = (n_groups * n_features, n_groups, width, weight_GL.shape[1])
-    inputs = (major.offsets, major.rows_P, major.order_P, values_P, error_BGN, weight_GL, decoder_GFN)
-    _call("backward_decoder", *sizes, *inputs, d_values_P, d_decoder_GFN, squares_F)
+    indices = (transpose.offsets, transpose.rows_P, transpose.order_P)
+    inputs = (values_P, error_BGN, weight_GL, decoder_GFN)
+    _call("backward_decoder", *sizes, *indices, *inputs, d_values_P, d_decoder_GFN, squares_F)
     return d_values_P, squares_F
 
 
-def adam_rows(
-    parameter_RN: Tensor,
-    gradient_RN: Tensor,
-    first_RN: Tensor,
-    second_RN: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scale_G: Tensor | None,
-    unit: bool,
-) -> None:
-    """See `reference.adam_rows`; what is changed in place must be contiguous."""
-    n_rows, width = parameter_RN.shape
+def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
+    """See `reference.adam_rows`, without the working copy; what is changed in place must be contiguous."""
+    step, rate, betas, eps, weight_decay, scale_G, unit = settings
     n_groups = 1 if scale_G is None else scale_G.numel()
-    state = (parameter_RN, gradient_RN, first_RN, second_RN)
-    new = (rate / (1 - betas[0] ** step), 1.0 - betas[0], float(betas[1]), 1.0 - betas[1], float(eps))
-    rest = ((1 - betas[1] ** step) ** 0.5, 1.0 - rate * weight_decay, scale_G, int(unit))
-    _call("adam_rows", n_rows, n_groups, width, *state, *new, *rest)
+    n_rows, width = rows.parameter_RN.shape
+    numbers = (rate / (1 - betas[0] ** step), 1.0 - betas[0], betas[1], 1.0 - betas[1], eps)
+    root, keep = (1 - betas[1] ** step) ** 0.5, 1.0 - rate * weight_decay
+    _call("adam_rows", n_rows, n_groups, width, *rows[:4], *numbers, root, keep, scale_G, int(unit))
 
 
 def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:

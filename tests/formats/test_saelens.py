@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
-from crosscoder.dictionary.saelens import saelens_tensors, save_saelens
+from crosscoder.formats.saelens import saelens_tensors, save_saelens
 
 L, D, F, B = 3, 8, 24, 64
 RULES = [TopK(k=4), BatchTopK(k=4), JumpReLU(threshold=0.5), ReLU()]

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.codec import selection_scale, thresholds
-from crosscoder.dictionary.interface import Dictionary
 from crosscoder.dictionary.sparsity import ReLU, TopK
 from crosscoder.foundation.artifact import committed_directory, write_json
 

@@ -1,0 +1,281 @@
+"""Sparse dictionaries over the layers of a token: what all of them share, and the two that exist.
+
+`Dictionary` is abstract; `Crosscoder` and `LayerwiseSAE` are its final forms. They differ in how weights are laid out
+over layers, and so in what a row of the sparse code is. The rest is here once, on weights seen as `Grouped`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from crosscoder.dictionary import codec, pretrained
+from crosscoder.dictionary.code import DictionaryOutput, Grouped, SparseCode
+from crosscoder.dictionary.config import DictionaryConfig
+from crosscoder.dictionary.initial import unit_rows
+from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU
+from crosscoder.dictionary.structure import Acausal
+
+
+class Layout(NamedTuple):
+    """How weights `[*groups, F, *row]` lie: `groups` is `()` or `(G,)`, `row` `(L, D)` or `(D,)`.
+
+    `rows_of_token` is `()` where a token is one row of the code, `(L,)` where each of its layers is.
+    """
+
+    groups: tuple[int, ...]
+    row: tuple[int, ...]
+    rows_of_token: tuple[int, ...]
+
+
+class Dictionary(nn.Module, ABC):
+    """A map `x_BLD -> recon_BLD` through a sparse code. Keyword arguments are those of `DictionaryConfig`.
+
+    Parameters: `encoder`, `decoder`, `encoder_bias`, `decoder_bias`, and with JumpReLU `log_threshold`. Buffers:
+    `threshold` `[G]` (BatchTopK at inference; nan until trained) and `input_scale` `[L]` (what raw activations were
+    multiplied by to become this dictionary's inputs).
+
+    Raises:
+        ValueError: a setting is out of range, does not fit the others, or is for the other form.
+    """
+
+    layer_axis: ClassVar[int]
+    """The axis of the weights along which layers lie."""
+    read_mask: Tensor | None
+    write_mask: Tensor | None
+    threshold: Tensor
+    input_scale: Tensor
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.config = config = DictionaryConfig(**settings)
+        n_axes, shapes = len(self.layout(config).row), self.tensor_shapes(config)
+        read, write = config.masks() or (None, None)
+        self.register_buffer("read_mask", read, persistent=False)
+        self.register_buffer("write_mask", write, persistent=False)
+        drawn = list(shapes["decoder"])
+        if config.initial == "same":
+            drawn[self.layer_axis] = 1
+        rows = torch.randn(drawn, generator=torch.Generator().manual_seed(config.seed)).expand(shapes["decoder"])
+        self.encoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=read))
+        self.decoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=write))
+        self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
+        self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
+        self.log_threshold: nn.Parameter | None = None
+        if isinstance(config.sparsity, JumpReLU):
+            start = math.log(config.sparsity.threshold)
+            self.log_threshold = nn.Parameter(torch.full(shapes["log_threshold"], start))
+        self.register_buffer("threshold", torch.full(shapes["threshold"], float("nan")))
+        self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+
+    @staticmethod
+    @abstractmethod
+    def layout(config: DictionaryConfig) -> Layout:
+        """How the weights of this config lie; a ValueError where a setting is for the other form."""
+
+    @abstractmethod
+    def grouped(self) -> Grouped:
+        """The parameters as G dictionaries of width N side by side, with 0 outside the masks."""
+
+    @abstractmethod
+    def decoder_FLD(self) -> Tensor:
+        """What each feature writes to each layer, without gradient; a bank has L * F features, zero off their layer."""
+
+    @classmethod
+    def tensor_shapes(cls, config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a dictionary of this config holds, without making one."""
+        groups, row, _ = cls.layout(config)
+        shapes = {
+            "encoder": (*groups, config.n_features, *row),
+            "decoder": (*groups, config.n_features, *row),
+            "encoder_bias": (*groups, config.n_features),
+            "decoder_bias": (*groups, *row),
+            "threshold": groups or (1,),
+            "input_scale": (config.n_layers,),
+        }
+        if isinstance(config.sparsity, JumpReLU):
+            shapes["log_threshold"] = (*groups, config.n_features)
+        return shapes
+
+    @classmethod
+    def rows_per_token(cls, config: DictionaryConfig) -> int:
+        """Rows that one token has in a code: 1 where its layers are read together, L where each is read by itself."""
+        return math.prod(cls.layout(config).rows_of_token)
+
+    @property
+    def n_groups(self) -> int:
+        """G, the dictionaries side by side that have weights of their own."""
+        return self.threshold.numel()
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """The code of `x` `[..., L, D]`; a row is a token, or a (token, layer) of a bank.
+
+        Raises:
+            ValueError: `x` does not end in `[L, D]`, or, in evaluation mode, is not finite or finds no threshold.
+        """
+        x_BLD = checked_input(x, self.config).to(self.encoder.dtype)
+        # A selection by threshold would turn NaN into "no active feature" without a word.
+        if not self.training and (where := non_finite(x_BLD)):
+            raise ValueError(f"input holds NaN or infinity{where}; drop such tokens")
+        return self.encode_checked(x_BLD, self.grouped(), batch_shape=tuple(x.shape[:-2]))
+
+    def encode_checked(self, x_BLD: Tensor, grouped: Grouped, *, batch_shape: tuple[int, ...]) -> SparseCode:
+        """The code of an input that has been checked, by the parameters at hand."""
+        values, features, offsets, cut_G = codec.encode_grouped(
+            grouped.split(x_BLD), grouped, self.config, threshold_G=self.threshold, training=self.training
+        )
+        if cut_G is not None and torch.is_grad_enabled():  # without gradient this is no training step
+            self._follow(cut_G)
+        n_features, rows = self.config.n_features, self.layout(self.config).rows_of_token
+        local, by_group = (features, None) if self.n_groups == 1 else (features % n_features, features)
+        return SparseCode(values, local, offsets, n_features, (*batch_shape, *rows), by_group)
+
+    @torch.no_grad()
+    def _follow(self, cut_G: Tensor) -> None:
+        """Move the inference threshold towards a training step's cut: the first counts whole, later 1 - momentum."""
+        assert isinstance(self.config.sparsity, BatchTopK)
+        cut_G = cut_G.to(self.threshold.dtype)
+        mean_G = torch.lerp(cut_G, self.threshold, self.config.sparsity.momentum)
+        self.threshold.copy_(torch.where(self.threshold.isnan(), cut_G, mean_G))
+
+    def decode(self, code: SparseCode) -> Tensor:
+        """The reconstruction `[..., L, D]` of a code."""
+        grouped, config = self.grouped(), self.config
+        features = codec.to_global(code, self.n_groups)
+        recon_RN = codec.decode_grouped(code.values, features, code.offsets, grouped.decoder_GFN)
+        recon_BGN = grouped.split(recon_RN) + grouped.center_GN
+        n_axes = len(code.batch_shape) - len(self.layout(config).rows_of_token)
+        return recon_BGN.view(*code.batch_shape[:n_axes], config.n_layers, config.d_model)
+
+    def forward(self, x: Tensor) -> DictionaryOutput:
+        """`recon` `[..., L, D]` and `code` of `x` `[..., L, D]`."""
+        code = self.encode(x)
+        return DictionaryOutput(self.decode(code), code)
+
+    def encode_dense(self, x: Tensor) -> Tensor:
+        """The code of `x` with its zeros, by dense operators that autograd differentiates; for checks and small F."""
+        x_BLD, grouped = checked_input(x, self.config), self.grouped()
+        code_BGF = codec.encode_dense_grouped(
+            grouped.split(x_BLD), grouped, self.config, threshold_G=self.threshold, training=self.training
+        )
+        return code_BGF.view(*x.shape[:-2], *self.layout(self.config).rows_of_token, self.config.n_features)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights to `folder`, whole or not at all."""
+        pretrained.save_dictionary(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The dictionary saved in `folder`, in evaluation mode, after its files are verified."""
+        return pretrained.load_dictionary(folder, {cls.__name__: cls})
+
+
+class Crosscoder(Dictionary):
+    """Crosscoder (Lindsey et al. 2024): one code for all L layers of a token.
+
+    `z_f = sum_l <encoder[f, l], x_l - decoder_bias_l> + encoder_bias_f`; the sparsity rule keeps some z, the code is
+    their relu, and `recon_l = sum_f code_f decoder[f, l] + decoder_bias_l`. With L = 1 it is an ordinary SAE. Both sums
+    run over the layers that `structure` gives each feature: all by default; causal, local, transcoding and diffing
+    crosscoders are this class with other masks.
+
+    Shapes: `encoder`, `decoder` `[F, L, D]`, `encoder_bias`, `log_threshold` `[F]`, `decoder_bias` `[L, D]`; G = 1.
+    """
+
+    layer_axis = 1
+
+    @staticmethod
+    def layout(config: DictionaryConfig) -> Layout:
+        if config.shared:
+            raise ValueError("shared=True is for a LayerwiseSAE; a Crosscoder is one dictionary already")
+        return Layout((), (config.n_layers, config.d_model), ())
+
+    def grouped(self) -> Grouped:
+        return Grouped(
+            _masked(self.encoder, self.read_mask).flatten(1)[None],
+            _masked(self.decoder, self.write_mask).flatten(1)[None],
+            self.encoder_bias[None],
+            self.decoder_bias.flatten()[None],
+            None if self.log_threshold is None else self.log_threshold[None],
+        )
+
+    def decoder_FLD(self) -> Tensor:
+        return _masked(self.decoder.detach(), self.write_mask)
+
+
+class LayerwiseSAE(Dictionary):
+    """L per-layer SAEs of `n_features` each; the per-layer arm that a crosscoder is compared with.
+
+    At layer l: `z_lf = <encoder[l, f], x_l - decoder_bias_l> + encoder_bias_lf`; the sparsity rule acts within each
+    layer, and `recon_l = sum_f code_lf decoder[l, f] + decoder_bias_l`. With L = 1 it equals a one-layer crosscoder.
+
+    `initial="same"` starts all SAEs alike, so that feature f of two layers begins as one. `shared=True` makes them one
+    SAE with one set of weights, which reads every layer by itself (the multi-layer SAE of Lawson et al. 2024, arXiv
+    2409.04185): `z_lf = <encoder[f], x_l - decoder_bias> + encoder_bias_f`. Its rows are (token, layer) too; a
+    BatchTopK batch makes one cut over all layers, and a feature is dead if no layer activates it.
+
+    Shapes, with G = L, or 1 for a shared SAE: `encoder`, `decoder` `[G, F, D]`, `encoder_bias`, `log_threshold`
+    `[G, F]`, `decoder_bias` `[G, D]`.
+    """
+
+    layer_axis = 0
+
+    @staticmethod
+    def layout(config: DictionaryConfig) -> Layout:
+        if not isinstance(config.structure, Acausal):
+            raise ValueError(f"structure {config.structure} is for a Crosscoder; each SAE of a bank has one layer")
+        return Layout((1 if config.shared else config.n_layers,), (config.d_model,), (config.n_layers,))
+
+    def grouped(self) -> Grouped:
+        return Grouped(self.encoder, self.decoder, self.encoder_bias, self.decoder_bias, self.log_threshold)
+
+    def decoder_FLD(self) -> Tensor:
+        n_layers, n_features, d_model = self.config.n_layers, *self.decoder.shape[1:]
+        out = self.decoder.new_zeros(n_layers, n_features, n_layers, d_model)
+        index = torch.arange(n_layers, device=out.device)
+        out[index, :, index] = self.decoder.detach()
+        return out.flatten(0, 1)
+
+
+DICTIONARIES: dict[str, type[Dictionary]] = {form.__name__: form for form in (Crosscoder, LayerwiseSAE)}
+
+
+def _masked(weight_FLD: Tensor, mask: Tensor | None) -> Tensor:
+    return weight_FLD if mask is None else weight_FLD * mask
+
+
+def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
+    """`x` flattened to `[B, L, D]`.
+
+    Raises:
+        ValueError: `x` does not end in `[n_layers, d_model]`, or is not floating point.
+    """
+    expected = (config.n_layers, config.d_model)
+    if not isinstance(x, Tensor):
+        raise ValueError(f"input is a {type(x).__name__}; expected a tensor, as from torch.as_tensor(x)")
+    if x.ndim < 2 or tuple(x.shape[-2:]) != expected:
+        hint = ""
+        if x.ndim >= 2 and tuple(x.shape[-2:]) == expected[::-1]:
+            hint = " The last two axes look swapped: use x.transpose(-1, -2)."
+        elif x.shape[-1] == config.d_model:
+            hint = " All layers of a token are needed together, stacked on the axis before the last."
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}; expected [..., n_layers={expected[0]}, d_model={expected[1]}].{hint}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"input has dtype {x.dtype}; expected floating-point activations, not token ids")
+    return x.reshape(-1, *expected)
+
+
+def non_finite(x_BLD: Tensor) -> str:
+    """Where the first NaN or infinity is and how many tokens hold one; empty where all numbers are finite."""
+    if not x_BLD.numel() or bool(torch.isfinite(x_BLD.abs().amax())):
+        return ""
+    bad_BLD = ~torch.isfinite(x_BLD)
+    token, layer, _ = bad_BLD.nonzero()[0].tolist()
+    count = int(bad_BLD.flatten(1).any(1).sum())
+    return f" in {count} of {x_BLD.shape[0]} tokens, first at token {token}, layer {layer}"

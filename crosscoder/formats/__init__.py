@@ -1,0 +1,1 @@
+"""Folders that other libraries read, written from trained dictionaries."""

@@ -1,0 +1,103 @@
+"""Two caches keyed by the identity and version of tensors: transposes of codes, and row norms of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+Transpose = TypeVar("Transpose")
+
+
+class _Entry(NamedTuple):
+    inputs: tuple[Tensor, Tensor]
+    key: tuple[object, ...]
+    offsets: tuple[object, ...]
+    transpose: object
+
+    def has_offsets(self, offsets: Tensor, version: tuple[object, ...]) -> bool:
+        """Whether the entry was made from these offsets, or from equal ones that nobody has written to since."""
+        if self.offsets == version:
+            return True
+        cached = self.inputs[1]
+        return offsets.is_cpu and _version(cached) == self.offsets and torch.equal(offsets, cached)
+
+
+class TransposeCache(Generic[Transpose]):
+    """The last transpose of a code, given by `features_P` and `offsets`: a backward pass needs it several times.
+
+    The entry holds its inputs, so their memory cannot be given to another code, and their version counters tell
+    whether they were written to since. Writes that torch does not count, through `.data` or `.numpy()`, go unseen.
+    Offsets that were made anew may be equal instead: on the CPU that costs nothing to find out.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None
+
+    def get(
+        self, features_P: Tensor, offsets: Tensor, settings: tuple[object, ...], make: Callable[[], Transpose]
+    ) -> Transpose:
+        """The cached transpose if it was made from these inputs and settings, else a new one from `make`."""
+        if features_P.is_inference() or offsets.is_inference():  # they have no version counter
+            return make()
+        key, offsets_version = (*settings, *_version(features_P)), _version(offsets)
+        entry = self._entry
+        if entry is not None and entry.key == key and entry.has_offsets(offsets, offsets_version):
+            return entry.transpose  # ty: ignore[invalid-explicit-return]
+        transpose = make()
+        self._entry = _Entry((features_P.detach(), offsets.detach()), key, offsets_version, transpose)
+        return transpose
+
+    def clear(self) -> None:
+        """Forget the transpose."""
+        self._entry = None
+
+
+def _version(tensor: Tensor) -> tuple[object, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return (storage, tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class _Squares(NamedTuple):
+    storage: StorageWeakRef
+    where: tuple[object, ...]
+    squares_R: Tensor
+
+
+class SquaresCache:
+    """Squared row norms of the last gradients, noted by the kernels that wrote them.
+
+    Clipping needs them a moment later, and computing them again reads a whole table. An entry keeps no memory of its
+    gradient alive: it ends with the gradient, and with the first write to it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._entries: list[_Squares] = []
+
+    def note(self, gradient: Tensor, squares_R: Tensor) -> None:
+        """Keep the squared row norms of a contiguous gradient that was just made."""
+        alive = [entry for entry in self._entries if not entry.storage.expired()]
+        entry = _Squares(StorageWeakRef(gradient.untyped_storage()), _where(gradient), squares_R)
+        self._entries = [*alive, entry][-self._size :]
+
+    def find(self, gradient_RN: Tensor) -> Tensor | None:
+        """The squared norms of these rows, if nobody has written to them since; None where they are not known."""
+        where, key = _where(gradient_RN), gradient_RN.untyped_storage()._cdata
+        for entry in self._entries:
+            is_same = entry.storage.cdata == key and not entry.storage.expired() and entry.where == where
+            if is_same and entry.squares_R.numel() == gradient_RN.shape[0]:
+                return entry.squares_R
+        return None
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._entries = []
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), version, tensor.numel(), tensor.is_contiguous())
