@@ -1,47 +1,32 @@
 """The console: each command on small real data, its help, its dry run, and its errors."""
 
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from crosscoder import Crosscoder, load_dictionary
+import crosscoder
+from crosscoder import Crosscoder, LayerwiseSAE, TopK, load_dictionary
 from crosscoder.cli import main
 from crosscoder.dictionary import Transcoder
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import Cell
 
-COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "synthetic", "report")
+COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "export", "compare", "synthetic", "report")
+TRAIN = ("train", "--activations", "x", "--out", "y")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "one",
-        "dog",
-        "run",
-        "past",
-        "two",
-        "old",
-        "red",
-        "barns",
-        "by",
-        "a",
-        "slow",
-        "wide",
-        "river",
-    ]
+    words = re.findall(r"\w+", "the cat sat on a mat and saw one dog run past two old red barns by a slow wide river")
     for i in range(40):
         chosen = [words[(i * 7 + j * j) % len(words)] for j in range(300)]
         (folder / f"{i:02}.txt").write_text(" ".join(chosen))
@@ -244,6 +229,14 @@ def test_print_config_is_json(capsys):
         (["compare", "--preset", "smoke", "--n-features", "4"], "more than n_features = 4"),
         (["compare", "--layers", "1", "2", "--tokens", "9"], "--layers, --tokens would change nothing here"),
         (["compare", "--subject", "x", "--joint"], "--joint would change nothing here"),
+        (["compare", "--window", "3"], "--window would change nothing here"),
+        (["prepare", "--subject", "x", "--vocab-size", "9", "--out", "y"], "--vocab-size would change nothing here"),
+        ([*TRAIN, "--budget.bank", "shared"], "--budget.bank would change nothing here: only a bank"),
+        ([*TRAIN, "--budget.window", "3"], "--budget.window would change nothing here"),
+        (
+            [*TRAIN, "--arm", "layerwise", "--budget.structure", "window"],
+            "--budget.structure would change nothing here",
+        ),
         (["harvest", "--subject", "no.gguf", "--tokens-folder", "x", "--out", "y"], "no file no.gguf"),
     ],
 )
@@ -254,6 +247,35 @@ def test_bad_input_ends_with_one_clear_line(arguments, message, capsys, tmp_path
     assert message in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["crosscoder", "crosscoder.cli"])
+def test_python_runs_the_command_as_a_module(module, tmp_path):
+    command = [sys.executable, "-m", module, "compare", "--dry-run", "--preset", "smoke"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "A, crosscoder: parameters" in done.stdout
+
+
+def test_the_version_is_the_package_s_own(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"crosscoder {importlib.metadata.version('crosscoder')}\n"
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert pyproject["project"]["version"] == crosscoder.__version__
+
+
+@pytest.mark.parametrize(("arm", "folders"), [("crosscoder", ["."]), ("layerwise", ["layer-0", "layer-1"])])
+def test_export_writes_what_saelens_reads(arm, folders, tmp_path, capsys):
+    dictionary = {"crosscoder": Crosscoder, "layerwise": LayerwiseSAE}[arm](
+        n_layers=2, d_model=4, n_features=8, sparsity=TopK(k=2)
+    )
+    dictionary.save_pretrained(tmp_path / "dictionary")
+    assert main(["export", str(tmp_path / "dictionary"), str(tmp_path / "out")]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "out"
+    written = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/cfg.json"))
+    assert written == [Path(name) for name in folders]
+    for group, name in enumerate(folders):
+        decoder = load_file(tmp_path / "out" / name / "sae_weights.safetensors")["W_dec"]
+        torch.testing.assert_close(decoder, dictionary.grouped().decoder_GFN[group].detach())
 
 
 def test_console_command_is_installed():
