@@ -12,6 +12,8 @@ import tyro
 from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, stored_source, write_shards
+from crosscoder.data.sources import SiteSource
+from crosscoder.data.stream import stream_source
 from crosscoder.data.subject import load_model, load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
 from crosscoder.data.tokens import TokenBlocks
@@ -181,9 +183,13 @@ class Harvest(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Command):
-    """Train one dictionary on stored activations; a killed run continues with --resume to the same bits.
+    """Train one dictionary on activations; a killed run continues with --resume to the same bits.
+
+    With --activations they are read from a store; with --subject and --tokens-folder they are harvested as training
+    goes, and nothing but the dictionary is written.
 
     Example: crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
+    Example: crosscoder train --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/streamed
     Example: crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
     Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
     Example: crosscoder train --activations runs/acts --out runs/causal --budget.structure weakly_causal
@@ -191,8 +197,18 @@ class Train(Command):
     Example: crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
     """
 
-    activations: Path
+    activations: Path | None = None
     """What `crosscoder harvest` wrote."""
+    subject: str | None = None
+    """Instead of a store, a model, named as in `crosscoder harvest`."""
+    tokens_folder: Path | None = None
+    """With --subject: what `crosscoder prepare` wrote, with the subject's own tokenizer."""
+    layers: tuple[int, ...] | None = None
+    """With --subject: sites to read, as in `crosscoder harvest`. Default: all."""
+    reads: Literal["residual", "mlp"] = "residual"
+    """With --subject: the residual stream, or what MLPs are given and return."""
+    blocks_path: str | None = None
+    """With --subject: where the decoder blocks are in the model, if they are not found by themselves."""
     out: Path
     """Folder for metrics.jsonl, checkpoints/ and the finished dictionary/."""
     arm: Literal["crosscoder", "layerwise"] = "crosscoder"
@@ -205,21 +221,43 @@ class Train(Command):
     device: str = "cpu"
 
     def idle(self) -> Idle:
+        found: Idle = {}
+        if self.activations is not None:
+            streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
+            found["the activations of --activations are read"] = streamed
         if self.arm == "layerwise":
-            return {"a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
-        found = {"only a bank has that; it is --arm layerwise": ("budget.bank",)}
+            return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
+        found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)
         return found if self.budget.structure == "window" else {**found, NO_WINDOW: ("budget.window",)}
 
     def needs(self) -> Needs:
-        from crosscoder.needs import dictionary_needs
+        from crosscoder.needs import dictionary_needs, stream_needs
 
-        source = stored_source(self.activations / "train", None, self.site, verify=False)
-        return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
+        if self.activations is not None:
+            source = stored_source(self.activations / "train", None, self.site, verify=False)
+            return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
+        subject, folder = self._streamed()
+        tokens = TokenBlocks.load(folder / "train")
+        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, len(tokens), tokens.sequence_length)
+        return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
+
+    def _streamed(self) -> tuple[str, Path]:
+        if self.subject is None or self.tokens_folder is None:
+            raise ValueError("nothing to train on: give --activations, or --subject and --tokens-folder")
+        return self.subject, self.tokens_folder
+
+    def _source(self) -> SiteSource:
+        if self.activations is not None:
+            return stored_source(self.activations / "train", None, self.site)
+        subject, folder = self._streamed()
+        model = load_model(subject, device=self.device)
+        what: dict[str, Any] = {"layers": self.layers, "reads": self.reads, "blocks_path": self.blocks_path}
+        return stream_source(model, folder, kind=self.site, **what)
 
     def run(self) -> None:
         from crosscoder.studies.cells import new_dictionary
 
-        source, budget = stored_source(self.activations / "train", None, self.site), self.budget
+        source, budget = self._source(), self.budget
         result = budget.trainer(self.arm)(
             new_dictionary(self.arm, source, budget, seed=self.seed),
             source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from crosscoder.data.stream import BLOCKS_PER_REFILL
 from crosscoder.data.subject import locate
 from crosscoder.dictionary import DICTIONARIES, DictionaryConfig
 from crosscoder.foundation.console import human_bytes
@@ -16,6 +17,7 @@ from crosscoder.studies.single import SubjectStudyConfig
 from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
 Needs = list[tuple[str, str]]
+Layers = tuple[int, ...] | None
 ARMS: tuple[Arm, ...] = ("layerwise", "crosscoder")
 VOCAB_SIZE = 512  # assumed for the embedding where no tokenizer is known yet
 
@@ -54,17 +56,23 @@ def subject_needs(name: str, n_layers: int, d_model: int, n_checkpoints: int, vo
     ]
 
 
-def harvest_needs(subject: str, layers: tuple[int, ...] | None, reads: str, tokens: int, itemsize: int) -> Needs:
+def harvest_needs(subject: str, layers: Layers, reads: str, tokens: int, itemsize: int) -> Needs:
     """What storing a subject's activations takes; of the subject only the configuration is read."""
-    n_blocks, width = _blocks_and_width(subject)
-    n_sites = len(layers) if layers is not None else n_blocks + (reads == "residual")
-    n_sites *= 2 if reads == "mlp" else 1
+    n_sites, width = _sites_and_width(subject, layers, reads)
     return [
         ("sites", str(n_sites)),
         ("width", str(width)),
         ("tokens, at most", f"{tokens:,}"),
         ("disk, at most", human_bytes(tokens * n_sites * width * itemsize)),
     ]
+
+
+def stream_needs(subject: str, layers: Layers, reads: str, n_blocks: int, context: int) -> tuple[Needs, int, int]:
+    """What harvesting activations as training goes takes beside the dictionary, the number of sites and their width."""
+    n_sites, width = _sites_and_width(subject, layers, reads)
+    # A refill and its shuffled copy; the blocks that it is made of are freed before that.
+    refill = 2 * 4 * min(BLOCKS_PER_REFILL, n_blocks) * context * n_sites * width
+    return [("activations in memory", human_bytes(refill)), ("activations on disk", "none")], n_sites, width
 
 
 def single_needs(config: SubjectStudyConfig) -> Needs:
@@ -129,6 +137,12 @@ def planted_needs(config: PlantedConfig) -> Needs:
         ("one batch and its truth", human_bytes(4 * fit.batch * (world.n_features + width))),
         ("verdicts", f"{config.verdicts} seeds of {planted} planted answers, about 5 minutes a seed"),
     ]
+
+
+def _sites_and_width(subject: str, layers: Layers, reads: str) -> tuple[int, int]:
+    n_blocks, width = _blocks_and_width(subject)
+    n_sites = len(layers) if layers is not None else n_blocks + (reads == "residual")
+    return n_sites * (2 if reads == "mlp" else 1), width
 
 
 def _blocks_and_width(subject: str) -> tuple[int, int]:

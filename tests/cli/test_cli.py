@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -71,8 +72,6 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     arguments = ["compare", "--subject", str(pipeline / "with_tokenizer"), "--text", str(texts), "--layers", "1", "2"]
     folder = pipeline / "with_tokenizer"
     if not folder.exists():
-        import shutil
-
         shutil.copytree(pipeline / "subject/step-62", folder)
         for path in (pipeline / "tokens/tokenizer").iterdir():
             if path.name != "MANIFEST.json":
@@ -93,6 +92,27 @@ def test_resume_of_a_finished_run_changes_nothing(pipeline):
     arguments += ["--budget.steps", "40", "--budget.batch", "128", "--checkpoint-every", "20"]
     assert main(arguments) == 0
     assert (pipeline / "cc/dictionary/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("arm", ["crosscoder", "layerwise"])
+def test_training_without_a_store_resumes_to_the_same_bits(arm, pipeline, capsys):
+    """A run continued from its checkpoint at step 12, against one that was not stopped."""
+    arguments = ["train", "--subject", str(pipeline / "subject/step-62"), "--tokens-folder", str(pipeline / "tokens")]
+    arguments += ["--arm", arm, "--budget.n-features", "64", "--budget.k-crosscoder", "8", "--budget.k-layerwise", "8"]
+    arguments += ["--layers", "1", "2", "--budget.batch", "128", "--budget.steps", "20", "--checkpoint-every", "12"]
+    whole, stopped = (str(pipeline / f"{name}-{arm}") for name in ("whole", "stopped"))
+    assert main([*arguments, "--out", whole, "--dry-run"]) == 0
+    stated = capsys.readouterr().out
+    assert "activations in memory" in stated
+    assert main([*arguments, "--out", whole]) == 0
+    dictionary = load_dictionary(Path(whole) / "dictionary")
+    assert f"{sum(p.numel() for p in dictionary.parameters()):,}" in stated
+    shutil.copytree(whole, stopped)
+    for later in ("dictionary", "checkpoints/step-000000020"):
+        shutil.rmtree(Path(stopped) / later)
+    assert main([*arguments, "--out", stopped, "--resume"]) == 0
+    weights, again = (Path(folder) / "dictionary/model.safetensors" for folder in (whole, stopped))
+    assert again.read_bytes() == weights.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -232,6 +252,8 @@ def test_print_config_is_json(capsys):
         (["compare", "--window", "3"], "--window would change nothing here"),
         (["prepare", "--subject", "x", "--vocab-size", "9", "--out", "y"], "--vocab-size would change nothing here"),
         ([*TRAIN, "--budget.bank", "shared"], "--budget.bank would change nothing here: only a bank"),
+        ([*TRAIN, "--subject", "z", "--layers", "1"], "--subject, --layers would change nothing here"),
+        (["train", "--subject", "z", "--out", "y"], "give --activations, or --subject and --tokens-folder"),
         ([*TRAIN, "--budget.window", "3"], "--budget.window would change nothing here"),
         (
             [*TRAIN, "--arm", "layerwise", "--budget.structure", "window"],
