@@ -7,10 +7,11 @@ from typing import Any
 
 from crosscoder.data.stream import BLOCKS_PER_REFILL
 from crosscoder.data.subject import locate
+from crosscoder.data.world_pair import SIDES
 from crosscoder.dictionary import DICTIONARIES, DictionaryConfig
 from crosscoder.foundation.console import human_bytes
 from crosscoder.studies.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
-from crosscoder.studies.planted import SIDES, PlantedConfig
+from crosscoder.studies.planted import PlantedConfig
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.studies.shapes import study_cells, study_joints
 from crosscoder.studies.single import SubjectStudyConfig
