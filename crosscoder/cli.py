@@ -1,150 +1,38 @@
-"""The `crosscoder` command: prepare, train-subject, harvest, train, evaluate, compare, synthetic, report.
+"""The `crosscoder` command: prepare, train-subject, harvest, train, evaluate, export, compare, synthetic, report.
 
 Every command takes `--help`, `--print-config` (the resolved settings as JSON, then stop) and `--dry-run` (what it
-would need, then stop). Wiring only: the work is done by the library.
+would need, then stop); a setting that would change nothing is refused. `crosscoder --version` prints the version.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from crosscoder.commands import NO_WINDOW, Command, Evaluate, Export, Harvest, Idle, Prepare, Train, TrainSubject
+from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
-from crosscoder.studies.budget import Bank, DictionaryBudget, WholeStructure
+from crosscoder.studies.budget import Bank, WholeStructure
+
+if TYPE_CHECKING:
+    from crosscoder.needs import Needs
+    from crosscoder.studies.planted import PlantedConfig
+    from crosscoder.studies.presets import StudyConfig
+    from crosscoder.studies.single import SubjectStudyConfig
 
 EXIT_BAD_INPUT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
-    """Flags that every command has."""
-
-    print_config: bool = False
-    """Print the resolved settings as JSON and stop."""
-    dry_run: bool = False
-    """Print parameters, bytes of weights, optimiser, buffers and disk, and stop before any work."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepare(Common):
-    """Text to token blocks: split by document, tokenise, pack, and keep as Arrow with a fingerprint.
-
-    Example: crosscoder prepare --text sotu --vocab-size 512 --out runs/tokens
-    """
-
-    out: Path
-    """Folder to write: train/, held_out/, tokenizer/."""
-    text: str = "sotu"
-    """`sotu`, a .txt file, a folder of them, a folder made by save_to_disk, or a data set on the Hub."""
-    subject: str | None = None
-    """Use this model's own tokenizer instead of training one."""
-    vocab_size: int = 512
-    """Vocabulary of the trained tokenizer."""
-    context: int = 128
-    """Tokens in a block."""
-    held_out_fraction: float = 0.05
-    """Share of documents never trained on."""
-    max_documents: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSubject(Common):
-    """Train a small Llama-style subject from scratch and keep its checkpoints as Hugging Face folders.
-
-    Example: crosscoder train-subject --tokens-folder runs/tokens --n-layers 8 --d-model 64 --out runs/A
-    """
-
-    tokens_folder: Path
-    """What `crosscoder prepare` wrote."""
-    out: Path
-    n_layers: int = 8
-    d_model: int = 64
-    tokens: int = 1_000_000
-    """Training tokens."""
-    batch: int = 16
-    """Sequences a step."""
-    learning_rate: float = 3e-3
-    n_checkpoints: int = 20
-    seed: int = 0
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Harvest(Common):
-    """Store a subject's residual stream: every chosen layer of every token, in hashed safetensors shards.
-
-    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/acts
-    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --reads mlp --out runs/mlps
-    """
-
-    subject: str
-    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
-    tokens_folder: Path
-    """What `crosscoder prepare` wrote, with the subject's own tokenizer."""
-    out: Path
-    """Folder to write: train/ and held_out/."""
-    layers: tuple[int, ...] | None = None
-    """Sites to read: 0 is the embedding, l the output of block l. Default: all."""
-    reads: Literal["residual", "mlp"] = "residual"
-    """The residual stream, or what the MLPs of these blocks are given and what they return, for a transcoder."""
-    blocks_path: str | None = None
-    """Where the decoder blocks are in the model, if they are not found by themselves, for example model.layers."""
-    max_tokens: int = 250_000
-    max_held_out_tokens: int = 50_000
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train(Common):
-    """Train one dictionary on stored activations; a killed run continues with --resume to the same bits.
-
-    Example: crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
-    Example: crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
-    Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
-    Example: crosscoder train --activations runs/acts --out runs/causal --budget.structure weakly_causal
-    Example: crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
-    Example: crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
-    """
-
-    activations: Path
-    """What `crosscoder harvest` wrote."""
-    out: Path
-    """Folder for metrics.jsonl, checkpoints/ and the finished dictionary/."""
-    arm: Literal["crosscoder", "layerwise"] = "crosscoder"
-    site: Literal["residual", "write"] = "residual"
-    """The residual stream after each block, or what each block adds to it."""
-    budget: DictionaryBudget = field(default_factory=DictionaryBudget)
-    seed: int = 0
-    checkpoint_every: int = 200
-    resume: bool = False
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(Common):
-    """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
-
-    Example: crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
-    """
-
-    dictionary: Path
-    activations: Path
-    site: Literal["residual", "write"] = "residual"
-    out: Path | None = None
-    """Write the numbers as JSON here too."""
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare(Common):
+class Compare(Command):
     """The main job: per-layer and cross-layer feature counts compared, with a report.
 
     Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
@@ -193,9 +81,67 @@ class Compare(Common):
     """Processes. Default: one a core on a CPU, one on a GPU."""
     device: str = "cpu"
 
+    def idle(self) -> Idle:
+        if self.subject is None:
+            mode, names = "only a single model has that; name one with --subject", ("layers", "blocks_path", "tokens")
+        else:
+            mode = "only the study of several shapes has that; leave out --subject"
+            names = ("preset", "training_seeds", "joint", "part")
+        return {mode: names} if self.structure == "window" else {mode: names, NO_WINDOW: ("window",)}
+
+    def study(self) -> StudyConfig | SubjectStudyConfig:
+        """The preset or the single model's usual settings, with the command's own put in."""
+        from crosscoder.studies.presets import PRESETS
+        from crosscoder.studies.single import SubjectStudyConfig
+
+        config = PRESETS[self.preset] if self.subject is None else SubjectStudyConfig(subject=self.subject)
+        names = ("steps", "n_features", "structure", "window", "bank")
+        budget = replace(config.dictionaries, **_given({name: getattr(self, name) for name in names}))
+        config = replace(config, dictionaries=budget, **_given({"seeds": self.seeds}))
+        if isinstance(config, SubjectStudyConfig):
+            settings = {"layers": self.layers, "blocks_path": self.blocks_path, "tokens_train": self.tokens}
+            return replace(config, **_given({"text": self.text, **settings}))
+        subjects = replace(config.subjects, **_given({"text": self.text, "seeds": self.training_seeds}))
+        return replace(config, subjects=subjects, joint=config.joint or self.joint)
+
+    def needs(self) -> Needs:
+        from crosscoder.needs import single_needs, study_needs
+        from crosscoder.studies.single import SubjectStudyConfig
+
+        config = self.study()
+        return single_needs(config) if isinstance(config, SubjectStudyConfig) else study_needs(config)
+
+    def run(self) -> None:
+        from crosscoder.report.answer import answer
+        from crosscoder.report.page import render_report
+        from crosscoder.studies.folder import study_folder
+        from crosscoder.studies.shapes import OtherPartsError, Part, run_study
+        from crosscoder.studies.single import SubjectStudyConfig, run_subject_study
+        from crosscoder.studies.workers import default_workers
+
+        config = self.study()
+        stem = None if self.subject is None else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.subject).stem)
+        folder = study_folder(config, self.preset if stem is None else f"subject-{stem}", self.out)
+        say(f"study folder: {folder}")
+        here: dict[str, Any] = {"folder": folder, "device": self.device}
+        here["workers"] = self.workers or default_workers(self.device)
+        try:
+            if isinstance(config, SubjectStudyConfig):
+                results = run_subject_study(config, **here)
+            else:
+                results = run_study(config, preset=self.preset, part=Part(*self.part), **here)
+        except OtherPartsError as left:
+            say(f"{left}; when all are done, run once more without --part")
+            print(folder)
+            return
+        path = render_report(results, folder)
+        for sentence in answer(results):
+            say(sentence)
+        print(path)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic(Common):
+class Synthetic(Command):
     """The instruments against planted truth: every estimator on worlds whose features are known.
 
     Writes report.md, results.json and pictures.
@@ -214,9 +160,31 @@ class Synthetic(Common):
     """Processes. Default: one a core on a CPU, one on a GPU."""
     device: str = "cpu"
 
+    def study(self) -> PlantedConfig:
+        """The preset, with the command's own settings put in."""
+        from crosscoder.studies.planted import PRESETS
+
+        return replace(PRESETS[self.preset], verdicts=self.verdicts)
+
+    def needs(self) -> Needs:
+        from crosscoder.needs import planted_needs
+
+        writes = f"report.md, results.json and pictures, in a folder of {self.out}"
+        return [*planted_needs(self.study()), ("writes", writes)]
+
+    def run(self) -> None:
+        from crosscoder.studies.folder import study_folder
+        from crosscoder.studies.planted import run_planted
+        from crosscoder.studies.workers import default_workers
+
+        folder = study_folder(self.study(), f"synthetic-{self.preset}", self.out)
+        workers = self.workers or default_workers(self.device)
+        run_planted(self.study(), folder=folder, preset=self.preset, device=self.device, workers=workers)
+        print(folder / "report.md")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Common):
+class Report(Command):
     """Write a study's report again from its results.json.
 
     Example: crosscoder report runs/quick-0123456789
@@ -225,31 +193,52 @@ class Report(Common):
     folder: tyro.conf.Positional[Path]
     """The study's folder."""
 
+    def run(self) -> None:
+        from crosscoder.report.page import render_report
+        from crosscoder.results.file import load_results
 
-Command = Prepare | TrainSubject | Harvest | Train | Evaluate | Compare | Synthetic | Report
+        print(render_report(load_results(self.folder), self.folder))
 
 
-def run(command: Command) -> None:
-    """Do one command."""
-    from crosscoder import commands
+COMMANDS = Prepare | TrainSubject | Harvest | Train | Evaluate | Export | Compare | Synthetic | Report
 
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _differs(settings: Any, name: str) -> bool:
+    """Whether a setting has another value than its default; `budget.bank` is `bank` of the settings in `budget`."""
+    first, _, rest = name.partition(".")
+    value = getattr(settings, first)
+    return _differs(value, rest) if rest else value != getattr(type(settings), first)
+
+
+def _do(command: Command) -> None:
+    for reason, names in command.idle().items():
+        idle = [f"--{name.replace('_', '-')}" for name in names if _differs(command, name)]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} would change nothing here: {reason}")
     if command.print_config:
-        print(json.dumps(commands.resolved_config(command), indent=2, sort_keys=True, default=str))
-        return
-    if command.dry_run:
-        from crosscoder.needs import needs
-
-        for label, value in needs(command):
+        study = command.study()
+        settings = asdict(command) if study is None else {"command": asdict(command), "study": to_mapping(study)}
+        print(json.dumps(settings, indent=2, sort_keys=True, default=str))
+    elif command.dry_run:
+        for label, value in command.needs():
             print(f"{label:<44} {value}")
-        return
-    commands.ACTIONS[type(command)](command)
+    else:
+        command.run()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console command; bad input ends with one clear line and status 2."""
-    command = tyro.cli(Command, args=arguments, prog="crosscoder", description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"crosscoder {importlib.metadata.version('crosscoder')}")
+        return 0
+    command: Command = tyro.cli(COMMANDS, args=arguments, prog="crosscoder", description=__doc__)
     try:
-        run(command)
+        _do(command)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("CROSSCODER_TRACEBACK"):
             raise

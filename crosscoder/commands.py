@@ -1,257 +1,321 @@
-"""What each command of the console does: settings from the command line handed to the library's functions."""
+"""The commands that take one step each, from text to a measured dictionary: their flags, and what they do."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from crosscoder import cli
+import tyro
+
+from crosscoder.data.prepared import PreparedTokens, prepare_tokens
+from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.shards import ActivationShards, stored_source, write_shards
+from crosscoder.data.sources import SiteSource
+from crosscoder.data.stream import stream_source
+from crosscoder.data.subject import load_model, load_subject
+from crosscoder.data.subject_training import SubjectConfig, train_subject
+from crosscoder.data.tokens import TokenBlocks
+from crosscoder.dictionary import load_dictionary
+from crosscoder.dictionary.saelens import save_saelens
 from crosscoder.foundation.artifact import write_json
-from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
-from crosscoder.studies import single as subject_study
-from crosscoder.studies.folder import study_folder
-from crosscoder.studies.presets import PRESETS, StudyConfig
-from crosscoder.studies.shapes import OtherPartsError, Part, run_study
-from crosscoder.studies.workers import default_workers
+from crosscoder.studies.budget import DictionaryBudget
 
-FOR_SUBJECT = ("layers", "blocks_path", "tokens")
-FOR_STUDY = ("preset", "training_seeds", "joint", "part")
+if TYPE_CHECKING:
+    from crosscoder.needs import Needs
 
-
-def _refuse_idle(command: cli.Compare, names: tuple[str, ...], instead: str) -> None:
-    """Refuses settings that would change nothing."""
-    usual = cli.Compare()
-    idle = [f"--{name.replace('_', '-')}" for name in names if getattr(command, name) != getattr(usual, name)]
-    if idle:
-        raise ValueError(f"{', '.join(idle)} would change nothing here: {instead}")
+Idle = dict[str, tuple[str, ...]]
+NO_WINDOW = "only --structure window has a width"
 
 
-def _dictionary_changes(command: cli.Compare) -> dict[str, Any]:
-    names = ("steps", "n_features", "structure", "window", "bank")
-    return {name: value for name in names if (value := getattr(command, name)) is not None}
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Flags that every command has, and what it is asked. What measures or draws is imported where it is used, so that
+    `--help` is fast."""
+
+    print_config: bool = False
+    """Print the resolved settings as JSON and stop."""
+    dry_run: bool = False
+    """Print parameters, bytes of weights, optimiser, buffers and disk, and stop before any work."""
+
+    def run(self) -> None:
+        """Do the work, and print where the result is."""
+        raise NotImplementedError
+
+    def study(self) -> Any:
+        """The config of the study that would run, None for a command that runs none."""
+        return None
+
+    def needs(self) -> Needs:
+        """What `run` would take; for most commands no more than the files they read and write."""
+        return [(name, str(value)) for name, value in asdict(self).items() if isinstance(value, Path)]
+
+    def idle(self) -> Idle:
+        """Settings that change nothing beside the others, by the reason."""
+        return {}
 
 
-def study_config(command: cli.Compare) -> StudyConfig:
-    """The preset with the command's own settings put in.
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Command):
+    """Text to token blocks: split by document, tokenise, pack, and keep as Arrow with a fingerprint.
 
-    Raises:
-        ValueError: a setting is given that only a single model has.
+    Example: crosscoder prepare --text sotu --vocab-size 512 --out runs/tokens
     """
-    _refuse_idle(command, FOR_SUBJECT, "only a single model has that; name one with --subject")
-    config = PRESETS[command.preset]
-    budget = replace(config.dictionaries, **_dictionary_changes(command))
-    config = replace(config, dictionaries=budget, seeds=command.seeds or config.seeds)
-    if command.text is not None:
-        config = replace(config, subjects=replace(config.subjects, text=command.text))
-    if command.training_seeds is not None:
-        config = replace(config, subjects=replace(config.subjects, seeds=command.training_seeds))
-    return replace(config, joint=True) if command.joint else config
 
+    out: Path
+    """Folder to write: train/, held_out/, tokenizer/."""
+    text: str = "sotu"
+    """`sotu`, a .txt file, a folder of them, a folder made by save_to_disk, or a data set on the Hub."""
+    subject: str | None = None
+    """Use this model's own tokenizer instead of training one."""
+    vocab_size: int = 512
+    """Vocabulary of the trained tokenizer."""
+    context: int = 128
+    """Tokens in a block."""
+    held_out_fraction: float = 0.05
+    """Share of documents never trained on."""
+    max_documents: int | None = None
+    seed: int = 0
 
-def subject_config(command: cli.Compare) -> subject_study.SubjectStudyConfig:
-    """The single-model study that the command asks for.
+    def idle(self) -> Idle:
+        return {"the subject's own tokenizer is used": ("vocab_size",)} if self.subject else {}
 
-    Raises:
-        ValueError: a setting is given that only the study of several shapes has.
-    """
-    assert command.subject is not None
-    _refuse_idle(command, FOR_STUDY, "only the study of several shapes has that; leave out --subject")
-    base = subject_study.SubjectStudyConfig(subject=command.subject)
-    budget = replace(base.dictionaries, **_dictionary_changes(command))
-    given = {
-        "text": command.text,
-        "layers": command.layers,
-        "blocks_path": command.blocks_path,
-        "tokens_train": command.tokens,
-        "seeds": command.seeds,
-    }
-    return replace(base, dictionaries=budget, **{key: value for key, value in given.items() if value is not None})
-
-
-def resolved_config(command: cli.Command) -> Any:
-    """The settings that a command would run with, as JSON values."""
-    if isinstance(command, cli.Compare):
-        study = subject_config(command) if command.subject else study_config(command)
-        return {"command": asdict(command), "study": to_mapping(study)}
-    if isinstance(command, cli.Synthetic):
-        from crosscoder.studies.planted import PRESETS as WORLDS
-
-        worlds = replace(WORLDS[command.preset], verdicts=command.verdicts)
-        return {"command": asdict(command), "study": to_mapping(worlds)}
-    return asdict(command)
-
-
-def compare(command: cli.Compare) -> None:
-    """Run the study and print the path of its report."""
-    from crosscoder.report.page import render_report
-
-    workers = command.workers or default_workers(command.device)
-    if command.subject is not None:
-        config = subject_config(command)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(command.subject).stem)
-        folder = study_folder(config, f"subject-{name}", command.out)
-        say(f"study folder: {folder}")
-        results = subject_study.run_subject_study(config, folder=folder, device=command.device, workers=workers)
-    else:
-        config = study_config(command)
-        folder = study_folder(config, command.preset, command.out)
-        say(f"study folder: {folder}")
-        part = Part(*command.part)
-        try:
-            results = run_study(
-                config, folder=folder, preset=command.preset, device=command.device, workers=workers, part=part
-            )
-        except OtherPartsError as left:
-            say(f"{left}; when all are done, run once more without --part")
-            print(folder)
-            return
-    path = render_report(results, folder)
-    for sentence in results["counts"]["answer"]:
-        say(sentence)
-    print(path)
-
-
-def synthetic(command: cli.Synthetic) -> None:
-    """Run the planted worlds and print the path of their report."""
-    from crosscoder.studies import planted
-
-    config = replace(planted.PRESETS[command.preset], verdicts=command.verdicts)
-    folder = study_folder(config, f"synthetic-{command.preset}", command.out)
-    workers = command.workers or default_workers(command.device)
-    planted.run_planted(config, folder=folder, preset=command.preset, device=command.device, workers=workers)
-    print(folder / "report.md")
-
-
-def report(command: cli.Report) -> None:
-    """Render results.json again."""
-    from crosscoder.report.page import render_report
-    from crosscoder.results.file import load_results
-
-    print(render_report(load_results(command.folder), command.folder))
-
-
-def prepare(command: cli.Prepare) -> None:
-    """Write token blocks and say what they are."""
-    from crosscoder.data.prepared import prepare_tokens
-    from crosscoder.data.subject import load_subject
-
-    tokenizer = load_subject(command.subject).tokenizer if command.subject else None
-    prepared = prepare_tokens(
-        command.text,
-        tokenizer=tokenizer,
-        vocab_size=None if tokenizer else command.vocab_size,
-        sequence_length=command.context,
-        held_out_fraction=command.held_out_fraction,
-        max_documents=command.max_documents,
-        seed=command.seed,
-    )
-    prepared.save(command.out)
-    say(
-        f"{prepared.train.n_tokens:,} training and {prepared.held_out.n_tokens:,} held-out tokens in blocks of "
-        f"{command.context}; fingerprint {prepared.train.fingerprint[:12]}"
-    )
-    print(command.out)
-
-
-def train_subject(command: cli.TrainSubject) -> None:
-    """Train a subject and say where its checkpoints are and how good they are."""
-    from crosscoder.data import subject_training
-    from crosscoder.data.prepared import PreparedTokens
-
-    prepared = PreparedTokens.load(command.tokens_folder)
-    config = subject_training.SubjectConfig(
-        n_layers=command.n_layers,
-        d_model=command.d_model,
-        context=prepared.train.sequence_length,
-        tokens=command.tokens,
-        batch=command.batch,
-        learning_rate=command.learning_rate,
-        n_checkpoints=command.n_checkpoints,
-        seed=command.seed,
-    )
-    run = subject_training.train_subject(
-        config, prepared.train, prepared.held_out, folder=command.out, device=command.device
-    )
-    for checkpoint in run.checkpoints:
-        say(f"{checkpoint.folder:<12} {checkpoint.tokens:>12,} tokens  {checkpoint.held_out_loss:.4f} nats/token")
-    print(command.out / run.checkpoints[-1].folder)
-
-
-def harvest(command: cli.Harvest) -> None:
-    """Write the subject's activations for training and held-out text."""
-    from crosscoder.data.residuals import ResidualHarvester
-    from crosscoder.data.shards import write_shards
-    from crosscoder.data.subject import load_model
-    from crosscoder.data.tokens import TokenBlocks
-
-    model = load_model(command.subject, device=command.device)
-    harvester = ResidualHarvester(model, layers=command.layers, blocks_path=command.blocks_path, reads=command.reads)
-    for split, most in (("train", command.max_tokens), ("held_out", command.max_held_out_tokens)):
-        blocks = TokenBlocks.load(command.tokens_folder / split)
-        store = write_shards(
-            harvester,
-            blocks,
-            command.out / split,
-            dtype=command.dtype,
-            max_tokens=most,
-            metadata={"subject": command.subject},
-            quiet=False,
+    def run(self) -> None:
+        tokenizer = load_subject(self.subject).tokenizer if self.subject else None
+        prepared = prepare_tokens(
+            self.text,
+            tokenizer=tokenizer,
+            vocab_size=None if tokenizer else self.vocab_size,
+            sequence_length=self.context,
+            held_out_fraction=self.held_out_fraction,
+            max_documents=self.max_documents,
+            seed=self.seed,
         )
-        shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
-        say(f"{split}: {shape}; dropped {store.index.dropped}")
-    print(command.out)
+        prepared.save(self.out)
+        train, held_out = prepared.train, prepared.held_out
+        sizes = f"{train.n_tokens:,} training and {held_out.n_tokens:,} held-out tokens in blocks of {self.context}"
+        say(f"{sizes}; fingerprint {train.fingerprint[:12]}")
+        print(self.out)
 
 
-def train(command: cli.Train) -> None:
-    """Train one dictionary on a store."""
-    from crosscoder.data.shards import stored_source
-    from crosscoder.studies.cells import new_dictionary
+@dataclass(frozen=True, kw_only=True)
+class TrainSubject(Command):
+    """Train a small Llama-style subject from scratch and keep its checkpoints as Hugging Face folders.
 
-    source = stored_source(command.activations / "train", None, command.site)
-    budget = command.budget
-    dictionary = new_dictionary(command.arm, source, budget, seed=command.seed)
-    result = budget.trainer(command.arm)(
-        dictionary,
-        source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps),
-        config=replace(budget.train_config(), checkpoint_every=command.checkpoint_every),
-        folder=command.out,
-        resume=command.resume,
-        device=command.device,
-        data_fingerprint=f"{source.fingerprint}/{budget.data_seed}",
-    )
-    last = result.metrics[-1]
-    say(f"explained variance {last['explained_variance']:.4f}, L0 {last['l0']:.1f}, after {result.tokens:,} tokens")
-    print(command.out / "dictionary")
+    Example: crosscoder train-subject --tokens-folder runs/tokens --n-layers 8 --d-model 64 --out runs/A
+    """
+
+    tokens_folder: Path
+    """What `crosscoder prepare` wrote."""
+    out: Path
+    n_layers: int = 8
+    d_model: int = 64
+    tokens: int = 1_000_000
+    """Training tokens."""
+    batch: int = 16
+    """Sequences a step."""
+    learning_rate: float = 3e-3
+    n_checkpoints: int = 20
+    seed: int = 0
+    device: str = "cpu"
+
+    def needs(self) -> Needs:
+        from crosscoder.needs import subject_needs
+
+        return subject_needs("subject", self.n_layers, self.d_model, self.n_checkpoints)
+
+    def run(self) -> None:
+        prepared = PreparedTokens.load(self.tokens_folder)
+        names = ("n_layers", "d_model", "tokens", "batch", "learning_rate", "n_checkpoints", "seed")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        config = SubjectConfig(context=prepared.train.sequence_length, **settings)
+        run = train_subject(config, prepared.train, prepared.held_out, folder=self.out, device=self.device)
+        for checkpoint in run.checkpoints:
+            say(f"{checkpoint.folder:<12} {checkpoint.tokens:>12,} tokens  {checkpoint.held_out_loss:.4f} nats/token")
+        print(self.out / run.checkpoints[-1].folder)
 
 
-def evaluate(command: cli.Evaluate) -> None:
-    """Measure a dictionary and print the numbers as JSON."""
-    from crosscoder.data.shards import ActivationShards
-    from crosscoder.dictionary import load_dictionary
-    from crosscoder.studies.cells import evaluate_dictionary
+@dataclass(frozen=True, kw_only=True)
+class Harvest(Command):
+    """Store a subject's residual stream: every chosen layer of every token, in hashed safetensors shards.
 
-    dictionary = load_dictionary(command.dictionary).to(command.device)
-    held_out = ActivationShards.load(command.activations / "held_out")
-    rows = evaluate_dictionary(dictionary, held_out, site=command.site, device=command.device)
-    numbers = {row.key: row.value for row in rows}
-    text = json.dumps(numbers, indent=2)
-    if command.out is not None:
-        write_json(command.out, numbers)
-    print(text)
+    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/acts
+    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --reads mlp --out runs/mlps
+    """
+
+    subject: str
+    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
+    tokens_folder: Path
+    """What `crosscoder prepare` wrote, with the subject's own tokenizer."""
+    out: Path
+    """Folder to write: train/ and held_out/."""
+    layers: tuple[int, ...] | None = None
+    """Sites to read: 0 is the embedding, l the output of block l. Default: all."""
+    reads: Literal["residual", "mlp"] = "residual"
+    """The residual stream, or what the MLPs of these blocks are given and what they return, for a transcoder."""
+    blocks_path: str | None = None
+    """Where the decoder blocks are in the model, if they are not found by themselves, for example model.layers."""
+    max_tokens: int = 250_000
+    max_held_out_tokens: int = 50_000
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+
+    def needs(self) -> Needs:
+        from crosscoder.needs import harvest_needs
+
+        tokens = self.max_tokens + self.max_held_out_tokens
+        return harvest_needs(self.subject, self.layers, self.reads, tokens, 4 if self.dtype == "float32" else 2)
+
+    def run(self) -> None:
+        model = load_model(self.subject, device=self.device)
+        harvester = ResidualHarvester(model, layers=self.layers, blocks_path=self.blocks_path, reads=self.reads)
+        for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
+            blocks, metadata = TokenBlocks.load(self.tokens_folder / split), {"subject": self.subject}
+            store = write_shards(
+                harvester, blocks, self.out / split, dtype=self.dtype, max_tokens=most, metadata=metadata, quiet=False
+            )
+            shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
+            say(f"{split}: {shape}; dropped {store.index.dropped}")
+        print(self.out)
 
 
-ACTIONS: dict[type, Callable[[Any], None]] = {
-    cli.Prepare: prepare,
-    cli.TrainSubject: train_subject,
-    cli.Harvest: harvest,
-    cli.Train: train,
-    cli.Evaluate: evaluate,
-    cli.Compare: compare,
-    cli.Synthetic: synthetic,
-    cli.Report: report,
-}
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train one dictionary on activations; a killed run continues with --resume to the same bits.
+
+    With --activations they are read from a store; with --subject and --tokens-folder they are harvested as training
+    goes, and nothing but the dictionary is written.
+
+    Example: crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
+    Example: crosscoder train --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/streamed
+    Example: crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
+    Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
+    Example: crosscoder train --activations runs/acts --out runs/causal --budget.structure weakly_causal
+    Example: crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
+    Example: crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
+    """
+
+    activations: Path | None = None
+    """What `crosscoder harvest` wrote."""
+    subject: str | None = None
+    """Instead of a store, a model, named as in `crosscoder harvest`."""
+    tokens_folder: Path | None = None
+    """With --subject: what `crosscoder prepare` wrote, with the subject's own tokenizer."""
+    layers: tuple[int, ...] | None = None
+    """With --subject: sites to read, as in `crosscoder harvest`. Default: all."""
+    reads: Literal["residual", "mlp"] = "residual"
+    """With --subject: the residual stream, or what MLPs are given and return."""
+    blocks_path: str | None = None
+    """With --subject: where the decoder blocks are in the model, if they are not found by themselves."""
+    out: Path
+    """Folder for metrics.jsonl, checkpoints/ and the finished dictionary/."""
+    arm: Literal["crosscoder", "layerwise"] = "crosscoder"
+    site: Literal["residual", "write"] = "residual"
+    """The residual stream after each block, or what each block adds to it."""
+    budget: DictionaryBudget = field(default_factory=DictionaryBudget)
+    seed: int = 0
+    checkpoint_every: int = 200
+    resume: bool = False
+    device: str = "cpu"
+
+    def idle(self) -> Idle:
+        found: Idle = {}
+        if self.activations is not None:
+            streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
+            found["the activations of --activations are read"] = streamed
+        if self.arm == "layerwise":
+            return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
+        found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)
+        return found if self.budget.structure == "window" else {**found, NO_WINDOW: ("budget.window",)}
+
+    def needs(self) -> Needs:
+        from crosscoder.needs import dictionary_needs, stream_needs
+
+        if self.activations is not None:
+            source = stored_source(self.activations / "train", None, self.site, verify=False)
+            return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
+        subject, folder = self._streamed()
+        tokens = TokenBlocks.load(folder / "train")
+        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, len(tokens), tokens.sequence_length)
+        return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
+
+    def _streamed(self) -> tuple[str, Path]:
+        if self.subject is None or self.tokens_folder is None:
+            raise ValueError("nothing to train on: give --activations, or --subject and --tokens-folder")
+        return self.subject, self.tokens_folder
+
+    def _source(self) -> SiteSource:
+        if self.activations is not None:
+            return stored_source(self.activations / "train", None, self.site)
+        subject, folder = self._streamed()
+        model = load_model(subject, device=self.device)
+        what: dict[str, Any] = {"layers": self.layers, "reads": self.reads, "blocks_path": self.blocks_path}
+        return stream_source(model, folder, kind=self.site, **what)
+
+    def run(self) -> None:
+        from crosscoder.studies.cells import new_dictionary
+
+        source, budget = self._source(), self.budget
+        result = budget.trainer(self.arm)(
+            new_dictionary(self.arm, source, budget, seed=self.seed),
+            source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps),
+            config=replace(budget.train_config(), checkpoint_every=self.checkpoint_every),
+            folder=self.out,
+            resume=self.resume,
+            device=self.device,
+            data_fingerprint=f"{source.fingerprint}/{budget.data_seed}",
+        )
+        last = result.metrics[-1]
+        say(f"explained variance {last['explained_variance']:.4f}, L0 {last['l0']:.1f}, after {result.tokens:,} tokens")
+        print(self.out / "dictionary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
+
+    Example: crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
+    """
+
+    dictionary: Path
+    activations: Path
+    site: Literal["residual", "write"] = "residual"
+    out: Path | None = None
+    """Write the numbers as JSON here too."""
+    device: str = "cpu"
+
+    def run(self) -> None:
+        from crosscoder.studies.cells import evaluate_dictionary
+
+        dictionary = load_dictionary(self.dictionary).to(self.device)
+        held_out = ActivationShards.load(self.activations / "held_out")
+        rows = evaluate_dictionary(dictionary, held_out, site=self.site, device=self.device)
+        numbers = {row.key: row.value for row in rows}
+        if self.out is not None:
+            write_json(self.out, numbers)
+        print(json.dumps(numbers, indent=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a trained dictionary in another library's format.
+
+    A bank becomes one SAE for each of its layers, in layer-0/, layer-1/, ...; a crosscoder one flat SAE.
+
+    Example: crosscoder export runs/cc/dictionary runs/cc/saelens
+    """
+
+    dictionary: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    format: Literal["saelens"] = "saelens"
+    """saelens: a folder that SAELens 6 loads from disk."""
+
+    def run(self) -> None:
+        dictionary = load_dictionary(self.dictionary)
+        n_groups = len(dictionary.grouped().center_GN)
+        for group in range(n_groups):
+            save_saelens(dictionary, self.out if n_groups == 1 else self.out / f"layer-{group}", group=group)
+        print(self.out)

@@ -21,6 +21,8 @@ from crosscoder.data.sources import SiteKind, SiteSource, combine_fingerprints, 
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.order import order_slice, seeded_generator
 
+BLOCKS_PER_REFILL = 256
+
 
 class ActivationStream:
     """The activations of token blocks as `Activations`, harvested again whenever they are needed.
@@ -38,7 +40,7 @@ class ActivationStream:
         harvester: ResidualHarvester,
         tokens: TokenBlocks,
         *,
-        blocks_per_refill: int = 256,
+        blocks_per_refill: int = BLOCKS_PER_REFILL,
         max_tokens: int | None = None,
     ) -> None:
         for name, value in (("blocks_per_refill", blocks_per_refill), ("max_tokens", max_tokens)):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from crosscoder.data.prepared import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.subject import load_subject, load_untrained, locate
+from crosscoder.data.subject import load_subject, load_untrained
 from crosscoder.data.subject_training import causal_loss
 from crosscoder.foundation.config import config as settings
-from crosscoder.foundation.console import human_bytes, say
+from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import Place, Site, State, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget, Seeds
@@ -131,26 +129,3 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
         )
         for arm, site, state in kinds
     ]
-
-
-def study_needs(
-    config: SubjectStudyConfig, dictionary_needs: Callable[..., list[tuple[str, str]]]
-) -> list[tuple[str, str]]:
-    """What the study would take, from the subject's configuration alone."""
-    from transformers import AutoConfig
-
-    found: Any = AutoConfig.from_pretrained(**locate(config.subject))
-    n_layers = len(config.layers) if config.layers is not None else found.num_hidden_layers
-    tokens = config.tokens_train + config.tokens_held_out
-    budget = config.dictionaries
-    rows: list[tuple[str, str]] = [
-        ("subject", config.subject),
-        ("layers x width", f"{n_layers} x {found.hidden_size}"),
-        ("tokens run through the subject", f"{tokens:,}"),
-        ("activations on disk", human_bytes(4 * tokens * n_layers * found.hidden_size * (1 + config.untrained))),
-        ("dictionaries, at most", str(2 * 2 * (1 + config.untrained) * len(config.seeds))),
-    ]
-    arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
-    for arm in arms:
-        rows += dictionary_needs(arm, n_layers, found.hidden_size, budget)
-    return rows

@@ -1,47 +1,34 @@
 """The console: each command on small real data, its help, its dry run, and its errors."""
 
+import importlib.metadata
 import json
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from crosscoder import Crosscoder, load_dictionary
+import crosscoder
+from crosscoder import Crosscoder, LayerwiseSAE, TopK, load_dictionary
 from crosscoder.cli import main
 from crosscoder.dictionary import Transcoder
+from crosscoder.results.file import load_results
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import Cell
 
-COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "compare", "synthetic", "report")
+COMMANDS = ("prepare", "train-subject", "harvest", "train", "evaluate", "export", "compare", "synthetic", "report")
+TRAIN = ("train", "--activations", "x", "--out", "y")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "one",
-        "dog",
-        "run",
-        "past",
-        "two",
-        "old",
-        "red",
-        "barns",
-        "by",
-        "a",
-        "slow",
-        "wide",
-        "river",
-    ]
+    words = re.findall(r"\w+", "the cat sat on a mat and saw one dog run past two old red barns by a slow wide river")
     for i in range(40):
         chosen = [words[(i * 7 + j * j) % len(words)] for j in range(300)]
         (folder / f"{i:02}.txt").write_text(" ".join(chosen))
@@ -78,16 +65,14 @@ def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
     assert main([*arguments, "--out", str(pipeline / "numbers.json")]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers == json.loads((pipeline / "numbers.json").read_text())
-    assert 0 < numbers["quality"]["explained_variance"] < 1
-    assert numbers["counts"]["dictionary_size"] == 64
+    assert 0 < numbers["explained_variance"] < 1
+    assert numbers["dictionary_size"] == 64
 
 
 def test_compare_on_one_subject(pipeline, texts, capsys):
     arguments = ["compare", "--subject", str(pipeline / "with_tokenizer"), "--text", str(texts), "--layers", "1", "2"]
     folder = pipeline / "with_tokenizer"
     if not folder.exists():
-        import shutil
-
         shutil.copytree(pipeline / "subject/step-62", folder)
         for path in (pipeline / "tokens/tokenizer").iterdir():
             if path.name != "MANIFEST.json":
@@ -95,9 +80,9 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     arguments += ["--steps", "20", "--n-features", "128", "--tokens", "2000", "--out", str(pipeline / "runs")]
     assert main(arguments) == 0
     report = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    results = json.loads((report.parent / "results.json").read_text())
-    assert set(results["subjects"]) == {"S"}
-    assert {cell["arm"] for cell in results["counts"]["cells"]} == {"layerwise", "crosscoder"}
+    results = load_results(report.parent)
+    assert results.subjects == ("S",)
+    assert {row.at.arm for row in results.rows.select("distinct")} == {"layerwise", "crosscoder"}
     assert "distinct" in report.read_text()
 
 
@@ -108,6 +93,27 @@ def test_resume_of_a_finished_run_changes_nothing(pipeline):
     arguments += ["--budget.steps", "40", "--budget.batch", "128", "--checkpoint-every", "20"]
     assert main(arguments) == 0
     assert (pipeline / "cc/dictionary/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("arm", ["crosscoder", "layerwise"])
+def test_training_without_a_store_resumes_to_the_same_bits(arm, pipeline, capsys):
+    """A run continued from its checkpoint at step 12, against one that was not stopped."""
+    arguments = ["train", "--subject", str(pipeline / "subject/step-62"), "--tokens-folder", str(pipeline / "tokens")]
+    arguments += ["--arm", arm, "--budget.n-features", "64", "--budget.k-crosscoder", "8", "--budget.k-layerwise", "8"]
+    arguments += ["--layers", "1", "2", "--budget.batch", "128", "--budget.steps", "20", "--checkpoint-every", "12"]
+    whole, stopped = (str(pipeline / f"{name}-{arm}") for name in ("whole", "stopped"))
+    assert main([*arguments, "--out", whole, "--dry-run"]) == 0
+    stated = capsys.readouterr().out
+    assert "activations in memory" in stated
+    assert main([*arguments, "--out", whole]) == 0
+    dictionary = load_dictionary(Path(whole) / "dictionary")
+    assert f"{sum(p.numel() for p in dictionary.parameters()):,}" in stated
+    shutil.copytree(whole, stopped)
+    for later in ("dictionary", "checkpoints/step-000000020"):
+        shutil.rmtree(Path(stopped) / later)
+    assert main([*arguments, "--out", stopped, "--resume"]) == 0
+    weights, again = (Path(folder) / "dictionary/model.safetensors" for folder in (whole, stopped))
+    assert again.read_bytes() == weights.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_other_rules_train_and_are_measured(pipeline, given, capsys):
     assert f"{sum(p.numel() for p in Crosscoder.from_pretrained(folder).parameters()):,}" in stated
     capsys.readouterr()
     assert main(["evaluate", "--dictionary", str(folder), "--activations", str(pipeline / "acts")]) == 0
-    assert json.loads(capsys.readouterr().out)["quality"]["explained_variance"] > 0
+    assert json.loads(capsys.readouterr().out)["explained_variance"] > 0
 
 
 @pytest.mark.parametrize(
@@ -160,9 +166,9 @@ def test_structures_and_banks_train_and_are_measured(pipeline, arm, given, capsy
     assert (Path(out) / "layer-1").exists() == ("warm_chain" in given.values())
     capsys.readouterr()
     assert main(["evaluate", "--dictionary", f"{out}/dictionary", "--activations", str(pipeline / "acts")]) == 0
-    quality = json.loads(capsys.readouterr().out)["quality"]
-    assert quality["explained_variance"] > 0
-    unwritten = [value is None for value in quality["explained_variance_per_layer"]]
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["explained_variance"] > 0
+    unwritten = [value is None for value in numbers["explained_variance_per_layer"]]
     assert unwritten == [given.get("structure") == "strictly_causal", False]
 
 
@@ -179,19 +185,16 @@ def test_a_transcoder_trains_on_what_mlps_read_and_write(pipeline, capsys):
     assert load_dictionary(pipeline / "clt/dictionary").config.structure == Transcoder()
     capsys.readouterr()
     assert main(["evaluate", "--dictionary", str(pipeline / "clt/dictionary"), "--activations", mlps]) == 0
-    quality = json.loads(capsys.readouterr().out)["quality"]
-    assert quality["explained_variance_per_layer"][:2] == [None, None]
-    assert quality["explained_variance"] > 0.2
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["explained_variance_per_layer"][:2] == [None, None]
+    assert numbers["explained_variance"] > 0.2
 
 
-def test_compare_takes_structures_and_banks(pipeline, texts, capsys):
-    given = ["--structure", "window", "--window", "1", "--bank", "shared"]
-    arguments = ["compare", "--subject", str(pipeline / "with_tokenizer"), "--text", str(texts), "--layers", "1", "2"]
-    arguments += ["--steps", "20", "--n-features", "128", "--tokens", "2000", "--out", str(pipeline / "runs"), *given]
-    assert main(arguments) == 0
-    report = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    results = json.loads((report.parent / "results.json").read_text())
-    assert {cell["arm"] for cell in results["counts"]["cells"]} == {"layerwise", "crosscoder"}
+def test_compare_takes_structures_and_banks(capsys):
+    given = {"structure": "window", "window": 1, "bank": "shared", "steps": 20, "n_features": 128}
+    flags = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    assert main(["compare", "--subject", "x", *flags, "--print-config"]) == 0
+    assert given.items() <= json.loads(capsys.readouterr().out)["study"]["dictionaries"].items()
 
 
 def test_a_study_refuses_a_dictionary_that_leaves_layers_out():
@@ -244,6 +247,16 @@ def test_print_config_is_json(capsys):
         (["compare", "--preset", "smoke", "--n-features", "4"], "more than n_features = 4"),
         (["compare", "--layers", "1", "2", "--tokens", "9"], "--layers, --tokens would change nothing here"),
         (["compare", "--subject", "x", "--joint"], "--joint would change nothing here"),
+        (["compare", "--window", "3"], "--window would change nothing here"),
+        (["prepare", "--subject", "x", "--vocab-size", "9", "--out", "y"], "--vocab-size would change nothing here"),
+        ([*TRAIN, "--budget.bank", "shared"], "--budget.bank would change nothing here: only a bank"),
+        ([*TRAIN, "--subject", "z", "--layers", "1"], "--subject, --layers would change nothing here"),
+        (["train", "--subject", "z", "--out", "y"], "give --activations, or --subject and --tokens-folder"),
+        ([*TRAIN, "--budget.window", "3"], "--budget.window would change nothing here"),
+        (
+            [*TRAIN, "--arm", "layerwise", "--budget.structure", "window"],
+            "--budget.structure would change nothing here",
+        ),
         (["harvest", "--subject", "no.gguf", "--tokens-folder", "x", "--out", "y"], "no file no.gguf"),
     ],
 )
@@ -254,6 +267,35 @@ def test_bad_input_ends_with_one_clear_line(arguments, message, capsys, tmp_path
     assert message in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["crosscoder", "crosscoder.cli"])
+def test_python_runs_the_command_as_a_module(module, tmp_path):
+    command = [sys.executable, "-m", module, "compare", "--dry-run", "--preset", "smoke"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "A, crosscoder: parameters" in done.stdout
+
+
+def test_the_version_is_the_package_s_own(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"crosscoder {importlib.metadata.version('crosscoder')}\n"
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert pyproject["project"]["version"] == crosscoder.__version__
+
+
+@pytest.mark.parametrize(("arm", "folders"), [("crosscoder", ["."]), ("layerwise", ["layer-0", "layer-1"])])
+def test_export_writes_what_saelens_reads(arm, folders, tmp_path, capsys):
+    dictionary = {"crosscoder": Crosscoder, "layerwise": LayerwiseSAE}[arm](
+        n_layers=2, d_model=4, n_features=8, sparsity=TopK(k=2)
+    )
+    dictionary.save_pretrained(tmp_path / "dictionary")
+    assert main(["export", str(tmp_path / "dictionary"), str(tmp_path / "out")]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "out"
+    written = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/cfg.json"))
+    assert written == [Path(name) for name in folders]
+    for group, name in enumerate(folders):
+        decoder = load_file(tmp_path / "out" / name / "sae_weights.safetensors")["W_dec"]
+        torch.testing.assert_close(decoder, dictionary.grouped().decoder_GFN[group].detach())
 
 
 def test_console_command_is_installed():

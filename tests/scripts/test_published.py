@@ -1,0 +1,149 @@
+"""Published claims against results made up to agree, to disagree, or to lack what is asked."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from crosscoder.results.quantities import QUANTITIES
+from crosscoder.results.table import LongTable, Place, rows_at
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def published(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("published")
+
+
+@pytest.fixture
+def verdicts(published):
+    def judge(*parts, **variants):
+        ours = published.Ours(LongTable(tuple(row for part in parts for row in part)), variants)
+        return {key: comparison.verdict for key, comparison in published.compare(ours).items()}
+
+    return judge
+
+
+def cell(arm, *, site="residual", state="trained", training_seed=0, n=64, **values):
+    at = {"subject": "A", "training_seed": training_seed, "state": state, "site": site, "arm": arm, "role": "main"}
+    return rows_at(Place(**at, n_features=n, k=8, seed=0), values)
+
+
+def quality(arm, ev, l0, l0_layer, dead=0.02, **place):
+    numbers = {"explained_variance": ev, "l0_token": l0, "l0_token_layer": l0_layer, "dead_share": dead}
+    return cell(arm, **numbers, explained_variance_per_layer=[ev] * 8, **place)
+
+
+def subject(name, points=(), parameters=1000, d_model=100):
+    values = {"n_layers": 8, "d_model": d_model, "parameters_non_embedding": parameters}
+    curve = {"curve_tokens": [tokens for tokens, _ in points], "curve_loss": [loss for _, loss in points]}
+    return rows_at(Place(subject=name), {**values, **curve})
+
+
+def test_what_is_missing_is_not_measured(verdicts):
+    assert set(verdicts().values()) == {"not measured"}
+    assert set(verdicts(subject("A")).values()) == {"not measured"}
+
+
+def test_crosscoder_against_bank(verdicts):
+    better = verdicts(quality("crosscoder", 0.8, 20, 20), quality("layerwise", 0.7, 80, 10))
+    assert (better["feature-efficiency"], better["total-l0"]) == ("agrees", "agrees")
+    assert better["flop-efficiency"] == "not comparable"  # L0 a layer is 20 against 10
+    matched = verdicts(quality("crosscoder", 0.6, 10, 10), quality("layerwise", 0.7, 80, 10))
+    assert matched["flop-efficiency"] == "agrees"
+    assert matched["total-l0"] == "not comparable"  # fewer active, but explains less
+    surprising = verdicts(quality("crosscoder", 0.8, 10, 10), quality("layerwise", 0.7, 80, 10))
+    assert surprising["flop-efficiency"] == "disagrees"
+    worse = verdicts(quality("crosscoder", 0.6, 90, 90, n=512), quality("layerwise", 0.7, 80, 10))
+    assert worse["feature-efficiency"] == "disagrees"
+    worse = verdicts(quality("crosscoder", 0.6, 90, 90), quality("layerwise", 0.7, 80, 10))
+    assert worse["total-l0"] == "disagrees"
+
+
+def test_only_dictionaries_of_one_trained_model_are_a_pair(verdicts):
+    parts = quality("crosscoder", 0.8, 20, 20, training_seed=1), quality("layerwise", 0.7, 80, 10)
+    assert verdicts(*parts)["total-l0"] == "not measured"
+
+
+def test_sites_that_differ_give_no_verdict(verdicts):
+    good = quality("crosscoder", 0.8, 20, 20), quality("layerwise", 0.7, 80, 10)
+    bad = quality("crosscoder", 0.6, 90, 90, site="write"), quality("layerwise", 0.7, 80, 10, site="write")
+    assert verdicts(*good, *bad)["total-l0"] == "not comparable"
+
+
+@pytest.mark.parametrize(("untrained", "verdict"), [(0.65, "agrees"), (0.3, "disagrees")])
+def test_random_models(untrained, verdict, verdicts):
+    cells = quality("layerwise", 0.7, 80, 10), quality("layerwise", untrained, 80, 10, state="untrained")
+    assert verdicts(*cells)["random-models"] == verdict
+
+
+@pytest.mark.parametrize(("share", "dead", "verdict"), [(0.3, 0.02, "agrees"), (0.9, 0.4, "disagrees")])
+def test_seeds_and_dead_features(share, dead, verdict, verdicts):
+    found = verdicts(quality("layerwise", 0.7, 80, 10, dead=dead), cell("layerwise", matched_share=share))
+    assert (found["seeds"], found["dead"]) == (verdict, verdict)
+
+
+@pytest.mark.parametrize(
+    ("share", "cosine", "rho", "verdict"), [(0.5, 0.8, 1.5, "agrees"), (0.99, 0.1, 3.5, "disagrees")]
+)
+def test_spread(share, cosine, rho, verdict, verdicts):
+    values = {"single_layer_share": 0.2, "mean_rho_share": share, "mean_adjacent_cosine": cosine}
+    values |= {"functional_rho": rho, "decoder_rho": 4.0}
+    given = [cell("crosscoder", **values, layers=[str(layer) for layer in range(8)]), subject("A")]
+    assert [verdicts(*given)[key] for key in ("profiles", "drift", "functional-layers")] == [verdict] * 3
+    shallow = cell("crosscoder", **values, layers=["1", "2", "3", "4"])
+    assert verdicts(shallow, subject("A"))["profiles"] == "not comparable"
+
+
+def test_shapes_are_compared_at_equal_tokens(verdicts):
+    """A third subject takes no part, and a longer run is read where the shorter one ends."""
+    first, third = subject("A", [(10, 4.0), (20, 3.0)]), subject("C", [(5, 9.0)])
+
+    def against(*points, parameters=1000):
+        return verdicts(first, subject("B", points, parameters), third)["shapes"]
+
+    assert against((10, 9.0), (20, 3.05), (30, 1.0)) == "agrees"
+    assert against((10, 9.0), (20, 3.2), (30, 1.0)) == "disagrees"
+    assert against((10, 3.1), (40, 2.9)) == "agrees"  # 3.0 half way
+    assert against((20, 3.0), parameters=2000) == "not comparable"
+    assert against((21, 3.0)) == "not comparable"
+    assert against() == "not measured"
+
+
+@pytest.mark.parametrize(("recall", "verdict"), [(0.1, "agrees"), (0.97, "disagrees")])
+def test_planted_recovery(recall, verdict, verdicts):
+    worlds = [(0.9, 0.99), (0.75, recall), (0.2, 0.01)]
+    rows = [
+        rows_at(Place(role="calibration", seed=seed), {"explained_variance": ev, "recall": found})
+        for seed, (ev, found) in enumerate(worlds)
+    ]
+    assert verdicts(*rows)["recovery"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("explained", "expected"),
+    [
+        ((0.85, 0.92, 0.96, 0.97, 0.98), ["agrees", "agrees"]),
+        ((0.85, 0.96, 0.92, 0.99, 0.98), ["disagrees", "disagrees"]),
+        ((0.85, 0.92, None, 0.97, 0.98), ["agrees", "not measured"]),
+    ],
+)
+def test_structured_crosscoders_are_held_against_both_ends(explained, expected, verdicts):
+    names = ("bank", "window of 2", "window of 4", "weakly causal", "batch_topk, acausal")
+    found = verdicts(**{name: ev for name, ev in zip(names, explained, strict=True) if ev is not None})
+    assert [found[key] for key in ("weakly-causal", "local-windows")] == expected
+
+
+def test_every_claim_can_be_judged_or_says_why_not(published):
+    for key, claim in published.PUBLISHED["claims"].items():
+        assert ("absent" in claim) != (key in published.RULES), key
+        assert claim["checked"] in published.PUBLISHED["checked"]
+        assert set(claim["ours"]) <= QUANTITIES.keys(), key
+    assert published.RULES.keys() <= published.PUBLISHED["claims"].keys()
+
+
+def test_the_page_is_that_of_the_committed_results(published):
+    page = (ROOT / "docs" / "published.md").read_text()
+    assert published.page(published.committed()) == page, "run scripts/published.py again"
