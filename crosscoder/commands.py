@@ -18,7 +18,7 @@ from crosscoder.data.subject import load_model, load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import load_dictionary
-from crosscoder.dictionary.saelens import save_saelens
+from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.console import say
 from crosscoder.studies.budget import DictionaryBudget

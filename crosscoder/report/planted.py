@@ -250,7 +250,7 @@ def _draw_score(ax: Any, groups: dict[Place, LongTable], color: dict[str, str], 
         return
     for name in dict.fromkeys(map(name_of, found)):
         own = {at: value for at, value in found.items() if name_of(at) == name}
-        points = [((at.n_features,) * 3, (value.value, value.low, value.high)) for at, value in own.items()]
+        points = [(Estimate(*(float(at.n_features or 0),) * 3), value) for at, value in own.items()]
         plot_points(ax, points, color=color[name], arm=str(next(iter(own)).arm), label=name)
     truth = [1.0] if key == "mcc" else [value for at in found for value in groups[at].values(f"{key}_true")]
     ax.axhline(sum(truth) / len(truth), color=INK, linewidth=1.2, linestyle=":", label="planted")
