@@ -1,0 +1,54 @@
+"""A verdict as a study's results keep it: what was decided, and what it was decided from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Label = Literal["H0", "H1a", "H1b", "H1", "H2-u", "H2", "undecided", "not testable"]
+Hypothesis = Literal["H0", "H1", "H2", "H2-u"]
+UniversalityLabel = Literal["universal", "not universal", "between", "not measured"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A requirement without which the density ratio cannot be read. `value` is None where it was not measured."""
+
+    name: str
+    value: float | str | None
+    requirement: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One requirement of a hypothesis. `met` is None where the statistic was not measured."""
+
+    hypothesis: Hypothesis
+    statistic: str
+    requirement: str
+    measured: str
+    met: bool | None
+
+    @property
+    def against(self) -> str:
+        """What is said where it is not met."""
+        return f"{self.statistic} is {self.measured}, not {self.requirement}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the decision rule says of a study, with every gate and condition and the rule's constants."""
+
+    version: str
+    label: Label
+    kinds: tuple[str, ...]
+    """Kinds of H2; empty for every other label."""
+    universality: UniversalityLabel
+    sentence: str
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+    gates: tuple[Gate, ...]
+    conditions: tuple[Condition, ...]
+    rule: dict[str, Any] = field(default_factory=dict)
+    """Constants of the rule by name: numbers, texts, and pairs of numbers as lists."""
