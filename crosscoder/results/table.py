@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
 
 from crosscoder.results.quantities import QUANTITIES, nearest_key
 
@@ -21,6 +23,11 @@ Role = Literal["main", "size", "k", "calibration"]
 SITES: tuple[Site, ...] = ("write", "residual")
 COMPARED = ("A", "B")
 CONFIDENCE = 0.9
+CLOSED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How values are read from files: nothing is converted, nothing is ignored."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$")]
+"""Becomes an anchor and a label: no spaces, no markup."""
+Count = Annotated[int, Field(ge=0, lt=10**15)]
 
 
 @dataclass(frozen=True)
@@ -56,29 +63,31 @@ class Estimate:
         return low <= self.low and self.high <= high
 
 
-Value = int | float | str | Estimate | list[Any] | None
+Value = bool | int | float | str | Estimate | list[Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a number was measured. None: it does not depend on that, or is over all of it."""
 
-    subject: str | None = None
-    training_seed: int | None = None
+    __pydantic_config__: ClassVar = CLOSED
+
+    subject: Name | None = None
+    training_seed: Count | None = None
     """Position of the subject's training seed in the study's list."""
-    other: str | None = None
+    other: Name | None = None
     """Second subject of a joint crosscoder, name and training seed, such as B0."""
     state: State | None = None
     site: Site | None = None
     arm: Arm | None = None
     role: Role | None = None
-    n_features: int | None = None
-    k: int | None = None
-    seed: int | None = None
+    n_features: Count | None = None
+    k: Count | None = None
+    seed: Count | None = None
     """Of the dictionary, or of a planted world."""
-    layer: str | None = None
-    estimator: str | None = None
-    kind: str | None = None
+    layer: Annotated[str, Field(max_length=64)] | None = None
+    estimator: Name | None = None
+    kind: Name | None = None
     """Kind of planted feature."""
 
     def known(self) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from crosscoder.results.table import CLOSED
 
 Label = Literal["H0", "H1a", "H1b", "H1", "H2-u", "H2", "undecided", "not testable"]
 Hypothesis = Literal["H0", "H1", "H2", "H2-u"]
@@ -14,6 +16,8 @@ UniversalityLabel = Literal["universal", "not universal", "between", "not measur
 class Gate:
     """A requirement without which the density ratio cannot be read. `value` is None where it was not measured."""
 
+    __pydantic_config__: ClassVar = CLOSED
+
     name: str
     value: float | str | None
     requirement: str
@@ -23,6 +27,8 @@ class Gate:
 @dataclass(frozen=True)
 class Condition:
     """One requirement of a hypothesis. `met` is None where the statistic was not measured."""
+
+    __pydantic_config__: ClassVar = CLOSED
 
     hypothesis: Hypothesis
     statistic: str
@@ -39,6 +45,8 @@ class Condition:
 @dataclass(frozen=True)
 class Verdict:
     """What the decision rule says of a study, with every gate and condition and the rule's constants."""
+
+    __pydantic_config__: ClassVar = CLOSED
 
     version: str
     label: Label
