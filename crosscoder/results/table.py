@@ -154,15 +154,7 @@ class LongTable:
     def select(self, key: str | None = None, **where: Any) -> LongTable:
         """The rows of a key and a place. A tuple allows any of its values; None asks that the field is not set."""
         rows: Sequence[Row] = self.rows if key is None else self._by_key.get(key, LongTable(())).rows
-
-        def fits(row: Row) -> bool:
-            for name, wanted in where.items():
-                seen = getattr(row.at, name)
-                if seen not in wanted if isinstance(wanted, tuple) else seen != wanted:
-                    return False
-            return True
-
-        return LongTable(tuple(row for row in rows if fits(row)))
+        return LongTable(tuple(row for row in rows if _fits(row.at, where)))
 
     def values(self, key: str, **where: Any) -> list[Any]:
         """The values of a key at a place, without those that are None."""
@@ -180,28 +172,53 @@ class LongTable:
             raise ValueError(f"{len(found)} values of {key} where one was asked for: {places}")
         return found.rows[0].value if found.rows else None
 
-    def seed_range(self, key: str, **where: Any) -> Estimate | None:
-        """Mean and range over all seeds at a place; None where a value is missing or there is none.
+    def seed_range(self, key: str, *, of_known: bool = False, **where: Any) -> Estimate | None:
+        """Mean and range over all seeds at a place; None where there is none, or one is missing.
 
         Each dictionary seed counts once, whichever training it belongs to. The range is no confidence interval.
+        `of_known` leaves out the seeds for which the value is undefined.
         """
-        found = self.select(key, **where)
-        if not found.rows or any(row.value is None for row in found):
+        found = [row.value for row in self.select(key, **where)]
+        values = [float(value) for value in found if value is not None]  # ty: ignore[invalid-argument-type]
+        if not values or (len(values) < len(found) and not of_known):
             return None
-        values = [float(row.value) for row in found]  # ty: ignore[invalid-argument-type]
         return Estimate(math.fsum(values) / len(values), min(values), max(values))
+
+    def seeds(self) -> list[int]:
+        """The dictionary seeds that rows are about, in order of appearance."""
+        return list(dict.fromkeys(row.at.seed for row in self.rows if row.at.seed is not None))
+
+    def cells(self, key: str | None = None, **where: Any) -> dict[Place, LongTable]:
+        """The dictionaries at a place, each with all that was measured of its seeds and layers; those that have `key`.
+
+        Dictionaries of one subject only: no planted worlds, and no crosscoders over two subjects.
+        """
+        where = {"arm": ("crosscoder", "layerwise"), **where}
+        return {
+            at: cell for at, cell in self._cells.items() if _fits(at, where) and (key is None or key in cell._by_key)
+        }
+
+    @cached_property
+    def _cells(self) -> dict[Place, LongTable]:
+        found: dict[Place, list[Row]] = {}
+        for row in self.rows:
+            if row.at.arm is not None and row.at.k is not None:
+                at = replace(row.at, seed=None, layer=None, kind=None)
+                found.setdefault(at, []).append(row)
+        return {at: LongTable(tuple(rows)) for at, rows in found.items()}
 
     def groups(self, *names: str) -> dict[Place, LongTable]:
         """Rows by the named fields of their place, in order of appearance; the places hold these fields only."""
-        return self.grouped(lambda at: Place(**{name: getattr(at, name) for name in names}))
-
-    def cells(self) -> dict[Place, LongTable]:
-        """Rows by the dictionary that they are about, all its seeds and layers together."""
-        return self.grouped(lambda at: replace(at, seed=None, layer=None, estimator=None, kind=None))
-
-    def grouped(self, place: Callable[[Place], Place]) -> dict[Place, LongTable]:
-        """Rows by what `place` makes of where they were measured, in order of appearance."""
         found: dict[Place, list[Row]] = {}
         for row in self.rows:
-            found.setdefault(place(row.at), []).append(row)
+            at = Place(**{name: getattr(row.at, name) for name in names})
+            found.setdefault(at, []).append(row)
         return {at: LongTable(tuple(rows)) for at, rows in found.items()}
+
+
+def _fits(at: Place, where: dict[str, Any]) -> bool:
+    for name, wanted in where.items():
+        seen = getattr(at, name)
+        if seen not in wanted if isinstance(wanted, tuple) else seen != wanted:
+            return False
+    return True
