@@ -1,4 +1,4 @@
-"""The report's pictures of features: each function draws one from plain results, or returns None without data.
+"""The report's pictures of features: each function draws one from a study's rows, or returns None without data.
 
 A colour is a subject and a line style is an arm, in every picture. `PICTURES` lists them in the report's
 order; their words are in `templates/words.json`. `model_figures` has those of losses and layers.
@@ -6,9 +6,10 @@ order; their words are in `templates/words.json`. `model_figures` has those of l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from crosscoder.report.answer import ARM_NAME, SITE_NAME
 from crosscoder.report.panels import (
     FAINT,
     INK,
@@ -23,50 +24,37 @@ from crosscoder.report.panels import (
     safe_label,
     share_legend,
 )
+from crosscoder.results.file import Results
+from crosscoder.results.table import Estimate, LongTable, Place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Results = dict[str, Any]
-Cell = dict[str, Any]
-
-ARM_NAME = {"crosscoder": "crosscoder", "layerwise": "per-layer SAEs"}
-SITE_NAME = {"residual": "residual stream", "write": "block writes"}
+Cells = dict[Place, LongTable]
 
 
-def subject_color(results: Results, subject: str) -> str:
+def subject_color(results: Results, subject: str | None) -> str:
     """The colour of a subject, the same in every figure."""
-    return PALETTE[sorted(results["subjects"]).index(subject) % len(PALETTE)]
+    return PALETTE[results.subjects.index(str(subject)) % len(PALETTE)]
 
 
-def subject_label(results: Results, subject: str) -> str:
+def subject_label(results: Results, subject: str | None) -> str:
     """`A (8 x 64)`: the key with layers and width, in characters that every font has."""
-    entry = results["subjects"][subject]
-    return f"{subject} ({entry['n_layers']}×{entry['d_model']})"
+    n_layers, d_model = (results.of(str(subject), key) for key in ("n_layers", "d_model"))
+    return f"{subject} ({n_layers}×{d_model})"
 
 
-def seed_range(cell: Cell, quantity: str) -> tuple[float, float, float] | None:
-    """`(mean, low, high)` over the dictionary seeds: the summary, else from the seeds; None if undefined."""
-    entry = cell["summary"].get(quantity)
-    if entry is not None:
-        return entry["mean"], entry["low"], entry["high"]
-    values = [seed[quantity] for seed in cell["per_seed"] if seed.get(quantity) is not None]
-    return (sum(values) / len(values), min(values), max(values)) if values else None
+def known_range(cell: LongTable, key: str) -> Estimate | None:
+    """Mean and range over a dictionary's seeds, those left out for which it is undefined."""
+    return cell.seed_range(key, of_known=True)
 
 
-def select(cells: Iterable[Cell], **wanted: Any) -> list[Cell]:
-    """The cells whose fields equal `wanted`; a tuple means any of its items."""
-    return [
-        cell for cell in cells if all(cell[k] in v if isinstance(v, tuple) else cell[k] == v for k, v in wanted.items())
-    ]
-
-
-def swept_site(cells: list[Cell]) -> str:
+def swept_site(cells: Cells) -> str:
     """The site where one arm of one subject has the most dictionary sizes; block writes if none has more."""
-    sizes: dict[tuple[str, str, str], set[int]] = {}
-    for cell in cells:
-        sizes.setdefault((cell["site"], cell["subject"], cell["arm"]), set()).add(cell["n_features"])
+    sizes: dict[tuple[Any, ...], set[int | None]] = {}
+    for at in cells:
+        sizes.setdefault((at.site, at.subject, at.arm), set()).add(at.n_features)
     return max(sizes, key=lambda key: (len(sizes[key]), key[0] == "write"))[0]
 
 
@@ -76,23 +64,25 @@ def draw_counts(results: Results) -> Figure | None:
     The site is the one with a sweep of sizes. Marks of later subjects are smaller and in front, so that all show where
     they coincide.
     """
-    cells = select(results["counts"]["cells"], state="trained", role=("main", "size"))
-    if not cells:
+    where: dict[str, Any] = {"state": "trained", "role": ("main", "size")}
+    every = results.rows.cells("alive", **where)
+    if not every:
         return None
-    site = swept_site(cells)
-    cells = select(cells, site=site)
+    site = swept_site(every)
     figure, axes = make_panels(1, 2, (10, 4.6), sharex=True, sharey=True)
     seen: list[float] = []
-    size = {subject: 4.0 + 3 * i for i, subject in enumerate(sorted(results["subjects"], reverse=True))}
+    size = {subject: 4.0 + 3 * i for i, subject in enumerate(reversed(results.subjects))}
     panels = {"alive": {"crosscoder": "alive", "layerwise": "alive"}}
     panels["distinct"] = {"crosscoder": "distinct", "layerwise": "merged"}
     for ax, quantities in zip(axes[0], panels.values(), strict=True):
-        for subject in sorted(results["subjects"]):
+        for subject in results.subjects:
             for arm, quantity in quantities.items():
-                chosen = select(cells, subject=subject, arm=arm)
+                chosen = results.rows.cells("alive", subject=subject, arm=arm, site=site, **where)
                 _plot_sweep(ax, results, chosen, "n_features", ("dictionary_size", quantity), size[subject])
-                pairs = [(seed_range(c, "dictionary_size"), seed_range(c, quantity)) for c in chosen]
-                seen += [v[0] for pair in pairs for v in pair if v is not None and v[0] > 0]
+                pairs = [
+                    (known_range(cell, "dictionary_size"), known_range(cell, quantity)) for cell in chosen.values()
+                ]
+                seen += [v.value for pair in pairs for v in pair if v is not None and v.value > 0]
                 if quantity == "merged":
                     _rule_band(ax, chosen, subject_color(results, subject))
     if not seen:
@@ -111,36 +101,34 @@ def draw_counts(results: Results) -> Figure | None:
     return figure
 
 
-def _plot_sweep(
-    ax: Axes, results: Results, cells: list[Cell], swept: str, axes: tuple[str, str], size: float = 6
-) -> None:
+def _plot_sweep(ax: Axes, results: Results, cells: Cells, swept: str, axes: tuple[str, str], size: float = 6) -> None:
     """The cells of one subject and arm: a line joins those of one training seed only, in the order of what is swept."""
-    for training_seed in sorted({cell["training_seed"] for cell in cells}):
-        chosen = sorted(select(cells, training_seed=training_seed), key=lambda cell: cell[swept])
-        subject, arm = chosen[0]["subject"], chosen[0]["arm"]
-        points = [(seed_range(cell, axes[0]), seed_range(cell, axes[1])) for cell in chosen]
+    for training_seed in sorted({at.training_seed or 0 for at in cells}):
+        chosen = sorted((at for at in cells if at.training_seed == training_seed), key=lambda at: getattr(at, swept))
+        points = [(known_range(cells[at], axes[0]), known_range(cells[at], axes[1])) for at in chosen]
+        subject, arm = chosen[0].subject, str(chosen[0].arm)
         label = f"{subject_label(results, subject)}, {ARM_NAME[arm]}"
         color = subject_color(results, subject)
         plot_points(ax, points, color=color, arm=arm, label=label, size=size, in_order=True)
 
 
-def _rule_band(ax: Axes, cells: list[Cell], color: str) -> None:
+def _rule_band(ax: Axes, cells: Cells, color: str) -> None:
     """A pale bar from the smallest to the largest merged count over the merging rules."""
-    for cell in cells:
-        size, low, high = (seed_range(cell, q) for q in ("dictionary_size", "merged_low", "merged_high"))
+    for cell in cells.values():
+        size, low, high = (known_range(cell, q) for q in ("dictionary_size", "merged_low", "merged_high"))
         if size and low and high:
-            ax.plot([size[0]] * 2, [low[1], high[2]], color=color, alpha=0.22, linewidth=7, solid_capstyle="butt")
+            ax.plot([size.value] * 2, [low.low, high.high], color=color, alpha=0.22, linewidth=7, solid_capstyle="butt")
 
 
-def _is_main(results: Results, cell: Cell) -> bool:
-    where = {key: cell[key] for key in ("subject", "state", "site", "n_features", "k")}
-    return bool(select(results["counts"]["cells"], arm="crosscoder", role="main", **where))
+def main_spread(results: Results, **where: Any) -> LongTable | None:
+    """The first training seed's main crosscoder; None if there is none."""
+    cells = results.rows.cells("mean_rho", arm="crosscoder", role="main", **where)
+    return cells[min(cells, key=lambda at: at.training_seed or 0)] if cells else None
 
 
-def main_spread(results: Results, **wanted: Any) -> Cell | None:
-    """The first training seed's spread cell of the main crosscoder, else of any; None if none matches."""
-    cells = sorted(select(results["spread"]["cells"], **wanted), key=lambda cell: cell["training_seed"])
-    return next((cell for cell in cells if _is_main(results, cell)), cells[0] if cells else None)
+def layer_labels(cell: LongTable) -> list[str]:
+    """The label of each layer that a dictionary spans."""
+    return [str(label) for label in next(iter(cell.values("layers")), [])]
 
 
 def draw_profiles(results: Results) -> Figure | None:
@@ -153,15 +141,16 @@ def draw_profiles(results: Results) -> Figure | None:
     found = {
         (site, subject): cell
         for site in SITE_NAME
-        for subject in sorted(results["subjects"])
-        if (cell := main_spread(results, subject=subject, site=site, state="trained")) and cell["heatmap"]
+        for subject in results.subjects
+        if (cell := main_spread(results, subject=subject, site=site, state="trained"))
+        and any(cell.values("profile_heatmap"))
     }
     if not found:
         return None
     sites = [site for site in SITE_NAME if any(key[0] == site for key in found)]
     subjects = sorted({key[1] for key in found})
     figure, axes = make_panels(len(sites), len(subjects), (4.6 * len(subjects) + 0.9, 3.5 * len(sites)))
-    deepest = max(len(cell["layers"]) for cell in found.values())
+    deepest = max(len(layer_labels(cell)) for cell in found.values())
     norm = PowerNorm(0.5, vmin=0, vmax=deepest)
     image: Any = None
     for row, site in enumerate(sites):
@@ -172,11 +161,11 @@ def draw_profiles(results: Results) -> Figure | None:
             if cell is None:
                 mark_empty(ax)
                 continue
-            shown = [[share * len(cell["layers"]) for share in shares] for shares in cell["heatmap"]]
+            labels = layer_labels(cell)
+            shown = [[share * len(labels) for share in shares] for shares in cell.one("profile_heatmap")]
             image = ax.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
-            step = 1 + (len(cell["layers"]) - 1) // 16
-            ticks = list(range(0, len(cell["layers"]), step))
-            ax.set_xticks(ticks, [safe_label(cell["layers"][i], 8) for i in ticks])
+            ticks = list(range(0, len(labels), 1 + (len(labels) - 1) // 16))
+            ax.set_xticks(ticks, [safe_label(labels[i], 8) for i in ticks])
             axis_labels(ax, "layer" if row == len(sites) - 1 else None, "feature, sorted" if column == 0 else None)
     ticks = [tick for tick in (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= deepest]
     bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8, pad=0.02, ticks=ticks)
@@ -187,13 +176,13 @@ def draw_profiles(results: Results) -> Figure | None:
 
 
 def subject_panels(
-    results: Results, cells: Sequence[Cell], subjects: Sequence[str], labels: tuple[str, str], **shared: Any
+    results: Results, cells: Cells, subjects: Sequence[str], labels: tuple[str, str], **shared: Any
 ) -> tuple[Figure, Any, list[tuple[Axes, str, str, str]]]:
     """A panel for each site (rows) and subject (columns), titled, labelled on the outside.
 
     The figure, its axes, and `(axes, site, subject, colour)` of every panel.
     """
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
+    sites = [site for site in SITE_NAME if any(at.site == site for at in cells)]
     size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
     figure, axes = make_panels(len(sites), len(subjects), size, **shared)
     panels = []
@@ -208,18 +197,18 @@ def subject_panels(
 
 def draw_spread(results: Results) -> Figure | None:
     """Histogram of rho / L, trained (filled) against untrained (outline), by site and subject."""
-    cells = results["spread"]["cells"]
+    cells = results.rows.cells("rho_histogram", role="main")
     if not cells:
         return None
     labels = ("ρ / L  (1 = evenly on every layer)", "share of features")
-    figure, _, panels = subject_panels(results, cells, sorted(results["subjects"]), labels, sharex=True)
+    figure, _, panels = subject_panels(results, cells, results.subjects, labels, sharex=True)
     for ax, site, subject, color in panels:
         states = {s: main_spread(results, subject=subject, site=site, state=s) for s in ("trained", "untrained")}
         drawn = {state: cell for state, cell in states.items() if cell is not None}
         for state, cell in drawn.items():
             _histogram(ax, cell, state, color)
         for cell in list(drawn.values())[:1]:
-            least = 1 / len(cell["layers"])
+            least = 1 / len(layer_labels(cell))
             ax.axvline(least, ymax=0.7, color=INK, linewidth=1, linestyle=":", label=f"1 / L = {least:.3g}, one layer")
         ax.set(xlim=(0, 1.0))
         ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # the legend has the upper part to itself
@@ -227,13 +216,12 @@ def draw_spread(results: Results) -> Figure | None:
     return figure
 
 
-def _histogram(ax: Axes, cell: Cell, state: str, color: str) -> None:
-    edges = cell["per_seed"][0]["rho_histogram"]["edges"]
-    seeds = [s["rho_histogram"] for s in cell["per_seed"] if s["rho_histogram"]["edges"] == edges]
-    counts = [sum(column) for column in zip(*(seed["counts"] for seed in seeds), strict=True)]
+def _histogram(ax: Axes, cell: LongTable, state: str, color: str) -> None:
+    counts = [sum(column) for column in zip(*cell.values("rho_histogram"), strict=True)]
     shares = [value / (sum(counts) or 1) for value in counts]
-    mean = seed_range(cell, "mean_rho_share")
-    label = f"{state}, mean {mean[0]:.2f}" if mean else state
+    edges = [i / len(counts) for i in range(len(counts) + 1)]
+    mean = known_range(cell, "mean_rho_share")
+    label = f"{state}, mean {mean.value:.2f}" if mean else state
     if state == "trained":
         ax.stairs(shares, edges, fill=True, color=color, alpha=0.55, label=label)
     else:
@@ -242,8 +230,9 @@ def _histogram(ax: Axes, cell: Cell, state: str, color: str) -> None:
 
 def draw_frontier(results: Results) -> Figure | None:
     """Explained variance against L0, counted per token and per token and layer, by site."""
-    cells = select(results["quality"]["cells"], state="trained", role=("main", "k"))
-    sites = [site for site in SITE_NAME if select(cells, site=site)]
+    where: dict[str, Any] = {"state": "trained", "role": ("main", "k")}
+    cells = results.rows.cells("explained_variance", **where)
+    sites = [site for site in SITE_NAME if any(at.site == site for at in cells)]
     if not sites:
         return None
     figure, axes = make_panels(len(sites), 2, (10, 3.4 * len(sites) + 0.7), sharey="row")
@@ -253,9 +242,9 @@ def draw_frontier(results: Results) -> Figure | None:
     }
     for row, site in enumerate(sites):
         for ax, quantity in zip(axes[row], axis_names, strict=True):
-            for subject in sorted(results["subjects"]):
+            for subject in results.subjects:
                 for arm in ARM_NAME:
-                    chosen = select(cells, subject=subject, arm=arm, site=site)
+                    chosen = results.rows.cells("explained_variance", subject=subject, arm=arm, site=site, **where)
                     _plot_sweep(ax, results, chosen, "k", (quantity, "explained_variance"))
             axis_title(ax, f"{SITE_NAME[site].capitalize()}")
             axis_labels(ax, axis_names[quantity] if row == len(sites) - 1 else None, None)

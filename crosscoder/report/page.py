@@ -11,23 +11,25 @@ import base64
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from crosscoder.foundation.artifact import read_json, replace_file, write_json
+from crosscoder.foundation.artifact import read_json, replace_file
 from crosscoder.report import tables
+from crosscoder.report.answer import WORDS, answer
 from crosscoder.report.figures import PICTURES as OF_FEATURES
 from crosscoder.report.model_figures import PICTURES as OF_MODELS
 from crosscoder.report.panels import to_png
-from crosscoder.report.spread_tables import read_table, spread_table
+from crosscoder.report.table import Table
 from crosscoder.report.verdict_figures import draw_verdict
-from crosscoder.report.verdict_tables import verdict_tables
-from crosscoder.results.schema import validate_results
+from crosscoder.report.verdict_tables import VERDICT_TABLES
+from crosscoder.results.file import RESULTS, Results, from_document, save_results
+from crosscoder.results.quantities import NOTES, QUANTITIES, definition
 
-RESULTS = "results.json"
 PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -35,42 +37,27 @@ _CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 
 
-def render_report(results: dict[str, Any], folder: str | Path) -> Path:
+def render_report(results: Results, folder: str | Path) -> Path:
     """The path of `report.html`, after writing it, `results.json`, `report.md` and `figures/*.png`.
 
     Raises:
-        ValueError: `results` is not what `validate_results` accepts; `results.json` is still written if JSON
-            can hold the value, so that a long study is not lost.
+        ValueError: `results` holds what a file may not; `results.json` is still written if JSON can hold the value, so
+            that a long study is not lost.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        write_json(folder / RESULTS, results)
-    except (TypeError, ValueError):
-        validate_results(results)  # names the path that JSON could not hold
-        raise
+    save_results(results, folder)
     # What is shown comes from the file, so that writing the report again from it gives the same bytes.
-    results = load_results(folder)
-    cleaned = clean_strings(results)
-    view = _view(cleaned, _draw_figures(cleaned, folder / "figures"))
-    embedded = _embedded_json(results)
+    written = read_json(folder / RESULTS)
+    from_document(written)  # refused by its own strings
+    shown = from_document(clean_strings(written))
+    view = _view(shown, _draw_figures(shown, folder / "figures"))
+    embedded = _embedded_json(written)
     html = _environment().get_template("report.html.j2").render(view, embedded=embedded)
     markdown = _environment(markdown=True).get_template("report.md.j2").render(view)
     replace_file(folder / "report.md", re.sub(r"\n{3,}", "\n\n", markdown.strip() + "\n").encode("utf-8"))
     replace_file(folder / "report.html", html.encode("utf-8"))
     return folder / "report.html"
-
-
-def load_results(folder: str | Path) -> dict[str, Any]:
-    """The validated `results.json` of a study's folder.
-
-    Raises:
-        ValueError: the file is damaged or does not follow the schema.
-        FileNotFoundError: there is none.
-    """
-    results = read_json(Path(folder) / RESULTS)
-    validate_results(results)
-    return results
 
 
 def clean_strings(value: Any) -> Any:
@@ -137,7 +124,7 @@ def _embedded_json(results: Any) -> str:
     return body if len(body) <= EMBED_LIMIT else ""
 
 
-def _draw_figures(results: dict[str, Any], folder: Path) -> dict[str, tuple[str, int]]:
+def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
     """Each drawn figure as base64 PNG with its width in CSS pixels; files of the others are removed."""
     folder.mkdir(exist_ok=True)
     drawn = {}
@@ -152,40 +139,38 @@ def _draw_figures(results: dict[str, Any], folder: Path) -> dict[str, tuple[str,
     return drawn
 
 
-def _view(results: dict[str, Any], figures: dict[str, tuple[str, int]]) -> dict[str, Any]:
+def _view(results: Results, figures: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """Everything that the templates print."""
-    words = read_json(_TEMPLATES / "words.json")
-    provenance = results["provenance"]
-    names = ", ".join(subject["name"] for subject in results["subjects"].values())
+    provenance = results.provenance
+    names = ", ".join(str(results.of(name, "name")) for name in results.subjects)
     pictures = []
-    for slug, caption in words["pictures"].items():
+    for slug, caption in WORDS["pictures"].items():
         png, width = figures.get(slug, ("", 0))
         pictures.append({"slug": slug, "png": png, "width": width, **caption})
+    groups = {group: tables.measured_table(results, group) for group in tables.GROUP_TITLE}
+    judged = {name: table(results) for name, table in VERDICT_TABLES.items()}
+    shown = {name: table(results) for name, table in tables.TABLES.items()}
     return {
-        "words": words,
-        "title": words["titles"][provenance["kind"]],
-        "lead": words["lead"][provenance["kind"]],
-        "kicker": f"Preset {provenance['preset']} · {names}",
-        "answer": results["counts"]["answer"],
-        "verdict": verdict_tables(results),
-        "notes": (results["verdict"] or {}).get("notes", []),
-        "definitions": results["definitions"],
+        "words": WORDS,
+        "title": WORDS["titles"][provenance.kind],
+        "lead": WORDS["lead"][provenance.kind],
+        "kicker": f"Preset {provenance.preset} · {names}",
+        "answer": answer(results),
+        "verdict": judged,
+        "notes": results.verdict.notes if results.verdict else (),
+        "definitions": cited_definitions([*groups.values(), *judged.values(), *shown.values()]),
         "seeds_note": tables.seeds_note(results),
         "group_titles": tables.GROUP_TITLE,
-        "groups": {group: tables.measured_table(results, group) for group in tables.GROUP_TITLE},
+        "groups": groups,
         "pictures": pictures,
-        "tables": {
-            "matched": tables.matched_table(results),
-            "subjects": tables.subject_table(results),
-            "quality": tables.quality_table(results),
-            "counts": tables.count_table(results),
-            "pairs": tables.pair_table(results),
-            "spread": spread_table(results),
-            "read": read_table(results),
-            "splice": tables.splice_table(results),
-            "provenance": tables.provenance_table(provenance),
-        },
-        "details": tables.provenance_details(provenance),
-        "footer": f"{provenance['schema']}, {provenance['kind']}, preset {provenance['preset']}, "
-        f"{provenance['started']}, commit {provenance['git_commit'] or 'unknown'}.",
+        "tables": shown,
+        "details": tables.provenance_details(results),
+        "footer": f"{provenance.schema}, {provenance.kind}, preset {provenance.preset}, "
+        f"{provenance.started}, commit {provenance.git_commit or 'unknown'}.",
     }
+
+
+def cited_definitions(shown: Iterable[Table]) -> dict[str, str]:
+    """The definitions that tables link to, in the order of the registry."""
+    cited = set().union(*(table.cited() for table in shown))
+    return {key: definition(key) for key in (*QUANTITIES, *NOTES) if key in cited}

@@ -7,8 +7,10 @@ inside the functions, and figures are made without pyplot, so that no global sta
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
+
+from crosscoder.results.table import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +92,7 @@ def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = Non
 
 def plot_points(
     ax: Axes,
-    points: list[Any],
+    points: Sequence[tuple[Estimate | None, Estimate | None]],
     *,
     color: str,
     arm: str,
@@ -104,14 +106,13 @@ def plot_points(
     The line goes by x, or `in_order` as the points are given. Marks are filled for a crosscoder and white for a bank,
     or of colour `face`.
     """
-    points = [(x, y) for x, y in points if x is not None and y is not None]
-    points = points if in_order else sorted(points)
-    if not points:
+    known = [(x, y) for x, y in points if x is not None and y is not None]
+    if not known:
         return
-    x, y = zip(*points, strict=True)
+    x, y = zip(*(known if in_order else sorted(known, key=lambda point: point[0].value)), strict=True)
     ax.errorbar(
-        [v[0] for v in x],
-        [v[0] for v in y],
+        [one.value for one in x],
+        [one.value for one in y],
         xerr=error_bars(x),
         yerr=error_bars(y),
         color=color,
@@ -126,8 +127,9 @@ def plot_points(
     )
 
 
-def error_bars(ranges: Iterable[tuple[float, float, float]]) -> list[list[float]]:
-    pairs = [(max(mean - low, 0.0), max(high - mean, 0.0)) for mean, low, high in ranges]
+def error_bars(ranges: Iterable[Estimate]) -> list[list[float]]:
+    """How far each range reaches below and above its value."""
+    pairs = [(max(one.value - one.low, 0.0), max(one.high - one.value, 0.0)) for one in ranges]
     return [[down for down, _ in pairs], [up for _, up in pairs]]
 
 

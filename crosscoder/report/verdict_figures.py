@@ -17,85 +17,88 @@ from crosscoder.report.panels import (
     safe_label,
     share_legend,
 )
+from crosscoder.results.file import Results
+from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR
+from crosscoder.results.table import Estimate, LongTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SITES = {"write": ("block writes", PALETTE[0], "o"), "residual": ("residual stream", PALETTE[1], "s")}
+MARKS = {"write": ("block writes", PALETTE[0], "o"), "residual": ("residual stream", PALETTE[1], "s")}
 HEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10)
 SMALLEST, LARGEST = 0.125, 8.0  # of R on the picture's axis
 
 
-def draw_verdict(results: dict[str, Any]) -> Figure | None:
+def draw_verdict(results: Results) -> Figure | None:
     """R with the bands of H0 and H1 (left), and d_eff / D against L with the slopes 0, 1/2 and 1 (right)."""
-    judged = results["verdict"]
-    if judged is None:
+    if results.verdict is None:
         return None
     figure, axes = make_panels(1, 2, (11.5, 5.6), width_ratios=(1.25, 1))
-    _draw_ratios(axes[0][0], judged)
-    shapes = {name: (subject["n_layers"], subject["d_model"]) for name, subject in results["subjects"].items()}
-    _draw_dimensions(axes[0][1], judged, shapes)
+    _draw_ratios(axes[0][0], results.rows.select("ratio"), results.verdict.rule)
+    _draw_dimensions(axes[0][1], results, results.verdict.rule)
     share_legend(figure, axes)
     return figure
 
 
-def _draw_ratios(ax: Axes, judged: dict[str, Any]) -> None:
-    rule, rows = judged["rule"], judged["estimators"]
-    names = list(dict.fromkeys(row["estimator"] for row in rows))
+def _draw_ratios(ax: Axes, ratios: LongTable, rule: dict[str, Any]) -> None:
+    names = [name for name in ESTIMATORS if len(ratios.select(estimator=name))]
     for (low, high), color, label in (
         (rule["complete"], PALETTE[4], "band of H0: layers alone"),
         (rule["equal"], PALETTE[2], "band of H1: reconciled"),
     ):
         ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=label)
-    for row in rows:
-        words, color, marker = SITES[row["site"]]
-        height = len(names) - names.index(row["estimator"]) + (0.16 if row["site"] == "write" else -0.16)
-        for state, face, shift in (("trained", color, 0.0), ("untrained", "white", -0.12)):
-            entry = row[state]
-            if entry is None:
-                continue
-            low, mean, high = (float(np.clip(entry[k], SMALLEST, LARGEST)) for k in ("low", "mean", "high"))
-            ax.plot([low, high], [height + shift] * 2, color=color, linewidth=1.4, alpha=0.9 if face == color else 0.5)
-            label = f"{words}, {state}"
-            ax.plot(mean, height + shift, marker, color=color, markerfacecolor=face, markersize=6, label=label, ls="")
+    for row in ratios:
+        if not isinstance(row.value, Estimate):
+            continue
+        words, color, marker = MARKS[str(row.at.site)]
+        trained = row.at.state == "trained"
+        height = len(names) - names.index(str(row.at.estimator)) + (0.16 if row.at.site == "write" else -0.16)
+        height -= 0.0 if trained else 0.12
+        ends = (row.value.low, row.value.value, row.value.high)
+        low, mean, high = (float(np.clip(end, SMALLEST, LARGEST)) for end in ends)
+        ax.plot([low, high], [height] * 2, color=color, linewidth=1.4, alpha=0.9 if trained else 0.5)
+        face = color if trained else "white"
+        label = f"{words}, {row.at.state}"
+        ax.plot(mean, height, marker, color=color, markerfacecolor=face, markersize=6, label=label, ls="")
     ax.set(xscale="log", xlim=(SMALLEST, LARGEST), ylim=(0.4, len(names) + 0.6))
     ticks = [0.125, 0.25, 0.5, 1, 2, 4, 8]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    primary = {row["estimator"] for row in rows if row["primary"]}
-    shown = [name.replace("_", ", ") + (" *" if name in primary else "") for name in names]
+    shown = [name.replace("_", ", ") + (" *" if name == PRIMARY_ESTIMATOR else "") for name in names]
     ax.set_yticks(range(len(names), 0, -1), shown)
-    _name_missing(ax, rows, names)
+    _name_missing(ax, ratios, names)
     axis_title(ax, "R: density of B over density of A (* decides, on the writes)")
     axis_labels(ax, "R; 2 the paradox, 1 reconciliation", None)
 
 
-def _name_missing(ax: Axes, rows: list[dict[str, Any]], names: list[str]) -> None:
+def _name_missing(ax: Axes, ratios: LongTable, names: list[str]) -> None:
     """Under an estimator's name, left of the panel: which values of which site it lacks."""
     for i, name in enumerate(names):
         lines = []
-        for row in (row for row in rows if row["estimator"] == name):
-            missing = [state for state in ("trained", "untrained") if row[state] is None]
+        for at, rows in ratios.select(estimator=name).groups("site").items():
+            known = [row.at.state for row in rows if row.value is not None]
+            missing = [state for state in ("trained", "untrained") if state not in known]
             if missing:
                 state = f"{missing[0]} " if len(missing) == 1 else ""
-                lines.append(f"{SITES[row['site']][0]}: {state}not measured")
+                lines.append(f"{MARKS[str(at.site)][0]}: {state}not measured")
         at = (-0.02, len(names) - i - 0.17)
         ax.text(*at, "\n".join(lines), transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize=7, color=INK)
 
 
-def _draw_dimensions(ax: Axes, judged: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> None:
-    rows = [row for row in judged["points"] if row["state"] == "trained"]
-    key = "d_eff_debiased" if any(row["d_eff_debiased"] for row in rows) else "d_eff_weighted"
+def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
+    debiased = any(results.rows.values("d_eff_debiased", state="trained"))
+    key = "d_eff_debiased" if debiased else "d_eff_weighted"
     seen = []
-    for row in rows:
-        if row[key] is None:
+    for row in results.rows.select(key, state="trained"):
+        if row.value is None:
             continue
-        depth, width = shapes[row["subject"]]
-        words, color, marker = SITES[row["site"]]
-        value = row[key] / width
+        subject = str(row.at.subject)
+        depth, width = results.of(subject, "n_layers"), results.of(subject, "d_model")
+        words, color, marker = MARKS[str(row.at.site)]
+        value = row.value / width  # ty: ignore[unsupported-operator]
         ax.plot(depth, value, marker, color=color, markersize=7, ls="", label=f"{words}, trained")
-        seen.append((depth, value, row["subject"], row["site"]))
+        seen.append((depth, value, subject, row.at.site))
     if not seen:
         mark_empty(ax)
         return
@@ -107,7 +110,7 @@ def _draw_dimensions(ax: Axes, judged: dict[str, Any], shapes: dict[str, tuple[i
         ax.plot(x, base * (x / first) ** slope, style, color=FAINT, linewidth=1.2)
         end = (x[1], base * (x[1] / first) ** slope)
         ax.annotate(f"δ = {slope:g}", end, (9, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
-    low, high = judged["rule"]["delta"]
+    low, high = rule["delta"]
     ax.fill_between(x, base * (x / first) ** low, base * (x / first) ** high, color=PALETTE[2], alpha=0.18, linewidth=0)
     ax.set(xscale="log", yscale="log", xlim=(min(depth for depth, *_ in seen) / 1.2, last * 1.5))
     names: dict[int, set[str]] = {}
@@ -118,5 +121,5 @@ def _draw_dimensions(ax: Axes, judged: dict[str, Any], shapes: dict[str, tuple[i
     heights = [tick for tick in HEIGHTS if low <= tick <= high]
     ax.set_yticks(heights, [f"{tick:g}" for tick in heights])
     ax.minorticks_off()
-    axis_title(ax, "Effective dimension over width" + ("" if key == "d_eff_debiased" else " (not debiased)"))
+    axis_title(ax, "Effective dimension over width" + ("" if debiased else " (not debiased)"))
     axis_labels(ax, "layers L, model", "d_eff / D")

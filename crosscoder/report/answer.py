@@ -1,0 +1,156 @@
+"""What a study says in two sentences, and the seed paper's table with measured values.
+
+All arithmetic here is on finished numbers; ranges are over training and dictionary seeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosscoder.foundation.artifact import read_json
+from crosscoder.results.file import Results
+from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable
+
+WORDS = read_json(Path(__file__).parent / "templates" / "words.json")
+SITE_NAME = {"residual": "residual stream", "write": "block writes"}
+ARM_NAME = {"crosscoder": "crosscoder", "layerwise": "per-layer SAEs"}
+GROUP_OF_ARM = {"layerwise": "per-layer", "crosscoder": "cross-layer"}
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One line of the seed paper's table."""
+
+    group: str
+    """`subject`, `per-layer`, `cross-layer` or `control`."""
+    where: str
+    words: str
+    key: str
+    values: dict[str, Estimate | None]
+
+    @property
+    def ratio(self) -> Estimate | None:
+        """B / A with the widest interval that the two ranges allow; None where A may be zero or below."""
+        a, b = (self.values.get(name) for name in COMPARED)
+        if a is None or b is None or min(a.low, a.value, a.high) <= 0:
+            return None
+        return Estimate(b.value / a.value, b.low / a.high, b.high / a.low)
+
+
+def paper_table(results: Results) -> list[PaperRow]:
+    """The seed paper's table with measured values: subjects, per-layer and cross-layer counts, and the control."""
+    of_models = (
+        ("parameters outside the embedding", "parameters_non_embedding"),
+        ("layers", "n_layers"),
+        ("neurons per layer", "d_model"),
+    )
+    rows = [
+        PaperRow("subject", "", words, key, {name: _exactly(results.of(name, key)) for name in results.subjects})
+        for words, key in of_models
+    ]
+    total = {name: _exactly(total_neurons(results, name)) for name in results.subjects}
+    rows.append(PaperRow("subject", "", "total neurons", "d_model", total))
+    for state in ("trained", "untrained"):
+        for site, place in SITE_NAME.items():
+            for arm, group in GROUP_OF_ARM.items():
+                where = {"state": state, "site": site, "arm": arm}
+                control = f"untrained, {place}, {'bank' if arm == 'layerwise' else 'crosscoder'}"
+                for key, words in WORDS["paper"][group].items():
+                    values = {name: main_range(results, key, subject=name, **where) for name in results.subjects}
+                    if any(values[name] is None for name in results.subjects if name != "C"):  # C has crosscoders only
+                        continue
+                    of = (group, place) if state == "trained" else ("control", control)
+                    rows.append(PaperRow(*of, words, key, values))
+    return rows
+
+
+def main_range(results: Results, key: str, **where: Any) -> Estimate | None:
+    """Mean and range of a quantity of the main dictionaries, over training and dictionary seeds."""
+    return results.rows.seed_range(key, role="main", layer=None, **where)
+
+
+def total_neurons(results: Results, name: str) -> int:
+    """L * D of a subject."""
+    return results.of(name, "n_layers") * results.of(name, "d_model")
+
+
+def _exactly(value: float) -> Estimate:
+    return Estimate(float(value), float(value), float(value))
+
+
+def answer(results: Results) -> list[str]:
+    """The answer in two sentences: the verdict, and how far the ratio moves with the estimator and without training."""
+    if results.verdict is None:
+        return _answer_for_one(results)
+    shapes, losses = [], []
+    for name in results.subjects:
+        shapes.append(f"{name} {results.of(name, 'n_layers')} layers of {results.of(name, 'd_model')}")
+        loss = results.rows.seed_range("held_out_loss", subject=name)
+        losses.append(f"{loss.value:.3f} ({name})" if loss else f"not measured ({name})")
+    second = (
+        f"Models of {results.of('A', 'parameters_non_embedding'):,} parameters in A's blocks ({', '.join(shapes)}) "
+        f"with held-out losses of {', '.join(losses)} nats a token"
+    )
+    by_load, by_count = (_spread(results, kind) for kind in ("load", "count"))
+    if by_load:
+        second += f"; on what blocks write, R (B's density over A's) is {by_load} by the entropy load of the features"
+    if by_count:
+        second += f" and {by_count} by their number, which full dictionaries of one size all but fix"
+    return [results.verdict.sentence, second + "; 2 would be the paradox and 1 reconciliation."]
+
+
+def _spread(results: Results, kind: str) -> str:
+    """From the lowest to the highest R of one kind of estimator on the primary site, and of the untrained pair."""
+    said = []
+    for state in ("trained", "untrained"):
+        rows = results.rows.select("ratio", site=SITES[0], state=state)
+        values = [row.value.value for row in rows if str(row.at.estimator).startswith(kind) and row.value is not None]
+        if values:
+            said.append(f"{min(values):.2f} to {max(values):.2f}")
+    return "" if not said else said[0] if len(said) == 1 else f"{said[0]} (untrained {said[1]})"
+
+
+def _answer_for_one(results: Results) -> list[str]:
+    where = {"subject": results.subjects[0], "state": "trained", "site": "residual", "role": "main"}
+    found = [next(iter(results.rows.cells("alive", arm=arm, **where).values()), None) for arm in GROUP_OF_ARM]
+    bank, cross = found
+    if bank is None or cross is None:
+        return ["One of the two arms is missing.", "Nothing can be compared."]
+    n_layers = len(next(iter(cross.values("explained_variance_per_layer")), []))
+    low, high = bank.seed_range("merged_low"), bank.seed_range("merged_high")
+    band = f"{low.low:.0f} to {high.high:.0f}" if low and high else "not measured"
+    first = (
+        f"On {n_layers} layers the per-layer bank has {_interval(bank, 'alive', 0)} alive features that merge to "
+        f"{_interval(bank, 'merged', 0)} distinct ones (band {band} by rule), and the crosscoder has "
+        f"{_interval(cross, 'distinct', 0)} distinct features that occupy {_interval(cross, 'mean_rho')} of {n_layers} "
+        "layers each."
+    )
+    second = (
+        f"The bank explains {_mean(bank, 'explained_variance', '.1%')} of the variance with "
+        f"{_mean(bank, 'l0_token', '.0f')} active features a token and the crosscoder "
+        f"{_mean(cross, 'explained_variance', '.1%')} with {_mean(cross, 'l0_token', '.0f')}; "
+        f"{_alive_share(bank)} and {_alive_share(cross)} of the dictionaries are alive, so counts near the "
+        "dictionary's size say more about the dictionary than about the model."
+    )
+    return [first, second]
+
+
+def _interval(cell: LongTable, key: str, digits: int = 2) -> str:
+    found = cell.seed_range(key)
+    if found is None:
+        return "an unknown number of"
+    if found.low == found.high:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def _mean(cell: LongTable, key: str, form: str) -> str:
+    found = cell.seed_range(key)
+    return "an unknown share" if found is None else format(found.value, form)
+
+
+def _alive_share(cell: LongTable) -> str:
+    dead = cell.seed_range("dead_share")
+    return "an unknown share" if dead is None else f"{1 - dead.value:.0%}"
