@@ -130,7 +130,8 @@ def synthetic(command: cli.Synthetic) -> None:
 
 def report(command: cli.Report) -> None:
     """Render results.json again."""
-    from crosscoder.report.page import load_results, render_report
+    from crosscoder.report.page import render_report
+    from crosscoder.results.file import load_results
 
     print(render_report(load_results(command.folder), command.folder))
 

@@ -207,8 +207,8 @@ def draw_spread(results: Results) -> Figure | None:
         drawn = {state: cell for state, cell in states.items() if cell is not None}
         for state, cell in drawn.items():
             _histogram(ax, cell, state, color)
-        for cell in list(drawn.values())[:1]:
-            least = 1 / len(layer_labels(cell))
+        for n_layers in [len(layer_labels(cell)) for cell in drawn.values()][:1]:
+            least = 1 / max(n_layers, 1)
             ax.axvline(least, ymax=0.7, color=INK, linewidth=1, linestyle=":", label=f"1 / L = {least:.3g}, one layer")
         ax.set(xlim=(0, 1.0))
         ax.set_ylim(0, 1.4 * ax.get_ylim()[1])  # the legend has the upper part to itself

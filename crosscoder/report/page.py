@@ -44,6 +44,8 @@ def render_report(results: Results, folder: str | Path) -> Path:
         ValueError: `results` holds what a file may not; `results.json` is still written if JSON can hold the value, so
             that a long study is not lost.
     """
+    if results.provenance.kind not in WORDS["titles"]:
+        raise ValueError(f"a study of kind {results.provenance.kind!r} has a report of its own; see report/planted.py")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_results(results, folder)

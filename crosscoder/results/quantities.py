@@ -24,8 +24,10 @@ class Quantity:
     words: str
     """The heading of its column or row."""
     definition: str
-    value: Literal["number", "whole", "flag", "text", "list"] = "number"
-    """What a row holds; a `number` may be an estimate."""
+    value: Literal["number", "whole", "flag", "text", "list", "texts", "lists"] = "number"
+    """What a row holds; a `number` may be an estimate, a `list` is of numbers or null, `lists` are of numbers."""
+    length: int | None = None
+    """Of a list."""
 
 
 def read_once(path: Path) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ estimate `{"value", "low", "high"}`, or `{"missing": "why there is none"}`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -150,28 +150,51 @@ def _read(at: Place, key: str, value: Any, path: str) -> Row:
 def _checked(key: str, value: Any, path: str) -> Value:
     """A value of the kind that the key's quantity has."""
     one = QUANTITIES[key]
-    if one.value == "text" and not isinstance(value, str):
-        fail(path, "a text", value)
-    if one.value == "flag" and not isinstance(value, bool):
-        fail(path, "true or false", value)
-    if one.value == "list" and not isinstance(value, list):
-        fail(path, "a list", value)
-    if one.value == "whole" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        fail(path, "a whole number of 0 or more", value)
-    if one.value != "number":
+    if one.value in _EXPECTED:
+        fits, expected = _EXPECTED[one.value]
+        if not fits(value) or (one.length is not None and len(value) != one.length):
+            fail(path, expected if one.length is None else f"{expected}, {one.length} of them", value)
         return value
     if isinstance(value, dict):
         return _estimate(value, path)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         fail(path, f"a number ({one.unit}), null, an estimate or a reason why it is missing", value)
     if one.unit == "share" and not _SHARE[0] <= value <= _SHARE[1]:
         fail(path, "a share between 0 and 1", value)
     return value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(item is None or _is_number(item) for item in value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        _is_list(row) and None not in row and len(row) == len(value[0]) for row in value
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "text": (lambda value: isinstance(value, str), "a text"),
+    "flag": (lambda value: isinstance(value, bool), "true or false"),
+    "whole": (lambda value: _is_number(value) and isinstance(value, int) and value >= 0, "a whole number of 0 or more"),
+    "list": (_is_list, "a list of numbers or null"),
+    "texts": (_is_texts, "a list of texts"),
+    "lists": (_is_table, "lists of equally many numbers"),
+}
+
+
 def _estimate(value: dict[str, Any], path: str) -> Estimate:
     known = value.keys() == {"value", "low", "high"}
-    if not known or any(isinstance(x, bool) or not isinstance(x, int | float) for x in value.values()):
+    if not known or not all(_is_number(x) for x in value.values()):
         fail(path, "an estimate of three numbers 'value', 'low' and 'high'", value)
     if value["low"] > value["high"]:
         fail(path, "an interval with low <= high", value)
