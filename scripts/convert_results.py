@@ -15,9 +15,8 @@ from typing import Any
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.results.file import SCHEMA, Provenance, Results, document, from_document
 from crosscoder.results.quantities import QUANTITIES
-from crosscoder.results.table import LongTable, Place, Row, Value
+from crosscoder.results.table import Estimate, LongTable, Place, Row, Value
 from crosscoder.results.verdict import Condition, Gate, Verdict
-from crosscoder.results.table import Estimate
 
 CELL = ("subject", "training_seed", "state", "site", "arm", "role", "n_features", "k")
 PROBE = {"tokens": "probe_tokens", "features": "probe_features", "alive": "probe_alive"}
@@ -170,9 +169,8 @@ def _joint(verdict: dict[str, Any]) -> Iterator[Row]:
     for row in verdict.get("joint", []):
         first, second = row["training_seeds"]
         where = {key: row[key] for key in ("state", "site", "n_features", "k")}
-        at = Place(
-            **where, subject=row["first"], training_seed=first, other=f"{row['second']}{second}", arm="joint", role="main"
-        )
+        where |= {"subject": row["first"], "training_seed": first, "other": f"{row['second']}{second}"}
+        at = Place(**where, arm="joint", role="main")
         for one in row["per_seed"]:
             yield from _rows(_seed(at, one), {key: value for key, value in one.items() if key != "seed"})
 
