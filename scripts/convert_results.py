@@ -41,7 +41,7 @@ def convert(old: dict[str, Any]) -> Results:
     if verdict is not None:
         rows += [*_statistics(verdict), *_agreement(verdict), *_points(verdict), *_joint(verdict)]
         rows += _calibration(verdict)
-    provenance = {**old["provenance"], "schema": SCHEMA}
+    provenance: dict[str, Any] = {**old["provenance"], "schema": SCHEMA}
     return Results(LongTable(tuple(rows)), verdict and _verdict(verdict), Provenance(**provenance))
 
 

@@ -18,6 +18,7 @@ from crosscoder.report.panels import (
     share_legend,
     to_png,
 )
+from crosscoder.results.table import Estimate
 from crosscoder.verdict.decide import RULE
 
 Results = dict[str, Any]
@@ -267,7 +268,9 @@ def _draw_score(ax: Any, results: Results, key: str) -> None:
         return
     for name in dict.fromkeys(entry["estimator"] for entry in summary):
         own = [entry for entry in summary if entry["estimator"] == name]
-        points = [((entry["size"],) * 3, (entry[key]["mean"], entry[key]["low"], entry[key]["high"])) for entry in own]
+        sizes = [Estimate(*[float(entry["size"])] * 3) for entry in own]
+        ranges = [Estimate(entry[key]["mean"], entry[key]["low"], entry[key]["high"]) for entry in own]
+        points = list(zip(sizes, ranges, strict=True))
         arm = "crosscoder" if name == "crosscoder" else "layerwise"
         plot_points(ax, points, color=_color(results, name), arm=arm, label=name)
     truth = [1.0] if key == "mcc" else [entry[f"{key}_true"]["mean"] for entry in summary]
@@ -302,8 +305,8 @@ def _draw_pairs(ax: Any, results: Results) -> None:
     for key, label, color in (("r_slots", "R of slots", PALETTE[4]), ("r_density", "R of density", PALETTE[5])):
         planted = sorted({row[f"{key}_true"] for row in results["pairs"]})
         found = [[row[key] for row in results["pairs"] if row[f"{key}_true"] == value] for value in planted]
-        ranges = [(sum(values) / len(values), min(values), max(values)) for values in found]
-        means = [mean for mean, _, _ in ranges]
+        ranges = [Estimate(sum(values) / len(values), min(values), max(values)) for values in found]
+        means = [one.value for one in ranges]
         ax.errorbar(planted, means, yerr=error_bars(ranges), color=color, marker="D", linestyle="", label=label)
     ends = [0.0, 1.1 * max(row["r_slots_true"] for row in results["pairs"])]
     ax.plot(ends, ends, color=FAINT, linewidth=1, linestyle=":")
