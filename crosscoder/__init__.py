@@ -20,5 +20,5 @@ from crosscoder.dictionary import (
     load_dictionary,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["BatchTopK", "Crosscoder", "JumpReLU", "LayerwiseSAE", "ReLU", "SparseCode", "TopK", "load_dictionary"]

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_every_term_is_cited_where_it_is_used():
 
 
 def test_the_identity_of_features_links_to_its_own_definition():
-    """It once led to the residual stream, whose key was the same in another dictionary of definitions."""
+    """Not to the residual stream, which is a residual of another kind."""
     study = next(study for study in STUDIES if study.verdict is not None)
     cells = [row.cells[0] for row in verdict_tables.statistic_table(study).rows]
     linked = {cell.text: cell.definition for cell in cells}["alpha + 2 gamma - 2"]
@@ -88,6 +89,7 @@ def test_the_document_is_printed_from_the_registry(monkeypatch):
         assert re.search(rf"`{key}`|\*\*{key}\*\*", committed)
 
 
+@cache
 def constants() -> dict[str, Any]:
     """Numbers that modules name, wherever they live; those of an `Estimate` as a list."""
     found = {}
