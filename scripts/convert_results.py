@@ -41,7 +41,7 @@ def convert(old: dict[str, Any]) -> Results:
     if verdict is not None:
         rows += [*_statistics(verdict), *_agreement(verdict), *_points(verdict), *_joint(verdict)]
         rows += _calibration(verdict)
-    provenance = {**old["provenance"], "schema": SCHEMA}
+    provenance: dict[str, Any] = {**old["provenance"], "schema": SCHEMA}
     return Results(LongTable(tuple(rows)), verdict and _verdict(verdict), Provenance(**provenance))
 
 
@@ -169,14 +169,8 @@ def _joint(verdict: dict[str, Any]) -> Iterator[Row]:
     for row in verdict.get("joint", []):
         first, second = row["training_seeds"]
         where = {key: row[key] for key in ("state", "site", "n_features", "k")}
-        at = Place(
-            **where,
-            subject=row["first"],
-            training_seed=first,
-            other=f"{row['second']}{second}",
-            arm="joint",
-            role="main",
-        )
+        where |= {"subject": row["first"], "training_seed": first, "other": f"{row['second']}{second}"}
+        at = Place(**where, arm="joint", role="main")
         for one in row["per_seed"]:
             yield from _rows(_seed(at, one), {key: value for key, value in one.items() if key != "seed"})
 

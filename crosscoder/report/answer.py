@@ -50,7 +50,7 @@ def paper_table(results: Results) -> list[PaperRow]:
         PaperRow("subject", "", words, key, {name: _exactly(results.of(name, key)) for name in results.subjects})
         for words, key in of_models
     ]
-    total = {name: _exactly(total_neurons(results, name)) for name in results.subjects}
+    total: dict[str, Estimate | None] = {name: _exactly(total_neurons(results, name)) for name in results.subjects}
     rows.append(PaperRow("subject", "", "total neurons", "d_model", total))
     for state in ("trained", "untrained"):
         for site, place in SITE_NAME.items():
@@ -106,7 +106,8 @@ def _spread(results: Results, kind: str) -> str:
     said = []
     for state in ("trained", "untrained"):
         rows = results.rows.select("ratio", site=SITES[0], state=state)
-        values = [row.value.value for row in rows if str(row.at.estimator).startswith(kind) and row.value is not None]
+        found = [row.value for row in rows if str(row.at.estimator).startswith(kind)]
+        values = [one.value for one in found if isinstance(one, Estimate)]
         if values:
             said.append(f"{min(values):.2f} to {max(values):.2f}")
     return "" if not said else said[0] if len(said) == 1 else f"{said[0]} (untrained {said[1]})"

@@ -199,10 +199,7 @@ def _splice_panel(ax: Axes, cells: Cells, color: str) -> None:
 
 def splice_harm(cell: LongTable, layer: str) -> float:
     """What ablating a spliced layer costs, ablated less clean loss in nats a token, on average over the seeds."""
-    costs = [
-        row.value - cell.one("clean_loss", seed=row.at.seed)  # ty: ignore[unsupported-operator]
-        for row in cell.select("ablated_loss", layer=layer)
-    ]
+    costs = [row.value - cell.one("clean_loss", seed=row.at.seed) for row in cell.select("ablated_loss", layer=layer)]
     return sum(costs) / len(costs)
 
 

@@ -27,7 +27,7 @@ from crosscoder.report.panels import to_png
 from crosscoder.report.table import Table
 from crosscoder.report.verdict_figures import draw_verdict
 from crosscoder.report.verdict_tables import VERDICT_TABLES
-from crosscoder.results.file import RESULTS, Results, from_document, save_results
+from crosscoder.results.file import RESULTS, Results, document, from_document, save_results
 from crosscoder.results.quantities import NOTES, QUANTITIES, definition
 
 PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
@@ -48,7 +48,11 @@ def render_report(results: Results, folder: str | Path) -> Path:
         raise ValueError(f"a study of kind {results.provenance.kind!r} has a report of its own; see report/planted.py")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_results(results, folder)
+    try:
+        save_results(results, folder)
+    except (TypeError, ValueError):
+        from_document(document(results))  # names the path that JSON could not hold
+        raise
     # What is shown comes from the file, so that writing the report again from it gives the same bytes.
     written = read_json(folder / RESULTS)
     from_document(written)  # refused by its own strings

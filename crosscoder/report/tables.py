@@ -268,7 +268,8 @@ def splice_table(results: Results) -> Table:
     columns = ("spliced_loss", "ablated_loss", "loss_recovered", "kl")
     for at, cell in results.rows.cells("clean_loss").items():
         seen = cell.seeds()
-        seeds |= {(at.training_seed, seen.index(row.at.seed)) for row in cell.select("clean_loss")}
+        spliced = cell.select("clean_loss").seeds()
+        seeds |= {(at.training_seed, seen.index(seed)) for seed in spliced}
         for row in cell.select("splice_tokens"):
             kind = cell.one("spliced_ablation", seed=row.at.seed)
             kinds.add(f"{kind} ablation, on {format_number(row.value)} tokens")
@@ -295,7 +296,7 @@ def _listed(numbers: set[Any]) -> str:
 def provenance_table(results: Results) -> Table:
     """The short fields of the provenance."""
     provenance = results.provenance
-    lines = {"schema": provenance.schema, "kind": provenance.kind, "preset": provenance.preset}
+    lines: dict[str, Any] = {"schema": provenance.schema, "kind": provenance.kind, "preset": provenance.preset}
     lines |= {"started": provenance.started, "git commit": provenance.git_commit}
     lines |= {"command": " ".join(provenance.command), "Python": provenance.python, "text": provenance.text}
     lines |= {"tokens fingerprint": provenance.tokens_fingerprint}

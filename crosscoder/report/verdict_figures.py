@@ -96,7 +96,7 @@ def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
         subject = str(row.at.subject)
         depth, width = results.of(subject, "n_layers"), results.of(subject, "d_model")
         words, color, marker = MARKS[str(row.at.site)]
-        value = row.value / width  # ty: ignore[unsupported-operator]
+        value = row.value / width
         ax.plot(depth, value, marker, color=color, markersize=7, ls="", label=f"{words}, trained")
         seen.append((depth, value, subject, row.at.site))
     if not seen:

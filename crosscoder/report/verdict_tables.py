@@ -93,7 +93,7 @@ def estimator_table(results: Results) -> Table:
             decides = " (decides)" if (site, estimator) == (SITES[0], PRIMARY_ESTIMATOR) else ""
             cells = [words(estimator.replace("_", ", ") + decides, definition=estimator)]
             cells += [format_range(row and row.value) for row in (trained, untrained)]
-            cells.append(Value((trained and trained.missing) or "", style="word prose"))
+            cells.append(Value("" if trained is None else trained.missing or "", style="word prose"))
             lines.append(Line(cells, group=SITE_NAME[site]))
     return Table(heads, lines, NO_VERDICT, wide=False)
 

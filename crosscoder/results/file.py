@@ -11,12 +11,13 @@ from pydantic import TypeAdapter
 
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.results.rows import fail, from_blocks, read_as, to_blocks
-from crosscoder.results.table import CLOSED, LongTable, Name
+from crosscoder.results.table import CLOSED, COMPARED, LongTable, Name
 from crosscoder.results.verdict import Verdict
 
 SCHEMA = "crosscoder.results/3"
 READERS = {SCHEMA: "crosscoder 0.2", "crosscoder.results/2": "crosscoder 0.1"}
 RESULTS = "results.json"
+OF_EVERY_SUBJECT = ("n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +97,22 @@ def from_document(value: Any) -> Results:
     rows = LongTable(tuple(from_blocks(value["rows"], "results.rows")))
     verdict = None if value["verdict"] is None else read_as(_VERDICT, value["verdict"], "results.verdict")
     results = Results(rows, verdict, read_as(_PROVENANCE, value["provenance"], "results.provenance"))
-    unknown = {row.at.subject for row in rows} - {None, *results.subjects}
-    if unknown and results.provenance.kind != "synthetic":
-        fail("results.rows", f"rows of {list(results.subjects)}, the subjects whose layers are known", unknown)
+    if results.provenance.kind != "synthetic":
+        _check_subjects(results)
     return results
+
+
+def _check_subjects(results: Results) -> None:
+    """Nothing, if what is said of every subject is enough to show a row about it."""
+    for name in results.subjects:
+        for key in OF_EVERY_SUBJECT:
+            if results.of(name, key) is None:
+                fail(f"results.rows ({key} of {name})", "a whole number", None)
+    unknown = {row.at.subject for row in results.rows} - {None, *results.subjects}
+    if unknown:
+        fail("results.rows", f"rows of {list(results.subjects)}, the subjects whose layers are known", unknown)
+    if not results.subjects or (results.verdict is not None and not set(COMPARED) <= set(results.subjects)):
+        fail("results.rows", f"subjects, and {COMPARED} where there is a verdict", results.subjects)
 
 
 def save_results(results: Results, folder: str | Path) -> None:

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from committed import PAIR, SINGLE, change, keep, with_rows
 from matplotlib.text import Text
-from study_results import make_results
 
 from crosscoder.report import figures, model_figures
 from crosscoder.report.panels import make_panels, plot_points
 from crosscoder.report.tables import splice_table, subject_table
 from crosscoder.report.verdict_figures import draw_verdict
+from crosscoder.results.file import Results
+from crosscoder.results.table import Estimate, Place, Row
 
-RUNS = {"A": ((307_200, 2.64), (430_080, 2.62)), "B": ((530_432, 2.618), (530_432, 2.615))}
+SIDES = ("A", "B")
 
 
-def with_runs() -> dict[str, Any]:
-    """A study of two training seeds: A's differ in tokens, B's do not."""
-    results = make_results()
-    for subject, runs in RUNS.items():
-        entry = results["subjects"][subject]
-        entry["runs"] = [
-            {"seed": i, "tokens": tokens, "held_out_loss": loss, "untrained_loss": 6.9}
-            for i, (tokens, loss) in enumerate(runs)
-        ]
-        entry["tokens"] = sum(tokens for tokens, _ in runs) // 2
-        entry["held_out_loss"] = sum(loss for _, loss in runs) / 2
-    return results
+def two(results: Results = PAIR) -> Results:
+    """The study without C."""
+    return keep(results, lambda row: row.at.subject != "C")
 
 
 def shown_boxes(figure, ax) -> dict[str, Any]:
@@ -48,40 +42,52 @@ def single_marks(ax) -> list[tuple[float, float, str]]:
     return [(float(line.get_xdata()[0]), float(line.get_ydata()[0]), line.get_fillstyle()) for line in lines]
 
 
+def joined(ax) -> list[list[float]]:
+    """The x of each line of a panel that has error bars."""
+    containers = [container for container in ax.containers if hasattr(container, "lines")]
+    return [list(container.lines[0].get_xdata()) for container in containers]
+
+
 def test_each_training_run_has_its_mark_and_its_loss_beside_it():
-    figure = model_figures.draw_loss(with_runs())
-    expected = [(*run, "none" if i else "full") for runs in RUNS.values() for i, run in enumerate(runs)]
+    figure = model_figures.draw_loss(PAIR)
+    runs = [(t, loss, "none" if i else "full") for s in "ABC" for i, (t, loss) in enumerate(runs_of(s))]
     for ax in figure.axes:
-        assert sorted(single_marks(ax)) == sorted(expected)
+        assert sorted(single_marks(ax)) == sorted(runs)
     boxes = shown_boxes(figure, figure.axes[1])
-    assert set(boxes) == {"2.640", "2.620", "2.618", "2.615"}
+    assert set(boxes) == {f"{loss:.3f}" for _, loss, _ in runs}
     assert overlaps(boxes) == []
 
 
-def test_without_runs_the_mark_is_the_mean_checkpoint():
-    results = make_results()
-    entry = results["subjects"]["A"]
-    assert model_figures.subject_runs(entry) == [(entry["tokens"], entry["held_out_loss"])]
-    entry["tokens"] = None
-    assert model_figures.subject_runs(entry) == []
+def runs_of(subject: str) -> list[tuple[int, float]]:
+    found = model_figures.subject_runs(PAIR, subject)
+    assert len(found) == 2
+    return found
+
+
+def test_a_model_without_training_seeds_has_the_mark_of_its_one_checkpoint():
+    one = with_rows(SINGLE, [*SINGLE.rows, Row(Place(subject="S"), "curve_step", [])])
+    assert model_figures.subject_runs(one, "S") == []  # tokens unknown
+    known = change(SINGLE, "training_tokens", 1000)
+    assert model_figures.subject_runs(known, "S") == [(1000, SINGLE.of("S", "held_out_loss"))]
 
 
 def test_the_models_table_shows_every_run():
-    rows = {row.cells[0].text: row.cells for row in subject_table(with_runs()).rows}
+    rows = {row.cells[0].text: row.cells for row in subject_table(PAIR).rows}
+    assert rows["training tokens"][1].text == "368,640"
     assert rows["training tokens"][1].detail == "seeds 307,200; 430,080"
     assert rows["training tokens"][2].detail == ""  # B's runs agree
-    assert rows["held-out loss (nats/token)"][2].detail == "seeds 2.618; 2.615"
+    assert rows["held-out loss (nats/token)"][1].detail == "seeds 3.641; 3.622"
     assert rows["epochs"][1].detail == ""
 
 
-def with_points(*points: tuple[str, str, float | None]) -> dict[str, Any]:
-    """A study whose verdict has these trained points: site, subject and debiased d_eff."""
-    results = make_results()
-    like = results["verdict"]["points"][0]
-    results["verdict"]["points"] = [
-        like | {"site": site, "subject": subject, "d_eff_debiased": value} for site, subject, value in points
+def with_points(*points: tuple[Any, str, float | None]) -> Results:
+    """A study whose trained points are these alone: site, subject and debiased d_eff."""
+    others = [row for row in two().rows if row.key not in ("d_eff_debiased", "d_eff_weighted")]
+    rows = [
+        Row(Place(subject=subject, training_seed=i, state="trained", site=site), "d_eff_debiased", value)
+        for i, (site, subject, value) in enumerate(points)
     ]
-    return results
+    return with_rows(PAIR, [*others, *rows])
 
 
 def test_reference_lines_start_at_the_block_writes_alone():
@@ -98,27 +104,19 @@ def slopes(ax) -> list[Any]:
     return [line for line in ax.lines if len(line.get_xdata()) == 2]
 
 
-def test_names_of_slopes_lie_on_no_mark():
-    for value in (16.0, 32.0, 64.0):  # at the ends of the slopes 0, 1/2 and 1
-        figure = draw_verdict(with_points(("write", "B", 32.0), ("write", "A", value)))
-        ax = figure.axes[1]
-        boxes = shown_boxes(figure, ax)
-        assert set(boxes) == {"δ = 0", "δ = 0.5", "δ = 1"}
-        for x, y, _ in single_marks(ax):
-            at = ax.transData.transform((x, y))
-            radius = 3.5 * figure.dpi / 72
-            assert not any(b.padded(radius).contains(*at) for b in boxes.values())
-        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2\nB", "8\nA"]
-
-
 def test_what_was_not_measured_is_said_left_of_the_panel():
-    results = make_results()
-    ratio = {"mean": 1.0, "low": 0.9, "high": 1.1}
-    rows = [row | {"trained": ratio, "untrained": ratio} for row in results["verdict"]["estimators"][:3]]
-    rows[0]["untrained"] = rows[1]["trained"] = None
-    rows[2] |= {"trained": None, "untrained": None, "site": "residual"}
-    results["verdict"]["estimators"] = rows
-    figure = draw_verdict(results)
+    one = Estimate(1.0, 0.9, 1.1)
+    values = {
+        ("write", "load_debiased", "trained"): one,
+        ("write", "load_debiased", "untrained"): None,
+        ("write", "load_corrected", "trained"): None,
+        ("write", "load_corrected", "untrained"): one,
+        ("residual", "load_weighted", "trained"): None,
+        ("residual", "load_weighted", "untrained"): None,
+    }
+    others = [row for row in PAIR.rows if row.key != "ratio"]
+    rows = [Row(Place(state=state, site=site, estimator=e), "ratio", v) for (site, e, state), v in values.items()]
+    figure = draw_verdict(with_rows(PAIR, [*others, *rows]))
     boxes = shown_boxes(figure, figure.axes[0])
     assert set(boxes) == {
         "block writes: untrained not measured",
@@ -129,42 +127,29 @@ def test_what_was_not_measured_is_said_left_of_the_panel():
     assert all(0 < box.x0 < box.x1 < edge for box in boxes.values())
 
 
-def with_second_training(results: dict[str, Any]) -> dict[str, Any]:
-    """The main dictionaries again, of a further training seed."""
-    for name in ("counts", "quality"):
-        cells = results[name]["cells"]
-        cells += [cell | {"training_seed": 1} for cell in cells if cell["role"] == "main"]
-    return results
-
-
-def joined(ax) -> list[list[float]]:
-    """The x values of each line that has marks."""
-    containers = [container for container in ax.containers if hasattr(container, "has_xerr")]
-    return [list(container.lines[0].get_xdata()) for container in containers]
-
-
 def test_counts_are_drawn_on_the_site_that_has_sizes():
-    results = make_results()
-    figure = figures.draw_counts(results)
-    assert figure.axes[0].get_title(loc="left") == "Residual stream: alive features"
-    moved = {"residual": "write", "write": "residual"}
-    for cell in results["counts"]["cells"]:
-        cell["site"] = moved[cell["site"]]
-    figure = figures.draw_counts(results)
-    assert figure.axes[0].get_title(loc="left") == "Block writes: alive features"
-    assert max(len(x) for x in joined(figure.axes[0])) == 4
-    results["counts"]["cells"] = figures.select(results["counts"]["cells"], site="residual", role="main")
-    assert figures.draw_counts(results).axes[0].get_title(loc="left") == "Residual stream: alive features"
+    def title(results: Results) -> str:
+        return figures.draw_counts(results).axes[0].get_title(loc="left")
+
+    assert title(PAIR) == "Block writes: alive features"  # where the sweep is
+    residual = change_site(keep(PAIR, lambda row: row.at.role != "k"))
+    assert title(residual) == "Residual stream: alive features"
+    assert title(keep(PAIR, lambda row: row.at.site != "write")) == "Residual stream: alive features"
+
+
+def change_site(results: Results) -> Results:
+    """The study with both sites exchanged."""
+    other: dict[Any, Any] = {"residual": "write", "write": "residual", None: None}
+    return with_rows(results, [replace(row, at=replace(row.at, site=other[row.at.site])) for row in results.rows])
 
 
 def test_marks_at_one_place_all_show():
-    results = make_results()
-    cells = figures.select(results["counts"]["cells"], state="trained", site="residual", arm="crosscoder", role="main")
-    results["counts"]["cells"] = cells
-    for cell in cells:
-        cell["per_seed"], cell["summary"] = [cells[0]["per_seed"][0]], {}
+    def wanted(row: Row) -> bool:
+        return row.at.k is None or (row.at.arm, row.at.role, row.at.training_seed) == ("crosscoder", "main", 0)
+
+    results = change(keep(two(), wanted), "alive", 150)
     ax = figures.draw_counts(results).axes[0]
-    drawn = [c.lines[0] for c in ax.containers]
+    drawn = [container.lines[0] for container in ax.containers]
     assert len({(*line.get_xdata(), *line.get_ydata()) for line in drawn}) == 1
     sizes = [line.get_markersize() for line in drawn]
     assert sizes == sorted(sizes, reverse=True)
@@ -173,26 +158,19 @@ def test_marks_at_one_place_all_show():
 
 @pytest.mark.parametrize(("draw", "n_joined"), [(figures.draw_frontier, 3), (figures.draw_counts, 4)])
 def test_lines_join_one_training_seed_in_order(draw, n_joined):
-    ax = draw(with_second_training(make_results())).axes[0]
-    found = joined(ax)
-    assert sorted(len(x) for x in found) == [1] * 4 + [n_joined] * 4  # two subjects, two arms
-    assert all(x == sorted(x) for x in found)
-
-
-def test_a_site_without_a_sweep_has_no_frontier():
-    figure = figures.draw_frontier(with_second_training(make_results()))
-    writes = [ax for ax in figure.axes if ax.get_title(loc="left") == "Block writes"]
-    assert len(writes) == 2
-    assert all(len(x) == 1 for ax in writes for x in joined(ax))
+    titled = [ax for ax in draw(two()).axes if ax.get_title(loc="left").startswith("Block writes")]
+    found = joined(titled[0])
+    assert len(found) >= len(SIDES) * 2 + len(SIDES)  # two trainings of each crosscoder, and the banks
+    assert max(map(len, found)) == n_joined  # a sweep, of the first training
+    assert all(x == sorted(set(x)) for x in found)  # a second training would stand at the same size or k
 
 
 def test_an_even_feature_has_one_colour_in_every_shape():
-    results = make_results()
-    for cell in results["spread"]["cells"]:
-        n_layers = len(cell["layers"])
-        if cell["heatmap"]:
-            cell["heatmap"] = [[1 / n_layers] * n_layers, [1.0] + [0.0] * (n_layers - 1)]
-    figure = figures.draw_profiles(results)
+    def heatmap(row: Row) -> list[list[float]]:
+        n_layers = len(row.value[0])
+        return [[1 / n_layers] * n_layers, [1.0] + [0.0] * (n_layers - 1)]
+
+    figure = figures.draw_profiles(change(two(), "profile_heatmap", heatmap))
     images = [ax.images[0] for ax in figure.axes if ax.images]
     assert {image.get_array().shape for image in images} == {(2, 8), (2, 2)}
     assert len({image.to_rgba(image.get_array()[0, 0]) for image in images}) == 1
@@ -203,65 +181,53 @@ def test_an_even_feature_has_one_colour_in_every_shape():
 
 
 def test_the_smallest_spread_of_each_shape_is_marked():
-    axes = figures.draw_spread(make_results()).axes
+    axes = figures.draw_spread(two()).axes
     least = {ax.get_title(loc="left")[0]: [line.get_xdata()[0] for line in ax.lines] for ax in axes}
     assert least == {"A": [1 / 8], "B": [1 / 2]}
 
 
 def test_spreads_are_of_the_first_training_seed():
-    results = make_results()
-    cells = results["spread"]["cells"]
-    results["spread"]["cells"] = [cell | {"training_seed": 1} for cell in cells] + cells
-    found = figures.main_spread(results, subject="A", site="write", state="trained")
-    assert found is not None
-    assert found["training_seed"] == 0
+    where = {"subject": "A", "site": "write", "state": "trained"}
+    found = figures.main_spread(with_rows(PAIR, list(reversed(PAIR.rows.rows))), **where)
+    assert {row.at.training_seed for row in found} == {0}
 
 
-def with_splices(costs: dict[str, float]) -> dict[str, Any]:
-    """Every spliced site's ablation costs 1 nat, those named as told."""
-    results = make_results()
-    for cell in results["quality"]["cells"]:
-        for splice in filter(None, (seed["splice"] for seed in cell["per_seed"])):
-            for site in splice["sites"]:
-                site["ablated_loss"] = splice["clean_loss"] + costs.get(site["site"], 1.0)
-    return results
+def with_costs(costs: dict[str, float]) -> Results:
+    """The splices of the first training seed; ablating a layer costs 1 nat, or what is told."""
+    clean = {row.at.subject: row.value for row in PAIR.rows.select("clean_loss", site="write", arm="crosscoder")}
+    return change(two(), "ablated_loss", lambda row: clean[row.at.subject] + costs.get(row.at.layer, 1.0))
 
 
 def test_recovery_of_a_loss_that_ablation_hardly_costs_is_drawn_hollow():
-    ax = model_figures.draw_splice(with_splices({"2": 0.019, "3": 0.021})).axes[0]
+    ax = model_figures.draw_splice(with_costs({"2": 0.019, "3": 0.021})).axes[0]
     marks = [line for line in ax.lines if len(line.get_xdata()) == 1]
     assert [(line.get_xdata()[0], line.get_markerfacecolor()) for line in marks] == [(1, "white")] * 2  # both arms
-    through = [c.lines[0] for c in ax.containers]
+    through = [container.lines[0] for container in ax.containers]
     assert all(mark.get_ydata()[0] in line.get_ydata() for mark, line in zip(marks, through, strict=True))
     assert all(line.get_markerfacecolor() != "white" for line in through)
 
 
 def test_recovery_that_is_undefined_leaves_a_gap():
-    results = with_splices({})
-    for cell in results["quality"]["cells"]:
-        for splice in filter(None, (seed["splice"] for seed in cell["per_seed"])):
-            splice["sites"][1] |= {"ablated_loss": splice["clean_loss"], "loss_recovered": None}
+    results = change(with_costs({}), "loss_recovered", None, layer="2")
     ax = model_figures.draw_splice(results).axes[0]
-    assert all(1 not in c.lines[0].get_xdata() for c in ax.containers)
+    assert all(1 not in container.lines[0].get_xdata() for container in ax.containers)
     row = splice_table(results).rows[1]
-    assert [cell.text for cell in row.cells[4:]][:1] == ["2"]
+    assert row.cells[4].text == "2"
     assert row.cells[-2].text == "–"
-    assert row.cells[-1].text == "0.0625"
+    assert row.cells[-1].text != "–"
 
 
 def test_the_table_of_splices_says_what_they_are_of():
-    results = make_results()
-    note = splice_table(results).note
-    assert "training seeds 0, dictionary seeds 0, 1" in note
-    assert "on 16,384 tokens" in note
-    for cell in results["quality"]["cells"]:
-        cell["per_seed"][1]["splice"] = None
-    assert splice_table(results).note.startswith("Splices are of the first training seed's first dictionary seed;")
+    note = splice_table(PAIR).note
+    assert note.startswith("Splices are of the first training seed's first dictionary seed;")
+    assert "mean ablation, on 4,032 tokens" in note
+    again = [replace(row, at=replace(row.at, seed=1)) for row in PAIR.rows if row.key == "clean_loss"]
+    assert "training seeds 0, dictionary seeds 0, 1" in splice_table(with_rows(PAIR, [*PAIR.rows, *again])).note
 
 
 def test_points_are_joined_by_x_unless_they_have_an_order():
     _, axes = make_panels(1, 1, (3, 3))
-    points = [((x, x, x), (1.0, 1.0, 1.0)) for x in (3.0, 1.0, 2.0)]
+    points = [(Estimate(x, x, x), Estimate(1.0, 1.0, 1.0)) for x in (3.0, 1.0, 2.0)]
     for in_order in (False, True):
         plot_points(axes[0][0], [*points, (None, None)], color="k", arm="crosscoder", label="", in_order=in_order)
     assert joined(axes[0][0]) == [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from study_results import make_results
+from committed import PAIR, SINGLE, change, first_seeds, keep
 
-from crosscoder.report import figures, spread_tables, tables
 from crosscoder.report import page as report
-from crosscoder.report.page import PICTURES, load_results, render_report
-from crosscoder.report.tables import format_number, format_range
+from crosscoder.report import tables, verdict_tables
+from crosscoder.report.answer import PaperRow, answer, paper_table
+from crosscoder.report.page import PICTURES, render_report
+from crosscoder.report.table import format_number, format_range
+from crosscoder.results.file import Results, document, load_results
+from crosscoder.results.quantities import definition
+from crosscoder.results.table import Estimate, LongTable, Place, Row
 
 SECTIONS = ("table", "pictures", "verdict", "matched", "subjects", "quality", "counts", "pairs", "spread", "splice")
 SECTIONS += ("definitions", "provenance")
+UNDRAWN = {"verdict", "loss"}  # of one model that was not trained here
 INJECTION = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e $x^{$ | `a` **b** 模型"
 
 
@@ -46,12 +50,12 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    return render_report(make_results(), tmp_path_factory.mktemp("pair"))
+    return render_report(PAIR, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
-    return render_report(make_results(("S",)), tmp_path_factory.mktemp("single"))
+    return render_report(SINGLE, tmp_path_factory.mktemp("single"))
 
 
 @pytest.fixture
@@ -60,16 +64,17 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "PICTURES", dict.fromkeys(PICTURES, lambda results: None))
 
 
-def attacked() -> dict[str, Any]:
-    results = make_results(("S",))
-    subject = results["subjects"]["S"]
-    subject["name"] = subject["description"] = subject["held_out_loss_unit"] = INJECTION
-    results["counts"]["answer"][0] = results["counts"]["table"][0]["quantity"] = INJECTION
-    results["definitions"]["alive"] = results["provenance"]["text"] = INJECTION
-    results["provenance"]["config"] = {INJECTION: INJECTION}
-    for cell in results["spread"]["cells"]:
-        cell["layers"] = [INJECTION] * len(cell["layers"])
-    return results
+def attacked(results: Results) -> Results:
+    """The study with a hostile text wherever a text may stand."""
+    for key in ("name", "description"):
+        results = change(results, key, INJECTION)
+    results = change(results, "layers", lambda row: [INJECTION] * len(row.value))
+    results = change(results, "spliced_ablation", INJECTION)
+    rows = [*results.rows, Row(Place(subject=results.subjects[0], site="write"), "F_inf", None, INJECTION)]
+    rows = [row for row in rows if row.key != "F_inf" or row.missing == INJECTION]
+    verdict = results.verdict and replace(results.verdict, sentence=INJECTION, notes=(INJECTION,))
+    provenance = replace(results.provenance, text=INJECTION, config={INJECTION: INJECTION})
+    return replace(results, rows=LongTable(tuple(rows)), verdict=verdict, provenance=provenance)
 
 
 @pytest.mark.parametrize("study", ["pair", "single"])
@@ -80,12 +85,12 @@ def test_every_section_and_picture_is_there(study, request):
     assert [i for i in page.ids if i in SECTIONS] == list(SECTIONS)
     assert [i for i in page.ids if i.startswith("figure-")] == [f"figure-{slug}" for slug in PICTURES]
     images = [a["src"] for tag, a in page.tags if tag == "img"]
-    drawn = [slug for slug in PICTURES if slug != "verdict" or study == "pair"]  # one model has no pair to compare
+    drawn = [slug for slug in PICTURES if study == "pair" or slug not in UNDRAWN]
     assert len(images) == len(drawn)
     for slug in drawn:
         assert (path.parent / "figures" / f"{slug}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(figures/{slug}.png)" in markdown
-    for sentence in load_results(path.parent)["counts"]["answer"]:
+    for sentence in answer(load_results(path.parent)):
         assert sentence in page.text
         assert f"**{sentence}**" in markdown
     assert sorted(p.name for p in path.parent.iterdir()) == [
@@ -96,36 +101,35 @@ def test_every_section_and_picture_is_there(study, request):
     ]
 
 
-def expected_numbers(results: dict[str, Any]) -> set[str]:
-    numbers = set()
-    for row in results["counts"]["table"]:
-        for entry in [*row["values"].values(), row["ratio"]]:
-            if entry is not None:
-                shown = format_range((entry["mean"], entry["low"], entry["high"]))
-                numbers |= {shown.text, shown.detail}
-    for cell in results["counts"]["cells"]:
-        for value in (cell["pair"] or {}).values():
-            numbers.add(format_number(value))
-        numbers |= {format_number(cell["tokens_held_out"]), format_number(cell["p_min"])}
-        for quantity in (
-            "dictionary_size",
-            "alive",
-            "distinct",
-            "merged",
-            "entropy_load",
-            "effective_dimension",
-        ):
-            low, high = (f(s[quantity] or 0 for s in cell["per_seed"]) for f in (min, max))
-            numbers.add(format_range(((low + high) / 2, low, high)).text if high else "–")
-    for cell in results["quality"]["cells"]:
-        for quantity in ("explained_variance", "l0_token", "l0_token_layer", "dead_share"):
-            values = [s[quantity] for s in cell["per_seed"]]
-            shown = format_range((sum(values) / len(values), min(values), max(values)))
-            numbers |= {shown.text, shown.detail}
-        for splice in filter(None, (s["splice"] for s in cell["per_seed"])):
-            numbers |= {format_number(site["ablated_loss"]) for site in splice["sites"]}
-    numbers |= {format_number(p) for s in results["subjects"].values() for p in s["parameters"].values()}
-    return numbers - {""}
+PRINTED = ("dictionary_size", "alive", "distinct", "merged", "entropy_load", "effective_dimension", "ultra_dense")
+PRINTED += ("features_per_layer", "per_neuron_layer", "per_neuron_joint", "tokens_held_out", "p_min", "dead_share")
+PRINTED += ("matched", "matched_share", "chapman", "q_adjacent", "q_same", "survival", "seed_corrected_lifespan")
+PRINTED += ("corrected", "explained_variance", "l0_token", "l0_token_layer", "mean_rho", "mean_rho_share", "probed")
+PRINTED += ("mean_lifespan", "single_layer_share", "mean_adjacent_cosine", "functional_rho", "decoder_rho", "joint_auc")
+PRINTED += ("best_layer_auc", "joint_gain", "best_layer_precision", "joint_precision", "genuine_share", "clean_loss")
+BY_ITSELF = ("parameters_non_embedding", "parameters_embedding", "parameters_norms", "training_tokens", "held_out_loss")
+BY_ITSELF += (
+    "untrained_loss",
+    "ratio",
+    "gamma",
+    "delta",
+    "headroom",
+    "u",
+    "u_null",
+    "u_ceiling",
+    "u_floor",
+    "rate_pairs",
+)
+BY_ITSELF += ("spliced_loss", "ablated_loss", "loss_recovered", "kl", "mcc", "count_true", "count_error", "rho_error")
+BY_ITSELF += ("exclusive_first", "hidden_second", "cross_layer", "count_gain", "identity_residual", "exclusive_share")
+
+
+def expected_numbers(results: Results) -> set[str]:
+    shown = [format_range(value) for row in paper_table(results) for value in (*row.values.values(), row.ratio)]
+    for cell in results.rows.cells("alive").values():
+        shown += [format_range(cell.seed_range(key, of_known=True)) for key in PRINTED]
+    shown += [format_range(row.value) for key in BY_ITSELF for row in results.rows.select(key)]
+    return {text for value in shown for text in (value.text, value.detail)} - {""}
 
 
 @pytest.mark.parametrize("study", ["pair", "single"])
@@ -134,49 +138,40 @@ def test_every_number_of_the_tables_is_printed_in_both_forms(study, request):
     page = Page(path.read_text())
     markdown = (path.parent / "report.md").read_text()
     numbers = expected_numbers(load_results(path.parent))
-    assert len(numbers) > 60
+    assert len(numbers) > 150
     assert [n for n in numbers if n not in page.text] == []
     assert [n for n in numbers if n not in markdown] == []
 
 
 def test_markdown_tables_are_well_formed(pair):
     found = re.findall(r"(?:^\|.*\n)+", (pair.parent / "report.md").read_text(), re.M)
-    assert len(found) == 18
+    assert len(found) == 20
     for lines in (table.splitlines() for table in found):
         assert re.fullmatch(r"\|( (:--|--:) \|)+", lines[1])
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_rows_of_one_place_share_a_heading(pair):
-    source = pair.read_text()
-    assert source.count(">residual stream</th>") == 2
-    assert "| residual stream: distinct features, merged |" in (pair.parent / "report.md").read_text()
+    assert pair.read_text().count(">residual stream</th>") == 4
+    assert "| residual stream: distinct features after merging layers |" in (pair.parent / "report.md").read_text()
 
 
 def test_each_group_says_over_which_seeds_it_is():
-    results = make_results()
-    for cell in figures.select(results["counts"]["cells"], arm="crosscoder", role="main", state="trained"):
-        results["counts"]["cells"].append(cell | {"training_seed": 1})
-    for cell in figures.select(results["counts"]["cells"], arm="layerwise", role="main", subject="B"):
-        cell["per_seed"] = cell["per_seed"][:1]
+    results = keep(PAIR, lambda row: (row.at.arm, row.at.subject, row.at.seed) != ("layerwise", "B", 1))
     notes = {group: tables.measured_table(results, group).note for group in tables.GROUP_TITLE}
     assert "not a unit of an MLP" in notes["subject"]
     assert notes["cross-layer"] == "Over 2 training seeds, 2 dictionary seeds each."
-    seeds = "1 training seed, {} each"
+    one = "1 training seed, {} each"
     assert notes["per-layer"] == (
-        f"A over {seeds.format('2 dictionary seeds')}; B over {seeds.format('1 dictionary seed')}."
+        f"A over {one.format('2 dictionary seeds')}; B over {one.format('1 dictionary seed')}."
     )
-    assert notes["control"] == (
-        f"A over {seeds.format('2 dictionary seeds')}; B over {seeds.format('1 to 2 dictionary seeds')}."
-    )
-    results["counts"]["cells"] = []
-    assert tables.measured_table(results, "control").note == ""
+    nothing = keep(PAIR, lambda row: row.at.arm is None)
+    assert tables.measured_table(nothing, "control").note == ""
 
 
 def test_a_line_of_one_training_is_not_said_to_be_over_training_seeds(pair):
-    text = Page(pair.read_text()).text
-    assert "over training seeds and" not in text
-    quality = tables.quality_table(make_results())
+    assert "over training seeds and" not in Page(pair.read_text()).text.split("Definitions")[1].split("seed_range")[0]
+    quality = tables.quality_table(PAIR)
     assert "one training seed" in quality.note
     assert "over its dictionary seeds" in quality.note
 
@@ -191,21 +186,17 @@ def test_intervals_of_a_formula_are_excepted_where_coverage_is_claimed(pair):
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_features_are_read_from_is_a_table_where_it_was_measured(pair, tmp_path):
-    results = make_results()
     title = "Read from one layer, or from all"
-    assert title not in pair.read_text() + (pair.parent / "report.md").read_text()
-    cell = figures.select(results["spread"]["cells"], subject="A", site="write", state="untrained")[0]
-    for seed, precision in zip(cell["per_seed"], (0.70125, 0.80125), strict=True):
-        seed["functional"] = {"probed": 98.0, "joint_precision": precision, "joint_auc": None, "functional_rho": 4.75}
-    path = render_report(results, tmp_path)
-    for text in (Page(path.read_text()).text, (tmp_path / "report.md").read_text()):
-        assert title in text
-        for shown in ("0.7512", "[0.7013, 0.8013]", "4.75", "saturated"):
-            assert shown in text
-    rows = spread_tables.read_table(results).rows
-    assert [[cell.text for cell in row.cells[:3]] for row in rows] == [["A0", "block writes", "98"]]
-    assert rows[0].cells[0].detail == "untrained"
-    assert rows[0].cells[6].text == "–"  # an AUC that no seed has
+    assert title in pair.read_text()
+    path = render_report(keep(SINGLE, lambda row: row.key != "probed"), tmp_path)
+    assert title not in path.read_text() + (tmp_path / "report.md").read_text()
+    untold = change(SINGLE, "joint_auc", None)
+    for row in tables.read_table(untold).rows:
+        assert [cell.text for cell in row.cells[:2]] == ["S0", "block writes"]
+        assert row.cells[6].text == "–"  # an AUC that no seed has
+    half = change(SINGLE, "joint_auc", None, seed=0, state="trained")
+    known = SINGLE.rows.one("joint_auc", seed=1, state="trained")
+    assert format_number(known) in [row.cells[6].text for row in tables.read_table(half).rows]
 
 
 def test_nothing_is_fetched(pair):
@@ -230,29 +221,34 @@ def test_every_definition_link_leads_to_a_definition(pair):
     page = Page(pair.read_text())
     targets = {a["href"] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")}
     assert {target[1:] for target in targets} <= set(page.ids)
-    definitions = load_results(pair.parent)["definitions"]
     links = {a["href"]: a["title"] for tag, a in page.tags if tag == "a" and a.get("class") == "def"}
     assert {"#def-alive", "#def-distinct", "#def-merged", "#def-explained_variance"} <= set(links)
     for target, title in links.items():
-        assert title == definitions[target.removeprefix("#def-")]
-    assert all(sentence in page.text for sentence in definitions.values())
+        assert title == definition(target.removeprefix("#def-"))
+    defined = {f"#{i}" for i in page.ids if i.startswith("def-")}
+    assert defined == set(links)  # none is printed that nothing cites
+    assert len(defined) > 80
 
 
 def test_the_embedded_numbers_are_the_results(pair):
     body = re.search(r'<script type="application/json" id="results">(.*?)</script>', pair.read_text(), re.S)
     assert body is not None
-    assert json.loads(body[1]) == make_results() == load_results(pair.parent)
+    assert json.loads(body[1]) == json.loads((pair.parent / "results.json").read_text())
+    assert document(load_results(pair.parent)) == document(PAIR)
 
 
 def test_equal_results_give_equal_bytes(single, tmp_path):
-    again = render_report(make_results(("S",)), tmp_path)
+    again = render_report(SINGLE, tmp_path)
     for path in sorted(single.parent.rglob("*")):
         if path.is_file():
             assert (again.parent / path.relative_to(single.parent)).read_bytes() == path.read_bytes(), path.name
 
 
-def test_strings_of_the_results_cannot_become_markup(tmp_path):
-    path = render_report(attacked(), tmp_path)
+@pytest.mark.parametrize("study", [PAIR, SINGLE], ids=["undrawn pair", "drawn single"])
+def test_strings_of_the_results_cannot_become_markup(study, tmp_path, monkeypatch):
+    if study is PAIR:
+        monkeypatch.setattr(report, "PICTURES", {})
+    path = render_report(attacked(study), tmp_path)
     source, markdown = path.read_text(), (tmp_path / "report.md").read_text()
     page = Page(source)
     assert [a["type"] for tag, a in page.tags if tag == "script"] == ["application/json"]
@@ -266,16 +262,16 @@ def test_strings_of_the_results_cannot_become_markup(tmp_path):
     for text in (source, markdown):
         assert "\x1b" not in text
         assert "\u202e" not in text
-    assert load_results(tmp_path) == attacked()
+    assert document(load_results(tmp_path)) == document(attacked(study))
 
 
 def test_what_is_missing_is_said(tmp_path):
-    results = make_results(("S",))
-    results["counts"] |= {"table": [], "cells": []}
-    results["spread"]["cells"] = results["quality"]["cells"] = []
-    results["subjects"]["S"] |= {"curve": [], "tokens": None, "held_out_loss": None, "epochs": None}
-    results["definitions"] = {}
-    results["provenance"]["git_commit"] = None
+    results = keep(SINGLE, lambda row: row.at.arm is None)
+    for key in ("curve_tokens", "curve_loss"):
+        results = change(results, key, [])
+    for key in ("held_out_loss", "epochs"):
+        results = change(results, key, None)
+    results = replace(results, provenance=replace(results.provenance, git_commit=None))
     stale = tmp_path / "figures" / "counts.png"
     stale.parent.mkdir()
     stale.write_bytes(b"an older run's")
@@ -289,75 +285,87 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_a_study_without_sweeps_pairs_splices_or_writes_is_drawn(tmp_path):
-    results = make_results(("S",))
-    for name in ("counts", "quality"):
-        cells = figures.select(results[name]["cells"], role="main", site="residual")
-        results[name]["cells"] = cells
-    for cell in results["counts"]["cells"]:
-        cell["pair"] = None
-        cell["per_seed"] = cell["per_seed"][:1]
-        cell["summary"] = {}
-    for cell in results["quality"]["cells"]:
-        cell["per_seed"] = [seed | {"splice": None} for seed in cell["per_seed"][:1]]
-    results["spread"]["cells"] = figures.select(results["spread"]["cells"], site="write", state="trained")
+    pairs_and_splices = {"matched", "chapman", "clean_loss", "spliced_loss"}
+    results = first_seeds(SINGLE)
+    results = keep(results, lambda row: row.at.site in (None, "residual") and row.key not in pairs_and_splices)
     page = Page(render_report(results, tmp_path).read_text())
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PICTURES) - 2
+    missing = UNDRAWN | {"splice"}
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PICTURES) - len(missing)
     assert "from one dictionary seed" in page.text
 
 
 def test_degenerate_numbers_are_drawn(tmp_path):
-    results = make_results(("S",))
-    for cell in results["counts"]["cells"]:
-        cell["summary"] = {}
-        for seed in cell["per_seed"]:
-            seed |= {"alive": 0, "dead_share": 1.0, "distinct": seed["distinct"] and 0, "effective_dimension": None}
-            seed |= dict.fromkeys(("merged", "merged_low", "merged_high"))
-    for cell in results["quality"]["cells"]:
-        for seed in cell["per_seed"]:
-            seed |= {"explained_variance": -3.0, "explained_variance_per_layer": [], "l0_token": 0.0, "splice": None}
-    for cell in results["spread"]["cells"]:
-        cell["heatmap"] = []
-        for seed in cell["per_seed"]:
-            seed["rho_histogram"]["counts"] = [0] * 20
-    results["spread"]["cells"] = results["spread"]["cells"][1:]
-    results["subjects"]["S"]["curve"] = results["subjects"]["S"]["curve"][:1]
+    results = SINGLE
+    for key, value in (("alive", 0), ("dead_share", 1.0), ("distinct", 0), ("effective_dimension", None)):
+        results = change(results, key, value)
+    for key in ("merged", "merged_low", "merged_high"):
+        results = change(results, key, None)
+    for key, value in (("explained_variance", -3.0), ("explained_variance_per_layer", []), ("l0_token", 0.0)):
+        results = change(results, key, value)
+    results = change(change(results, "profile_heatmap", []), "rho_histogram", [0] * 20)
+    results = keep(results, lambda row: row.key != "spliced_loss")
     render_report(results, tmp_path)
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert drawn == set(PICTURES) - {"verdict", "profiles", "splice"}
+    assert drawn == set(PICTURES) - UNDRAWN - {"profiles", "splice"}
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_results_too_long_to_embed_stay_beside_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "EMBED_LIMIT", 1000)
-    page = Page(render_report(make_results(), tmp_path).read_text())
+    page = Page(render_report(SINGLE, tmp_path).read_text())
     assert "too large to embed" in page.text
     assert not [tag for tag, _ in page.tags if tag == "script"]
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_refused_results_are_kept_on_disk_and_named(tmp_path):
-    results = make_results()
-    results["counts"]["cells"][3]["k"] = "sixteen"
-    with pytest.raises(ValueError, match=r"results\.counts\.cells\[3\]\.k"):
-        render_report(results, tmp_path)
-    assert (tmp_path / "results.json").is_file()
-    assert not (tmp_path / "report.html").exists()
-    with pytest.raises(ValueError, match=r"results\.counts\.cells\[3\]\.k"):
-        load_results(tmp_path)
+    results = change(SINGLE, "alive", "sixteen", arm="crosscoder", site="write", state="trained", seed=0)
+    for give in (lambda: render_report(results, tmp_path), lambda: load_results(tmp_path)):
+        with pytest.raises(ValueError, match=r"results\.rows\[\d+\]\.values\.alive: .*'sixteen'"):
+            give()
+        assert (tmp_path / "results.json").is_file()
+        assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_value_that_json_cannot_hold_is_named(tmp_path):
-    results = copy.deepcopy(make_results())
-    results["quality"]["cells"][0]["per_seed"][0]["l0_token"] = float("nan")
-    with pytest.raises(ValueError, match=r"quality\.cells\[0\]\.per_seed\[0\]\.l0_token.*nan"):
+    results = change(SINGLE, "l0_token", float("nan"), arm="crosscoder", site="write", state="trained", seed=0)
+    with pytest.raises(ValueError, match=r"values\.l0_token.*nan"):
         render_report(results, tmp_path)
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_note_keeps_its_capitals(tmp_path):
-    results = make_results()
-    results["verdict"]["notes"] = ["universality of A and B is not measured"]
-    path = render_report(results, tmp_path)
+    verdict = replace(PAIR.verdict, notes=("universality of A and B is not measured",))
+    path = render_report(replace(PAIR, verdict=verdict), tmp_path)
     for text in (path.read_text(), (tmp_path / "report.md").read_text()):
         assert "Universality of A and B is not measured." in text
+
+
+def test_the_paper_table_leaves_out_what_some_subject_lacks():
+    def words(results: Results) -> list[tuple[str, str]]:
+        return [(row.where, row.words) for row in paper_table(results)]
+
+    full = words(PAIR)
+    one = keep(PAIR, lambda row: not (row.key == "survival" and row.at.subject == "B" and row.at.site == "write"))
+    assert set(full) - set(words(one)) == {("block writes", "survival to the next layer, seed-corrected")}
+    lacking = [row for row in paper_table(PAIR) if row.values["C"] is None]
+    assert "per-layer" in {row.group for row in lacking}  # C, between A and B, has crosscoders only
+    assert "cross-layer" not in {row.group for row in lacking}
+
+
+def test_a_ratio_has_the_widest_interval_and_none_where_a_may_be_zero():
+    row = PaperRow("subject", "", "", "alive", {"A": Estimate(2.0, 1.0, 4.0), "B": Estimate(6.0, 5.0, 8.0)})
+    assert row.ratio == Estimate(3.0, 1.25, 8.0)
+    assert replace(row, values={"A": Estimate(2.0, 0.0, 4.0), "B": Estimate(6.0, 5.0, 8.0)}).ratio is None
+
+
+def test_the_floor_is_shown_on_the_scale_of_universality():
+    assert verdict_tables.scaled_floor(0.5, 0.1, Estimate(0.9, 0.8, 1.0)) == pytest.approx(0.5)
+    assert verdict_tables.scaled_floor(0.5, 0.9, Estimate(0.9, 0.8, 1.0)) is None
+
+
+def test_a_study_of_planted_worlds_is_refused(tmp_path):
+    planted = replace(SINGLE, provenance=replace(SINGLE.provenance, kind="synthetic"))
+    with pytest.raises(ValueError, match="has a report of its own"):
+        render_report(planted, tmp_path)

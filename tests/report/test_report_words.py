@@ -3,7 +3,8 @@
 import pytest
 
 from crosscoder.report.page import clean_strings, escape_markdown
-from crosscoder.report.tables import format_number, format_range
+from crosscoder.report.table import format_number, format_range
+from crosscoder.results.table import Estimate
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,8 @@ def test_numbers_read_well(value, shown):
 
 
 def test_a_range_without_width_has_no_brackets():
-    assert format_range((2.0, 2.0, 2.0)).detail == ""
-    assert format_range((2.0, 1.5, 2.5)).detail == "[1.5, 2.5]"
+    assert format_range(Estimate(2.0, 2.0, 2.0)).detail == ""
+    assert format_range(Estimate(2.0, 1.5, 2.5)).detail == "[1.5, 2.5]"
 
 
 def test_control_characters_are_stripped():

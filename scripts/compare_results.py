@@ -1,0 +1,74 @@
+"""Every number that differs between two results files: `python scripts/compare_results.py OLD NEW [--moved KEY ...]`.
+
+OLD is of version 2 or 3, NEW of version 3. Each place and key that one side lacks, or whose values differ, is listed;
+null and nothing are the same. `--moved` names keys that may differ. Exit status 1 if any other does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from convert_results import convert
+
+from crosscoder.foundation.artifact import read_json
+from crosscoder.results.file import SCHEMA, Results, from_document
+from crosscoder.results.table import Estimate, Place
+
+
+def read_any(path: Path) -> Results:
+    """The results of a file of version 2 or 3."""
+    value = read_json(path)
+    return from_document(value) if value.get("schema") == SCHEMA else convert(value)
+
+
+def values(results: Results) -> dict[tuple[Place, str], Any]:
+    """What was measured, by place and key."""
+    return {(row.at, row.key): row.value for row in results.rows if row.value is not None}
+
+
+def differs(old: Any, new: Any, tolerance: float) -> bool:
+    """Whether two values are not the same, numbers to within a relative tolerance."""
+    if isinstance(old, Estimate) and isinstance(new, Estimate):
+        return any(differs(getattr(old, end), getattr(new, end), tolerance) for end in ("value", "low", "high"))
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) != len(new) or any(differs(a, b, tolerance) for a, b in zip(old, new, strict=True))
+    if isinstance(old, int | float) and isinstance(new, int | float):
+        return not math.isclose(old, new, rel_tol=tolerance, abs_tol=0)
+    return old != new
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--moved", nargs="*", default=[], help="keys that may differ")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="relative, 0 asks for equality")
+    chosen = parser.parse_args(arguments)
+    old, new = values(read_any(chosen.old)), values(read_any(chosen.new))
+    unexpected = 0
+    for place, key in dict.fromkeys((*old, *new)):
+        before, after = old.get((place, key)), new.get((place, key))
+        if differs(before, after, chosen.tolerance):
+            moved = key in chosen.moved
+            unexpected += not moved
+            print(f"{'moved' if moved else 'DIFFERS'} {key} at {place.known()}: {_shown(before)} -> {_shown(after)}")
+    verdicts = [read_any(path).verdict for path in (chosen.old, chosen.new)]
+    if verdicts[0] != verdicts[1]:
+        unexpected += 1
+        print(f"DIFFERS verdict: {verdicts[0]} -> {verdicts[1]}")
+    print(f"{len(old):,} old and {len(new):,} new values; {unexpected} unexpected differences")
+    return 1 if unexpected else 0
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The results file: what was written is read again, and every kind of damage is refused by its path."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosscoder.results.file import document, from_document, load_results
+from crosscoder.results.rows import from_blocks, read_rows, to_blocks, write_rows
+from crosscoder.results.table import Estimate, LongTable, Place, Row, rows_at
+
+STUDIES = [Path(__file__).parents[2] / "benchmarks" / name for name in ("default-study", "smollm2-135m")]
+AT = Place(subject="A", training_seed=0, state="trained", site="write", arm="crosscoder", role="main")
+WRITTEN = json.loads((STUDIES[0] / "results.json").read_text())
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_committed_studies_are_read_and_written_alike(folder):
+    results = load_results(folder)
+    assert json.loads(json.dumps(document(results))) == json.loads((folder / "results.json").read_text())
+
+
+def test_rows_of_a_cell_come_back_as_they_were(tmp_path):
+    rows = rows_at(AT, {"alive": 3, "chapman": Estimate(1.0, 0.5, 2.0), "dead_share": float("nan")})
+    rows += [Row(AT, "F_inf", None, "not identified"), Row(AT, "layers", ["1", "2"]), Row(AT, "saturated", True)]
+    write_rows(tmp_path / "cell.json", rows)
+    assert sorted(read_rows(tmp_path / "cell.json"), key=lambda row: row.key) == sorted(rows, key=lambda row: row.key)
+    assert {row.key: row.value for row in rows}["dead_share"] is None
+
+
+def test_a_cell_of_another_schema_is_refused_with_the_mend(tmp_path):
+    (tmp_path / "cell.json").write_text('{"schema": "crosscoder.cell/2", "rows": []}')
+    with pytest.raises(ValueError, match=r"cell\.json: expected crosscoder.cell/3, got 'crosscoder.cell/2'; delete"):
+        read_rows(tmp_path / "cell.json")
+
+
+@pytest.mark.parametrize(
+    ("at", "values", "message"),
+    [
+        ({}, {"alive": "many"}, r"rows\[0\]\.values\.alive: expected a whole number of 0 or more, got 'many'"),
+        ({}, {"alive": 3.5}, "whole number of 0 or more, got 3.5"),
+        ({}, {"alive": True}, "whole number of 0 or more, got True"),
+        ({}, {"alive": 10**400}, r"values\.alive: expected a finite number"),
+        ({}, {"allive": 3}, "'allive' is no quantity; the nearest is 'alive'"),
+        ({}, {"dead_share": 1.5}, r"dead_share: expected a share between 0 and 1, got 1\.5"),
+        ({}, {"gamma": float("nan")}, r"gamma: expected a finite number, got nan"),
+        ({}, {"gamma": float("inf")}, r"gamma: expected a finite number, got inf"),
+        ({}, {"gamma": {"value": 1, "low": 2, "high": 3}}, None),
+        ({}, {"gamma": {"value": 1, "low": 3, "high": 2}}, "expected an interval with low <= high"),
+        ({}, {"gamma": {"value": 1, "low": "0", "high": 2}}, "expected an estimate of three numbers"),
+        ({}, {"gamma": {"missing": 3}}, "expected an estimate of three numbers"),
+        ({}, {"name": 3}, "expected a text, got 3"),
+        ({}, {"name": "\ud800"}, "a text that UTF-8 can hold"),
+        ({}, {"saturated": 1}, "expected true or false, got 1"),
+        ({}, {"rho_histogram": [1]}, "expected a list of numbers or null, 20 of them"),
+        ({}, {"rho_histogram": ["x"] * 20}, "expected a list of numbers or null"),
+        ({}, {"layers": [1, 2]}, "expected a list of texts"),
+        ({}, {"profile_heatmap": [[0.5, 0.5], [1.0]]}, "expected lists of equally many numbers"),
+        ({"site": "head"}, {}, r"rows\[0\]\.at\.site: Input should be 'write' or 'residual', got 'head'"),
+        ({"k": "4"}, {}, r"rows\[0\]\.at\.k: Input should be a valid integer, got '4'"),
+        ({"k": True}, {}, r"rows\[0\]\.at\.k: .*got True"),
+        ({"colour": 1}, {}, r"rows\[0\]\.at\.colour"),
+        ({"subject": "<b>"}, {}, r"rows\[0\]\.at\.subject: .*pattern"),
+        ({"layer": "x" * 65}, {}, r"rows\[0\]\.at\.layer"),
+    ],
+)
+def test_a_damaged_block_is_refused_by_its_path(at, values, message):
+    blocks = [{"at": at, "values": values}]
+    if message is None:
+        assert len(from_blocks(blocks)) == len(values)
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        from_blocks(blocks)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("blocks", [{}, [3], [{"at": {}}], [{"at": {}, "values": []}], [{"at": 3, "values": {}}]])
+def test_blocks_of_another_form_are_refused(blocks):
+    with pytest.raises(ValueError, match=r"^rows"):
+        from_blocks(blocks)
+
+
+def test_a_key_stands_once_at_a_place():
+    with pytest.raises(ValueError, match="alive stands twice"):
+        to_blocks([Row(AT, "alive", 3), Row(AT, "alive", 4)])
+    block = {"at": {"subject": "A"}, "values": {"alive": 3}}
+    with pytest.raises(ValueError, match=r"rows\[2\]\.values: alive stands twice"):
+        from_blocks([block, {"at": {}, "values": {}}, block])
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema",), "crosscoder.results/2", r"expected 'crosscoder.results/3', got .*/2'; crosscoder 0\.1 reads it"),
+        (("schema",), "other/1", "no version of this package is known to read it"),
+        (("opinion",), {}, "results: expected the keys"),
+        (("rows",), {}, r"results\.rows: expected a list of blocks"),
+        (("verdict", "label"), "H9", r"results\.verdict\.label: .*got 'H9'"),
+        (("verdict", "gates", 0, "passed"), 1, r"results\.verdict\.gates\[0\]\.passed"),
+        (("verdict", "colour"), 1, r"results\.verdict\.colour"),
+        (("verdict", "rule", "loss_gap"), float("inf"), r"results\.verdict\.rule\.loss_gap: expected a finite"),
+        (("provenance", "kind"), "poem", r"results\.provenance\.kind: .*got 'poem'"),
+        (("provenance", "seconds"), {"<b>": 1.0}, r"results\.provenance\.seconds"),
+        (("provenance", "config", "seed"), float("nan"), r"results\.provenance\.config\.seed: expected a finite"),
+        (("provenance", "config"), _nested(50), "at most 32 levels"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_its_path(path, value, message):
+    damaged = copy.deepcopy(WRITTEN)
+    here = damaged
+    for step in path[:-1]:
+        here = here[step]
+    here[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        from_document(damaged)
+
+
+def test_version_2_is_named_and_something_else_refused():
+    with pytest.raises(ValueError, match=r"got 'crosscoder.results/2'; crosscoder 0\.1 reads it"):
+        from_document({"provenance": {"schema": "crosscoder.results/2"}, "counts": {}})
+    with pytest.raises(ValueError, match=r"^results: expected a table, got \[\]"):
+        from_document([])
+
+
+def test_rows_of_an_unknown_subject_are_refused():
+    stranger = {"at": {"subject": "Z"}, "values": {"F_inf": None}}
+    with pytest.raises(ValueError, match=r"expected rows of \['A', 'B', 'C'\].*'Z'"):
+        from_document({**WRITTEN, "rows": [*WRITTEN["rows"], stranger]})
+
+
+def test_a_subject_without_its_sizes_is_refused():
+    lacking = copy.deepcopy(WRITTEN)
+    at_b = next(block for block in lacking["rows"] if block["at"] == {"subject": "B"})
+    at_b["values"]["d_model"] = None
+    with pytest.raises(ValueError, match=r"d_model of B\): expected a whole number, got None"):
+        from_document(lacking)
+    alone = json.loads((STUDIES[1] / "results.json").read_text())
+    with pytest.raises(ValueError, match=r"expected subjects, and \('A', 'B'\) where there is a verdict"):
+        from_document({**alone, "verdict": WRITTEN["verdict"]})
+
+
+def test_ranges_over_seeds_take_every_seed_once_or_say_nothing():
+    table = LongTable(tuple(Row(Place(subject="A", seed=s), "gamma", v) for s, v in enumerate((1.0, 2.0, 6.0))))
+    assert table.seed_range("gamma") == Estimate(3.0, 1.0, 6.0)
+    broken = LongTable((*table, Row(Place(subject="A", seed=3), "gamma", None)))
+    assert broken.seed_range("gamma") is None
+    assert broken.seed_range("gamma", of_known=True) == Estimate(3.0, 1.0, 6.0)
+    assert table.seed_range("delta") is None
+    with pytest.raises(ValueError, match="3 values of gamma where one was asked for"):
+        table.one("gamma")
+
+
+def test_dictionaries_are_neither_planted_worlds_nor_over_two_subjects():
+    one = Place(**{**AT.known(), "n_features": 8, "k": 2, "seed": 0})
+    others = [
+        Place(subject="A", role="calibration", seed=0, n_features=8, k=2),
+        Place(**{**one.known(), "arm": "joint"}),
+    ]
+    table = LongTable(tuple(Row(at, "alive", 1) for at in (one, Place(**{**one.known(), "seed": 1}), *others)))
+    assert [len(cell) for cell in table.cells().values()] == [2]
+    assert table.cells("distinct") == table.cells(site="residual") == {}
