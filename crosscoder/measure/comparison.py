@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -183,17 +183,16 @@ def _matched_features(at: Place, first: Reading, second: Reading) -> list[Row]:
     """Shares of features with a close match in the other dictionary, and firing rates of matched ones."""
     correlation = matching.activation_correlation(first.code, second.code)
     found = universality.agreement(correlation)
-    shares = {"forward": found.shares_forward, "backward": found.shares_backward}
+    ways = (("forward", found.forward_F), ("backward", found.backward_F))
     rows = [
-        Row(at, f"share_{way}_{round(10 * limit)}", share)
-        for way, values in shares.items()
-        for limit, share in zip(universality.SHARES, values, strict=True)
+        Row(at, f"share_{way}_{round(10 * limit)}", float((best_F > limit).mean()))
+        for way, best_F in ways
+        for limit in universality.SHARES
     ]
-    pairs = matching.mutual_nearest_pairs(correlation, counting.LINK)
-    if not len(pairs):
+    pairs_m2 = matching.mutual_nearest_pairs(correlation, counting.LINK)
+    if not len(pairs_m2):
         return rows
-    rates = asdict(universality.compare_rates(first.probability_F, second.probability_F, pairs))
-    return rows + rows_at(at, {"rate_pairs": rates.pop("n_pairs"), **{f"rate_{key}": v for key, v in rates.items()}})
+    return rows + rows_at(at, universality.compare_rates(first.probability_F, second.probability_F, pairs_m2))
 
 
 def _between(a: ShapeReadings, b: ShapeReadings) -> list[list[float]]:
@@ -208,7 +207,4 @@ def _within(shape: ShapeReadings) -> list[list[float]]:
 
 
 def _u(first: Reading, second: Reading) -> float:
-    def measure(x, y) -> float:
-        return universality.agreement(matching.activation_correlation(x, y)).u
-
-    return universality.average_over_pools(first.code, second.code, measure, seed=0, n_pools=POOLS)
+    return universality.pooled_u(first.code, second.code, seed=0, n_pools=POOLS)

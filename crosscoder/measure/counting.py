@@ -6,11 +6,9 @@ Definitions follow the project's preregistered quantities, `results.quantities`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse import csgraph
 
 from crosscoder.measure import dimension, matching, profile
 from crosscoder.measure.reading import Reading
@@ -24,7 +22,6 @@ RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "hungarian": matching.hungarian_pairs,
     "threshold": matching.threshold_pairs,
 }
-SIMILARITIES = ("correlation", "cosine", "both")
 
 
 def binary_entropy(p: np.ndarray) -> np.ndarray:
@@ -33,12 +30,6 @@ def binary_entropy(p: np.ndarray) -> np.ndarray:
     inside = (p > 0) & (p < 1)
     q = np.where(inside, p, 0.5)
     return np.where(inside, -q * np.log(q) - (1 - q) * np.log1p(-q), 0.0)
-
-
-def components(n_nodes: int, pairs: np.ndarray) -> int:
-    """Connected components of `n_nodes` nodes joined by `pairs` `[m, 2]`."""
-    graph = sparse.coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n_nodes, n_nodes))
-    return int(csgraph.connected_components(graph, directed=False, return_labels=False))
 
 
 def chapman(n_first: int, n_second: int, n_matched: int) -> float:
@@ -54,38 +45,36 @@ def seed_corrected_lifespan(q_adjacent: float, q_same: float, n_layers: int) -> 
     return s, float(n_layers) if s == 1 else (1 - s**n_layers) / (1 - s)
 
 
-def similarity(a: Reading, b: Reading, kind: str) -> np.ndarray:
-    """`correlation` of activity, `cosine` of directions, or the smaller of `both`, `[Fa, Fb]`."""
-    match kind:
-        case "correlation":
-            return matching.activation_correlation(a.code, b.code)
-        case "cosine":
-            return matching.decoder_cosine(a.decoder_FLD, b.decoder_FLD)
-    return np.minimum(similarity(a, b, "correlation"), similarity(a, b, "cosine"))
+def match_features(a: Reading, b: Reading) -> np.ndarray:
+    """Mutual nearest neighbours by activation correlation, as `[m, 2]`."""
+    return matching.mutual_nearest_pairs(matching.activation_correlation(a.code, b.code), LINK)
 
 
-def merged_counts(reading: Reading) -> dict[str, dict[str, int]]:
-    """Distinct features of a bank by every similarity and rule, as `counts[similarity][rule]`; neighbours only."""
-    starts = np.concatenate([[0], np.cumsum([len(group) for group in reading.groups])])
-    computed = [(similarity(a, b, "correlation"), similarity(a, b, "cosine")) for a, b in pairwise(reading.groups)]
-    counts: dict[str, dict[str, int]] = {}
-    for kind in SIMILARITIES:
-        counts[kind] = {}
-        for name, rule in RULES.items():
-            links = [np.zeros((0, 2), dtype=np.int64)]
-            for index, (correlation, cosine) in enumerate(computed):
-                matrix = {"correlation": correlation, "cosine": cosine}.get(kind)
-                pairs = rule(np.minimum(correlation, cosine) if matrix is None else matrix, LINK)
-                links.append(pairs + starts[index : index + 2])
-            counts[kind][name] = components(int(starts[-1]), np.concatenate(links))
-    return counts
+def merged_counts(reading: Reading) -> dict[tuple[str, str], int]:
+    """Features of a bank, those that are linked between neighbouring layers merged, by similarity and rule.
+
+    Similarities are `correlation` of activity, `cosine` of directions and the smaller of `both`.
+    """
+    starts = np.cumsum([0, *(len(group) for group in reading.groups)])
+    links: dict[tuple[str, str], list[np.ndarray]] = {}
+    for index, (a, b) in enumerate(pairwise(reading.groups)):
+        correlation = matching.activation_correlation(a.code, b.code)
+        cosine = matching.decoder_cosine(a.decoder_FLD, b.decoder_FLD)
+        similarities = {"correlation": correlation, "cosine": cosine, "both": np.minimum(correlation, cosine)}
+        for kind, rule in product(similarities, RULES):
+            pairs = RULES[rule](similarities[kind], LINK) + starts[index : index + 2]
+            links.setdefault((kind, rule), []).append(pairs)
+    n = int(starts[-1])
+    return {key: len(np.unique(matching.joined(n, np.concatenate(pairs)))) for key, pairs in links.items()}
 
 
 def adjacent_share(reading: Reading) -> float:
     """q_adjacent: mean over neighbouring layers of the matched share by activation correlation; nan for one layer."""
-    shares = [matching.matched_share(similarity(a, b, "correlation"), LINK) for a, b in pairwise(reading.groups)]
-    shares = [share for share in shares if not np.isnan(share)]  # a layer without alive features says nothing
-    return float(np.mean(shares)) if shares else float("nan")
+    pairs = pairwise(reading.groups)
+    # A layer without alive features says nothing, and has no share.
+    return profile.known_mean(
+        np.array([matching.matched_share(match_features(a, b), len(a), len(b)) for a, b in pairs])
+    )
 
 
 def count_features(reading: Reading) -> dict[str, Value]:
@@ -110,13 +99,10 @@ def count_features(reading: Reading) -> dict[str, Value]:
     }
     if len(groups) == n_layers:
         merged = merged_counts(reading)
-        every = [count for rules in merged.values() for count in rules.values()]
-        values |= {
-            "merged": merged["correlation"]["mutual nearest"],
-            "merged_low": min(every),
-            "merged_high": max(every),
-        }
-        joint = values["merged"] if n_layers > 1 else distinct
+        lowest, highest = (limit(merged.values(), default=len(reading)) for limit in (min, max))
+        usual = merged.get(("correlation", "mutual nearest"), len(reading))
+        values |= {"merged": usual, "merged_low": lowest, "merged_high": highest}
+        joint = usual if n_layers > 1 else distinct
     per_layer = distinct * float(reading.rho_F.mean()) / n_layers if len(reading) else 0.0
     return values | {
         "features_per_layer": per_layer,
@@ -146,11 +132,10 @@ def compare_seeds(readings: Sequence[Reading]) -> dict[str, Value]:
 
 
 def _compare_two(first: Reading, second: Reading) -> dict[str, float]:
-    matched, estimated, shares = 0, 0.0, []
-    for a, b in zip(first.groups, second.groups, strict=True):
-        pairs = matching.mutual_nearest_pairs(similarity(a, b, "correlation"), LINK)
-        matched += len(pairs)
-        estimated += chapman(len(a), len(b), len(pairs))
-        if len(a) and len(b):
-            shares.append(len(pairs) / min(len(a), len(b)))
-    return {"matched": matched, "matched_share": float(np.mean(shares)) if shares else 0.0, "chapman": estimated}
+    groups = [(a, b, match_features(a, b)) for a, b in zip(first.groups, second.groups, strict=True)]
+    share = profile.known_mean(np.array([matching.matched_share(pairs, len(a), len(b)) for a, b, pairs in groups]))
+    return {
+        "matched": sum(len(pairs) for _, _, pairs in groups),
+        "matched_share": 0.0 if np.isnan(share) else share,
+        "chapman": sum(chapman(len(a), len(b), len(pairs)) for a, b, pairs in groups),
+    }

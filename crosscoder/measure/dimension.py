@@ -12,18 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from crosscoder.measure.matching import joint_rows
+from crosscoder.measure.matching import joint_rows, unit_rows
 from crosscoder.measure.statistics import Bootstrap
 from crosscoder.results.table import Estimate
 
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
 CEILING = Estimate(3.52, 2.94, 4.23)  # C of `highest_probability`; benchmarks/ceiling.md says at which sizes
-
-
-def _unit(rows_FN: np.ndarray) -> np.ndarray:
-    rows = np.asarray(rows_FN, dtype=np.float64)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
 
 
 def _weights(weight_F: np.ndarray | None, n: int) -> np.ndarray:
@@ -48,12 +42,9 @@ def effective_dimension(decoder_FLD: np.ndarray) -> float:
 
     F features on separate single layers give about L * D; one direction kept on every layer gives about D.
     """
-    decoder_FN = joint_rows(decoder_FLD)
-    n_features = len(decoder_FN)
+    rows, n_features = unit_rows(joint_rows(decoder_FLD)), len(decoder_FLD)
     if n_features < 2:
         return float("nan")
-    norm = np.linalg.norm(decoder_FN, axis=1, keepdims=True)
-    rows = np.divide(decoder_FN, norm, out=np.zeros_like(decoder_FN), where=norm > 0)
     # sum of squared entries of the Gram matrix, from the smaller of the two products
     product = rows @ rows.T if n_features <= rows.shape[1] else rows.T @ rows
     off_diagonal = np.square(product, dtype=np.float64).sum() - np.square(np.square(rows).sum(1)).sum()
@@ -65,8 +56,8 @@ def weighted_dimension(decoder_FN: np.ndarray, weight_F: np.ndarray | None = Non
 
     Equal weights give `effective_dimension`. nan for fewer than two rows with weight, inf without any interference.
     """
-    weights = _weights(weight_F, len(decoder_FN))
-    return _dimension(_cross_interference(_unit(decoder_FN), _unit(decoder_FN), weights, weights))
+    weights, rows_FN = _weights(weight_F, len(decoder_FN)), unit_rows(np.asarray(decoder_FN, dtype=np.float64))
+    return _dimension(_cross_interference(rows_FN, rows_FN, weights, weights))
 
 
 def _cross_interference(
@@ -90,42 +81,37 @@ class DebiasedDimension:
     value: float | None
     attenuation_corrected: float | None
     self_cosine: float
-    n_matched: int
-    reason: str | None
+    reason: str | None = None
 
 
 def debiased_dimension(
-    first_FN: np.ndarray,
-    second_FN: np.ndarray,
-    pairs_m2: np.ndarray,
-    weight_m: np.ndarray | None = None,
-    *,
-    minimum_self_cosine: float = SELF_COSINE,
+    first_FN: np.ndarray, second_FN: np.ndarray, pairs_m2: np.ndarray, weight_m: np.ndarray | None = None
 ) -> DebiasedDimension:
     """d_eff free of the noise of single dictionaries: `sum w_i w_j / sum w_i w_j G1_ij G2_ij` over matched i != j.
 
     `pairs_m2` matches rows of two dictionary seeds; take it from activation correlation, since matching by the decoder
     cosine would choose the pairs whose cosine is then quoted. If errors of the two seeds are independent and isotropic,
     the expected product is G_ij^2 r_i r_j with r_i the cosine of a feature with its match: free of the additive bias
-    1 / N of a square, but shrunk. `attenuation_corrected` also divides by r_i r_j. Refused, with the reason, where the
-    mean of r is below `minimum_self_cosine` or fewer than two features match.
+    1 / N of a square, but shrunk. `attenuation_corrected` also divides by r_i r_j. There is none, but a reason, where
+    the mean of r is below `SELF_COSINE` or fewer than two features match.
     """
     n = len(pairs_m2)
     if n < 2:
-        return DebiasedDimension(None, None, float("nan"), n, f"{n} features match; a pair of features needs two")
+        return DebiasedDimension(None, None, float("nan"), f"{n} features match; a pair of features needs two")
     weights = _weights(weight_m, n)
-    first, second = _unit(first_FN[pairs_m2[:, 0]]), _unit(second_FN[pairs_m2[:, 1]])
+    rows = first_FN[pairs_m2[:, 0]], second_FN[pairs_m2[:, 1]]
+    first, second = (unit_rows(np.asarray(side, dtype=np.float64)) for side in rows)
     cosine_m = (first * second).sum(1)
     mean = float(cosine_m.mean())
-    if not mean >= minimum_self_cosine:
+    if not mean >= SELF_COSINE:
         reason = (
             f"the {n} matched features of two seeds have a mean decoder cosine of {mean:.3f}, below "
-            f"{minimum_self_cosine}: their directions are too noisy to say how they interfere"
+            f"{SELF_COSINE}: their directions are too noisy to say how they interfere"
         )
-        return DebiasedDimension(None, None, mean, n, reason)
+        return DebiasedDimension(None, None, mean, reason)
     plain = _cross_interference(first, second, weights, weights)
     corrected = _cross_interference(first, second, weights, weights * np.maximum(cosine_m, 0.0))
-    return DebiasedDimension(_dimension(plain), _dimension(corrected), mean, n, None)
+    return DebiasedDimension(_dimension(plain), _dimension(corrected), mean)
 
 
 def highest_probability(density: float, constant: float) -> float:

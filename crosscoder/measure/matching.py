@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from scipy import optimize, sparse
+from scipy.sparse import csgraph
 
 
 def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> np.ndarray:
@@ -18,19 +19,19 @@ def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> np.ndarr
         raise ValueError(f"activities cover {a.shape[0]} and {b.shape[0]} tokens; correlate them on the same tokens")
     n_tokens = a.shape[0]
     product = np.asarray((a.T @ b).todense(), dtype=np.float64) / n_tokens
-    mean_a, mean_b = _column_mean(a), _column_mean(b)
+    mean_a, mean_b = (np.asarray(code.sum(0), dtype=np.float64).ravel() / n_tokens for code in (a, b))
     covariance = product - np.outer(mean_a, mean_b)
     scale = np.outer(_deviation(a, mean_a), _deviation(b, mean_b))
     return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
-def _column_mean(code: sparse.csc_array) -> np.ndarray:
-    return np.asarray(code.sum(0), dtype=np.float64).ravel() / code.shape[0]
+def mean_square(code: sparse.csc_array) -> np.ndarray:
+    """Mean over tokens of each column's square, `[F]`."""
+    return np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel() / code.shape[0]
 
 
 def _deviation(code: sparse.csc_array, mean: np.ndarray) -> np.ndarray:
-    square = np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel() / code.shape[0]
-    return np.sqrt(np.maximum(square - mean**2, 0.0))
+    return np.sqrt(np.maximum(mean_square(code) - mean**2, 0.0))
 
 
 def joint_rows(decoder_FLD: np.ndarray) -> np.ndarray:
@@ -40,10 +41,11 @@ def joint_rows(decoder_FLD: np.ndarray) -> np.ndarray:
 
 def decoder_cosine(a_FLD: np.ndarray, b_FLD: np.ndarray) -> np.ndarray:
     """Cosine between the joint rows of `a` and of `b`, `[Fa, Fb]`; 0 for a zero row."""
-    return _unit(joint_rows(a_FLD)) @ _unit(joint_rows(b_FLD)).T
+    return unit_rows(joint_rows(a_FLD)) @ unit_rows(joint_rows(b_FLD)).T
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows divided by their norms; zero rows stay zero."""
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
 
@@ -70,7 +72,13 @@ def threshold_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
     return np.argwhere(similarity >= minimum)
 
 
-def matched_share(similarity: np.ndarray, minimum: float) -> float:
-    """Mutual nearest pairs >= `minimum`, over the size of the smaller side; nan if one side is empty."""
-    smaller = min(similarity.shape)
-    return len(mutual_nearest_pairs(similarity, minimum)) / smaller if smaller else float("nan")
+def matched_share(pairs_m2: np.ndarray, n_first: int, n_second: int) -> float:
+    """Matched pairs over the size of the smaller side; nan if one side is empty."""
+    smaller = min(n_first, n_second)
+    return len(pairs_m2) / smaller if smaller else float("nan")
+
+
+def joined(n_nodes: int, pairs_m2: np.ndarray) -> np.ndarray:
+    """The connected component of each node, numbered from 0, where `pairs_m2` are joined, `[n_nodes]`."""
+    graph = sparse.coo_array((np.ones(len(pairs_m2)), pairs_m2.T), shape=(n_nodes, n_nodes))
+    return csgraph.connected_components(graph, directed=False)[1]

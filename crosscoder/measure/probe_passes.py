@@ -25,24 +25,22 @@ CHOOSING = 64  # features that choose it
 Batches = Callable[[], Iterable[Tensor]]
 
 
-class Documents:
-    """Which half of the stream each token belongs to: even documents fit probes, odd ones score them."""
+def split_documents(batches: Batches, document_T: np.ndarray | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch, and which of its tokens `[B]` probes are scored on: those of odd documents; even ones fit probes.
 
-    def __init__(self, document_T: np.ndarray | None) -> None:
-        self._number_T = None if document_T is None else np.unique(document_T, return_inverse=True)[1].ravel()
-
-    def check(self, n_tokens: int, *, whole: bool) -> None:
-        """Refuses labels that are too few for `n_tokens`, or too many for the `whole` stream."""
-        n = n_tokens if self._number_T is None else len(self._number_T)
-        if n < n_tokens or (whole and n > n_tokens):
-            seen = f"{n_tokens}" if whole else f"at least {n_tokens}"
-            raise ValueError(f"{n} document labels for {seen} tokens; give one for each")
-
-    def scored(self, start: int, stop: int) -> np.ndarray:
-        """True for those tokens from `start` to `stop` on which probes are scored."""
-        if self._number_T is None:
-            return np.arange(start, stop) // STRETCH_OF_TOKENS % 2 == 1
-        return self._number_T[start:stop] % 2 == 1
+    Raises:
+        ValueError: the labels are not one for each token.
+    """
+    number_T = None if document_T is None else np.unique(document_T, return_inverse=True)[1].ravel()
+    stop = 0
+    for x_BLD in batches():
+        start, stop = stop, stop + len(x_BLD)
+        number_B = np.arange(start, stop) // STRETCH_OF_TOKENS if number_T is None else number_T[start:stop]
+        if len(number_B) < len(x_BLD):
+            raise ValueError(f"{start + len(number_B)} document labels for at least {stop} tokens; give one for each")
+        yield x_BLD, torch.from_numpy(number_B % 2 == 1).to(x_BLD.device)
+    if number_T is not None and len(number_T) > stop:
+        raise ValueError(f"{len(number_T)} document labels for {stop} tokens; give one for each")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Moments:
         return self.sum_HN.sum(0) / self.tokens_H.sum()
 
 
-def collect_moments(dictionary: Dictionary, batches: Batches, documents: Documents) -> Moments:
+def collect_moments(dictionary: Dictionary, batches: Batches, document_T: np.ndarray | None) -> Moments:
     """First pass: moments of x, and of x on each feature's active tokens, for both halves of the documents.
 
     Raises:
@@ -76,28 +74,23 @@ def collect_moments(dictionary: Dictionary, batches: Batches, documents: Documen
     active_HF, active_sum_HFN = np.zeros((2, n_features)), np.zeros((2, n_features, width))
     gram_NN = torch.zeros(width, width, dtype=torch.float64)
     shift_N: Tensor | None = None
-    start = 0
-    for x_BLD in batches():
-        stop = start + len(x_BLD)
-        documents.check(stop, whole=False)
-        scored_B = documents.scored(start, stop)
+    for x_BLD, is_scored_B in split_documents(batches, document_T):
         rows = sparse_rows(dictionary.encode(x_BLD), len(x_BLD), 1, n_features)
         rows.data[:] = 1
         x_BN = x_BLD.flatten(1).float()
         shift_N = x_BN.mean(0) if shift_N is None else shift_N
         x_BN = x_BN - shift_N
-        fitted_BN = x_BN[torch.from_numpy(~scored_B).to(x_BN.device)]
+        fitted_BN = x_BN[~is_scored_B]
         gram_NN += (fitted_BN.T @ fitted_BN).double().cpu()
-        x = x_BN.cpu().numpy()
+        x, scored_B = x_BN.cpu().numpy(), is_scored_B.cpu().numpy()
         for half, mask_B in enumerate((~scored_B, scored_B)):
             tokens_H[half] += mask_B.sum()
             sum_HN[half] += x[mask_B].sum(0, dtype=np.float64)
             active_HF[half] += np.asarray(rows[mask_B].sum(0)).ravel()
             active_sum_HFN[half] += rows[mask_B].T @ x[mask_B]
-        start = stop
-    documents.check(start, whole=True)
     if shift_N is None or not (tokens_H > 0).all():
-        raise ValueError(f"{start} tokens leave a half of the documents empty; give at least two documents")
+        seen = f"{tokens_H.sum():.0f} tokens"
+        raise ValueError(f"{seen} leave a half of the documents empty; give at least two documents")
     shift = shift_N.double().cpu().numpy()
     return Moments(shift, tokens_H, sum_HN, gram_NN.numpy(), active_HF, active_sum_HFN)
 
@@ -153,7 +146,7 @@ def fit_probes(
 
 
 def choose_ridges(
-    dictionary: Dictionary, batches: Batches, documents: Documents, moments: Moments, chosen_n: np.ndarray
+    dictionary: Dictionary, batches: Batches, document_T: np.ndarray | None, moments: Moments, chosen_n: np.ndarray
 ) -> list[float]:
     """The penalty of each layer's probe and of the one that reads all: of `RIDGES`, the best mean AUC, `[L + 1]`.
 
@@ -166,14 +159,11 @@ def choose_ridges(
     device = dictionary.grouped().encoder_GFN.device
     tried = [fit_probes(moments, some_n, n_layers, [ridge] * (n_layers + 1), device) for ridge in RIDGES]
     counts = torch.zeros(len(RIDGES), 2, n_layers + 1, n * BINS, dtype=torch.int32)
-    start = 0
-    for x_BLD in batches():
-        scored_B = torch.from_numpy(documents.scored(start, start + len(x_BLD))).to(device)
+    for x_BLD, scored_B in split_documents(batches, document_T):
         label_Bn = _chosen_code(dictionary, dictionary.encode(x_BLD), some_n).to(device)[scored_B] > 0
         for probes, count in zip(tried, counts, strict=True):
             _count_scores(count, probes, x_BLD[scored_B], label_Bn)
-        start += len(x_BLD)
-    auc_RSn = np.stack([areas_under_curve(one.view(2, n_layers + 1, n, BINS).numpy()) for one in counts])
+    auc_RSn = np.stack([binned_auc(one.view(2, n_layers + 1, n, BINS).numpy()) for one in counts])
     known_n = np.isfinite(auc_RSn).all((0, 1))
     if not known_n.any():
         return [RIDGES[0]] * (n_layers + 1)
@@ -198,8 +188,7 @@ class Scores:
     before_n: np.ndarray  # summed activation, both halves
     after_nL: np.ndarray  # and what is left of it without each layer
     activation_square_n: np.ndarray
-    error_nLD: np.ndarray  # activation times error, and times the reconstruction less the decoder's bias
-    recon_nLD: np.ndarray
+    error_nLD: np.ndarray  # activation times error
 
 
 def bins_of(score_Bn: Tensor) -> Tensor:
@@ -221,12 +210,12 @@ def activation_limits(dictionary: Dictionary) -> Tensor:
 def score_probes(
     dictionary: Dictionary,
     batches: Batches,
-    documents: Documents,
+    document_T: np.ndarray | None,
     probes: Probes,
     chosen_n: np.ndarray,
     center_N: np.ndarray,
 ) -> Scores:
-    """Second pass: scores in bins, activation without each layer, and moments for latent scaling.
+    """Last pass: scores in bins, activation without each layer, and moments for latent scaling.
 
     `center_N` is the mean of x, which stands in for a layer that is left out.
     """
@@ -237,13 +226,11 @@ def score_probes(
     encoder_nLD = encoder_FN[index_n].view(n, n_layers, d_model)
     center_LD = torch.from_numpy(center_N).float().to(device).view(n_layers, d_model)
     limit_n = activation_limits(dictionary).float()[index_n]
-    bias_LD = dictionary.grouped().center_GN.view(n_layers, d_model)
     counts = torch.zeros(2, n_layers + 1, n * BINS, dtype=torch.int32)
     before_n, square_n = torch.zeros(2, n, dtype=torch.float64)
     after_nL = torch.zeros(n, n_layers, dtype=torch.float64)
-    scaling = torch.zeros(2, n, n_layers * d_model, dtype=torch.float64)
-    start = 0
-    for x_BLD in batches():
+    error_nN = torch.zeros(n, n_layers * d_model, dtype=torch.float64)
+    for x_BLD, scored_B in split_documents(batches, document_T):
         x_BLD = x_BLD.float()
         out = dictionary(x_BLD)
         f_Bn = _chosen_code(dictionary, out.code, chosen_n).to(device)
@@ -252,14 +239,10 @@ def score_probes(
         for layer in range(n_layers):
             left_Bn = f_Bn - (x_BLD[:, layer] - center_LD[layer]) @ encoder_nLD[:, layer].T
             after_nL[:, layer] += torch.where((f_Bn > 0) & (left_Bn > limit_n), left_Bn, 0).double().sum(0).cpu()
-        for row, target_BLD in enumerate((x_BLD - out.recon, out.recon - bias_LD)):
-            scaling[row] += (f_Bn.T @ target_BLD.flatten(1)).double().cpu()
-        scored_B = torch.from_numpy(documents.scored(start, start + len(x_BLD))).to(device)
+        error_nN += (f_Bn.T @ (x_BLD - out.recon).flatten(1)).double().cpu()
         _count_scores(counts, probes, x_BLD[scored_B], f_Bn[scored_B] > 0)
-        start += len(x_BLD)
-    numbers = counts.view(2, n_layers + 1, n, BINS).numpy()
-    error, recon = scaling.view(2, n, n_layers, d_model).numpy()
-    return Scores(numbers, before_n.numpy(), after_nL.numpy(), square_n.numpy(), error, recon)
+    numbers, error_nLD = counts.view(2, n_layers + 1, n, BINS), error_nN.view(n, n_layers, d_model)
+    return Scores(*(sums.numpy() for sums in (numbers, before_n, after_nL, square_n, error_nLD)))
 
 
 def _chosen_code(dictionary: Dictionary, code: SparseCode, chosen_n: np.ndarray) -> Tensor:
@@ -268,7 +251,7 @@ def _chosen_code(dictionary: Dictionary, code: SparseCode, chosen_n: np.ndarray)
     return torch.from_numpy(rows[:, chosen_n].toarray())
 
 
-def areas_under_curve(counts_2SnX: np.ndarray) -> np.ndarray:
+def binned_auc(counts_2SnX: np.ndarray) -> np.ndarray:
     """AUC of each probe and feature from counts of scores by label and bin, ties half, `[S, n]`; nan for one class."""
     without, present = counts_2SnX.astype(np.float64)
     with np.errstate(invalid="ignore"):

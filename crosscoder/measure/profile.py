@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from crosscoder.results.table import Value
@@ -19,8 +17,13 @@ def layer_profile(decoder_FLD: np.ndarray) -> np.ndarray:
     """
     parts = np.array_split(decoder_FLD, 1 + len(decoder_FLD) // 4096)  # a bank's rows are L times those of its SAEs
     energy_FL = np.concatenate([np.square(part.astype(np.float64)).sum(2) for part in parts])
-    total_F = energy_FL.sum(1, keepdims=True)
-    return np.divide(energy_FL, total_F, out=np.zeros_like(energy_FL), where=total_F > 0)
+    return _shares(energy_FL)
+
+
+def _shares(values_FL: np.ndarray) -> np.ndarray:
+    """Rows divided by their sums; zero rows stay zero."""
+    total_F1 = values_FL.sum(1, keepdims=True)
+    return np.divide(values_FL, total_F1, out=np.zeros_like(values_FL), where=total_F1 > 0)
 
 
 def participation_ratio(profile_FL: np.ndarray) -> np.ndarray:
@@ -31,18 +34,13 @@ def participation_ratio(profile_FL: np.ndarray) -> np.ndarray:
 
 def lifespan(profile_FL: np.ndarray) -> np.ndarray:
     """Number of layers whose share is at least half the feature's largest share."""
-    return (occupied_layers(profile_FL)).sum(1)
+    return occupied_layers(profile_FL).sum(1)
 
 
 def occupied_layers(profile_FL: np.ndarray) -> np.ndarray:
     """True where a layer holds at least half the feature's largest share, `[F, L]`."""
     peak_F1 = profile_FL.max(1, keepdims=True)
     return (profile_FL >= 0.5 * peak_F1) & (peak_F1 > 0)
-
-
-def center_of_mass(profile_FL: np.ndarray) -> np.ndarray:
-    """Mean layer of each feature, counted from 0, weighted by its profile."""
-    return profile_FL @ np.arange(profile_FL.shape[1])
 
 
 def adjacent_cosine(decoder_FLD: np.ndarray, profile_FL: np.ndarray) -> np.ndarray:
@@ -68,23 +66,25 @@ def describe_profiles(decoder_FLD: np.ndarray) -> dict[str, Value]:
     rho_F, lifespan_F = participation_ratio(profile_FL), lifespan(profile_FL)
     cosine_F = adjacent_cosine(decoder_FLD, profile_FL)
     return {
-        "mean_rho": _mean(rho_F),
-        "mean_rho_share": _mean(rho_F / n_layers),
-        "mean_lifespan": _mean(lifespan_F),
-        "single_layer_share": _mean(lifespan_F == 1),
-        "mean_adjacent_cosine": _mean(cosine_F[~np.isnan(cosine_F)]),
+        "mean_rho": known_mean(rho_F),
+        "mean_rho_share": known_mean(rho_F / n_layers),
+        "mean_lifespan": known_mean(lifespan_F),
+        "single_layer_share": known_mean(lifespan_F == 1),
+        "mean_adjacent_cosine": known_mean(cosine_F),
         "rho_histogram": np.histogram(rho_F / n_layers, bins=HISTOGRAM_BINS, range=(0, 1))[0].tolist(),
         "lifespan_counts": np.bincount(lifespan_F, minlength=n_layers + 1)[1:].tolist(),
     }
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+def known_mean(values: np.ndarray) -> float:
+    """The mean of the finite values; nan where there is none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def heatmap(profile_FL: np.ndarray) -> list[list[float]]:
-    """Layer profiles of up to 200 features, evenly drawn from all sorted by centre of mass."""
-    order = np.argsort(center_of_mass(profile_FL), kind="stable")
+    """Layer profiles of up to 200 features, evenly drawn from all sorted by their mean layer."""
+    order = np.argsort(profile_FL @ np.arange(profile_FL.shape[1]), kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(HEATMAP_ROWS, len(order))).round().astype(int)]
     return np.round(profile_FL[rows], 4).tolist()
 
@@ -95,42 +95,27 @@ def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:
     `total_FL` are contributions summed over each feature's active tokens, of centred activations. Negative sums become
     0: a layer that lowers the pre-activation on average is not one that the feature is read from.
     """
-    total = np.maximum(total_FL, 0.0)
-    whole = total.sum(1, keepdims=True)
-    return np.divide(total, whole, out=np.zeros_like(total), where=whole > 0)
+    return _shares(np.maximum(total_FL, 0.0))
 
 
-@dataclass(frozen=True)
-class LatentScaling:
-    """Multiples of a feature's peak direction found at each layer, relative to its peak layer; nan if never active."""
+def latent_scaling(error_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.ndarray) -> np.ndarray:
+    """nu_err: how much of each feature's peak direction is in each layer, relative to the peak layer, `[F, L]`.
 
-    nu_error_FL: np.ndarray
-    nu_recon_FL: np.ndarray
-
-
-def scaling_of_moments(
-    error_FLD: np.ndarray, recon_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.ndarray
-) -> LatentScaling:
-    """nu_err and nu_rec of each feature and layer (Minder et al. 2025, arXiv 2504.02922, with layers for models).
-
-    Given are sums over tokens: `f_t (x_t - recon_t)`, `f_t recon_t` and `f_t^2`. With d the decoder row at the peak
-    layer, `beta_l = sum_t f_t d . y_tl / (|d|^2 sum_t f_t^2)` minimises `sum_t |y_tl - beta f_t d|^2`. The target y is
-    the error with the feature's own part put back, `x_l - recon_l + f W_l`, or `recon_l`; nu = beta_l / beta_peak. A
-    feature that turns as it passes through the blocks has low nu wherever it has turned away: nu says where the peak's
-    direction is, not where the feature is.
+    Minder et al. 2025 (arXiv 2504.02922), with layers in the place of models; nan if never active. Given are sums over
+    tokens, of `f_t (x_t - recon_t)` and of `f_t^2`. With d the decoder row at the peak layer, `beta_l = sum_t f_t d .
+    y_tl / (|d|^2 sum_t f_t^2)` minimises `sum_t |y_tl - beta f_t d|^2`, where y is the error with the feature's own
+    part put back, `x_l - recon_l + f W_l`; nu = beta_l / beta_peak. A feature that turns as it passes through the
+    blocks has low nu wherever it has turned away: nu says where the peak's direction is, not where the feature is.
     """
     decoder = np.asarray(decoder_FLD, dtype=np.float64)
     rows = np.arange(len(decoder))
     peak_F = np.square(decoder).sum(2).argmax(1)
     direction_FD = decoder[rows, peak_F]
     scale_F = (square_F * np.square(direction_FD).sum(1))[:, None]
-    scaled = []
-    for moment_FLD in (error_FLD + square_F[:, None, None] * decoder, recon_FLD):
-        along = np.einsum("fd,fld->fl", direction_FD, moment_FLD)
-        beta_FL = np.divide(along, scale_F, out=np.full_like(along, np.nan), where=scale_F > 0)
-        at_peak = beta_FL[rows, peak_F][:, None]
-        scaled.append(np.divide(beta_FL, at_peak, out=np.full_like(beta_FL, np.nan), where=at_peak > 0))
-    return LatentScaling(*scaled)
+    along = np.einsum("fd,fld->fl", direction_FD, error_FLD + square_F[:, None, None] * decoder)
+    beta_FL = np.divide(along, scale_F, out=np.full_like(along, np.nan), where=scale_F > 0)
+    at_peak = beta_FL[rows, peak_F][:, None]
+    return np.divide(beta_FL, at_peak, out=np.full_like(beta_FL, np.nan), where=at_peak > 0)
 
 
 def corrected_profile(decoder_FLD: np.ndarray, nu_error_FL: np.ndarray) -> np.ndarray:
@@ -143,6 +128,4 @@ def corrected_profile(decoder_FLD: np.ndarray, nu_error_FL: np.ndarray) -> np.nd
     peak = norm_FL.max(1, keepdims=True)
     relative = np.divide(norm_FL, peak, out=np.zeros_like(norm_FL), where=peak > 0)
     amplitude = np.maximum(relative, np.clip(np.nan_to_num(nu_error_FL, nan=0.0), 0.0, 1.0))
-    energy = np.square(np.where(peak > 0, amplitude, 0.0))
-    total = energy.sum(1, keepdims=True)
-    return np.divide(energy, total, out=np.zeros_like(energy), where=total > 0)
+    return _shares(np.square(np.where(peak > 0, amplitude, 0.0)))

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 from scipy import sparse
-from scipy.sparse import csgraph
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary, SparseCode
@@ -26,7 +25,6 @@ from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
 from crosscoder.measure import dimension, matching, profile
 
 DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are one
-_KEYS = ("decoder_FLD", "values", "rows", "starts", "whole", "numbers", "explained_variance_L", "index_F")
 _NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
 
 
@@ -120,7 +118,7 @@ class Reading:
     explained_variance: float
     dead_share: float
     l0: float
-    index_F: np.ndarray | None = None
+    index_F: np.ndarray
     genuine_F: np.ndarray | None = None
     n_groups: int = 1
     size: int = 0
@@ -143,8 +141,7 @@ class Reading:
     @cached_property
     def energy_F(self) -> np.ndarray:
         """Mean squared norm that each feature writes on a token."""
-        square_F = np.asarray(self.code.multiply(self.code).sum(0), dtype=np.float64).ravel() / self.n_tokens
-        return dimension.feature_energy(square_F, self.rows_FN)
+        return dimension.feature_energy(matching.mean_square(self.code), self.rows_FN)
 
     @cached_property
     def rows_FN(self) -> np.ndarray:
@@ -166,7 +163,6 @@ class Reading:
         """The reading of each dictionary of a bank, on its own layer; the reading itself where there is one."""
         if self.n_groups == 1:
             return (self,)
-        assert self.index_F is not None
         group_F = self.index_F // (self.size // self.n_groups)
         parts = [(layer, self.only(group_F == layer)) for layer in range(self.n_groups)]
         return tuple(replace(one, decoder_FLD=one.decoder_FLD[:, [i]], n_groups=1) for i, one in parts)
@@ -184,7 +180,7 @@ class Reading:
             self,
             decoder_FLD=self.decoder_FLD[kept_F],
             code=sparse.csc_array(self.code[:, kept_F]),
-            index_F=None if self.index_F is None else self.index_F[kept_F],
+            index_F=self.index_F[kept_F],
             genuine_F=None if self.genuine_F is None else self.genuine_F[kept_F],
         )
 
@@ -213,12 +209,9 @@ def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Readin
 
 def representatives(reading: Reading) -> np.ndarray:
     """Indices of one feature for each set of duplicates, rising: the most active one."""
-    if len(reading) == 0:
-        return np.zeros(0, dtype=np.int64)
     cosine = matching.decoder_cosine(reading.decoder_FLD, reading.decoder_FLD)
     correlation = matching.activation_correlation(reading.code, reading.code)
-    same = (cosine > DUPLICATE) & (correlation > DUPLICATE)
-    label_F = csgraph.connected_components(sparse.csr_array(same), directed=False)[1]
+    label_F = matching.joined(len(reading), np.argwhere((cosine > DUPLICATE) & (correlation > DUPLICATE)))
     order = np.argsort(-np.diff(reading.code.indptr), kind="stable")
     return np.sort(order[np.unique(label_F[order], return_index=True)[1]])
 
@@ -234,7 +227,7 @@ def save_reading(reading: Reading, path: str | Path) -> None:
         "whole": np.array([reading.seed, *code.shape, reading.n_groups, reading.size], dtype=np.int64),
         "numbers": np.array([getattr(reading, name) for name in _NUMBERS], dtype=np.float64),
         "explained_variance_L": reading.explained_variance_L.astype(np.float64),
-        "index_F": np.arange(len(reading)) if reading.index_F is None else reading.index_F.astype(np.int64),
+        "index_F": reading.index_F.astype(np.int64),
     }
     if reading.genuine_F is not None:
         tensors["genuine_F"] = reading.genuine_F.astype(np.uint8)
@@ -252,23 +245,19 @@ def load_reading(path: str | Path) -> Reading:
         raise FileNotFoundError(f"{path}: no such reading; run the study's cells first")
     try:
         found = load_file(path)
-        missing = [key for key in _KEYS if key not in found]
-        if missing:
-            raise ValueError(f"it lacks {missing}")
         seed, n_tokens, n_features, n_groups, size = (int(value) for value in found["whole"])
-        code = sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features))
         if len(found["decoder_FLD"]) != n_features:
             raise ValueError(f"{len(found['decoder_FLD'])} decoder rows for {n_features} features")
+        return Reading(
+            seed=seed,
+            decoder_FLD=found["decoder_FLD"],
+            code=sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features)),
+            index_F=found["index_F"],
+            genuine_F=found["genuine_F"].astype(bool) if "genuine_F" in found else None,
+            n_groups=n_groups,
+            size=size,
+            explained_variance_L=found["explained_variance_L"],
+            **dict(zip(_NUMBERS, found["numbers"].tolist(), strict=True)),
+        )
     except Exception as error:
-        raise DamagedArtifactError(f"{path} is not a reading: {error}; delete it and run the study again") from error
-    return Reading(
-        seed=seed,
-        decoder_FLD=found["decoder_FLD"],
-        code=code,
-        index_F=found["index_F"],
-        genuine_F=found["genuine_F"].astype(bool) if "genuine_F" in found else None,
-        n_groups=n_groups,
-        size=size,
-        explained_variance_L=found["explained_variance_L"],
-        **dict(zip(_NUMBERS, found["numbers"].tolist(), strict=True)),
-    )
+        raise DamagedArtifactError(f"{path} is not a reading: {error!r}; delete it and run the study again") from error

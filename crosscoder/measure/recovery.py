@@ -6,7 +6,6 @@ are signed and relative, `estimate / truth - 1`: positive is too many, too wide,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 from scipy import optimize
 
 from crosscoder.measure import dimension, matching, profile
-from crosscoder.results.table import finite
 
 MATCH = 0.9  # joint decoder cosine from which a planted feature counts as found
 SATURATED = 0.95  # share of a dictionary in use from which its count is a lower bound
@@ -47,8 +45,7 @@ def assign(found_FLD: np.ndarray, truth_FLD: np.ndarray) -> Assignment:
 
 
 def _flat(decoder_FLD: np.ndarray) -> np.ndarray:
-    """Joint rows `[F, N]` in float64; `reshape(0, -1)` would not know N."""
-    return decoder_FLD.reshape(len(decoder_FLD), math.prod(decoder_FLD.shape[1:])).astype(np.float64)
+    return matching.joint_rows(decoder_FLD).astype(np.float64)
 
 
 def mean_cosine(assignment: Assignment) -> float:
@@ -89,9 +86,7 @@ def relative_error(estimate: float, truth: float) -> float:
 
 def mean_rho(decoder_FLD: np.ndarray) -> float:
     """Mean participation ratio: how many layers a feature occupies on average; nan without features."""
-    if len(decoder_FLD) == 0:
-        return float("nan")
-    return float(profile.participation_ratio(profile.layer_profile(decoder_FLD)).mean())
+    return profile.known_mean(profile.participation_ratio(profile.layer_profile(decoder_FLD)))
 
 
 def matched_rho_error(found_FLD: np.ndarray, truth_FLD: np.ndarray, assignment: Assignment) -> float:
@@ -100,11 +95,9 @@ def matched_rho_error(found_FLD: np.ndarray, truth_FLD: np.ndarray, assignment: 
     The means of all found and all planted features can agree although no single spread is right; this cannot.
     """
     kept = assignment.recalled_F
-    if not kept.any():
-        return float("nan")
-    found = profile.participation_ratio(profile.layer_profile(found_FLD[assignment.partner_F[kept]]))
-    truth = profile.participation_ratio(profile.layer_profile(truth_FLD[kept]))
-    return float(np.abs(found / truth - 1).mean())
+    pairs = found_FLD[assignment.partner_F[kept]], truth_FLD[kept]
+    found, truth = (profile.participation_ratio(profile.layer_profile(side)) for side in pairs)
+    return profile.known_mean(np.abs(found / truth - 1))
 
 
 def classify_shapes(decoder_FLD: np.ndarray) -> np.ndarray:
@@ -141,32 +134,32 @@ def is_saturated(count: int, size: int) -> bool:
 def score_features(
     found_FLD: np.ndarray, truth_FLD: np.ndarray, kind_F: np.ndarray, kinds: tuple[str, ...], *, count: int
 ) -> dict[str, Any]:
-    """Every score of one estimate as plain values, by the names of quantities; None where one is undefined.
+    """Every score of one estimate by the names of quantities; nan where one is undefined.
 
     count: how many features the estimate says there are, which need not be how many decoders it gives.
     """
     n_kinds = len(kinds)
     assignment = assign(found_FLD, truth_FLD)
     rho, rho_true = mean_rho(found_FLD), mean_rho(truth_FLD)
-    d_eff, d_eff_true = dimension.effective_dimension(_flat(found_FLD)), dimension.effective_dimension(_flat(truth_FLD))
+    d_eff, d_eff_true = (dimension.effective_dimension(_flat(decoder)) for decoder in (found_FLD, truth_FLD))
     confusion = kind_confusion(found_FLD, kind_F, n_kinds, assignment)
     per_kind = recall_by_kind(assignment, kind_F, n_kinds)
     per_kind_precision = precision_by_kind(found_FLD, truth_FLD, kind_F, n_kinds, assignment)
     return {
         "count": count,
         "count_true": len(truth_FLD),
-        "count_error": finite(relative_error(count, len(truth_FLD))),
+        "count_error": relative_error(count, len(truth_FLD)),
         "mcc": mean_cosine(assignment),
         "recall": float(assignment.recalled_F.mean()),
-        "precision": finite(precision(assignment, len(found_FLD))),
-        "recall_by_kind": {kind: finite(value) for kind, value in zip(kinds, per_kind)},
-        "precision_by_kind": {kind: finite(value) for kind, value in zip(kinds, per_kind_precision)},
-        "rho": finite(rho),
+        "precision": precision(assignment, len(found_FLD)),
+        "recall_by_kind": dict(zip(kinds, per_kind.tolist(), strict=True)),
+        "precision_by_kind": dict(zip(kinds, per_kind_precision.tolist(), strict=True)),
+        "rho": rho,
         "rho_true": rho_true,
-        "rho_error": finite(relative_error(rho, rho_true)),
-        "rho_error_matched": finite(matched_rho_error(found_FLD, truth_FLD, assignment)),
-        "d_eff": finite(d_eff),
-        "d_eff_true": finite(d_eff_true),
-        "d_eff_error": finite(relative_error(d_eff, d_eff_true)),
-        "kind_confusion": {kind: row.tolist() for kind, row in zip(kinds, confusion)},
+        "rho_error": relative_error(rho, rho_true),
+        "rho_error_matched": matched_rho_error(found_FLD, truth_FLD, assignment),
+        "d_eff": d_eff,
+        "d_eff_true": d_eff_true,
+        "d_eff_error": relative_error(d_eff, d_eff_true),
+        "kind_confusion": dict(zip(kinds, confusion.tolist(), strict=True)),
     }

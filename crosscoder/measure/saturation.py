@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy import optimize, sparse, stats
-from scipy.sparse import csgraph
+from scipy import optimize, stats
 
+from crosscoder.measure import matching
 from crosscoder.measure.counting import chapman
 from crosscoder.measure.density import SeedPair, ShapeReadings
 from crosscoder.measure.statistics import percentile_interval
@@ -64,10 +64,8 @@ def incidence(sizes: Sequence[int], links: dict[tuple[int, int], np.ndarray]) ->
     """
     starts = np.concatenate([[0], np.cumsum(sizes)])
     edges = [pairs + starts[[s, t]] for (s, t), pairs in links.items()]
-    joined = np.concatenate([np.zeros((0, 2), dtype=np.int64), *edges])
-    graph = sparse.coo_array((np.ones(len(joined)), (joined[:, 0], joined[:, 1])), shape=(starts[-1], starts[-1]))
-    count, label = csgraph.connected_components(graph, directed=False)
-    found = np.zeros((count, len(sizes)), dtype=bool)
+    label = matching.joined(starts[-1], np.concatenate([np.zeros((0, 2), dtype=np.int64), *edges]))
+    found = np.zeros((label.max(initial=-1) + 1, len(sizes)), dtype=bool)
     found[label, np.repeat(np.arange(len(sizes)), sizes)] = True
     return found
 
@@ -152,12 +150,8 @@ def _fit(name: str, n: np.ndarray, y: np.ndarray, starts: list[list[float]], bou
     aicc = len(n) * math.log(square / len(n)) + 2 * k + 2 * k * (k + 1) / spare if spare > 0 else math.inf
     amplitude = math.exp(float((target - shape(n, best.x)).mean()))
     values = [math.exp(t) for t in best.x]
-    match name:
-        case "hyperbola":
-            return Curve(name, amplitude, values[0], None, aicc)
-        case "power law":
-            return Curve(name, amplitude, None, values[0], aicc)
-    return Curve(name, amplitude, values[0], values[1], aicc)
+    n0, kappa = (None, *values) if name == "power law" else (*values, None)[:2]
+    return Curve(name, amplitude, n0, kappa, aicc)
 
 
 def akaike_weights(aicc: Sequence[float]) -> np.ndarray:
@@ -167,23 +161,7 @@ def akaike_weights(aicc: Sequence[float]) -> np.ndarray:
     return weights / weights.sum()
 
 
-@dataclass(frozen=True)
-class Saturation:
-    """What growing dictionaries say about how many features there are."""
-
-    curves: tuple[Curve, ...]  # best AICc first; empty where there are too few points
-    limit: Estimate | None  # F_inf; None where it is not identified
-    no_saturation: float | None  # probability of growth without limit
-    reason: str | None  # why F_inf is not identified
-
-
-def fit_saturation(
-    sizes: Sequence[float],
-    counts: Sequence[float],
-    *,
-    seed: int,
-    n_draws: int = 200,
-) -> Saturation:
+def fit_limit(sizes: Sequence[float], counts: Sequence[float], *, seed: int, n_draws: int = 200) -> Estimate | str:
     """F_inf of counts against dictionary sizes with its interval, or the reason why it is not identified.
 
     One count for each size and seed. The interval resamples the residuals of the chosen curve (on logs, centred,
@@ -194,25 +172,24 @@ def fit_saturation(
     curves = fit_curves(n, y)
     if len(np.unique(n)) < 4 or not math.isfinite(max(curve.aicc for curve in curves)):
         seen = f"{len(n)} counts at {len(np.unique(n))} sizes"
-        return Saturation((), None, None, f"not identified: {seen} cannot tell three curves apart; 6 at 4 sizes can")
+        return f"not identified: {seen} cannot tell three curves apart; 6 at 4 sizes can"
     best = curves[0]
     weights = akaike_weights([curve.aicc for curve in curves])
     growth = float(sum(w for w, curve in zip(weights, curves, strict=True) if curve.name == "power law"))
     if growth > NO_SATURATION:
-        reason = f"growth without limit has probability {growth:.2f}, above {NO_SATURATION}"
-        return Saturation(tuple(curves), None, growth, f"not identified: {reason}")
+        return f"not identified: growth without limit has probability {growth:.2f}, above {NO_SATURATION}"
     fitted = np.log(best.at(n))
     n_parameters = 1 + sum(p is not None for p in (best.n0, best.kappa))
     residuals = (np.log(y) - fitted) * math.sqrt(len(n) / (len(n) - n_parameters))
     rng = np.random.default_rng(seed)
     resampled = np.exp(fitted + rng.choice(residuals - residuals.mean(), size=(n_draws, len(n))))
     limits = np.array([fit_curves(n, draw)[0].limit for draw in resampled])
-    finite = np.minimum(limits, 1e300)  # an interpolated percentile of infinities is not a number
-    limit = percentile_interval(best.limit, finite)
+    # An interpolated percentile of infinities is not a number.
+    limit = percentile_interval(best.limit, np.minimum(limits, 1e300))
     if limit.high > EXTRAPOLATION * y.max():
-        reason = f"the interval of F_inf ends beyond {EXTRAPOLATION:g} times the largest count, {y.max():g}"
-        return Saturation(tuple(curves), None, growth, f"not identified: {reason}")
-    return Saturation(tuple(curves), limit, growth, None)
+        reach = f"{EXTRAPOLATION:g} times the largest count, {y.max():g}"
+        return f"not identified: the interval of F_inf ends beyond {reach}"
+    return limit
 
 
 def seed_counts(shape: ShapeReadings, site: Site) -> list[Row]:
@@ -249,5 +226,5 @@ def size_limit(at: Place, sizes: Sequence[float], counts: Sequence[float]) -> Ro
     """F_inf: the number of features that growing dictionaries approach, or why that cannot be told."""
     if not counts or min(counts) <= 0:
         return Row(at, "F_inf", None, "no counts, or an empty dictionary")
-    fit = fit_saturation(sizes, counts, seed=0)
-    return Row(at, "F_inf", fit.limit, fit.reason)
+    limit = fit_limit(sizes, counts, seed=0)
+    return Row(at, "F_inf", None, limit) if isinstance(limit, str) else Row(at, "F_inf", limit)

@@ -8,10 +8,10 @@ positions, which the dictionaries never saw, keep their clean values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,24 +43,6 @@ class Spliced:
     sites: tuple[SplicedSite, ...]
 
 
-Replace = dict[int, Tensor]  # block index -> what to put there, [B, S, D]
-
-
-def _replaced(
-    blocks: Sequence[nn.Module], replace: Replace, kind: Literal["residual", "write"], skip: int
-) -> AbstractContextManager[None]:
-    """While active, the named blocks give the replacement from position `skip` on."""
-    indices = list(replace)
-
-    def put(number: int, given: Tensor, returned: Tensor) -> Tensor:
-        new = replace[indices[number]].to(returned.dtype)
-        if kind == "write":
-            new = new + given
-        return torch.cat([returned[:, :skip], new[:, skip:]], dim=1)
-
-    return replacing([blocks[index] for index in indices], put)
-
-
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Clean logits, and the residual stream entering the first block and leaving every block, `[B, S, n + 1, D]`."""
     stream: list[Tensor] = []
@@ -70,15 +52,12 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tu
     return logits, torch.stack(stream, dim=2)
 
 
-class _Sums:
-    def __init__(self) -> None:
-        self.loss = self.kl = 0.0
-
-    def add(self, logits: Tensor, clean: Tensor, ids_BS: Tensor, skip: int) -> None:
-        log_q = logits[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
-        log_p = clean[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
-        self.loss += F.nll_loss(log_q, ids_BS[:, skip + 1 :].flatten(), reduction="sum").item()
-        self.kl += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+def _loss_and_kl(logits: Tensor, clean: Tensor, ids_BS: Tensor, skip: int) -> np.ndarray:
+    """Cross-entropy of logits, and KL of the clean ones from them, summed over tokens from position `skip` on."""
+    log_q = logits[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
+    log_p = clean[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
+    loss = F.nll_loss(log_q, ids_BS[:, skip + 1 :].flatten(), reduction="sum")
+    return np.array([loss.item(), F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()])
 
 
 @torch.no_grad()
@@ -108,33 +87,39 @@ def splice_losses(
     choices = {str(layer): [i] for i, layer in enumerate(layers)}
     if len(layers) > 1:
         choices["all"] = list(range(len(layers)))
-    clean_sums, n_tokens = _Sums(), 0
-    spliced = {name: _Sums() for name in choices}
-    ablated = {name: _Sums() for name in choices}
+    clean_loss, n_tokens = 0.0, 0
+    spliced, ablated = ({name: np.zeros(2) for name in choices} for _ in range(2))
     for ids_BS in ids:
         clean, stream = _record(model, blocks, ids_BS)
         x_BSLD = _sites(stream, layers, kind)
         scale_L1 = dictionary.input_scale[:, None]
         recon_BSLD = dictionary(x_BSLD.float() * scale_L1).recon / scale_L1
         gone_BSLD = torch.zeros_like(recon_BSLD) if mean_LD is None else mean_LD.expand_as(recon_BSLD)
-        clean_sums.add(clean, clean, ids_BS, skip_positions)
+        clean_loss += _loss_and_kl(clean, clean, ids_BS, skip_positions)[0]
         n_tokens += ids_BS[:, skip_positions + 1 :].numel()
         for name, chosen in choices.items():
             for sums, source in ((spliced[name], recon_BSLD), (ablated[name], gone_BSLD)):
-                replace = {layers[i] - 1: source[:, :, i] for i in chosen}
-                with _replaced(blocks, replace, kind, skip_positions):
-                    sums.add(model(ids_BS, use_cache=False).logits, clean, ids_BS, skip_positions)
-    clean_loss = clean_sums.loss / n_tokens
+
+                def put(number: int, given: Tensor, returned: Tensor, source=source, chosen=chosen) -> Tensor:
+                    new = source[:, :, chosen[number]].to(returned.dtype)
+                    new = new + given if kind == "write" else new
+                    return torch.cat([returned[:, :skip_positions], new[:, skip_positions:]], dim=1)
+
+                with replacing([blocks[layers[i] - 1] for i in chosen], put):
+                    logits = model(ids_BS, use_cache=False).logits
+                sums += _loss_and_kl(logits, clean, ids_BS, skip_positions)
+    clean_loss /= n_tokens
     sites = []
     for name in choices:
-        loss, gone = spliced[name].loss / n_tokens, ablated[name].loss / n_tokens
+        (loss, kl), (gone, _) = (spliced[name] / n_tokens).tolist(), (ablated[name] / n_tokens).tolist()
         # Where removing the site does not hurt there is no loss to recover.
         recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
-        sites.append(SplicedSite(name, loss, gone, recovered, spliced[name].kl / n_tokens))
-    return Spliced(n_tokens, ablation, clean_loss, tuple(sites))
+        sites.append(SplicedSite(name, loss, gone, recovered, kl))
+    return Spliced(n_tokens, ablation, float(clean_loss), tuple(sites))
 
 
 def _sites(stream_BSND: Tensor, layers: Sequence[int], kind: str) -> Tensor:
+    """What the dictionary reads at `layers`, `[B, S, L, D]`, of the residual stream before and after every block."""
     chosen = stream_BSND[:, :, list(layers)]
     if kind == "write":
         chosen = chosen - stream_BSND[:, :, [layer - 1 for layer in layers]]
@@ -142,12 +127,7 @@ def _sites(stream_BSND: Tensor, layers: Sequence[int], kind: str) -> Tensor:
 
 
 def _mean_site(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    ids: Sequence[Tensor],
-    layers: Sequence[int],
-    kind: str,
-    skip: int,
+    model: nn.Module, blocks: Sequence[nn.Module], ids: Sequence[Tensor], layers: Sequence[int], kind: str, skip: int
 ) -> Tensor:
     total, count = None, 0
     for ids_BS in ids:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import sparse, stats
 
 from crosscoder.results.table import CONFIDENCE, Estimate, Place, Row
 
@@ -46,7 +46,7 @@ def percentile_interval(value: float, draws: np.ndarray) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def document_sums(values_TQ: np.ndarray, document_T: np.ndarray) -> np.ndarray:
+def document_sums(values_TQ: np.ndarray | sparse.csc_array, document_T: np.ndarray) -> np.ndarray:
     """Sums of Q token quantities over each document, `[documents, Q]`, documents in order of their labels.
 
     Totals of such sums give every ratio of sums (a firing probability, an explained variance) of a resampled text.
@@ -54,14 +54,13 @@ def document_sums(values_TQ: np.ndarray, document_T: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the labels are not one per token.
     """
-    values_TQ = np.asarray(values_TQ, dtype=np.float64)
-    values_TQ = values_TQ[:, None] if values_TQ.ndim == 1 else values_TQ
-    if len(values_TQ) != len(document_T):
-        raise ValueError(f"{len(values_TQ)} tokens have {len(document_T)} document labels; give one for each token")
-    labels, index = np.unique(document_T, return_inverse=True)
-    sums = np.zeros((len(labels), values_TQ.shape[1]))
-    np.add.at(sums, index, values_TQ)
-    return sums
+    n_tokens = values_TQ.shape[0]
+    if n_tokens != len(document_T):
+        raise ValueError(f"{n_tokens} tokens have {len(document_T)} document labels; give one for each token")
+    labels, index_T = np.unique(document_T, return_inverse=True)
+    belongs = sparse.csr_array((np.ones(n_tokens), (index_T, np.arange(n_tokens))), shape=(len(labels), n_tokens))
+    sums = belongs @ values_TQ
+    return sums.toarray() if sparse.issparse(sums) else sums
 
 
 def small_sample_expansion(n_units: int) -> float:
@@ -92,17 +91,13 @@ def two_level_bootstrap(
     dictionaries of one draw see the same documents; give two subjects the same `document_seed` and they do too. Drawing
     both levels with replacement counts the variance within a training seed slightly twice (Davison and Hinkley 1997,
     section 3.8), so intervals err on the wide side.
-
-    Raises:
-        ValueError: a level is empty, or dictionaries cover different numbers of documents.
     """
-    if not groups or any(len(group) == 0 for group in groups):
-        raise ValueError(f"dictionary seeds per training seed are {[len(g) for g in groups]}; each needs at least one")
     if statistic is None:
         tables = [[np.full(n_draws + 1, float(np.asarray(v))) for v in group] for group in groups]
     else:
-        weights = _document_weights(groups, n_draws, seed if document_seed is None else document_seed)
-        tables = [[_evaluate(statistic, weights, sums) for sums in group] for group in groups]
+        n_documents = len(np.asarray(groups[0][0]))
+        weights = _document_weights(n_documents, n_draws, seed if document_seed is None else document_seed)
+        tables = [[statistic(weights @ np.asarray(sums, dtype=np.float64)) for sums in group] for group in groups]
     stacked = [np.stack(group, axis=1) for group in tables]  # one [1 + R, dictionaries] a training seed
     value = float(np.mean([table[0].mean() for table in stacked]))
     rng = np.random.default_rng([seed, 1])
@@ -116,23 +111,11 @@ def two_level_bootstrap(
     return Bootstrap(value, draws / len(groups), small_sample_expansion(len(groups)))
 
 
-def _document_weights(groups: Sequence[Sequence[ArrayLike]], n_draws: int, seed: int) -> np.ndarray:
+def _document_weights(n_documents: int, n_draws: int, seed: int) -> np.ndarray:
     """How often each document is in each draw, `[1 + R, documents]`; the first row is the text as it is."""
-    counts = {len(np.asarray(sums)) for group in groups for sums in group}
-    if len(counts) != 1:
-        raise ValueError(f"dictionaries cover {sorted(counts)} documents; sum them over the same documents")
-    n = counts.pop()
-    drawn = np.random.default_rng([seed, 0]).multinomial(n, np.full(n, 1 / n), size=n_draws)
-    return np.concatenate([np.ones((1, n)), drawn])
-
-
-def _evaluate(statistic: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, sums: ArrayLike) -> np.ndarray:
-    values = np.asarray(statistic(weights @ np.asarray(sums, dtype=np.float64)), dtype=np.float64)
-    if values.shape != (len(weights),):
-        raise ValueError(
-            f"the statistic gave shape {values.shape} for {len(weights)} rows of totals; give one value a row"
-        )
-    return values
+    shares = np.full(n_documents, 1 / n_documents)
+    drawn = np.random.default_rng([seed, 0]).multinomial(n_documents, shares, size=n_draws)
+    return np.concatenate([np.ones((1, n_documents)), drawn])
 
 
 def statistic_row(at: Place, key: str, value: Bootstrap | str) -> Row:
@@ -156,10 +139,8 @@ def log_ratio(numerator: Bootstrap, denominator: Bootstrap) -> Bootstrap:
     where they had the same `document_seed`.
 
     Raises:
-        ValueError: numbers of draws differ, or a value or draw is not positive.
+        ValueError: a value or draw is not positive.
     """
-    if len(numerator.draws) != len(denominator.draws):
-        raise ValueError(f"{len(numerator.draws)} and {len(denominator.draws)} draws; resample both equally often")
     sides = []
     for name, side in (("numerator", numerator), ("denominator", denominator)):
         if not (side.value > 0 and (side.draws > 0).all()):
@@ -178,13 +159,8 @@ def linear_combination(terms: Sequence[tuple[float, Estimate]], constant: float 
     """`constant + sum of coefficient * estimate` of independent estimates, by the method of variance recovery.
 
     Each end's distance from the value is the root sum of squares of the terms' distances on the side that moves it
-    (Zou and Donner 2008), which keeps lopsided intervals lopsided.
-
-    Raises:
-        ValueError: the terms' confidences differ.
+    (Zou and Donner 2008), which keeps lopsided intervals lopsided. All have one confidence.
     """
-    if len({estimate.confidence for _, estimate in terms}) != 1:
-        raise ValueError(f"confidences are {[e.confidence for _, e in terms]}; combine intervals of one confidence")
     value = constant + sum(c * e.value for c, e in terms)
     below = math.hypot(*(c * (e.value - (e.low if c > 0 else e.high)) for c, e in terms))
     above = math.hypot(*(c * ((e.high if c > 0 else e.low) - e.value) for c, e in terms))
@@ -198,10 +174,8 @@ def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
     denominator it divides both ends.
 
     Raises:
-        ValueError: confidences differ, the denominator's interval reaches 0, or it is wider above than its value.
+        ValueError: the denominator's interval reaches 0, or it is wider above than its value.
     """
-    if numerator.confidence != denominator.confidence:
-        raise ValueError(f"confidences are {numerator.confidence} and {denominator.confidence}; give equal ones")
     top, bottom = numerator, denominator
     if not (bottom.low > 0 and bottom.high < 2 * bottom.value):
         raise ValueError(f"the denominator is {bottom.value:g} [{bottom.low:g}, {bottom.high:g}]; too near 0 to divide")

@@ -6,7 +6,6 @@ its alive columns only, and both codes cover the same T tokens in the same order
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from scipy import sparse, stats
 from crosscoder.measure.matching import activation_correlation
 from crosscoder.measure.probes import DECODABLE
 from crosscoder.measure.statistics import linear_combination, signed_ratio_of
-from crosscoder.results.table import Estimate
+from crosscoder.results.table import Estimate, Value
 
 SHARES = (0.5, 0.7)
 EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own
@@ -23,17 +22,15 @@ EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint fea
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well two pools of features match by activity."""
+    """How well two pools of features match by activity: each feature's best correlation in the other pool."""
 
-    forward: float  # mean over A of the best correlation in B
-    backward: float
-    shares_forward: tuple[float, ...]  # above SHARES, of A's features
-    shares_backward: tuple[float, ...]
+    forward_F: np.ndarray  # of A's features
+    backward_F: np.ndarray
 
     @property
     def u(self) -> float:
-        """Mean of both directions."""
-        return (self.forward + self.backward) / 2
+        """Mean of both directions' means."""
+        return (float(self.forward_F.mean()) + float(self.backward_F.mean())) / 2
 
 
 def agreement(correlation: np.ndarray) -> Agreement:
@@ -44,12 +41,7 @@ def agreement(correlation: np.ndarray) -> Agreement:
     """
     if correlation.size == 0:
         raise ValueError(f"correlations have shape {correlation.shape}; both subjects need alive features")
-    forward, backward = correlation.max(1), correlation.max(0)
-    return Agreement(float(forward.mean()), float(backward.mean()), _shares(forward), _shares(backward))
-
-
-def _shares(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(float((values > limit).mean()) for limit in SHARES)
+    return Agreement(correlation.max(1), correlation.max(0))
 
 
 def equal_pools(
@@ -90,7 +82,7 @@ def circular_shifts(document_T: np.ndarray, n_draws: int, *, seed: int) -> np.nd
 
 
 def shifted_null(
-    first: sparse.csc_array, second: sparse.csc_array, document_T: np.ndarray, *, seed: int, n_draws: int = 100
+    first: sparse.csc_array, second: sparse.csc_array, document_T: np.ndarray, *, seed: int, n_draws: int
 ) -> np.ndarray:
     """u of `first` against circularly shifted `second`, one value for each draw, `[n_draws]`.
 
@@ -101,17 +93,11 @@ def shifted_null(
     return np.array([agreement(activation_correlation(first, other)).u for other in shifted])
 
 
-def average_over_pools(
-    first: sparse.csc_array,
-    second: sparse.csc_array,
-    measure: Callable[[sparse.csc_array, sparse.csc_array], float],
-    *,
-    seed: int,
-    n_pools: int = 10,
-) -> float:
-    """Mean of `measure` over equalised pools; one pool where the sizes are equal already."""
+def pooled_u(first: sparse.csc_array, second: sparse.csc_array, *, seed: int, n_pools: int) -> float:
+    """Mean u over equalised pools; one pool where the sizes are equal already."""
     n = 1 if first.shape[1] == second.shape[1] else n_pools
-    return float(np.mean([measure(*equal_pools(first, second, seed=seed + i)) for i in range(n)]))
+    pools = (equal_pools(first, second, seed=seed + i) for i in range(n))
+    return float(np.mean([agreement(activation_correlation(*pool)).u for pool in pools]))
 
 
 def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Estimate:
@@ -123,25 +109,24 @@ def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Est
     return signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
 
 
-@dataclass(frozen=True)
-class RateComparison:
-    """Firing rates of matched features of two subjects."""
+def compare_rates(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarray) -> dict[str, Value]:
+    """Firing rates of matched features of B over A's, pairs `[m, 2]`, by the names of quantities.
 
-    n_pairs: int
-    median_ratio: float  # p_B / p_A
-    low_ratio: float  # 5th and 95th percentile over pairs
-    high_ratio: float
-    rank_correlation: float  # Spearman; nan for fewer than three pairs or equal rates
-    total_ratio: float  # summed rates of matched features, B / A
-
-
-def compare_rates(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarray) -> RateComparison:
-    """Ratios of firing rates over matched pairs `[m, 2]`: 1 throughout if sparsity is a property of the data."""
+    Ratios are 1 throughout if sparsity is a property of the data. The rank correlation is nan for fewer than three
+    pairs or equal rates.
+    """
     a, b = np.asarray(p_first)[pairs_m2[:, 0]], np.asarray(p_second)[pairs_m2[:, 1]]
     low, median, high = np.exp(np.quantile(np.log(b / a), [0.05, 0.5, 0.95]))
     varies = len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
     rank = float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]) if varies else float("nan")
-    return RateComparison(len(a), float(median), float(low), float(high), rank, float(b.sum() / a.sum()))
+    return {
+        "rate_pairs": len(a),
+        "rate_median_ratio": float(median),
+        "rate_low_ratio": float(low),
+        "rate_high_ratio": float(high),
+        "rate_rank_correlation": rank,
+        "rate_total_ratio": float(b.sum() / a.sum()),
+    }
 
 
 def exclusive_features(profile_FL: np.ndarray, n_first_layers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,9 +147,7 @@ def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float
     return float(first_F.mean()), float(second_F.mean())
 
 
-def hidden_shares(
-    profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int, *, decodable: float = DECODABLE
-) -> tuple[float, float]:
+def hidden_shares(profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int) -> tuple[float, float]:
     """Share of features that are one subject's own and that no layer of the other tells: the first's, the second's.
 
     `auc_FL` are AUCs of probes of each layer for the feature's activity; nan tells nothing, and a feature without a
@@ -174,4 +157,4 @@ def hidden_shares(
     known_F1 = np.isfinite(auc_FL).all(1, keepdims=True)
     told = np.where(known_F1, auc_FL, 1.0)
     by_first, by_second = told[:, :n_first_layers].max(1), told[:, n_first_layers:].max(1)
-    return float((first_F & (by_second < decodable)).mean()), float((second_F & (by_first < decodable)).mean())
+    return float((first_F & (by_second < DECODABLE)).mean()), float((second_F & (by_first < DECODABLE)).mean())

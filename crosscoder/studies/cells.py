@@ -171,8 +171,8 @@ def probe(
     dictionary: Dictionary, held_out: Callable[[], Iterator[Tensor]], n_features: int, **settings: Any
 ) -> probes.FunctionalSpread:
     """From which layers features are read: all of them, or a sample where `n_features` are too many."""
-    config = probes.ProbeConfig(n_features=None if n_features <= MOST_PROBED else MOST_PROBED)
-    return probes.measure_functional_spread(dictionary, held_out, config=config, **settings)
+    drawn = None if n_features <= MOST_PROBED else MOST_PROBED
+    return probes.measure_functional_spread(dictionary, held_out, n_features=drawn, **settings)
 
 
 def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list[Row]:

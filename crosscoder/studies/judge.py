@@ -109,8 +109,7 @@ def count_gain(table: LongTable, n_training_seeds: int) -> Row:
 
 def _points(cell: LongTable) -> Iterator[evidence.Point]:
     """L0 and explained variance of a dictionary's seeds."""
-    pairs = zip(cell.values("l0_token"), cell.values("explained_variance"), strict=True)
-    return (evidence.Point(l0, explained) for l0, explained in pairs)
+    return map(evidence.point_of_l0, cell.values("explained_variance"), cell.values("l0_token"))
 
 
 def headroom(primary: SiteReadings) -> Row:
@@ -132,7 +131,7 @@ def headroom(primary: SiteReadings) -> Row:
 
 def equal_variance(table: LongTable) -> Row:
     """What R owes to A's and B's unequal explained variances, from their dictionaries of several k."""
-    points: dict[str, list[evidence.Density]] = {name: [] for name in COMPARED}
+    points: dict[str, list[evidence.Point]] = {name: [] for name in COMPARED}
     where = {"training_seed": 0, "state": "trained", "site": PRIMARY_SITE, "arm": "crosscoder"}
     for name, role in ((name, role) for name in COMPARED for role in ("main", "k")):
         for cell in table.cells("entropy_load", **where, subject=name, role=role).values():
@@ -140,7 +139,7 @@ def equal_variance(table: LongTable) -> Row:
             if len(rooms) == len(loads) and all([*loads, *rooms]):
                 explained = float(np.mean(cell.values("explained_variance")))
                 log_density = float(np.mean([np.log(load / room) for load, room in zip(loads, rooms, strict=True)]))
-                points[name].append(evidence.Density(explained, log_density))
+                points[name].append(evidence.Point(explained, log_density))
     shift = evidence.equal_variance_shift(points["B"], points["A"])
     if isinstance(shift, str):
         return Row(PRIMARY, "equal_variance", None, shift)

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from scipy import sparse
-from scipy.sparse import csgraph
 from torch import Tensor
 
 from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
@@ -168,9 +166,7 @@ def merged_decoders(bank: Reading, rule: str) -> np.ndarray:
     for layer, (first, second) in enumerate(pairwise(bank.groups)):
         correlation = matching.activation_correlation(first.code, second.code)
         links.append(counting.RULES[rule](correlation, counting.LINK) + starts[layer : layer + 2])
-    first_P, second_P = np.concatenate(links).T
-    graph = sparse.coo_array((np.ones(len(first_P)), (first_P, second_P)), shape=(len(bank), len(bank)))
-    chain_F = csgraph.connected_components(graph, directed=False)[1]
+    chain_F = matching.joined(len(bank), np.concatenate(links))
     mean_F = np.asarray(bank.code.sum(0)).ravel() / np.maximum(np.diff(bank.code.indptr), 1)
     chains = np.zeros((chain_F.max(initial=-1) + 1, *bank.decoder_FLD.shape[1:]))
     np.add.at(chains, chain_F, mean_F[:, None, None] * bank.decoder_FLD)

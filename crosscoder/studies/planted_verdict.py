@@ -188,7 +188,7 @@ class Planted:
             seed=1000 * self.seed + pair.config.training_seed,
         )
         reading = self.measure(pair, "A", dictionary)
-        return Point(reading.l0, reading.explained_variance)
+        return evidence.point_of_l0(reading.explained_variance, reading.l0)
 
 
 def usual_scale(pair: WorldPair, side: Side) -> float:
@@ -219,7 +219,8 @@ def measure_gain(planted: Planted, subject: ShapeReadings) -> Row:
         while min(p.explained_variance for p in points.values()) > min(wanted) and min(points) > 1:
             points[min(points) - 1] = planted.bank(pair, min(points) - 1)
         k = sorted(points)[-2:][0]
-        groups.append([evidence.count_gain(Point(r.l0, r.explained_variance), list(points.values())) for r in readings])
+        own = [evidence.point_of_l0(r.explained_variance, r.l0) for r in readings]
+        groups.append([evidence.count_gain(point, list(points.values())) for point in own])
     return seeds_row(Place(site=PRIMARY_SITE), "count_gain", groups)
 
 
@@ -233,21 +234,21 @@ def measure_cross_layer(planted: Planted, subject: ShapeReadings, control: Plant
         shuffled_TLD = np.stack([x_TLD[rng.permutation(len(x_TLD)), layer] for layer in range(x_TLD.shape[1])], axis=1)
         rows: list[float | str] = []
         for reading, initial in zip(subject.seeds[t], untrained.seeds[t], strict=True):
-            nulls = (_decodability(reading, shuffled_TLD), _decodability(initial, initial_TLD))
-            x = probes.cross_layer_excess(_decodability(reading, x_TLD), *nulls)
+            nulls = _genuine_share(reading, shuffled_TLD), _genuine_share(initial, initial_TLD)
+            x = float(_genuine_share(reading, x_TLD) - np.maximum(*nulls))
             rows.append(x if math.isfinite(x) else "no feature could be probed")
         groups.append(rows)
     return seeds_row(Place(site=PRIMARY_SITE), "cross_layer", groups)
 
 
-def _decodability(reading: Reading, x_TLD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC of each feature from all layers, `[F]`, and from each one, `[F, L]`; nan where it is not active."""
+def _genuine_share(reading: Reading, x_TLD: np.ndarray) -> float:
+    """Share of genuinely cross-layer features among those that are active."""
     active_TF = (reading.code[: len(x_TLD)] > 0).toarray()
     score_TFL = np.einsum("tld,fld->tfl", x_TLD, reading.decoder_FLD)
     both = np.concatenate([score_TFL, score_TFL.sum(2, keepdims=True)], axis=2)
     auc = [probes.area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))]
     auc_FQ = np.array(auc).reshape(len(reading), both.shape[2])
-    return auc_FQ[:, -1], auc_FQ[:, :-1]
+    return probes.genuine_share(auc_FQ[:, -1], auc_FQ[:, :-1])
 
 
 def measure_errors(planted: Planted, subjects: Mapping[str, ShapeReadings]) -> evidence.Calibration:

@@ -160,54 +160,56 @@ def identity_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimat
 
 @dataclass(frozen=True)
 class Point:
-    """One dictionary: active features of a token over the whole model, and explained variance."""
+    """One dictionary of a sweep over k: explained variance, and ln of what is compared at equal variance."""
 
-    l0: float
     explained_variance: float
+    log_value: float
+
+
+def point_of_l0(explained_variance: float, l0: float) -> Point:
+    """The point of a dictionary whose value is L0; ln is minus infinity where nothing is active."""
+    return Point(explained_variance, math.log(l0) if l0 > 0 else -math.inf)
+
+
+def log_value_at(explained_variance: float, points: Sequence[Point]) -> float | str:
+    """ln of the compared value between dictionaries of several k; what they explain where that does not enclose it."""
+    known = sorted(points, key=lambda point: point.explained_variance)
+    if not known or not known[0].explained_variance <= explained_variance <= known[-1].explained_variance:
+        return ", ".join(f"{point.explained_variance:.3f}" for point in known) or "nothing"
+    x, y = zip(*((point.explained_variance, point.log_value) for point in known), strict=True)
+    return float(np.interp(explained_variance, x, y))
 
 
 def count_gain(crosscoder: Point, bank: Sequence[Point]) -> float | str:
     """ln(L0 of the bank / L0 of the crosscoder) at the crosscoder's explained variance, or why there is none.
 
-    With planted features of one layer each it is 0; with features that last all L layers ln L. Below the true L0 each
-    active feature that is left out costs its share of the variance, and above it nothing is left to explain: on a scale
-    of ln(1 - explained variance) the bank that just has enough would be far to the right, and a chord to it would ask
-    for too few features at every point before. Variances themselves bend little between neighbouring k.
+    The value of a point is L0: active features of a token over the whole model. With planted features of one layer each
+    the gain is 0; with features that last all L layers it is ln L. Explained variance is interpolated as it is. On a
+    scale of ln(1 - explained variance), a bank that has just enough features would be far to the right, because nothing
+    is left to explain, and the line to it would give too small an L0 at every point before.
     """
-    points = sorted(bank, key=lambda point: point.explained_variance)
-    if not crosscoder.l0 > 0 or any(not point.l0 > 0 for point in points):
+    if not all(math.isfinite(point.log_value) for point in (crosscoder, *bank)):
         return "a dictionary without active features"
     target = crosscoder.explained_variance
-    if not points or not points[0].explained_variance <= target <= points[-1].explained_variance:
-        known = ", ".join(f"{point.explained_variance:.3f}" for point in points) or "no bank"
-        return f"the crosscoder explains {target:.3f}, outside what the banks do ({known}); train banks of other k"
-    logs = [math.log(point.l0) for point in points]
-    at = float(np.interp(target, [point.explained_variance for point in points], logs))
-    return at - math.log(crosscoder.l0)
+    found = log_value_at(target, bank)
+    if isinstance(found, str):
+        return f"the crosscoder explains {target:.3f}, outside what the banks do ({found}); train banks of other k"
+    return found - crosscoder.log_value
 
 
-@dataclass(frozen=True)
-class Density:
-    """One dictionary: explained variance, and ln of its entropy load over its effective dimension."""
-
-    explained_variance: float
-    log_density: float
-
-
-def equal_variance_shift(b: Sequence[Density], a: Sequence[Density]) -> float | str:
+def equal_variance_shift(b: Sequence[Point], a: Sequence[Point]) -> float | str:
     """ln R at equal explained variance less ln R as it was run, or why it cannot be said.
 
-    The first of either sequence is the dictionary that R was read from, the others have other k.
+    The value of a point is a density: entropy load over effective dimension. The first of either sequence is the
+    dictionary that R was read from, the others have other k.
     """
     if not a or not b:
         return "not run"
     target = (a[0].explained_variance + b[0].explained_variance) / 2
     moved = []
     for name, points in (("B", b), ("A", a)):
-        known = sorted(points, key=lambda point: point.explained_variance)
-        if not known[0].explained_variance <= target <= known[-1].explained_variance:
-            reach = f"{known[0].explained_variance:.3f} to {known[-1].explained_variance:.3f}"
-            return f"{name}'s dictionaries of several k explain {reach}, and {target:.3f} is asked"
-        at = np.interp(target, [p.explained_variance for p in known], [p.log_density for p in known])
-        moved.append(float(at) - points[0].log_density)
+        found = log_value_at(target, points)
+        if isinstance(found, str):
+            return f"{name}'s dictionaries of several k explain {found}, and {target:.3f} is asked"
+        moved.append(found - points[0].log_value)
     return moved[0] - moved[1]

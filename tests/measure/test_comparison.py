@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -38,7 +39,7 @@ def activity(seed: int = 0) -> sparse.csc_array:
 def read(decoder: np.ndarray, code: sparse.csc_array, seed: int, noise: float = 0.01) -> Reading:
     rng = np.random.default_rng([seed, 3])
     noisy = decoder + noise * rng.normal(size=decoder.shape) / math.sqrt(decoder[0].size)
-    return Reading(seed, noisy.astype(np.float32), code, 0.95, 0.0, code.nnz / T)
+    return Reading(seed, noisy.astype(np.float32), code, 0.95, 0.0, code.nnz / T, np.arange(len(decoder)))
 
 
 def subject(
@@ -85,7 +86,7 @@ def test_of_duplicates_the_most_active_stands_for_all():
     fewer[np.flatnonzero(fewer)[:3]] = 0
     columns = sparse.csc_array(np.concatenate([code, fewer], axis=1))
     for order, kept in (([0, 1, 2, 3], [0, 1, 2]), ([3, 1, 2, 0], [1, 2, 3])):
-        reading = Reading(0, double[order], columns[:, order], 0.9, 0.0, 1.0, index_F=np.arange(4))
+        reading = Reading(0, double[order], columns[:, order], 0.9, 0.0, 1.0, np.arange(4))
         assert reading.distinct.index_F.tolist() == kept
 
 
@@ -101,23 +102,23 @@ def test_density_ratio_returns_what_was_planted(width_a, width_b, ratio):
 
 def test_noise_inflates_the_raw_dimension_and_not_the_debiased_one():
     clean, noisy = (subject("A", 8, 32, 8, noise=n) for n in (0.001, 0.3))
-    raw = [density.density(s, "load_raw", DOCUMENT_T).value for s in (clean, noisy)]
-    corrected = [density.density(s, "load_corrected", DOCUMENT_T).value for s in (clean, noisy)]
+    raw = [density.shape_density(s, "load_raw", DOCUMENT_T).value for s in (clean, noisy)]
+    corrected = [density.shape_density(s, "load_corrected", DOCUMENT_T).value for s in (clean, noisy)]
     assert raw[1] < 0.9 * raw[0]
     assert corrected[1] == pytest.approx(corrected[0], rel=0.08)
 
 
 def test_dictionaries_that_disagree_have_no_primary_density():
-    reason = density.density(subject("A", 8, 32, 8, noise=1.0), PRIMARY_ESTIMATOR, DOCUMENT_T)
+    reason = density.shape_density(subject("A", 8, 32, 8, noise=1.0), PRIMARY_ESTIMATOR, DOCUMENT_T)
     assert isinstance(reason, str)
     assert "0.9" in reason
-    assert not isinstance(density.density(subject("A", 8, 32, 8, noise=1.0), "load_raw", DOCUMENT_T), str)
+    assert not isinstance(density.shape_density(subject("A", 8, 32, 8, noise=1.0), "load_raw", DOCUMENT_T), str)
 
 
 def test_one_dictionary_seed_has_no_debiased_density():
     whole = subject("A", 8, 32, 8)
     alone = ShapeReadings("A", 8, 32, tuple(group[:1] for group in whole.seeds))
-    assert "two" in density.density(alone, PRIMARY_ESTIMATOR, DOCUMENT_T)
+    assert "two" in density.shape_density(alone, PRIMARY_ESTIMATOR, DOCUMENT_T)
 
 
 def test_entropy_load_of_a_density_is_the_sum_of_binary_entropies():
@@ -125,13 +126,13 @@ def test_entropy_load_of_a_density_is_the_sum_of_binary_entropies():
     reading, pair = one.readings[0], one.pairs[0][0]
     p = reading.probability_F
     load = float((-p * np.log(p) - (1 - p) * np.log(1 - p)).sum())
-    assert density.density(one, PRIMARY_ESTIMATOR, DOCUMENT_T).value == pytest.approx(load / pair.debiased.value)
+    assert density.shape_density(one, PRIMARY_ESTIMATOR, DOCUMENT_T).value == pytest.approx(load / pair.debiased.value)
 
 
 def test_slots_count_a_feature_on_every_layer_it_occupies():
     a = subject("A", 8, 32, 8)
-    assert density.density(a, "count_joint", DOCUMENT_T).value == pytest.approx(F / 256)
-    assert density.density(a, "count_slots", DOCUMENT_T).value == pytest.approx(8 * F / 256, rel=1e-3)
+    assert density.shape_density(a, "count_joint", DOCUMENT_T).value == pytest.approx(F / 256)
+    assert density.shape_density(a, "count_slots", DOCUMENT_T).value == pytest.approx(8 * F / 256, rel=1e-3)
 
 
 def site_of(trained, untrained=None) -> comparison.SiteReadings:
@@ -209,11 +210,11 @@ def test_points_are_means_over_dictionary_seeds_and_their_pairs():
 
 def test_readings_of_different_texts_are_refused():
     reading = read(truth(4, 8, 2, 0), activity(), 0)
-    shorter = Reading(1, reading.decoder_FLD, reading.code[:100], 0.9, 0.0, 1.0)
-    with pytest.raises(ValueError, match="same text"):
-        ShapeReadings("A", 4, 8, ((reading, shorter),))
-    with pytest.raises(ValueError, match="document labels"):
-        density.firing_sums(reading, DOCUMENT_T[:50])
+    shorter = dataclasses.replace(reading, code=reading.code[:100])
+    with pytest.raises(ValueError, match="on the same tokens"):
+        ShapeReadings("A", 4, 8, ((reading, shorter),)).pairs[0][0].pairs_m2  # noqa: B018
+    with pytest.raises(ValueError, match="each needs at least one"):
+        ShapeReadings("A", 4, 8, ((reading,), ()))
 
 
 def test_a_pair_knows_its_matches():

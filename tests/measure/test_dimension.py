@@ -64,14 +64,14 @@ def test_a_product_of_seeds_is_free_of_the_additive_bias_of_a_square():
     rng = np.random.default_rng(4)
     rows = np.kron(np.eye(50), np.ones((20, 1)))  # cosine 1 within a group of 20, 0 outside
     truth = dimension.effective_dimension(rows)
-    first, second = noisy(rng, rows, 0.9), noisy(rng, rows, 0.9)
+    first, second = noisy(rng, rows, 0.91), noisy(rng, rows, 0.91)
     pairs = np.repeat(np.arange(1000)[:, None], 2, axis=1)
-    found = dimension.debiased_dimension(first, second, pairs, minimum_self_cosine=0.89)
+    found = dimension.debiased_dimension(first, second, pairs)
     raw = dimension.effective_dimension(first)
-    expected = 1 / (0.81 / truth + (1 - 0.81) / 50)  # each square gains the noise's 1 / N
+    expected = 1 / (0.91**2 / truth + (1 - 0.91**2) / 50)  # each square gains the noise's 1 / N
     assert raw == pytest.approx(expected, rel=0.03)
     assert found.attenuation_corrected == pytest.approx(truth, rel=0.02)
-    assert found.value == pytest.approx(truth / 0.81, rel=0.02)
+    assert found.value == pytest.approx(truth / 0.91**2, rel=0.02)
 
 
 def test_noisy_directions_are_refused_with_a_reason():

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from crosscoder.measure import statistics
 from crosscoder.measure.statistics import Bootstrap
@@ -21,8 +22,6 @@ def test_the_value_is_the_mean_of_means_and_not_of_dictionaries():
 
 def test_one_training_seed_with_equal_dictionaries_has_no_interval():
     assert statistics.two_level_bootstrap([[2.0, 2.0]], seed=0).estimate() == Estimate(2, 2, 2)
-    with pytest.raises(ValueError, match=r"\[2, 0\]"):
-        statistics.two_level_bootstrap([[1.0, 2.0], []], seed=0)
 
 
 def test_small_samples_are_stretched_by_the_t_quantile():
@@ -49,8 +48,9 @@ def test_document_sums():
     values = np.array([[1, 1], [0, 1], [1, 1], [5, 1]])
     sums = statistics.document_sums(values, np.array([3, 3, 1, 3]))
     assert sums.tolist() == [[1, 1], [6, 3]]
+    assert statistics.document_sums(sparse.csc_array(values != 0), np.array([3, 3, 1, 3])).tolist() == [[1, 1], [2, 3]]
     with pytest.raises(ValueError, match="2 document labels"):
-        statistics.document_sums(np.ones(3), np.array([0, 1]))
+        statistics.document_sums(np.ones((3, 1)), np.array([0, 1]))
 
 
 def share(totals):
@@ -80,10 +80,6 @@ def test_dictionaries_and_subjects_share_their_documents():
         for s, scale in ((1, 1.0), (2, 3.0))
     ]
     np.testing.assert_allclose(statistics.log_ratio(both[1], both[0]).draws, math.log(3))
-    with pytest.raises(ValueError, match=r"\[29, 30\] documents"):
-        statistics.two_level_bootstrap([[sums, sums[:29]]], seed=0, statistic=share)
-    with pytest.raises(ValueError, match="one value a row"):
-        statistics.two_level_bootstrap([[sums]], seed=0, statistic=lambda totals: totals)
 
 
 def test_log_ratio_stretches_each_side_on_the_log_scale():
@@ -93,8 +89,6 @@ def test_log_ratio_stretches_each_side_on_the_log_scale():
     np.testing.assert_allclose(found.draws, [math.log(2) - 2 * math.log(2), math.log(2) + 2 * math.log(2)])
     with pytest.raises(ValueError, match="denominator is -1"):
         statistics.log_ratio(top, Bootstrap(-1.0, np.ones(2)))
-    with pytest.raises(ValueError, match="2 and 3 draws"):
-        statistics.log_ratio(top, Bootstrap(1.0, np.ones(3)))
 
 
 def test_signed_ratio_by_hand_and_by_coverage():
@@ -118,8 +112,6 @@ def test_linear_combination_keeps_lopsided_intervals_lopsided():
     assert found.value == 1
     assert found.low == pytest.approx(0.7)
     assert found.high == pytest.approx(1 + math.hypot(2, 0.4))
-    with pytest.raises(ValueError, match="confidence"):
-        statistics.linear_combination([(1.0, Estimate(1, 1, 1)), (1.0, Estimate(1, 1, 1, 0.95))])
 
 
 def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():

@@ -9,12 +9,11 @@ import torch
 from crosscoder import BatchTopK, Crosscoder
 from crosscoder.data.sources import shuffle_stream
 from crosscoder.data.world import World, WorldConfig
-from crosscoder.measure import probes, recovery
-from crosscoder.measure.probes import FunctionalSpread, ProbeConfig, measure_functional_spread
+from crosscoder.measure import recovery
+from crosscoder.measure.probes import FunctionalSpread, measure_functional_spread
 from crosscoder.training import TrainConfig, train
 
 STEPS, BATCH, HELD_OUT = 350, 256, 4
-CONFIG = ProbeConfig(n_features=None)
 
 
 @dataclass
@@ -28,7 +27,7 @@ def fit(make_stream, shape, *, n_features, k, seed=0):
     dictionary = Crosscoder(**shape, n_features=n_features, sparsity=BatchTopK(k=k), seed=seed)
     config = TrainConfig(steps=STEPS, learning_rate=1e-2, dead_after_tokens=10_000, log_every=STEPS)
     train(dictionary, make_stream(BATCH, STEPS, 1), config=config, quiet=True)
-    return Arm(dictionary, measure_functional_spread(dictionary, lambda: make_stream(4096, HELD_OUT, 2), config=CONFIG))
+    return Arm(dictionary, measure_functional_spread(dictionary, lambda: make_stream(4096, HELD_OUT, 2)))
 
 
 def study(config, *, n_features):
@@ -64,7 +63,8 @@ def codes():
 
 
 def excess(arms):
-    return probes.cross_layer_excess(*(arms[name].measured.aucs for name in ("trained", "shuffled", "untrained")))
+    share, *nulls = (arms[name].measured.summary()["genuine_share"] for name in ("trained", "shuffled", "untrained"))
+    return share - max(nulls)
 
 
 def partners(world, arm):
@@ -78,7 +78,7 @@ def partners(world, arm):
 def test_lasting_features_are_not_cross_layer(lasting):
     world, arms = lasting
     assert len(partners(world, arms["trained"])[1]) >= 0.8 * 48
-    assert probes.genuine_share(*arms["trained"].measured.aucs) <= 0.05
+    assert arms["trained"].measured.summary()["genuine_share"] <= 0.05
     assert excess(arms) <= 0.05
 
 
@@ -93,7 +93,7 @@ def test_functional_spread_agrees_with_the_planted_one(lasting):
 def test_codes_across_layers_are(codes):
     world, arms = codes
     assert len(partners(world, arms["trained"])[1]) >= 0.85 * 98
-    share = probes.genuine_share(*arms["trained"].measured.aucs)
+    share = arms["trained"].measured.summary()["genuine_share"]
     assert share == pytest.approx(0.5, abs=0.1), "the planted share of split features"
     assert excess(arms) >= 0.25
 
@@ -145,7 +145,7 @@ def test_trap_noise_makes_lasting_features_look_joint():
         active = (torch.rand(20_000, 8, generator=generator) < 0.05).float()
         x = torch.einsum("tf,fld->tld", active, decoder) + noise * torch.randn(20_000, 4, 16, generator=generator)
         measured = measure_functional_spread(dictionary, lambda x=x: x.split(4096))
-        share[noise] = probes.genuine_share(*measured.aucs)
+        share[noise] = measured.summary()["genuine_share"]
     assert share == {0.1: 0.0, 0.4: 1.0}, "no longer fooled: say so in the docstring of measure_functional_spread"
 
 
@@ -159,5 +159,5 @@ def test_trap_dense_noise_is_all_cross_layer():
     x = torch.randn(20_000, 4, 16, generator=torch.Generator().manual_seed(5))
     measured = measure_functional_spread(dictionary, lambda: x.split(4096))
     assert measured.n_alive == 32
-    assert probes.genuine_share(*measured.aucs) >= 0.9
+    assert measured.summary()["genuine_share"] >= 0.9
     assert measured.precision_nL.max() <= 0.2

@@ -33,13 +33,21 @@ class WellRead(Planted):
         error *= 0.1 / np.linalg.norm(error, axis=(1, 2), keepdims=True)
         activations_BF = pair.sample(self.config.held_out, seed=2 * self.seed + 1)[1].numpy()
         explained = 0.97 + 0.004 * rng.random()
-        return Reading(dictionary_seed, truth + error, sparse.csc_array(activations_BF), explained, 0.03, 6.0)
+        return Reading(
+            dictionary_seed,
+            truth + error,
+            sparse.csc_array(activations_BF),
+            explained,
+            0.03,
+            6.0,
+            np.arange(len(truth)),
+        )
 
     def bank(self, pair, k):
         """A bank needs one active feature for each layer that a planted one lives in."""
         slots = self.config.active * pair.config.shape("A")[0] ** pair.config.gamma
         l0 = k * pair.config.n_layers
-        return evidence.Point(float(l0), float(1 - 0.028 * (slots / l0) ** 2))
+        return evidence.point_of_l0(float(1 - 0.028 * (slots / l0) ** 2), float(l0))
 
 
 def planted(plant, seed=0, config=CONFIG):

@@ -12,7 +12,7 @@ from crosscoder.data.world import Firing, Nuisance, World, WorldConfig
 from crosscoder.dictionary import NormPenalty, ReLU
 from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting, matching, profile, recovery
-from crosscoder.measure.probes import ProbeConfig, measure_functional_spread
+from crosscoder.measure.probes import measure_functional_spread
 from crosscoder.measure.reading import measure_dictionary, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict.decide import Evidence, check_gates
@@ -156,7 +156,7 @@ class TestShrinkage:
     def numbers(self, world, **settings):
         dictionary = trained(world, n_features=48, **settings)
         x_BLD, planted, measured, _ = held_out(world, dictionary)
-        spread = measure_functional_spread(dictionary, lambda: x_BLD.split(4096), config=ProbeConfig(n_features=None))
+        spread = measure_functional_spread(dictionary, lambda: x_BLD.split(4096))
         decoder_FN = dictionary.decoder_FLD().flatten(1).numpy()
         found = recovery.assign(decoder_FN[spread.feature_n][:, None], world.decoder_FLD.flatten(1)[:, None].numpy())
         rows = found.partner_F[found.recalled_F]

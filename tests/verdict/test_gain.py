@@ -8,18 +8,18 @@ import pytest
 from crosscoder.measure.statistics import Bootstrap
 from crosscoder.results.table import Estimate
 from crosscoder.verdict.evidence import (
-    Density,
     Point,
     count_gain,
     cross_layer_excess,
     equal_variance_shift,
     identity_residual,
+    point_of_l0,
 )
 
 
 class TestEqualVariance:
-    A = (Density(0.88, -1.1), Density(0.80, -1.5), Density(0.92, -0.8))
-    B = (Density(0.90, -1.1), Density(0.84, -1.4), Density(0.95, -0.8))
+    A = (Point(0.88, -1.1), Point(0.80, -1.5), Point(0.92, -0.8))
+    B = (Point(0.90, -1.1), Point(0.84, -1.4), Point(0.95, -0.8))
 
     def test_both_are_read_at_the_mean(self):
         # at .89: A is a quarter of the way from -1.1 to -.8, B a sixth of the way from -1.1 to -1.4
@@ -30,22 +30,23 @@ class TestEqualVariance:
         assert equal_variance_shift(self.A, self.A) == 0
 
     def test_nothing_is_extrapolated(self):
-        assert "explain 0.900 to 0.900" in equal_variance_shift(self.B[:1], self.A)
+        assert "explain 0.900, and" in equal_variance_shift(self.B[:1], self.A)
         assert equal_variance_shift(self.B, ()) == "not run"
 
 
 def test_count_gain_by_hand():
-    bank = [Point(20, 0.8), Point(80, 0.95)]
-    assert count_gain(Point(20, 0.8), bank) == pytest.approx(0)
-    assert count_gain(Point(10, 0.95), bank) == pytest.approx(math.log(8))
-    assert count_gain(Point(10, 0.875), bank) == pytest.approx(math.log(4))  # halfway
-    assert "outside" in count_gain(Point(10, 0.97), bank)
+    bank = [point_of_l0(0.8, 20), point_of_l0(0.95, 80)]
+    assert count_gain(point_of_l0(0.8, 20), bank) == pytest.approx(0)
+    assert count_gain(point_of_l0(0.95, 10), bank) == pytest.approx(math.log(8))
+    assert count_gain(point_of_l0(0.875, 10), bank) == pytest.approx(math.log(4))  # halfway
+    assert "outside what the banks do (0.800, 0.950)" in count_gain(point_of_l0(0.97, 10), bank)
+    assert count_gain(point_of_l0(0.0, 0), bank) == "a dictionary without active features"
 
 
 def test_count_gain_is_near_0_between_a_bank_with_too_few_features_and_one_with_enough():
     """Six features of one layer each: a bank with 4.4 of them explains that share, one with 6.5 everything."""
-    bank = [Point(4.4, 0.82), Point(6.5, 0.9999)]
-    assert abs(count_gain(Point(6.0, 0.98), bank)) < 0.05
+    bank = [point_of_l0(0.82, 4.4), point_of_l0(0.9999, 6.5)]
+    assert abs(count_gain(point_of_l0(0.98, 6.0), bank)) < 0.05
 
 
 def test_cross_layer_excess_takes_the_larger_null():
