@@ -14,7 +14,7 @@ from crosscoder.measure import dimension, matching, profile
 from crosscoder.measure.reading import Reading
 from crosscoder.results.table import Value
 
-LINK = 0.7  # similarity from which features of neighbouring layers, or of two seeds, count as the same
+LINK = 0.7  # similarity from which features of neighbouring layers, or of two seeds, are matched
 ULTRA_DENSE = 0.1  # firing probability above which a feature is reported apart
 
 RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
@@ -51,9 +51,9 @@ def match_features(a: Reading, b: Reading) -> np.ndarray:
 
 
 def merged_counts(reading: Reading) -> dict[tuple[str, str], int]:
-    """Features of a bank, those that are linked between neighbouring layers merged, by similarity and rule.
+    """How many features a bank has after merging those matched between neighbouring layers, by similarity and rule.
 
-    Similarities are `correlation` of activity, `cosine` of directions and the smaller of `both`.
+    Similarities: `correlation` of activity, `cosine` of directions, and the smaller of `both`. No count for one layer.
     """
     starts = np.cumsum([0, *(len(group) for group in reading.groups)])
     links: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -80,8 +80,8 @@ def adjacent_share(reading: Reading) -> float:
 def count_features(reading: Reading) -> dict[str, Value]:
     """Counts of one dictionary by the names of quantities.
 
-    A feature counts on every layer that it occupies, so that the features of a layer are the distinct ones times mean
-    rho over L; of a bank, rho is 1. Features of one layer each, as those of a bank, are also merged along the layers.
+    A feature counts on every layer that it occupies: features per layer are the distinct ones times mean rho, over L.
+    In a bank rho is 1. Features that each have one layer, such as a bank's, are also merged across layers.
     """
     n_layers, d_model = reading.decoder_FLD.shape[1:]
     groups = reading.groups
@@ -114,7 +114,7 @@ def count_features(reading: Reading) -> dict[str, Value]:
 def compare_seeds(readings: Sequence[Reading]) -> dict[str, Value]:
     """How dictionaries of several seeds agree, the mean over all pairs; nothing for a single one.
 
-    Features are matched layer by layer; those of a crosscoder, all at once.
+    Features of a bank are matched layer by layer, those of a crosscoder all at once.
     """
     if len(readings) < 2:
         return {}

@@ -1,7 +1,7 @@
 """Density of features: their load or count over their dimension, with intervals over seeds and documents.
 
-The statistic that decides is fixed beforehand: `PRIMARY_ESTIMATOR` of `results.quantities`. The others are shown
-beside it, because in practice the ratio of two models moves more with the estimator than with the models.
+The estimator that decides is fixed beforehand: `PRIMARY_ESTIMATOR` of `results.quantities`. The others are shown
+beside it, because in practice the ratio of two models varies more with the estimator than with the models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosscoder.results.quantities import PRIMARY_ESTIMATOR
 
 @dataclass(frozen=True)
 class SeedPair:
-    """Two dictionary seeds on the activations of one subject, and which of their features are the same."""
+    """Two dictionary seeds trained on the activations of one subject, and which of their features are the same."""
 
     first: Reading
     second: Reading
@@ -69,12 +69,12 @@ class ShapeReadings:
         return tuple(tuple(SeedPair(a, b) for a, b in combinations(group, 2)) for group in self.seeds)
 
     def only(self, keep: Callable[[Reading], np.ndarray]) -> ShapeReadings:
-        """The shape with the features of each reading that `keep` marks."""
+        """The shape with only the features of each reading that `keep` marks."""
         kept = tuple(tuple(reading.only(keep(reading)) for reading in group) for group in self.seeds)
         return ShapeReadings(self.name, self.n_layers, self.d_model, kept)
 
     def bootstrap(self, value: Callable[[Reading], float], *, seed: int = 0) -> Bootstrap:
-        """A number of each reading, resampled over training and dictionary seeds."""
+        """`value` of each reading, resampled over training and dictionary seeds."""
         return two_level_bootstrap([[value(r) for r in group] for group in self.seeds], seed=seed)
 
 
@@ -107,9 +107,9 @@ def shape_density(shape: ShapeReadings, estimator: str, document_T: np.ndarray, 
                 return "one dictionary seed of a subject; the debiased dimension compares two"
             found = [pair.debiased.reason for group in shape.pairs for pair in group]
             reason = next((one for one in found if one), "no interference could be measured")
-            field = "attenuation_corrected" if divisor == "corrected" else "value"
-            entries = [[((p.first, p.second), getattr(p.debiased, field)) for p in group] for group in shape.pairs]
-    if any(d is None or not (np.isfinite(d) and d > 0) for group in entries for _, d in group):
+            is_corrected = divisor == "corrected"
+            entries = [[((p.first, p.second), _two_seed_dimension(p, is_corrected)) for p in g] for g in shape.pairs]
+    if not all(np.isfinite(d) and d > 0 for group in entries for _, d in group):
         return reason
     if kind == "count":
         counts = [[float(np.mean([len(r) for r in readings])) / d for readings, d in group] for group in entries]
@@ -118,8 +118,13 @@ def shape_density(shape: ShapeReadings, estimator: str, document_T: np.ndarray, 
     return two_level_bootstrap(sums, seed=seed, document_seed=0, statistic=_load_on_dimension)
 
 
+def _two_seed_dimension(pair: SeedPair, is_corrected: bool) -> float:
+    found = pair.debiased.attenuation_corrected if is_corrected else pair.debiased.value
+    return np.nan if found is None else found
+
+
 def _load_sums(readings: Sequence[Reading], dimension: float, document_T: np.ndarray) -> np.ndarray:
-    """Tokens on which each feature fired by document, then tokens times what the load is divided by, then tokens."""
+    """By document: tokens on which each feature fired, tokens times what the load is divided by, and tokens."""
     fired = [document_sums(reading.code.astype(bool), document_T) for reading in readings]
     tokens = document_sums(np.ones((len(document_T), 1)), document_T)
     return np.concatenate([*fired, tokens * dimension * len(readings), tokens], axis=1)

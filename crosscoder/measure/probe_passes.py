@@ -17,10 +17,10 @@ from crosscoder.dictionary.codec import selection_scale, thresholds
 from crosscoder.measure.reading import sparse_rows
 
 BINS = 1024
-REACH = 6.0  # asinh of the largest standardised score that is told apart, 200 standard deviations
-STRETCH_OF_TOKENS = 256  # what counts as a document where none are given
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # among which a probe's penalty is chosen
-CHOOSING = 64  # features that choose it
+REACH = 6.0  # asinh of the largest standardised score with a bin of its own, 200 standard deviations
+STRETCH_OF_TOKENS = 256  # length of a document where none are given
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # candidates for a probe's penalty
+CHOOSING = 64  # features on which the penalty is chosen
 
 Batches = Callable[[], Iterable[Tensor]]
 
@@ -97,7 +97,7 @@ def collect_moments(dictionary: Dictionary, batches: Batches, document_T: np.nda
 
 @dataclass(frozen=True)
 class Probes:
-    """Linear probes of n features: one for each layer, and last one that reads all; scores have mean 0, variance 1."""
+    """Linear probes of n features: one for each layer, and a joint one; scores have mean 0 and variance 1."""
 
     weight_nLD: list[Tensor]  # one [n, D] a layer
     joint_nN: Tensor
@@ -116,9 +116,9 @@ def fit_probes(
 ) -> Probes:
     """Ridge regressions of each chosen feature's label on x, by one Cholesky factor a layer and one for all.
 
-    The penalty is a probe's own of `ridges` (the layers', then that of all) times the mean variance of what it reads;
-    regression on a label and linear discriminant analysis with one covariance have the same direction, and only the
-    direction matters to an AUC.
+    The penalty is the probe's value in `ridges` (each layer's, then the joint one's) times the mean variance of its
+    inputs. Regression on a label and linear discriminant analysis with one covariance have the same direction, and only
+    the direction matters to an AUC.
 
     Raises:
         ValueError: a layer is constant on the documents that probes are fitted on.
@@ -150,9 +150,9 @@ def choose_ridges(
 ) -> list[float]:
     """The penalty of each layer's probe and of the one that reads all: of `RIDGES`, the best mean AUC, `[L + 1]`.
 
-    With one penalty for all, the joint probe would fit noise where tokens are few against L * D, and a joint AUC below
-    that of a layer says nothing of the features. The mean is over at most `CHOOSING` features of the scored documents;
-    one choice among five for all features gains next to nothing by chance.
+    With one penalty for all, the joint probe would overfit where there are few tokens for L * D inputs, and a joint AUC
+    below a layer's would say nothing about the features. The mean is over at most `CHOOSING` features on the scored
+    documents; one choice among five for all features gains next to nothing by chance.
     """
     some_n = chosen_n[:: max(1, len(chosen_n) // CHOOSING)][:CHOOSING]
     n, n_layers = len(some_n), dictionary.config.n_layers
@@ -217,7 +217,7 @@ def score_probes(
 ) -> Scores:
     """Last pass: scores in bins, activation without each layer, and moments for latent scaling.
 
-    `center_N` is the mean of x, which stands in for a layer that is left out.
+    `center_N` is the mean of x, which replaces a layer that is left out.
     """
     n, n_layers, d_model = len(chosen_n), dictionary.config.n_layers, dictionary.config.d_model
     encoder_FN = dictionary.grouped().encoder_GFN[0].float()

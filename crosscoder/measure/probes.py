@@ -1,6 +1,6 @@
 """From which layers a crosscoder's features are read, and how well a single layer predicts when they are active.
 
-Measured on a dictionary and a stream of held-out activations, in two passes whose memory does not grow with the text.
+Measured on a dictionary and a stream of held-out activations, in passes whose memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from crosscoder.results.table import Value
 
 MIN_ACTIVE = 10  # active tokens in each half of the documents below which a feature's AUCs are nan
 GAIN = 0.05  # a joint AUC this much above the best single layer's counts as gained by reading layers together
-DECODABLE = 0.9  # single-layer AUC from which a feature is readable in one layer
-RECALL = 0.9  # at which the precision of probes is quoted
+DECODABLE = 0.9  # single-layer AUC from which a feature is decodable from one layer
+RECALL = 0.9  # recall at which the precision of probes is quoted
 
 
 @dataclass(frozen=True)
 class FunctionalSpread:
-    """Functional spread and joint decodability of n features; nan for those active too rarely."""
+    """Functional spread and joint decodability of n features; nan for features that are active too rarely."""
 
     feature_n: np.ndarray  # their numbers in the dictionary, ascending
     n_alive: int
@@ -56,7 +56,7 @@ class FunctionalSpread:
         return genuine_features(self.auc_joint_n, self.auc_nL) == 1
 
     def genuine_F(self) -> np.ndarray:
-        """The same for every feature of the dictionary, `[F]`, false for the dead.
+        """`genuine_n` for every feature of the dictionary, `[F]`, false for the dead.
 
         Raises:
             ValueError: only some of the alive features were measured.
@@ -140,12 +140,12 @@ def measure_functional_spread(
     ridge: penalty of the probes, as a share of the mean variance of what they read; None chooses it for each layer's
         probe and for the joint one, in a further pass.
 
-    What J can say: the label is the feature's own activity. A feature is active where its sum over layers is large, so
-    the joint probe is nearly perfect by construction, and J is in effect 1 less the best one-layer AUC. It cannot show
+    Limits of J: the label is the feature's own activity. A feature is active where its sum over layers is large, so
+    the joint probe is nearly perfect by construction, and J is in effect 1 minus the best one-layer AUC. It cannot show
     that the subject computes with several layers. J is also large for a persistent feature under noise, which a joint
-    probe averages, and where one latent holds unrelated features of two layers; only the second remains when tokens
-    are shuffled by layer. J is small for a rare combination of frequent parts: an AUC hardly sees false alarms on 5 %
-    of the tokens, even if they outnumber the feature's own tokens; `precision_nL` does.
+    probe averages out, and where one latent holds unrelated features of two layers; only the latter remains when tokens
+    are shuffled by layer. J is small for a rare combination of frequent parts: an AUC hardly reacts to false positives
+    on 5 % of the tokens, even if they outnumber the feature's own tokens; `precision_nL` does.
 
     Raises:
         ValueError: the dictionary is a bank, no feature is alive, half of the documents are empty, or the labels are

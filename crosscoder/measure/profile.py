@@ -44,7 +44,7 @@ def occupied_layers(profile_FL: np.ndarray) -> np.ndarray:
 
 
 def adjacent_cosine(decoder_FLD: np.ndarray, profile_FL: np.ndarray) -> np.ndarray:
-    """Mean cosine between a feature's decoder rows at neighbouring layers that it occupies both; nan if none.
+    """Mean cosine between a feature's decoder rows at neighbouring layers that it both occupies; nan if none.
 
     1: the feature keeps its direction. Lower: it drifts as it passes through the blocks.
     """
@@ -119,7 +119,7 @@ def latent_scaling(error_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.
 
 
 def corrected_profile(decoder_FLD: np.ndarray, nu_error_FL: np.ndarray) -> np.ndarray:
-    """Layer profile with what a penalty shrank away put back, `[F, L]`; give it to `participation_ratio`.
+    """Layer profile with what a penalty shrank away put back, `[F, L]`.
 
     A layer's amplitude is the larger of its decoder norm over the peak's and nu_err (clipped to 0..1, nan as 0);
     shares are of squared amplitudes. It can only raise a layer relative to the peak.

@@ -1,8 +1,8 @@
 """What one trained dictionary does on a held-out text: which features are alive, when they fire, what they write.
 
-`Measured` is of all features, `Reading` of the alive ones; what is alive, and which features are one, is decided here
-and nowhere else. Every count and comparison (two seeds, two trainings, two shapes) is a function of readings taken on
-the same tokens. For a bank the columns of layer l are `l * F : (l + 1) * F`.
+`Measured` holds all features, `Reading` the alive ones. Only this module decides which features are alive and which are
+duplicates. Every count and comparison (two seeds, two trainings, two shapes) is a function of readings taken on the
+same tokens. In a bank the features of layer l are the columns `l * F : (l + 1) * F`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crosscoder.dictionary.codec import to_global
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
 from crosscoder.measure import dimension, matching, profile
 
-DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are one
+DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are duplicates
 _NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
 
 
@@ -52,9 +52,8 @@ class Measured:
 def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Measured:
     """Code and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
 
-    Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure leaves
-    unwritten count in no sum. Groups are what has a row of its own for every token: the layers of a bank, also of one
-    whose layers share their weights.
+    Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure never
+    writes are left out of the sums. The groups are the layers of a bank, also where they share their weights.
 
     Raises:
         ValueError: there is no token, or a layer is constant.
@@ -105,11 +104,14 @@ def minimum_probability(n_tokens: int) -> float:
 class Reading:
     """Alive features of one dictionary on T tokens.
 
-    decoder_FLD: what each writes; a feature of a bank writes one layer. code: their activations `[T, F]`. seed: the
-    dictionary's. explained_variance, explained_variance_L, dead_share, l0 (active features a token) and l0_layer (of
-    them, those that hold a layer in their lifespan, on average) are of the whole dictionary, dead features included, as
-    is `size`, its number of features. index_F: the features' numbers in the dictionary. genuine_F: which are genuinely
-    cross-layer, where that was probed. n_groups: dictionaries of a bank; 1 where features read all layers.
+    seed: of the dictionary.
+    decoder_FLD: what each feature writes; a feature of a bank writes one layer.
+    code: activations of the features, `[T, F]`.
+    l0: active features of a token. l0_layer: those of them whose lifespan includes a layer, the mean over layers.
+    index_F: the features' numbers in the dictionary.
+    genuine_F: which are genuinely cross-layer, where that was probed.
+    n_groups: dictionaries of a bank; 1 where features read all layers.
+    size: features of the dictionary. Like this, l0, l0_layer, dead_share and the explained variances include the dead.
     """
 
     seed: int
@@ -175,7 +177,7 @@ class Reading:
         return self.only(np.concatenate([representatives(g) + i for g, i in zip(self.groups, starts)]))
 
     def only(self, kept_F: np.ndarray) -> Reading:
-        """The reading of some of its features: where `kept_F` (bool or indices) says so."""
+        """The reading of the features that `kept_F` (a mask or indices) names."""
         return replace(
             self,
             decoder_FLD=self.decoder_FLD[kept_F],
@@ -208,7 +210,7 @@ def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Readin
 
 
 def representatives(reading: Reading) -> np.ndarray:
-    """Indices of one feature for each set of duplicates, rising: the most active one."""
+    """Indices of the most active feature of each set of duplicates, ascending."""
     cosine = matching.decoder_cosine(reading.decoder_FLD, reading.decoder_FLD)
     correlation = matching.activation_correlation(reading.code, reading.code)
     label_F = matching.joined(len(reading), np.argwhere((cosine > DUPLICATE) & (correlation > DUPLICATE)))
@@ -217,7 +219,7 @@ def representatives(reading: Reading) -> np.ndarray:
 
 
 def save_reading(reading: Reading, path: str | Path) -> None:
-    """Write a reading to one file, whole or not at all."""
+    """Write a reading to one file, atomically."""
     code = sparse.csc_array(reading.code)
     tensors = {
         "decoder_FLD": np.ascontiguousarray(reading.decoder_FLD, dtype=np.float32),

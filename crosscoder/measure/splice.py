@@ -1,8 +1,8 @@
-"""What the subject loses when a reconstruction replaces its own activations.
+"""How much worse the subject predicts when reconstructions replace its own activations.
 
 Sites of kind `residual` are block outputs x_l; sites of kind `write` are what block l adds, x_l - x_(l-1). A site is
-spliced by putting the reconstruction of the clean run there and letting the rest of the subject run on. The first
-positions, which the dictionaries never saw, keep their clean values.
+spliced by replacing its activations with the reconstruction of those of the clean run. The first positions, which the
+dictionaries never saw, keep their clean values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether two subjects have the same features: matches by activity on the same tokens, against what chance gives.
+"""Whether two subjects have the same features: matches by activity on the same tokens, compared with chance.
 
-Cosines are undefined across widths, so features are compared by activation correlation alone. A code is `[T, F]`,
-its alive columns only, and both codes cover the same T tokens in the same order.
+Cosines are undefined across widths, so features are compared by activation correlation alone. A code is `[T, F]`, with
+alive features only, and both codes cover the same T tokens in the same order.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def agreement(correlation: np.ndarray) -> Agreement:
 def equal_pools(
     first: sparse.csc_array, second: sparse.csc_array, *, seed: int
 ) -> tuple[sparse.csc_array, sparse.csc_array]:
-    """Both codes with as many columns as the smaller has, the larger's drawn at random and kept in order."""
+    """Both codes with the smaller one's number of columns; those of the larger are a random subset, in order."""
     n = min(first.shape[1], second.shape[1])
     rng = np.random.default_rng(seed)
     kept = [
@@ -58,7 +58,7 @@ def equal_pools(
 
 
 def shift_tokens(code: sparse.csc_array, shift: int) -> sparse.csc_array:
-    """The activity moved round by `shift` tokens: row t becomes row `(t + shift) mod T`."""
+    """The activity shifted circularly: row t becomes row `(t + shift) mod T`."""
     rows = (code.indices.astype(np.int64) + shift) % code.shape[0]
     # sorting permutes values in place, so they must not be the caller's
     moved = sparse.csc_array((code.data.copy(), rows, code.indptr.copy()), shape=code.shape)
@@ -148,10 +148,9 @@ def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float
 
 
 def hidden_shares(profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int) -> tuple[float, float]:
-    """Share of features that are one subject's own and that no layer of the other tells: the first's, the second's.
+    """Share of features exclusive to the first subject and decodable from no layer of the second; and vice versa.
 
-    `auc_FL` are AUCs of probes of each layer for the feature's activity; nan tells nothing, and a feature without a
-    probe is not called hidden.
+    `auc_FL` are AUCs of one-layer probes for the feature's activity; a feature with a nan is not called hidden.
     """
     first_F, second_F = exclusive_features(profile_FL, n_first_layers)
     known_F1 = np.isfinite(auc_FL).all(1, keepdims=True)

@@ -1,8 +1,8 @@
 """The decision rule, fixed before any run, as a pure function of values with intervals.
 
 R = lambda_B / lambda_A compares the wide, shallow model B with the deep, narrow A, lambda being entropy load over
-effective dimension. Gates say whether R can be read at all; conditions say what each hypothesis asks for, whatever the
-gates say; an interval must lie wholly where it should.
+effective dimension. Gates say whether R can be interpreted at all; conditions list what each hypothesis requires, also
+where a gate fails. A requirement holds only where the whole interval meets it.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def decide(evidence: Evidence, rule: Rule = RULE) -> Verdict:
 
 def known(estimate: Estimate | None) -> Estimate:
     """The estimate of a statistic that the gates have found measured."""
-    if estimate is None:
-        raise ValueError("a statistic of the rule is missing although the gates passed")
+    assert estimate is not None
     return estimate
 
 

@@ -98,7 +98,7 @@ def worst_self_cosine(shapes: Sequence[ShapeReadings]) -> float | None:
 
 
 def reading_notes(table: LongTable, inputs: GateInputs, rule: Rule = RULE) -> tuple[str, ...]:
-    """What a reader of R must know and no statistic of the rule says."""
+    """Cautions for a reader of R that no statistic of the rule expresses."""
     notes = []
     error = inputs.calibration.d_eff_error
     if error is not None:
