@@ -126,10 +126,8 @@ class Compare(Study):
         from crosscoder.studies.shapes import OtherPartsError, Part, run_study
         from crosscoder.studies.single import run_subject_study
 
-        name = self.preset
-        if self.subject is not None:
-            name = "subject-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.subject).stem)
-        config, where = self.study(), self.where(name)
+        stem = "" if self.subject is None else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.subject).stem)
+        config, where = self.study(), self.where(f"subject-{stem}" if stem else self.preset)
         try:
             if self.subject is not None:
                 results = run_subject_study(config, **where)

