@@ -8,8 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from crosscoder.data.order import seeded_generator
 from crosscoder.dictionary.sparsity import JumpReLU
-from crosscoder.foundation.order import seeded_generator
 from crosscoder.training.state import TrainState
 
 ENCODER_SHARE = 0.2  # of the alive encoder rows' mean norm (Bricken et al. 2023)
