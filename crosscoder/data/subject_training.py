@@ -93,7 +93,7 @@ class SubjectConfig:
         return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class SubjectCheckpoint:
     """Weights kept after `step` steps, and their loss on text never trained on (nats per token)."""
 

@@ -30,13 +30,9 @@ class Structure:
     def check(self, n_layers: int, d_model: int) -> None:
         """Raises a ValueError that says what does not fit a dictionary of this shape, and what would."""
 
-    def n_bases(self, n_layers: int) -> int:
-        """Over how many base layers the features are dealt out: feature i has base layer `i mod n_bases`."""
-        return 1
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        """The layers that a feature with this base layer reads, and those that it writes."""
-        return range(n_layers), range(n_layers)
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        """Layers read and layers written, by base layer; feature i has base layer i modulo the length."""
+        return [(range(n_layers), range(n_layers))]
 
     def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:
         """How many numbers each layer has, padding left out."""
@@ -44,7 +40,7 @@ class Structure:
 
     def masks(self, n_features: int, n_layers: int, d_model: int) -> Masks | None:
         """Which weights exist; None where all do."""
-        spans = [self.spans(base, n_layers) for base in range(self.n_bases(n_layers))]
+        spans = self.spans(n_layers)
         table_2BL = torch.tensor(
             [[[layer in span for layer in range(n_layers)] for span in kind] for kind in zip(*spans)]
         )
@@ -68,11 +64,8 @@ class WeaklyCausal(Structure):
     `l(i) = i mod L`.
     """
 
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + 1), range(base, n_layers)
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        return [(range(base, base + 1), range(base, n_layers)) for base in range(n_layers)]
 
 
 @config
@@ -87,11 +80,8 @@ class StrictlyCausal(Structure):
         if n_layers < 2:
             raise ValueError(f"StrictlyCausal needs a layer to read and a later one to write; n_layers is {n_layers}")
 
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers - 1
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + 1), range(base + 1, n_layers)
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        return [(range(base, base + 1), range(base + 1, n_layers)) for base in range(n_layers - 1)]
 
 
 @config(kw_only=False)
@@ -108,11 +98,9 @@ class LocalWindow(Structure):
         if self.width > n_layers:
             raise ValueError(f"a window of {self.width} layers does not fit n_layers = {n_layers}; lower the width")
 
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers - self.width + 1
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + self.width), range(base, base + self.width)
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        windows = [range(base, base + self.width) for base in range(n_layers - self.width + 1)]
+        return list(zip(windows, windows, strict=True))
 
 
 @config
@@ -130,11 +118,8 @@ class Transcoder(Structure):
                 f"Transcoder stacks as many outputs as inputs; n_layers is {n_layers}, expected an even number"
             )
 
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers // 2
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + 1), range(base + n_layers // 2, n_layers)
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        return [(range(base, base + 1), range(base + n_layers // 2, n_layers)) for base in range(n_layers // 2)]
 
 
 @config(kw_only=False)
@@ -156,13 +141,11 @@ class Diffing(Structure):
     def __post_init__(self) -> None:
         if len(self.n_layers) != len(self.d_models):
             raise ValueError(
-                f"n_layers are {self.n_layers} and d_models {self.d_models}; expected one number of each for every "
-                "subject"
+                f"n_layers are {self.n_layers}, d_models {self.d_models}; expected one number of each for every subject"
             )
         if self.dedicated and len(self.dedicated) != len(self.n_layers):
             raise ValueError(
-                f"dedicated has {len(self.dedicated)} shares for {len(self.n_layers)} subjects; give one for each, or "
-                "none"
+                f"dedicated has {len(self.dedicated)} shares for {len(self.n_layers)} subjects; give one for each"
             )
         if sum(self.dedicated) > 1:
             raise ValueError(f"dedicated is {self.dedicated}; expected shares that sum to at most 1")
