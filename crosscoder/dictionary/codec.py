@@ -139,13 +139,7 @@ def thresholds(grouped: Grouped, config: DictionaryConfig, threshold_G: Tensor) 
 
 
 def encode_grouped(
-    x_BGN: Tensor,
-    grouped: Grouped,
-    config: DictionaryConfig,
-    *,
-    threshold_G: Tensor,
-    training: bool,
-    dense: bool = False,
+    x_BGN: Tensor, grouped: Grouped, config: DictionaryConfig, *, threshold_G: Tensor, training: bool, dense: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Values `[P]`, global features `[P]`, offsets `[B * G + 1]` and, for a BatchTopK training batch, the cut `[G]`.
 

@@ -61,7 +61,7 @@ class DictionaryConfig:
                 f"prefixes are {self.prefixes!r}, which are {sizes[1:-1]} of {self.n_features} features; expected a "
                 "tuple of rising fractions between 0 and 1, such as (0.125, 0.25, 0.5)"
             )
-        self.structure.check(self.n_layers, self.d_model)
+        self.structure.layer_widths(self.n_layers, self.d_model)
         needed = len(self.structure.spans(self.n_layers))
         if self.n_features < needed:
             name = type(self.structure).__name__

@@ -54,11 +54,7 @@ class RowAdam(torch.optim.Optimizer):
         return rearrange(self._working_RN, "(g f) n -> g f n", g=self._dictionary.n_groups)
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy.
-
-        Raises:
-            ValueError: the tensor is not contiguous, so that an update would go to a copy or to the wrong places.
-        """
+        """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy."""
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous: parameter.data.contiguous()")
         if name not in ("encoder", "decoder"):
@@ -89,11 +85,9 @@ class RowAdam(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
+            tensors = (parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
             triton_kernels.adam_rows(
-                self._rows(name, parameter),
-                self._rows(name, parameter.grad.contiguous()),
-                self._rows(name, state["exp_avg"]),
-                self._rows(name, state["exp_avg_sq"]),
+                *(self._rows(name, tensor) for tensor in tensors),
                 step=int(state["step"]),
                 rate=settings["lr"],
                 betas=settings["betas"],

@@ -208,17 +208,6 @@ def test_bias_starts_at_the_centre(cls, method):
 
 
 @BOTH
-@RULES
-def test_the_loss_is_the_error_of_the_forward_pass(cls, sparsity):
-    dictionary = make(cls, sparsity=sparsity)
-    x = inputs(16, 3, 8)
-    out, plain = loss_terms(dictionary, x), dictionary(x)
-    torch.testing.assert_close(out.terms["recon"], torch.nn.functional.mse_loss(plain.recon, x))
-    torch.testing.assert_close(out.error_BLD, (plain.recon - x).detach())
-    assert torch.equal(out.code.features, plain.code.features)
-
-
-@BOTH
 def test_autocast_changes_the_choice_alone(cls):
     dictionary = make(cls, dtype=torch.float32)
     x = inputs(64, 3, 8).float()
@@ -261,7 +250,6 @@ def test_wrong_inputs_are_refused_with_the_mend(cls):
         ({"n_layers": 0}, "n_layers is 0"),
         ({"decoder": "tied"}, "decoder is 'tied'"),
         ({"selection_weight": "l3"}, "selection_weight is 'l3'"),
-        ({"aux_k": -1}, "aux_k is -1"),
         ({"prefixes": (0.5, 0.25)}, r"which are \(20, 10\) of 40 features; expected a tuple of rising fractions"),
         ({"prefixes": (0.25, 1.0)}, "rising fractions"),
         ({"prefixes": (0.001,)}, r"which are \(0,\) of 40"),
