@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crosscoder.data.order import seeded_generator
 from crosscoder.data.sources import PlantedSource, Source
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import (
@@ -28,7 +29,6 @@ from crosscoder.dictionary import (
     ReLU,
     Sparsity,
 )
-from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure.reading import measure_dictionary
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget
 

@@ -20,10 +20,10 @@ from check_common import Row, peer
 from scipy import sparse
 from torch import Tensor, nn
 
+from crosscoder.data.order import seeded_generator
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE
 from crosscoder.formats.saelens import save_saelens
-from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import recovery
 from crosscoder.measure.reading import measure_dictionary
 from crosscoder.training import TrainConfig, train

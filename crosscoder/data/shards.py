@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from crosscoder.data.order import order_slice
 from crosscoder.data.residuals import (
     HARVEST_TOKENS,
     ResidualHarvester,
@@ -29,7 +30,6 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes
-from crosscoder.foundation.order import order_slice
 
 SCHEMA = "crosscoder.activations/1"
 INDEX = "index.json"

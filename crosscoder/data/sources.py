@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crosscoder.foundation.order import epoch_spans, seeded_generator
+from crosscoder.data.order import epoch_spans, seeded_generator
 
 SiteKind = Literal["residual", "write"]
 EVALUATION_BATCH = 4096

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from crosscoder.data.order import order_slice, seeded_generator
 from crosscoder.data.residuals import (
     ResidualHarvester,
     estimate_scales,
@@ -19,7 +20,6 @@ from crosscoder.data.residuals import (
 )
 from crosscoder.data.sources import SiteKind, SiteSource, combine_fingerprints, select_sites
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.foundation.order import order_slice, seeded_generator
 
 BLOCKS_PER_REFILL = 256
 

@@ -18,6 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crosscoder.data.order import batch_indices
 from crosscoder.data.subject import build_subject, load_model, without_progress_bars
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
@@ -28,7 +29,6 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
-from crosscoder.foundation.order import batch_indices
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
@@ -93,7 +93,7 @@ class SubjectConfig:
         return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class SubjectCheckpoint:
     """Weights kept after `step` steps, and their loss on text never trained on (nats per token)."""
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from crosscoder.data.order import seeded_generator
 from crosscoder.foundation.config import config
-from crosscoder.foundation.order import seeded_generator
 
 Kind = Literal["local", "persistent", "drifting", "split", "gated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from crosscoder.data.order import seeded_generator
 from crosscoder.data.world import (
     Firing,
     Probability,
@@ -24,7 +25,6 @@ from crosscoder.data.world import (
     window_profile,
 )
 from crosscoder.foundation.config import config
-from crosscoder.foundation.order import seeded_generator
 
 Side = Literal["A", "B", "C"]
 SIDES: tuple[Side, Side] = ("A", "B")

@@ -1,9 +1,6 @@
 """Floor 1: dictionaries as functions of `x_BLD`, wherever that came from."""
 
-from pathlib import Path
-
-from crosscoder.dictionary import pretrained
-from crosscoder.dictionary.code import DictionaryOutput, SparseCode
+from crosscoder.dictionary.codec import DictionaryOutput, SparseCode
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.dictionary import DICTIONARIES, Crosscoder, Dictionary, LayerwiseSAE
 from crosscoder.dictionary.sparsity import (
@@ -28,11 +25,7 @@ from crosscoder.dictionary.structure import (
     stack_subjects,
 )
 
-
-def load_dictionary(folder: str | Path, *, verify: bool = True) -> Dictionary:
-    """The dictionary saved in `folder`, of whichever class its config names, in evaluation mode."""
-    return pretrained.load_dictionary(folder, DICTIONARIES, verify=verify)
-
+load_dictionary = Dictionary.from_pretrained
 
 __all__ = [
     "DICTIONARIES",

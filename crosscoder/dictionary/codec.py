@@ -1,17 +1,105 @@
-"""Encoding and decoding, once, for every dictionary that can be seen as G dictionaries side by side."""
+"""The sparse code of a batch, and encoding, once, for every dictionary that is G dictionaries side by side."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary.code import Grouped, SparseCode
+import triton_kernels.reference
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, ReLU, TopK
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """The active features of a batch, as CSR.
+
+    Row r owns pairs `offsets[r] : offsets[r + 1]`; within a row features ascend. For a crosscoder a row is a token
+    and `batch_shape` is the input's leading shape; for a bank a row is a (token, layer), `batch_shape` ends in L, and
+    `features` count from 0 within each layer. Values are >= 0; codes of TopK, and of JumpReLU in training, may hold
+    zeros, which are not active.
+    """
+
+    values: Tensor  # [P]
+    features: Tensor  # [P], int32, 0 <= feature < n_features
+    offsets: Tensor  # [R + 1], int64
+    n_features: int
+    batch_shape: tuple[int, ...]
+    global_features: Tensor | None = None
+    """Features counted over all layers of a bank, `layer * F + feature`, where the encoder had them at hand."""
+
+    @property
+    def n_pairs(self) -> int:
+        """P, the stored pairs."""
+        return self.values.numel()
+
+    @property
+    def n_rows(self) -> int:
+        """R, the product of `batch_shape`."""
+        return self.offsets.numel() - 1
+
+    def rows(self) -> Tensor:
+        """The row of each pair, as int64 `[P]`."""
+        rows = torch.arange(self.n_rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.n_pairs)
+
+    def l0(self) -> Tensor:
+        """Active features of each row, as int64 in `batch_shape`."""
+        counts = torch.zeros(self.n_rows, dtype=torch.int64, device=self.offsets.device)
+        counts.index_add_(0, self.rows(), (self.values > 0).long())
+        return counts.view(self.batch_shape)
+
+    def prefix(self, size: int) -> SparseCode:
+        """The code of the first `size` features alone, in a bank of each layer's; the same rows and `n_features`."""
+        kept_P = self.features < size
+        ends = torch.nn.functional.pad(kept_P.cumsum(0), (1, 0))
+        return replace(
+            self,
+            values=self.values[kept_P],
+            features=self.features[kept_P],
+            offsets=ends[self.offsets],
+            global_features=None if self.global_features is None else self.global_features[kept_P],
+        )
+
+    def to_dense(self) -> Tensor:
+        """The code with its zeros, `[*batch_shape, F]`; differentiable in `values`. Costs R * F numbers."""
+        flat = self.values.new_zeros(self.n_rows * self.n_features)
+        position = self.rows() * self.n_features + self.features
+        return flat.index_put((position,), self.values).view(*self.batch_shape, self.n_features)
+
+
+class DictionaryOutput(NamedTuple):
+    """What a forward pass gives: the reconstruction `[..., L, D]` and the code it was made from."""
+
+    recon: Tensor
+    code: SparseCode
+
+
+class Grouped(NamedTuple):
+    """A dictionary's parameters as G independent dictionaries side by side, each reading N numbers.
+
+    A crosscoder is G = 1, N = L * D; a bank is G = L, N = D; an SAE that all layers share is G = 1, N = D, and has L
+    rows a token. The centre is a view: writing to it writes to the dictionary; weights are views too where no structure
+    masks them.
+    """
+
+    encoder_GFN: Tensor
+    decoder_GFN: Tensor
+    encoder_bias_GF: Tensor
+    center_GN: Tensor
+    log_threshold_GF: Tensor | None = None
+    """Of a JumpReLU dictionary."""
+    working_GFN: Tensor | None = None
+    """The encoder rounded for its product, where an optimiser keeps one beside it."""
+
+    def split(self, x_BLD: Tensor) -> Tensor:
+        """What each of the G dictionaries reads of `x_BLD`: `[B, G, N]`, or for a shared SAE `[B * L, 1, D]`."""
+        return x_BLD.reshape(-1, *self.center_GN.shape)
 
 
 def selection_scale(grouped: Grouped, config: DictionaryConfig) -> Tensor | None:
@@ -51,54 +139,37 @@ def thresholds(grouped: Grouped, config: DictionaryConfig, threshold_G: Tensor) 
 
 
 def encode_grouped(
-    x_BGN: Tensor,
-    grouped: Grouped,
-    config: DictionaryConfig,
-    *,
-    threshold_G: Tensor,
-    training: bool,
+    x_BGN: Tensor, grouped: Grouped, config: DictionaryConfig, *, threshold_G: Tensor, training: bool, dense: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Values `[P]`, global features `[P]`, offsets `[B * G + 1]` and, for a BatchTopK training batch, the cut `[G]`.
+
+    dense: by the operators' definitions in plain torch, which autograd differentiates: slow, and `[B, G, F]` in memory.
 
     Raises:
         ValueError: a BatchTopK dictionary in evaluation mode has no threshold yet.
     """
     encoder_GFN, bias_GF, scale_GF = grouped.encoder_GFN, grouped.encoder_bias_GF, selection_scale(grouped, config)
     arguments = (x_BGN, grouped.center_GN, encoder_GFN, bias_GF, scale_GF)
-    product = _product_dtype(encoder_GFN)
-    working_GFN = grouped.working_GFN if scale_GF is None else None
+    how = () if dense else (_product_dtype(encoder_GFN), grouped.working_GFN if scale_GF is None else None)
+    operators: Any = triton_kernels.reference if dense else triton_kernels
     match config.sparsity:
         case TopK(k=k):
-            values, features, _ = triton_kernels.encode_top_k(*arguments, k, product, working_GFN)
+            values, features, *_ = operators.encode_top_k(*arguments, k, *how)
             offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
             return values, features, offsets, None
         case BatchTopK(k=k) if training:
-            return triton_kernels.encode_batch_top_k(*arguments, k, product, working_GFN)
+            return operators.encode_batch_top_k(*arguments, k, *how)
         case rule:
             threshold_GF = thresholds(grouped, config, threshold_G)
             window = rule.window if training and isinstance(rule, JumpReLU) else 0.0
-            out = triton_kernels.encode_threshold(*arguments, threshold_GF, window, product, working_GFN)
-            return (*out[:3], None)
+            values, features, offsets, *_ = operators.encode_threshold(*arguments, threshold_GF, window, *how)
+            return values, features, offsets, None
 
 
 def _product_dtype(encoder: Tensor) -> torch.dtype:
     """The dtype of the encoder's product: autocast's where that is on, and the values are exact all the same."""
     device = encoder.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else encoder.dtype
-
-
-def squared_error(x_BGN: Tensor, code: SparseCode, grouped: Grouped, *, n_parts: int) -> tuple[Tensor, Tensor]:
-    """Error of a code's reconstruction `[B, G, N]`, and its squares summed by part of N, `[G, n_parts]`."""
-    decoder_GFN, center_GN = grouped.decoder_GFN, grouped.center_GN
-    features = to_global(code, decoder_GFN.shape[0])
-    values = code.values.to(decoder_GFN.dtype)
-    return triton_kernels.decode_loss(values, features, code.offsets, decoder_GFN, center_GN, x_BGN, n_parts)
-
-
-def decode_grouped(values: Tensor, features: Tensor, offsets: Tensor, decoder_GFN: Tensor) -> Tensor:
-    """Weighted sums of decoder rows, `[B * G, N]`, without the bias; `features` are global."""
-    table_FN = rearrange(decoder_GFN, "g f n -> (g f) n")
-    return triton_kernels.gather_sum(values.to(table_FN.dtype), features, offsets, table_FN)
 
 
 def to_global(code: SparseCode, n_groups: int) -> Tensor:
@@ -108,30 +179,3 @@ def to_global(code: SparseCode, n_groups: int) -> Tensor:
     if code.global_features is not None:
         return code.global_features
     return code.features + (code.rows() % n_groups * code.n_features).to(torch.int32)
-
-
-def encode_dense_grouped(
-    x_BGN: Tensor, grouped: Grouped, config: DictionaryConfig, *, threshold_G: Tensor, training: bool
-) -> Tensor:
-    """The same code by dense torch operators, `[B, G, F]`: the slow, obvious form, differentiated by autograd."""
-    z_BGF = torch.einsum("bgn,gfn->bgf", x_BGN - grouped.center_GN, grouped.encoder_GFN) + grouped.encoder_bias_GF
-    scale_GF = selection_scale(grouped, config)
-    score_BGF = z_BGF.detach() if scale_GF is None else z_BGF.detach() * scale_GF
-    match config.sparsity:
-        case TopK(k=k):
-            order = score_BGF.sort(dim=-1, descending=True, stable=True).indices
-            kept_BGF = torch.zeros_like(score_BGF, dtype=torch.bool).scatter(-1, order[..., :k], True)
-        case BatchTopK(k=k) if training:
-            score_GX = rearrange(score_BGF, "b g f -> g (b f)")
-            order = score_GX.sort(dim=-1, descending=True, stable=True).indices[:, : k * x_BGN.shape[0]]
-            kept_GX = torch.zeros_like(score_GX, dtype=torch.bool).scatter(-1, order, True)
-            kept_BGF = rearrange(kept_GX, "g (b f) -> b g f", b=x_BGN.shape[0])
-        case JumpReLU(window=window) if training:
-            theta_GF = thresholds(grouped, config, threshold_G)
-            inside_BGF = (z_BGF > 0) & ((z_BGF - theta_GF).abs() < window / 2)
-            pull_BGF = torch.where(inside_BGF, -theta_GF / window, 0).detach()
-            # Zero, but with the pseudo-derivative to theta (Rajamanoharan et al. 2024, section 3).
-            return torch.where(score_BGF > theta_GF, z_BGF.relu(), 0) + pull_BGF * (theta_GF - theta_GF.detach())
-        case _:
-            kept_BGF = score_BGF > thresholds(grouped, config, threshold_G)
-    return torch.where(kept_BGF, z_BGF.relu(), 0)

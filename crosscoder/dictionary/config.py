@@ -61,8 +61,8 @@ class DictionaryConfig:
                 f"prefixes are {self.prefixes!r}, which are {sizes[1:-1]} of {self.n_features} features; expected a "
                 "tuple of rising fractions between 0 and 1, such as (0.125, 0.25, 0.5)"
             )
-        self.structure.check(self.n_layers, self.d_model)
-        needed = self.structure.n_bases(self.n_layers)
+        self.structure.layer_widths(self.n_layers, self.d_model)
+        needed = len(self.structure.spans(self.n_layers))
         if self.n_features < needed:
             name = type(self.structure).__name__
             raise ValueError(f"{name} deals its features out over {needed} layers; n_features is {self.n_features}")
@@ -81,7 +81,7 @@ class DictionaryConfig:
 
     def written(self) -> slice:
         """The layers that are reconstructed, all from the first one on; the others count in no error."""
-        _, writes = self.structure.spans(0, self.n_layers)
+        _, writes = self.structure.spans(self.n_layers)[0]
         return slice(writes.start, None)
 
     def n_written(self) -> int:
@@ -90,5 +90,5 @@ class DictionaryConfig:
 
     def n_read(self) -> int:
         """The most numbers of a token that one feature of a crosscoder reads."""
-        reads, _ = self.structure.spans(0, self.n_layers)
+        reads, _ = self.structure.spans(self.n_layers)[0]
         return sum(self.structure.layer_widths(self.n_layers, self.d_model)[reads.start : reads.stop])

@@ -12,14 +12,30 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from crosscoder.dictionary import codec, pretrained
-from crosscoder.dictionary.code import DictionaryOutput, Grouped, SparseCode
+import triton_kernels
+from crosscoder.dictionary import codec
+from crosscoder.dictionary.codec import DictionaryOutput, Grouped, SparseCode
 from crosscoder.dictionary.config import DictionaryConfig
-from crosscoder.dictionary.initial import unit_rows
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU
 from crosscoder.dictionary.structure import Acausal
+from crosscoder.foundation.artifact import (
+    DamagedArtifactError,
+    committed_directory,
+    read_json,
+    verify_directory,
+    write_json,
+)
+from crosscoder.foundation.config import from_mapping, to_mapping
+
+SCHEMA = "crosscoder.dictionary/1"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Layout(NamedTuple):
@@ -62,8 +78,8 @@ class Dictionary(nn.Module, ABC):
         if config.initial == "same":
             drawn[self.layer_axis] = 1
         rows = torch.randn(drawn, generator=torch.Generator().manual_seed(config.seed)).expand(shapes["decoder"])
-        self.encoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=read))
-        self.decoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=write))
+        self.encoder = nn.Parameter(_unit_rows(rows, n_axes=n_axes, mask=read))
+        self.decoder = nn.Parameter(_unit_rows(rows, n_axes=n_axes, mask=write))
         self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
         self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
         self.log_threshold: nn.Parameter | None = None
@@ -102,11 +118,6 @@ class Dictionary(nn.Module, ABC):
             shapes["log_threshold"] = (*groups, config.n_features)
         return shapes
 
-    @classmethod
-    def rows_per_token(cls, config: DictionaryConfig) -> int:
-        """Rows that one token has in a code: 1 where its layers are read together, L where each is read by itself."""
-        return math.prod(cls.layout(config).rows_of_token)
-
     @property
     def n_groups(self) -> int:
         """G, the dictionaries side by side that have weights of their own."""
@@ -124,12 +135,15 @@ class Dictionary(nn.Module, ABC):
             raise ValueError(f"input holds NaN or infinity{where}; drop such tokens")
         return self.encode_checked(x_BLD, self.grouped(), batch_shape=tuple(x.shape[:-2]))
 
-    def encode_checked(self, x_BLD: Tensor, grouped: Grouped, *, batch_shape: tuple[int, ...]) -> SparseCode:
-        """The code of an input that has been checked, by the parameters at hand."""
+    def encode_checked(
+        self, x_BLD: Tensor, grouped: Grouped, *, batch_shape: tuple[int, ...], dense: bool = False
+    ) -> SparseCode:
+        """The code of an input that has been checked, by the parameters at hand; `dense` by the slow, obvious form."""
         values, features, offsets, cut_G = codec.encode_grouped(
-            grouped.split(x_BLD), grouped, self.config, threshold_G=self.threshold, training=self.training
+            grouped.split(x_BLD), grouped, self.config, threshold_G=self.threshold, training=self.training, dense=dense
         )
-        if cut_G is not None and torch.is_grad_enabled():  # without gradient this is no training step
+        # Without gradient this is no training step.
+        if cut_G is not None and torch.is_grad_enabled() and not dense:
             self._follow(cut_G)
         n_features, rows = self.config.n_features, self.layout(self.config).rows_of_token
         local, by_group = (features, None) if self.n_groups == 1 else (features % n_features, features)
@@ -146,8 +160,9 @@ class Dictionary(nn.Module, ABC):
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction `[..., L, D]` of a code."""
         grouped, config = self.grouped(), self.config
-        features = codec.to_global(code, self.n_groups)
-        recon_RN = codec.decode_grouped(code.values, features, code.offsets, grouped.decoder_GFN)
+        table_FN = rearrange(grouped.decoder_GFN, "g f n -> (g f) n")
+        features, values = codec.to_global(code, self.n_groups), code.values.to(table_FN.dtype)
+        recon_RN = triton_kernels.gather_sum(values, features, code.offsets, table_FN)
         recon_BGN = grouped.split(recon_RN) + grouped.center_GN
         n_axes = len(code.batch_shape) - len(self.layout(config).rows_of_token)
         return recon_BGN.view(*code.batch_shape[:n_axes], config.n_layers, config.d_model)
@@ -159,20 +174,37 @@ class Dictionary(nn.Module, ABC):
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """The code of `x` with its zeros, by dense operators that autograd differentiates; for checks and small F."""
-        x_BLD, grouped = checked_input(x, self.config), self.grouped()
-        code_BGF = codec.encode_dense_grouped(
-            grouped.split(x_BLD), grouped, self.config, threshold_G=self.threshold, training=self.training
-        )
-        return code_BGF.view(*x.shape[:-2], *self.layout(self.config).rows_of_token, self.config.n_features)
+        batch_shape = tuple(x.shape[:-2])
+        x_BLD = checked_input(x, self.config)
+        return self.encode_checked(x_BLD, self.grouped(), batch_shape=batch_shape, dense=True).to_dense()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights to `folder`, whole or not at all."""
-        pretrained.save_dictionary(self, folder)
+        with committed_directory(folder, schema=SCHEMA) as temporary:
+            write_dictionary(self, temporary)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """The dictionary saved in `folder`, in evaluation mode, after its files are verified."""
-        return pretrained.load_dictionary(folder, {cls.__name__: cls})
+        """The dictionary saved in `folder`, of this class, in evaluation mode; `Dictionary` itself reads both.
+
+        Raises:
+            FileNotFoundError: there is no dictionary in `folder`.
+            DamagedArtifactError: a file fails its check, or a tensor is missing, misshapen or not finite.
+            ValueError: the folder holds another class of dictionary.
+        """
+        folder = Path(folder)
+        verify_directory(folder, schema=SCHEMA, required=(CONFIG, WEIGHTS))
+        saved = read_json(folder / CONFIG)
+        if not isinstance(saved, dict) or not isinstance(name := saved.get("class"), str):
+            raise DamagedArtifactError(f"{folder / CONFIG} does not name a dictionary class")
+        config = from_mapping(DictionaryConfig, saved.get("settings"), where=str(folder / CONFIG))
+        form = DICTIONARIES.get(name)
+        if form is None or not issubclass(form, cls):
+            raise ValueError(f"{folder} holds a {name}, not a {cls.__name__}; load it as a {name}")
+        tensors = _read_tensors(folder / WEIGHTS, form.tensor_shapes(config))
+        dictionary = form(**config.settings())
+        dictionary.load_state_dict(tensors)
+        return dictionary.eval()
 
 
 class Crosscoder(Dictionary):
@@ -242,6 +274,44 @@ class LayerwiseSAE(Dictionary):
 
 
 DICTIONARIES: dict[str, type[Dictionary]] = {form.__name__: form for form in (Crosscoder, LayerwiseSAE)}
+
+
+def write_dictionary(dictionary: Dictionary, folder: Path) -> None:
+    """Write config and weights as plain files into `folder`, which the caller commits."""
+    config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config)}
+    write_json(folder / CONFIG, config)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The file's tensors, after its own table was compared with what is expected.
+
+    Opening checks the table against the file's size, so a shape that passes is one the file really holds.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            parts = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            if differing := sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)):
+                details = "; ".join(f"{n}: file {found.get(n)}, config {expected.get(n)}" for n in differing)
+                raise DamagedArtifactError(f"{path} does not hold the tensors its config describes: {details}")
+            tensors = {name: stream.get_tensor(name) for name in parts}
+    except SafetensorError as error:
+        raise DamagedArtifactError(f"{path} is not a safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise DamagedArtifactError(f"{path}: {name} is {tensor.dtype}; expected one of {DTYPES}")
+        # An untrained BatchTopK threshold is nan by definition; weights never are.
+        if name != "threshold" and not bool(torch.isfinite(tensor).all()):
+            raise DamagedArtifactError(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
+def _unit_rows(rows: Tensor, *, n_axes: int, mask: Tensor | None) -> Tensor:
+    """The rows, masked, with norm 1 over their last `n_axes` axes together, as a tensor of its own."""
+    rows = _masked(rows, mask)
+    return rows / rows.norm(dim=tuple(range(-n_axes, 0)), keepdim=True)
 
 
 def _masked(weight_FLD: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+import triton_kernels
 from crosscoder.dictionary import codec
-from crosscoder.dictionary.code import Grouped, SparseCode
+from crosscoder.dictionary.codec import Grouped, SparseCode
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.sparsity import JumpReLU, L0Penalty, NormPenalty, ReLU, TanhPenalty, TargetL0Penalty
@@ -63,8 +64,7 @@ def loss_terms(
         squares = [_written_error(x_BGN, part, grouped, config)[1] for part in nested]
         terms["recon_prefixes"] = torch.stack(squares).sum() / (n_written * n_nested)
     if isinstance(config.sparsity, ReLU | JumpReLU):
-        charge = sparsity_penalty(code, grouped, config.sparsity, d_model=config.d_model, n_written=n_written)
-        terms["penalty"] = penalty_factor * charge
+        terms["penalty"] = penalty_factor * _penalty(code, grouped, config.sparsity, config.d_model, n_written)
     if dead_GF is not None and config.aux_k != 0 and bool(dead_GF.any()):
         terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, -error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
@@ -74,14 +74,16 @@ def _written_error(
     x_BGN: Tensor, code: SparseCode, grouped: Grouped, config: DictionaryConfig
 ) -> tuple[Tensor, Tensor]:
     """Error of a code's reconstruction `[B, G, N]`, and the sum of its squares over the layers that are written."""
+    decoder_GFN, center_GN = grouped.decoder_GFN, grouped.center_GN
+    values, features = code.values.to(decoder_GFN.dtype), codec.to_global(code, len(center_GN))
     n_parts = x_BGN.shape[2] // config.d_model
-    error_BGN, squares_GL = codec.squared_error(x_BGN, code, grouped, n_parts=n_parts)
+    error_BGN, squares_GL = triton_kernels.decode_loss(
+        values, features, code.offsets, decoder_GFN, center_GN, x_BGN, n_parts
+    )
     return error_BGN, squares_GL.flatten()[config.written()].sum()
 
 
-def sparsity_penalty(
-    code: SparseCode, grouped: Grouped, sparsity: ReLU | JumpReLU, *, d_model: int, n_written: int
-) -> Tensor:
+def _penalty(code: SparseCode, grouped: Grouped, sparsity: ReLU | JumpReLU, d_model: int, n_written: int) -> Tensor:
     """What the rule's penalty charges for a code of `n_written` numbers, coefficient included: the mean over rows."""
     penalty, n_rows = sparsity.penalty, max(1, code.n_rows)
     features = codec.to_global(code, grouped.center_GN.shape[0])
@@ -124,9 +126,8 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
     grouped = dictionary.grouped()
     encoder_GFN, decoder_GFN, bias_GF, center_GN = grouped[:4]
     x_GBN = rearrange(grouped.split(x_BLD) - center_GN.detach(), "b g n -> g b n")
-    is_written_L1 = torch.zeros(x_BLD.shape[1], 1, dtype=x_BLD.dtype, device=x_BLD.device)
-    is_written_L1[dictionary.config.written()] = 1
-    residual_GBN = rearrange(grouped.split(residual_BLD * is_written_L1), "b g n -> g b n")
+    residual_BLD[:, : dictionary.config.written().start] = 0
+    residual_GBN = rearrange(grouped.split(residual_BLD), "b g n -> g b n")
     k_aux = dictionary.config.aux_k
     if k_aux is None:
         n_read = min(center_GN.shape[1], dictionary.config.n_read())
@@ -145,19 +146,16 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
 
 
 def _dead_features(dead_GF: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:
-    """At most `limit` dead features of each dictionary, `[G, D]`, and which of them are no padding."""
-    lists = [_bounded(dead_F.nonzero().squeeze(1), limit=limit) for dead_F in dead_GF]
+    """Dead features of each dictionary, `[G, D]`, and which of them are no padding.
+
+    Of more than `limit` as many, evenly spread: the dense term stays below a quarter of `[B, F]`.
+    """
+    lists = [dead_F.nonzero().squeeze(1) for dead_F in dead_GF]
+    spread = torch.arange(limit, device=dead_GF.device)
+    lists = [one if len(one) <= limit else one[spread * len(one) // limit] for one in lists]
     padded_GD = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     counts_G = torch.tensor([len(one) for one in lists], device=dead_GF.device)
     return padded_GD, torch.arange(padded_GD.shape[1], device=dead_GF.device) < counts_G[:, None]
-
-
-def _bounded(index: Tensor, *, limit: int) -> Tensor:
-    """At most `limit` of the entries, evenly spread, so that the dense term stays below a quarter of `[B, F]`."""
-    if index.numel() <= limit:
-        return index
-    spread = torch.arange(limit, device=index.device) * index.numel() // limit
-    return index[spread]
 
 
 def explained_variance(x_BLD: Tensor, recon_BLD: Tensor) -> Tensor:

@@ -2,10 +2,6 @@
 
 A row is what one dictionary reads of one token: the token for a crosscoder, each (token, layer) for a bank. A penalty
 is a mean over rows, beside an error that is a mean over numbers.
-
-Gated SAEs (Rajamanoharan et al. 2024, arXiv 2404.16014) are left out: their forward pass with tied weights is that of
-JumpReLU (their appendix), and their gate needs a second pre-activation and a reconstruction of its own in the loss,
-which no other rule has.
 """
 
 from __future__ import annotations

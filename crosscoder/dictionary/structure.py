@@ -27,24 +27,21 @@ class Masks(NamedTuple):
 class Structure:
     """What can be asked of every structure; the answers here are those of features that read and write all layers."""
 
-    def check(self, n_layers: int, d_model: int) -> None:
-        """Raises a ValueError that says what does not fit a dictionary of this shape, and what would."""
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        """Layers read and layers written, by base layer; feature i has base layer i modulo the length.
 
-    def n_bases(self, n_layers: int) -> int:
-        """Over how many base layers the features are dealt out: feature i has base layer `i mod n_bases`."""
-        return 1
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        """The layers that a feature with this base layer reads, and those that it writes."""
-        return range(n_layers), range(n_layers)
+        Raises:
+            ValueError: the structure does not fit so many layers; says what would.
+        """
+        return [(range(n_layers), range(n_layers))]
 
     def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:
-        """How many numbers each layer has, padding left out."""
+        """How many numbers each layer has, padding left out; a ValueError where this shape does not fit."""
         return (d_model,) * n_layers
 
     def masks(self, n_features: int, n_layers: int, d_model: int) -> Masks | None:
         """Which weights exist; None where all do."""
-        spans = [self.spans(base, n_layers) for base in range(self.n_bases(n_layers))]
+        spans = self.spans(n_layers)
         table_2BL = torch.tensor(
             [[[layer in span for layer in range(n_layers)] for span in kind] for kind in zip(*spans)]
         )
@@ -68,11 +65,8 @@ class WeaklyCausal(Structure):
     `l(i) = i mod L`.
     """
 
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + 1), range(base, n_layers)
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
+        return [(range(base, base + 1), range(base, n_layers)) for base in range(n_layers)]
 
 
 @config
@@ -83,15 +77,10 @@ class StrictlyCausal(Structure):
     no part of the loss or of explained variance, and its reconstruction is the decoder bias.
     """
 
-    def check(self, n_layers: int, d_model: int) -> None:
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
         if n_layers < 2:
             raise ValueError(f"StrictlyCausal needs a layer to read and a later one to write; n_layers is {n_layers}")
-
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers - 1
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + 1), range(base + 1, n_layers)
+        return [(range(base, base + 1), range(base + 1, n_layers)) for base in range(n_layers - 1)]
 
 
 @config(kw_only=False)
@@ -104,15 +93,11 @@ class LocalWindow(Structure):
 
     width: PositiveInt
 
-    def check(self, n_layers: int, d_model: int) -> None:
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
         if self.width > n_layers:
             raise ValueError(f"a window of {self.width} layers does not fit n_layers = {n_layers}; lower the width")
-
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers - self.width + 1
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + self.width), range(base, base + self.width)
+        windows = [range(base, base + self.width) for base in range(n_layers - self.width + 1)]
+        return list(zip(windows, windows, strict=True))
 
 
 @config
@@ -124,17 +109,12 @@ class Transcoder(Structure):
     they are no part of the loss or of explained variance, and their reconstruction is the decoder bias.
     """
 
-    def check(self, n_layers: int, d_model: int) -> None:
+    def spans(self, n_layers: int) -> list[tuple[range, range]]:
         if n_layers % 2:
             raise ValueError(
                 f"Transcoder stacks as many outputs as inputs; n_layers is {n_layers}, expected an even number"
             )
-
-    def n_bases(self, n_layers: int) -> int:
-        return n_layers // 2
-
-    def spans(self, base: int, n_layers: int) -> tuple[range, range]:
-        return range(base, base + 1), range(base + n_layers // 2, n_layers)
+        return [(range(base, base + 1), range(base + n_layers // 2, n_layers)) for base in range(n_layers // 2)]
 
 
 @config(kw_only=False)
@@ -156,25 +136,21 @@ class Diffing(Structure):
     def __post_init__(self) -> None:
         if len(self.n_layers) != len(self.d_models):
             raise ValueError(
-                f"n_layers are {self.n_layers} and d_models {self.d_models}; expected one number of each for every "
-                "subject"
+                f"n_layers are {self.n_layers}, d_models {self.d_models}; expected one number of each for every subject"
             )
         if self.dedicated and len(self.dedicated) != len(self.n_layers):
             raise ValueError(
-                f"dedicated has {len(self.dedicated)} shares for {len(self.n_layers)} subjects; give one for each, or "
-                "none"
+                f"dedicated has {len(self.dedicated)} shares for {len(self.n_layers)} subjects; give one for each"
             )
         if sum(self.dedicated) > 1:
             raise ValueError(f"dedicated is {self.dedicated}; expected shares that sum to at most 1")
 
-    def check(self, n_layers: int, d_model: int) -> None:
+    def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:
         if sum(self.n_layers) != n_layers or max(self.d_models) != d_model:
             raise ValueError(
                 f"subjects have {self.n_layers} layers of width {self.d_models}, the dictionary n_layers = {n_layers} "
                 f"and d_model = {d_model}; expected their sum and their largest"
             )
-
-    def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:
         return tuple(d for depth, d in zip(self.n_layers, self.d_models) for _ in range(depth))
 
     def owners(self, n_features: int) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 MANIFEST = "MANIFEST.json"
 MAX_JSON_BYTES = 64 * 2**20
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9._-]+$")
+_SAFE_NAME = re.compile(r"^(?!\.+$)[A-Za-z0-9._-]+$")
 
 
 class DamagedArtifactError(ValueError):
@@ -154,45 +154,36 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def verify_directory(
-    folder: str | Path, *, schema: str, required: Sequence[str] = (), hashes: bool = True
-) -> dict[str, Any]:
-    """The manifest of `folder`, after checking every file it lists by size and, unless told otherwise, sha256.
+def verify_directory(folder: str | Path, *, schema: str, required: Sequence[str] = (), hashes: bool = True) -> None:
+    """Check every file that the manifest of `folder` lists, by size and, unless told otherwise, sha256.
 
     Raises:
         FileNotFoundError: the folder or its manifest is missing.
         DamagedArtifactError: wrong schema, a missing or altered file, or a name that is not a plain file name.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {MANIFEST}: it is not a finished artifact. Check the path, or write it again."
         )
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DamagedArtifactError(f"{folder / MANIFEST} does not list files; restore the folder from a copy")
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise DamagedArtifactError(f"{path} does not list files; restore the folder from a copy")
     if manifest.get("schema") != schema:
         raise DamagedArtifactError(
             f"{folder} holds {manifest.get('schema')!r}, expected {schema!r}: it is another kind of artifact, or "
             "was written by another version"
         )
-    unlisted = [name for name in required if name not in manifest["files"]]
-    if unlisted:
-        raise DamagedArtifactError(f"{folder / MANIFEST} does not list {', '.join(unlisted)}; restore it from a copy")
-    for name, entry in manifest["files"].items():
-        _verify_file(folder, name, entry, hashes)
-    return manifest
-
-
-def _verify_file(folder: Path, name: str, entry: Any, hashes: bool) -> None:
-    if not _SAFE_NAME.match(name) or name in {".", ".."}:
-        raise DamagedArtifactError(f"{folder / MANIFEST} lists {name!r}, which is not a plain file name")
-    path = folder / name
-    if path.is_symlink() or not path.is_file():
-        raise DamagedArtifactError(f"{path} is listed in {MANIFEST} but missing; restore the folder from a copy")
-    size = path.stat().st_size
-    if not isinstance(entry, dict) or size != entry.get("bytes"):
-        expected = entry.get("bytes") if isinstance(entry, dict) else entry
-        raise DamagedArtifactError(f"{path} has {size} bytes, {MANIFEST} says {expected}: truncated or altered")
-    if hashes and file_sha256(path) != entry.get("sha256"):
-        raise DamagedArtifactError(f"{path} does not match its sha256 in {MANIFEST}: altered since it was written")
+    if unlisted := [name for name in required if name not in files]:
+        raise DamagedArtifactError(f"{path} does not list {', '.join(unlisted)}; restore it from a copy")
+    if unsafe := [name for name in files if not _SAFE_NAME.match(name)]:
+        raise DamagedArtifactError(f"{path} lists {unsafe[0]!r}, which is not a plain file name")
+    for name, entry in files.items():
+        file = path.with_name(name)
+        if file.is_symlink() or not file.is_file():
+            raise DamagedArtifactError(f"{file} is listed in {MANIFEST} but missing; restore the folder from a copy")
+        if (size := file.stat().st_size) != entry.get("bytes"):
+            raise DamagedArtifactError(f"{file} has {size} bytes, {MANIFEST} says {entry.get('bytes')}: altered")
+        if hashes and file_sha256(file) != entry.get("sha256"):
+            raise DamagedArtifactError(f"{file} does not match its sha256 in {MANIFEST}: altered since it was written")

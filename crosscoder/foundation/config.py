@@ -17,7 +17,6 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,19 +34,17 @@ def config(cls: Any = None, *, kw_only: bool = True) -> Any:
     if cls is None:
         return functools.partial(config, kw_only=kw_only)
     made: Any = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=kw_only, config=STRICT)
-    made.__init__ = _clear_errors(made, made.__init__)
-    return made
+    checked = made.__init__
 
-
-def _clear_errors(cls: type, checked: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(checked)
     def init(self: Any, *args: Any, **settings: Any) -> None:
         try:
             checked(self, *args, **settings)
         except ValidationError as error:
-            raise ValueError(_message(cls, error)) from None
+            raise ValueError(_message(made, error)) from None
 
-    return init
+    made.__init__ = init
+    return made
 
 
 def to_mapping(value: Any) -> Any:
@@ -74,13 +71,8 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "") -> T:
     if not isinstance(mapping, dict):
         raise ValueError(f"{where}: expected a table of settings, got {type(mapping).__name__}")
     hints = _hints(cls)
-    for key in mapping:
-        if key not in hints:
-            raise ValueError(f"{where}: {unknown_key_message(str(key), list(hints))}")
-    values = {key: _from_json(hints[key], value, f"{where}.{key}") for key, value in mapping.items()}
+    values = {key: _from_json(hints.get(key), value, f"{where}.{key}") for key, value in mapping.items()}
     try:
-        if not hasattr(cls, "__pydantic_validator__"):  # a plain dataclass, which checks nothing by itself
-            typing.cast(Any, config)(cls)(**values)
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -88,23 +80,14 @@ def from_mapping(cls: type[T], mapping: Any, *, where: str = "") -> T:
 
 def _from_json(hint: Any, value: Any, where: str) -> Any:
     """`value` with its lists as tuples, paths as paths and tables as configs, as far as `hint` asks for them."""
-    if isinstance(value, dict) and (options := _configs(hint)):
-        kind = value.get(KIND, options[0].__name__ if len(options) == 1 else None)
-        if kind not in (names := [option.__name__ for option in options]):
-            raise ValueError(f"{where}: {KIND} is {kind!r}, expected one of {sorted(names)}")
-        settings = {key: item for key, item in value.items() if key != KIND}
-        return from_mapping(options[names.index(kind)], settings, where=where)
-    if isinstance(value, list) and (items := _tuple_items(hint)):
-        hints = [items[0]] * len(value) if items[-1] is Ellipsis else [*items, *[Any] * len(value)]
-        return tuple(_from_json(hints[i], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, dict) and (options := {option.__name__: option for option in _configs(hint)}):
+        kind = value.get(KIND, next(iter(options)) if len(options) == 1 else None)
+        if kind not in options:
+            raise ValueError(f"{where}: {KIND} is {kind!r}, expected one of {sorted(options)}")
+        return from_mapping(options[kind], {key: item for key, item in value.items() if key != KIND}, where=where)
+    if isinstance(value, list) and (items := [item for option in _options(hint) for item in typing.get_args(option)]):
+        return tuple(_from_json(items[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     return Path(value) if isinstance(value, str) and Path in _options(hint) else value
-
-
-def unknown_key_message(key: str, valid: list[str]) -> str:
-    """What to say about a setting that does not exist."""
-    near = difflib.get_close_matches(key, valid, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid settings: {', '.join(sorted(valid))}"
-    return f"unknown setting {key!r}; {hint}"
 
 
 def _message(cls: type, error: ValidationError) -> str:
@@ -120,7 +103,9 @@ def _message(cls: type, error: ValidationError) -> str:
             case "missing" | "missing_argument" | "missing_keyword_only_argument":
                 said[where] = f"missing {name}"
             case "unexpected_keyword_argument":
-                said[where] = unknown_key_message(name, names)
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"valid settings: {', '.join(sorted(names))}"
+                said[where] = f"unknown setting {name!r}; {hint}"
             case _:
                 expected = found["msg"].removeprefix("Input should be ")
                 expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
@@ -144,8 +129,3 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _configs(hint: Any) -> list[type]:
     return [option for option in _options(hint) if dataclasses.is_dataclass(option)]
-
-
-def _tuple_items(hint: Any) -> tuple[Any, ...]:
-    """What a tuple, which may stand in a union, asks of its items; empty for what is no tuple."""
-    return next((typing.get_args(option) for option in _options(hint) if typing.get_origin(option) is tuple), ())

@@ -39,55 +39,42 @@ class RowAdam(torch.optim.Optimizer):
                     "what may be rounded: use dictionary.float()"
                 )
         self._dictionary = dictionary
-        self._n_groups = dictionary.n_groups
+        self._unit = "decoder" if dictionary.config.decoder == "unit" else None
         self._keep_working_copy = keep_working_copy
         self._working_RN: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything that a copy needs to go on."""
-        own = ("_dictionary", "_n_groups", "_keep_working_copy", "_working_RN")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return dict(self.__dict__)  # torch's own leaves out what a subclass adds, so that a copy could not go on
 
     @property
     def working_GFN(self) -> Tensor | None:
         """The encoder rounded to bf16 for the next product, from the first step on, where this optimiser keeps it."""
         if self._working_RN is None:
             return None
-        return rearrange(self._working_RN, "(g f) n -> g f n", g=self._n_groups)
+        return rearrange(self._working_RN, "(g f) n -> g f n", g=self._dictionary.n_groups)
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy.
-
-        Raises:
-            ValueError: the tensor is not contiguous, so that an update would go to a copy or to the wrong places.
-        """
+        """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy."""
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous: parameter.data.contiguous()")
         if name not in ("encoder", "decoder"):
             return tensor.view(-1, 1)
-        return tensor.view(self._n_groups * self._dictionary.config.n_features, -1)
-
-    def _is_unit(self, name: str) -> bool:
-        return name == "decoder" and self._dictionary.config.decoder == "unit"
+        return tensor.view(self._dictionary.n_groups * self._dictionary.config.n_features, -1)
 
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
         """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself."""
-        squares = [self._dictionary.decoder_bias.new_zeros(self._n_groups)]
+        squares = [self._dictionary.decoder_bias.new_zeros(self._dictionary.n_groups)]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is not None:
-                unit = self._rows(name, parameter) if self._is_unit(name) else None
+                unit = self._rows(name, parameter) if name == self._unit else None
                 rows = triton_kernels.row_squares(self._rows(name, parameter.grad.contiguous()), unit)
-                squares.append(rows.view(self._n_groups, -1).sum(1))
+                squares.append(rows.view(self._dictionary.n_groups, -1).sum(1))
         return torch.stack(squares).sum(0).sqrt()
 
     @torch.no_grad()
-    def step(self, closure: Any = None, *, scale_G: Tensor | None = None) -> Any:
+    def step(self, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[incompatible-method-override]
         """One step; gradients are multiplied by `scale_G`, one number for each dictionary of a bank."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         settings = self.param_groups[0]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is None:
@@ -98,21 +85,18 @@ class RowAdam(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
+            tensors = (parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
             triton_kernels.adam_rows(
-                self._rows(name, parameter),
-                self._rows(name, parameter.grad.contiguous()),
-                self._rows(name, state["exp_avg"]),
-                self._rows(name, state["exp_avg_sq"]),
+                *(self._rows(name, tensor) for tensor in tensors),
                 step=int(state["step"]),
                 rate=settings["lr"],
                 betas=settings["betas"],
                 eps=settings["eps"],
                 weight_decay=settings["weight_decay"],
                 scale_G=scale_G,
-                unit=self._is_unit(name),
+                unit=name == self._unit,
                 working_RN=self._working_copy(name, parameter),
             )
-        return loss
 
     @torch.no_grad()
     def replace_rows(self, features: Tensor, rows: dict[str, Tensor]) -> None:

@@ -1,16 +1,21 @@
-"""All that a training run carries from one step to the next."""
+"""All that a training run carries from one step to the next, and how its dead features start again."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from crosscoder.data.order import seeded_generator
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
+from crosscoder.dictionary.sparsity import JumpReLU
 from crosscoder.training.optimizer import RowAdam
+
+ENCODER_SHARE = 0.2  # of the alive encoder rows' mean norm (Bricken et al. 2023)
 
 
 class FiringTracker:
@@ -49,9 +54,57 @@ class TrainState:
     @classmethod
     def start(cls, dictionary: Dictionary, *, learning_rate: float = 1e-3, precision: str = "fp32") -> Self:
         """The state before the first step; on a GPU in bf16 the optimiser keeps the encoder rounded for its product."""
-        device = dictionary.encoder.device
-        keep = device.type == "cuda" and precision == "bf16"
-        optimizer = RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep)
-        return cls(
-            dictionary, optimizer, FiringTracker(dictionary.n_groups, dictionary.config.n_features, device=device)
-        )
+        keep = dictionary.encoder.is_cuda and precision == "bf16"
+        firing = FiringTracker(dictionary.n_groups, dictionary.config.n_features, device=dictionary.encoder.device)
+        return cls(dictionary, RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep), firing)
+
+
+@torch.no_grad()
+def resample_dead(state: TrainState, x_BLD: Tensor, error_BLD: Tensor, *, dead_after_tokens: int) -> int:
+    """Start dead features again at inputs that are badly reconstructed; returns how many.
+
+    Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampling", on the batch at hand: rows are drawn
+    with probability proportional to their squared loss; the decoder row is the drawn input, centred, at norm 1; the
+    encoder row is the same at a fifth of the mean norm of the alive ones; the bias is 0; the moments of all of them
+    are 0. Both are cut to what the structure lets the feature write and read. Rows are drawn without replacement, so
+    that no two features start alike; where dead features are more than rows with an error, the rest wait.
+
+    A pure function of the state and the batch: the generator is seeded by the dictionary's seed and the step.
+    """
+    dictionary, config = state.dictionary, state.dictionary.config
+    grouped, dead_GF = dictionary.grouped(), state.firing.dead(dead_after_tokens)
+    n_groups, n_features = dead_GF.shape
+    x_RGN = grouped.split(x_BLD) - grouped.center_GN
+    loss_RG = error_BLD[:, config.written()].reshape(len(x_RGN), n_groups, -1).double().square().sum(2).cpu()
+    generator = seeded_generator("resample", config.seed, state.step)
+    count = 0
+    for group in range(n_groups):
+        weight_R = (loss_RG[:, group] / loss_RG[:, group].max().clamp_min(1e-300)).square()
+        n_drawn = min(int(dead_GF[group].sum()), int((weight_R > 0).sum()))
+        if n_drawn == 0:
+            continue
+        rows = weight_R.multinomial(n_drawn, generator=generator).to(x_RGN.device)
+        dead = dead_GF[group].nonzero().squeeze(1)[:n_drawn]
+        alive_FN = grouped.encoder_GFN[group][~dead_GF[group]]
+        norm = alive_FN.norm(dim=1).mean() if len(alive_FN) else x_RGN.new_ones(())
+        _start_again(state, group * n_features + dead, x_RGN[rows, group], ENCODER_SHARE * norm)
+        state.firing.silent_GF[group, dead] = 0
+        count += n_drawn
+    return count
+
+
+def _start_again(state: TrainState, features: Tensor, rows_RN: Tensor, encoder_norm: Tensor) -> None:
+    dictionary, normalize = state.dictionary, torch.nn.functional.normalize
+    read_RN, write_RN = (
+        rows_RN if mask is None else rows_RN * mask.expand_as(dictionary.encoder).flatten(1)[features]
+        for mask in (dictionary.read_mask, dictionary.write_mask)
+    )
+    zeros_R1 = rows_RN.new_zeros(len(features), 1)
+    new = {
+        "encoder": encoder_norm * normalize(read_RN, dim=1),
+        "decoder": normalize(write_RN, dim=1),
+        "encoder_bias": zeros_R1,
+    }
+    if isinstance(dictionary.config.sparsity, JumpReLU):
+        new["log_threshold"] = zeros_R1 + math.log(dictionary.config.sparsity.threshold)
+    state.optimizer.replace_rows(features, new)

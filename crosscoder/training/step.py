@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from crosscoder.dictionary.dictionary import checked_input, non_finite
-from crosscoder.dictionary.initial import initialize_bias
+from crosscoder.dictionary.dictionary import Dictionary, checked_input, non_finite
 from crosscoder.dictionary.losses import explained_variance, loss_terms
 from crosscoder.foundation.config import config
 from crosscoder.training.checkpoint import Entry
-from crosscoder.training.resample import resample_dead
-from crosscoder.training.state import TrainState
+from crosscoder.training.state import TrainState, resample_dead
+
+BiasInit = Literal["geometric_median", "mean", "zero"]
 
 
 class NonFiniteError(FloatingPointError):
@@ -49,7 +48,7 @@ class TrainConfig:
     grad_clip: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     dead_after_tokens: NonNegativeInt = 100_000
-    bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    bias_init: BiasInit = "geometric_median"
     log_every: PositiveInt = 50
     checkpoint_every: NonNegativeInt = 0
     resample_every: NonNegativeInt = 0
@@ -84,8 +83,8 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     before = {name: dictionary.state_dict()[name].clone() for name in ("threshold", "decoder_bias")}
     try:
         if state.step == 0 and not bool(dictionary.decoder_bias.any()):
-            initialize_bias(dictionary.grouped(), x_BLD, method=config.bias_init)
-        with _autocast(config, x_BLD.device):
+            initialize_bias(dictionary, x_BLD, method=config.bias_init)
+        with torch.autocast(x_BLD.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             out = loss_terms(
                 dictionary,
                 x_BLD,
@@ -131,6 +130,40 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     return numbers
 
 
+@torch.no_grad()
+def initialize_bias(dictionary: Dictionary, x_BLD: Tensor, *, method: BiasInit) -> None:
+    """Set the decoder bias of every layer to the centre of a first batch."""
+    center_GN = dictionary.grouped().center_GN
+    x_BGN = dictionary.grouped().split(x_BLD).to(center_GN)
+    match method:
+        case "geometric_median":
+            center_GN.copy_(torch.stack([geometric_median(x_BN) for x_BN in x_BGN.unbind(1)]))
+        case "mean":
+            center_GN.copy_(x_BGN.mean(0))
+        case "zero":
+            center_GN.zero_()
+
+
+def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:
+    """The point with the least summed distance to the rows, `[N]` (Weiszfeld's iteration).
+
+    Half the rows may be moved arbitrarily far without moving it far, which the mean does not survive.
+    """
+    # Squares of large numbers would overflow; by a power of two, so that other numbers keep their bits.
+    size = torch.ldexp(x_BN.new_ones(()), torch.frexp(x_BN.abs().amax()).exponent)
+    x_BN = x_BN / size
+    point_N = x_BN.mean(0)
+    for _ in range(n_steps):
+        distance_B = (x_BN - point_N).norm(dim=1).clamp_min(1e-12)
+        weight_B = distance_B.reciprocal()
+        moved_N = (weight_B @ x_BN) / weight_B.sum()
+        step = (moved_N - point_N).norm()
+        point_N = moved_N
+        if step <= tolerance * moved_N.norm().clamp_min(1e-12):
+            break
+    return point_N * size
+
+
 def _resample_if_due(
     state: TrainState, x_BLD: Tensor, error_BLD: Tensor, config: TrainConfig, n_steps: int | None
 ) -> Entry:
@@ -149,12 +182,6 @@ def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
         return explained_variance(x_BLD, recon_BLD.to(x_BLD.dtype)).mean().item()
     except ValueError:
         return None
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if config.precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def _checked_batch(x: Tensor, state: TrainState) -> Tensor:

@@ -8,7 +8,7 @@ killed continues from its newest verified checkpoint to the same bits, metrics i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,13 +20,12 @@ from torch import Tensor
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress
-from crosscoder.training.checkpoint import Entry, RunFolder
+from crosscoder.training.checkpoint import Entry, RunLog
 from crosscoder.training.state import TrainState
-from crosscoder.training.step import NonFiniteError, TrainConfig, take_step
-
-__all__ = ["NonFiniteError", "TrainConfig", "TrainResult", "train"]
+from crosscoder.training.step import TrainConfig, take_step
 
 Batches = Iterable[Tensor] | Callable[[int], Iterable[Tensor]]
+Repeatable = Sequence[Tensor] | Callable[[int], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def train(
     config = config or TrainConfig()
     if isinstance(batches, Tensor):
         raise ValueError(f"batches is one tensor of shape {tuple(batches.shape)}; give an iterable of batches, as [x]")
-    n_steps = config.steps if config.steps is not None else _length(batches)
+    n_steps = len(batches) if config.steps is None and isinstance(batches, Sized) else config.steps
     was_training = dictionary.training
     dictionary.to(device).train()
     settings = {
@@ -76,10 +75,10 @@ def train(
         "steps": n_steps,
     }
     state = TrainState.start(dictionary, learning_rate=config.learning_rate, precision=config.precision)
-    run = RunFolder(Path(folder), settings) if folder is not None else None
-    metrics = run.open(state, resume=resume) if run else []
+    run = RunLog(None if folder is None else Path(folder), settings)
+    run.open(state, resume=resume)
     try:
-        _take_steps(state, batches, config, n_steps, metrics, run, Progress(label, n_steps, unit="step", quiet=quiet))
+        _take_steps(state, batches, config, n_steps, run, Progress(label, n_steps, unit="step", quiet=quiet))
         if state.step == 0 or (config.steps is not None and state.step < config.steps):
             raise ValueError(
                 f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "
@@ -89,62 +88,111 @@ def train(
         dictionary.train(was_training)
         raise
     dictionary.eval()
-    if run:
-        run.finish(state)
-    return TrainResult(dictionary, metrics, state.step, state.tokens)
+    run.finish(state)
+    return TrainResult(dictionary, run.metrics, state.step, state.tokens)
+
+
+def train_warm_chain(
+    bank: Dictionary, batches: Repeatable, *, folder: str | Path | None = None, label: str = "training", **options: Any
+) -> TrainResult:
+    """Trains the SAEs of `bank` in place, layer l from the trained weights of layer l - 1, as `train` would.
+
+    Layer 0 starts as the bank does. Every layer has all of `config.steps` on the same batches of `[..., L, D]`, a fresh
+    optimiser and its own centre, so a chain costs what the bank costs. Features keep their number from layer to layer
+    far more often than in SAEs from independent starts: the chain is the upper estimate of how many survive.
+
+    batches: a list, or a function that gives the batches from a step number on; they are read once a layer.
+    folder: each layer's run is in `layer-l`, the bank at the end in `dictionary`. With `resume` finished layers are
+        read again, not trained again.
+    options: the other keyword arguments of `train`.
+
+    Metrics are those of the layers one after the other, each with its `layer`; steps are summed, tokens are those of
+    one layer.
+
+    Raises:
+        ValueError: `bank` is no bank of separate layers, `batches` could be read only once, or as `train`.
+    """
+    n_groups, n_layers = bank.n_groups, bank.config.n_layers
+    if n_groups != n_layers:
+        raise ValueError(
+            f"a {type(bank).__name__} of {n_layers} layers has {n_groups} dictionary; a chain needs a LayerwiseSAE "
+            "with one for each layer"
+        )
+    if not (isinstance(batches, Sequence) or callable(batches)):
+        kind = type(batches).__name__
+        raise ValueError(f"batches is a {kind}, and a chain reads its batches once a layer; give a list or a function")
+    metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)
+    for layer in range(n_layers):
+        single = type(bank)(**{**bank.config.settings(), "n_layers": 1})
+        single.load_state_dict({**state, "input_scale": bank.input_scale[layer : layer + 1]})
+        result = train(
+            single,
+            _one_layer(batches, layer),
+            folder=None if folder is None else Path(folder) / f"layer-{layer}",
+            label=f"{label}, layer {layer}",
+            **options,
+        )
+        metrics += [{"layer": float(layer), **entry} for entry in result.metrics]
+        steps, tokens = steps + result.steps, result.tokens
+        with torch.no_grad():
+            for name, tensor in bank.state_dict().items():
+                tensor[layer] = single.state_dict()[name][0].to(tensor)
+        state = _layer_state(single, 0)
+        state["decoder_bias"].zero_()  # a centre and an inference threshold are each layer's own
+        state["threshold"].fill_(torch.nan)
+    bank.to(next(single.parameters()).device).eval()
+    if folder is not None:
+        bank.save_pretrained(Path(folder) / "dictionary")
+    return TrainResult(bank, metrics, steps, tokens)
+
+
+def _layer_state(bank: Dictionary, layer: int) -> dict[str, Tensor]:
+    return {name: tensor[layer : layer + 1].clone() for name, tensor in bank.state_dict().items()}
+
+
+def _one_layer(batches: Repeatable, layer: int) -> Batches:
+    if isinstance(batches, Sequence):
+        return [x[..., layer : layer + 1, :] for x in batches]
+    return lambda start: (x[..., layer : layer + 1, :] for x in batches(start))
 
 
 def _take_steps(
-    state: TrainState,
-    batches: Batches,
-    config: TrainConfig,
-    n_steps: int | None,
-    metrics: list[Entry],
-    run: RunFolder | None,
-    progress: Progress,
+    state: TrainState, batches: Batches, config: TrainConfig, n_steps: int | None, run: RunLog, progress: Progress
 ) -> None:
-    device = state.firing.silent_GF.device
-    log: Callable[[], Entry] | None = None
-
-    def keep(entry: Entry) -> None:
-        metrics.append(entry)
-        if run:
-            run.log(entry)
-
+    numbers: Callable[[], Entry] | None = None
     with progress:
         progress.advance(state.step)
         for x in _batches_from(batches, state, n_steps):
-            log = take_step(state, x.to(device, non_blocking=True), config, n_steps)
+            numbers = take_step(state, x.to(state.dictionary.encoder.device, non_blocking=True), config, n_steps)
             if state.step % config.log_every == 0 or state.step == n_steps:
-                keep(log())
+                run.log(numbers())
+                numbers = None
             progress.advance(1)
-            if run and config.checkpoint_every and state.step % config.checkpoint_every == 0:
+            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                 run.checkpoint(state)
-    if log is not None and (not metrics or metrics[-1]["step"] != state.step):
-        keep(log())
-
-
-def _length(batches: Batches) -> int | None:
-    return len(batches) if hasattr(batches, "__len__") else None  # ty: ignore[invalid-argument-type]
+    if numbers is not None:
+        run.log(numbers())
 
 
 def _batches_from(batches: Batches, state: TrainState, n_steps: int | None) -> Iterator[Tensor]:
     """The batches from `state.step` on, after checking that the run's first batch is the one it began with."""
     start = state.step
-    if isinstance(batches, Iterable):
-        every = iter(batches)
-        if start > 0:
-            _check_first(state, _only_tensor(next(every, None)))
+    every = (_only_tensor(x) for x in (batches if isinstance(batches, Iterable) else batches(0)))
+    if start > 0:
+        first = next(every, None)
+        if first is None or batch_hash(first) != state.first_batch:
+            raise ValueError(
+                "the first batch differs from the one this run began with, so continuing would mix two runs; give the "
+                "same batches in the same order, or start in a new folder"
+            )
+        if isinstance(batches, Iterable):
             every = islice(every, start - 1, None)
-    else:
-        if start > 0:
-            _check_first(state, _only_tensor(next(iter(batches(0)), None)))
-        every = iter(batches(start))
+        else:
+            every = (_only_tensor(x) for x in batches(start))
     for x in islice(every, None if n_steps is None else n_steps - start):
-        batch = _only_tensor(x)
         if state.step == 0:
-            state.first_batch = batch_hash(batch)
-        yield batch
+            state.first_batch = batch_hash(x)
+        yield x
 
 
 def _only_tensor(batch: Any) -> Tensor:
@@ -154,14 +202,6 @@ def _only_tensor(batch: Any) -> Tensor:
     if not isinstance(batch, Tensor):
         raise ValueError(f"a batch is a {type(batch).__name__}; expected a tensor [..., n_layers, d_model]")
     return batch
-
-
-def _check_first(state: TrainState, batch: Tensor) -> None:
-    if batch_hash(batch) != state.first_batch:
-        raise ValueError(
-            "the first batch differs from the one this run began with, so continuing would mix two runs; give the "
-            "same batches in the same order, or start in a new folder"
-        )
 
 
 def batch_hash(batch: Tensor) -> str:

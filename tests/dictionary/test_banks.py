@@ -4,31 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from crosscoder import BatchTopK, JumpReLU, LayerwiseSAE, ReLU, TopK, load_dictionary
+from crosscoder import BatchTopK, JumpReLU, LayerwiseSAE, ReLU, TopK
 from crosscoder.dictionary.losses import loss_terms
 from crosscoder.measure.reading import measure_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.training.state import FiringTracker
+from tests.dictionary import test_dictionaries
+from tests.dictionary.test_dictionaries import inputs
 
-L, D, F = 3, 8, 40
+L, D, F = 3, 8, 40  # of `test_dictionaries.make`
 RULES = pytest.mark.parametrize(
     "sparsity", [TopK(k=5), BatchTopK(k=5), JumpReLU(0.6), ReLU()], ids=lambda s: type(s).__name__
 )
 
 
-def make(*, sparsity=None, n_layers=L, shared=True, **settings):
-    bank = LayerwiseSAE(
-        n_layers=n_layers, d_model=D, n_features=F, sparsity=sparsity or TopK(k=5), shared=shared, **settings
-    ).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return bank
-
-
-def inputs(*shape, seed=5):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def make(*, shared=True, **settings):
+    return test_dictionaries.make(LayerwiseSAE, shared=shared, **settings)
 
 
 @RULES
@@ -63,12 +54,6 @@ def test_a_shared_sae_does_not_know_the_order_of_layers(sparsity):
     assert not torch.allclose(bank(x[:, order]).recon, bank(x).recon[:, order])
 
 
-def test_a_shared_sae_of_one_layer_is_a_bank_of_one_layer():
-    shared, bank = make(n_layers=1), make(n_layers=1, shared=False)
-    x = inputs(9, 1, D)
-    assert torch.equal(shared(x).recon, bank(x).recon)
-
-
 def test_activity_of_a_shared_sae_has_a_column_for_each_feature_and_layer():
     shared, x = make().eval(), inputs(50, L, D)
     measured = measure_dictionary(shared, x.split(20))
@@ -91,17 +76,6 @@ def test_a_feature_of_a_shared_sae_is_dead_if_no_layer_activates_it():
     assert torch.equal(firing.dead(50)[0], ~fired_F)
 
 
-@RULES
-def test_a_shared_sae_is_saved_and_loaded(sparsity, tmp_path):
-    shared, x = make(sparsity=sparsity).float(), inputs(20, L, D).float()
-    shared(x)
-    shared.save_pretrained(tmp_path / "saved")
-    again = load_dictionary(tmp_path / "saved")
-    assert again.config == shared.config
-    assert again.encoder.shape == (1, F, D)
-    assert torch.equal(again(x).recon, shared.eval()(x).recon)
-
-
 def test_the_trainer_trains_a_shared_sae_to_explain_every_layer():
     directions = inputs(24, D, seed=9).float()
     generator = torch.Generator().manual_seed(0)
@@ -113,20 +87,6 @@ def test_the_trainer_trains_a_shared_sae_to_explain_every_layer():
     assert result.metrics[-1]["explained_variance"] > 0.8
     assert not torch.equal(before, shared.encoder)
     assert measure_dictionary(shared, data[-4:]).explained_variance_L.min() > 0.75
-
-
-def test_a_dead_feature_of_a_shared_sae_revives():
-    data = list(inputs(80, 64, L, D).float())
-
-    def fired(every):
-        shared = LayerwiseSAE(n_layers=L, d_model=D, n_features=F, sparsity=ReLU(), shared=True)
-        with torch.no_grad():
-            shared.encoder_bias[:, :8] = -10.0
-        train(shared, data, config=TrainConfig(dead_after_tokens=128, resample_every=every), quiet=True)
-        return int(shared.encode(data[0]).to_dense()[..., :8].gt(0).sum())
-
-    assert fired(0) == 0
-    assert fired(20) > 0
 
 
 def test_same_start_gives_every_layer_the_same_directions():

@@ -22,6 +22,7 @@ PENALTIES = [
 RULES = [ReLU(penalty) for penalty in PENALTIES[:3]] + [
     JumpReLU(threshold=0.6, window=0.5, penalty=penalty) for penalty in PENALTIES
 ]
+ALL_RULES = pytest.mark.parametrize("sparsity", [TopK(k=5), BatchTopK(k=5), *RULES], ids=str)
 EVERY_RULE = pytest.mark.parametrize("sparsity", RULES, ids=lambda s: f"{type(s).__name__}-{s.penalty}")
 
 
@@ -118,7 +119,7 @@ def test_sparse_path_equals_dense_path(cls, sparsity):
                 torch.testing.assert_close(a, b)
 
 
-@EVERY_RULE
+@ALL_RULES
 def test_one_layer_crosscoder_equals_one_layer_bank(sparsity):
     cc = make(Crosscoder, sparsity, n_layers=1, prefixes=(0.25,))
     bank = LayerwiseSAE(**cc.config.settings()).double()
@@ -126,12 +127,12 @@ def test_one_layer_crosscoder_equals_one_layer_bank(sparsity):
     x = inputs(30, 1, 8)
     torch.testing.assert_close(cc(x).recon, bank(x).recon)
     ours, theirs = loss_terms(cc, x).terms, loss_terms(bank, x).terms
-    assert ours.keys() == theirs.keys() == {"recon", "recon_prefixes", "penalty"}
+    assert ours.keys() == theirs.keys() >= {"recon", "recon_prefixes"}
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name])
 
 
-@EVERY_RULE
+@ALL_RULES
 def test_permuting_features_permutes_the_code_and_leaves_the_loss(sparsity):
     cc = make(Crosscoder, sparsity, decoder="free")
     x = inputs(30, 3, 8)
@@ -179,10 +180,11 @@ def test_the_window_exists_in_training_only(cls):
     assert (evaluating.values > theta[features]).all()
 
 
-@BOTH
-@EVERY_RULE
-def test_round_trip_by_mapping_and_by_folder(cls, sparsity, tmp_path):
-    dictionary = make(cls, sparsity, prefixes=(0.25, 0.5)).float()
+@pytest.mark.parametrize(("cls", "shared"), [(Crosscoder, False), (LayerwiseSAE, False), (LayerwiseSAE, True)])
+@ALL_RULES
+def test_round_trip_by_mapping_and_by_folder(cls, shared, sparsity, tmp_path):
+    dictionary = make(cls, sparsity, prefixes=(0.25, 0.5), shared=shared).float()
+    dictionary(inputs(9, 3, 8).float())
     assert from_mapping(DictionaryConfig, to_mapping(dictionary.config)) == dictionary.config
     dictionary.save_pretrained(tmp_path / "saved")
     again = load_dictionary(tmp_path / "saved")
@@ -239,33 +241,15 @@ def test_nothing_active_and_no_token_are_no_special_cases(cls, sparsity):
     ("make_it", "message"),
     [
         (lambda: JumpReLU(window=0.0), "window is 0.0; expected a number greater than 0"),
-        (lambda: JumpReLU(threshold=-1.0), "threshold is -1.0"),
         (lambda: JumpReLU(penalty="l0"), "penalty is 'l0'; expected .* an instance of TargetL0Penalty"),
         (lambda: ReLU(L0Penalty()), "expected an instance of NormPenalty or an instance of TanhPenalty"),
         (lambda: NormPenalty(norm="l3"), "norm is 'l3'"),
-        (lambda: NormPenalty(coefficient=-1.0), "coefficient is -1.0"),
-        (lambda: TargetL0Penalty(target=0.0), "target is 0.0"),
         (lambda: TanhPenalty(scale=float("nan")), "scale is nan"),
     ],
 )
 def test_wrong_rules_are_refused(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prefixes": (0.5, 0.25)}, r"which are \(20, 10\) of 40 features; expected a tuple of rising fractions"),
-        ({"prefixes": (0.25, 1.0)}, "rising fractions"),
-        ({"prefixes": (0.001,)}, r"which are \(0,\) of 40"),
-        ({"prefixes": [0.5]}, "expected a valid tuple"),
-        ({"sparsity": JumpReLU(), "selection_weight": "l2"}, "JumpReLU does not rank features; use 'none'"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Crosscoder(**{"n_layers": 3, "d_model": 8, "n_features": 40, **settings})
 
 
 def test_a_budget_names_every_rule():

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from crosscoder.foundation.artifact import (
     write_json,
 )
 from crosscoder.foundation.config import config, from_mapping, to_mapping
-from crosscoder.foundation.console import Progress, human_bytes
+from crosscoder.foundation.console import Progress
 
 SCHEMA = "test/1"
 
@@ -31,8 +31,8 @@ def write(folder, content="hello"):
 
 def test_a_finished_folder_verifies(tmp_path):
     write(tmp_path / "x")
-    manifest = verify_directory(tmp_path / "x", schema=SCHEMA)
-    assert manifest["files"]["a.txt"]["bytes"] == 5
+    verify_directory(tmp_path / "x", schema=SCHEMA)
+    assert read_json(tmp_path / "x" / MANIFEST)["files"]["a.txt"]["bytes"] == 5
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -147,10 +147,8 @@ def test_configs_round_trip():
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"nam": "x"}, "^Outer: unknown setting 'nam'; did you mean 'name'[?]$"),
+        ({"nam": "x"}, "^Outer: missing name; unknown setting 'nam'; did you mean 'name'[?]$"),
         ({"rate": 1.0}, "^Outer: missing name$"),
-        ({"name": 3}, "name is 3; expected a valid string$"),
-        ({"name": "x", "rate": True}, "rate is True; expected a valid number$"),
         ({"name": "x", "rate": float("nan")}, "rate is nan; expected a finite number$"),
         ({"name": "x", "rate": -1}, "rate is -1; expected a number greater than or equal to 0$"),
         ({"name": "x", "sizes": [1, 2.5]}, r"sizes\[1\] is 2.5; expected a valid integer"),
@@ -167,28 +165,12 @@ def test_wrong_configs_are_refused_with_the_mend(mapping, message):
         from_mapping(Outer, mapping)
 
 
-@dataclass(frozen=True)
-class Plain:
-    n: int
-    side: Left | Right
-    sizes: tuple[str, ...] = ()
-
-
-def test_plain_dataclasses_are_read_as_strictly():
-    plain = Plain(1, Right(), ("a",))
-    assert from_mapping(Plain, to_mapping(plain)) == plain
-    with pytest.raises(ValueError, match=r"^Plain: n is True; expected a valid integer; sizes\[0\] is 1; expected"):
-        from_mapping(Plain, {"n": True, "side": {"kind": "Left"}, "sizes": [1]})
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Outer(3), "^name is 3; expected a valid string$"),
         (lambda: Outer("x", rate="2"), "^rate is '2'; expected a valid number$"),
         (lambda: Outer("x", rats=2), "^unknown setting 'rats'; did you mean 'rate'[?]$"),
-        (lambda: Outer(), "^missing name$"),
-        (lambda: Outer("x", sizes=(1, 2, 3, 4)), "^too many sizes$"),
         (lambda: replace(Outer("x"), rate=float("inf"), name=1), "^name is 1; [^;]*; rate is inf; expected a finite"),
         (lambda: replace(Left(), k=True), "^k is True; expected a valid integer$"),
     ],
@@ -206,8 +188,3 @@ def test_progress_writes_plain_lines_without_a_terminal(capsys, monkeypatch):
     assert "work: 2/3 step" in (text := capsys.readouterr().err)
     assert "loss 0.5" in text
     assert "\r" not in text
-
-
-def test_human_bytes():
-    assert human_bytes(1536) == "1.5 KiB"
-    assert human_bytes(3 * 2**40) == "3.0 TiB"

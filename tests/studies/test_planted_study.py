@@ -9,9 +9,9 @@ from scipy import sparse
 
 from crosscoder import Crosscoder
 from crosscoder.cli import main
+from crosscoder.data.order import seeded_generator
 from crosscoder.data.world import Firing, World, WorldConfig
 from crosscoder.data.world_pair import PairConfig
-from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting, recovery
 from crosscoder.measure.reading import Reading
 from crosscoder.report.planted import check_targets, name_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder
+from crosscoder.data.order import seeded_generator
 from crosscoder.data.world import Firing, Nuisance, World, WorldConfig
 from crosscoder.dictionary import NormPenalty, ReLU
-from crosscoder.foundation.order import seeded_generator
 from crosscoder.measure import counting, matching, profile, recovery
 from crosscoder.measure.probes import measure_functional_spread
 from crosscoder.measure.reading import measure_dictionary, read_dictionary

@@ -7,7 +7,7 @@ import torch
 
 from crosscoder import Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary.losses import loss_terms
-from crosscoder.training import TrainConfig, train
+from crosscoder.training import train
 from crosscoder.training.optimizer import RowAdam
 
 
@@ -81,25 +81,9 @@ def test_narrow_dictionaries_are_refused_with_a_mend():
         train(make(Crosscoder, "unit").to(torch.bfloat16), [x(0)], quiet=True)
 
 
-def test_a_batch_of_huge_numbers_leaves_the_dictionary_as_it_was():
-    dictionary = make(Crosscoder, "unit")
-    before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
-    with pytest.raises((FloatingPointError, ValueError)):
-        train(dictionary, [x(0) * 1e30], quiet=True)
-    for name, tensor in dictionary.state_dict().items():
-        assert torch.equal(tensor, before[name]) or tensor.isnan().all(), name
-
-
 def test_batches_made_for_inference_or_with_gradients_are_taken():
     with torch.inference_mode():
         made = x(0)
     wanting = x(1).requires_grad_(True)
     train(make(Crosscoder, "unit"), [made, wanting], quiet=True)
     assert wanting.grad is None
-
-
-def test_a_run_that_ends_early_leaves_the_mode_as_it_was():
-    dictionary = make(Crosscoder, "unit").eval()
-    with pytest.raises(ValueError, match="ended after 1 of 5"):
-        train(dictionary, [x(0)], config=TrainConfig(steps=5), quiet=True)
-    assert not dictionary.training

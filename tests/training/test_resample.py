@@ -1,6 +1,7 @@
 """Resampling of dead features: where they begin again, what is forgotten, and that a resumed run does the same."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
 from crosscoder.dictionary import NormPenalty
 from crosscoder.training import NonFiniteError, TrainConfig, train
 from crosscoder.training.optimizer import RowAdam
-from crosscoder.training.resample import ENCODER_SHARE, resample_dead
-from crosscoder.training.state import FiringTracker, TrainState
+from crosscoder.training.state import ENCODER_SHARE, FiringTracker, TrainState, resample_dead
+from tests.training.test_trainer import D, F, L
+from tests.training.test_trainer import batches as trained_on
 
-L, D, F = 3, 8, 24
 BOTH = pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
 
 
@@ -120,10 +121,7 @@ def test_all_dead_is_no_special_case():
 
 
 def data(n):
-    directions = torch.randn(16, L, D, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(3)
-    active = [torch.rand(64, 16, generator=generator) for _ in range(n)]
-    return [torch.einsum("bf,fld->bld", (a > 0.85) * a, directions) for a in active]
+    return list(islice(trained_on(), n))
 
 
 def with_dead(cls, sparsity=None):

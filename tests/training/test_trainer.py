@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
+from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, TopK
 from crosscoder.training import NonFiniteError, TrainConfig, train
 from crosscoder.training.checkpoint import latest_checkpoint
 from crosscoder.training.state import FiringTracker
@@ -72,27 +72,6 @@ def test_the_auxiliary_term_changes_the_parameters():
     assert not torch.equal(with_term.encoder, without.encoder)
 
 
-def test_a_dead_feature_revives():
-    def dead_features(aux_k):
-        cc = make(sparsity=TopK(k=2), aux_k=aux_k)
-        with torch.no_grad():  # too weak to be chosen, yet positive on some tokens
-            cc.encoder[:12] *= 1e-3
-        config = TrainConfig(steps=400, learning_rate=5e-3, dead_after_tokens=640)
-        dictionary = train(cc, batches, config=config, quiet=True).dictionary.train()
-        code = dictionary.encode(torch.cat([next(batches(i, seed=5)) for i in range(20)]))
-        fired = torch.zeros(F, dtype=torch.bool)
-        fired[code.features[code.values > 0].long()] = True
-        return int((~fired[:12]).sum())
-
-    assert dead_features(0) >= 10
-    assert dead_features(6) <= 4
-
-
-def test_unit_decoders_stay_unit():
-    cc = train(make(), batches, config=CONFIG, quiet=True).dictionary
-    torch.testing.assert_close(cc.decoder.flatten(1).norm(dim=1), torch.ones(F))
-
-
 def test_clipping_bounds_the_update():
     before = make()
     start = before.encoder.detach().clone()
@@ -140,19 +119,10 @@ def test_wrong_batches_are_refused():
     [
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"decay_fraction": 1.5}, "decay_fraction is 1.5"),
-        ({"bias_init": "median"}, "bias_init is 'median'"),
-        ({"log_every": 0}, "log_every is 0"),
         ({"grad_clip": -1.0}, "grad_clip is -1.0"),
-        ({"grad_clip": float("nan")}, "grad_clip is nan; expected a finite number"),
-        ({"grad_clip": float("inf")}, "grad_clip is inf"),
-        ({"penalty_warmup_steps": -1}, "penalty_warmup_steps is -1"),
-        ({"warmup_steps": 2.5}, "warmup_steps is 2.5; expected a valid integer"),
-        ({"steps": True}, "steps is True"),
         ({"checkpoint_every": "5"}, "checkpoint_every is '5'"),
-        ({"resample_every": -1}, "resample_every is -1"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -232,14 +202,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys):
     assert "optimizer.safetensors" in capsys.readouterr().err
 
 
-def test_a_plain_iterable_is_replayed_on_resume(tmp_path):
+@pytest.mark.parametrize("sparsity", [TopK(k=3), JumpReLU()], ids=str)
+def test_a_plain_iterable_is_replayed_on_resume(sparsity, tmp_path):
     data = [next(batches(i)) for i in range(20)]
     config = TrainConfig(steps=20, checkpoint_every=10, learning_rate=3e-3, log_every=1)
-    whole = train(make(), data, config=config, quiet=True).dictionary
+    settings = {"sparsity": sparsity, "prefixes": (0.5,)}
+    whole = train(make(**settings), data, config=config, quiet=True)
     with pytest.raises(NonFiniteError):
-        train(make(), [*data[:12], data[0] * torch.inf], config=config, folder=tmp_path, quiet=True)
-    resumed = train(make(), data, config=config, folder=tmp_path, resume=True, quiet=True).dictionary
-    assert torch.equal(whole.encoder, resumed.encoder)
+        train(make(**settings), [*data[:12], data[0] * torch.inf], config=config, folder=tmp_path, quiet=True)
+    resumed = train(make(**settings), data, config=config, folder=tmp_path, resume=True, quiet=True)
+    for name, parameter in whole.dictionary.named_parameters():
+        assert torch.equal(parameter, resumed.dictionary.get_parameter(name)), name
+    assert whole.metrics == resumed.metrics
 
 
 def test_a_used_folder_and_other_settings_are_refused(tmp_path):
@@ -302,16 +276,11 @@ def test_a_refused_step_leaves_bias_threshold_and_mode(tmp_path):
     assert not cc.training
 
 
-def test_a_last_batch_of_one_token_does_not_end_the_run():
+def test_a_last_batch_of_one_token_does_not_end_the_run_and_is_logged():
     data = [next(batches(i)) for i in range(3)]
-    result = train(make(), [*data, data[0][:1]], quiet=True)
-    assert result.steps == 4
+    result = train(make(), iter([*data, data[0][:1]]), quiet=True)
+    assert [entry["step"] for entry in result.metrics] == [result.steps] == [4]
     assert result.metrics[-1]["explained_variance"] is None
-
-
-def test_the_last_step_of_a_generator_is_logged():
-    result = train(make(), (next(batches(i)) for i in range(7)), quiet=True)
-    assert [entry["step"] for entry in result.metrics] == [7]
 
 
 def test_a_data_loader_is_an_iterable_of_batches():
