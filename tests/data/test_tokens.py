@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.tokens import (
     END_OF_TEXT,
+    PreparedTokens,
     TokenBlocks,
     pack_documents,
+    prepare_tokens,
     tokenizer_hash,
     train_tokenizer,
 )
@@ -41,8 +42,9 @@ def test_tokenizer_is_deterministic_reversible_and_covers_all_text(tokenizer):
         train_tokenizer(DOCUMENTS, vocab_size=256)
 
 
-def test_packing_keeps_every_token_in_order_and_counts_the_rest(tokenizer):
-    blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7, chunk=3)
+def test_packing_keeps_every_token_in_order_and_counts_the_rest(tokenizer, monkeypatch):
+    monkeypatch.setattr("crosscoder.data.tokens._CHUNK", 3)
+    blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7)
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in DOCUMENTS]
     flat = [token for document in ids for token in document]
     origin = [number for number, document in enumerate(ids) for _ in document]
