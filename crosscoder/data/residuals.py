@@ -56,17 +56,6 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleLi
     return lists[outermost[0]]
 
 
-def find_embedding(model: nn.Module) -> nn.Module:
-    """The model's token embedding: what it says that is, or else its only one; a ValueError if it has several."""
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is not None:
-        return getter()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if len(tables) != 1:
-        raise ValueError(f"expected one embedding in {type(model).__name__}, found {len(tables)}")
-    return tables[0]
-
-
 def find_mlp(block: nn.Module) -> nn.Module:
     """The block's child named mlp; a ValueError lists the children if there is none."""
     module = getattr(block, "mlp", None)
@@ -167,7 +156,8 @@ class ResidualHarvester:
             raise ValueError(f"expected token ids [batch, sequence], got {ids_BS.dtype} {list(ids_BS.shape)}")
         if ids_BS.shape[1] <= self.skip_positions:
             raise ValueError(f"no token is left of {list(ids_BS.shape)} after {self.skip_positions} skipped positions")
-        vocab_size = getattr(find_embedding(self.model), "num_embeddings", None)
+        get_embedding = getattr(self.model, "get_input_embeddings", lambda: None)
+        vocab_size = getattr(get_embedding(), "num_embeddings", None)
         low, high = int(ids_BS.min()), int(ids_BS.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             raise ValueError(

@@ -120,9 +120,9 @@ def write_shards(
 class ActivationShards:
     """A store of activations as `Activations`, read through a memory map and shuffled over all of its tokens."""
 
-    def __init__(self, index: StoreIndex, x_shards: list[Tensor], origins: list[dict[str, Tensor]]) -> None:
+    def __init__(self, index: StoreIndex, shards: list[dict[str, Tensor]]) -> None:
         self.index, self.sites, self.d_model, self.fingerprint = index, index.sites, index.d_model, index.fingerprint
-        self._shards, self._origins = x_shards, origins
+        self._shards = shards
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
         self.n_tokens = int(self._ends[-1])
 
@@ -137,16 +137,15 @@ class ActivationShards:
         folder = Path(folder)
         verify_directory(folder, schema=SCHEMA, hashes=verify)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
-        opened = [_open_shard(folder, shard, index) for shard in index.shards]
-        return cls(index, [tensors["x_TLD"] for tensors in opened], opened)
+        return cls(index, [_open_shard(folder, shard, index) for shard in index.shards])
 
     @property
     def sequences_T(self) -> Tensor:
-        return torch.cat([tensors["sequence_T"] for tensors in self._origins])
+        return torch.cat([tensors["sequence_T"] for tensors in self._shards])
 
     @property
     def positions_T(self) -> Tensor:
-        return torch.cat([tensors["position_T"] for tensors in self._origins])
+        return torch.cat([tensors["position_T"] for tensors in self._shards])
 
     def rows(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.n_tokens:
@@ -156,15 +155,13 @@ class ActivationShards:
     def gather(self, tokens_T: Tensor) -> Tensor:
         """The tokens of these stored numbers, float32 `[t, L, D]`, not scaled."""
         if len(self._shards) == 1:
-            return self._shards[0].index_select(0, tokens_T).float()
+            return self._shards[0]["x_TLD"].index_select(0, tokens_T).float()
         x_TLD = torch.empty(len(tokens_T), len(self.sites), self.d_model)
         shard_T = torch.bucketize(tokens_T, self._ends, right=True)
-        first = 0
-        for number, end in enumerate(self._ends.tolist()):
-            here = (shard_T == number).nonzero().squeeze(1)
-            if len(here):
-                x_TLD[here] = self._shards[number].index_select(0, tokens_T[here] - first).float()
-            first = end
+        for number in shard_T.unique().tolist():
+            here, end = shard_T == number, self._ends[number]
+            within_t = tokens_T[here] - (end - self.index.shards[number].tokens)
+            x_TLD[here] = self._shards[number]["x_TLD"].index_select(0, within_t).float()
         return x_TLD
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:

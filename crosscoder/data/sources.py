@@ -30,8 +30,6 @@ class Source(abc.ABC):
     d_model: int
     scale_L: Tensor
     """The factor of each layer by which raw activations were multiplied; a dictionary keeps it as `input_scale`."""
-    fingerprint: str | None = None
-    """Of the model, the text and their order, where there is one: two sources that share it give the same batches."""
 
     @abc.abstractmethod
     def batch(self, index: int, size: int, seed: int) -> Tensor:
@@ -83,7 +81,10 @@ class Activations(Protocol):
 
 
 class SiteSource(Source):
-    """Block outputs ("residual") or what each block added ("write"), both splits at the training split's scales."""
+    """Block outputs ("residual") or what each block added ("write"), both splits at the training split's scales.
+
+    Two sources of one `fingerprint` (of the model, the text and their order) give the same batches.
+    """
 
     def __init__(self, train: Activations, held_out: Activations | None, kind: SiteKind) -> None:
         self.train, self._held_out, self.kind = train, held_out, kind
@@ -103,11 +104,7 @@ class SiteSource(Source):
 
     @property
     def held_out_activations(self) -> Activations:
-        """The held-out split.
-
-        Raises:
-            ValueError: the source was made without one.
-        """
+        """The held-out split; a ValueError if the source was made without one."""
         if self._held_out is None:
             raise ValueError("this source has no held-out activations; give both splits")
         return self._held_out
@@ -127,7 +124,6 @@ class ShuffledSource(Source):
     def __init__(self, source: Source, seed: int) -> None:
         self._source, self._seed = source, seed
         self.n_layers, self.d_model, self.scale_L = source.n_layers, source.d_model, source.scale_L
-        self.fingerprint = source.fingerprint and f"{source.fingerprint}/shuffled {seed}"
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         return self._shuffle(self._source.batch(index, size, seed), "shuffled layers", self._seed, seed, index)
@@ -161,9 +157,8 @@ class StackedSource(Source):
         self.n_layers, self.d_model = sum(self.layer_counts), max(self.widths)
         energies = [layers * width for layers, width in zip(self.layer_counts, self.widths, strict=True)]
         self.weights = [math.sqrt(sum(energies) / len(energies) / energy) for energy in energies]
-        scales = [source.scale_L * weight for source, weight in zip(sources, self.weights, strict=True)]
-        self.scale_L = torch.cat(scales)
-        self.fingerprint = combine_fingerprints(*(str(source.fingerprint) for source in sources))
+        weighted = zip(sources, self.weights, strict=True)
+        self.scale_L = torch.cat([source.scale_L * weight for source, weight in weighted])
 
     @property
     def energy_L(self) -> np.ndarray:

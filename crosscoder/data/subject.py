@@ -96,7 +96,13 @@ def locate(name_or_path: str | Path) -> dict[str, Any]:
     if not name.endswith(".gguf"):
         return {"pretrained_model_name_or_path": name}
     path = Path(name)
-    _require_gguf(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"reading {path.name} needs {' and '.join(missing)}; run: pip install 'crosscoder[gguf]'"
+        )
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
@@ -129,12 +135,8 @@ def build_subject(
     it was.
 
     Raises:
-        ValueError: a size is below 1, or `d_model` is not a multiple of an even `head_dim`.
+        ValueError: `d_model` is not a multiple of an even `head_dim`.
     """
-    sizes = {"n_layers": n_layers, "d_model": d_model, "vocab_size": vocab_size, "context": context}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, expected at least 1")
     if head_dim < 2 or head_dim % 2 or d_model % head_dim:
         raise ValueError(f"d_model {d_model} is not a multiple of an even head_dim, got {head_dim}; change either")
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -175,15 +177,11 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     head = get_head() if get_head is not None else None
     if head is not None:
         tables.add(id(head.weight))
-    matrices = norms = embedding = 0
+    sizes = dict.fromkeys(ParameterCounts._fields, 0)
     for parameter in model.parameters():
-        if id(parameter) in tables:
-            embedding += parameter.numel()
-        elif parameter.ndim >= 2:
-            matrices += parameter.numel()
-        else:
-            norms += parameter.numel()
-    return ParameterCounts(matrices, norms, embedding)
+        matrix = "embedding" if id(parameter) in tables else "non_embedding_matrices"
+        sizes[matrix if parameter.ndim >= 2 else "norms"] += parameter.numel()
+    return ParameterCounts(**sizes)
 
 
 @contextlib.contextmanager
@@ -198,13 +196,3 @@ def without_progress_bars() -> Generator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-
-
-def _require_gguf(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; check the path")
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"reading {path.name} needs {' and '.join(missing)}; run: pip install 'crosscoder[gguf]'"
-        )

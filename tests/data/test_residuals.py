@@ -8,7 +8,6 @@ from crosscoder.data.residuals import (
     ResidualHarvester,
     estimate_scales,
     find_blocks,
-    find_embedding,
     find_mlp,
 )
 
@@ -76,13 +75,6 @@ def test_mlps_that_are_not_there_are_named():
         ResidualHarvester(make_model("gpt2"), reads="attention")
     with pytest.raises(ValueError, match="Linear has no child named mlp; it has: "):
         find_mlp(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("kind", FINAL_NORM)
-def test_blocks_and_embedding_are_found(kind):
-    model = make_model(kind)
-    assert len(find_blocks(model)) == 3
-    assert find_embedding(model).num_embeddings == 30
 
 
 def test_first_positions_are_dropped():

@@ -52,12 +52,10 @@ def test_building_follows_the_seed_and_leaves_the_global_generator_alone():
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"n_layers": 0}, {"d_model": 18}, {"head_dim": 3}, {"head_dim": 0}, {"vocab_size": 0}]
-)
+@pytest.mark.parametrize("sizes", [{"d_model": 18}, {"head_dim": 3}, {"head_dim": 0}])
 def test_impossible_shapes_are_refused(sizes):
     good = {"n_layers": 1, "d_model": 16, "vocab_size": 20, "context": 8, "head_dim": 4, "seed": 0}
-    with pytest.raises(ValueError, match=r"expected at least 1|not a multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         build_subject(**{**good, **sizes})
 
 

@@ -1,9 +1,15 @@
 import pytest
 import torch
 
-from crosscoder.data.world import Firing, Nuisance, World, WorldConfig, split_codewords
-
-ALL_KINDS = ("local", "persistent", "drifting", "split", "gated")
+from crosscoder.data.world import (
+    KINDS,
+    Firing,
+    Nuisance,
+    World,
+    WorldConfig,
+    mean_interference_dimension,
+    split_codewords,
+)
 
 
 def generator():
@@ -54,12 +60,11 @@ def test_everything_follows_the_seeds():
     torch.testing.assert_close(World(config).decoder_FLD, World(config).decoder_FLD, rtol=0, atol=0)
     assert not torch.equal(World(config).decoder_FLD, World(WorldConfig(seed=1)).decoder_FLD)
     before = torch.random.get_rng_state()
-    batches = list(World(config).batches(8, 3, seed=2))
-    again = list(World(config).batches(8, 3, seed=2))
+    batch = World(config).draw(8, 2, 0)
+    assert torch.equal(batch, World(config).draw(8, 2, 0))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(x_BLD, y_BLD) for x_BLD, y_BLD in zip(batches, again))
-    assert not torch.equal(batches[0], batches[1])
-    assert not torch.equal(batches[0], next(World(config).batches(8, 3, seed=3)))
+    assert not torch.equal(batch, World(config).draw(8, 2, 1))
+    assert not torch.equal(batch, World(config).draw(8, 3, 0))
 
 
 def test_noise_has_the_size_asked_for():
@@ -110,7 +115,7 @@ def test_worlds_stay_what_they_were():
     sums = [world.decoder_FLD[i].sum().item() for i in (0, 1, 62)]
     assert sums == pytest.approx([1.009086, -0.170994, -2.042397], abs=1e-5)
     assert world.probability_F[[0, 1, 62]].tolist() == pytest.approx([0.036540, 0.016697, 0.023527], abs=1e-6)
-    assert next(world.batches(8, 1, seed=2)).sum().item() == pytest.approx(5.016480, abs=1e-4)
+    assert world.draw(8, 2, 0).sum().item() == pytest.approx(5.016480, abs=1e-4)
 
 
 def test_composite_kinds_do_not_move_the_others():
@@ -159,9 +164,9 @@ def test_gated_features_need_both_layers():
 def test_truth_is_stated():
     local = World(WorldConfig(n_features=400, n_layers=4, d_model=16, kinds=("local",)))
     assert local.rho_F.tolist() == [1.0] * 400
-    assert local.effective_dimension == pytest.approx(4 * 16, rel=0.05)
-    world = World(WorldConfig(n_features=100, kinds=ALL_KINDS, equal_energy=False))
-    rho_F = dict(zip(ALL_KINDS, (world.rho_F[world.kind_F == i] for i in range(5))))
+    assert mean_interference_dimension(local.decoder_FLD) == pytest.approx(4 * 16, rel=0.05)
+    world = World(WorldConfig(n_features=100, kinds=KINDS, equal_energy=False))
+    rho_F = dict(zip(KINDS, (world.rho_F[world.kind_F == i] for i in range(5))))
     assert (rho_F["split"] == 4).all()
     assert (rho_F["gated"] == 2).all()
     assert (rho_F["persistent"] >= 2).all()
