@@ -80,14 +80,15 @@ def write_shards(
 ) -> ActivationShards:
     """Harvest `tokens` into `folder`, which appears whole or not at all.
 
-    With `max_tokens` the blocks are taken evenly spread over all of them, not from the front. Less text
-    than that gives a smaller store, never a repeated one. `metadata` is kept for the reader and takes no
-    part in the fingerprint.
+    max_tokens: from blocks evenly spread over the text; less text gives a smaller store, never a repeated one.
+    metadata: kept for the reader; takes no part in the fingerprint.
 
     Raises:
         OSError: the disk has less room than the store needs; the sum is shown, and nothing is written.
         ValueError: an activation is not finite; names the site, block and position.
     """
+    from safetensors.torch import save_file
+
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
     stream = ActivationStream(harvester, tokens, max_tokens=max_tokens)
@@ -97,8 +98,10 @@ def write_shards(
     with committed_directory(folder, schema=SCHEMA) as temporary:
         with Progress("harvest", n_tokens, unit="token", quiet=quiet) as progress:
             for tensors in _harvest_shards(stream, n_tokens, tokens_per_shard, _DTYPES[dtype]):
-                shards.append(_write_shard(temporary, len(shards), tensors))
-                progress.advance(shards[-1].tokens)
+                shard = Shard(file=f"shard-{len(shards):05d}.safetensors", tokens=len(tensors["x_TLD"]))
+                save_file(tensors, temporary / shard.file)
+                shards.append(shard)
+                progress.advance(shard.tokens)
         index = StoreIndex(
             shards=tuple(shards),
             sites=stream.sites,
@@ -216,8 +219,6 @@ def _harvest_shards(
 
 
 def _require_finite(x_TLD: Tensor, stream: ActivationStream, first: int) -> None:
-    if bool(x_TLD.sum().isfinite()):
-        return
     bad = (~x_TLD.isfinite()).any(-1).T.nonzero()  # lowest site first: attention spreads what is not finite
     if len(bad):
         slot, token = bad[0].tolist()
@@ -226,14 +227,6 @@ def _require_finite(x_TLD: Tensor, stream: ActivationStream, first: int) -> None
             f"the activation at site {stream.sites[slot]}, block {block}, position {position} is not finite; check the "
             "model's weights, or load it in float32"
         )
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Shard:
-    from safetensors.torch import save_file
-
-    shard = Shard(file=f"shard-{number:05d}.safetensors", tokens=len(tensors["x_TLD"]))
-    save_file(tensors, folder / shard.file)
-    return shard
 
 
 def _open_shard(folder: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:

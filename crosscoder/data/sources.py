@@ -113,12 +113,11 @@ class SiteSource(Source):
 class ShuffledSource(Source):
     """The null in which layers know nothing of each other: in each batch, every layer's tokens in an order of its own.
 
-    Each layer keeps its vectors, so its own statistics stay exactly as they were; only which vectors stand side by side
-    as one token changes. Training batches are drawn from shuffled text: two tokens are two independent draws, and a
-    permutation of B tokens leaves a layer's vector beside its own in a share 1 / B of the cases, on average. A token of
-    a layer meets others in each epoch, so that no pairing can be learnt by heart. Held-out batches follow the text:
-    partners come from the same stretch of it, so batches must be much longer than documents, and whatever the topic of
-    a stretch shows in several layers stays, which makes the null larger and X smaller.
+    Each layer keeps its vectors, and so its own statistics; only which vectors stand side by side as one token changes.
+    Training batches are drawn from shuffled text, and a token of a layer meets others in each epoch, so that no pairing
+    can be learnt by heart. Held-out batches follow the text: partners come from the same stretch of it, so batches must
+    be much longer than documents, and what the topic of a stretch shows in several layers stays, which makes the null
+    larger and X smaller.
     """
 
     def __init__(self, source: Source, seed: int) -> None:

@@ -52,7 +52,7 @@ class ActivationStream:
 
     @functools.cached_property
     def sample_TLD(self) -> Tensor:
-        """Activations of up to 128 blocks spread evenly over all of the text, for estimating scales."""
+        """Activations of up to 128 blocks spread evenly over the text, for estimating scales."""
         spread = torch.linspace(0, len(self.tokens) - 1, min(SCALE_BLOCKS, len(self.tokens))).round().long()
         return torch.cat(list(harvest_blocks(self.harvester, self.tokens, spread)))
 

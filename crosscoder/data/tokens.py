@@ -76,11 +76,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class TokenBlocks:
-    """Blocks of exactly S token ids, with the document that each block begins in.
-
-    `blocks[indices]` is a LongTensor `[b, S]`. `documents` numbers, for each block, the document of its
-    first token (for a bootstrap over documents). `fingerprint` is a hash of the ids, the tokenizer and S.
-    """
+    """Blocks of exactly S token ids; `documents` numbers, for each block, the document of its first token."""
 
     def __init__(
         self,
@@ -109,10 +105,8 @@ class TokenBlocks:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, indices: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    def __getitem__(self, indices: int | slice | Tensor) -> Tensor:
         """The blocks at `indices` as int64 `[b, S]` (or `[S]` for one number), copied."""
-        if isinstance(indices, Tensor):
-            indices = indices.cpu().numpy()
         return torch.from_numpy(np.array(self._ids[indices], dtype=np.int64))
 
     @property
@@ -122,11 +116,6 @@ class TokenBlocks:
     @property
     def n_tokens(self) -> int:
         return self._ids.size
-
-    @property
-    def n_documents(self) -> int:
-        """How many documents a block begins in."""
-        return len(np.unique(self.documents))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -147,9 +136,9 @@ class TokenBlocks:
             state |= {"_data_files": [{"filename": _ARROW_FILE}], "_fingerprint": self.fingerprint[:16]}
             state |= {"_format_kwargs": {}, "_output_all_columns": False}
             write_json(temporary / "state.json", state)
-            known = ("sequence_length", "vocab_size", "n_dropped", "n_documents", "tokenizer_hash", "fingerprint")
-            record = {"n_blocks": len(self), **{key: getattr(self, key) for key in known}}
-            write_json(temporary / _RECORD, record)
+            known = ("sequence_length", "vocab_size", "n_dropped", "tokenizer_hash", "fingerprint")
+            counts = {"n_blocks": len(self), "n_documents": len(np.unique(self.documents))}
+            write_json(temporary / _RECORD, {**counts, **{key: getattr(self, key) for key in known}})
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenBlocks:
@@ -162,8 +151,8 @@ class TokenBlocks:
         verify_directory(folder, schema=SCHEMA)
         record = read_json(folder / _RECORD)
         ids, documents = _read_arrow(folder / _ARROW_FILE, record["sequence_length"])
-        settings = {key: record[key] for key in ("vocab_size", "tokenizer_hash", "n_dropped")}
-        blocks = cls(ids, documents=documents, **settings)
+        known = {key: record[key] for key in ("vocab_size", "tokenizer_hash", "n_dropped")}
+        blocks = cls(ids, documents=documents, **known)
         if blocks.fingerprint != record["fingerprint"]:
             raise DamagedArtifactError(f"{folder}: the ids do not match the fingerprint in {_RECORD}; prepare it again")
         return blocks

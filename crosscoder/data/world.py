@@ -18,7 +18,6 @@ Kind = Literal["local", "persistent", "drifting", "split", "gated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Probability = Annotated[float, Field(ge=0, le=1)]
 GATED_GROUP = 4  # two first halves times two second halves
-DRIFT_TURN = 0.9  # cosine of the dense drift's directions at neighbouring layers
 
 
 @config
@@ -43,14 +42,10 @@ class Firing:
 class Nuisance:
     """What is in the activations besides sparse features, and is not part of the truth.
 
-    drift_rank, drift_scale: a dense Gaussian component in that many directions, which turn slowly from layer to layer;
-        its root mean square norm is `drift_scale` at every layer.
     n_circles, circle_probability: each circle, when it is there, adds a point of a unit circle in a plane of all
         layers together, at a uniform angle.
     """
 
-    drift_rank: NonNegativeInt = 0
-    drift_scale: NonNegativeFloat = 1.0
     n_circles: NonNegativeInt = 0
     circle_probability: Probability = 0.05
 
@@ -112,7 +107,7 @@ class World:
         if config.equal_energy:
             decoder_FLD = decoder_FLD / decoder_FLD.flatten(1).norm(dim=1)[:, None, None]
         self.decoder_FLD = decoder_FLD
-        self._drift_RLD, self._circles_C2LD = self._nuisance_directions()
+        self._circles_C2LD = self._circle_planes()
 
     @property
     def rho_F(self) -> Tensor:
@@ -125,9 +120,6 @@ class World:
         x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD)
         if self.config.noise:
             x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator, device=x_BLD.device)
-        if len(self._drift_RLD):
-            z_BR = torch.randn(n, len(self._drift_RLD), generator=generator, device=x_BLD.device)
-            x_BLD = x_BLD + torch.einsum("br,rld->bld", z_BR, self._drift_RLD)
         if len(self._circles_C2LD):
             x_BLD = x_BLD + self._circle_points(n, generator)
         return x_BLD, activations_BF
@@ -144,7 +136,7 @@ class World:
     def to(self, device: torch.device | str) -> World:
         """This world, its truth moved to `device`; a seed draws other tokens on a GPU than on a CPU."""
         self.decoder_FLD, self.probability_F = self.decoder_FLD.to(device), self.probability_F.to(device)
-        self._drift_RLD, self._circles_C2LD = self._drift_RLD.to(device), self._circles_C2LD.to(device)
+        self._circles_C2LD = self._circles_C2LD.to(device)
         return self
 
     def _window(self, kind: Kind, generator: torch.Generator) -> Tensor:
@@ -155,19 +147,14 @@ class World:
         cosine = config.drift_cosine if kind == "drifting" else None
         return window_profile(config.n_layers, config.d_model, first, width, cosine, generator)
 
-    def _nuisance_directions(self) -> tuple[Tensor, Tensor]:
-        """Directions `[R, L, D]` of the dense drift, scaled, and orthonormal pairs `[C, 2, L, D]` of the circles."""
-        config, nuisance = self.config, self.config.nuisance
-        n_layers, d_model = config.n_layers, config.d_model
-        generator = seeded_generator("world nuisance", config.seed)
-        drift_RLD = torch.zeros(nuisance.drift_rank, n_layers, d_model)
-        for rank in range(nuisance.drift_rank):
-            profile_LD = window_profile(n_layers, d_model, 0, n_layers, DRIFT_TURN, generator)
-            drift_RLD[rank] = profile_LD * (nuisance.drift_scale / math.sqrt(nuisance.drift_rank))
-        planes_CN2 = torch.randn(nuisance.n_circles, n_layers * d_model, 2, generator=generator)
-        if nuisance.n_circles:
+    def _circle_planes(self) -> Tensor:
+        """Orthonormal pairs `[C, 2, L, D]`, the planes of the circles."""
+        n_circles, n_layers, d_model = self.config.nuisance.n_circles, self.config.n_layers, self.config.d_model
+        generator = seeded_generator("world nuisance", self.config.seed)
+        planes_CN2 = torch.randn(n_circles, n_layers * d_model, 2, generator=generator)
+        if n_circles:
             planes_CN2 = torch.linalg.qr(planes_CN2).Q
-        return drift_RLD, rearrange(planes_CN2, "c (l d) p -> c p l d", l=n_layers)
+        return rearrange(planes_CN2, "c (l d) p -> c p l d", l=n_layers)
 
     def _circle_points(self, n: int, generator: torch.Generator) -> Tensor:
         shape = (n, len(self._circles_C2LD))

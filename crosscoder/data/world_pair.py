@@ -130,11 +130,7 @@ class WorldPair:
         return 1 - self.config.gamma if self.config.delta is None else self.config.delta
 
     def expected_dimension(self, side: Side) -> float:
-        """d_eff expected of these features' windows over all directions that could be drawn.
-
-        Few features laid evenly over L layers share a layer less often than L many would: 80 features of one layer
-        each, 4 layers, have 266 where D L is 256.
-        """
+        """d_eff expected of these features' windows over all that could be drawn; for few features above D L^delta."""
         return self.config.rank(side) * _dimension_per_width(self._windows[side], self.cosine[side], distinct=True)
 
     def drawn_dimension(self, side: Side) -> float:
@@ -143,9 +139,8 @@ class WorldPair:
 
     def activations(self, n: int, stream: int | str, index: int) -> Tensor:
         """Activations `[n, F]` of the tokens that `draw` gives of any side."""
-        return draw_activations(
-            n, self.probability_F, self.config.firing, seeded_generator("pair batch", stream, index)
-        )
+        generator = seeded_generator("pair batch", stream, index)
+        return draw_activations(n, self.probability_F, self.config.firing, generator)
 
     def draw(self, side: Side, n: int, stream: int | str, index: int) -> Tensor:
         """`x_BLD` of `n` tokens of one side, a pure function; another side shows the same tokens of a stream."""

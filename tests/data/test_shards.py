@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from crosscoder.data import shards as shards_module
 from crosscoder.data.residuals import ResidualHarvester
@@ -105,14 +106,12 @@ def test_an_altered_shard_and_a_forged_index_are_refused(harvester, blocks, tmp_
 
 
 def test_a_harvest_that_dies_leaves_nothing(harvester, blocks, tmp_path, monkeypatch):
-    original = shards_module._write_shard
-
-    def fail_on_third(folder, number, tensors):
-        if number == 2:
+    def fail_on_third(tensors, path):
+        if path.name == "shard-00002.safetensors":
             raise KeyboardInterrupt
-        return original(folder, number, tensors)
+        save_file(tensors, path)
 
-    monkeypatch.setattr(shards_module, "_write_shard", fail_on_third)
+    monkeypatch.setattr("safetensors.torch.save_file", fail_on_third)
     with pytest.raises(KeyboardInterrupt):
         write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
     assert list(tmp_path.iterdir()) == []
