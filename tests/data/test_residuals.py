@@ -142,7 +142,7 @@ class Plain(nn.Module):
         return hidden
 
 
-def test_ambiguous_blocks_ask_for_a_path_and_tuple_outputs_are_read():
+def test_plain_models_need_a_path_may_return_tuples_and_have_one_width():
     model = Plain([6, 6, 6]).eval()
     with pytest.raises(ValueError, match=r"--blocks-path.*blocks \(2\), others \(2\)"):
         find_blocks(model)
@@ -154,12 +154,8 @@ def test_ambiguous_blocks_ask_for_a_path_and_tuple_outputs_are_read():
     torch.testing.assert_close(x_TLD[:, -1], model(IDS).flatten(0, 1))
     with pytest.raises(RuntimeError, match="was not run"):
         ResidualHarvester(model, blocks_path="others").harvest(IDS)
-
-
-def test_layers_of_different_width_are_refused():
-    model = Plain([6, 6, 8]).eval()
     with pytest.raises(ValueError, match="8 wide and site 0 is 6"):
-        ResidualHarvester(model, blocks_path="blocks").harvest(IDS)
+        ResidualHarvester(Plain([6, 6, 8]).eval(), blocks_path="blocks").harvest(IDS)
 
 
 def test_fingerprint_follows_weights_sites_and_policy():

@@ -116,13 +116,8 @@ def test_a_stream_read_in_order_harvests_each_block_once_and_resumes_with_one_re
 
 def test_a_stream_mixes_sequences(harvester, blocks):
     stream = ActivationStream(harvester, blocks, blocks_per_refill=11)
-    orders = [
-        stored_numbers(stream.epoch_rows(0, N_TOKENS, seed=seed, epoch=epoch), stream)
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    for order_T in orders:
-        assert len((order_T[:14] // 7).unique()) > 2, "the tokens of a sequence must not stay together"
-    assert len({tuple(order_T.tolist()) for order_T in orders}) == 3
+    order_T = stored_numbers(stream.epoch_rows(0, N_TOKENS, seed=0, epoch=0), stream)
+    assert len((order_T[:14] // 7).unique()) > 2, "the tokens of a sequence must not stay together"
 
 
 def test_a_folder_of_tokens_is_streamed(harvester, blocks, llama, tmp_path):
