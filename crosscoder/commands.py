@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import SiteKind, SiteSource
 from crosscoder.data.stream import stream_source
 from crosscoder.data.subject import load_model, load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
-from crosscoder.data.tokens import TokenBlocks
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
 from crosscoder.dictionary import load_dictionary
 from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.artifact import write_json

@@ -126,7 +126,7 @@ def compare(config: LanguageConfig) -> list[Row]:
 
 def _harvest(setting: Setting, config: LanguageConfig, ids_BS: Tensor) -> Tensor:
     harvester = ResidualHarvester(setting.model, layers=config.layers, skip_positions=0)
-    parts = [harvester.harvest(part).x_TLD for part in ids_BS.split(4)]
+    parts = [harvester.harvest(part) for part in ids_BS.split(4)]
     return torch.cat(parts).view(*ids_BS.shape, len(config.layers), -1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -20,18 +21,18 @@ class ModuleEnd(NamedTuple):
 def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
     """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
 
-    def before(number: int) -> Callable[..., None]:
-        return lambda _, args, kwargs: read(number, _given(args, kwargs))
+    def before(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read(number, _given(args, kwargs))
 
-    def after(number: int) -> Callable[..., None]:
-        return lambda _, args, output: read(number, _returned(output))
+    def after(number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        read(number, _returned(output))
 
     with contextlib.ExitStack() as hooks:
         for number, (module, end) in enumerate(ends):
             if end == "input":
-                hooks.enter_context(module.register_forward_pre_hook(before(number), with_kwargs=True))
+                hooks.enter_context(module.register_forward_pre_hook(partial(before, number), with_kwargs=True))
             else:
-                hooks.enter_context(module.register_forward_hook(after(number)))
+                hooks.enter_context(module.register_forward_hook(partial(after, number)))
         yield
 
 
@@ -39,16 +40,13 @@ def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> G
 def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
     """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
 
-    def after(number: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = replace(number, _given(args, kwargs), _returned(output))
-            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-        return hook
+    def after(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = replace(number, _given(args, kwargs), _returned(output))
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     with contextlib.ExitStack() as hooks:
         for number, module in enumerate(modules):
-            hooks.enter_context(module.register_forward_hook(after(number), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(after, number), with_kwargs=True))
         yield
 
 

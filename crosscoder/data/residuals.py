@@ -8,10 +8,9 @@ read. With `reads="mlp"` the sites are what the blocks' MLPs are given and what 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,26 +21,12 @@ from crosscoder.data.hooks import ModuleEnd, reading
 from crosscoder.data.tokens import TokenBlocks
 
 OUTLIER_RATIO = 10.0
-SCALE_BLOCKS = 128
 HARVEST_TOKENS = 4096
 """Tokens that a model is given at once."""
 
 
 class _AllSitesReadError(Exception):
     """Ends the model's forward pass early; never leaves this module."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Harvest:
-    """The residual streams of some tokens, and where each came from."""
-
-    x_TLD: Tensor
-    sequence_T: Tensor
-    """Row of the batch that the token stood in."""
-    position_T: Tensor
-    """Its position in that row."""
-    dropped: dict[str, int]
-    """How many tokens were left out, by reason: `first_positions`."""
 
 
 def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleList:
@@ -71,27 +56,8 @@ def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleLi
     return lists[outermost[0]]
 
 
-def find_embedding(model: nn.Module) -> nn.Module:
-    """The model's token embedding.
-
-    Raises:
-        ValueError: the model does not say which module that is, and does not have exactly one embedding.
-    """
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is not None:
-        return getter()
-    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    if len(tables) != 1:
-        raise ValueError(f"expected one embedding in {type(model).__name__}, found {tables}")
-    return model.get_submodule(tables[0])
-
-
 def find_mlp(block: nn.Module) -> nn.Module:
-    """The block's MLP: its child of that name.
-
-    Raises:
-        ValueError: it has none; its children are listed.
-    """
+    """The block's child named mlp; a ValueError lists the children if there is none."""
     module = getattr(block, "mlp", None)
     if not isinstance(module, nn.Module):
         children = ", ".join(name for name, _ in block.named_children())
@@ -128,11 +94,6 @@ class ResidualHarvester:
             raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
         self.skip_positions = skip_positions
 
-    @property
-    def n_layers(self) -> int:
-        """How many sites are read, the L of `x_TLD`."""
-        return len(self.sites)
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model's weights, the sites and the token policy, taken when first asked for."""
@@ -145,8 +106,8 @@ class ResidualHarvester:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def harvest(self, ids_BS: Tensor) -> Harvest:
-        """The kept tokens of `ids_BS`, row by row, at every site, in the model's dtype and on its device.
+    def harvest(self, ids_BS: Tensor) -> Tensor:
+        """`x_TLD` of the kept tokens of `ids_BS`, row by row, in the model's dtype and on its device.
 
         Raises:
             ValueError: the model is in training mode, an id is outside its vocabulary, no token is left, or sites
@@ -154,28 +115,16 @@ class ResidualHarvester:
         """
         self._check_call(ids_BS)
         ids_BS = ids_BS.to(next(self.model.parameters()).device)
-        n_rows, length = ids_BS.shape
-        kept = torch.arange(self.skip_positions, length, device=ids_BS.device)
-        if not len(kept):
-            raise ValueError(f"no token is left of {[n_rows, length]} after {self.skip_positions} skipped positions")
-        return Harvest(
-            x_TLD=self._run(ids_BS),
-            sequence_T=torch.arange(n_rows, device=ids_BS.device).repeat_interleave(len(kept)),
-            position_T=kept.repeat(n_rows),
-            dropped={"first_positions": n_rows * self.skip_positions},
-        )
-
-    def _run(self, ids_BS: Tensor) -> Tensor:
         buffer: list[Tensor] = []
 
         def store(slot: int, hidden_BSD: Tensor) -> None:
             kept_BSD = hidden_BSD[:, self.skip_positions :]
+            n_rows, n_kept, d_model = kept_BSD.shape
             if not buffer:
-                n_tokens = kept_BSD.shape[0] * kept_BSD.shape[1]
-                buffer.append(hidden_BSD.new_empty(n_tokens, len(self.sites), hidden_BSD.shape[-1]))
-            if hidden_BSD.shape[-1] != buffer[0].shape[-1]:
+                buffer.append(kept_BSD.new_empty(n_rows * n_kept, len(self.sites), d_model))
+            if d_model != buffer[0].shape[-1]:
                 raise ValueError(
-                    f"site {self.sites[slot]} is {hidden_BSD.shape[-1]} wide and site {self.sites[0]} is "
+                    f"site {self.sites[slot]} is {d_model} wide and site {self.sites[0]} is "
                     f"{buffer[0].shape[-1]}; choose layers of one width"
                 )
             buffer[0][:, slot] = rearrange(kept_BSD, "b s d -> (b s) d")
@@ -205,7 +154,10 @@ class ResidualHarvester:
             raise ValueError("the model is in training mode, where dropout would be recorded; call model.eval()")
         if ids_BS.ndim != 2 or ids_BS.is_floating_point() or not ids_BS.numel():
             raise ValueError(f"expected token ids [batch, sequence], got {ids_BS.dtype} {list(ids_BS.shape)}")
-        vocab_size = getattr(find_embedding(self.model), "num_embeddings", None)
+        if ids_BS.shape[1] <= self.skip_positions:
+            raise ValueError(f"no token is left of {list(ids_BS.shape)} after {self.skip_positions} skipped positions")
+        get_embedding = getattr(self.model, "get_input_embeddings", lambda: None)
+        vocab_size = getattr(get_embedding(), "num_embeddings", None)
         low, high = int(ids_BS.min()), int(ids_BS.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             raise ValueError(
@@ -214,44 +166,22 @@ class ResidualHarvester:
             )
 
 
-def kept_per_block(harvester: ResidualHarvester, tokens: TokenBlocks) -> int:
-    """How many tokens of each block are kept; a ValueError if none are."""
-    kept = tokens.sequence_length - harvester.skip_positions
-    if kept < 1:
-        raise ValueError(f"skipping {harvester.skip_positions} of {tokens.sequence_length} positions leaves nothing")
-    return kept
-
-
-def spread_blocks(n: int, chosen: int) -> Tensor:
-    """`chosen` of `n` block numbers, evenly spread from the first to the last."""
-    return torch.linspace(0, n - 1, chosen, dtype=torch.float64).round().long()
-
-
 def harvest_blocks(harvester: ResidualHarvester, tokens: TokenBlocks, chosen: Tensor) -> Iterator[Tensor]:
     """Float32 `x_TLD` of the chosen blocks in order, a few thousand tokens at a time."""
     for part in chosen.split(max(1, HARVEST_TOKENS // tokens.sequence_length)):
-        yield harvester.harvest(tokens[part]).x_TLD.float()
+        yield harvester.harvest(tokens[part]).float()
 
 
-def harvest_sample(harvester: ResidualHarvester, tokens: TokenBlocks) -> Tensor:
-    """Float32 `x_TLD` of up to 128 blocks spread evenly over all, for estimating scales."""
-    spread = torch.linspace(0, len(tokens) - 1, min(SCALE_BLOCKS, len(tokens))).round().long()
-    return torch.cat(list(harvest_blocks(harvester, tokens, spread)))
-
-
-def estimate_scales(x_TLD: Tensor | Iterable[Tensor]) -> Tensor:
+def estimate_scales(x_TLD: Tensor) -> Tensor:
     """The factor of each layer that makes its usual norm sqrt(D): float32 `scale_L`.
 
     The usual norm is the mean over tokens whose norm is at most ten times the layer's median, so that
     massive activations (thousands of times the rest, at a few tokens) hardly move it.
 
     Raises:
-        ValueError: no tokens, a value that is not finite, or a layer whose median norm is zero.
+        ValueError: a value that is not finite, or a layer whose median norm is zero.
     """
-    chunks = [x_TLD] if isinstance(x_TLD, Tensor) else list(x_TLD)
-    if not chunks or not sum(len(chunk) for chunk in chunks):
-        raise ValueError("there are no tokens to estimate scales from")
-    norms_TL = torch.cat([torch.linalg.vector_norm(chunk.detach().double(), dim=-1) for chunk in chunks])
+    norms_TL = torch.linalg.vector_norm(x_TLD.detach().double(), dim=-1)
     bad = (~norms_TL.isfinite()).nonzero()
     if len(bad):
         token, layer = bad[0].tolist()
@@ -262,7 +192,7 @@ def estimate_scales(x_TLD: Tensor | Iterable[Tensor]) -> Tensor:
         raise ValueError(f"layer {layer} is zero for most tokens, so it has no scale; leave the layer out")
     usual_TL = norms_TL <= OUTLIER_RATIO * median_L
     mean_L = (norms_TL * usual_TL).sum(0) / usual_TL.sum(0)
-    return (chunks[0].shape[-1] ** 0.5 / mean_L).float().cpu()
+    return (x_TLD.shape[-1] ** 0.5 / mean_L).float().cpu()
 
 
 def _configured_layers(model: nn.Module) -> int | None:
@@ -274,11 +204,9 @@ def _configured_layers(model: nn.Module) -> int | None:
 
 def _check_sites(layers: Sequence[int] | None, n_blocks: int, *, first: int) -> tuple[int, ...]:
     sites = tuple(range(first, n_blocks + 1)) if layers is None else tuple(int(layer) for layer in layers)
-    if not sites:
-        raise ValueError("no layers were chosen; name at least one, or leave the choice out for all")
-    if sites != tuple(sorted(set(sites))):
-        raise ValueError(f"layers {list(sites)} are not in increasing order without repeats")
-    if sites[0] < first or sites[-1] > n_blocks:
+    if not sites or sites != tuple(sorted(set(sites))) or sites[0] < first or sites[-1] > n_blocks:
         lowest = "1 (the first block)" if first else "0 (the embedding)"
-        raise ValueError(f"layers {list(sites)}: expected {lowest} to {n_blocks} (the last block's output)")
+        raise ValueError(
+            f"layers {list(sites)}: expected {lowest} to {n_blocks} (the last block's output), in increasing order"
+        )
     return sites

@@ -5,21 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from crosscoder.data.order import order_slice
-from crosscoder.data.residuals import (
-    HARVEST_TOKENS,
-    ResidualHarvester,
-    estimate_scales,
-    harvest_sample,
-    kept_per_block,
-    spread_blocks,
-)
-from crosscoder.data.sources import SiteKind, SiteSource, are_neighbours, combine_fingerprints, select_sites
+from crosscoder.data.residuals import ResidualHarvester, estimate_scales, harvest_blocks
+from crosscoder.data.sources import SiteKind, SiteSource, are_neighbours, combine_fingerprints
+from crosscoder.data.stream import ActivationStream
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
@@ -43,25 +38,33 @@ _SLACK_BYTES = 2**20
 class Shard:
     """One file of the store."""
 
-    file: str
-    tokens: int
+    file: Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]
+    tokens: PositiveInt
 
 
 @config
 class StoreIndex:
     """What a store holds and where it came from."""
 
-    shards: tuple[Shard, ...]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     sites: tuple[int, ...]
-    d_model: int
+    d_model: PositiveInt
     dtype: StoredDtype
-    scale: tuple[float, ...]
-    write_scale: tuple[float, ...]
+    scale: tuple[PositiveFloat, ...]
+    write_scale: tuple[PositiveFloat, ...]
     """Scales of the blocks' writes; empty where the sites are not neighbours."""
     dropped: Any
     """Tokens left out, by reason."""
     fingerprint: str
     metadata: Any
+
+    def __post_init__(self) -> None:
+        n_writes = len(self.sites) - 1 if are_neighbours(self.sites) else 0
+        if (len(self.scale), len(self.write_scale)) != (len(self.sites), n_writes):
+            raise ValueError(
+                f"{len(self.scale)} scales and {len(self.write_scale)} of writes, expected {len(self.sites)} and "
+                f"{n_writes} for sites {list(self.sites)}; harvest again"
+            )
 
 
 def write_shards(
@@ -77,38 +80,39 @@ def write_shards(
 ) -> ActivationShards:
     """Harvest `tokens` into `folder`, which appears whole or not at all.
 
-    With `max_tokens` the blocks are taken evenly spread over all of them, not from the front. Less text
-    than that gives a smaller store, never a repeated one. `metadata` is kept for the reader and takes no
-    part in the fingerprint.
+    max_tokens: from blocks evenly spread over the text; less text gives a smaller store, never a repeated one.
+    metadata: kept for the reader; takes no part in the fingerprint.
 
     Raises:
         OSError: the disk has less room than the store needs; the sum is shown, and nothing is written.
         ValueError: an activation is not finite; names the site, block and position.
     """
+    from safetensors.torch import save_file
+
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
-    if tokens_per_shard < 1:
-        raise ValueError(f"tokens_per_shard is {tokens_per_shard}, expected at least 1")
-    n_tokens = _count_tokens(harvester, tokens, max_tokens)
-    sample_TLD = harvest_sample(harvester, tokens)
-    _require_room(Path(folder), n_tokens, sample_TLD.shape[1], sample_TLD.shape[2], _DTYPES[dtype])
+    stream = ActivationStream(harvester, tokens, max_tokens=max_tokens)
+    n_tokens = stream.n_tokens if max_tokens is None else min(stream.n_tokens, max_tokens)
+    _require_room(Path(folder), n_tokens, len(stream.sites), stream.d_model, _DTYPES[dtype])
     shards: list[Shard] = []
-    dropped: dict[str, int] = {}
     with committed_directory(folder, schema=SCHEMA) as temporary:
-        parts = _harvest_parts(harvester, tokens, n_tokens, dropped)
         with Progress("harvest", n_tokens, unit="token", quiet=quiet) as progress:
-            for part in _regroup(parts, tokens_per_shard):
-                part["x_TLD"] = part["x_TLD"].to(_DTYPES[dtype])
-                shards.append(_write_shard(temporary, len(shards), part))
-                progress.advance(shards[-1].tokens)
+            for tensors in _harvest_shards(stream, n_tokens, tokens_per_shard, _DTYPES[dtype]):
+                shard = Shard(file=f"shard-{len(shards):05d}.safetensors", tokens=len(tensors["x_TLD"]))
+                save_file(tensors, temporary / shard.file)
+                shards.append(shard)
+                progress.advance(shard.tokens)
         index = StoreIndex(
             shards=tuple(shards),
-            sites=harvester.sites,
-            d_model=sample_TLD.shape[2],
+            sites=stream.sites,
+            d_model=stream.d_model,
             dtype=dtype,
-            scale=tuple(estimate_scales(sample_TLD).tolist()),
-            write_scale=_write_scale(sample_TLD, harvester.sites),
-            dropped=dropped,
+            scale=tuple(estimate_scales(stream.sample_TLD).tolist()),
+            write_scale=tuple(stream.site_scale("write").tolist()) if are_neighbours(stream.sites) else (),
+            dropped={
+                "first_positions": len(stream.blocks) * harvester.skip_positions,
+                "beyond_max_tokens": stream.n_tokens - n_tokens,
+            },
             fingerprint=combine_fingerprints(harvester.fingerprint, tokens.fingerprint, dtype, str(n_tokens)),
             metadata=dict(metadata or {}),
         )
@@ -119,9 +123,9 @@ def write_shards(
 class ActivationShards:
     """A store of activations as `Activations`, read through a memory map and shuffled over all of its tokens."""
 
-    def __init__(self, index: StoreIndex, x_shards: list[Tensor], origins: list[dict[str, Tensor]]) -> None:
+    def __init__(self, index: StoreIndex, shards: list[dict[str, Tensor]]) -> None:
         self.index, self.sites, self.d_model, self.fingerprint = index, index.sites, index.d_model, index.fingerprint
-        self._shards, self._origins = x_shards, origins
+        self._shards = shards
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
         self.n_tokens = int(self._ends[-1])
 
@@ -136,18 +140,15 @@ class ActivationShards:
         folder = Path(folder)
         verify_directory(folder, schema=SCHEMA, hashes=verify)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
-        opened = [_open_shard(folder, shard, index) for shard in index.shards]
-        if not opened:
-            raise DamagedArtifactError(f"{folder / INDEX} lists no shards; harvest again")
-        return cls(index, [tensors["x_TLD"] for tensors in opened], opened)
+        return cls(index, [_open_shard(folder, shard, index) for shard in index.shards])
 
     @property
     def sequences_T(self) -> Tensor:
-        return torch.cat([tensors["sequence_T"] for tensors in self._origins])
+        return torch.cat([tensors["sequence_T"] for tensors in self._shards])
 
     @property
     def positions_T(self) -> Tensor:
-        return torch.cat([tensors["position_T"] for tensors in self._origins])
+        return torch.cat([tensors["position_T"] for tensors in self._shards])
 
     def rows(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.n_tokens:
@@ -157,15 +158,13 @@ class ActivationShards:
     def gather(self, tokens_T: Tensor) -> Tensor:
         """The tokens of these stored numbers, float32 `[t, L, D]`, not scaled."""
         if len(self._shards) == 1:
-            return self._shards[0].index_select(0, tokens_T).float()
+            return self._shards[0]["x_TLD"].index_select(0, tokens_T).float()
         x_TLD = torch.empty(len(tokens_T), len(self.sites), self.d_model)
         shard_T = torch.bucketize(tokens_T, self._ends, right=True)
-        first = 0
-        for number, end in enumerate(self._ends.tolist()):
-            here = (shard_T == number).nonzero().squeeze(1)
-            if len(here):
-                x_TLD[here] = self._shards[number].index_select(0, tokens_T[here] - first).float()
-            first = end
+        for number in shard_T.unique().tolist():
+            here, end = shard_T == number, self._ends[number]
+            within_t = tokens_T[here] - (end - self.index.shards[number].tokens)
+            x_TLD[here] = self._shards[number]["x_TLD"].index_select(0, within_t).float()
         return x_TLD
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
@@ -183,19 +182,6 @@ def stored_source(train: str | Path, held_out: str | Path | None, kind: SiteKind
     return SiteSource(ActivationShards.load(train, verify=verify), other, kind)
 
 
-def _count_tokens(harvester: ResidualHarvester, tokens: TokenBlocks, max_tokens: int | None) -> int:
-    available = len(tokens) * kept_per_block(harvester, tokens)
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 (or None for all)")
-    return available if max_tokens is None else min(available, max_tokens)
-
-
-def _write_scale(x_TLD: Tensor, sites: tuple[int, ...]) -> tuple[float, ...]:
-    if not are_neighbours(sites):
-        return ()
-    return tuple(estimate_scales(select_sites(x_TLD, sites, "write")).tolist())
-
-
 def _require_room(folder: Path, n_tokens: int, n_layers: int, d_model: int, dtype: torch.dtype) -> None:
     needed = n_tokens * (n_layers * d_model * dtype.itemsize + 4 * len(_ORIGINS)) + _SLACK_BYTES
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
@@ -208,73 +194,44 @@ def _require_room(folder: Path, n_tokens: int, n_layers: int, d_model: int, dtyp
         )
 
 
-def _harvest_parts(
-    harvester: ResidualHarvester, tokens: TokenBlocks, n_tokens: int, dropped: dict[str, int]
+def _harvest_shards(
+    stream: ActivationStream, n_tokens: int, size: int, dtype: torch.dtype
 ) -> Iterator[dict[str, Tensor]]:
-    kept = kept_per_block(harvester, tokens)
-    chosen = spread_blocks(len(tokens), -(-n_tokens // kept))
-    documents = torch.from_numpy(tokens.documents.copy())
-    left = n_tokens
-    for numbers in chosen.split(max(1, HARVEST_TOKENS // tokens.sequence_length)):
-        harvest = harvester.harvest(tokens[numbers])
-        sequence_T = numbers[harvest.sequence_T.cpu()]
-        x_TLD = harvest.x_TLD.cpu()
-        _require_finite(x_TLD, harvester.sites, sequence_T, harvest.position_T)
-        part = {
-            "x_TLD": x_TLD,
-            "document_T": documents[sequence_T],
-            "sequence_T": sequence_T.int(),
-            "position_T": harvest.position_T.cpu().int(),
-        }
-        for reason, count in {**harvest.dropped, "beyond_max_tokens": max(0, len(x_TLD) - left)}.items():
-            dropped[reason] = dropped.get(reason, 0) + count
-        yield {name: tensor[:left] for name, tensor in part.items()}
-        left -= min(left, len(x_TLD))
+    """The tensors of each shard: `size` tokens, the last one fewer."""
+    sequence_T, position_T = stream.sequences_T, stream.positions_T
+    document_T = torch.from_numpy(stream.tokens.documents.copy())[sequence_T]
+    parts = harvest_blocks(stream.harvester, stream.tokens, stream.blocks)
+    read, part_TLD = 0, torch.empty(0)
+    for start in range(0, n_tokens, size):
+        here = slice(start, min(start + size, n_tokens))
+        x_TLD = torch.empty(here.stop - start, len(stream.sites), stream.d_model, dtype=dtype)
+        filled = 0
+        while filled < len(x_TLD):
+            if not len(part_TLD):
+                part_TLD = next(parts).cpu()
+                _require_finite(part_TLD, stream, read)
+                read += len(part_TLD)
+            taken_TLD = part_TLD[: len(x_TLD) - filled]
+            x_TLD[filled : filled + len(taken_TLD)] = taken_TLD
+            filled, part_TLD = filled + len(taken_TLD), part_TLD[len(taken_TLD) :]
+        origins = zip(_ORIGINS, (document_T, sequence_T, position_T), strict=True)
+        yield {"x_TLD": x_TLD, **{name: number_T[here] for name, number_T in origins}}
 
 
-def _require_finite(x_TLD: Tensor, sites: tuple[int, ...], sequence_T: Tensor, position_T: Tensor) -> None:
-    if bool(x_TLD.sum().isfinite()):
-        return
+def _require_finite(x_TLD: Tensor, stream: ActivationStream, first: int) -> None:
     bad = (~x_TLD.isfinite()).any(-1).T.nonzero()  # lowest site first: attention spreads what is not finite
     if len(bad):
         slot, token = bad[0].tolist()
+        block, position = (int(number_T[first + token]) for number_T in (stream.sequences_T, stream.positions_T))
         raise ValueError(
-            f"the activation at site {sites[slot]}, block {int(sequence_T[token])}, position "
-            f"{int(position_T[token])} is not finite; check the model's weights, or load it in float32"
+            f"the activation at site {stream.sites[slot]}, block {block}, position {position} is not finite; check the "
+            "model's weights, or load it in float32"
         )
-
-
-def _regroup(parts: Iterator[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
-    """The same tokens in groups of exactly `size`, the last one smaller."""
-    held: list[dict[str, Tensor]] = []
-    count = 0
-    for part in parts:
-        held.append(part)
-        count += len(part["x_TLD"])
-        if count < size:
-            continue
-        joined = {name: torch.cat([piece[name] for piece in held]) for name in part}
-        whole = count - count % size
-        for first in range(0, whole, size):
-            yield {name: tensor[first : first + size].contiguous() for name, tensor in joined.items()}
-        held, count = [{name: tensor[whole:] for name, tensor in joined.items()}], count - whole
-    if count:
-        yield {name: torch.cat([piece[name] for piece in held]) for name in held[0]}
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> Shard:
-    from safetensors.torch import save_file
-
-    shard = Shard(file=f"shard-{number:05d}.safetensors", tokens=len(tensors["x_TLD"]))
-    save_file(tensors, folder / shard.file)
-    return shard
 
 
 def _open_shard(folder: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    if Path(shard.file).name != shard.file:
-        raise DamagedArtifactError(f"{folder / INDEX} lists {shard.file!r}, which is not a plain file name")
     path = folder / shard.file
     try:
         with safe_open(path, framework="pt") as stream:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ class Source(abc.ABC):
     d_model: int
     scale_L: Tensor
     """The factor of each layer by which raw activations were multiplied; a dictionary keeps it as `input_scale`."""
-    fingerprint: str | None = None
-    """Of the model, the text and their order, where there is one: two sources that share it give the same batches."""
 
     @abc.abstractmethod
     def batch(self, index: int, size: int, seed: int) -> Tensor:
@@ -47,7 +45,11 @@ class Source(abc.ABC):
 
 
 class Activations(Protocol):
-    """The activations of a text at all harvested sites, read from a store or harvested when they are asked for."""
+    """The activations of a text at all harvested sites, read from a store or harvested when they are asked for.
+
+    Tokens have a stored order, that of the text, in which `sequences_T` and `positions_T` give each one's block and its
+    position there. Rows are float32 `[t, sites, D]`, not scaled.
+    """
 
     n_tokens: int
     """Tokens in one epoch."""
@@ -60,21 +62,17 @@ class Activations(Protocol):
     def fingerprint(self) -> str: ...
 
     @property
-    def sequences_T(self) -> Tensor:
-        """For each token in stored order, the number of its block."""
-        ...
+    def sequences_T(self) -> Tensor: ...
 
     @property
-    def positions_T(self) -> Tensor:
-        """For each token in stored order, its position in its block."""
-        ...
+    def positions_T(self) -> Tensor: ...
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Tokens `start` to `stop` in stored order, float32 `[t, sites, D]`, not scaled."""
+        """Tokens `start` to `stop` in stored order."""
         ...
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
-        """Tokens `start` to `stop` of a shuffled epoch, float32 `[t, sites, D]`, not scaled."""
+        """Tokens `start` to `stop` of a shuffled epoch."""
         ...
 
     def site_scale(self, kind: SiteKind) -> Tensor:
@@ -83,13 +81,16 @@ class Activations(Protocol):
 
 
 class SiteSource(Source):
-    """Block outputs ("residual") or what each block added ("write"), both splits at the training split's scales."""
+    """Block outputs ("residual") or what each block added ("write"), both splits at the training split's scales.
+
+    Two sources of one `fingerprint` (of the model, the text and their order) give the same batches.
+    """
 
     def __init__(self, train: Activations, held_out: Activations | None, kind: SiteKind) -> None:
         self.train, self._held_out, self.kind = train, held_out, kind
         self.sites = select_site_numbers(train.sites, kind)
         self.n_layers, self.d_model = len(self.sites), train.d_model
-        self.scale_L = check_scale(train.site_scale(kind), self.n_layers)
+        self.scale_L = train.site_scale(kind)
         self.fingerprint = f"{train.fingerprint}/{kind}"
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
@@ -103,11 +104,7 @@ class SiteSource(Source):
 
     @property
     def held_out_activations(self) -> Activations:
-        """The held-out split.
-
-        Raises:
-            ValueError: the source was made without one.
-        """
+        """The held-out split; a ValueError if the source was made without one."""
         if self._held_out is None:
             raise ValueError("this source has no held-out activations; give both splits")
         return self._held_out
@@ -116,25 +113,28 @@ class SiteSource(Source):
 class ShuffledSource(Source):
     """The null in which layers know nothing of each other: in each batch, every layer's tokens in an order of its own.
 
-    Each layer keeps its vectors, so its own statistics stay exactly as they were; only which vectors stand side by side
-    as one token changes. Training batches are drawn from shuffled text: two tokens are two independent draws, and a
-    permutation of B tokens leaves a layer's vector beside its own in a share 1 / B of the cases, on average. A token of
-    a layer meets others in each epoch, so that no pairing can be learnt by heart. Held-out batches follow the text:
-    partners come from the same stretch of it, so batches must be much longer than documents, and whatever the topic of
-    a stretch shows in several layers stays, which makes the null larger and X smaller.
+    Each layer keeps its vectors, and so its own statistics; only which vectors stand side by side as one token changes.
+    Training batches are drawn from shuffled text, and a token of a layer meets others in each epoch, so that no pairing
+    can be learnt by heart. Held-out batches follow the text: partners come from the same stretch of it, so batches must
+    be much longer than documents, and what the topic of a stretch shows in several layers stays, which makes the null
+    larger and X smaller.
     """
 
     def __init__(self, source: Source, seed: int) -> None:
         self._source, self._seed = source, seed
         self.n_layers, self.d_model, self.scale_L = source.n_layers, source.d_model, source.scale_L
-        self.fingerprint = source.fingerprint and f"{source.fingerprint}/shuffled {seed}"
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
-        generator = seeded_generator("shuffled layers", self._seed, seed, index)
-        return shuffle_layers(self._source.batch(index, size, seed), generator)
+        return self._shuffle(self._source.batch(index, size, seed), "shuffled layers", self._seed, seed, index)
 
     def held_out(self) -> Iterator[Tensor]:
-        return shuffle_stream(self._source.held_out(), self._seed)
+        for index, x_BLD in enumerate(self._source.held_out()):
+            yield self._shuffle(x_BLD, "shuffled stream", self._seed, index)
+
+    def _shuffle(self, x_BLD: Tensor, *stream: int | str) -> Tensor:
+        n_tokens, generator, layers = len(x_BLD), seeded_generator(*stream), range(self.n_layers)
+        order_BL = torch.stack([torch.randperm(n_tokens, generator=generator) for _ in layers], dim=1)
+        return x_BLD[order_BL.to(x_BLD.device), torch.tensor(layers, device=x_BLD.device)]
 
 
 class StackedSource(Source):
@@ -156,9 +156,8 @@ class StackedSource(Source):
         self.n_layers, self.d_model = sum(self.layer_counts), max(self.widths)
         energies = [layers * width for layers, width in zip(self.layer_counts, self.widths, strict=True)]
         self.weights = [math.sqrt(sum(energies) / len(energies) / energy) for energy in energies]
-        scales = [source.scale_L * weight for source, weight in zip(sources, self.weights, strict=True)]
-        self.scale_L = torch.cat(scales)
-        self.fingerprint = combine_fingerprints(*(str(source.fingerprint) for source in sources))
+        weighted = zip(sources, self.weights, strict=True)
+        self.scale_L = torch.cat([source.scale_L * weight for source, weight in weighted])
 
     @property
     def energy_L(self) -> np.ndarray:
@@ -224,19 +223,6 @@ def held_out_batches(activations: Activations, kind: SiteKind, scale_L: Tensor) 
         yield select_sites(x_TLD, activations.sites, kind) * scale_L.to(x_TLD.device)[:, None]
 
 
-def shuffle_layers(x_BLD: Tensor, generator: torch.Generator) -> Tensor:
-    """`x_BLD` with each layer's B vectors in a random order of its own; the generator must be on the CPU."""
-    n_tokens, n_layers = x_BLD.shape[:2]
-    order_BL = torch.stack([torch.randperm(n_tokens, generator=generator) for _ in range(n_layers)], dim=1)
-    return x_BLD[order_BL.to(x_BLD.device), torch.arange(n_layers, device=x_BLD.device)]
-
-
-def shuffle_stream(batches: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
-    """Batches `x_BLD` with each layer's tokens permuted within the batch, a function of (`seed`, position) alone."""
-    for index, x_BLD in enumerate(batches):
-        yield shuffle_layers(x_BLD, seeded_generator("shuffled stream", seed, index))
-
-
 def are_neighbours(sites: tuple[int, ...]) -> bool:
     """Whether `sites` are two or more blocks in a row, so that their differences are the blocks' writes."""
     return len(sites) > 1 and sites == tuple(range(sites[0], sites[-1] + 1))
@@ -248,27 +234,23 @@ def select_site_numbers(sites: tuple[int, ...], kind: SiteKind) -> tuple[int, ..
     Raises:
         ValueError: an unknown kind, nothing left, or writes asked of sites that are not neighbours.
     """
-    if kind == "residual":
-        chosen = tuple(site for site in sites if site > 0)
-        if not chosen:
-            raise ValueError(f"sites {list(sites)} hold no block output; harvest more layers")
-        return chosen
-    if kind != "write":
+    if kind not in get_args(SiteKind):
         raise ValueError(f"kind is {kind!r}, expected 'residual' or 'write'")
-    if not are_neighbours(sites):
+    if kind == "write" and not are_neighbours(sites):
         raise ValueError(
             f"sites {list(sites)} are not two or more neighbours, so blocks' writes are not their "
             "differences; harvest every layer"
         )
-    return sites[1:]
+    chosen = sites[1:] if kind == "write" or sites[0] == 0 else sites
+    if not chosen:
+        raise ValueError(f"sites {list(sites)} hold no block output; harvest more layers")
+    return chosen
 
 
 def select_sites(x_TLD: Tensor, sites: tuple[int, ...], kind: SiteKind) -> Tensor:
     """`x_TLD` without the embedding ("residual"), or the differences of neighbouring sites ("write")."""
-    select_site_numbers(sites, kind)
-    if kind == "write":
-        return x_TLD[:, 1:] - x_TLD[:, :-1]
-    return x_TLD[:, 1:] if sites[0] == 0 else x_TLD
+    chosen = select_site_numbers(sites, kind)
+    return x_TLD.diff(dim=1) if kind == "write" else x_TLD[:, -len(chosen) :]
 
 
 def combine_fingerprints(*parts: str) -> str:
@@ -276,19 +258,10 @@ def combine_fingerprints(*parts: str) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-def check_scale(scale_L: Tensor, n_layers: int) -> Tensor:
-    """`scale_L` as float32, after checking that it holds one positive finite number a layer."""
-    scale_L = torch.as_tensor(scale_L, dtype=torch.float32)
-    if scale_L.shape != (n_layers,) or not bool((scale_L.isfinite() & (scale_L > 0)).all()):
-        raise ValueError(f"expected {n_layers} positive scales, got {scale_L.tolist()}")
-    return scale_L
-
-
 def _check_same_tokens(splits: Sequence[Activations]) -> None:
     first = splits[0]
     for other in splits[1:]:
-        same = first.n_tokens == other.n_tokens and torch.equal(first.sequences_T, other.sequences_T)
-        if not (same and torch.equal(first.positions_T, other.positions_T)):
+        if not all(torch.equal(getattr(first, name), getattr(other, name)) for name in ("sequences_T", "positions_T")):
             raise ValueError(
                 f"one source holds {first.n_tokens:,} tokens, the other {other.n_tokens:,}, or others; stacked models "
                 "must be read on the same tokens in the same order"

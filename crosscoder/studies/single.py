@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from crosscoder.data.prepared import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.subject import load_subject, load_untrained
 from crosscoder.data.subject_training import causal_loss
+from crosscoder.data.tokens import prepare_tokens
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results

@@ -1,8 +1,8 @@
 import collections
-import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from crosscoder.data import shards as shards_module
 from crosscoder.data.residuals import ResidualHarvester
@@ -17,7 +17,7 @@ N_TOKENS = 77  # eleven blocks of eight, the first position skipped
 
 @pytest.fixture
 def truth(harvester, blocks):
-    return harvester.harvest(blocks[:]).x_TLD
+    return harvester.harvest(blocks[:])
 
 
 def test_a_shuffled_batch_mixes_sequences(harvester, blocks, tmp_path):
@@ -96,23 +96,29 @@ def test_an_altered_shard_and_a_forged_index_are_refused(harvester, blocks, tmp_
     shard.write_bytes(content)
     with pytest.raises(DamagedArtifactError, match="does not match its sha256"):
         ActivationShards.load(tmp_path / "s")
-    text = (tmp_path / "s" / "index.json").read_text()
-    index = json.loads(text)
-    index["shards"][0]["tokens"] = 76
-    (tmp_path / "s" / "index.json").write_text(text.replace('"tokens": 77', '"tokens": 76'))
-    with pytest.raises(DamagedArtifactError, match=r"says float32 \[76, 4, 16\]"):
-        ActivationShards.load(tmp_path / "s", verify=False)
+    index = tmp_path / "s" / "index.json"
+    text = index.read_text()
+    forged = [
+        ('"tokens": 77', '"tokens": 76', r"says float32 \[76, 4, 16\]"),
+        ('"shard-00000.safetensors"', '"../0.safetensors"', r"shards\[0\]: file is"),
+        ('"sites": [', '"sites": [\n    0,', r"4 scales and 3 of writes, expected 5 and 0 for sites \[0, 0, 1"),
+    ]
+    for true, false, message in forged:
+        manifest = tmp_path / "s" / "MANIFEST.json"
+        size = f'"bytes": {index.stat().st_size}'
+        index.write_text(text.replace(true, false))
+        manifest.write_text(manifest.read_text().replace(size, f'"bytes": {index.stat().st_size}'))
+        with pytest.raises(ValueError, match=message):
+            ActivationShards.load(tmp_path / "s", verify=False)
 
 
 def test_a_harvest_that_dies_leaves_nothing(harvester, blocks, tmp_path, monkeypatch):
-    original = shards_module._write_shard
-
-    def fail_on_third(folder, number, tensors):
-        if number == 2:
+    def fail_on_third(tensors, path):
+        if path.name == "shard-00002.safetensors":
             raise KeyboardInterrupt
-        return original(folder, number, tensors)
+        save_file(tensors, path)
 
-    monkeypatch.setattr(shards_module, "_write_shard", fail_on_third)
+    monkeypatch.setattr("safetensors.torch.save_file", fail_on_third)
     with pytest.raises(KeyboardInterrupt):
         write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
     assert list(tmp_path.iterdir()) == []

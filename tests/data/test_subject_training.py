@@ -1,9 +1,11 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
+import transformers
 
 from crosscoder.data.subject import build_subject
 from crosscoder.data.subject_training import (
@@ -17,16 +19,8 @@ from crosscoder.data.subject_training import (
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import DamagedArtifactError
 
-CONFIG = SubjectConfig(
-    n_layers=1,
-    d_model=16,
-    context=8,
-    head_dim=4,
-    batch=8,
-    tokens=60 * 64,
-    learning_rate=1e-2,
-    n_checkpoints=3,
-)
+SIZES = {"n_layers": 1, "d_model": 16, "context": 8, "head_dim": 4}
+CONFIG = SubjectConfig(**SIZES, batch=8, tokens=60 * 64, learning_rate=1e-2, n_checkpoints=3)
 
 
 def counting_blocks(n, first=0):
@@ -65,21 +59,17 @@ def test_record_and_checkpoints_load_again(run):
     for index, checkpoint in enumerate(run.checkpoints):
         model = run.load_model(index)
         assert not model.training
-        assert held_out_loss(model, counting_blocks(16)) == pytest.approx(checkpoint.held_out_loss, rel=1e-6)
+        assert held_out_loss(model, counting_blocks(16)[:]) == pytest.approx(checkpoint.held_out_loss, rel=1e-6)
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_checkpoints_are_ordinary_folders(run):
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(run.folder / "step-60")
     ids = counting_blocks(4)[:]
     assert torch.equal(model(ids).logits.argmax(-1)[:, -1], (ids[:, -1] + 1) % 16)
 
 
 def test_damaged_checkpoint_is_refused(run, tmp_path):
-    import shutil
-
     shutil.copytree(run.folder / "step-0", tmp_path / "c")
     content = bytearray((tmp_path / "c" / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -88,16 +78,14 @@ def test_damaged_checkpoint_is_refused(run, tmp_path):
         load_checkpoint(tmp_path / "c")
 
 
-def test_same_seed_same_weights_other_seed_others(run, tmp_path):
+def test_same_seed_same_weights_other_seed_others(tmp_path):
     torch.manual_seed(123)
     state = torch.random.get_rng_state()
     short = dataclasses.replace(CONFIG, tokens=3 * 64, n_checkpoints=1)
-    weights = []
-    for number, config in enumerate((short, short, dataclasses.replace(short, seed=1))):
-        again = train_subject(
-            config, counting_blocks(480), counting_blocks(16), folder=tmp_path / str(number), quiet=True
-        )
-        weights.append(again.load_model(-1).model.embed_tokens.weight)
+    configs = short, short, dataclasses.replace(short, seed=1)
+    tokens = counting_blocks(480), counting_blocks(16)
+    runs = [train_subject(one, *tokens, folder=tmp_path / str(i), quiet=True) for i, one in enumerate(configs)]
+    weights = [run.load_model(-1).model.embed_tokens.weight for run in runs]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -114,9 +102,7 @@ def test_loss_is_that_of_transformers():
     model = build_subject(1, 16, vocab_size=16, context=8, head_dim=4, seed=0).eval()
     ids = counting_blocks(5)[:]
     torch.testing.assert_close(next_token_loss(model, ids), model(ids, labels=ids).loss)
-    assert held_out_loss(model, counting_blocks(5), batch=2) == pytest.approx(
-        next_token_loss(model, ids).item(), rel=1e-5
-    )
+    assert held_out_loss(model, ids, batch=2) == pytest.approx(next_token_loss(model, ids).item(), rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -131,7 +117,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 def test_blocks_that_do_not_fit_are_refused(tmp_path):
     train, held_out = counting_blocks(20), counting_blocks(4)
     longer = dataclasses.replace(CONFIG, context=16)
-    with pytest.raises(ValueError, match="blocks have 8 tokens, the context is 16"):
+    with pytest.raises(ValueError, match=r"8 \(train\) and 8 \(held-out\) tokens, the context is 16"):
         train_subject(longer, train, held_out, folder=tmp_path)
     other = TokenBlocks(held_out[:], vocab_size=17)
     with pytest.raises(ValueError, match="different tokenizers"):
@@ -139,28 +125,21 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_diverging_training_stops_and_names_the_step(tmp_path, monkeypatch):
-    from crosscoder.data import subject_training
+    def loss(model, ids):
+        return next_token_loss(model, ids) * (float("nan") if model.training else 1)
 
-    original = subject_training.next_token_loss
-    monkeypatch.setattr(subject_training, "next_token_loss", lambda *given: original(*given) * float("nan"))
+    monkeypatch.setattr("crosscoder.data.subject_training.next_token_loss", loss)
     config = dataclasses.replace(CONFIG, n_checkpoints=1)
     with pytest.raises(FloatingPointError, match="nan at step 0"):
         train_subject(config, counting_blocks(20), counting_blocks(4), folder=tmp_path, quiet=True)
 
 
+BAD = [("tokens", 0), ("batch", 0), ("context", 1), ("learning_rate", 0.0), ("learning_rate", float("nan"))]
+
+
 @pytest.mark.parametrize(
-    "setting",
-    [
-        {"tokens": 0},
-        {"batch": 0},
-        {"context": 1},
-        {"learning_rate": 0.0},
-        {"learning_rate": float("nan")},
-        {"warmup_fraction": 1.0},
-        {"n_checkpoints": 50},
-        {"precision": "float16"},
-    ],
+    ("name", "value"), [*BAD, ("warmup_fraction", 1.0), ("n_checkpoints", 50), ("precision", "float16")]
 )
-def test_bad_settings_are_refused(setting):
+def test_bad_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=r"expected|cannot hold"):
-        dataclasses.replace(CONFIG, **setting)
+        dataclasses.replace(CONFIG, **{name: value})

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from crosscoder.data.prepared import PreparedTokens, prepare_tokens
 from crosscoder.data.tokens import (
     END_OF_TEXT,
+    PreparedTokens,
     TokenBlocks,
     pack_documents,
+    prepare_tokens,
     tokenizer_hash,
     train_tokenizer,
 )
@@ -40,8 +41,9 @@ def test_tokenizer_is_deterministic_reversible_and_covers_all_text(tokenizer):
         train_tokenizer(DOCUMENTS, vocab_size=256)
 
 
-def test_packing_keeps_every_token_in_order_and_counts_the_rest(tokenizer):
-    blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7, chunk=3)
+def test_packing_keeps_every_token_in_order_and_counts_the_rest(tokenizer, monkeypatch):
+    monkeypatch.setattr("crosscoder.data.tokens._CHUNK", 3)
+    blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7)
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in DOCUMENTS]
     flat = [token for document in ids for token in document]
     origin = [number for number, document in enumerate(ids) for _ in document]
@@ -84,6 +86,8 @@ def test_save_and_load_and_datasets_reads_the_same(tmp_path, tokenizer):
     assert (loaded.vocab_size, loaded.n_dropped, loaded.sequence_length) == (280, blocks.n_dropped, 7)
     loaded[0].fill_(1)  # a copy, not the file
     assert torch.equal(loaded[:], blocks[:])
+    record = json.loads((tmp_path / "t" / "tokens.json").read_text())
+    assert (record["n_blocks"], record["n_documents"]) == (len(blocks), len(set(blocks.documents.tolist())))
     datasets = pytest.importorskip("datasets")
     table = datasets.load_from_disk(str(tmp_path / "t"))
     assert table["input_ids"][:] == blocks[:].tolist()
@@ -159,11 +163,3 @@ def test_parts_of_different_preparations_are_refused(tmp_path, corpus):
 def test_prepare_needs_one_tokenizer(corpus):
     with pytest.raises(ValueError, match="either a tokenizer or the vocab_size"):
         prepare_tokens(corpus)
-
-
-def test_record_is_plain(tmp_path, blocks):
-    blocks.save(tmp_path / "t")
-    record = json.loads((tmp_path / "t" / "tokens.json").read_text())
-    assert record["n_blocks"] == 11
-    assert record["sequence_length"] == 8
-    assert record["n_documents"] == 6

@@ -1,9 +1,15 @@
 import pytest
 import torch
 
-from crosscoder.data.world import Firing, Nuisance, World, WorldConfig, split_codewords
-
-ALL_KINDS = ("local", "persistent", "drifting", "split", "gated")
+from crosscoder.data.world import (
+    KINDS,
+    Firing,
+    Nuisance,
+    World,
+    WorldConfig,
+    mean_interference_dimension,
+    split_codewords,
+)
 
 
 def generator():
@@ -22,16 +28,6 @@ def test_rates_and_sizes_are_those_asked_for():
     assert 0.7 <= active.min() < 0.71
     assert 1.29 < active.max() <= 1.3
     torch.testing.assert_close(x_BLD, torch.einsum("bf,fld->bld", activations_BF, world.decoder_FLD))
-
-
-@pytest.mark.parametrize("equal_energy", [True, False])
-def test_norms(equal_energy):
-    world = World(WorldConfig(n_features=60, equal_energy=equal_energy))
-    norm_FL = world.decoder_FLD.norm(dim=2)
-    if equal_energy:
-        torch.testing.assert_close(norm_FL.square().sum(1), torch.ones(60))
-    else:
-        torch.testing.assert_close(norm_FL[norm_FL > 0], torch.ones(int((norm_FL > 0).sum())))
 
 
 def test_kinds_live_where_they_should():
@@ -54,12 +50,11 @@ def test_everything_follows_the_seeds():
     torch.testing.assert_close(World(config).decoder_FLD, World(config).decoder_FLD, rtol=0, atol=0)
     assert not torch.equal(World(config).decoder_FLD, World(WorldConfig(seed=1)).decoder_FLD)
     before = torch.random.get_rng_state()
-    batches = list(World(config).batches(8, 3, seed=2))
-    again = list(World(config).batches(8, 3, seed=2))
+    batch = World(config).draw(8, 2, 0)
+    assert torch.equal(batch, World(config).draw(8, 2, 0))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(x_BLD, y_BLD) for x_BLD, y_BLD in zip(batches, again))
-    assert not torch.equal(batches[0], batches[1])
-    assert not torch.equal(batches[0], next(World(config).batches(8, 3, seed=3)))
+    assert not torch.equal(batch, World(config).draw(8, 2, 1))
+    assert not torch.equal(batch, World(config).draw(8, 3, 0))
 
 
 def test_noise_has_the_size_asked_for():
@@ -69,39 +64,19 @@ def test_noise_has_the_size_asked_for():
 
 
 @pytest.mark.parametrize(
-    "setting",
+    ("config", "settings"),
     [
-        {"n_features": 0},
-        {"d_model": 1},
-        {"kinds": ()},
-        {"kinds": ("global",)},
-        {"n_layers": 1},
-        {"p_min": 0.0},
-        {"p_min": 0.5},
-        {"p_max": 1.5},
-        {"drift_cosine": 1.1},
-        {"noise": -1.0},
-        {"noise": float("nan")},
-        {"p_max": 0.6, "firing": Firing(dependence="exclusive", group=2)},
+        (WorldConfig, [{"n_features": 0}, {"d_model": 1}, {"kinds": ()}, {"kinds": ("global",)}, {"n_layers": 1}]),
+        (WorldConfig, [{"p_min": 0.0}, {"p_min": 0.5}, {"p_max": 1.5}, {"drift_cosine": 1.1}, {"noise": -1.0}]),
+        (WorldConfig, [{"p_max": 0.6, "firing": Firing(dependence="exclusive", group=2)}]),
+        (Firing, [{"law": "pareto"}, {"dependence": "both"}, {"strength": 1.1}, {"group": 1}]),
+        (Nuisance, [{"n_circles": -1}, {"circle_probability": 2.0}]),
     ],
 )
-def test_bad_worlds_are_refused(setting):
-    with pytest.raises(ValueError, match=r"expected|every feature is local"):
-        WorldConfig(**setting)
-
-
-@pytest.mark.parametrize("setting", [{"law": "pareto"}, {"dependence": "both"}, {"strength": 1.1}, {"group": 1}])
-def test_bad_firing_is_refused(setting):
-    with pytest.raises(ValueError, match="expected"):
-        Firing(**setting)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"drift_rank": -1}, {"n_circles": -1}, {"drift_scale": float("inf")}, {"circle_probability": 2.0}]
-)
-def test_bad_nuisances_are_refused(setting):
-    with pytest.raises(ValueError, match="expected"):
-        Nuisance(**setting)
+def test_bad_worlds_are_refused(config, settings):
+    for setting in settings:
+        with pytest.raises(ValueError, match=r"expected|every feature is local"):
+            config(**setting)
 
 
 def test_worlds_stay_what_they_were():
@@ -110,7 +85,7 @@ def test_worlds_stay_what_they_were():
     sums = [world.decoder_FLD[i].sum().item() for i in (0, 1, 62)]
     assert sums == pytest.approx([1.009086, -0.170994, -2.042397], abs=1e-5)
     assert world.probability_F[[0, 1, 62]].tolist() == pytest.approx([0.036540, 0.016697, 0.023527], abs=1e-6)
-    assert next(world.batches(8, 1, seed=2)).sum().item() == pytest.approx(5.016480, abs=1e-4)
+    assert world.draw(8, 2, 0).sum().item() == pytest.approx(5.016480, abs=1e-4)
 
 
 def test_composite_kinds_do_not_move_the_others():
@@ -159,14 +134,16 @@ def test_gated_features_need_both_layers():
 def test_truth_is_stated():
     local = World(WorldConfig(n_features=400, n_layers=4, d_model=16, kinds=("local",)))
     assert local.rho_F.tolist() == [1.0] * 400
-    assert local.effective_dimension == pytest.approx(4 * 16, rel=0.05)
-    world = World(WorldConfig(n_features=100, kinds=ALL_KINDS, equal_energy=False))
-    rho_F = dict(zip(ALL_KINDS, (world.rho_F[world.kind_F == i] for i in range(5))))
+    assert mean_interference_dimension(local.decoder_FLD) == pytest.approx(4 * 16, rel=0.05)
+    world = World(WorldConfig(n_features=100, kinds=KINDS, equal_energy=False))
+    rho_F = dict(zip(KINDS, (world.rho_F[world.kind_F == i] for i in range(5))))
     assert (rho_F["split"] == 4).all()
     assert (rho_F["gated"] == 2).all()
     assert (rho_F["persistent"] >= 2).all()
-    energy_F = world.decoder_FLD.square().sum((1, 2))
-    torch.testing.assert_close(energy_F, world.rho_F)
+    norm_FL = world.decoder_FLD.norm(dim=2)
+    torch.testing.assert_close(norm_FL, norm_FL.round())  # 1 wherever a feature lives
+    equal = World(WorldConfig(n_features=60)).decoder_FLD
+    torch.testing.assert_close(equal.square().sum((1, 2)), torch.ones(60))
 
 
 def test_zipf_spans_the_range_in_ranks():
@@ -205,21 +182,13 @@ def test_exclusive_features_keep_their_rates_and_never_meet():
     assert joint_FF[0, 4].item() == pytest.approx(0.01, abs=0.002)
 
 
-def residue(nuisance, n=4000):
-    clean, dirty = World(WorldConfig()), World(WorldConfig(nuisance=nuisance))
-    (x_BLD, a_BF), (y_BLD, b_BF) = clean.sample(n, generator()), dirty.sample(n, generator())
-    assert torch.equal(a_BF, b_BF), "the truth is the same with and without"
-    return y_BLD - x_BLD
-
-
-def test_dense_drift_has_its_rank_and_size():
-    drift_BLD = residue(Nuisance(drift_rank=3, drift_scale=0.5))
-    torch.testing.assert_close(drift_BLD.square().sum(2).mean(0), torch.full((4,), 0.25), rtol=0.05, atol=0)
-    assert int(torch.linalg.matrix_rank(drift_BLD.flatten(1), rtol=1e-4)) == 3
-
-
 def test_a_circle_is_a_circle():
-    points_BN = residue(Nuisance(n_circles=1, circle_probability=0.25)).flatten(1)
+    nuisance = Nuisance(n_circles=1, circle_probability=0.25)
+    clean, dirty = (
+        World(config).sample(4000, generator()) for config in (WorldConfig(), WorldConfig(nuisance=nuisance))
+    )
+    assert torch.equal(clean[1], dirty[1]), "the truth is the same with and without"
+    points_BN = (dirty[0] - clean[0]).flatten(1)
     radius_B = points_BN.norm(dim=1)
     there_B = radius_B > 0.5
     assert there_B.float().mean().item() == pytest.approx(0.25, abs=0.03)

@@ -17,7 +17,7 @@ def world_batches(n_steps, *, seed=1):
     """A planted world of 64 features, about two of them active, at the house's scale: E x^2 = 1 for each number."""
     world = World(WorldConfig(n_features=64, n_layers=4, d_model=16))
     scale = world.sample(4096, torch.Generator().manual_seed(9))[0].square().mean().sqrt()
-    return [x / scale for x in world.batches(256, n_steps, seed=seed)]
+    return [world.draw(256, seed, index) / scale for index in range(n_steps)]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder
-from crosscoder.data.sources import shuffle_stream
+from crosscoder.data.sources import PlantedSource, ShuffledSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery
 from crosscoder.measure.probes import FunctionalSpread, measure_functional_spread
@@ -22,12 +22,19 @@ class Arm:
     measured: FunctionalSpread
 
 
-def fit(make_stream, shape, *, n_features, k, seed=0):
-    """A crosscoder trained on one stream and measured on another of the same law."""
+def tokens_of(world):
+    config = world.config
+    scale_L = torch.ones(config.n_layers)
+    return PlantedSource(world.draw, scale_L=scale_L, d_model=config.d_model, held_out_stream=2, held_out_tokens=4096)
+
+
+def fit(source, shape, *, n_features, k, seed=0):
+    """A crosscoder trained on one stream of a source's tokens and measured on another."""
     dictionary = Crosscoder(**shape, n_features=n_features, sparsity=BatchTopK(k=k), seed=seed)
     config = TrainConfig(steps=STEPS, learning_rate=1e-2, dead_after_tokens=10_000, log_every=STEPS)
-    train(dictionary, make_stream(BATCH, STEPS, 1), config=config, quiet=True)
-    return Arm(dictionary, measure_functional_spread(dictionary, lambda: make_stream(4096, HELD_OUT, 2)))
+    train(dictionary, source.batches(BATCH, seed=1, steps=STEPS), config=config, quiet=True)
+    held_out = source.batches(4096, seed=2, steps=HELD_OUT)
+    return Arm(dictionary, measure_functional_spread(dictionary, lambda: held_out(0)))
 
 
 def study(config, *, n_features):
@@ -43,9 +50,9 @@ def study(config, *, n_features):
         "k": round(float(world.probability_F.sum())),
     }
     arms = {
-        "trained": fit(world.batches, **sizes),
-        "shuffled": fit(lambda *args: shuffle_stream(world.batches(*args), 9), **sizes),
-        "untrained": fit(carried.batches, **sizes),
+        "trained": fit(tokens_of(world), **sizes),
+        "shuffled": fit(ShuffledSource(tokens_of(world), 9), **sizes),
+        "untrained": fit(tokens_of(carried), **sizes),
     }
     return world, arms
 

@@ -26,7 +26,8 @@ def trained(world, *, steps=500, learning_rate=1e-2, kept_bias=None, **settings)
         with torch.no_grad():
             dictionary.encoder_bias.copy_(kept_bias)
     config = TrainConfig(steps=steps, learning_rate=learning_rate, dead_after_tokens=10_000, log_every=steps)
-    return train(dictionary, world.batches(256, steps, seed=1), config=config, quiet=True).dictionary
+    batches = (world.draw(256, 1, index) for index in range(steps))
+    return train(dictionary, batches, config=config, quiet=True).dictionary
 
 
 def held_out(world, dictionary, n=20_480):
