@@ -13,7 +13,7 @@ from crosscoder.foundation.console import human_bytes
 from crosscoder.studies.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
 from crosscoder.studies.planted import PlantedConfig
 from crosscoder.studies.presets import StudyConfig
-from crosscoder.studies.shapes import study_cells, study_joints
+from crosscoder.studies.shapes import study_cells
 from crosscoder.studies.single import SubjectStudyConfig
 from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
@@ -96,12 +96,12 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
 
 def study_needs(config: StudyConfig) -> Needs:
     """What a study of several shapes takes."""
-    cells, joints = study_cells(config), study_joints(config)
+    cells = study_cells(config)
     rows: Needs = [
         ("text", config.subjects.text),
         ("training runs", str(len(config.subjects.runs()))),
-        ("cells", str(len(cells) + len(joints))),
-        ("dictionaries", str(sum(len(cell.seeds) for cell in [*cells, *joints]))),
+        ("cells", str(len(cells))),
+        ("dictionaries", str(sum(len(cell.seeds) for cell in cells))),
         ("steps of each, and tokens a step", f"{config.dictionaries.steps} x {config.dictionaries.batch}"),
     ]
     disk, shapes = 0, config.subjects.shapes()
@@ -114,7 +114,7 @@ def study_needs(config: StudyConfig) -> Needs:
         disk += tokens * (shape.n_layers + 1) * shape.d_model * 4
         for arm, budget in {cell.arm: cell.budget for cell in mains}.items():
             rows += [(f"{name}, {label}", value) for label, value in dictionary_needs(arm, *size, budget)]
-    if joints:
+    if joints := [cell for cell in cells if cell.other is not None]:
         pair = [shapes[name] for name in ("A", "B")]
         layers, width = sum(shape.n_layers for shape in pair), max(shape.d_model for shape in pair)
         found = dictionary_needs("crosscoder", layers, width, joints[0].budget)

@@ -8,8 +8,7 @@ spreads miss there, they may miss on a model.
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,19 +19,16 @@ from torch import Tensor
 from crosscoder.data.residuals import estimate_scales
 from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World, WorldConfig
-from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import config as settings
-from crosscoder.foundation.config import to_mapping
-from crosscoder.results.rows import from_blocks, to_blocks
+from crosscoder.measure.reading import read_dictionary
 from crosscoder.results.table import COMPARED, LongTable, Place, Row, rows_at
 from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.cells import new_dictionary
-from crosscoder.studies.fit import fit_dictionary, log_uniform_bounds, score
+from crosscoder.studies.cells import fit
+from crosscoder.studies.fit import log_uniform_bounds, score
+from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import StudyConfig
-from crosscoder.studies.workers import run_jobs
 from crosscoder.verdict.evidence import Calibration
 
-SCHEMA = "crosscoder.calibration/2"
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
@@ -49,11 +45,8 @@ class CalibrationConfig:
     tokens_train: PositiveInt = 200_000
     """Distinct tokens, read over and over."""
     tokens_held_out: PositiveInt = 30_000
-    equal_energy: bool = True
-    """False: a feature has norm 1 at every layer it lives in, so that local ones are the weakest."""
     seed: int = 0
     """Of the world."""
-    dictionary_seed: int = 0
 
     def __post_init__(self) -> None:
         highest = self.probabilities()[1]
@@ -83,7 +76,6 @@ class CalibrationConfig:
                 kinds=("local",) if self.n_layers == 1 else ("local", "persistent", "drifting", "split"),
                 p_min=low,
                 p_max=high,
-                equal_energy=self.equal_energy,
                 seed=self.seed,
             )
         )
@@ -119,43 +111,21 @@ def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[
     """The scores of a crosscoder trained on a planted world as a study's cell is trained."""
     source, world = planted_source(config, device)
     budget = config.budget
-    dictionary = new_dictionary("crosscoder", source, budget, seed=config.dictionary_seed)
-    reading = fit_dictionary(
-        dictionary, source, budget.train_config(), batch=budget.batch, seed=budget.data_seed, device=device
-    )
+    dictionary, held_out = fit("crosscoder", source, budget, seed=0, device=device)
+    reading = read_dictionary(dictionary, held_out())
     at = Place(role="calibration", n_features=budget.n_features, k=budget.k_crosscoder, seed=config.seed)
     rows = score(at, reading.distinct.decoder_FLD, world, reading, l0_true=budget.k_crosscoder)
-    about = {"n_layers": config.n_layers, "d_model": config.d_model, "equal_energy": config.equal_energy}
+    about = {"n_layers": config.n_layers, "d_model": config.d_model, "equal_energy": world.config.equal_energy}
     return [*rows, *rows_at(at, about)]
 
 
-def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: str = "cpu") -> list[Row]:
-    """The scores of one planted world; read from `root` where an equal calibration has been kept."""
-    path = None if root is None else calibration_path(root, config)
-    if path is not None and path.is_file():
-        kept = read_json(path)
-        if kept.get("schema") == SCHEMA and kept.get("config") == to_mapping(config):
-            return from_blocks(kept["rows"])
-    rows = measure_calibration(config, device)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "rows": to_blocks(rows)})
-    return rows
-
-
-def calibration_path(root: Path, config: CalibrationConfig) -> Path:
-    """Where a calibration is kept: named by a hash of its inputs and of the schema."""
-    text = json.dumps([SCHEMA, to_mapping(config)], sort_keys=True)
-    return root / f"calibration-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-def calibrate_study(config: StudyConfig, folder: Path, *, device: str, workers: int) -> list[Row]:
+def calibrate_study(config: StudyConfig, study: StudyFolder) -> list[Row]:
     """Scores of planted worlds of the compared shapes' own sizes, kept beside the studies so that others reuse them.
 
     Raises:
         ValueError: k is so large that planted features would be active nearly always.
     """
-    jobs = {}
+    jobs: dict[Path, Callable[[], list[Row]]] = {}
     for name in COMPARED:
         shape = config.subjects.shapes()[name]
         for seed in range(config.calibration_worlds):
@@ -167,9 +137,11 @@ def calibrate_study(config: StudyConfig, folder: Path, *, device: str, workers: 
                 tokens_held_out=config.tokens_held_out,
                 seed=seed,
             )
-            jobs[f"{name}-world{seed}"] = partial(calibrate, wanted, root=folder.parent / "calibration", device=device)
-    found = run_jobs(jobs, workers=workers, device=device, label="calibration") if jobs else {}
-    return [replace(row, at=replace(row.at, subject=name[0])) for name, rows in found.items() for row in rows]
+            home = study_folder(wanted, f"{name}-world{seed}", study.root.parent / "calibration")
+            path = home.with_suffix(".json")
+            jobs[path] = partial(measure_calibration, wanted, study.device)
+    found = study.measure(jobs, "calibration")
+    return [replace(row, at=replace(row.at, subject=path.name[0])) for path, rows in found.items() for row in rows]
 
 
 def worst_calibration(table: LongTable, *, same_sizes: bool = True) -> Calibration:

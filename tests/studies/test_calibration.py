@@ -9,7 +9,9 @@ import torch
 from crosscoder.results.table import LongTable, Place, rows_at
 from crosscoder.studies import calibration
 from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.calibration import CalibrationConfig, calibrate, planted_source
+from crosscoder.studies.calibration import CalibrationConfig, measure_calibration, planted_source
+from crosscoder.studies.folder import StudyFolder
+from crosscoder.studies.presets import PRESETS
 
 BUDGET = DictionaryBudget(n_features=64, k_crosscoder=2, k_layerwise=2, steps=400, batch=256, learning_rate=1e-2)
 CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=50_000, tokens_held_out=8000)
@@ -18,7 +20,7 @@ CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=5
 @pytest.fixture(scope="module")
 def scores():
     torch.set_num_threads(1)
-    return plain(calibrate(CONFIG))
+    return plain(measure_calibration(CONFIG))
 
 
 def plain(rows):
@@ -33,7 +35,7 @@ def test_an_easy_world_is_found(scores):
 
 
 def test_too_little_training_is_not_hidden(scores):
-    hurried = plain(calibrate(replace(CONFIG, budget=replace(BUDGET, steps=10))))
+    hurried = plain(measure_calibration(replace(CONFIG, budget=replace(BUDGET, steps=10))))
     assert hurried["mcc"] < scores["mcc"] - 0.2
     assert hurried["explained_variance"] < scores["explained_variance"] - 0.2
 
@@ -63,19 +65,17 @@ def test_tokens_come_again_after_as_many_as_the_study_has():
     assert not any(torch.equal(held_out, batch) for batch in batches)
 
 
-def test_a_result_is_kept_by_its_inputs(tmp_path, scores, monkeypatch):
-    short = replace(CONFIG, budget=replace(BUDGET, steps=5))
-    first = calibrate(short, root=tmp_path)
-    path = calibration.calibration_path(tmp_path, short)
-    assert path.is_file()
-    monkeypatch.setattr(calibration, "measure_calibration", lambda *_: pytest.fail("it was kept"))
-    assert plain(calibrate(short, root=tmp_path)) == plain(first)
-    for other in (
-        replace(short, seed=1),
-        replace(short, tokens_held_out=9000),
-        replace(short, budget=replace(short.budget, learning_rate=1e-3)),
-    ):
-        assert calibration.calibration_path(tmp_path, other) != path
+def test_a_result_is_kept_by_its_inputs_and_used_by_the_next_study(tmp_path, monkeypatch):
+    smoke = PRESETS["smoke"]
+    short = replace(smoke, dictionaries=replace(smoke.dictionaries, steps=5))
+    first = calibration.calibrate_study(short, StudyFolder(tmp_path / "first"))
+    assert {row.at.subject for row in first} == {"A", "B"}
+    kept = set((tmp_path / "calibration").iterdir())
+    assert len(kept) == 2
+    calibration.calibrate_study(replace(short, tokens_held_out=5000), StudyFolder(tmp_path / "other"))
+    assert len(set((tmp_path / "calibration").iterdir()) - kept) == 2
+    monkeypatch.setattr(StudyFolder, "run", lambda _, jobs, label: pytest.fail("it was kept") if jobs else {})
+    assert calibration.calibrate_study(short, StudyFolder(tmp_path / "second")) == first
 
 
 def test_the_gates_take_the_worst_world():

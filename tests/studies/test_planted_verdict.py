@@ -214,4 +214,6 @@ def test_trained_dictionaries_return_the_planted_ratio_and_lifespan():
     assert errors.rho_error <= 0.1
     assert evidence.worst_self_cosine(list(subjects.values())) >= 0.9
     d_eff = {side: np.mean([pair.debiased.value for pair in subjects[side].pairs[0]]) for side in ("A", "B")}
-    assert d_eff["A"] / d_eff["B"] == pytest.approx(planted_verdict.drawn_truth(one)["R"], rel=0.1)
+    assert d_eff["A"] / d_eff["B"] == pytest.approx(
+        planted_verdict.truth(one.pairs, planted_verdict.drawn_dimension)["R"], rel=0.1
+    )
