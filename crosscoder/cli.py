@@ -114,10 +114,9 @@ class Compare(Command):
     def run(self) -> None:
         from crosscoder.report.answer import answer
         from crosscoder.report.page import render_report
-        from crosscoder.studies.folder import study_folder
+        from crosscoder.studies.folder import default_workers, study_folder
         from crosscoder.studies.shapes import OtherPartsError, Part, run_study
         from crosscoder.studies.single import SubjectStudyConfig, run_subject_study
-        from crosscoder.studies.workers import default_workers
 
         config = self.study()
         stem = None if self.subject is None else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.subject).stem)
@@ -173,9 +172,8 @@ class Synthetic(Command):
         return [*planted_needs(self.study()), ("writes", writes)]
 
     def run(self) -> None:
-        from crosscoder.studies.folder import study_folder
+        from crosscoder.studies.folder import default_workers, study_folder
         from crosscoder.studies.planted import run_planted
-        from crosscoder.studies.workers import default_workers
 
         folder = study_folder(self.study(), f"synthetic-{self.preset}", self.out)
         workers = self.workers or default_workers(self.device)

@@ -21,7 +21,7 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.measure import recovery
 from crosscoder.measure.statistics import exponentiate, two_level_bootstrap
 from crosscoder.results.table import Estimate
-from crosscoder.studies.fit import FitConfig
+from crosscoder.studies.calibration import FitConfig
 
 FIRST_ACTIVE = (2, 4, 8)  # active features per token, of which the first that succeeds begins the search
 FINE = 1.2  # the search ends when the last success and the first failure are this factor apart, or neighbours

@@ -1,4 +1,4 @@
-"""What a study's own dictionary would find if the truth were known: planted worlds of the study's very sizes.
+"""Dictionaries trained on planted truth and scored; what a study's own dictionary would find if the truth were known.
 
 A world with the subject's L and D is planted with half as many features as the dictionary has, as many of them active
 on a token as the dictionary may use, and a crosscoder is trained on it as the study's cells are: size, k, steps, batch,
@@ -8,31 +8,115 @@ spreads miss there, they may miss on a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pydantic import PositiveInt
+import numpy as np
+import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from crosscoder.data.residuals import estimate_scales
 from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.config import config as settings
-from crosscoder.measure.reading import read_dictionary
+from crosscoder.measure import recovery
+from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.results.table import COMPARED, LongTable, Place, Row, rows_at
-from crosscoder.studies.budget import DictionaryBudget
+from crosscoder.studies.budget import Arm, DictionaryBudget
 from crosscoder.studies.cells import fit
-from crosscoder.studies.fit import log_uniform_bounds, score
 from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import StudyConfig
+from crosscoder.training import TrainConfig
 from crosscoder.verdict.evidence import Calibration
 
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
 PLANTED_SHARE = 0.5  # planted features over the dictionary's
+BY_KIND = ("recall_by_kind", "precision_by_kind", "kind_confusion")
+TRAIN_STREAM, HELD_OUT_STREAM = 1, 2
+Draw = Callable[[int, int | str, int], Tensor]
+"""`(n, stream, index) -> x_BLD`: batch number `index` of a stream of planted tokens."""
+
+
+@settings
+class FitConfig:
+    """How every dictionary of a planted study is trained, on tokens that never repeat."""
+
+    steps: PositiveInt = 800
+    batch: PositiveInt = 1024
+    learning_rate: PositiveFloat = 1e-2
+    k_factor: PositiveFloat = 1.0
+    """Active features per token, as a multiple of the truth; anything but 1 mixes or splits features."""
+    held_out: PositiveInt = 20_480
+
+    def k(self, l0_true: float, n_features: int) -> int:
+        """Active features of a dictionary in a world where `l0_true` are active."""
+        return min(max(1, round(self.k_factor * l0_true)), n_features)
+
+    def source(
+        self, draw: Draw, shape: tuple[int, int], *, scale: float = 1.0, held_out_stream: int = HELD_OUT_STREAM
+    ) -> PlantedSource:
+        """The tokens of a world of `(layers, width)`, every layer multiplied by `scale`."""
+        n_layers, d_model = shape
+        return PlantedSource(
+            lambda n, stream, index: draw(n, stream, index) * scale,
+            scale_L=torch.full((n_layers,), scale),
+            d_model=d_model,
+            held_out_stream=held_out_stream,
+            held_out_tokens=self.held_out,
+        )
+
+    def run(
+        self,
+        arm: Arm,
+        source: PlantedSource,
+        *,
+        n_features: int,
+        k: int,
+        seed: int,
+        stream: int = TRAIN_STREAM,
+        device: str = "cpu",
+    ) -> Reading:
+        """The reading of a dictionary after training on one stream of a source."""
+        given: dict[str, Any] = {"steps": self.steps, "learning_rate": self.learning_rate, "dead_after_tokens": 10_000}
+        budget = DictionaryBudget(
+            n_features=n_features, k_crosscoder=k, k_layerwise=k, batch=self.batch, data_seed=stream, **given
+        )
+        training = TrainConfig(**given, log_every=self.steps)
+        dictionary, held_out = fit(arm, source, budget, seed=seed, training=training, device=device)
+        return read_dictionary(dictionary, held_out())
+
+
+def log_uniform_bounds(mean: float, ratio: float) -> tuple[float, float]:
+    """The least and the greatest of log-uniform probabilities with this mean, `ratio` apart."""
+    low = mean * math.log(ratio) / (ratio - 1)
+    return low, low * ratio
+
+
+def score(at: Place, found_FLD: np.ndarray, world: World, reading: Reading, *, l0_true: float) -> list[Row]:
+    """What an estimate that calls `found_FLD` the features of a world got right, and what its dictionary did."""
+    kinds, truth_FLD = world.config.kinds, world.decoder_FLD.cpu().numpy()
+    scores = recovery.score_features(found_FLD, truth_FLD, world.kind_F.numpy(), kinds, count=len(found_FLD))
+    by_kind = {key: scores.pop(key) for key in BY_KIND}
+    dictionary = {
+        "alive": len(reading),
+        "dead_share": reading.dead_share,
+        "saturated": recovery.is_saturated(len(reading), reading.size),
+        "explained_variance": reading.explained_variance,
+        "l0": reading.l0,
+        "l0_true": l0_true,
+        "l0_error": recovery.relative_error(reading.l0, l0_true),
+    }
+    rows = rows_at(at, {**scores, **dictionary})
+    for kind in kinds:
+        rows += rows_at(replace(at, kind=kind), {key: by_kind[key][kind] for key in BY_KIND})
+    return rows
 
 
 @settings

@@ -117,21 +117,14 @@ def file_name(at: Place) -> str:
 
 
 def reading_path(folder: Path, at: Place) -> Path:
-    """The file of the reading of the dictionary at a place, whose seed is given."""
-    return folder / f"{file_name(at)}.safetensors"
+    """The file in a study's folder of the reading of the dictionary at a place, whose seed is given."""
+    return folder / "readings" / f"{file_name(at)}.safetensors"
 
 
-def run_cell(
-    cell: Cell,
-    stores: Sequence[Stores],
-    *,
-    device: str = "cpu",
-    save_to: Path | None = None,
-    readings_to: Path | None = None,
-) -> list[Row]:
+def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str = "cpu") -> list[Row]:
     """Train, measure and count every seed of `cell`, on the activations of each of its runs.
 
-    Readings of compared cells are kept in `readings_to`, dictionaries in `save_to`.
+    The readings that the verdict needs, and the main dictionaries of trained subjects, are kept in the study's folder.
 
     Raises:
         ValueError: the stores of a joint cell do not hold the same tokens.
@@ -149,19 +142,21 @@ def run_cell(
         dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
         reading = read_dictionary(dictionary, held_out())
         rows += dictionary_rows(at, dictionary, reading)
-        if store.subject is not None and seed == cell.seeds[0]:
+        main = cell.role == "main" and cell.state != "shuffled"
+        if main and store.subject is not None and seed == cell.seeds[0]:
             rows += _splice(at, dictionary, stored.sites, store, device)
-        if save_to is not None:
-            dictionary.save_pretrained(save_to / file_name(at))
-        if cell.compared and readings_to is not None:
+        if main and cell.state == "trained":
+            dictionary.save_pretrained(folder / "dictionaries" / file_name(at))
+        if cell.compared:
             kept = reading.distinct
             if cell.probed and len(kept) and source.n_layers > 1:
                 found = probe(dictionary, held_out, len(kept))
                 rows += rows_at(at, found.summary())
                 if len(found.feature_n) == found.n_alive:
                     kept = replace(kept, genuine_F=found.genuine_F()[kept.index_F])
-            readings_to.mkdir(parents=True, exist_ok=True)
-            save_reading(kept, reading_path(readings_to, at))
+            path = reading_path(folder, at)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_reading(kept, path)
         readings.append(reading)
     return _cell_rows(cell, stored.sites, readings) + rows
 

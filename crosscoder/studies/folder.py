@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from crosscoder.data.prepared import PreparedTokens, prepare_tokens
@@ -20,20 +23,18 @@ from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.results.file import Provenance, Results
 from crosscoder.results.rows import read_rows, write_rows
 from crosscoder.results.table import LongTable, Row, State
 from crosscoder.results.verdict import Verdict
 from crosscoder.studies.cells import Cell, Stores, run_cell
-from crosscoder.studies.workers import run_jobs
 from triton_kernels import cpu_form
 
 StoresOf = Mapping[tuple[str, int, State], Stores]
 """By shape, position of its training seed, and state."""
 STATES: tuple[State, ...] = ("trained", "untrained")  # of the subjects that are harvested
-READINGS = "readings"  # folder of what the verdict reads
 COMPUTING = ("data", "dictionary", "training", "measure", "verdict", "studies")  # rooms whose code makes numbers
 
 
@@ -54,8 +55,35 @@ class StudyFolder:
         self._last = now
 
     def run(self, jobs: Mapping[str, Callable[[], Any]], label: str) -> dict[str, Any]:
-        """The result of every job by name."""
-        return run_jobs(jobs, workers=self.workers, device=self.device, label=label) if jobs else {}
+        """The result of every job by name, in the order of `jobs`.
+
+        On a CPU each job runs in a process of its own kind with one thread, also when `workers` is 1: the number of
+        threads decides the order of sums, and so the last bits. On a GPU jobs run one after the other right here.
+
+        Raises:
+            RuntimeError: a job failed; names it, with its error as the cause.
+        """
+        if not jobs:
+            return {}
+        results: dict[str, Any] = {}
+        with Progress(label, len(jobs), unit="job") as progress:
+            if self.device != "cpu":
+                for name, job in jobs.items():
+                    results[name] = job()
+                    progress.advance()
+                return results
+            with ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_take_one_thread) as pool:
+                futures = {pool.submit(job): name for name, job in jobs.items()}
+                for future in as_completed(futures):
+                    name = futures[future]
+                    try:
+                        results[name] = future.result()
+                    except Exception as error:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        say(f"{label}: {name} failed")
+                        raise RuntimeError(f"{name} failed: {error}") from error
+                    progress.advance()
+        return {name: results[name] for name in jobs}
 
     def tokens(self, text: str, **settings: Any) -> PreparedTokens:
         """The study's text, prepared at the first call."""
@@ -98,11 +126,7 @@ class StudyFolder:
     def _job(self, cell: Cell, stores: StoresOf) -> Callable[[], list[Row]]:
         state: State = "trained" if cell.state == "shuffled" else cell.state
         here = [stores[*run, state] for run in cell.runs]
-        main = cell.role == "main" and cell.state != "shuffled"
-        if not main:
-            here = [replace(one, subject=None, held_out_ids=None) for one in here]
-        save_to = self.root / "dictionaries" if main and cell.state == "trained" else None
-        return partial(run_cell, cell, here, device=self.device, save_to=save_to, readings_to=self.root / READINGS)
+        return partial(run_cell, cell, here, self.root, device=self.device)
 
     def rows(self, cells: Sequence[Cell]) -> list[Row]:
         """The rows of all cells, in their order."""
@@ -140,6 +164,15 @@ class StudyFolder:
         fingerprint = "" if tokens is None else tokens.train.fingerprint
         provenance = Provenance(**run, **origin, tokens_fingerprint=fingerprint, seconds=self.seconds)
         return Results(LongTable(tuple(rows)), verdict, provenance)
+
+
+def default_workers(device: str) -> int:
+    """One process a core on a CPU, one in all on a GPU."""
+    return 1 if device != "cpu" else max(1, os.cpu_count() or 1)
+
+
+def _take_one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _keep(measure: Callable[[], list[Row]], path: Path) -> None:

@@ -28,7 +28,7 @@ from crosscoder.results.file import Results, save_results
 from crosscoder.results.table import Place, Row, rows_at
 from crosscoder.studies import planted_verdict
 from crosscoder.studies.budget import Arm, Seeds
-from crosscoder.studies.fit import FitConfig, score
+from crosscoder.studies.calibration import FitConfig, score
 from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.planted_verdict import VerdictConfig
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Annotated
 
@@ -30,7 +30,7 @@ from crosscoder.measure.statistics import seeds_row
 from crosscoder.results.table import LongTable, Place, Row, finite, rows_at
 from crosscoder.results.verdict import Label, Verdict
 from crosscoder.studies.budget import Arm
-from crosscoder.studies.fit import FitConfig, log_uniform_bounds
+from crosscoder.studies.calibration import FitConfig, log_uniform_bounds
 from crosscoder.verdict import evidence
 from crosscoder.verdict.decide import decide
 from crosscoder.verdict.evidence import PRIMARY_SITE, GateInputs, Point
@@ -82,21 +82,13 @@ class VerdictConfig:
     dictionary_seeds: PositiveInt = 2
     sides: tuple[Side, ...] = ("A", "B")
     control_crowding: float = 0.9
-    steps: PositiveInt = 300
-    batch: PositiveInt = 512
-    learning_rate: PositiveFloat = 1e-2
-    held_out: PositiveInt = 8192
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch=512, held_out=8192))
     plants: tuple[Plant, ...] = PLANTS
 
     @property
     def size(self) -> int:
         """Features of every dictionary."""
         return round(self.size_factor * self.n_features)
-
-    @property
-    def fit(self) -> FitConfig:
-        """How every dictionary is trained."""
-        return FitConfig(steps=self.steps, batch=self.batch, learning_rate=self.learning_rate, held_out=self.held_out)
 
 
 @dataclass(frozen=True)

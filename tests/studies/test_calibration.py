@@ -66,16 +66,23 @@ def test_tokens_come_again_after_as_many_as_the_study_has():
 
 
 def test_a_result_is_kept_by_its_inputs_and_used_by_the_next_study(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(config, device):
+        asked.append(config)
+        return rows_at(Place(role="calibration", seed=config.seed), {"mcc": 1 / len(asked)})
+
+    monkeypatch.setattr(calibration, "measure_calibration", measure)
+    monkeypatch.setattr(StudyFolder, "run", lambda _, jobs, label: {name: job() for name, job in jobs.items()})
     smoke = PRESETS["smoke"]
-    short = replace(smoke, dictionaries=replace(smoke.dictionaries, steps=5))
-    first = calibration.calibrate_study(short, StudyFolder(tmp_path / "first"))
-    assert {row.at.subject for row in first} == {"A", "B"}
-    kept = set((tmp_path / "calibration").iterdir())
-    assert len(kept) == 2
-    calibration.calibrate_study(replace(short, tokens_held_out=5000), StudyFolder(tmp_path / "other"))
-    assert len(set((tmp_path / "calibration").iterdir()) - kept) == 2
-    monkeypatch.setattr(StudyFolder, "run", lambda _, jobs, label: pytest.fail("it was kept") if jobs else {})
-    assert calibration.calibrate_study(short, StudyFolder(tmp_path / "second")) == first
+    first = calibration.calibrate_study(smoke, StudyFolder(tmp_path / "first"))
+    assert [(row.at.subject, row.value) for row in first] == [("A", 1.0), ("B", 0.5)]
+    assert calibration.calibrate_study(smoke, StudyFolder(tmp_path / "second")) == first
+    assert len(asked) == 2
+    other = replace(smoke.dictionaries, learning_rate=1e-3)
+    for changed in (replace(smoke, tokens_held_out=5000), replace(smoke, dictionaries=other)):
+        assert calibration.calibrate_study(changed, StudyFolder(tmp_path / "third")) != first
+    assert len(asked) == 6
 
 
 def test_the_gates_take_the_worst_world():

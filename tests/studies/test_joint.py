@@ -81,7 +81,7 @@ def test_both_subjects_must_hold_the_same_tokens(tmp_path):
     assert x_BLD.shape == (16, 4, 16)
     assert torch.equal(x_BLD[:, :2], x_BLD[:, 2:])
     with pytest.raises(ValueError, match=r"84 tokens, the other 40.*same tokens in the same order"):
-        run_cell(pair_cell(DictionaryBudget()), [whole, part])
+        run_cell(pair_cell(DictionaryBudget()), [whole, part], tmp_path)
 
 
 def test_a_joint_cell_has_a_name_of_its_own():

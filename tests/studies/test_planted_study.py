@@ -18,7 +18,7 @@ from crosscoder.report.planted import check_targets, name_of
 from crosscoder.results.file import load_results
 from crosscoder.results.table import LongTable, Place, rows_at
 from crosscoder.studies import planted
-from crosscoder.studies.fit import FitConfig
+from crosscoder.studies.calibration import FitConfig
 from crosscoder.studies.planted import PlantedConfig
 
 CI = replace(planted.PRESETS["ci"], fit=FitConfig(batch=256))

@@ -17,10 +17,12 @@ from crosscoder.results.file import load_results
 from crosscoder.results.table import Estimate, LongTable, Place, rows_at
 from crosscoder.studies import planted as study
 from crosscoder.studies import planted_verdict
+from crosscoder.studies.calibration import FitConfig
 from crosscoder.studies.planted_verdict import PLANTS, Plant, Planted, VerdictConfig, judge, measure_case
 from crosscoder.verdict import evidence
 
-CONFIG = VerdictConfig(held_out=4096)
+FIT = VerdictConfig().fit
+CONFIG = VerdictConfig(fit=replace(FIT, held_out=4096))
 
 
 class WellRead(Planted):
@@ -31,7 +33,7 @@ class WellRead(Planted):
         truth = pair.decoder_FLD[side].numpy()
         error = rng.normal(size=truth.shape) * (truth != 0)
         error *= 0.1 / np.linalg.norm(error, axis=(1, 2), keepdims=True)
-        activations_BF = pair.sample(self.config.held_out, seed=2 * self.seed + 1)[1].numpy()
+        activations_BF = pair.sample(self.config.fit.held_out, seed=2 * self.seed + 1)[1].numpy()
         explained = 0.97 + 0.004 * rng.random()
         return Reading(dictionary_seed, truth + error, sparse.csc_array(activations_BF), explained, 0.03, 6.0)
 
@@ -100,7 +102,7 @@ def test_another_way_to_the_same_answer():
 
 
 def test_a_third_shape_joins_the_slopes():
-    config = replace(CONFIG, sides=("A", "B", "C"), held_out=2048, training_seeds=2)
+    config = replace(CONFIG, sides=("A", "B", "C"), fit=replace(FIT, held_out=2048), training_seeds=2)
     found, _ = judge(case_of(PLANTS[2], config=config))
     assert found.gamma.value == pytest.approx(1, abs=0.02)
     assert found.delta.value == pytest.approx(0, abs=0.15)
@@ -191,7 +193,12 @@ def test_settings_that_cannot_be_are_refused():
 
 def test_the_study_shows_them(tmp_path):
     small = VerdictConfig(
-        n_features=12, d_model=8, active=2.0, training_seeds=2, steps=40, batch=64, held_out=2048, plants=PLANTS[1:2]
+        n_features=12,
+        d_model=8,
+        active=2.0,
+        training_seeds=2,
+        fit=FitConfig(steps=40, batch=64, held_out=2048),
+        plants=PLANTS[1:2],
     )
     config = replace(study.PRESETS["ci"], sizes=(), bank_sizes=(), gammas=(), verdicts=1, verdict=small)
     results = study.run_planted(config, folder=tmp_path, preset="ci")
