@@ -228,12 +228,9 @@ def calibrate_study(config: StudyConfig, study: StudyFolder) -> list[Row]:
     return [replace(row, at=replace(row.at, subject=path.name[0])) for path, rows in found.items() for row in rows]
 
 
-def worst_calibration(table: LongTable, *, same_sizes: bool = True) -> Calibration:
+def worst_calibration(table: LongTable) -> Calibration:
     """The largest errors over worlds and shapes, for the gates; None where one of them is undefined."""
-
-    def worst(key: str) -> float | None:
-        found = table.seed_range(key, role="calibration")
-        return None if found is None else max(abs(found.low), abs(found.high))
-
     keys = ("count_error", "rho_error", "d_eff_error")
-    return Calibration(**{key: worst(key) for key in keys}, same_sizes=same_sizes)
+    found = {key: table.seed_range(key, role="calibration") for key in keys}
+    worst = {key: None if one is None else max(abs(one.low), abs(one.high)) for key, one in found.items()}
+    return Calibration(**worst, same_sizes=True)

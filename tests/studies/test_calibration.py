@@ -48,11 +48,7 @@ def test_the_world_has_as_many_active_features_as_the_dictionary_and_the_usual_n
     norm_L = x_TLD.norm(dim=2).mean(0)
     torch.testing.assert_close(norm_L, torch.full((4,), 4.0), rtol=0.1, atol=0)
     assert [int((world.kind_F == kind).sum()) for kind in range(4)] == [8, 8, 8, 8]
-
-
-def test_a_shape_of_one_layer_holds_local_features():
-    config = replace(CONFIG, n_layers=1)
-    assert planted_source(config)[1].config.kinds == ("local",)
+    assert planted_source(replace(CONFIG, n_layers=1))[1].config.kinds == ("local",)
 
 
 def test_tokens_come_again_after_as_many_as_the_study_has():
