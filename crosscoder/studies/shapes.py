@@ -10,7 +10,7 @@ it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from crosscoder.data.subject_training import (
 )
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Role, Row, Site, State, rows_at
+from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.budget import Arm, DictionaryBudget, with_k, with_size
+from crosscoder.studies.budget import with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
@@ -85,59 +85,54 @@ def study_cells(config: StudyConfig) -> list[Cell]:
     block writes of every run of A, for the count gain. The shuffled control is A's, on the block writes. Joint
     crosscoders, if there are to be any, come last.
     """
-    shapes, first, cells = config.subjects.shapes(), config.seeds[:1], []
-    every = range(len(config.subjects.seeds))
-
-    def add(
-        name: str, t: int, state: State, site: Site, arm: Arm, role: Role, budget: DictionaryBudget, seeds=config.seeds
-    ) -> None:
-        # X is A's, beside its controls; leaving its features out of R needs those of trained B too.
-        probed = site == "write" and arm == "crosscoder" and role == "main"
-        probed = probed and (name == "A" or (name, state) == ("B", "trained"))
-        where: dict[str, Any] = {"subject": name, "training_seed": t, "state": state, "site": site}
-        cells.append(Cell(**where, arm=arm, role=role, budget=budget, seeds=seeds, probed=probed))
-
-    for name, shape in shapes.items():
-        budget = shape.budget(config.dictionaries)
-        compared = name in COMPARED
+    budgets = {name: shape.budget(config.dictionaries) for name, shape in config.subjects.shapes().items()}
+    where: dict[str, Any] = {"state": "trained", "site": "write", "role": "main", "seeds": config.seeds}
+    mains = {name: Cell(subject=name, arm="crosscoder", budget=budgets[name], **where) for name in budgets}
+    every, first, factors, cells = range(len(config.subjects.seeds)), config.seeds[:1], {*config.k_factors}, []
+    for name, main in mains.items():
         for t in every:
             for site in SITES:
-                add(name, t, "trained", site, "crosscoder", "main", budget)
-                if compared:
-                    add(name, t, "untrained", site, "crosscoder", "main", budget)
-                if compared and t == 0:
-                    add(name, t, "trained", site, "layerwise", "main", budget)
+                here = replace(main, training_seed=t, site=site)
+                cells.append(here)
+                if name in COMPARED:
+                    cells.append(replace(here, state="untrained"))
+                if name in COMPARED and t == 0:
+                    cells.append(replace(here, arm="layerwise"))
             if name == "A":
-                add(name, t, "shuffled", "write", "crosscoder", "main", budget, first)
-        if compared:
-            for size in config.sizes:
-                if size != budget.n_features:
-                    add(name, 0, "trained", "write", "crosscoder", "size", with_size(budget, size), first)
-            for factor in config.k_factors:
-                if factor != 1:
-                    add(name, 0, "trained", "write", "crosscoder", "k", with_k(budget, factor), first)
-    budget = config.subjects.a.budget(config.dictionaries)
+                cells.append(replace(main, training_seed=t, state="shuffled", seeds=first))
+        if name in COMPARED:
+            sizes = [with_size(main.budget, size) for size in config.sizes if size != main.budget.n_features]
+            ks = [with_k(main.budget, factor) for factor in config.k_factors if factor != 1]
+            cells += [replace(main, role="size", budget=budget, seeds=first) for budget in sizes]
+            cells += [replace(main, role="k", budget=budget, seeds=first) for budget in ks]
+    bank = replace(mains["A"], arm="layerwise", role="k", seeds=first)
     for t in every:
-        for factor in sorted({1.0, *config.k_factors}):
-            if not (t == 0 and factor == 1):  # that one is a main cell
-                add("A", t, "trained", "write", "layerwise", "k", with_k(budget, factor), first)
+        # k itself is the main bank's on the first run.
+        of_run = sorted(factors - {1.0} if t == 0 else factors | {1.0})
+        cells += [replace(bank, training_seed=t, budget=with_k(bank.budget, factor)) for factor in of_run]
+    layers = {name: shape.n_layers for name, shape in config.subjects.shapes().items()}
 
     def cost(cell: Cell) -> int:
-        layers = shapes[cell.subject].n_layers
-        return len(cell.seeds) * cell.budget.n_features * layers * (2 if cell.arm == "layerwise" else 1)
+        arms = 2 if cell.arm == "layerwise" else 1
+        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * arms
 
-    return [*sorted(cells, key=cost, reverse=True), *(_joint_cells(config) if config.joint else ())]
+    cells = [replace(cell, probed=_is_probed(cell)) for cell in sorted(cells, key=cost, reverse=True)]
+    return [*cells, *(_joint_cells(mains["A"], len(every)) if config.joint else ())]
 
 
-def _joint_cells(config: StudyConfig) -> list[Cell]:
-    """Crosscoders over two subjects, on the block writes: A and B of each training seed, two trainings of A, and A and
-    B untrained. The last two have every dictionary seed, since they have one pair of runs."""
-    budget, n_runs = config.subjects.a.budget(config.dictionaries), len(config.subjects.seeds)
-    pair = partial(Cell, subject="A", site="write", arm="crosscoder", role="main", budget=budget)
-    cells = [pair(training_seed=t, other=("B", t), state="trained", seeds=config.seeds[:1]) for t in range(n_runs)]
+def _is_probed(cell: Cell) -> bool:
+    """X is A's, beside its controls; leaving its features out of R needs those of trained B too."""
+    known = cell.subject == "A" or (cell.subject, cell.state) == ("B", "trained")
+    return known and cell.site == "write" and cell.compared
+
+
+def _joint_cells(main: Cell, n_runs: int) -> list[Cell]:
+    """Crosscoders of A and B of each training seed, of two trainings of A, and of A and B untrained. The last two have
+    every dictionary seed, since they have one pair of runs."""
+    cells = [replace(main, training_seed=t, other=("B", t), seeds=main.seeds[:1]) for t in range(n_runs)]
     if n_runs > 1:
-        cells.append(pair(other=("A", 1), state="trained", seeds=config.seeds))
-    return [*cells, pair(other=("B", 0), state="untrained", seeds=config.seeds)]
+        cells.append(replace(main, other=("A", 1)))
+    return [*cells, replace(main, other=("B", 0), state="untrained")]
 
 
 @dataclass(frozen=True)
