@@ -47,8 +47,7 @@ class Study(Command):
 
     def where(self, prefix: str) -> dict[str, Any]:
         """Where the study runs: its folder, device and number of processes."""
-        from crosscoder.studies.folder import study_folder
-        from crosscoder.studies.workers import default_workers
+        from crosscoder.studies.folder import default_workers, study_folder
 
         folder = study_folder(self.study(), prefix, self.out)
         say(f"study folder: {folder}")

@@ -94,14 +94,14 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
 
 def study_needs(config: StudyConfig) -> Needs:
     """What a study of several shapes takes."""
-    from crosscoder.studies.shapes import study_cells, study_joints
+    from crosscoder.studies.shapes import study_cells
 
-    cells, joints = study_cells(config), study_joints(config)
+    cells = study_cells(config)
     rows: Needs = [
         ("text", config.subjects.text),
         ("training runs", str(len(config.subjects.runs()))),
-        ("cells", str(len(cells) + len(joints))),
-        ("dictionaries", str(sum(len(cell.seeds) for cell in [*cells, *joints]))),
+        ("cells", str(len(cells))),
+        ("dictionaries", str(sum(len(cell.seeds) for cell in cells))),
         ("steps of each, and tokens a step", f"{config.dictionaries.steps} x {config.dictionaries.batch}"),
     ]
     disk, shapes = 0, config.subjects.shapes()
@@ -113,7 +113,7 @@ def study_needs(config: StudyConfig) -> Needs:
         disk += 4 * tokens * (shape.n_layers + 1) * shape.d_model
         for arm, budget in {cell.arm: cell.budget for cell in mains}.items():
             rows += dictionary_needs(arm, shape.n_layers, shape.d_model, budget, of=f"{name}, ")
-    if joints:
+    if joints := [cell for cell in cells if cell.other is not None]:
         pair = [shapes[name] for name in COMPARED]
         layers, width = sum(shape.n_layers for shape in pair), max(shape.d_model for shape in pair)
         rows += dictionary_needs("crosscoder", layers, width, joints[0].budget, of=f"{' and '.join(COMPARED)}, ")

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from crosscoder.data.world import World, WorldConfig
-from crosscoder.dictionary import BatchTopK, Crosscoder
 from crosscoder.measure import recovery
 from crosscoder.measure.statistics import exponentiate, two_level_bootstrap
 from crosscoder.results.table import Estimate
-from crosscoder.studies.planted import FitConfig
+from crosscoder.studies.calibration import FitConfig
 
 FIRST_ACTIVE = (2, 4, 8)  # active features per token, of which the first that succeeds begins the search
 FINE = 1.2  # the search ends when the last success and the first failure are this factor apart, or neighbours
@@ -146,14 +145,9 @@ def planted_recall(config: CeilingConfig, n_features: int, k: int, seed: int, de
             seed=seed,
         )
     )
-    dictionary = Crosscoder(
-        n_layers=config.n_layers,
-        d_model=config.d_model,
-        n_features=round(config.size_factor * n_features),
-        sparsity=BatchTopK(k=k),
-        seed=seed,
-    )
-    found_FLD = config.fit.run(dictionary, world.draw, device).decoder_FLD
+    source = config.fit.source(world.draw, (config.n_layers, config.d_model))
+    size = round(config.size_factor * n_features)
+    found_FLD = config.fit.run("crosscoder", source, n_features=size, k=k, seed=seed, device=device).decoder_FLD
     return float(recovery.assign(found_FLD, world.decoder_FLD.numpy()).recalled_F.mean())
 
 

@@ -24,7 +24,7 @@ from crosscoder.studies.planted_verdict import VerdictConfig, verdict_jobs
 def write(study: StudyFolder, config: VerdictConfig, rows: list[Row]) -> None:
     """The rows, their table and their picture."""
     rows.sort(key=lambda row: row.at.seed or 0)
-    results = study.results(rows, None, config=config, kind="synthetic", preset="verdicts", text="planted worlds")
+    results = study.results(rows, config=config, kind="synthetic", preset="verdicts", text="planted worlds")
     save_results(results, study.root)
     head = [f"# Planted verdicts, {len(results.rows.seeds())} worlds", "", *verdict_lines(results.rows), ""]
     words = [f"- **{key}**: {definition(key)}" for key in VERDICT_WORDS]

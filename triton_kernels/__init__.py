@@ -5,6 +5,7 @@ P kept (row, feature) pairs. `reference` defines each operator in plain torch, `
 device, and `ops` and `encoders` are what the packages above call.
 """
 
+from triton_kernels.cpu.native.build import form as cpu_form
 from triton_kernels.encoders import encode_batch_top_k, encode_threshold, encode_top_k
 from triton_kernels.ops import (
     adam_rows,
@@ -21,6 +22,7 @@ __all__ = [
     "adam_rows",
     "backward_decoder",
     "backward_encoder",
+    "cpu_form",
     "decode_loss",
     "encode_batch_top_k",
     "encode_threshold",

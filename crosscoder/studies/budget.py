@@ -113,10 +113,6 @@ class DictionaryBudget:
             case "l1_of_norms" | "l2_of_norms":
                 return ReLU(NormPenalty(norm="l1" if self.selection == "l1_of_norms" else "l2", **coefficient))
 
-    def decoder(self) -> Literal["unit", "free"]:
-        """Whether decoder norms are held at 1: not where the penalty weighs them."""
-        return "free" if self.selection.endswith("of_norms") else "unit"
-
     def settings(self, arm: Arm) -> dict[str, Any]:
         """Keyword arguments of one arm's dictionary, all but its shape and seed."""
         initial = "same" if self.bank == "same_start" else "independent"
@@ -127,7 +123,8 @@ class DictionaryBudget:
         return {
             "n_features": self.n_features,
             "sparsity": self.sparsity(arm),
-            "decoder": self.decoder(),
+            # Norms are held at 1, except where the penalty weighs them.
+            "decoder": "free" if self.selection.endswith("of_norms") else "unit",
             "prefixes": self.prefixes,
             **own[arm],
         }

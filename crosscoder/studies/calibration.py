@@ -1,4 +1,4 @@
-"""What a study's own dictionary would find if the truth were known: planted worlds of the study's very sizes.
+"""Dictionaries trained on planted truth and scored; what a study's own dictionary would find if the truth were known.
 
 A world with the subject's L and D is planted with half as many features as the dictionary has, as many of them active
 on a token as the dictionary may use, and a crosscoder is trained on it as the study's cells are: size, k, steps, batch,
@@ -8,35 +8,115 @@ spreads miss there, they may miss on a model.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pydantic import PositiveInt
+import numpy as np
+import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from crosscoder.data.residuals import estimate_scales
 from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World, WorldConfig
-from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import config as settings
-from crosscoder.foundation.config import to_mapping
-from crosscoder.results.rows import from_blocks, to_blocks
+from crosscoder.measure import recovery
+from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.results.table import COMPARED, LongTable, Place, Row, rows_at
-from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.cells import new_dictionary
-from crosscoder.studies.fit import fit_dictionary, log_uniform_bounds, score
+from crosscoder.studies.budget import Arm, DictionaryBudget
+from crosscoder.studies.cells import fit
+from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import StudyConfig
-from crosscoder.studies.workers import run_jobs
+from crosscoder.training import TrainConfig
 from crosscoder.verdict.evidence import Calibration
 
-SCHEMA = "crosscoder.calibration/2"
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
 PLANTED_SHARE = 0.5  # planted features over the dictionary's
+BY_KIND = ("recall_by_kind", "precision_by_kind", "kind_confusion")
+TRAIN_STREAM, HELD_OUT_STREAM = 1, 2
+Draw = Callable[[int, int | str, int], Tensor]
+"""`(n, stream, index) -> x_BLD`: batch number `index` of a stream of planted tokens."""
+
+
+@settings
+class FitConfig:
+    """How every dictionary of a planted study is trained, on tokens that never repeat."""
+
+    steps: PositiveInt = 800
+    batch: PositiveInt = 1024
+    learning_rate: PositiveFloat = 1e-2
+    k_factor: PositiveFloat = 1.0
+    """Active features per token, as a multiple of the truth; anything but 1 mixes or splits features."""
+    held_out: PositiveInt = 20_480
+
+    def k(self, l0_true: float, n_features: int) -> int:
+        """Active features of a dictionary in a world where `l0_true` are active."""
+        return min(max(1, round(self.k_factor * l0_true)), n_features)
+
+    def source(
+        self, draw: Draw, shape: tuple[int, int], *, scale: float = 1.0, held_out_stream: int = HELD_OUT_STREAM
+    ) -> PlantedSource:
+        """The tokens of a world of `(layers, width)`, every layer multiplied by `scale`."""
+        n_layers, d_model = shape
+        return PlantedSource(
+            lambda n, stream, index: draw(n, stream, index) * scale,
+            scale_L=torch.full((n_layers,), scale),
+            d_model=d_model,
+            held_out_stream=held_out_stream,
+            held_out_tokens=self.held_out,
+        )
+
+    def run(
+        self,
+        arm: Arm,
+        source: PlantedSource,
+        *,
+        n_features: int,
+        k: int,
+        seed: int,
+        stream: int = TRAIN_STREAM,
+        device: str = "cpu",
+    ) -> Reading:
+        """The reading of a dictionary after training on one stream of a source."""
+        given: dict[str, Any] = {"steps": self.steps, "learning_rate": self.learning_rate, "dead_after_tokens": 10_000}
+        budget = DictionaryBudget(
+            n_features=n_features, k_crosscoder=k, k_layerwise=k, batch=self.batch, data_seed=stream, **given
+        )
+        training = TrainConfig(**given, log_every=self.steps)
+        dictionary, held_out = fit(arm, source, budget, seed=seed, training=training, device=device)
+        return read_dictionary(dictionary, held_out())
+
+
+def log_uniform_bounds(mean: float, ratio: float) -> tuple[float, float]:
+    """The least and the greatest of log-uniform probabilities with this mean, `ratio` apart."""
+    low = mean * math.log(ratio) / (ratio - 1)
+    return low, low * ratio
+
+
+def score(at: Place, found_FLD: np.ndarray, world: World, reading: Reading, *, l0_true: float) -> list[Row]:
+    """What an estimate that calls `found_FLD` the features of a world got right, and what its dictionary did."""
+    kinds, truth_FLD = world.config.kinds, world.decoder_FLD.cpu().numpy()
+    scores = recovery.score_features(found_FLD, truth_FLD, world.kind_F.numpy(), kinds, count=len(found_FLD))
+    by_kind = {key: scores.pop(key) for key in BY_KIND}
+    dictionary = {
+        "alive": len(reading),
+        "dead_share": reading.dead_share,
+        "saturated": recovery.is_saturated(len(reading), reading.size),
+        "explained_variance": reading.explained_variance,
+        "l0": reading.l0,
+        "l0_true": l0_true,
+        "l0_error": recovery.relative_error(reading.l0, l0_true),
+    }
+    rows = rows_at(at, {**scores, **dictionary})
+    for kind in kinds:
+        rows += rows_at(replace(at, kind=kind), {key: by_kind[key][kind] for key in BY_KIND})
+    return rows
 
 
 @settings
@@ -49,11 +129,8 @@ class CalibrationConfig:
     tokens_train: PositiveInt = 200_000
     """Distinct tokens, read over and over."""
     tokens_held_out: PositiveInt = 30_000
-    equal_energy: bool = True
-    """False: a feature has norm 1 at every layer it lives in, so that local ones are the weakest."""
     seed: int = 0
     """Of the world."""
-    dictionary_seed: int = 0
 
     def __post_init__(self) -> None:
         highest = self.probabilities()[1]
@@ -83,7 +160,6 @@ class CalibrationConfig:
                 kinds=("local",) if self.n_layers == 1 else ("local", "persistent", "drifting", "split"),
                 p_min=low,
                 p_max=high,
-                equal_energy=self.equal_energy,
                 seed=self.seed,
             )
         )
@@ -119,43 +195,21 @@ def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[
     """The scores of a crosscoder trained on a planted world as a study's cell is trained."""
     source, world = planted_source(config, device)
     budget = config.budget
-    dictionary = new_dictionary("crosscoder", source, budget, seed=config.dictionary_seed)
-    reading = fit_dictionary(
-        dictionary, source, budget.train_config(), batch=budget.batch, seed=budget.data_seed, device=device
-    )
+    dictionary, held_out = fit("crosscoder", source, budget, seed=0, device=device)
+    reading = read_dictionary(dictionary, held_out())
     at = Place(role="calibration", n_features=budget.n_features, k=budget.k_crosscoder, seed=config.seed)
     rows = score(at, reading.distinct.decoder_FLD, world, reading, l0_true=budget.k_crosscoder)
-    about = {"n_layers": config.n_layers, "d_model": config.d_model, "equal_energy": config.equal_energy}
+    about = {"n_layers": config.n_layers, "d_model": config.d_model, "equal_energy": world.config.equal_energy}
     return [*rows, *rows_at(at, about)]
 
 
-def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: str = "cpu") -> list[Row]:
-    """The scores of one planted world; read from `root` where an equal calibration has been kept."""
-    path = None if root is None else calibration_path(root, config)
-    if path is not None and path.is_file():
-        kept = read_json(path)
-        if kept.get("schema") == SCHEMA and kept.get("config") == to_mapping(config):
-            return from_blocks(kept["rows"])
-    rows = measure_calibration(config, device)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "rows": to_blocks(rows)})
-    return rows
-
-
-def calibration_path(root: Path, config: CalibrationConfig) -> Path:
-    """Where a calibration is kept: named by a hash of its inputs and of the schema."""
-    text = json.dumps([SCHEMA, to_mapping(config)], sort_keys=True)
-    return root / f"calibration-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-def calibrate_study(config: StudyConfig, folder: Path, *, device: str, workers: int) -> list[Row]:
+def calibrate_study(config: StudyConfig, study: StudyFolder) -> list[Row]:
     """Scores of planted worlds of the compared shapes' own sizes, kept beside the studies so that others reuse them.
 
     Raises:
         ValueError: k is so large that planted features would be active nearly always.
     """
-    jobs = {}
+    jobs: dict[Path, Callable[[], list[Row]]] = {}
     for name in COMPARED:
         shape = config.subjects.shapes()[name]
         for seed in range(config.calibration_worlds):
@@ -167,17 +221,16 @@ def calibrate_study(config: StudyConfig, folder: Path, *, device: str, workers: 
                 tokens_held_out=config.tokens_held_out,
                 seed=seed,
             )
-            jobs[f"{name}-world{seed}"] = partial(calibrate, wanted, root=folder.parent / "calibration", device=device)
-    found = run_jobs(jobs, workers=workers, device=device, label="calibration") if jobs else {}
-    return [replace(row, at=replace(row.at, subject=name[0])) for name, rows in found.items() for row in rows]
+            home = study_folder(wanted, f"{name}-world{seed}", study.root.parent / "calibration")
+            path = home.with_suffix(".json")
+            jobs[path] = partial(measure_calibration, wanted, study.device)
+    found = study.measure(jobs, "calibration")
+    return [replace(row, at=replace(row.at, subject=path.name[0])) for path, rows in found.items() for row in rows]
 
 
-def worst_calibration(table: LongTable, *, same_sizes: bool = True) -> Calibration:
+def worst_calibration(table: LongTable) -> Calibration:
     """The largest errors over worlds and shapes, for the gates; None where one of them is undefined."""
-
-    def worst(key: str) -> float | None:
-        found = table.seed_range(key, role="calibration")
-        return None if found is None else max(abs(found.low), abs(found.high))
-
     keys = ("count_error", "rho_error", "d_eff_error")
-    return Calibration(**{key: worst(key) for key in keys}, same_sizes=same_sizes)
+    found = {key: table.seed_range(key, role="calibration") for key in keys}
+    worst = {key: None if one is None else max(abs(one.low), abs(one.high)) for key, one in found.items()}
+    return Calibration(**worst, same_sizes=True)

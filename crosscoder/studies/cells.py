@@ -3,32 +3,39 @@
 Its rows are kept in a file, so that cells can run in any process and order and are skipped when a study is started
 again. Both arms of a comparison read the same tokens in the same order: it depends on the data seed, never on the
 dictionary's.
+
+A joint cell is a crosscoder over two subjects at once, stacked and told apart by `Diffing`, so that a shared feature is
+one latent and the others are one subject's alone. Activity correlation (`measure.universality`) compares dictionaries
+that never saw each other's subject.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from torch import Tensor
 
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards, stored_source
-from crosscoder.data.sources import ShuffledSource, SiteSource, Source, held_out_batches
-from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary
-from crosscoder.measure import counting, probes, profile
+from crosscoder.data.sources import ShuffledSource, SiteSource, Source, StackedSource, held_out_batches
+from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
+from crosscoder.measure import counting, probes, profile, universality
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.results.table import Place, Role, Row, Site, State, finite, rows_at
 from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget, PartialStructure, WholeStructure
+from crosscoder.studies.presets import Run
+from crosscoder.training import TrainConfig
 
 SHUFFLE_SEED = 1
 MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Stores:
     """Where a subject's activations lie, and what a spliced evaluation needs of it."""
 
@@ -47,7 +54,7 @@ class Stores:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is trained: one arm on one site of one subject in one state."""
+    """What is trained: one arm on one site of one subject, or of two stacked, in one state."""
 
     subject: str
     state: State
@@ -59,6 +66,8 @@ class Cell:
     seeds: tuple[int, ...] = (0, 1)
     training_seed: int = 0
     """Position of the subject's training seed in the study's list."""
+    other: Run | None = None
+    """The second subject of a joint crosscoder."""
     probed: bool = False
     """Measure from which layers features are read, and whether a single layer tells when they are active."""
 
@@ -75,13 +84,19 @@ class Cell:
         return Place(
             subject=self.subject,
             training_seed=self.training_seed,
+            other=None if self.other is None else "{}{}".format(*self.other),
             state=self.state,
             site=self.site,
-            arm=self.arm,
+            arm=self.arm if self.other is None else "joint",
             role=self.role,
             n_features=self.budget.n_features,
             k=self.budget.k(self.arm),
         )
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The training runs that it reads."""
+        return ((self.subject, self.training_seed), *(() if self.other is None else (self.other,)))
 
     @property
     def name(self) -> str:
@@ -90,8 +105,8 @@ class Cell:
 
     @property
     def compared(self) -> bool:
-        """Whether its dictionaries are read by the verdict: the main crosscoders."""
-        return self.role == "main" and self.arm == "crosscoder"
+        """Whether its dictionaries are read by the verdict: the main crosscoders of one subject."""
+        return self.role == "main" and self.place.arm == "crosscoder"
 
 
 def file_name(at: Place) -> str:
@@ -102,69 +117,79 @@ def file_name(at: Place) -> str:
 
 
 def reading_path(folder: Path, at: Place) -> Path:
-    """The file of the reading of the dictionary at a place, whose seed is given."""
-    return folder / f"{file_name(at)}.safetensors"
+    """The file in a study's folder of the reading of the dictionary at a place, whose seed is given."""
+    return folder / "readings" / f"{file_name(at)}.safetensors"
 
 
-def run_cell(
-    cell: Cell,
-    stores: Stores,
-    *,
-    device: str = "cpu",
-    save_to: Path | None = None,
-    readings_to: Path | None = None,
-) -> list[Row]:
-    """Train, measure and count every seed of `cell`.
+def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str = "cpu") -> list[Row]:
+    """Train, measure and count every seed of `cell`, on the activations of each of its runs.
 
-    Readings of compared cells are kept in `readings_to`, dictionaries in `save_to`.
+    The readings that the verdict needs, and the main dictionaries of trained subjects, are kept in the study's folder.
+
+    Raises:
+        ValueError: the stores of a joint cell do not hold the same tokens.
     """
-    stored = stores.source(cell.site)
+    if cell.other is not None:
+        stacked = StackedSource([store.source(cell.site) for store in stores])
+        return [row for seed in cell.seeds for row in joint_rows(cell, stacked, seed, device=device)]
+    (store,) = stores
+    stored = store.source(cell.site)
     source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
     rows: list[Row] = []
     readings: list[Reading] = []
     for seed in cell.seeds:
         at = replace(cell.place, seed=seed)
-        dictionary = new_dictionary(cell.arm, source, cell.budget, seed=seed)
-        trainer = cell.budget.trainer(cell.arm)
-        held_out = train_on(dictionary, source, cell.budget, trainer=trainer, at=at, device=device)
+        dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
         reading = read_dictionary(dictionary, held_out())
         rows += dictionary_rows(at, dictionary, reading)
-        if stores.subject is not None and seed == cell.seeds[0]:
-            rows += _splice(at, dictionary, stored.sites, stores, device)
-        if save_to is not None:
-            dictionary.save_pretrained(save_to / file_name(at))
-        if cell.compared and readings_to is not None:
+        main = cell.role == "main" and cell.state != "shuffled"
+        if main and store.subject is not None and seed == cell.seeds[0]:
+            rows += _splice(at, dictionary, stored.sites, store, device)
+        if main and cell.state == "trained":
+            dictionary.save_pretrained(folder / "dictionaries" / file_name(at))
+        if cell.compared:
             kept = reading.distinct
             if cell.probed and len(kept) and source.n_layers > 1:
                 found = probe(dictionary, held_out, len(kept))
                 rows += rows_at(at, found.summary())
                 if len(found.feature_n) == found.n_alive:
                     kept = replace(kept, genuine_F=found.genuine_F()[kept.index_F])
-            readings_to.mkdir(parents=True, exist_ok=True)
-            save_reading(kept, reading_path(readings_to, at))
+            path = reading_path(folder, at)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_reading(kept, path)
         readings.append(reading)
     return _cell_rows(cell, stored.sites, readings) + rows
 
 
 def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int) -> Any:
     """An untrained dictionary of one arm that fits the activations of `source` and carries their scales."""
-    dictionary = DICTIONARIES[CLASSES[arm]](
-        n_layers=source.n_layers,
-        d_model=source.d_model,
-        seed=seed,
-        **budget.settings(arm),
-    )
+    settings = budget.settings(arm)
+    if isinstance(source, StackedSource):
+        settings["structure"] = Diffing(source.layer_counts, source.widths)
+    dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, d_model=source.d_model, seed=seed, **settings)
     dictionary.input_scale.copy_(source.scale_L)
     return dictionary
 
 
-def train_on(
-    dictionary: Any, source: Source, budget: DictionaryBudget, *, trainer: Callable[..., Any], at: Place, device: str
-) -> Callable[[], Iterator[Tensor]]:
-    """Train `dictionary` on `source`; returned is what gives its held-out batches, each time from the first on."""
+def fit(
+    arm: Arm,
+    source: Source,
+    budget: DictionaryBudget,
+    *,
+    seed: int,
+    training: TrainConfig | None = None,
+    label: str = "",
+    device: str = "cpu",
+) -> tuple[Any, Callable[[], Iterator[Tensor]]]:
+    """A dictionary trained on `source`, and what gives the held-out batches, each time from the first on.
+
+    training: the trainer's settings where they are not the budget's.
+    """
+    dictionary = new_dictionary(arm, source, budget, seed=seed)
+    config = training or budget.train_config()
     batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
-    trainer(dictionary, batches, config=budget.train_config(), device=device, label=file_name(at), quiet=True)
-    return lambda: (x_BLD.to(device) for x_BLD in source.held_out())
+    budget.trainer(arm)(dictionary, batches, config=config, device=device, label=label, quiet=True)
+    return dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out())
 
 
 def probe(
@@ -201,6 +226,34 @@ def _cell_rows(cell: Cell, sites: tuple[int, ...], readings: list[Reading]) -> l
     if readings[0].n_groups == 1:
         values |= {"profile_heatmap": profile.heatmap(readings[0].profile_FL), "layers": [str(site) for site in sites]}
     return rows_at(cell.place, values)
+
+
+def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "cpu") -> list[Row]:
+    """What one seed's crosscoder over two subjects says of which features are one subject's alone.
+
+    Decoder energies are compared in units in which every layer has the same mean square.
+    """
+    at = replace(cell.place, seed=seed)
+    dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
+    reading = read_dictionary(dictionary, held_out())
+    found = probe(dictionary, held_out, len(reading), document_T=source.held_out_sequences_T.numpy())
+    n_first = source.layer_counts[0]
+    energy_L1 = np.sqrt(source.energy_L)[:, None]
+    profile_FL = profile.layer_profile(dictionary.decoder_FLD().float().cpu().numpy() / energy_L1)
+    own = universality.exclusive_shares(profile_FL[reading.index_F], n_first)
+    hidden = universality.hidden_shares(profile_FL[found.feature_n], found.auc_nL, n_first)
+    values = {
+        "alive": len(reading),
+        "dead_share": reading.dead_share,
+        "l0_token": reading.l0,
+        "explained_variance_first": reading.explained_variance_L[:n_first].mean(),
+        "explained_variance_second": reading.explained_variance_L[n_first:].mean(),
+        "exclusive_first": own[0],
+        "exclusive_second": own[1],
+        "hidden_first": hidden[0],
+        "hidden_second": hidden[1],
+    }
+    return rows_at(at, values)
 
 
 def evaluate_dictionary(dictionary: Dictionary, held_out: ActivationShards, *, site: Site, device: str) -> list[Row]:

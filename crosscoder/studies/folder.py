@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
-from crosscoder.data.tokens import PreparedTokens, TokenBlocks
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.results.file import Provenance, Results
 from crosscoder.results.rows import read_rows, write_rows
 from crosscoder.results.table import LongTable, Row, State
 from crosscoder.results.verdict import Verdict
 from crosscoder.studies.cells import Cell, Stores, run_cell
-from crosscoder.studies.joint import JointCell, run_joint
-from crosscoder.studies.presets import Run
-from crosscoder.studies.workers import run_jobs
-from triton_kernels.cpu.native import build
+from triton_kernels import cpu_form
 
-READINGS = "readings"  # folder of what the verdict reads
-AnyCell = Cell | JointCell
+StoresOf = Mapping[tuple[str, int, State], Stores]
+"""By shape, position of its training seed, and state."""
+STATES: tuple[State, ...] = ("trained", "untrained")  # of the subjects that are harvested
 COMPUTING = ("data", "dictionary", "training", "measure", "verdict", "studies")  # rooms whose code makes numbers
 
 
@@ -53,103 +54,128 @@ class StudyFolder:
         self._last = now
 
     def run(self, jobs: Mapping[str, Callable[[], Any]], label: str) -> dict[str, Any]:
-        """The result of every job by name."""
-        return run_jobs(jobs, workers=self.workers, device=self.device, label=label) if jobs else {}
+        """The result of every job by name, in the order of `jobs`.
 
-    def tokens(self, prepare: Callable[[], PreparedTokens]) -> PreparedTokens:
+        On a CPU each job runs in a process of its own kind with one thread, also when `workers` is 1: the number of
+        threads decides the order of sums, and so the last bits. On a GPU jobs run one after the other right here.
+
+        Raises:
+            RuntimeError: a job failed; names it, with its error as the cause.
+        """
+        if not jobs:
+            return {}
+        results: dict[str, Any] = {}
+        with Progress(label, len(jobs), unit="job") as progress:
+            if self.device != "cpu":
+                for name, job in jobs.items():
+                    results[name] = job()
+                    progress.advance()
+                return results
+            with ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_take_one_thread) as pool:
+                futures = {pool.submit(job): name for name, job in jobs.items()}
+                for future in as_completed(futures):
+                    name = futures[future]
+                    try:
+                        results[name] = future.result()
+                    except Exception as error:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        say(f"{label}: {name} failed")
+                        raise RuntimeError(f"{name} failed: {error}") from error
+                    progress.advance()
+        return {name: results[name] for name in jobs}
+
+    def tokens(self, text: str, **settings: Any) -> PreparedTokens:
         """The study's text, prepared at the first call."""
         home = self.root / "tokens"
         if not (home / "held_out").is_dir():
-            prepare().save(home)
+            prepare_tokens(text, **settings).save(home)
         return PreparedTokens.load(home)
 
-    def splice_ids(self, held_out: TokenBlocks, n_blocks: int) -> Path | None:
-        """A file of `n_blocks` held-out blocks, evenly drawn, for spliced evaluation; None if there are to be none."""
-        if n_blocks == 0:
-            return None
-        path = self._activations / "splice_ids.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        stride = max(1, len(held_out) // n_blocks)
-        save_file({"ids": held_out[::stride][:n_blocks].contiguous()}, path)
-        return path
-
     def stores(
-        self,
-        run: str,
-        state: State,
-        *,
-        subject: Path | str | None = None,
-        ids: Path | None = None,
-        blocks_path: str | None = None,
+        self, run: str, state: State, *, spliced: Path | str | None = None, blocks_path: str | None = None
     ) -> Stores:
-        """Where the activations of one model lie; with `subject` and `ids` it is also read with reconstructions."""
+        """Where the activations of one model lie; `spliced` is the model if it is also read with reconstructions."""
         home = self._activations / f"{run}-{state}"
-        return Stores(
-            train=home / "train",
-            held_out=home / "held_out",
-            subject=subject if ids else None,
-            held_out_ids=ids if subject else None,
-            blocks_path=blocks_path,
-        )
+        ids = None if spliced is None else self._splice_ids
+        return Stores(home / "train", home / "held_out", subject=spliced, held_out_ids=ids, blocks_path=blocks_path)
 
-    def left(self, cells: Sequence[AnyCell]) -> list[AnyCell]:
+    def draw_splice_ids(self, held_out: TokenBlocks, n_blocks: int) -> None:
+        """Keep `n_blocks` held-out blocks, evenly drawn, for spliced evaluation."""
+        self._splice_ids.parent.mkdir(exist_ok=True)
+        stride = max(1, len(held_out) // max(1, n_blocks))
+        save_file({"ids": held_out[::stride][:n_blocks].contiguous()}, self._splice_ids)
+
+    def left(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells whose rows are not there yet."""
         return [cell for cell in cells if not self._rows_of(cell).is_file()]
 
-    def run_cells(self, cells: Sequence[AnyCell], stores: Mapping[tuple[str, int, State], Stores]) -> None:
-        """Measure every cell that is left and keep its rows; main ones keep dictionaries and readings."""
-        (self.root / "cells").mkdir(exist_ok=True)
-        jobs = {cell.name: partial(_keep, self._job(cell, stores), self._rows_of(cell)) for cell in self.left(cells)}
-        if jobs:
-            n_dictionaries = sum(len(cell.seeds) for cell in cells if cell.name in jobs)
-            say(f"training {n_dictionaries} dictionaries in {len(jobs)} cells")
-            self.run(jobs, "dictionaries")
+    def run_cells(
+        self, cells: Sequence[Cell], harvest: Callable[[], StoresOf], *, keep_activations: bool = False
+    ) -> None:
+        """Measure every cell that is left on what `harvest` stores; main ones keep dictionaries and readings."""
+        if left := self.left(cells):
+            stores = harvest()
+            self.lap("activations")
+            say(f"training {sum(len(cell.seeds) for cell in left)} dictionaries in {len(left)} cells")
+            self.measure({self._rows_of(cell): self._job(cell, stores) for cell in left}, "dictionaries")
+            if not keep_activations:
+                drop_activations(stores.values())
+        self.lap("dictionaries")
 
-    def _job(self, cell: AnyCell, stores: Mapping[tuple[str, int, State], Stores]) -> Callable[[], list[Row]]:
+    def _job(self, cell: Cell, stores: StoresOf) -> Callable[[], list[Row]]:
         state: State = "trained" if cell.state == "shuffled" else cell.state
-        here = [stores[*run, state] for run in runs_of(cell)]
-        if isinstance(cell, JointCell):
-            return partial(run_joint, cell, (here[0], here[1]), device=self.device)
-        main = cell.role == "main" and cell.state != "shuffled"
-        store = here[0] if main else replace(here[0], subject=None, held_out_ids=None)
-        save_to = self.root / "dictionaries" if main and cell.state == "trained" else None
-        return partial(run_cell, cell, store, device=self.device, save_to=save_to, readings_to=self.root / READINGS)
+        here = [stores[*run, state] for run in cell.runs]
+        return partial(run_cell, cell, here, self.root, device=self.device)
 
-    def rows(self, cells: Sequence[AnyCell]) -> list[Row]:
+    def rows(self, cells: Sequence[Cell]) -> list[Row]:
         """The rows of all cells, in their order."""
         return [row for cell in cells for row in read_rows(self._rows_of(cell))]
+
+    def measure(self, jobs: Mapping[Path, Callable[[], list[Row]]], label: str) -> dict[Path, list[Row]]:
+        """The rows of every job, kept in its file; a job whose file is there is not run."""
+        for home in {path.parent for path in jobs}:
+            home.mkdir(parents=True, exist_ok=True)
+        self.run({path.stem: partial(_keep, job, path) for path, job in jobs.items() if not path.is_file()}, label)
+        return {path: read_rows(path) for path in jobs}
 
     @property
     def _activations(self) -> Path:
         return self.root / "activations"
 
-    def _rows_of(self, cell: AnyCell) -> Path:
+    @property
+    def _splice_ids(self) -> Path:
+        return self._activations / "splice_ids.safetensors"
+
+    def _rows_of(self, cell: Cell) -> Path:
         return self.root / "cells" / f"{cell.name}.json"
 
     def results(
         self,
         rows: Sequence[Row],
-        verdict: Verdict | None,
+        verdict: Verdict | None = None,
         *,
         config: Any,
-        kind: Literal["aspect_ratio", "subject_study", "synthetic"],
-        preset: str,
-        text: str,
-        tokens_fingerprint: str = "",
+        tokens: PreparedTokens | None = None,
+        **origin: Any,
     ) -> Results:
-        """Everything measured, what is said of it, and where it came from."""
-        run = describe_run(to_mapping(config), device={"cpu_kernels": build.form()})
-        origin = {"kind": kind, "preset": preset, "text": text, "tokens_fingerprint": tokens_fingerprint}
-        return Results(LongTable(tuple(rows)), verdict, Provenance(**run, **origin, seconds=self.seconds))
+        """Everything measured, what is said of it, and where it came from; `origin` is the rest of `Provenance`."""
+        run = describe_run(to_mapping(config), device={"cpu_kernels": cpu_form()})
+        fingerprint = "" if tokens is None else tokens.train.fingerprint
+        provenance = Provenance(**run, **origin, tokens_fingerprint=fingerprint, seconds=self.seconds)
+        return Results(LongTable(tuple(rows)), verdict, provenance)
+
+
+def default_workers(device: str) -> int:
+    """One process a core on a CPU, one in all on a GPU."""
+    return 1 if device != "cpu" else max(1, os.cpu_count() or 1)
+
+
+def _take_one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _keep(measure: Callable[[], list[Row]], path: Path) -> None:
     write_rows(path, measure())
-
-
-def runs_of(cell: AnyCell) -> tuple[Run, ...]:
-    """The training runs that a cell reads."""
-    return (cell.first, cell.second) if isinstance(cell, JointCell) else ((cell.subject, cell.training_seed),)
 
 
 def harvest_into(

@@ -18,7 +18,6 @@ from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable, Place
 from crosscoder.results.verdict import Verdict
 from crosscoder.studies.calibration import worst_calibration
 from crosscoder.studies.cells import reading_path
-from crosscoder.studies.folder import READINGS
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.verdict import evidence
 from crosscoder.verdict.decide import decide
@@ -72,7 +71,7 @@ def read_site(config: StudyConfig, table: LongTable, folder: Path, site: Site) -
         where = {"subject": name, "state": state, "site": site, "arm": "crosscoder", "role": "main"}
         cells = {at.training_seed: (at, cell.seeds()) for at, cell in table.cells("dictionary_size", **where).items()}
         groups = tuple(
-            tuple(load_reading(reading_path(folder / READINGS, replace(at, seed=seed))) for seed in seeds)
+            tuple(load_reading(reading_path(folder, replace(at, seed=seed))) for seed in seeds)
             for _, (at, seeds) in sorted(cells.items())
         )
         return ShapeReadings(name, shapes[name].n_layers, shapes[name].d_model, groups)

@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
+from pydantic import NonNegativeInt, PositiveInt
 
-from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
-from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE
 from crosscoder.foundation.config import config
 from crosscoder.measure import counting, dimension, matching, recovery
 from crosscoder.measure.reading import Reading
@@ -29,45 +25,10 @@ from crosscoder.report.planted import write_page
 from crosscoder.results.file import Results, save_results
 from crosscoder.results.table import Place, Row, rows_at
 from crosscoder.studies import planted_verdict
-from crosscoder.studies.budget import Seeds
-from crosscoder.studies.fit import fit_dictionary, score
+from crosscoder.studies.budget import Arm, Seeds
+from crosscoder.studies.calibration import FitConfig, score
 from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.planted_verdict import VerdictConfig
-from crosscoder.training import TrainConfig
-
-TRAIN_STREAM, HELD_OUT_STREAM = 1, 2
-Draw = Callable[[int, int | str, int], Tensor]
-"""`(n, stream, index) -> x_BLD`: batch number `index` of a stream of planted tokens."""
-
-
-@config
-class FitConfig:
-    """How every dictionary of the study is trained, on tokens that never repeat."""
-
-    steps: PositiveInt = 800
-    batch: PositiveInt = 1024
-    learning_rate: PositiveFloat = 1e-2
-    k_factor: PositiveFloat = 1.0
-    """Active features per token, as a multiple of the truth; anything but 1 mixes or splits features."""
-    held_out: PositiveInt = 20_480
-
-    def k(self, l0_true: float, n_features: int) -> int:
-        """Active features of a dictionary in a world where `l0_true` are active."""
-        return min(max(1, round(self.k_factor * l0_true)), n_features)
-
-    def run(self, dictionary: Dictionary, draw: Draw, device: str = "cpu") -> Reading:
-        """The reading of `dictionary` after training on tokens as `draw` gives them; whole batches are held out."""
-        source = PlantedSource(
-            draw,
-            scale_L=torch.ones(dictionary.config.n_layers),
-            d_model=dictionary.config.d_model,
-            held_out_stream=HELD_OUT_STREAM,
-            held_out_tokens=-(-self.held_out // EVALUATION_BATCH) * EVALUATION_BATCH,
-        )
-        config = TrainConfig(
-            steps=self.steps, learning_rate=self.learning_rate, dead_after_tokens=10_000, log_every=self.steps
-        )
-        return fit_dictionary(dictionary, source, config, batch=self.batch, seed=TRAIN_STREAM, device=device)
 
 
 @config
@@ -118,37 +79,23 @@ PRESETS: dict[str, PlantedConfig] = {
 }
 
 
-def measure_crosscoder(config: PlantedConfig, size: int, seed: int, device: str = "cpu") -> list[Row]:
-    """The scores of one crosscoder in one world."""
-    world = World(replace(config.world, seed=seed))
-    l0_true = float(world.probability_F.sum())
-    k = config.fit.k(l0_true, size)
-    dictionary = Crosscoder(
-        n_layers=world.config.n_layers,
-        d_model=world.config.d_model,
-        n_features=size,
-        sparsity=BatchTopK(k=k),
-        seed=seed,
-    )
-    reading = config.fit.run(dictionary, world.draw, device)
-    at = Place(arm="crosscoder", n_features=size, k=k, seed=seed)
-    return score(at, reading.distinct.decoder_FLD, world, reading, l0_true=l0_true)
+def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: str = "cpu") -> list[Row]:
+    """The scores of one dictionary in one world: a crosscoder's features, or a bank's merged by each rule.
 
-
-def measure_bank(config: PlantedConfig, size: int, seed: int, device: str = "cpu") -> list[Row]:
-    """The scores of one bank in one world by each merging rule; L0 counts (feature, layer) pairs."""
+    L0 counts features of a crosscoder, (feature, layer) pairs of a bank.
+    """
     world = World(replace(config.world, seed=seed))
-    l0_true = float(world.probability_F @ world.rho_F)
-    k = config.fit.k(l0_true / config.world.n_layers, size)
-    dictionary = LayerwiseSAE(
-        n_layers=world.config.n_layers,
-        d_model=world.config.d_model,
-        n_features=size,
-        sparsity=BatchTopK(k=k),
-        seed=seed,
-    )
-    reading = config.fit.run(dictionary, world.draw, device)
-    at = Place(arm="layerwise", n_features=size, k=k, seed=seed)
+    shape = world.config.n_layers, world.config.d_model
+    if arm == "crosscoder":
+        l0_true, n_groups = float(world.probability_F.sum()), 1
+    else:
+        l0_true, n_groups = float(world.probability_F @ world.rho_F), world.config.n_layers
+    k = config.fit.k(l0_true / n_groups, size)
+    source = config.fit.source(world.draw, shape)
+    reading = config.fit.run(arm, source, n_features=size, k=k, seed=seed, device=device)
+    at = Place(arm=arm, n_features=size, k=k, seed=seed)
+    if arm == "crosscoder":
+        return score(at, reading.distinct.decoder_FLD, world, reading, l0_true=l0_true)
     rows: list[Row] = []
     for rule in counting.RULES:
         here = replace(at, estimator=rule.replace(" ", "-"))
@@ -202,15 +149,9 @@ def measure_pair(config: PlantedConfig, gamma: float, seed: int, device: str = "
 
 def _measure_side(pair: WorldPair, side: Side, config: PlantedConfig, device: str) -> dict[str, Any]:
     n_layers, d_model = pair.config.shape(side)
-    k = config.fit.k(float(pair.probability_F.sum()), config.pair_size)
-    dictionary = Crosscoder(
-        n_layers=n_layers,
-        d_model=d_model,
-        n_features=config.pair_size,
-        sparsity=BatchTopK(k=k),
-        seed=pair.config.seed,
-    )
-    reading = config.fit.run(dictionary, partial(pair.draw, side), device)
+    k, size = config.fit.k(float(pair.probability_F.sum()), config.pair_size), config.pair_size
+    source = config.fit.source(partial(pair.draw, side), (n_layers, d_model))
+    reading = config.fit.run("crosscoder", source, n_features=size, k=k, seed=pair.config.seed, device=device)
     decoder_FLD = reading.distinct.decoder_FLD
     if len(decoder_FLD) < 2:
         raise ValueError(f"{len(decoder_FLD)} features found on side {side}; R needs two: train for more steps")
@@ -231,9 +172,9 @@ def study_jobs(config: PlantedConfig, device: str) -> dict[str, Callable[[], lis
     jobs: dict[str, Callable[[], list[Row]]] = {}
     for seed in config.seeds:
         for size in config.sizes:
-            jobs[f"crosscoder {size}, world {seed}"] = partial(measure_crosscoder, config, size, seed, device)
+            jobs[f"crosscoder {size}, world {seed}"] = partial(measure_arm, config, "crosscoder", size, seed, device)
         for size in config.bank_sizes:
-            jobs[f"bank {size}, world {seed}"] = partial(measure_bank, config, size, seed, device)
+            jobs[f"bank {size}, world {seed}"] = partial(measure_arm, config, "layerwise", size, seed, device)
     for gamma in config.gammas:
         jobs[f"pair gamma {gamma:g}"] = partial(measure_pair, config, gamma, config.seeds[0], device)
     return jobs | planted_verdict.verdict_jobs(config.verdict, config.verdicts, device)
@@ -245,7 +186,7 @@ def run_planted(config: PlantedConfig, *, folder: Path, preset: str, device: str
     done = study.run(study_jobs(config, device), "planted worlds")
     study.lap("training")
     rows = [row for found in done.values() for row in found]
-    results = study.results(rows, None, config=config, kind="synthetic", preset=preset, text="planted worlds")
+    results = study.results(rows, config=config, kind="synthetic", preset=preset, text="planted worlds")
     save_results(results, folder)
     write_page(results, folder)
     return results

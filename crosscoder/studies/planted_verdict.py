@@ -11,18 +11,16 @@ features are known here, so the errors of these very readings are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Annotated
 
 import numpy as np
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from crosscoder.data.sources import EVALUATION_BATCH, PlantedSource
-from crosscoder.data.world_pair import DEPTH_RATIO, PairConfig, Side, WorldPair
-from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE
+from crosscoder.data.sources import PlantedSource
+from crosscoder.data.world_pair import DEPTH_RATIO, SIDES, PairConfig, Side, WorldPair
 from crosscoder.foundation.config import config as settings
 from crosscoder.measure import dimension, probes, recovery
 from crosscoder.measure.comparison import SiteReadings, measure_site
@@ -31,8 +29,8 @@ from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import seeds_row
 from crosscoder.results.table import LongTable, Place, Row, finite, rows_at
 from crosscoder.results.verdict import Label, Verdict
-from crosscoder.studies.fit import fit_dictionary, log_uniform_bounds
-from crosscoder.training import TrainConfig
+from crosscoder.studies.budget import Arm
+from crosscoder.studies.calibration import FitConfig, log_uniform_bounds
 from crosscoder.verdict import evidence
 from crosscoder.verdict.decide import decide
 from crosscoder.verdict.evidence import PRIMARY_SITE, GateInputs, Point
@@ -84,10 +82,7 @@ class VerdictConfig:
     dictionary_seeds: PositiveInt = 2
     sides: tuple[Side, ...] = ("A", "B")
     control_crowding: float = 0.9
-    steps: PositiveInt = 300
-    batch: PositiveInt = 512
-    learning_rate: PositiveFloat = 1e-2
-    held_out: PositiveInt = 8192
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch=512, held_out=8192))
     plants: tuple[Plant, ...] = PLANTS
 
     @property
@@ -110,64 +105,46 @@ class Planted:
     @cached_property
     def pairs(self) -> tuple[WorldPair, ...]:
         """One pair for each training seed; firing probabilities sum to `active`."""
-        config, pairs = self.config, []
+        config = self.config
         low, high = log_uniform_bounds(config.active / config.n_features, config.probability_range)
-        for training_seed in range(config.training_seeds):
-            pair = WorldPair(
-                PairConfig(
-                    n_features=config.n_features,
-                    n_layers=config.n_layers,
-                    d_model=config.d_model,
-                    gamma=self.gamma,
-                    delta=self.delta,
-                    p_min=low,
-                    p_max=high,
-                    noise=config.noise,
-                    seed=self.seed,
-                    training_seed=training_seed,
-                    sides=config.sides,
-                    crowding=self.crowding,
-                )
-            )
+        shared = PairConfig(
+            n_features=config.n_features,
+            n_layers=config.n_layers,
+            d_model=config.d_model,
+            gamma=self.gamma,
+            delta=self.delta,
+            p_min=low,
+            p_max=high,
+            noise=config.noise,
+            seed=self.seed,
+            sides=config.sides,
+            crowding=self.crowding,
+        )
+        pairs = tuple(WorldPair(replace(shared, training_seed=t)) for t in range(config.training_seeds))
+        for pair in pairs:
             pair.probability_F = pair.probability_F * (config.active / pair.probability_F.sum())
-            pairs.append(pair)
-        return tuple(pairs)
+        return pairs
 
     def source(self, pair: WorldPair, side: Side) -> PlantedSource:
         """The tokens of one side, scaled; the same held-out ones for every shape and seed."""
-        n_layers, d_model = pair.config.shape(side)
-        scale, held_out = usual_scale(pair, side), self.config.held_out
-        return PlantedSource(
-            lambda n, stream, index: pair.draw(side, n, stream, index) * scale,
-            scale_L=torch.full((n_layers,), scale),
-            d_model=d_model,
-            held_out_stream=2 * self.seed + 1,
-            held_out_tokens=min(EVALUATION_BATCH, held_out) * -(-held_out // EVALUATION_BATCH),
-        )
+        draw, scale = partial(pair.draw, side), usual_scale(pair, side)
+        return self.config.fit.source(draw, pair.config.shape(side), scale=scale, held_out_stream=2 * self.seed + 1)
 
-    def measure(self, pair: WorldPair, side: Side, dictionary: Dictionary) -> Reading:
-        """The reading of `dictionary` after training on one side."""
-        config = self.config
-        trainer = TrainConfig(
-            steps=config.steps,
-            learning_rate=config.learning_rate,
-            dead_after_tokens=10_000,
-            log_every=config.steps,
-        )
+    def train(self, arm: Arm, pair: WorldPair, side: Side, *, k: int, seed: int) -> Reading:
+        """The reading of a dictionary after training on one side."""
+        given = {"n_features": self.config.size, "k": k, "seed": 1000 * self.seed + seed}
         source = self.source(pair, side)
-        return fit_dictionary(dictionary, source, trainer, batch=config.batch, seed=2 * self.seed, device=self.device)
+        return self.config.fit.run(arm, source, **given, stream=2 * self.seed, device=self.device)
 
     def read(self, pair: WorldPair, side: Side, dictionary_seed: int) -> Reading:
         """The reading of one crosscoder on one side."""
-        n_layers, d_model = pair.config.shape(side)
-        dictionary = Crosscoder(
-            n_layers=n_layers,
-            d_model=d_model,
-            n_features=self.config.size,
-            sparsity=BatchTopK(k=round(self.config.active)),
-            seed=1000 * self.seed + 10 * pair.config.training_seed + dictionary_seed,
-        )
-        return self.measure(pair, side, dictionary).distinct
+        seed = 10 * pair.config.training_seed + dictionary_seed
+        return self.train("crosscoder", pair, side, k=round(self.config.active), seed=seed).distinct
+
+    def bank(self, pair: WorldPair, k: int) -> Point:
+        """A bank on A with k active features a layer."""
+        reading = self.train("layerwise", pair, "A", k=k, seed=pair.config.training_seed)
+        return Point(reading.l0, reading.explained_variance)
 
     def subjects(self) -> dict[str, ShapeReadings]:
         """All readings of every side."""
@@ -176,19 +153,6 @@ class Planted:
             readings = tuple(tuple(self.read(pair, side, d) for d in seeds) for pair in self.pairs)
             found[side] = ShapeReadings(side, *self.pairs[0].config.shape(side), readings)
         return found
-
-    def bank(self, pair: WorldPair, k: int) -> Point:
-        """A bank on A with k active features a layer."""
-        n_layers, d_model = pair.config.shape("A")
-        dictionary = LayerwiseSAE(
-            n_layers=n_layers,
-            d_model=d_model,
-            n_features=self.config.size,
-            sparsity=BatchTopK(k=k),
-            seed=1000 * self.seed + pair.config.training_seed,
-        )
-        reading = self.measure(pair, "A", dictionary)
-        return evidence.point_of_l0(reading.explained_variance, reading.l0)
 
 
 def usual_scale(pair: WorldPair, side: Side) -> float:
@@ -263,30 +227,21 @@ def measure_errors(planted: Planted, subjects: Mapping[str, ShapeReadings]) -> e
     return evidence.Calibration(count_error=max(count), rho_error=max(rho), same_sizes=True)
 
 
-def planted_truth(planted: Planted) -> dict[str, float]:
-    """R, gamma and delta expected of the planted features over all directions that could be drawn."""
-    pair = planted.pairs[0]
-    return _truth({side: np.array([pair.expected_dimension(side)]) for side in ("A", "B")}, planted)
-
-
-def drawn_truth(planted: Planted) -> dict[str, float]:
-    """R, gamma and delta of the directions that were drawn, energy-weighted, over training seeds as they are over
-    readings: densities are averaged for R, dimensions for delta."""
-    return _truth({s: np.array([_drawn_dimension(pair, s) for pair in planted.pairs]) for s in ("A", "B")}, planted)
-
-
-def _truth(dimensions: Mapping[str, np.ndarray], planted: Planted) -> dict[str, float]:
-    pair = planted.pairs[0]
-    rho = {side: recovery.mean_rho(pair.decoder_FLD[side].numpy()) for side in ("A", "B")}
-    relative = {side: dimensions[side].mean() / pair.config.shape(side)[1] for side in ("A", "B")}
+def truth(pairs: Sequence[WorldPair], dimension_of: Callable[[WorldPair, Side], float]) -> dict[str, float]:
+    """R, gamma and delta of planted features over training seeds as they are over readings: densities are averaged for
+    R, dimensions for delta."""
+    d_eff = {side: np.array([dimension_of(pair, side) for pair in pairs]) for side in SIDES}
+    relative = {side: d_eff[side].mean() / pairs[0].config.shape(side)[1] for side in SIDES}
+    rho = {side: recovery.mean_rho(pairs[0].decoder_FLD[side].numpy()) for side in SIDES}
     return {
-        "R": float((1 / dimensions["B"]).mean() / (1 / dimensions["A"]).mean()),
+        "R": float((1 / d_eff["B"]).mean() / (1 / d_eff["A"]).mean()),
         "gamma": math.log(rho["A"] / rho["B"]) / math.log(DEPTH_RATIO),
         "delta": float(math.log(relative["A"] / relative["B"]) / math.log(DEPTH_RATIO)),
     }
 
 
-def _drawn_dimension(pair: WorldPair, side: Side) -> float:
+def drawn_dimension(pair: WorldPair, side: Side) -> float:
+    """d_eff of the directions that were drawn, energy-weighted; `expected_dimension` is over all that could be."""
     rows_FN = pair.decoder_FLD[side].flatten(1).double().numpy()
     return dimension.weighted_dimension(rows_FN, pair.probability_F.double().numpy())
 
@@ -340,9 +295,9 @@ def verdict_rows(plant: Plant, planted: Planted, case: Case) -> list[Row]:
             **{name: getattr(found, name) for name in beside},
         },
     )
-    truth, drawn = planted_truth(planted), drawn_truth(planted)
+    expected, drawn = truth(planted.pairs[:1], WorldPair.expected_dimension), truth(planted.pairs, drawn_dimension)
     for name, estimate in (("R", found.ratio), ("gamma", found.gamma), ("delta", found.delta)):
-        values = {"found": estimate, "planted": truth[name], "drawn": drawn[name]}
+        values = {"found": estimate, "planted": expected[name], "drawn": drawn[name]}
         rows += rows_at(replace(at, estimator=name), values)
     return rows
 

@@ -58,28 +58,24 @@ class SubjectsConfig:
     seed: int = 0
     """Of the text's split."""
 
-    def training(self, shape: Shape, seed: int) -> SubjectConfig:
-        """How one subject is trained."""
-        return SubjectConfig(
-            n_layers=shape.n_layers,
-            d_model=shape.d_model,
-            head_dim=shape.head_dim,
-            learning_rate=shape.learning_rate,
-            context=self.context,
-            tokens=shape.tokens,
-            batch=self.batch,
-            n_checkpoints=self.n_checkpoints,
-            seed=seed,
-        )
-
     def shapes(self) -> dict[str, Shape]:
         """The subjects by name."""
         return {"A": self.a, "B": self.b} | ({} if self.c is None else {"C": self.c})
 
     def runs(self) -> dict[Run, SubjectConfig]:
-        """Every training run by shape and position of its seed."""
+        """How each subject is trained with each seed, by shape and position of the seed."""
         return {
-            (name, t): self.training(shape, seed)
+            (name, t): SubjectConfig(
+                n_layers=shape.n_layers,
+                d_model=shape.d_model,
+                head_dim=shape.head_dim,
+                learning_rate=shape.learning_rate,
+                context=self.context,
+                tokens=shape.tokens,
+                batch=self.batch,
+                n_checkpoints=self.n_checkpoints,
+                seed=seed,
+            )
             for name, shape in self.shapes().items()
             for t, seed in enumerate(self.seeds)
         }

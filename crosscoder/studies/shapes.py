@@ -10,7 +10,7 @@ it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,17 @@ from crosscoder.data.subject_training import (
     load_checkpoint,
     train_subject,
 )
-from crosscoder.data.tokens import PreparedTokens, prepare_tokens
+from crosscoder.data.tokens import PreparedTokens
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Role, Row, Site, State, rows_at
+from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.budget import Arm, DictionaryBudget, with_k, with_size
+from crosscoder.studies.budget import with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores
-from crosscoder.studies.folder import StudyFolder, drop_activations, harvest_into, parameter_counts, runs_of
-from crosscoder.studies.joint import JointCell
+from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
 from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
 from crosscoder.verdict.rule import RULE
-
-STATES: tuple[State, ...] = ("trained", "untrained")
 
 
 def run_study(
@@ -52,45 +49,32 @@ def run_study(
     """
     part, subjects = part or Part(), config.subjects
     study = StudyFolder(folder, device=device, workers=workers)
-    tokens = study.tokens(
-        lambda: prepare_tokens(
-            subjects.text, vocab_size=subjects.vocab_size, sequence_length=subjects.context, seed=subjects.seed
-        )
-    )
+    of_text = {"vocab_size": subjects.vocab_size, "sequence_length": subjects.context, "seed": subjects.seed}
+    tokens = study.tokens(subjects.text, **of_text)
     study.lap("tokens")
     runs = _train_subjects(subjects, study, part)
     chosen = match_losses({run: found.checkpoints for run, found in runs.items()})
     said = [f"{name}{t} {c.held_out_loss:.4f} after {c.tokens:,}" for (name, t), c in chosen.checkpoints.items()]
     say(f"matched checkpoints, nats/token after tokens: {', '.join(said)}; gap {chosen.gap:.2%}")
     study.lap("subjects")
-    cells = [*study_cells(config), *study_joints(config)]
-    own = [cell for cell in cells if part.holds(runs_of(cell)[0], list(runs))]
-    if study.left(own):
-        read = {run for cell in own for run in runs_of(cell)}
-        stores = _harvest(config, study, {run: runs[run] for run in runs if run in read}, chosen, tokens)
-        study.lap("activations")
-        study.run_cells(own, stores)
-        if not config.keep_activations:
-            drop_activations(stores.values())
-    study.lap("dictionaries")
+    cells = study_cells(config)
+    own = [cell for cell in cells if part.holds(cell.runs[0], list(runs))]
+    read = {run for cell in own for run in cell.runs}
+    harvest = partial(_harvest, config, study, {run: runs[run] for run in runs if run in read}, chosen, tokens)
+    study.run_cells(own, harvest, keep_activations=config.keep_activations)
     if left := study.left(cells):
         raise OtherPartsError(f"this part is done; {len(left)} of {len(cells)} cells are left for other parts")
     rows = [row for name in subjects.shapes() for row in subject_rows(name, config, runs, chosen, tokens)]
     gap = relative_gap(LongTable(tuple(rows)).values("held_out_loss"))
     further = {"vocabulary": tokens.train.vocab_size, "text_tokens": tokens.train.n_tokens}
     rows += rows_at(Place(), {"loss_gap": gap, "chosen_loss_gap": chosen.gap, **further})
-    rows += [*study.rows(cells), *calibrate_study(config, folder, device=device, workers=workers)]
+    rows += [*study.rows(cells), *calibrate_study(config, study)]
     study.lap("calibration")
     measured, verdict = judge.judge(config, LongTable(tuple(rows)), folder, loss_gap=gap, loss_matched=chosen.matched)
     study.lap("verdict")
+    rows += measured
     return study.results(
-        [*rows, *measured],
-        verdict,
-        config=config,
-        kind="aspect_ratio",
-        preset=preset,
-        text=subjects.text,
-        tokens_fingerprint=tokens.train.fingerprint,
+        rows, verdict, config=config, tokens=tokens, kind="aspect_ratio", preset=preset, text=subjects.text
     )
 
 
@@ -98,67 +82,57 @@ def study_cells(config: StudyConfig) -> list[Cell]:
     """Every cell of the study, the ones that take longest first.
 
     Crosscoders of every training run decide; banks are trained on the first run of A and B, and with several k on the
-    block writes of every run of A, for the count gain. The shuffled control is A's, on the block writes.
+    block writes of every run of A, for the count gain. The shuffled control is A's, on the block writes. Joint
+    crosscoders, if there are to be any, come last.
     """
-    shapes, first, cells = config.subjects.shapes(), config.seeds[:1], []
-    every = range(len(config.subjects.seeds))
-
-    def add(
-        name: str, t: int, state: State, site: Site, arm: Arm, role: Role, budget: DictionaryBudget, seeds=config.seeds
-    ) -> None:
-        # X is A's, beside its controls; leaving its features out of R needs those of trained B too.
-        probed = site == "write" and arm == "crosscoder" and role == "main"
-        probed = probed and (name == "A" or (name, state) == ("B", "trained"))
-        where = {"subject": name, "training_seed": t, "state": state, "site": site}
-        cells.append(Cell(**where, arm=arm, role=role, budget=budget, seeds=seeds, probed=probed))
-
-    for name, shape in shapes.items():
-        budget = shape.budget(config.dictionaries)
-        compared = name in COMPARED
+    budgets = {name: shape.budget(config.dictionaries) for name, shape in config.subjects.shapes().items()}
+    where: dict[str, Any] = {"state": "trained", "site": "write", "role": "main", "seeds": config.seeds}
+    mains = {name: Cell(subject=name, arm="crosscoder", budget=budgets[name], **where) for name in budgets}
+    every, first, factors, cells = range(len(config.subjects.seeds)), config.seeds[:1], {*config.k_factors}, []
+    for name, main in mains.items():
         for t in every:
             for site in SITES:
-                add(name, t, "trained", site, "crosscoder", "main", budget)
-                if compared:
-                    add(name, t, "untrained", site, "crosscoder", "main", budget)
-                if compared and t == 0:
-                    add(name, t, "trained", site, "layerwise", "main", budget)
+                here = replace(main, training_seed=t, site=site)
+                cells.append(here)
+                if name in COMPARED:
+                    cells.append(replace(here, state="untrained"))
+                if name in COMPARED and t == 0:
+                    cells.append(replace(here, arm="layerwise"))
             if name == "A":
-                add(name, t, "shuffled", "write", "crosscoder", "main", budget, first)
-        if compared:
-            for size in config.sizes:
-                if size != budget.n_features:
-                    add(name, 0, "trained", "write", "crosscoder", "size", with_size(budget, size), first)
-            for factor in config.k_factors:
-                if factor != 1:
-                    add(name, 0, "trained", "write", "crosscoder", "k", with_k(budget, factor), first)
-    budget = config.subjects.a.budget(config.dictionaries)
+                cells.append(replace(main, training_seed=t, state="shuffled", seeds=first))
+        if name in COMPARED:
+            sizes = [with_size(main.budget, size) for size in config.sizes if size != main.budget.n_features]
+            ks = [with_k(main.budget, factor) for factor in config.k_factors if factor != 1]
+            cells += [replace(main, role="size", budget=budget, seeds=first) for budget in sizes]
+            cells += [replace(main, role="k", budget=budget, seeds=first) for budget in ks]
+    bank = replace(mains["A"], arm="layerwise", role="k", seeds=first)
     for t in every:
-        for factor in sorted({1.0, *config.k_factors}):
-            if not (t == 0 and factor == 1):  # that one is a main cell
-                add("A", t, "trained", "write", "layerwise", "k", with_k(budget, factor), first)
+        # k itself is the main bank's on the first run.
+        of_run = sorted(factors - {1.0} if t == 0 else factors | {1.0})
+        cells += [replace(bank, training_seed=t, budget=with_k(bank.budget, factor)) for factor in of_run]
+    layers = {name: shape.n_layers for name, shape in config.subjects.shapes().items()}
 
     def cost(cell: Cell) -> int:
-        layers = shapes[cell.subject].n_layers
-        return len(cell.seeds) * cell.budget.n_features * layers * (2 if cell.arm == "layerwise" else 1)
+        arms = 2 if cell.arm == "layerwise" else 1
+        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * arms
 
-    return sorted(cells, key=cost, reverse=True)
+    cells = [replace(cell, probed=_is_probed(cell)) for cell in sorted(cells, key=cost, reverse=True)]
+    return [*cells, *(_joint_cells(mains["A"], len(every)) if config.joint else ())]
 
 
-def study_joints(config: StudyConfig) -> list[JointCell]:
-    """Crosscoders over two subjects, on the block writes: A and B of each training seed, two trainings of A, and A and
-    B untrained. The last two have every dictionary seed, since they have one pair of runs."""
-    if not config.joint:
-        return []
-    budget = config.subjects.a.budget(config.dictionaries)
+def _is_probed(cell: Cell) -> bool:
+    """X is A's, beside its controls; leaving its features out of R needs those of trained B too."""
+    known = cell.subject == "A" or (cell.subject, cell.state) == ("B", "trained")
+    return known and cell.site == "write" and cell.compared
 
-    def cell(first: Run, second: Run, state: State = "trained", seeds: tuple[int, ...] = config.seeds) -> JointCell:
-        return JointCell(first=first, second=second, state=state, site="write", budget=budget, seeds=seeds)
 
-    every = range(len(config.subjects.seeds))
-    cells = [cell(("A", t), ("B", t), seeds=config.seeds[:1]) for t in every]
-    if len(every) > 1:
-        cells.append(cell(("A", 0), ("A", 1)))
-    return [*cells, cell(("A", 0), ("B", 0), "untrained")]
+def _joint_cells(main: Cell, n_runs: int) -> list[Cell]:
+    """Crosscoders of A and B of each training seed, of two trainings of A, and of A and B untrained. The last two have
+    every dictionary seed, since they have one pair of runs."""
+    cells = [replace(main, training_seed=t, other=("B", t), seeds=main.seeds[:1]) for t in range(n_runs)]
+    if n_runs > 1:
+        cells.append(replace(main, other=("A", 1)))
+    return [*cells, replace(main, other=("B", 0), state="untrained")]
 
 
 @dataclass(frozen=True)
@@ -247,21 +221,19 @@ def _harvest(
     runs: Mapping[Run, SubjectRun],
     chosen: MatchedRuns,
     tokens: PreparedTokens,
-) -> dict[tuple[str, int, State], Stores]:
+) -> StoresOf:
     """Activations of the chosen checkpoints, and of A and B untrained, for training and held out."""
-    ids = study.splice_ids(tokens.held_out, config.splice_blocks)
+    study.draw_splice_ids(tokens.held_out, config.splice_blocks)
     stores: dict[tuple[str, int, State], Stores] = {}
     jobs: dict[str, Callable[[], Any]] = {}
     for (name, t), run in runs.items():
         for state in STATES if name in COMPARED else STATES[:1]:
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            spliced = state == "trained" and t == 0
-            here = study.stores(f"{name}{t}", state, subject=checkpoint if spliced else None, ids=ids)
-            stores[name, t, state] = here
-            jobs[f"{name}{t}-{state}"] = partial(
-                _harvest_one, checkpoint, study.root / "tokens", here, config, study.device
-            )
+            spliced = checkpoint if state == "trained" and t == 0 and config.splice_blocks else None
+            stores[name, t, state] = here = study.stores(f"{name}{t}", state, spliced=spliced)
+            home = study.root / "tokens"
+            jobs[f"{name}{t}-{state}"] = partial(_harvest_one, checkpoint, home, here, config, study.device)
     study.run(jobs, "activations")
     return stores
 

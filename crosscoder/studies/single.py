@@ -10,14 +10,13 @@ from pydantic import NonNegativeInt, PositiveInt
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.subject import load_subject, load_untrained
 from crosscoder.data.subject_training import causal_loss
-from crosscoder.data.tokens import prepare_tokens
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import Place, Site, State, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget, Seeds
 from crosscoder.studies.cells import Cell
-from crosscoder.studies.folder import StudyFolder, drop_activations, harvest_into, parameter_counts
+from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
 
 NAME = "S"
 LOSS_BLOCKS = 32
@@ -57,30 +56,26 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     study = StudyFolder(folder, device=device, workers=workers)
     subject = load_subject(config.subject, device=device)
     study.lap("model")
-    tokens = study.tokens(
-        lambda: prepare_tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
-    )
+    tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
     study.lap("tokens")
     n_blocks = len(ResidualHarvester(subject.model, blocks_path=config.blocks_path).blocks)
     layers = config.layers or tuple(range(1, n_blocks + 1))
     cells = study_cells(config, layers)
-    if study.left(cells):
-        ids = study.splice_ids(tokens.held_out, config.splice_blocks)
+
+    def harvest() -> StoresOf:
+        study.draw_splice_ids(tokens.held_out, config.splice_blocks)
         stores = {}
-        for state in ("trained", "untrained") if config.untrained else ("trained",):
+        for state in STATES if config.untrained else STATES[:1]:
             model = subject.model if state == "trained" else load_untrained(config.subject, device=device)
-            spliced = config.subject if state == "trained" else None
-            stores[NAME, 0, state] = here = study.stores(
-                NAME, state, subject=spliced, ids=ids, blocks_path=config.blocks_path
-            )
+            spliced = config.subject if state == "trained" and config.splice_blocks else None
+            here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path)
             say(f"harvesting {config.tokens_train + config.tokens_held_out:,} tokens, {state}")
             harvester = ResidualHarvester(model, layers=layers, blocks_path=config.blocks_path)
             harvest_into(here, harvester, tokens, (config.tokens_train, config.tokens_held_out), quiet=False)
-        study.lap("activations")
-        study.run_cells(cells, stores)
-        if not config.keep_activations:
-            drop_activations(stores.values())
-    study.lap("dictionaries")
+            stores[NAME, 0, state] = here
+        return stores
+
+    study.run_cells(cells, harvest, keep_activations=config.keep_activations)
     stride = max(1, len(tokens.held_out) // LOSS_BLOCKS)
     model, d_model = subject.model, subject.model.config.get_text_config(decoder=True).hidden_size
     about = {
@@ -92,15 +87,8 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
         **parameter_counts(model),
         "held_out_loss": causal_loss(model, tokens.held_out[::stride][:LOSS_BLOCKS].to(device)),
     }
-    return study.results(
-        [*rows_at(Place(subject=NAME), about), *study.rows(cells)],
-        None,
-        config=config,
-        kind="subject_study",
-        preset="subject",
-        text=config.text,
-        tokens_fingerprint=tokens.train.fingerprint,
-    )
+    rows = [*rows_at(Place(subject=NAME), about), *study.rows(cells)]
+    return study.results(rows, config=config, kind="subject_study", preset="subject", text=config.text, tokens=tokens)
 
 
 def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cell]:
@@ -111,7 +99,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
     """
     neighbours = len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1))
     sites: tuple[Site, ...] = ("residual", "write") if neighbours else ("residual",)
-    states: tuple[State, ...] = ("trained", "untrained") if config.untrained else ("trained",)
+    states = STATES if config.untrained else STATES[:1]
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
     kinds: list[tuple[Arm, Site, State]] = [(arm, site, state) for arm in arms for site in sites for state in states]
     if config.untrained and neighbours and len(layers) > 2:  # two layers have one write between them

@@ -263,6 +263,12 @@ def test_a_budget_names_every_rule():
     }
     assert rules["jumprelu"].sparsity("layerwise").penalty == TargetL0Penalty(target=26)
     assert DictionaryBudget(selection="l2_of_norms", penalty=3.0).sparsity("layerwise") == ReLU(NormPenalty("l2", 3.0))
-    assert [budget.decoder() for budget in rules.values()] == ["unit", "unit", "unit", "free", "free"]
+    assert [budget.settings("crosscoder")["decoder"] for budget in rules.values()] == [
+        "unit",
+        "unit",
+        "unit",
+        "free",
+        "free",
+    ]
     with pytest.raises(ValueError, match="batch_topk has none; try one of"):
         DictionaryBudget(penalty=1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crosscoder.measure.dimension import headroom, highest_probability
-from crosscoder.studies.planted import FitConfig
+from crosscoder.studies.calibration import FitConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_ceiling as ceiling

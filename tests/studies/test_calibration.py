@@ -9,7 +9,9 @@ import torch
 from crosscoder.results.table import LongTable, Place, rows_at
 from crosscoder.studies import calibration
 from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.calibration import CalibrationConfig, calibrate, planted_source
+from crosscoder.studies.calibration import CalibrationConfig, measure_calibration, planted_source
+from crosscoder.studies.folder import StudyFolder
+from crosscoder.studies.presets import PRESETS
 
 BUDGET = DictionaryBudget(n_features=64, k_crosscoder=2, k_layerwise=2, steps=400, batch=256, learning_rate=1e-2)
 CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=50_000, tokens_held_out=8000)
@@ -18,7 +20,7 @@ CONFIG = CalibrationConfig(n_layers=4, d_model=16, budget=BUDGET, tokens_train=5
 @pytest.fixture(scope="module")
 def scores():
     torch.set_num_threads(1)
-    return plain(calibrate(CONFIG))
+    return plain(measure_calibration(CONFIG))
 
 
 def plain(rows):
@@ -33,7 +35,7 @@ def test_an_easy_world_is_found(scores):
 
 
 def test_too_little_training_is_not_hidden(scores):
-    hurried = plain(calibrate(replace(CONFIG, budget=replace(BUDGET, steps=10))))
+    hurried = plain(measure_calibration(replace(CONFIG, budget=replace(BUDGET, steps=10))))
     assert hurried["mcc"] < scores["mcc"] - 0.2
     assert hurried["explained_variance"] < scores["explained_variance"] - 0.2
 
@@ -46,11 +48,7 @@ def test_the_world_has_as_many_active_features_as_the_dictionary_and_the_usual_n
     norm_L = x_TLD.norm(dim=2).mean(0)
     torch.testing.assert_close(norm_L, torch.full((4,), 4.0), rtol=0.1, atol=0)
     assert [int((world.kind_F == kind).sum()) for kind in range(4)] == [8, 8, 8, 8]
-
-
-def test_a_shape_of_one_layer_holds_local_features():
-    config = replace(CONFIG, n_layers=1)
-    assert planted_source(config)[1].config.kinds == ("local",)
+    assert planted_source(replace(CONFIG, n_layers=1))[1].config.kinds == ("local",)
 
 
 def test_tokens_come_again_after_as_many_as_the_study_has():
@@ -63,19 +61,24 @@ def test_tokens_come_again_after_as_many_as_the_study_has():
     assert not any(torch.equal(held_out, batch) for batch in batches)
 
 
-def test_a_result_is_kept_by_its_inputs(tmp_path, scores, monkeypatch):
-    short = replace(CONFIG, budget=replace(BUDGET, steps=5))
-    first = calibrate(short, root=tmp_path)
-    path = calibration.calibration_path(tmp_path, short)
-    assert path.is_file()
-    monkeypatch.setattr(calibration, "measure_calibration", lambda *_: pytest.fail("it was kept"))
-    assert plain(calibrate(short, root=tmp_path)) == plain(first)
-    for other in (
-        replace(short, seed=1),
-        replace(short, tokens_held_out=9000),
-        replace(short, budget=replace(short.budget, learning_rate=1e-3)),
-    ):
-        assert calibration.calibration_path(tmp_path, other) != path
+def test_a_result_is_kept_by_its_inputs_and_used_by_the_next_study(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(config, device):
+        asked.append(config)
+        return rows_at(Place(role="calibration", seed=config.seed), {"mcc": 1 / len(asked)})
+
+    monkeypatch.setattr(calibration, "measure_calibration", measure)
+    monkeypatch.setattr(StudyFolder, "run", lambda _, jobs, label: {name: job() for name, job in jobs.items()})
+    smoke = PRESETS["smoke"]
+    first = calibration.calibrate_study(smoke, StudyFolder(tmp_path / "first"))
+    assert [(row.at.subject, row.value) for row in first] == [("A", 1.0), ("B", 0.5)]
+    assert calibration.calibrate_study(smoke, StudyFolder(tmp_path / "second")) == first
+    assert len(asked) == 2
+    other = replace(smoke.dictionaries, learning_rate=1e-3)
+    for changed in (replace(smoke, tokens_held_out=5000), replace(smoke, dictionaries=other)):
+        assert calibration.calibrate_study(changed, StudyFolder(tmp_path / "third")) != first
+    assert len(asked) == 6
 
 
 def test_the_gates_take_the_worst_world():

@@ -13,10 +13,8 @@ from crosscoder.data.sources import StackedSource
 from crosscoder.data.subject import build_subject
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import stack_subjects
-from crosscoder.studies import joint
 from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.cells import Stores
-from crosscoder.studies.presets import PRESETS
+from crosscoder.studies.cells import Cell, Stores, joint_rows, run_cell
 
 SHARED, OWN = 16, 8  # features of both subjects, and of each one alone
 HELD_OUT = 6000
@@ -26,6 +24,7 @@ class PlantedPair(StackedSource):
     """Two subjects, 3 layers of 16 and 1 of 32, with planted features."""
 
     n_layers, d_model, layer_counts, widths = 4, 32, (3, 1), (16, 32)
+    scale_L = torch.ones(4)
     held_out_sequences_T = torch.arange(HELD_OUT) // 64
 
     def __init__(self):
@@ -52,10 +51,14 @@ class PlantedPair(StackedSource):
         return iter([self.batch(index, HELD_OUT // 2, 9) for index in range(2)])
 
 
+def pair_cell(budget, **changes):
+    where = {"subject": "A", "state": "trained", "site": "write", "arm": "crosscoder", "role": "main"}
+    return Cell(**{**where, "other": ("B", 0), "budget": budget, "seeds": (0,), **changes})
+
+
 def test_planted_features_of_one_subject_alone_are_found():
     budget = DictionaryBudget(n_features=34, k_crosscoder=3, k_layerwise=3, steps=500, batch=512, learning_rate=1e-2)
-    cell = joint.JointCell(first=("A", 0), second=("B", 0), state="trained", site="write", budget=budget, seeds=(0,))
-    row = {one.key: one.value for one in joint.train_joint(cell, PlantedPair(), 0, "cpu")}
+    row = {one.key: one.value for one in joint_rows(pair_cell(budget), PlantedPair(), 0)}
     true = OWN / (SHARED + 2 * OWN)  # .25
     assert row["alive"] >= 30
     assert min(row["explained_variance_first"], row["explained_variance_second"]) > 0.9
@@ -78,11 +81,12 @@ def test_both_subjects_must_hold_the_same_tokens(tmp_path):
     assert x_BLD.shape == (16, 4, 16)
     assert torch.equal(x_BLD[:, :2], x_BLD[:, 2:])
     with pytest.raises(ValueError, match=r"84 tokens, the other 40.*same tokens in the same order"):
-        StackedSource([whole.source("write"), part.source("write")])
+        run_cell(pair_cell(DictionaryBudget()), [whole, part], tmp_path)
 
 
 def test_a_joint_cell_has_a_name_of_its_own():
-    budget = PRESETS["quick"].dictionaries
-    cell = joint.JointCell(first=("A", 0), second=("A", 1), state="trained", site="write", budget=budget, seeds=(0,))
-    assert cell.name == "A0+A1-trained-write-joint-n160-k5"
-    assert replace(cell, second=("B", 0), state="untrained").name == "A0+B0-untrained-write-joint-n160-k5"
+    cell = pair_cell(DictionaryBudget(n_features=160, k_crosscoder=5, k_layerwise=2))
+    assert cell.name == "A0+B0-trained-write-joint-n160-k5"
+    assert replace(cell, other=("A", 1), state="untrained").name == "A0+A1-untrained-write-joint-n160-k5"
+    assert cell.runs == (("A", 0), ("B", 0))
+    assert not cell.compared, "the verdict reads crosscoders of one subject"

@@ -18,7 +18,8 @@ from crosscoder.report.planted import check_targets, name_of
 from crosscoder.results.file import load_results
 from crosscoder.results.table import LongTable, Place, rows_at
 from crosscoder.studies import planted
-from crosscoder.studies.planted import FitConfig, PlantedConfig
+from crosscoder.studies.calibration import FitConfig
+from crosscoder.studies.planted import PlantedConfig
 
 CI = replace(planted.PRESETS["ci"], fit=FitConfig(batch=256))
 TINY = PlantedConfig(
@@ -35,7 +36,7 @@ TINY = PlantedConfig(
 def crosscoder_row(*, size=96, seed=0, world=None, **fit):
     """One crosscoder's scores by key; those of one kind of feature by (key, kind)."""
     config = replace(CI, world=replace(CI.world, **(world or {})), fit=replace(CI.fit, **fit))
-    rows = planted.measure_crosscoder(config, size, seed)
+    rows = planted.measure_arm(config, "crosscoder", size, seed)
     return {row.key if row.at.kind is None else (row.key, row.at.kind): row.value for row in rows}
 
 
@@ -216,7 +217,7 @@ def test_the_command_writes_the_study(tmp_path, monkeypatch, capsys):
     for word in (*estimators, "R of density", "MCC", "recovery.png"):
         assert word in text
     assert (folder / "recovery.png").read_bytes().startswith(b"\x89PNG")
-    again = planted.measure_crosscoder(TINY, 16, 0)
+    again = planted.measure_arm(TINY, "crosscoder", 16, 0)
     assert again == list(rows.select(arm="crosscoder", subject=None, n_features=16))[: len(again)], (
         "the same bits again"
     )

@@ -39,13 +39,6 @@ def test_same_seeds_give_the_same_bytes(studies):
     assert without_times(studies[0]) == without_times(studies[1])
 
 
-def test_report_shows_the_answer(studies):
-    page = html.unescape((studies[0] / "report.html").read_text())
-    assert load_results(studies[0]).verdict.sentence in page
-    assert (studies[0] / "report.md").stat().st_size > 1000
-    assert len(list((studies[0] / "figures").glob("*.png"))) >= 5
-
-
 def test_both_arms_are_given_the_same_budget(studies):
     rows = load_results(studies[0]).rows.select("tokens_train", role="main")
     # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks: 2 shapes x 2 sites
@@ -85,21 +78,19 @@ def checkpoints(*losses):
     ]
 
 
-def test_matching_prefers_the_latest_close_choice():
-    found = match_losses({("A", 0): checkpoints(6, 4, 3.5, 3.0), ("B", 0): checkpoints(6, 4.5, 4.0, 3.51)})
-    assert found.index == {("A", 0): 2, ("B", 0): 3}
-    assert found.matched
-
-
-def test_matching_takes_the_closest_choice_and_says_so_when_none_is_close():
-    found = match_losses({("A", 0): checkpoints(6, 3.0, 2.0), ("B", 0): checkpoints(6, 5.0, 4.0)})
-    assert found.index == {("A", 0): 1, ("B", 0): 2}
-    assert not found.matched
-
-
-def test_matching_waits_for_the_slowest_of_many_runs():
-    runs = {("A", 0): checkpoints(6, 3.5, 3.0), ("A", 1): checkpoints(6, 3.6, 3.49), ("B", 0): checkpoints(6, 3.5, 2.9)}
-    assert match_losses(runs).index == {("A", 0): 1, ("A", 1): 2, ("B", 0): 1}
+@pytest.mark.parametrize(
+    ("losses", "index", "matched"),
+    [
+        ([(6, 4, 3.5, 3.0), (6, 4.5, 4.0, 3.51)], (2, 3), True),
+        ([(6, 3.0, 2.0), (6, 5.0, 4.0)], (1, 2), False),
+        ([(6, 3.5, 3.0), (6, 3.6, 3.49), (6, 3.5, 2.9)], (1, 2, 1), True),
+    ],
+    ids=["the latest close choice", "the closest where none is close", "waits for the slowest run"],
+)
+def test_runs_are_compared_at_checkpoints_of_equal_loss(losses, index, matched):
+    found = match_losses({("A", t): checkpoints(*each) for t, each in enumerate(losses)})
+    assert tuple(found.index.values()) == index
+    assert found.matched == matched
 
 
 def test_the_longest_cells_come_first_and_names_differ():
@@ -115,6 +106,8 @@ def test_the_verdict_opens_the_report_and_every_gate_is_printed(studies):
     assert page.index(verdict.sentence) < page.index("The counting table")
     for gate in verdict.gates:
         assert gate.requirement in page
+    assert (studies[0] / "report.md").stat().st_size > 1000
+    assert len(list((studies[0] / "figures").glob("*.png"))) >= 5
     # three steps of training make no dictionary that two seeds agree on
     assert verdict.label == "not testable"
     assert "self-cosine" in verdict.sentence

@@ -98,15 +98,6 @@ class TestSplitting:
         assert load[48] <= 1.25 * load[24]
         assert load[48] - load[24] <= 1.05 * total[24] * math.log(2), "at most p ln 2 for each feature split once"
 
-    @pytest.mark.parametrize("p", [0.001, 0.02, 0.1])
-    @pytest.mark.parametrize("share", [0.5, 0.2])
-    def test_one_split_moves_the_load_by_p_ln_2_at_most(self, p, share):
-        whole = counting.binary_entropy(np.array([p])).sum()
-        parts = counting.binary_entropy(np.array([share * p, (1 - share) * p])).sum()
-        assert 0 < parts - whole <= p * math.log(2) * (1 + p)
-        copies = counting.binary_entropy(np.array([p, p])).sum()
-        assert copies - whole > 2 * p * math.log(2), "a copy is no split; duplicates must be joined first"
-
 
 def test_trap_dead_features_are_not_few_features():
     """Much of the dictionary starts out of reach and nothing revives it: fewer features are counted than planted."""
