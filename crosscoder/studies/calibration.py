@@ -23,7 +23,7 @@ from crosscoder.data.world import World, WorldConfig
 from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.config import to_mapping
-from crosscoder.results.rows import from_blocks, to_blocks
+from crosscoder.results.file import from_blocks, to_blocks
 from crosscoder.results.table import COMPARED, LongTable, Place, Row, rows_at
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
