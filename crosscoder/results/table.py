@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypeAliasType
@@ -37,7 +37,10 @@ Integer = Annotated[int, Field(strict=True, gt=-(10**15), lt=10**15)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-1e30, lt=1e30)]
 """Beyond are nonsense, and sums that overflow."""
 Flag = Annotated[bool, Field(strict=True)]
-Plain = TypeAliasType("Plain", "Flag | Integer | Number | Text | list[Plain] | dict[Text, Plain] | None")
+if TYPE_CHECKING:
+    Plain = Any
+else:
+    Plain = TypeAliasType("Plain", "Flag | Integer | Number | Text | list[Plain] | dict[Text, Plain] | None")
 """What JSON can hold."""
 
 

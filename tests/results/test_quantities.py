@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from crosscoder.report import tables, verdict_tables
+from crosscoder.report.answer import WORDS
 from crosscoder.report.page import cited_definitions
 from crosscoder.results.file import SCHEMA, from_document
 from crosscoder.results.quantities import (
@@ -33,7 +34,7 @@ STUDIES = [
     if value.get("schema") == SCHEMA
 ]
 SHOWN = [
-    [tables.measured_table(study, group) for group in tables.GROUP_TITLE]
+    [tables.measured_table(study, group) for group in WORDS["groups"]]
     + [table(study) for table in (*tables.TABLES.values(), *verdict_tables.VERDICT_TABLES.values())]
     for study in STUDIES
     if study.provenance.kind != "synthetic"
