@@ -17,6 +17,7 @@ from crosscoder.report.panels import (
     log_axis,
     make_panels,
     mark_empty,
+    plain_ticks,
     plot_points,
     share_legend,
     to_png,
@@ -238,7 +239,7 @@ def _draw_score(ax: Any, groups: dict[Place, LongTable], color: dict[str, str], 
         return
     for name in dict.fromkeys(map(name_of, found)):
         own = {at: value for at, value in found.items() if name_of(at) == name}
-        points = [(Estimate(*(float(at.n_features or 0),) * 3), value) for at, value in own.items()]
+        points = [(Estimate.over([float(at.n_features or 0)]), value) for at, value in own.items()]
         plot_points(ax, points, color=color[name], arm=str(next(iter(own)).arm), label=name)
     truth = [1.0] if key == "mcc" else [value for at in found for value in groups[at].values(f"{key}_true")]
     ax.axhline(sum(truth) / len(truth), color=INK, linewidth=1.2, linestyle=":", label="planted")
@@ -280,20 +281,18 @@ def draw_verdicts(rows: LongTable) -> bytes:
     """R and delta of every planted world with their 90 % intervals beside what was planted, as PNG."""
     plants = [at.kind for at in rows.select("found_verdict").groups("kind")]
     figure, axes = make_panels(2, len(plants), (4.3 * len(plants), 7.0))
-    bands = {"R": ((RULE.complete, PALETTE[4], "H0"), (RULE.equal, PALETTE[2], "H1"))}
-    bands["delta"] = ((RULE.delta, PALETTE[2], "H1"),)
+    bands = {"R": {"H0": (RULE.complete, 4), "H1": (RULE.equal, 2)}, "delta": {"H1": (RULE.delta, 2)}}
     for column, plant in enumerate(plants):
         group = rows.select(kind=plant)
         right = by_seed(group, "right_verdict")
         for ax, name in zip(axes[:, column], bands, strict=True):
-            for (low, high), color, hypothesis in bands[name]:
-                ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
+            for hypothesis, (band, color) in bands[name].items():
+                ax.axvspan(*band, color=PALETTE[color], alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
             _draw_intervals(ax, group.select(estimator=name), right)
         ratio, delta = axes[:, column]
         axis_title(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
         ratio.set(xscale="log", xlim=(0.25, 4))
-        ratio.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
-        ratio.minorticks_off()
+        plain_ticks(ratio.xaxis, (0.25, 0.5, 1, 2, 4))
         delta.set(xlim=(-0.4, 1.4))
         axis_labels(ratio, "R, density of B over A", "world" if column == 0 else None)
         axis_labels(delta, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)

@@ -279,11 +279,9 @@ def _worst_layer(cell: LongTable) -> Value:
     known = [values for values in layers if None not in values]
     if not known:
         return Value(NOTHING)
-    worst = min(known, key=lambda values: sum(values) / len(values))
-    low, high = min(worst), max(worst)
-    where = f"layer {layers.index(worst) + 1}"
-    detail = where if low == high else f"{where} [{format_number(low)}, {format_number(high)}]"
-    return Value(format_number(sum(worst) / len(worst)), detail)
+    worst = min(known, key=lambda values: Estimate.over(values).value)
+    shown = format_range(Estimate.over(worst))
+    return Value(shown.text, f"layer {layers.index(worst) + 1} {shown.detail}".strip())
 
 
 def _merged_band(cell: LongTable) -> Value:

@@ -63,6 +63,11 @@ class Estimate:
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}; expected a share between 0 and 1, such as .9")
 
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Estimate:
+        """Mean and range of values: no confidence interval."""
+        return cls(math.fsum(values) / len(values), min(values), max(values))
+
     @property
     def finite(self) -> bool:
         """True where value and both ends are finite numbers."""
@@ -194,9 +199,7 @@ class LongTable:
         """
         found = [row.value for row in self.select(key, **where)]
         values = [float(value) for value in found if value is not None]  # ty: ignore[invalid-argument-type]
-        if not values or (len(values) < len(found) and not of_known):
-            return None
-        return Estimate(math.fsum(values) / len(values), min(values), max(values))
+        return Estimate.over(values) if values and (of_known or len(values) == len(found)) else None
 
     def seeds(self) -> list[int]:
         """The dictionary seeds that rows are about, in order of appearance."""
