@@ -6,18 +6,7 @@ import re
 from collections.abc import Callable
 
 from crosscoder.report.answer import SITE_NAME, WORDS
-from crosscoder.report.table import (
-    Head,
-    Line,
-    Table,
-    Value,
-    format_range,
-    heading,
-    named,
-    sign,
-    word_heads,
-    words,
-)
+from crosscoder.report.table import Head, Line, Table, Value, format_range, heading, named, sign, word_heads, words
 from crosscoder.report.tables import show_range
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR, TERMS

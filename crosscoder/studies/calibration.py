@@ -139,7 +139,7 @@ def calibrate(config: CalibrationConfig, *, root: Path | None = None, device: st
     rows = measure_calibration(config, device)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "rows": to_blocks(rows)})
+        write_json(path, {"schema": SCHEMA, "config": to_mapping(config), "rows": to_blocks(rows)}, sort_keys=False)
     return rows
 
 

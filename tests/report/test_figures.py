@@ -17,8 +17,6 @@ from crosscoder.report.verdict_figures import draw_verdict
 from crosscoder.results.file import Results
 from crosscoder.results.table import Estimate, Place, Row
 
-SIDES = ("A", "B")
-
 
 def two(results: Results = PAIR) -> Results:
     """The study without C."""
@@ -160,7 +158,7 @@ def test_marks_at_one_place_all_show():
 def test_lines_join_one_training_seed_in_order(draw, n_joined):
     titled = [ax for ax in draw(two()).axes if ax.get_title(loc="left").startswith("Block writes")]
     found = joined(titled[0])
-    assert len(found) >= len(SIDES) * 2 + len(SIDES)  # two trainings of each crosscoder, and the banks
+    assert len(found) >= 2 * 2 + 2  # two trainings of each crosscoder, and the banks
     assert max(map(len, found)) == n_joined  # a sweep, of the first training
     assert all(x == sorted(set(x)) for x in found)  # a second training would stand at the same size or k
 

@@ -93,12 +93,7 @@ def test_every_section_and_picture_is_there(study, request):
     for sentence in answer(load_results(path.parent)):
         assert sentence in page.text
         assert f"**{sentence}**" in markdown
-    assert sorted(p.name for p in path.parent.iterdir()) == [
-        "figures",
-        "report.html",
-        "report.md",
-        "results.json",
-    ]
+    assert {p.name for p in path.parent.iterdir()} == {"figures", "report.html", "report.md", "results.json"}
 
 
 PRINTED = ("dictionary_size", "alive", "distinct", "merged", "entropy_load", "effective_dimension", "ultra_dense")
@@ -108,18 +103,8 @@ PRINTED += ("corrected", "explained_variance", "l0_token", "l0_token_layer", "me
 PRINTED += ("mean_lifespan", "single_layer_share", "mean_adjacent_cosine", "functional_rho", "decoder_rho", "joint_auc")
 PRINTED += ("best_layer_auc", "joint_gain", "best_layer_precision", "joint_precision", "genuine_share", "clean_loss")
 BY_ITSELF = ("parameters_non_embedding", "parameters_embedding", "parameters_norms", "training_tokens", "held_out_loss")
-BY_ITSELF += (
-    "untrained_loss",
-    "ratio",
-    "gamma",
-    "delta",
-    "headroom",
-    "u",
-    "u_null",
-    "u_ceiling",
-    "u_floor",
-    "rate_pairs",
-)
+BY_ITSELF += ("untrained_loss", "ratio", "gamma", "delta", "headroom", "u", "u_null", "u_ceiling", "u_floor")
+BY_ITSELF += ("rate_pairs",)
 BY_ITSELF += ("spliced_loss", "ablated_loss", "loss_recovered", "kl", "mcc", "count_true", "count_error", "rho_error")
 BY_ITSELF += ("exclusive_first", "hidden_second", "cross_layer", "count_gain", "identity_residual", "exclusive_share")
 
@@ -182,7 +167,6 @@ def test_intervals_of_a_formula_are_excepted_where_coverage_is_claimed(pair):
         claims = [line for line in text.split("\n") if "cover 90 %" in line]
         assert claims
         assert all("capture-recapture" in line and "headroom" in line for line in claims)
-        assert "moves more with the estimator than with the models" not in text
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -6,7 +6,6 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -111,17 +110,9 @@ def test_a_key_stands_once_at_a_place():
         from_blocks([block, {"at": {}, "values": {}}, block])
 
 
-def _nested(depth: int) -> Any:
-    value: Any = 0
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "crosscoder.results/2", r"expected 'crosscoder.results/3', got .*/2'; crosscoder 0\.1 reads it"),
         (("schema",), "other/1", "no known version of this package reads it"),
         (("opinion",), {}, r"results\.opinion: Extra inputs are not permitted"),
         (("rows",), {}, r"results\.rows: expected a valid list, got {}"),
@@ -132,7 +123,11 @@ def _nested(depth: int) -> Any:
         (("provenance", "kind"), "poem", r"results\.provenance\.kind: .*got 'poem'"),
         (("provenance", "seconds"), {"<b>": 1.0}, r"results\.provenance\.seconds"),
         (("provenance", "config", "seed"), float("nan"), r"results\.provenance\.config\.seed: expected a finite"),
-        (("provenance", "config"), _nested(400), r"results\.provenance\.config.*maximum validation depth"),
+        (
+            ("provenance", "config"),
+            json.loads("[" * 400 + "]" * 400),
+            r"results\.provenance\.config.*maximum validation depth",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused_by_its_path(path, value, message):
@@ -167,6 +162,15 @@ def test_a_subject_without_its_sizes_is_refused():
     alone = json.loads((STUDIES[1] / "results.json").read_text())
     with pytest.raises(ValueError, match=r"the subjects are \('S',\); expected \('A', 'B'\) where there is a verdict"):
         from_document({**alone, "verdict": WRITTEN["verdict"]})
+
+
+def test_estimates_refuse_to_be_the_wrong_way_round():
+    with pytest.raises(ValueError, match="from 2 down to 1"):
+        Estimate(1.5, 2, 1)
+    with pytest.raises(ValueError, match="confidence is 90"):
+        Estimate(1, 1, 1, 90)
+    assert Estimate(1, 0.8, 1.25).inside(0.8, 1.25)
+    assert not Estimate(1, 0.79, 1.25).inside(0.8, 1.25)
 
 
 def test_ranges_over_seeds_take_every_seed_once_or_say_nothing():

@@ -16,16 +16,7 @@ from crosscoder.report import tables, verdict_tables
 from crosscoder.report.answer import WORDS
 from crosscoder.report.page import cited_definitions
 from crosscoder.results.file import SCHEMA, from_document
-from crosscoder.results.quantities import (
-    ESTIMATORS,
-    GROUPS,
-    NOTES,
-    QUANTITIES,
-    TERMS,
-    definition,
-    nearest_key,
-    read_once,
-)
+from crosscoder.results.quantities import ESTIMATORS, GROUPS, NOTES, QUANTITIES, TERMS, definition, read_once
 
 ROOT = Path(__file__).parents[2]
 STUDIES = [
@@ -137,7 +128,3 @@ def test_the_ceiling_of_headroom_is_the_measured_one():
 def test_the_first_estimator_decides():
     assert ESTIMATORS[0] == "load_debiased"
     assert "primary" in TERMS["estimators"][ESTIMATORS[0]]
-
-
-def test_a_wrong_key_is_told_the_nearest():
-    assert nearest_key("explained_varience") == "explained_variance"
