@@ -173,7 +173,8 @@ def draw_profiles(results: Results) -> Figure | None:
     if not found:
         return None
     subjects = sorted({str(at.subject) for at in found})
-    labels, sizes = ("layer", "feature, sorted"), {"panel": (4.6, 3.5), "alone": 4.6, "margin": (0.9, 0)}
+    labels = ("layer", "feature, sorted")
+    sizes: dict[str, Any] = {"panel": (4.6, 3.5), "alone": 4.6, "margin": (0.9, 0)}
     figure, axes, panels = subject_panels(results, found, labels, subjects=subjects, **sizes)
     deepest = max(len(layer_labels(cell)) for cell in found.values())
     norm = PowerNorm(0.5, vmin=0, vmax=deepest)

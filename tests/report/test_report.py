@@ -104,8 +104,17 @@ PRINTED += ("mean_lifespan", "single_layer_share", "mean_adjacent_cosine", "func
 PRINTED += ("best_layer_auc", "joint_gain", "best_layer_precision", "joint_precision", "genuine_share", "clean_loss")
 BY_ITSELF = ("parameters_non_embedding", "parameters_embedding", "parameters_norms", "training_tokens", "held_out_loss")
 BY_ITSELF += ("untrained_loss", "ratio", "gamma", "delta", "headroom", "u", "u_null", "u_ceiling", "u_floor")
-BY_ITSELF += ("rate_pairs",)
-BY_ITSELF += ("spliced_loss", "ablated_loss", "loss_recovered", "kl", "mcc", "count_true", "count_error", "rho_error")
+BY_ITSELF += (
+    "rate_pairs",
+    "spliced_loss",
+    "ablated_loss",
+    "loss_recovered",
+    "kl",
+    "mcc",
+    "count_true",
+    "count_error",
+    "rho_error",
+)
 BY_ITSELF += ("exclusive_first", "hidden_second", "cross_layer", "count_gain", "identity_residual", "exclusive_share")
 
 
