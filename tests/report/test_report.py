@@ -102,20 +102,11 @@ PRINTED += ("matched", "matched_share", "chapman", "q_adjacent", "q_same", "surv
 PRINTED += ("corrected", "explained_variance", "l0_token", "l0_token_layer", "mean_rho", "mean_rho_share", "probed")
 PRINTED += ("mean_lifespan", "single_layer_share", "mean_adjacent_cosine", "functional_rho", "decoder_rho", "joint_auc")
 PRINTED += ("best_layer_auc", "joint_gain", "best_layer_precision", "joint_precision", "genuine_share", "clean_loss")
-BY_ITSELF = ("parameters_non_embedding", "parameters_embedding", "parameters_norms", "training_tokens", "held_out_loss")
-BY_ITSELF += ("untrained_loss", "ratio", "gamma", "delta", "headroom", "u", "u_null", "u_ceiling", "u_floor")
-BY_ITSELF += (
-    "rate_pairs",
-    "spliced_loss",
-    "ablated_loss",
-    "loss_recovered",
-    "kl",
-    "mcc",
-    "count_true",
-    "count_error",
-    "rho_error",
-)
-BY_ITSELF += ("exclusive_first", "hidden_second", "cross_layer", "count_gain", "identity_residual", "exclusive_share")
+BY_ITSELF = ("parameters_non_embedding", "parameters_embedding", "parameters_norms", "training_tokens")
+BY_ITSELF += ("held_out_loss", "untrained_loss", "ratio", "gamma", "delta", "headroom", "u", "u_null", "u_ceiling")
+BY_ITSELF += ("u_floor", "rate_pairs", "spliced_loss", "ablated_loss", "loss_recovered", "kl", "mcc", "count_true")
+BY_ITSELF += ("count_error", "rho_error", "exclusive_first", "hidden_second", "cross_layer", "count_gain")
+BY_ITSELF += ("identity_residual", "exclusive_share")
 
 
 def expected_numbers(results: Results) -> set[str]:
