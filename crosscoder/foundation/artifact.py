@@ -50,9 +50,9 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` with stable key order and a final newline; NaN and Infinity are refused."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+def write_json(path: str | Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write `value` with sorted keys, unless told otherwise, and a final newline; NaN and Infinity are refused."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False, ensure_ascii=False)
     replace_file(path, (text + "\n").encode("utf-8"))
 
 

@@ -1,17 +1,17 @@
-"""What a study says in two sentences, and the seed paper's table with measured values.
+"""What a study says in two sentences, and what is known of its subjects and their main dictionaries.
 
 All arithmetic here is on finished numbers; ranges are over training and dictionary seeds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
 from crosscoder.foundation.artifact import read_json
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable
+from crosscoder.results.table import SITES, Estimate, LongTable
 
 WORDS = read_json(Path(__file__).parent / "templates" / "words.json")
 SITE_NAME = {"residual": "residual stream", "write": "block writes"}
@@ -19,65 +19,20 @@ ARM_NAME = {"crosscoder": "crosscoder", "layerwise": "per-layer SAEs"}
 GROUP_OF_ARM = {"layerwise": "per-layer", "crosscoder": "cross-layer"}
 
 
-@dataclass(frozen=True)
-class PaperRow:
-    """One line of the seed paper's table."""
-
-    group: str
-    """`subject`, `per-layer`, `cross-layer` or `control`."""
-    where: str
-    words: str
-    key: str
-    values: dict[str, Estimate | None]
-
-    @property
-    def ratio(self) -> Estimate | None:
-        """B / A with the widest interval that the two ranges allow; None where A may be zero or below."""
-        a, b = (self.values.get(name) for name in COMPARED)
-        if a is None or b is None or min(a.low, a.value, a.high) <= 0:
-            return None
-        return Estimate(b.value / a.value, b.low / a.high, b.high / a.low)
-
-
-def paper_table(results: Results) -> list[PaperRow]:
-    """The seed paper's table with measured values: subjects, per-layer and cross-layer counts, and the control."""
-    of_models = (
-        ("parameters outside the embedding", "parameters_non_embedding"),
-        ("layers", "n_layers"),
-        ("neurons per layer", "d_model"),
-    )
-    rows = [
-        PaperRow("subject", "", words, key, {name: _exactly(results.of(name, key)) for name in results.subjects})
-        for words, key in of_models
-    ]
-    total: dict[str, Estimate | None] = {name: _exactly(total_neurons(results, name)) for name in results.subjects}
-    rows.append(PaperRow("subject", "", "total neurons", "d_model", total))
-    for state in ("trained", "untrained"):
-        for site, place in SITE_NAME.items():
-            for arm, group in GROUP_OF_ARM.items():
-                where = {"state": state, "site": site, "arm": arm}
-                control = f"untrained, {place}, {'bank' if arm == 'layerwise' else 'crosscoder'}"
-                for key, words in WORDS["paper"][group].items():
-                    values = {name: main_range(results, key, subject=name, **where) for name in results.subjects}
-                    if any(values[name] is None for name in results.subjects if name != "C"):  # C has crosscoders only
-                        continue
-                    of = (group, place) if state == "trained" else ("control", control)
-                    rows.append(PaperRow(*of, words, key, values))
-    return rows
-
-
 def main_range(results: Results, key: str, **where: Any) -> Estimate | None:
     """Mean and range of a quantity of the main dictionaries, over training and dictionary seeds."""
     return results.rows.seed_range(key, role="main", layer=None, **where)
 
 
-def total_neurons(results: Results, name: str) -> int:
-    """L * D of a subject."""
-    return results.of(name, "n_layers") * results.of(name, "d_model")
-
-
-def _exactly(value: float) -> Estimate:
-    return Estimate(float(value), float(value), float(value))
+def known_of(results: Results, name: str, key: str) -> Any:
+    """What is known of a subject: the mean where its trainings differ, None where one lacks it; `neurons` are L * D."""
+    if key == "neurons":
+        return results.of(name, "n_layers") * results.of(name, "d_model")
+    values: list[Any] = [row.value for row in results.rows.select(key, subject=name, role=None)]
+    if len(set(values)) <= 1 or None in values:
+        return None if None in values else next(iter(values), None)
+    mean = math.fsum(values) / len(values)
+    return round(mean) if key == "training_tokens" else mean
 
 
 def answer(results: Results) -> list[str]:
@@ -87,8 +42,8 @@ def answer(results: Results) -> list[str]:
     shapes, losses = [], []
     for name in results.subjects:
         shapes.append(f"{name} {results.of(name, 'n_layers')} layers of {results.of(name, 'd_model')}")
-        loss = results.rows.seed_range("held_out_loss", subject=name)
-        losses.append(f"{loss.value:.3f} ({name})" if loss else f"not measured ({name})")
+        loss = known_of(results, name, "held_out_loss")
+        losses.append(f"not measured ({name})" if loss is None else f"{loss:.3f} ({name})")
     second = (
         f"Models of {results.of('A', 'parameters_non_embedding'):,} parameters in A's blocks ({', '.join(shapes)}) "
         f"with held-out losses of {', '.join(losses)} nats a token"

@@ -20,6 +20,7 @@ from crosscoder.report.panels import (
     make_panels,
     mark_empty,
     own_legend,
+    plain_ticks,
     plot_points,
     safe_label,
     share_legend,
@@ -72,17 +73,14 @@ def draw_counts(results: Results) -> Figure | None:
     figure, axes = make_panels(1, 2, (10, 4.6), sharex=True, sharey=True)
     seen: list[float] = []
     size = {subject: 4.0 + 3 * i for i, subject in enumerate(reversed(results.subjects))}
-    panels = {"alive": {"crosscoder": "alive", "layerwise": "alive"}}
-    panels["distinct"] = {"crosscoder": "distinct", "layerwise": "merged"}
-    for ax, quantities in zip(axes[0], panels.values(), strict=True):
+    for ax, of_crosscoder, of_bank in zip(axes[0], ("alive", "distinct"), ("alive", "merged"), strict=True):
         for subject in results.subjects:
-            for arm, quantity in quantities.items():
+            for arm, quantity in (("crosscoder", of_crosscoder), ("layerwise", of_bank)):
                 chosen = results.rows.cells("alive", subject=subject, arm=arm, site=site, **where)
-                _plot_sweep(ax, results, chosen, "n_features", ("dictionary_size", quantity), size[subject])
-                pairs = [
-                    (known_range(cell, "dictionary_size"), known_range(cell, quantity)) for cell in chosen.values()
-                ]
-                seen += [v.value for pair in pairs for v in pair if v is not None and v.value > 0]
+                shown = ("dictionary_size", quantity)
+                _plot_sweep(ax, results, chosen, "n_features", shown, size[subject])
+                found = [known_range(cell, key) for cell in chosen.values() for key in shown]
+                seen += [one.value for one in found if one is not None and one.value > 0]
                 if quantity == "merged":
                     _rule_band(ax, chosen, subject_color(results, subject))
     if not seen:
@@ -131,59 +129,27 @@ def layer_labels(cell: LongTable) -> list[str]:
     return [str(label) for label in next(iter(cell.values("layers")), [])]
 
 
-def draw_profiles(results: Results) -> Figure | None:
-    """Layer profiles as heat maps: a row of pixels is one feature, sorted by its centre of mass.
-
-    Colours are shares times layers, so that an even feature has the same colour in every shape.
-    """
-    from matplotlib.colors import PowerNorm
-
-    found = {
-        (site, subject): cell
-        for site in SITE_NAME
-        for subject in results.subjects
-        if (cell := main_spread(results, subject=subject, site=site, state="trained"))
-        and any(cell.values("profile_heatmap"))
-    }
-    if not found:
-        return None
-    sites = [site for site in SITE_NAME if any(key[0] == site for key in found)]
-    subjects = sorted({key[1] for key in found})
-    figure, axes = make_panels(len(sites), len(subjects), (4.6 * len(subjects) + 0.9, 3.5 * len(sites)))
-    deepest = max(len(layer_labels(cell)) for cell in found.values())
-    norm = PowerNorm(0.5, vmin=0, vmax=deepest)
-    image: Any = None
-    for row, site in enumerate(sites):
-        for column, subject in enumerate(subjects):
-            ax, cell = axes[row][column], found.get((site, subject))
-            axis_title(ax, f"{subject_label(results, subject)}, {SITE_NAME[site]}")
-            ax.grid(False)
-            if cell is None:
-                mark_empty(ax)
-                continue
-            labels = layer_labels(cell)
-            shown = [[share * len(labels) for share in shares] for shares in cell.one("profile_heatmap")]
-            image = ax.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
-            ticks = list(range(0, len(labels), 1 + (len(labels) - 1) // 16))
-            ax.set_xticks(ticks, [safe_label(labels[i], 8) for i in ticks])
-            axis_labels(ax, "layer" if row == len(sites) - 1 else None, "feature, sorted" if column == 0 else None)
-    ticks = [tick for tick in (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= deepest]
-    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8, pad=0.02, ticks=ticks)
-    bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    bar.set_label("share of the feature's squared decoder norm × layers (1 = even)", fontsize=9.5, color=INK)
-    bar.ax.tick_params(labelsize=9, colors=INK)
-    return figure
-
-
 def subject_panels(
-    results: Results, cells: Cells, subjects: Sequence[str], labels: tuple[str, str], **shared: Any
+    results: Results,
+    cells: Cells,
+    labels: tuple[str, str],
+    *,
+    subjects: Sequence[str] = (),
+    panel: tuple[float, float] = (5, 2.9),
+    alone: float = 6.5,
+    margin: tuple[float, float] = (0, 0.6),
+    **shared: Any,
 ) -> tuple[Figure, Any, list[tuple[Axes, str, str, str]]]:
-    """A panel for each site (rows) and subject (columns), titled, labelled on the outside.
+    """A panel for each site (rows) and subject (columns; all are the default), labelled on the outside.
+
+    Sizes are in inches; `alone` is the width where there is one subject.
 
     The figure, its axes, and `(axes, site, subject, colour)` of every panel.
     """
     sites = [site for site in SITE_NAME if any(at.site == site for at in cells)]
-    size = (5 * len(subjects) if len(subjects) > 1 else 6.5, 2.9 * len(sites) + 0.6)
+    subjects = subjects or results.subjects
+    width = panel[0] * len(subjects) if len(subjects) > 1 else alone
+    size = (width + margin[0], panel[1] * len(sites) + margin[1])
     figure, axes = make_panels(len(sites), len(subjects), size, **shared)
     panels = []
     for row, site in enumerate(sites):
@@ -195,13 +161,50 @@ def subject_panels(
     return figure, axes, panels
 
 
+def draw_profiles(results: Results) -> Figure | None:
+    """Layer profiles as heat maps: a row of pixels is one feature, sorted by its centre of mass.
+
+    Colours are shares times layers, so that an even feature has the same colour in every shape.
+    """
+    from matplotlib.colors import PowerNorm
+
+    cells = results.rows.cells("mean_rho", arm="crosscoder", role="main", state="trained")
+    found = {at: cell for at, cell in cells.items() if any(cell.values("profile_heatmap"))}
+    if not found:
+        return None
+    subjects = sorted({str(at.subject) for at in found})
+    labels = ("layer", "feature, sorted")
+    sizes: dict[str, Any] = {"panel": (4.6, 3.5), "alone": 4.6, "margin": (0.9, 0)}
+    figure, axes, panels = subject_panels(results, found, labels, subjects=subjects, **sizes)
+    deepest = max(len(layer_labels(cell)) for cell in found.values())
+    norm = PowerNorm(0.5, vmin=0, vmax=deepest)
+    image: Any = None
+    for ax, site, subject, _ in panels:
+        ax.grid(False)
+        cell = main_spread(results, subject=subject, site=site, state="trained")
+        if cell is None or not any(cell.values("profile_heatmap")):
+            mark_empty(ax)
+            continue
+        names = layer_labels(cell)
+        shown = [[share * len(names) for share in shares] for shares in cell.one("profile_heatmap")]
+        image = ax.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
+        ticks = list(range(0, len(names), 1 + (len(names) - 1) // 16))
+        ax.set_xticks(ticks, [safe_label(names[i], 8) for i in ticks])
+    ticks = [tick for tick in (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= deepest]
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8, pad=0.02, ticks=ticks)
+    plain_ticks(bar.ax.yaxis, ticks)
+    bar.set_label("share of the feature's squared decoder norm × layers (1 = even)", fontsize=9.5, color=INK)
+    bar.ax.tick_params(labelsize=9, colors=INK)
+    return figure
+
+
 def draw_spread(results: Results) -> Figure | None:
     """Histogram of rho / L, trained (filled) against untrained (outline), by site and subject."""
     cells = results.rows.cells("rho_histogram", role="main")
     if not cells:
         return None
     labels = ("ρ / L  (1 = evenly on every layer)", "share of features")
-    figure, _, panels = subject_panels(results, cells, results.subjects, labels, sharex=True)
+    figure, _, panels = subject_panels(results, cells, labels, sharex=True)
     for ax, site, subject, color in panels:
         states = {s: main_spread(results, subject=subject, site=site, state=s) for s in ("trained", "untrained")}
         drawn = {state: cell for state, cell in states.items() if cell is not None}
@@ -236,10 +239,8 @@ def draw_frontier(results: Results) -> Figure | None:
     if not sites:
         return None
     figure, axes = make_panels(len(sites), 2, (10, 3.4 * len(sites) + 0.7), sharey="row")
-    axis_names = {
-        "l0_token": "active features per token",
-        "l0_token_layer": "active features per token and layer",
-    }
+    axis_names = {"l0_token": "active features per token"}
+    axis_names["l0_token_layer"] = "active features per token and layer"
     for row, site in enumerate(sites):
         for ax, quantity in zip(axes[row], axis_names, strict=True):
             for subject in results.subjects:

@@ -127,7 +127,7 @@ def draw_layers(results: Results) -> Figure | None:
     if not cells:
         return None
     labels = ("layer", "explained variance")
-    figure, axes, panels = subject_panels(results, cells, results.subjects, labels, sharey=True)
+    figure, axes, panels = subject_panels(results, cells, labels, sharey=True)
     for ax, site, subject, color in panels:
         for arm, shift in (("crosscoder", -0.2), ("layerwise", 0.2)):
             chosen = [at for at in cells if (at.subject, at.site, at.arm) == (subject, site, arm)]
@@ -147,7 +147,7 @@ def _layer_bars(ax: Axes, cell: LongTable, arm: str, shift: float, color: str) -
 
     layers = zip(*cell.values("explained_variance_per_layer"), strict=False)
     known = {i + 1 + shift: values for i, values in enumerate(layers) if None not in values}
-    ranges = [Estimate(sum(v) / len(v), min(v), max(v)) for v in known.values()]
+    ranges = list(map(Estimate.over, known.values()))
     filled = arm == "crosscoder"
     ax.bar(
         list(known),
@@ -170,7 +170,8 @@ def draw_splice(results: Results) -> Figure | None:
     if not cells:
         return None
     subjects = [subject for subject in results.subjects if any(at.subject == subject for at in cells)]
-    figure, _, panels = subject_panels(results, cells, subjects, ("spliced layer", "loss recovered"), sharey="row")
+    labels = ("spliced layer", "loss recovered")
+    figure, _, panels = subject_panels(results, cells, labels, subjects=subjects, sharey="row")
     for ax, site, subject, color in panels:
         _splice_panel(ax, {at: cell for at, cell in cells.items() if (at.subject, at.site) == (subject, site)}, color)
     return figure
@@ -181,7 +182,7 @@ def _splice_panel(ax: Axes, cells: Cells, color: str) -> None:
     for at, cell in cells.items():
         layers = list(dict.fromkeys(str(row.at.layer) for row in cell.select("spliced_loss")))
         names += [name for name in layers if name not in names]
-        places = {name: Estimate(*[float(names.index(name))] * 3) for name in layers}
+        places = {name: Estimate.over([float(names.index(name))]) for name in layers}
         ranges = {name: cell.seed_range("loss_recovered", of_known=True, layer=name) for name in layers}
         arm, points = str(at.arm), [(places[name], ranges[name]) for name in layers]
         plot_points(ax, points, color=color, arm=arm, label=ARM_NAME[arm], face=color)

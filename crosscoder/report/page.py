@@ -153,7 +153,7 @@ def _view(results: Results, figures: dict[str, tuple[str, int]]) -> dict[str, An
     for slug, caption in WORDS["pictures"].items():
         png, width = figures.get(slug, ("", 0))
         pictures.append({"slug": slug, "png": png, "width": width, **caption})
-    groups = {group: tables.measured_table(results, group) for group in tables.GROUP_TITLE}
+    groups = {group: tables.measured_table(results, group) for group in WORDS["groups"]}
     judged = {name: table(results) for name, table in VERDICT_TABLES.items()}
     shown = {name: table(results) for name, table in tables.TABLES.items()}
     return {
@@ -166,7 +166,6 @@ def _view(results: Results, figures: dict[str, tuple[str, int]]) -> dict[str, An
         "notes": results.verdict.notes if results.verdict else (),
         "definitions": cited_definitions([*groups.values(), *judged.values(), *shown.values()]),
         "seeds_note": tables.seeds_note(results),
-        "group_titles": tables.GROUP_TITLE,
         "groups": groups,
         "pictures": pictures,
         "tables": shown,

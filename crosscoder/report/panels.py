@@ -56,6 +56,12 @@ def axis_labels(ax: Axes, x: str | None, y: str | None) -> None:
         ax.set_ylabel(y, fontsize=9.5, color=INK)
 
 
+def plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Ticks at these values alone, written as plain numbers."""
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.axes.minorticks_off()
+
+
 def mark_empty(ax: Axes) -> None:
     """A panel that says that nothing was measured for it."""
     ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color=FAINT)

@@ -17,6 +17,7 @@ from crosscoder.report.panels import (
     log_axis,
     make_panels,
     mark_empty,
+    plain_ticks,
     plot_points,
     share_legend,
     to_png,
@@ -31,6 +32,27 @@ TARGETS = {"mcc": 0.93, "count_error": 0.08, "rho_error": 0.05, "d_eff_error": 0
 STATISTICS = ("R", "gamma", "delta")
 WORDS = ("mcc", "recall", "precision", "count_error", "rho_error", "rho_error_matched", "d_eff_error", "l0_error")
 VERDICT_WORDS = ("planted_verdict", "planted_control", "coverage")
+ESTIMATES = (
+    ("count", "count", ".0f"),
+    ("error", "count_error", "+.1%"),
+    ("MCC", "mcc", ".3f"),
+    ("precision", "precision", ".2f"),
+    ("rho (true)", "rho", ".2f"),
+    ("error", "rho_error", "+.1%"),
+    ("d_eff (true)", "d_eff", ".1f"),
+    ("error", "d_eff_error", "+.1%"),
+    ("L0 error", "l0_error", "+.1%"),
+    ("explained variance", "explained_variance", ".3f"),
+)
+"""Heading, quantity and form of what is shown of every estimator; `(true)` asks for the planted value beside it."""
+PAIRS = (
+    ("gamma", "{planted_gamma:g}"),
+    ("delta", "{planted_delta:g}"),
+    ("R of slots (planted)", "{r_slots:.2f} ({r_slots_true:.2f})"),
+    ("error", "{r_slots_error:+.1%}"),
+    ("R of density (drawn, planted)", "{r_density:.2f} ({r_density_drawn:.2f}, {r_density_true:.2f})"),
+    ("error", "{r_density_error:+.1%}"),
+)
 PAIRS_NOTE = (
     "The same features in a deep narrow space A and a shallow wide space B, a quarter as deep and twice as wide. "
     "R of slots is 2 (F_B / F_A) (rho_B / rho_A); R of density is entropy load over d_eff, B over A; its error is "
@@ -110,52 +132,34 @@ def check_targets(rows: LongTable) -> list[dict[str, Any]]:
 
 
 def _targets(rows: LongTable) -> list[str]:
-    lines = [
-        [
-            check["size"],
-            check["score"],
-            f"{'>=' if check['score'] == 'mcc' else '<='} {check['target']:g}",
-            _number(check["mean"]),
-            _number(check["worst"]),
-            "yes" if check["met"] else "**no**",
-        ]
-        for check in check_targets(rows)
-    ]
+    lines = []
+    for one in check_targets(rows):
+        target = f"{'>=' if one['score'] == 'mcc' else '<='} {one['target']:g}"
+        met = "yes" if one["met"] else "**no**"
+        lines.append([one["size"], one["score"], target, _shown(one["mean"]), _shown(one["worst"]), met])
     return _table(["crosscoder size", "score", "target", "mean", "worst world", "met in every world"], lines)
 
 
 def _estimators(rows: LongTable) -> list[str]:
     lines = []
     for at, group in by_estimator(rows).items():
-        full = " (full: lower bound)" if any(group.values("saturated")) else ""
-        shown = [_range(group.seed_range(key), f"{{:{form}}}") for key, form in _SCORES]
-        shown[0] += full
-        for place, key, form in ((4, "rho", ".2f"), (6, "d_eff", ".1f")):
-            value, truth = group.seed_range(key), group.seed_range(f"{key}_true")
-            known = value is not None and truth is not None
-            shown.insert(place, f"{value.value:{form}} ({truth.value:{form}})" if known else "undefined")
-        lines.append([name_of(at), at.n_features, *shown])
-    title = ["estimator", "size", "count", "error", "MCC", "precision", "rho (true)", "error", "d_eff (true)", "error"]
-    return _table([*title, "L0 error", "explained variance"], lines)
-
-
-_SCORES = (
-    ("count", ".0f"),
-    ("count_error", "+.1%"),
-    ("mcc", ".3f"),
-    ("precision", ".2f"),
-    ("rho_error", "+.1%"),
-    ("d_eff_error", "+.1%"),
-    ("l0_error", "+.1%"),
-    ("explained_variance", ".3f"),
-)
+        cells: list[Any] = [name_of(at), at.n_features]
+        for title, key, form in ESTIMATES:
+            found, truth = group.seed_range(key), group.seed_range(f"{key}_true")
+            if "(true)" in title:
+                cells.append(f"{found.value:{form}} ({truth.value:{form}})" if found and truth else "undefined")
+            else:
+                cells.append(_shown(found, form))
+        cells[2] += " (full: lower bound)" if any(group.values("saturated")) else ""
+        lines.append(cells)
+    return _table(["estimator", "size", *(title for title, *_ in ESTIMATES)], lines)
 
 
 def _recall(rows: LongTable, kinds: Sequence[str]) -> list[str]:
     lines = []
     for at, group in by_estimator(rows).items():
         recall = [group.seed_range("recall_by_kind", kind=kind) for kind in kinds]
-        lines.append([name_of(at), at.n_features, *(_range(one, "{:.2f}", ends=False) for one in recall)])
+        lines.append([name_of(at), at.n_features, *(_shown(one and one.value, ".2f") for one in recall)])
     return _table(["estimator", "size", *kinds], lines)
 
 
@@ -164,19 +168,8 @@ def _pairs(rows: LongTable) -> list[str]:
     for at in rows.select("r_slots").groups("kind"):
         one = {row.key: row.value for row in rows.select(kind=at.kind, subject=None)}
         counts = rows.values("count", kind=at.kind, subject=("A", "B"))
-        lines.append(
-            [
-                f"{one['planted_gamma']:g}",
-                f"{one['planted_delta']:g}",
-                f"{one['r_slots']:.2f} ({one['r_slots_true']:.2f})",
-                f"{one['r_slots_error']:+.1%}",
-                f"{one['r_density']:.2f} ({one['r_density_drawn']:.2f}, {one['r_density_true']:.2f})",
-                f"{one['r_density_error']:+.1%}",
-                ", ".join(map(str, counts)),
-            ]
-        )
-    title = ["gamma", "delta", "R of slots (planted)", "error", "R of density (drawn, planted)", "error", "counts A, B"]
-    return _table(title, lines)
+        lines.append([*(form.format(**one) for _, form in PAIRS), ", ".join(map(str, counts))])
+    return _table([*(title for title, _ in PAIRS), "counts A, B"], lines)
 
 
 def verdict_lines(rows: LongTable) -> list[str]:
@@ -187,21 +180,11 @@ def verdict_lines(rows: LongTable) -> list[str]:
         right, labels = group.values("right_verdict"), Counter(group.values("found_verdict"))
         cells = [at.kind, group.values("expected_verdict")[0], f"{sum(right)} of {len(right)}"]
         cells.append(", ".join(f"{label} {count}" for label, count in labels.items()))
-        for name in STATISTICS:
-            found, drawn = (by_seed(group, key, estimator=name) for key in ("found", "drawn"))
-            planted = group.values("planted", estimator=name)[0]
-            held = sum(one.covers(planted) for one in found.values())
-            held_drawn = sum(one.covers(drawn[seed]) for seed, one in found.items())
-            miss = max((max(0.0, one.low - planted, planted - one.high) for one in found.values()), default=0.0)
-            mean = sum(one.value for one in found.values()) / len(found) if found else None
-            cells.append(f"{_number(mean)} ({planted:.3g})")
-            cells.append(f"{held}, {held_drawn} of {len(found)}" + (f"; by at most {miss:.1g}" if miss else ""))
-        lines.append(cells)
-    for row in rows.select("right_verdict"):
-        if not row.value:
-            where = {"kind": row.at.kind, "seed": row.at.seed}
-            label, reasons = rows.one("found_verdict", **where), rows.one("verdict_reasons", **where)
-            wrong.append(f"- {row.at.kind}, seed {row.at.seed}: {label}: {'; '.join(reasons)}")
+        lines.append([*cells, *(cell for name in STATISTICS for cell in _coverage(group.select(estimator=name)))])
+        for row in group.select("right_verdict"):
+            if not row.value:
+                label, reasons = (group.one(key, seed=row.at.seed) for key in ("found_verdict", "verdict_reasons"))
+                wrong.append(f"- {at.kind}, seed {row.at.seed}: {label}: {'; '.join(reasons)}")
     title = ["planted", "right verdict", "found", "verdicts"]
     for name in STATISTICS:
         title += [f"{name}, mean (planted)", f"{name}'s interval covers planted, drawn"]
@@ -209,17 +192,23 @@ def verdict_lines(rows: LongTable) -> list[str]:
     return [VERDICTS_NOTE, "", *_table(title, lines), "", *said]
 
 
-def _range(found: Estimate | None, form: str, *, ends: bool = True) -> str:
-    if found is None:
-        return "undefined"
-    value = form.format(found.value)
-    return (
-        f"{value} [{form.format(found.low)}, {form.format(found.high)}]" if ends and found.low < found.high else value
-    )
+def _coverage(rows: LongTable) -> tuple[str, str]:
+    """One statistic of one plant: its mean beside what was planted, and how often its interval covers that."""
+    found, drawn = by_seed(rows, "found"), by_seed(rows, "drawn")
+    planted = rows.values("planted")[0]
+    held = sum(one.covers(planted) for one in found.values())
+    held_drawn = sum(one.covers(drawn[seed]) for seed, one in found.items())
+    miss = max((max(0.0, one.low - planted, planted - one.high) for one in found.values()), default=0.0)
+    mean = sum(one.value for one in found.values()) / len(found) if found else None
+    by_at_most = f"; by at most {miss:.1g}" if miss else ""
+    return f"{_shown(mean)} ({planted:.3g})", f"{held}, {held_drawn} of {len(found)}{by_at_most}"
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+def _shown(found: Estimate | float | None, form: str = ".3f") -> str:
+    if isinstance(found, Estimate):
+        ends = f" [{found.low:{form}}, {found.high:{form}}]" if found.low < found.high else ""
+        return f"{found.value:{form}}{ends}"
+    return "undefined" if found is None else f"{found:{form}}"
 
 
 def _table(title: list[str], rows: list[list[Any]]) -> list[str]:
@@ -250,7 +239,7 @@ def _draw_score(ax: Any, groups: dict[Place, LongTable], color: dict[str, str], 
         return
     for name in dict.fromkeys(map(name_of, found)):
         own = {at: value for at, value in found.items() if name_of(at) == name}
-        points = [(Estimate(*(float(at.n_features or 0),) * 3), value) for at, value in own.items()]
+        points = [(Estimate.over([float(at.n_features or 0)]), value) for at, value in own.items()]
         plot_points(ax, points, color=color[name], arm=str(next(iter(own)).arm), label=name)
     truth = [1.0] if key == "mcc" else [value for at in found for value in groups[at].values(f"{key}_true")]
     ax.axhline(sum(truth) / len(truth), color=INK, linewidth=1.2, linestyle=":", label="planted")
@@ -292,20 +281,18 @@ def draw_verdicts(rows: LongTable) -> bytes:
     """R and delta of every planted world with their 90 % intervals beside what was planted, as PNG."""
     plants = [at.kind for at in rows.select("found_verdict").groups("kind")]
     figure, axes = make_panels(2, len(plants), (4.3 * len(plants), 7.0))
-    bands = {"R": ((RULE.complete, PALETTE[4], "H0"), (RULE.equal, PALETTE[2], "H1"))}
-    bands["delta"] = ((RULE.delta, PALETTE[2], "H1"),)
+    bands = {"R": {"H0": (RULE.complete, 4), "H1": (RULE.equal, 2)}, "delta": {"H1": (RULE.delta, 2)}}
     for column, plant in enumerate(plants):
         group = rows.select(kind=plant)
         right = by_seed(group, "right_verdict")
         for ax, name in zip(axes[:, column], bands, strict=True):
-            for (low, high), color, hypothesis in bands[name]:
-                ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
+            for hypothesis, (band, color) in bands[name].items():
+                ax.axvspan(*band, color=PALETTE[color], alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
             _draw_intervals(ax, group.select(estimator=name), right)
         ratio, delta = axes[:, column]
         axis_title(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
         ratio.set(xscale="log", xlim=(0.25, 4))
-        ratio.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
-        ratio.minorticks_off()
+        plain_ticks(ratio.xaxis, (0.25, 0.5, 1, 2, 4))
         delta.set(xlim=(-0.4, 1.4))
         axis_labels(ratio, "R, density of B over A", "world" if column == 0 else None)
         axis_labels(delta, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)

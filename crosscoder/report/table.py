@@ -67,6 +67,11 @@ def heading(key: str, words: str | None = None) -> Head:
     return Head(words or QUANTITIES[key].words, definition=key)
 
 
+def word_heads(*names: str) -> list[Head]:
+    """Columns of words."""
+    return [Head(name, word=True) for name in names]
+
+
 def words(text: str, detail: str = "", *, definition: str | None = None, mark: str = "") -> Value:
     """A cell of words."""
     return Value(text, detail, "word", mark, definition)
@@ -74,17 +79,13 @@ def words(text: str, detail: str = "", *, definition: str | None = None, mark: s
 
 def named(key: str, said: str | None = None) -> Value:
     """The first cell of a line about one quantity, which links to its definition."""
+    key = "d_model" if key == "neurons" else key  # L D, of which the definition speaks too
     return words(said or QUANTITIES[key].words, definition=key)
 
 
 def sign(met: bool | None, unknown: str = NOTHING) -> Value:
     """A tick, a cross, or what stands for neither."""
     return {True: Value("✓", mark="yes"), False: Value("✗", mark="no"), None: Value(unknown)}[met]
-
-
-def number(value: Any, detail: str = "") -> Value:
-    """A cell of one number or text."""
-    return Value(format_number(value), detail)
 
 
 def format_number(value: Any) -> str:
@@ -98,9 +99,9 @@ def format_number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def format_range(entry: Any, style: str = "") -> Value:
-    """A value with `[low, high]` under it; no brackets where they would be equal. Plain numbers have none."""
+def format_range(entry: Any, detail: str = "") -> Value:
+    """An estimate with `[low, high]` under it, unless they are equal; a number or text with what is told under it."""
     if not isinstance(entry, Estimate):
-        return Value(format_number(entry), style=style)
+        return Value(format_number(entry), detail)
     detail = "" if entry.low == entry.high else f"[{format_number(entry.low)}, {format_number(entry.high)}]"
-    return Value(format_number(entry.value), detail, style)
+    return Value(format_number(entry.value), detail)

@@ -1,13 +1,17 @@
-"""The tables of models and dictionaries: each is a selection of a study's rows, a line a dictionary or a quantity."""
+"""The tables of models and dictionaries: each is a selection of a study's rows, a line a dictionary or a quantity.
+
+`COLUMNS` declares the tables of dictionaries. What is said of a table stands in `templates/words.json`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from crosscoder.report.answer import ARM_NAME, SITE_NAME, paper_table, total_neurons
-from crosscoder.report.matched import matched_items, mean_tokens
+from crosscoder.report.answer import ARM_NAME, GROUP_OF_ARM, SITE_NAME, WORDS, known_of, main_range
 from crosscoder.report.table import (
     NOTHING,
     Head,
@@ -18,35 +22,39 @@ from crosscoder.report.table import (
     format_range,
     heading,
     named,
-    number,
     sign,
+    word_heads,
     words,
 )
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, LongTable, Place
+from crosscoder.results.table import COMPARED, Estimate, LongTable
 
 SMALL_HARM = 0.02  # nats a token: where ablating a site costs less, the share of it that is recovered is noise
-ROLE_NAME = {"main": "main", "size": "size sweep", "k": "k sweep"}
-GROUP_TITLE = {
-    "subject": "The models",
-    "per-layer": "Counted layer by layer (bank of SAEs)",
-    "cross-layer": "Counted across layers (crosscoder)",
-    "control": "Control: the same shapes, untrained",
+TOLERANCE = {"dictionary_size": 0.0, "explained_variance": 0.05, "l0_token": 0.05}
+PARAMETERS = 1.02  # largest ratio of parameters that are called equal, since widths are whole numbers
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "quality": ("explained_variance", "explained_variance_per_layer", "l0_token", "l0_token_layer", "dead_share"),
+    "counts": (
+        *("dictionary_size", "alive", "dead_share", "ultra_dense", "distinct", "merged", "merged_low"),
+        *("features_per_layer", "per_neuron_layer", "per_neuron_joint", "entropy_load", "effective_dimension"),
+        *("tokens_held_out", "p_min"),
+    ),
+    "pairs": (
+        *("matched", "matched_share", "chapman", "q_adjacent", "q_same", "survival", "seed_corrected_lifespan"),
+        "corrected",
+    ),
+    "spread": ("mean_rho", "mean_rho_share", "mean_lifespan", "single_layer_share", "mean_adjacent_cosine"),
+    "read": (
+        *("probed", "functional_rho", "decoder_rho", "best_layer_auc", "joint_auc", "joint_gain"),
+        *("best_layer_precision", "joint_precision", "genuine_share"),
+    ),
+    "splice": ("clean_loss", "spliced_loss", "ablated_loss", "loss_recovered", "kl"),
 }
-ABSENT = {
-    "subject": "The study reports no quantity of the models themselves.",
-    "per-layer": "The study counted no bank of per-layer SAEs.",
-    "cross-layer": "The study counted no crosscoder.",
-    "control": "The study has no untrained control.",
-}
-ARM_OF_GROUP = {"per-layer": ("layerwise",), "cross-layer": ("crosscoder",), "control": ("layerwise", "crosscoder")}
-
-Show = Callable[[LongTable], Value]
-
-
-def ranges(key: str) -> Show:
-    """What a column shows of a dictionary: mean and range over its seeds, those left out where it is undefined."""
-    return lambda cell: format_range(cell.seed_range(key, of_known=True))
+"""A line for each dictionary that has the first quantity; spread and read are of main crosscoders alone."""
+OF_MODELS = (
+    *("name", "n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms"),
+    *("neurons", "held_out_loss", "untrained_loss", "training_tokens", "epochs", "description"),
+)
 
 
 def subject_mark(results: Results, subject: str | None) -> str:
@@ -54,72 +62,101 @@ def subject_mark(results: Results, subject: str | None) -> str:
     return f"dot s{results.subjects.index(str(subject)) % 4}"
 
 
-def subject_heads(results: Results) -> list[Head]:
-    """A column for each model."""
-    return [Head(subject, mark=subject_mark(results, subject)) for subject in results.subjects]
+def _heads(results: Results, subjects: Sequence[str]) -> list[Head]:
+    """A column for each quantity's name, and one for each subject."""
+    return [*word_heads("quantity"), *(Head(name, mark=subject_mark(results, name)) for name in subjects)]
+
+
+class PaperRow(NamedTuple):
+    """One line of the seed paper's table, with measured values."""
+
+    where: str
+    words: str
+    key: str
+    values: dict[str, Estimate | None]
+
+
+def paper_rows(results: Results, group: str) -> list[PaperRow]:
+    """The seed paper's table: of `subject`, `per-layer`, `cross-layer`, or of the untrained `control`."""
+    names = results.subjects
+    if group == "subject":
+        rows = []
+        for key, said in WORDS["paper"][group].items():
+            values = {name: float(known_of(results, name, key)) for name in names}
+            rows.append(PaperRow("", said, key, {name: Estimate(*[value] * 3) for name, value in values.items()}))
+        return rows
+    rows, state = [], "untrained" if group == "control" else "trained"
+    for site, place in SITE_NAME.items():
+        for arm, own in GROUP_OF_ARM.items():
+            if group not in (own, "control"):
+                continue
+            where = f"untrained, {place}, {'bank' if arm == 'layerwise' else arm}" if group == "control" else place
+            for key, said in WORDS["paper"][own].items():
+                found = {
+                    name: main_range(results, key, subject=name, state=state, site=site, arm=arm) for name in names
+                }
+                if all(found[name] is not None for name in names if name != "C"):  # C has crosscoders only
+                    rows.append(PaperRow(where, said, key, found))
+    return rows
+
+
+def ratio_range(a: Estimate | None, b: Estimate | None) -> Estimate | None:
+    """b / a with the widest interval that the two ranges allow; None where a may be zero or below."""
+    if a is None or b is None or min(a.low, a.value, a.high) <= 0:
+        return None
+    return Estimate(b.value / a.value, b.low / a.high, b.high / a.low)
 
 
 def measured_table(results: Results, group: str) -> Table:
     """The rows of one group of the seed paper's table, a column a subject, and the ratio B/A for two subjects."""
-    here = [row for row in paper_table(results) if row.group == group]
-    subjects = [s for s in results.subjects if any(row.values.get(s) for row in here)]
+    rows = paper_rows(results, group)
+    subjects = [name for name in results.subjects if any(row.values[name] for row in rows)]
     ratio = set(COMPARED) <= set(subjects)
-    heads = [Head("quantity", word=True), *(Head(s, mark=subject_mark(results, s)) for s in subjects)]
-    heads += [Head("B/A", definition="seed_ratio")] if ratio else []
+    heads = _heads(results, subjects) + [Head("B/A", definition="seed_ratio")] * ratio
     lines = []
-    for row in here:
-        cells = [named(row.key, row.words), *(format_range(row.values.get(subject)) for subject in subjects)]
-        lines.append(Line(cells + [format_range(row.ratio)] * ratio, group=row.where))
+    for row in rows:
+        values = [row.values[name] for name in subjects]
+        values += [ratio_range(*(row.values[name] for name in COMPARED))] if ratio else []
+        lines.append(Line([named(row.key, row.words), *map(format_range, values)], group=row.where))
     terms = ("seed_range", "control") if group == "control" else ("seed_range",)
-    return Table(heads, lines, ABSENT[group], note=group_note(results, group), wide=False, terms=terms)
+    absent = WORDS["groups"][group]["absent"]
+    return Table(heads, lines, absent, note=group_note(results, group), wide=False, terms=terms)
 
 
 def group_note(results: Results, group: str) -> str:
     """Which seeds the rows of a group are over; for the models, what a neuron is."""
     if group == "subject":
-        return "A neuron here is one of the D numbers of the residual stream, not a unit of an MLP."
-    where = {"state": "untrained" if group == "control" else "trained", "role": "main", "arm": ARM_OF_GROUP[group]}
+        return WORDS["notes"]["neurons"]
+    where: dict[str, Any] = {"state": "untrained" if group == "control" else "trained", "role": "main"}
+    where["arm"] = tuple(arm for arm, own in GROUP_OF_ARM.items() if group in (own, "control"))
     said: dict[str, list[str]] = {}
     for subject in results.subjects:
         cells = results.rows.cells("alive", subject=subject, **where)
         if cells:
-            over = f"{_number_of({at.training_seed for at in cells}, 'training seed')}, "
             sizes = sorted({len(cell.seeds()) for cell in cells.values()})
-            each = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
-            over += f"{each} dictionary seed{'' if sizes[-1] == 1 else 's'} each"
+            each = (
+                f"{sizes[0]} to {sizes[-1]} dictionary seeds"
+                if len(sizes) > 1
+                else _counted(sizes[0], "dictionary seed")
+            )
+            over = f"{_counted(len({at.training_seed for at in cells}), 'training seed')}, {each} each"
             said.setdefault(over, []).append(subject)
     if len(said) == 1:
         return f"Over {next(iter(said))}."
-    parts = [f"{', '.join(names)} over {over}" for over, names in said.items()]
-    return f"{'; '.join(parts)}." if parts else ""
+    return "; ".join(f"{', '.join(names)} over {over}" for over, names in said.items()) + "." * bool(said)
 
 
-def _number_of(things: set[Any], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+def _counted(n: int, name: str) -> str:
+    return f"{n} {name}{'' if n == 1 else 's'}"
 
 
 def seeds_note(results: Results) -> str:
     """What a printed range means in the table of groups, each of which names its own seeds."""
     cells = results.rows.cells("alive")
     if not cells:
-        return "No dictionary was counted."
-    if _one_seed(results) and len({at.training_seed for at in cells}) == 1:
-        return "Values are from one dictionary seed, so no interval is shown."
-    return (
-        "Values are means with [low, high], the range over the seeds named under each group: not a confidence "
-        "interval. Without brackets, the seeds agree or there is one."
-    )
-
-
-def line_note(results: Results) -> str:
-    """What a printed range means where each line is one training."""
-    line = "Each line is one training seed, the number behind the model's letter"
-    if _one_seed(results):
-        return f"{line}; values are from one dictionary seed, so no interval is shown."
-    return (
-        f"{line}. Values are means with [low, high] over its dictionary seeds: the range, not a confidence interval. "
-        "Without brackets, the seeds agree or there is one."
-    )
+        return WORDS["absent"]["counts"]
+    one = _one_seed(results) and len({at.training_seed for at in cells}) == 1
+    return WORDS["notes"]["one_seed" if one else "groups"]
 
 
 def _one_seed(results: Results) -> bool:
@@ -128,87 +165,113 @@ def _one_seed(results: Results) -> bool:
 
 def matched_table(results: Results) -> Table:
     """What was held equal between the subjects (✓), what differs (✗), and what was not tested (–)."""
-    heads = [Head("quantity", word=True), *subject_heads(results), Head("matched"), Head("note", word=True)]
-    lines = []
-    for item in matched_items(results):
-        values = [number(item.values.get(subject)) for subject in results.subjects]
-        note = Value(item.note, style="word prose")
-        lines.append(Line([words(item.quantity), *values, sign(item.matched), note]))
-    return Table(heads, lines, "The study matched nothing: there is no pair to compare.", wide=False)
+    single = results.provenance.kind != "aspect_ratio"
+    lines = [*(_matched_layers(results) if single else _matched_subjects(results)), *_matched_dictionaries(results)]
+    heads = [*_heads(results, results.subjects), Head("matched"), *word_heads("note")]
+    return Table(heads, lines, WORDS["absent"]["matched"], wide=False)
 
 
-def subject_table(results: Results) -> Table:
-    """The models: shape, parameters, neurons, loss, training."""
-    parameters = [f"parameters_{name}" for name in ("non_embedding", "embedding", "norms")]
-    lines = [_model_line(results, key) for key in ("name", "n_layers", "d_model", *parameters)]
-    total = [number(total_neurons(results, name)) for name in results.subjects]
-    lines.append(Line([named("d_model", "neurons in total"), *total]))
-    lines += [_run_line(results, key) for key in ("held_out_loss", "untrained_loss", "training_tokens")]
-    lines += [_model_line(results, key) for key in ("epochs", "description")]
-    return Table([Head("quantity", word=True), *subject_heads(results)], lines, "No model.", wide=False)
+def _matched(
+    results: Results, item: str, values: dict[str, Any], met: bool | None, where: str = "", **numbers: str
+) -> Line:
+    said = WORDS["matched"][item]
+    note = Value(said["note"].format(**numbers), style="word prose")
+    shown = [format_range(values.get(name)) for name in results.subjects]
+    return Line([words(where + said["quantity"]), *shown, sign(met), note])
 
 
-def _model_line(results: Results, key: str) -> Line:
-    return Line([named(key), *(number(results.of(name, key)) for name in results.subjects)])
+def _matched_layers(results: Results) -> list[Line]:
+    name = results.subjects[0]
+    labels = results.rows.values("layers", subject=name, site="residual")
+    layers = f"layers [{', '.join(map(str, labels[0]))}]" if labels else "all layers"
+    return [_matched(results, "layers", {name: layers}, True)]
 
 
-def _run_line(results: Results, key: str) -> Line:
-    """The mean over training seeds, and the value of each where there are several and they differ."""
-    cells = []
-    for name in results.subjects:
-        known = results.rows.values(key, subject=name)
-        mean = results.rows.seed_range(key, subject=name)
-        shown = mean_tokens(results, name) if key == "training_tokens" else mean and mean.value
-        detail = f"seeds {'; '.join(format_number(v) for v in known)}" if len(set(known)) > 1 else ""
-        cells.append(number(shown, detail))
-    return Line([named(key), *cells])
+def _matched_subjects(results: Results) -> list[Line]:
+    rows, names, line = results.rows, results.subjects, partial(_matched, results)
 
+    def each(key: str) -> dict[str, Any]:
+        return {name: known_of(results, name, key) for name in names}
 
-def lead_cells(results: Results, at: Place, cell: LongTable) -> list[Value]:
-    """Which dictionary a line is about, under `lead_heads`."""
-    n_seeds = len(cell.seeds())
-    size = f"n = {format_number(at.n_features)}, k = {format_number(at.k)}"
+    def percent(value: float | None, digits: int = 2) -> str:
+        return "not measured" if value is None else f"{value:.{digits}%}"
+
+    parameters, tokens = each("parameters_non_embedding"), each("training_tokens")
+    gap, chosen, total = (rows.one(key) for key in ("loss_gap", "chosen_loss_gap", "text_tokens"))
+    limit = None if results.verdict is None else results.verdict.rule.get("loss_gap")
+    met = None if gap is None or limit is None else gap <= limit
+    gaps = {"gap": percent(gap), "chosen": percent(chosen), "limit": percent(limit, 0)}
+    text = f"{results.provenance.text}, vocabulary {rows.one('vocabulary')}"
     return [
-        words(f"{at.subject}{at.training_seed}", str(at.state), mark=subject_mark(results, at.subject)),
-        words(SITE_NAME[str(at.site)], definition=at.site),
-        words(ARM_NAME[str(at.arm)], size),
-        words(ROLE_NAME[str(at.role)], f"{n_seeds} seed{'s' if n_seeds != 1 else ''}"),
+        line("parameters", parameters, max(parameters.values()) <= PARAMETERS * min(parameters.values())),
+        line("loss", each("held_out_loss"), met, **gaps),
+        line("tokens", tokens, len(set(tokens.values())) == 1),
+        line("text", dict.fromkeys(names, text), True, total="unknown" if total is None else f"{total:,}"),
+        line("embedding", each("parameters_embedding"), False),
+        line("norms", each("parameters_norms"), False),
+        line("neurons", each("neurons"), False),
+        line("seeds", {name: len(rows.select("held_out_loss", subject=name)) for name in names}, True),
     ]
 
 
-def lead_heads() -> list[Head]:
-    """Headings of `lead_cells`."""
-    return [Head(name, word=True) for name in ("model", "site", "dictionary", "role")]
-
-
-def _dictionary_table(
-    results: Results,
-    columns: dict[str, Show | None],
-    absent: str,
-    *,
-    heads: dict[str, str] | None = None,
-    terms: tuple[str, ...] = (),
-    **where: Any,
-) -> Table:
-    """A line for each dictionary that has the first column's quantity; a column shows ranges unless told otherwise."""
+def _matched_dictionaries(results: Results) -> list[Line]:
+    """From what they turned out to be."""
     lines = []
-    for at, cell in results.rows.cells(next(iter(columns)), **where).items():
-        shown = [(show or ranges(key))(cell) for key, show in columns.items()]
-        lines.append(Line([*lead_cells(results, at, cell), *shown], sweep=at.role != "main"))
-    named_heads = [heading(key, (heads or {}).get(key)) for key in columns]
-    return Table(lead_heads() + named_heads, lines, absent, note=line_note(results), terms=terms)
+    for site in SITE_NAME:
+        for arm in GROUP_OF_ARM:
+            where = {"state": "trained", "site": site, "arm": arm}
+            for key, tolerance in TOLERANCE.items() if results.rows.cells("alive", role="main", **where) else ():
+                found = {name: main_range(results, key, subject=name, **where) for name in results.subjects}
+                means = {name: value.value for name, value in found.items() if value}
+                low, high = min(means.values(), default=0.0), max(means.values(), default=0.0)
+                near = math.isclose(low, high) or (high - low) <= tolerance * abs(high)
+                lines.append(_matched(results, key, means, near if len(means) > 1 else None, f"{arm}, {site}: "))
+    return lines
 
 
-def quality_table(results: Results) -> Table:
-    """Explained variance, its worst layer, both L0 and the dead share of every dictionary."""
-    columns = {
-        "explained_variance": None,
-        "explained_variance_per_layer": _worst_layer,
-        **dict.fromkeys(("l0_token", "l0_token_layer", "dead_share")),
-    }
-    heads = {"explained_variance_per_layer": "worst layer"}
-    absent = "No dictionary's quality was measured."
-    return _dictionary_table(results, columns, absent, heads=heads, terms=("scale",))
+def subject_table(results: Results) -> Table:
+    """The models: shape, parameters, neurons, loss, training; the value of each training where they differ."""
+    lines = []
+    for key in OF_MODELS:
+        cells = []
+        for name in results.subjects:
+            runs = [] if key == "neurons" else results.rows.values(key, subject=name, role=None)
+            detail = f"seeds {'; '.join(map(format_number, runs))}" if len(set(runs)) > 1 else ""
+            cells.append(format_range(known_of(results, name, key), detail))
+        lines.append(Line([named(key, "neurons in total" if key == "neurons" else None), *cells]))
+    return Table(_heads(results, results.subjects), lines, "No model.", wide=False)
+
+
+def dictionary_table(results: Results, slug: str) -> Table:
+    """The table of `COLUMNS` with this name: means and ranges over seeds, those left out where it is undefined."""
+    keys, lines = COLUMNS[slug], []
+    where = {"role": "main"} if slug in ("spread", "read") else {}
+    for at, cell in results.rows.cells(keys[0], **where).items():
+        size = f"n = {format_number(at.n_features)}, k = {format_number(at.k)}"
+        lead = [
+            words(f"{at.subject}{at.training_seed}", str(at.state), mark=subject_mark(results, at.subject)),
+            words(SITE_NAME[str(at.site)], definition=at.site),
+            words(ARM_NAME[str(at.arm)], size),
+            words("main" if at.role == "main" else f"{at.role} sweep", _counted(len(cell.seeds()), "seed")),
+        ]
+        for layer in (
+            dict.fromkeys(row.at.layer for row in cell.select("spliced_loss")) if slug == "splice" else (None,)
+        ):
+            here = cell.select(layer=(None, layer))
+            cells = lead[:2] if slug == "read" else [*lead, *([Value(layer)] if layer else [])]
+            cells += [SHOWN[key][1](here) if key in SHOWN else show_range(here, key) for key in keys]
+            lines.append(Line(cells, sweep=at.role != "main"))
+    heads = word_heads(*("model", "site", "dictionary", "role")[: 2 if slug == "read" else 4])
+    heads += [Head("spliced layer")] * (slug == "splice")
+    heads += [heading(key, SHOWN[key][0] if key in SHOWN else None) for key in keys]
+    note = WORDS["notes"]["line_one_seed" if _one_seed(results) else "line"]
+    note = {"pairs": "", "splice": _splice_note(results)}.get(slug, note)
+    return Table(heads, lines, WORDS["absent"][slug], note=note, terms=("scale",) * (slug == "quality"))
+
+
+def show_range(cell: LongTable, key: str) -> Value:
+    """Mean and range of a quantity over seeds, those left out where it is undefined."""
+    return format_range(cell.seed_range(key, of_known=True))
 
 
 def _worst_layer(cell: LongTable) -> Value:
@@ -216,21 +279,9 @@ def _worst_layer(cell: LongTable) -> Value:
     known = [values for values in layers if None not in values]
     if not known:
         return Value(NOTHING)
-    worst = min(known, key=lambda values: sum(values) / len(values))
-    low, high = min(worst), max(worst)
-    where = f"layer {layers.index(worst) + 1}"
-    detail = where if low == high else f"{where} [{format_number(low)}, {format_number(high)}]"
-    return Value(format_number(sum(worst) / len(worst)), detail)
-
-
-def count_table(results: Results) -> Table:
-    """Every count of every dictionary, with the band of merged counts over merging rules."""
-    first = ("dictionary_size", "alive", "dead_share", "ultra_dense", "distinct", "merged")
-    then = ("features_per_layer", "per_neuron_layer", "per_neuron_joint", "entropy_load", "effective_dimension")
-    columns = {**dict.fromkeys(first), "merged_low": _merged_band, **dict.fromkeys(then)}
-    columns |= dict.fromkeys(("tokens_held_out", "p_min"))
-    heads = {"merged_low": "merged, all rules"}
-    return _dictionary_table(results, columns, "No dictionary was counted.", heads=heads)
+    worst = min(known, key=lambda values: Estimate.over(values).value)
+    shown = format_range(Estimate.over(worst))
+    return Value(shown.text, f"layer {layers.index(worst) + 1} {shown.detail}".strip())
 
 
 def _merged_band(cell: LongTable) -> Value:
@@ -238,71 +289,36 @@ def _merged_band(cell: LongTable) -> Value:
     return Value(f"{format_number(low.low)} to {format_number(high.high)}" if low and high else NOTHING)
 
 
-def pair_table(results: Results) -> Table:
-    """How far two seeds of each dictionary agree."""
-    columns = ("matched", "matched_share", "chapman", "q_adjacent", "q_same", "survival", "seed_corrected_lifespan")
-    absent = "No dictionary was trained with a second seed."
-    table = _dictionary_table(results, dict.fromkeys((*columns, "corrected")), absent)
-    return Table(table.columns, table.rows, absent)
+SHOWN: dict[str, tuple[str, Callable[[LongTable], Value]]] = {
+    "explained_variance_per_layer": ("worst layer", _worst_layer),
+    "merged_low": ("merged, all rules", _merged_band),
+}
+"""Columns that are no mean over seeds: heading and cell."""
 
 
-def spread_table(results: Results) -> Table:
-    """How many layers the features of each main crosscoder occupy."""
-    columns = ("mean_rho", "mean_rho_share", "mean_lifespan", "single_layer_share", "mean_adjacent_cosine")
-    absent = "No spread of a crosscoder was measured."
-    return _dictionary_table(results, dict.fromkeys(columns), absent, role="main")
-
-
-def read_table(results: Results) -> Table:
-    """What one layer tells of each crosscoder's features, and what all layers tell; no rows where nobody asked."""
-    columns = ("probed", "functional_rho", "decoder_rho", "best_layer_auc", "joint_auc", "joint_gain")
-    columns += ("best_layer_precision", "joint_precision", "genuine_share")
-    table = _dictionary_table(results, dict.fromkeys(columns), "No feature was read.", role="main")
-    lines = [Line([*line.cells[:2], *line.cells[4:]]) for line in table.rows]
-    return Table([*table.columns[:2], *table.columns[4:]], lines, table.absent, note=table.note)
-
-
-def splice_table(results: Results) -> Table:
-    """Loss with each site replaced by its reconstruction."""
-    lines, kinds, seeds = [], set(), set()
-    columns = ("spliced_loss", "ablated_loss", "loss_recovered", "kl")
+def _splice_note(results: Results) -> str:
+    """Of which dictionaries splices are, and what they are compared with."""
+    kinds, seeds = set(), set()
     for at, cell in results.rows.cells("clean_loss").items():
-        seen = cell.seeds()
-        spliced = cell.select("clean_loss").seeds()
-        seeds |= {(at.training_seed, seen.index(seed)) for seed in spliced}
+        seeds |= {(at.training_seed, cell.seeds().index(seed)) for seed in cell.select("clean_loss").seeds()}
         for row in cell.select("splice_tokens"):
             kind = cell.one("spliced_ablation", seed=row.at.seed)
             kinds.add(f"{kind} ablation, on {format_number(row.value)} tokens")
-        lead = lead_cells(results, at, cell)
-        for layer in dict.fromkeys(row.at.layer for row in cell.select("spliced_loss")):
-            shown = [format_range(cell.seed_range(key, of_known=True, layer=layer)) for key in columns]
-            cells = [*lead, Value(str(layer)), ranges("clean_loss")(cell), *shown]
-            lines.append(Line(cells, sweep=at.role != "main"))
-    heads = [*lead_heads(), Head("spliced layer"), *(heading(key) for key in ("clean_loss", *columns))]
-    of = "the first training seed's first dictionary seed"
-    if seeds != {(0, 0)}:
-        of = f"training seeds {_listed({t for t, _ in seeds})}, dictionary seeds {_listed({i for _, i in seeds})}"
-    note = (
-        f"Splices are of {of}; compared with {'; '.join(sorted(kinds))}. Where ablation costs less than {SMALL_HARM} "
-        "nats a token, what is recovered of it is noise."
-    )
-    return Table(heads, lines, "No reconstruction was spliced into a model.", note=note)
-
-
-def _listed(numbers: set[Any]) -> str:
-    return ", ".join(str(number) for number in sorted(numbers))
+    trained, drawn = (", ".join(map(str, sorted(set(places)))) for places in zip(*(seeds or {(0, 0)}), strict=True))
+    of = f"training seeds {trained}, dictionary seeds {drawn}"
+    of = of if seeds != {(0, 0)} else "the first training seed's first dictionary seed"
+    return WORDS["notes"]["splice"].format(of=of, kinds="; ".join(sorted(kinds)), harm=SMALL_HARM)
 
 
 def provenance_table(results: Results) -> Table:
     """The short fields of the provenance."""
-    provenance = results.provenance
-    lines: dict[str, Any] = {"schema": provenance.schema, "kind": provenance.kind, "preset": provenance.preset}
-    lines |= {"started": provenance.started, "git commit": provenance.git_commit}
-    lines |= {"command": " ".join(provenance.command), "Python": provenance.python, "text": provenance.text}
-    lines |= {"tokens fingerprint": provenance.tokens_fingerprint}
-    lines |= {f"seconds, {stage}": seconds for stage, seconds in provenance.seconds.items()}
+    shown = results.provenance
+    lines: dict[str, Any] = {name: getattr(shown, name) for name in ("schema", "kind", "preset", "started")}
+    lines |= {"git commit": shown.git_commit, "command": " ".join(shown.command), "Python": shown.python}
+    lines |= {"text": shown.text, "tokens fingerprint": shown.tokens_fingerprint}
+    lines |= {f"seconds, {stage}": seconds for stage, seconds in shown.seconds.items()}
     rows = [Line([words(name), Value(format_number(value), style="mono")]) for name, value in lines.items()]
-    return Table([Head("field", word=True), Head("value", word=True)], rows, "", wide=False)
+    return Table(word_heads("field", "value"), rows, "", wide=False)
 
 
 def provenance_details(results: Results) -> list[tuple[str, str]]:
@@ -316,11 +332,6 @@ def provenance_details(results: Results) -> list[tuple[str, str]]:
 TABLES: dict[str, Callable[[Results], Table]] = {
     "matched": matched_table,
     "subjects": subject_table,
-    "quality": quality_table,
-    "counts": count_table,
-    "pairs": pair_table,
-    "spread": spread_table,
-    "read": read_table,
-    "splice": splice_table,
+    **{slug: partial(dictionary_table, slug=slug) for slug in COLUMNS},
     "provenance": provenance_table,
 }

@@ -14,6 +14,7 @@ from crosscoder.report.panels import (
     axis_title,
     make_panels,
     mark_empty,
+    plain_ticks,
     safe_label,
     share_legend,
 )
@@ -43,11 +44,8 @@ def draw_verdict(results: Results) -> Figure | None:
 
 def _draw_ratios(ax: Axes, ratios: LongTable, rule: dict[str, Any]) -> None:
     names = [name for name in ESTIMATORS if len(ratios.select(estimator=name))]
-    for (low, high), color, label in (
-        (rule["complete"], PALETTE[4], "band of H0: layers alone"),
-        (rule["equal"], PALETTE[2], "band of H1: reconciled"),
-    ):
-        ax.axvspan(low, high, color=color, alpha=0.18, linewidth=0, label=label)
+    for band, color, label in (("complete", 4, "band of H0: layers alone"), ("equal", 2, "band of H1: reconciled")):
+        ax.axvspan(*rule[band], color=PALETTE[color], alpha=0.18, linewidth=0, label=label)
     for row in ratios:
         if not isinstance(row.value, Estimate):
             continue
@@ -62,9 +60,7 @@ def _draw_ratios(ax: Axes, ratios: LongTable, rule: dict[str, Any]) -> None:
         label = f"{words}, {row.at.state}"
         ax.plot(mean, height, marker, color=color, markerfacecolor=face, markersize=6, label=label, ls="")
     ax.set(xscale="log", xlim=(SMALLEST, LARGEST), ylim=(0.4, len(names) + 0.6))
-    ticks = [0.125, 0.25, 0.5, 1, 2, 4, 8]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
+    plain_ticks(ax.xaxis, (0.125, 0.25, 0.5, 1, 2, 4, 8))
     shown = [name.replace("_", ", ") + (" *" if name == PRIMARY_ESTIMATOR else "") for name in names]
     ax.set_yticks(range(len(names), 0, -1), shown)
     _name_missing(ax, ratios, names)
@@ -118,8 +114,6 @@ def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
         names.setdefault(depth, set()).add(safe_label(subject))
     ax.set_xticks(sorted(names), [f"{depth}\n{', '.join(sorted(names[depth]))}" for depth in sorted(names)])
     low, high = ax.get_ylim()
-    heights = [tick for tick in HEIGHTS if low <= tick <= high]
-    ax.set_yticks(heights, [f"{tick:g}" for tick in heights])
-    ax.minorticks_off()
+    plain_ticks(ax.yaxis, [tick for tick in HEIGHTS if low <= tick <= high])
     axis_title(ax, "Effective dimension over width" + ("" if debiased else " (not debiased)"))
     axis_labels(ax, "layers L, model", "d_eff / D")

@@ -1,21 +1,45 @@
-"""A study's results as one value and as one file, `results.json`, which is checked by its path when it is read."""
+"""A study's results as one value and as one file, `results.json`, and the rows of one cell as a file of their own.
+
+Consecutive rows of one place share a block, `{"at": {known fields of Place}, "values": {key: value}}`. A value is a
+number, a text, a flag, a list, null, an estimate `{"value", "low", "high"}`, or `{"missing": "why there is none"}`.
+What is read is checked by pydantic: a refusal names the path, what was expected and what was seen.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
 from crosscoder.foundation.artifact import read_json, write_json
-from crosscoder.results.rows import fail, from_blocks, read_as, to_blocks
-from crosscoder.results.table import CLOSED, COMPARED, LongTable, Name
+from crosscoder.results.quantities import QUANTITIES, nearest_key
+from crosscoder.results.table import (
+    CLOSED,
+    COMPARED,
+    Count,
+    Estimate,
+    Flag,
+    Integer,
+    LongTable,
+    Name,
+    Number,
+    Place,
+    Plain,
+    Row,
+    Text,
+)
 from crosscoder.results.verdict import Verdict
 
 SCHEMA = "crosscoder.results/3"
-READERS = {SCHEMA: "crosscoder 0.2", "crosscoder.results/2": "crosscoder 0.1"}
+CELL_SCHEMA = "crosscoder.cell/3"
+READERS = {"crosscoder.results/2": "crosscoder 0.1"}
+"""The package that reads each other schema."""
 RESULTS = "results.json"
 OF_EVERY_SUBJECT = ("n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms")
 
@@ -29,22 +53,18 @@ class Provenance:
     schema: Literal["crosscoder.results/3"] = SCHEMA
     kind: Literal["aspect_ratio", "subject_study", "synthetic"]
     """Two shapes that are compared, and C between them; one model; planted worlds."""
-    preset: str
-    seconds: dict[Name, float]
+    preset: Text
+    seconds: dict[Name, Number]
     """Of each stage."""
-    tokens_fingerprint: str
-    text: str
-    command: list[str]
-    config: Any
-    device: dict[str, Any]
-    git_commit: str | None
-    python: str
-    started: str
-    versions: dict[str, Any] = field(default_factory=dict)
-
-
-_VERDICT = TypeAdapter(Verdict)
-_PROVENANCE = TypeAdapter(Provenance)
+    tokens_fingerprint: Text
+    text: Text
+    command: list[Text]
+    config: Plain
+    device: dict[Text, Plain]
+    git_commit: Text | None
+    python: Text
+    started: Text
+    versions: dict[Text, Plain] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,44 @@ class Results:
         return self.rows.one(key, subject=subject, training_seed=None, role=None)
 
 
+class Block(TypedDict):
+    """Rows of one place, as a file has them."""
+
+    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
+
+    at: Place
+    values: dict[str, Any]
+    """Each is checked by what its key allows."""
+
+
+class Document(TypedDict):
+    """What `results.json` holds."""
+
+    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
+
+    schema: Literal["crosscoder.results/3"]
+    rows: list[Block]
+    verdict: Verdict | None
+    provenance: Provenance
+
+
+class Cell(TypedDict):
+    """What the file of one cell holds."""
+
+    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
+
+    schema: Literal["crosscoder.cell/3"]
+    rows: list[Block]
+
+
+class Missing(TypedDict):
+    """Why a quantity has no value."""
+
+    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
+
+    missing: Text
+
+
 def document(results: Results) -> dict[str, Any]:
     """The plain value that `results.json` holds."""
     return {
@@ -83,20 +141,15 @@ def from_document(value: Any) -> Results:
         ValueError: it is of another schema, or something in it is not what it should be; the path, what was seen and
             what was expected are named.
     """
-    if not isinstance(value, dict):
-        fail("results", "a table", value)
-    old = value.get("provenance")
-    seen = value.get("schema", old.get("schema") if isinstance(old, dict) else None)
-    if seen != SCHEMA:
-        reader = READERS.get(seen) if isinstance(seen, str) else None
-        mend = f"{reader} reads it" if reader else "no version of this package is known to read it"
-        raise ValueError(f"results.schema: expected {SCHEMA!r}, got {seen!r}; {mend}")
-    keys = {"schema", "rows", "verdict", "provenance"}
-    if value.keys() != keys:
-        fail("results", f"the keys {sorted(keys)}", sorted(map(str, value)))
-    rows = LongTable(tuple(from_blocks(value["rows"], "results.rows")))
-    verdict = None if value["verdict"] is None else read_as(_VERDICT, value["verdict"], "results.verdict")
-    results = Results(rows, verdict, read_as(_PROVENANCE, value["provenance"], "results.provenance"))
+    written = value if isinstance(value, dict) else {}
+    old = written.get("provenance")
+    seen = written.get("schema", old.get("schema") if isinstance(old, dict) else None)
+    if isinstance(seen, str) and seen != SCHEMA:
+        reader = READERS.get(seen, "no known version of this package")
+        raise ValueError(f"results.schema: expected {SCHEMA!r}, got {seen!r}; {reader} reads it")
+    found = _read_as(Document, value, "results")
+    rows = LongTable(tuple(_rows(found["rows"], "results.rows")))
+    results = Results(rows, found["verdict"], found["provenance"])
     if results.provenance.kind != "synthetic":
         _check_subjects(results)
     return results
@@ -104,27 +157,152 @@ def from_document(value: Any) -> Results:
 
 def _check_subjects(results: Results) -> None:
     """Nothing, if what is said of every subject is enough to show a row about it."""
-    for name in results.subjects:
+    names = results.subjects
+    for name in names:
         for key in OF_EVERY_SUBJECT:
             if results.of(name, key) is None:
-                fail(f"results.rows ({key} of {name})", "a whole number", None)
-    unknown = {row.at.subject for row in results.rows} - {None, *results.subjects}
+                raise ValueError(f"results.rows: {key} of {name} is missing; expected a whole number")
+    unknown = {row.at.subject for row in results.rows} - {None, *names}
     if unknown:
-        fail("results.rows", f"rows of {list(results.subjects)}, the subjects whose layers are known", unknown)
-    if not results.subjects or (results.verdict is not None and not set(COMPARED) <= set(results.subjects)):
-        fail("results.rows", f"subjects, and {COMPARED} where there is a verdict", results.subjects)
+        raise ValueError(f"results.rows: rows of {unknown}; expected subjects whose layers are known: {list(names)}")
+    if not names or (results.verdict is not None and not set(COMPARED) <= set(names)):
+        raise ValueError(f"results.rows: the subjects are {names}; expected {COMPARED} where there is a verdict")
 
 
 def save_results(results: Results, folder: str | Path) -> None:
-    """Write `results.json` into a folder."""
-    write_json(Path(folder) / RESULTS, document(results))
+    """Write `results.json` into a folder; rows stay in their order."""
+    write_json(Path(folder) / RESULTS, document(results), sort_keys=False)
 
 
 def load_results(folder: str | Path) -> Results:
-    """The results that a study left in its folder.
+    """The results that a study left in its folder, equal to what was saved.
 
     Raises:
         ValueError: the file is damaged or of another schema.
         FileNotFoundError: there is none.
     """
     return from_document(read_json(Path(folder) / RESULTS))
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write the rows of one cell of a study, in their order."""
+    write_json(path, {"schema": CELL_SCHEMA, "rows": to_blocks(rows)}, sort_keys=False)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows that `write_rows` wrote.
+
+    Raises:
+        ValueError: the file is damaged, of another schema, or holds a value that its key does not allow.
+        FileNotFoundError: there is none.
+    """
+    try:
+        return _rows(_read_as(Cell, read_json(path), "cell")["rows"], "cell.rows")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete the file to run the cell again") from error
+
+
+def to_blocks(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Plain values of rows, in their order.
+
+    Raises:
+        ValueError: a key stands twice at one place.
+    """
+    blocks = []
+    for at, group in groupby(rows, key=lambda row: row.at):
+        values: dict[str, Any] = {}
+        for row in group:
+            if row.key in values:
+                raise ValueError(f"{row.key} stands twice at {at.known()}")
+            values[row.key] = _plain(row)
+        blocks.append({"at": at.known(), "values": values})
+    return blocks
+
+
+def _plain(row: Row) -> Any:
+    if row.value is None and row.missing is not None:
+        return {"missing": row.missing}
+    if isinstance(row.value, Estimate):
+        return {"value": row.value.value, "low": row.value.low, "high": row.value.high}
+    return row.value
+
+
+def from_blocks(blocks: Any, path: str = "rows") -> list[Row]:
+    """The rows of blocks that someone else may have written.
+
+    Raises:
+        ValueError: a place, a key or a value is not what it should be; its path, what was seen and what was expected
+            are named.
+    """
+    return _rows(_read_as(list[Block], blocks, path), path)
+
+
+def _rows(blocks: list[Block], path: str) -> list[Row]:
+    rows: dict[tuple[Place, str], Row] = {}
+    for i, block in enumerate(blocks):
+        at, here = block["at"], f"{path}[{i}].values"
+        for key, written in block["values"].items():
+            if key not in QUANTITIES:
+                raise ValueError(f"{here}: {key!r} is no quantity; the nearest is {nearest_key(key)!r}")
+            if (at, key) in rows:
+                raise ValueError(f"{here}: {key} stands twice at {at.known()}; keep one")
+            value = _read_as(_value_type(key), written, f"{here}.{key}")
+            missing = value["missing"] if isinstance(value, dict) else None
+            rows[at, key] = Row(at, key, None if missing is not None else value, missing)
+    return list(rows.values())
+
+
+@cache
+def _value_type(key: str) -> Any:
+    """What a row of a quantity may hold."""
+    one = QUANTITIES[key]
+    number: Any = Integer | Number
+    types: dict[str, Any] = {
+        "number": (Annotated[number, Field(ge=-1e-9, le=1 + 1e-9)] if one.unit == "share" else number) | Estimate,
+        "whole": Count,
+        "flag": Flag,
+        "text": Text,
+        "list": Annotated[list[number | None], Field(min_length=one.length or 0, max_length=one.length)],
+        "texts": list[Text],
+        "lists": Annotated[list[list[number]], AfterValidator(_equally_long)],
+    }
+    known: Any = types[one.value]
+    is_missing = Discriminator(lambda value: "why" if isinstance(value, dict) and "missing" in value else "what")
+    return Annotated[Annotated[known | None, Tag("what")] | Annotated[Missing, Tag("why")], is_missing]
+
+
+def _equally_long(lists: list[list[Any]]) -> list[list[Any]]:
+    if len({len(one) for one in lists}) > 1:
+        raise ValueError("expected lists of equally many numbers")
+    return lists
+
+
+_adapter = cache(TypeAdapter)
+
+
+def _read_as(kind: Any, value: Any, path: str) -> Any:
+    """`value` as a type; a `ValueError` names the innermost place that does not fit, what was expected and seen."""
+    adapter = _adapter(kind)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        found = [(_place(value, one["loc"], one["type"] == "missing"), one) for one in error.errors()]
+    inner = max((place for place, _ in found), key=len)
+    said = [one for place, one in found if place == inner]
+    said = [one for one in said if not one["type"].endswith("_type")] or said  # of the right type, and yet refused
+    expected = " or ".join(one["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for one in said)
+    expected = f"expected {expected}" if said[0]["msg"].startswith("Input should be ") else expected
+    seen = repr(said[0]["input"])
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
+    raise ValueError(f"{path}{where}: {expected}, got {seen if len(seen) <= 80 else f'{seen[:77]}...'}")
+
+
+def _place(value: Any, location: tuple[Any, ...], missing: bool) -> tuple[Any, ...]:
+    """The part of pydantic's location that leads into `value`; the rest names types."""
+    place = []
+    for part in location:
+        inside = part in value if isinstance(value, dict) else isinstance(value, list | tuple) and isinstance(part, int)
+        if inside:
+            place.append(part)
+            value = value[part]
+    return (*place, location[-1]) if missing else tuple(place)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
+from typing_extensions import TypeAliasType
 
 from crosscoder.results.quantities import QUANTITIES, nearest_key
 
@@ -22,12 +23,25 @@ Arm = Literal["crosscoder", "layerwise", "joint"]
 Role = Literal["main", "size", "k", "calibration"]
 SITES: tuple[Site, ...] = ("write", "residual")
 COMPARED = ("A", "B")
+CELL = ("subject", "training_seed", "state", "site", "arm", "role", "n_features", "k")
+"""What tells one dictionary of a study from another, its seed apart."""
 CONFIDENCE = 0.9
-CLOSED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""How values are read from files: nothing is converted, nothing is ignored."""
+CLOSED = ConfigDict(extra="forbid")
+"""How values are read from files: nothing is ignored. The types below are strict: nothing is converted."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$")]
 """Becomes an anchor and a label: no spaces, no markup."""
-Count = Annotated[int, Field(ge=0, lt=10**15)]
+Text = Annotated[str, Field(strict=True, max_length=10**6)]
+"""What UTF-8 can hold."""
+Count = Annotated[int, Field(strict=True, ge=0, lt=10**15)]
+Integer = Annotated[int, Field(strict=True, gt=-(10**15), lt=10**15)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=-1e30, lt=1e30)]
+"""Beyond are nonsense, and sums that overflow."""
+Flag = Annotated[bool, Field(strict=True)]
+if TYPE_CHECKING:
+    Plain = Any
+else:
+    Plain = TypeAliasType("Plain", "Flag | Integer | Number | Text | list[Plain] | dict[Text, Plain] | None")
+"""What JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +52,21 @@ class Estimate:
         ValueError: the interval is the wrong way round, or the confidence is not between 0 and 1.
     """
 
-    value: float
-    low: float
-    high: float
-    confidence: float = CONFIDENCE
+    value: Number
+    low: Number
+    high: Number
+    confidence: Number = CONFIDENCE
 
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise ValueError(f"the interval runs from {self.low} down to {self.high}; give the lower end first")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}; expected a share between 0 and 1, such as .9")
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Estimate:
+        """Mean and range of values: no confidence interval."""
+        return cls(math.fsum(values) / len(values), min(values), max(values))
 
     @property
     def finite(self) -> bool:
@@ -85,7 +104,7 @@ class Place:
     k: Count | None = None
     seed: Count | None = None
     """Of the dictionary, or of a planted world."""
-    layer: Annotated[str, Field(max_length=64)] | None = None
+    layer: Annotated[Text, Field(max_length=64)] | None = None
     estimator: Name | None = None
     kind: Name | None = None
     """Kind of planted feature."""
@@ -180,9 +199,7 @@ class LongTable:
         """
         found = [row.value for row in self.select(key, **where)]
         values = [float(value) for value in found if value is not None]  # ty: ignore[invalid-argument-type]
-        if not values or (len(values) < len(found) and not of_known):
-            return None
-        return Estimate(math.fsum(values) / len(values), min(values), max(values))
+        return Estimate.over(values) if values and (of_known or len(values) == len(found)) else None
 
     def seeds(self) -> list[int]:
         """The dictionary seeds that rows are about, in order of appearance."""
@@ -195,17 +212,14 @@ class LongTable:
         """
         where = {"arm": ("crosscoder", "layerwise"), **where}
         return {
-            at: cell for at, cell in self._cells.items() if _fits(at, where) and (key is None or key in cell._by_key)
+            at: cell
+            for at, cell in self._cells.items()
+            if at.k is not None and _fits(at, where) and (key is None or key in cell._by_key)
         }
 
     @cached_property
     def _cells(self) -> dict[Place, LongTable]:
-        found: dict[Place, list[Row]] = {}
-        for row in self.rows:
-            if row.at.arm is not None and row.at.k is not None:
-                at = replace(row.at, seed=None, layer=None, kind=None)
-                found.setdefault(at, []).append(row)
-        return {at: LongTable(tuple(rows)) for at, rows in found.items()}
+        return self.groups(*CELL)
 
     def groups(self, *names: str) -> dict[Place, LongTable]:
         """Rows by the named fields of their place, in order of appearance; the places hold these fields only."""

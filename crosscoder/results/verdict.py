@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from crosscoder.results.table import CLOSED
+from crosscoder.results.table import CLOSED, Flag, Number, Plain, Text
 
 Label = Literal["H0", "H1a", "H1b", "H1", "H2-u", "H2", "undecided", "not testable"]
 Hypothesis = Literal["H0", "H1", "H2", "H2-u"]
@@ -18,10 +18,10 @@ class Gate:
 
     __pydantic_config__: ClassVar = CLOSED
 
-    name: str
-    value: float | str | None
-    requirement: str
-    passed: bool
+    name: Text
+    value: Number | Text | None
+    requirement: Text
+    passed: Flag
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Condition:
     __pydantic_config__: ClassVar = CLOSED
 
     hypothesis: Hypothesis
-    statistic: str
-    requirement: str
-    measured: str
-    met: bool | None
+    statistic: Text
+    requirement: Text
+    measured: Text
+    met: Flag | None
 
     @property
     def against(self) -> str:
@@ -48,15 +48,15 @@ class Verdict:
 
     __pydantic_config__: ClassVar = CLOSED
 
-    version: str
+    version: Text
     label: Label
-    kinds: tuple[str, ...]
+    kinds: tuple[Text, ...]
     """Kinds of H2; empty for every other label."""
     universality: UniversalityLabel
-    sentence: str
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...]
+    sentence: Text
+    reasons: tuple[Text, ...]
+    notes: tuple[Text, ...]
     gates: tuple[Gate, ...]
     conditions: tuple[Condition, ...]
-    rule: dict[str, Any] = field(default_factory=dict)
+    rule: dict[Text, Plain] = field(default_factory=dict)
     """Constants of the rule by name: numbers, texts, and pairs of numbers as lists."""

@@ -24,8 +24,7 @@ from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.results.file import Provenance, Results
-from crosscoder.results.rows import read_rows, write_rows
+from crosscoder.results.file import Provenance, Results, read_rows, write_rows
 from crosscoder.results.table import LongTable, Row, State
 from crosscoder.results.verdict import Verdict
 from crosscoder.studies.cells import Cell, Stores, run_cell

@@ -12,12 +12,10 @@ from matplotlib.text import Text
 
 from crosscoder.report import figures, model_figures
 from crosscoder.report.panels import make_panels, plot_points
-from crosscoder.report.tables import splice_table, subject_table
+from crosscoder.report.tables import TABLES, subject_table
 from crosscoder.report.verdict_figures import draw_verdict
 from crosscoder.results.file import Results
 from crosscoder.results.table import Estimate, Place, Row
-
-SIDES = ("A", "B")
 
 
 def two(results: Results = PAIR) -> Results:
@@ -160,7 +158,7 @@ def test_marks_at_one_place_all_show():
 def test_lines_join_one_training_seed_in_order(draw, n_joined):
     titled = [ax for ax in draw(two()).axes if ax.get_title(loc="left").startswith("Block writes")]
     found = joined(titled[0])
-    assert len(found) >= len(SIDES) * 2 + len(SIDES)  # two trainings of each crosscoder, and the banks
+    assert len(found) >= 2 * 2 + 2  # two trainings of each crosscoder, and the banks
     assert max(map(len, found)) == n_joined  # a sweep, of the first training
     assert all(x == sorted(set(x)) for x in found)  # a second training would stand at the same size or k
 
@@ -211,18 +209,18 @@ def test_recovery_that_is_undefined_leaves_a_gap():
     results = change(with_costs({}), "loss_recovered", None, layer="2")
     ax = model_figures.draw_splice(results).axes[0]
     assert all(1 not in container.lines[0].get_xdata() for container in ax.containers)
-    row = splice_table(results).rows[1]
+    row = TABLES["splice"](results).rows[1]
     assert row.cells[4].text == "2"
     assert row.cells[-2].text == "–"
     assert row.cells[-1].text != "–"
 
 
 def test_the_table_of_splices_says_what_they_are_of():
-    note = splice_table(PAIR).note
+    note = TABLES["splice"](PAIR).note
     assert note.startswith("Splices are of the first training seed's first dictionary seed;")
     assert "mean ablation, on 4,032 tokens" in note
     again = [replace(row, at=replace(row.at, seed=1)) for row in PAIR.rows if row.key == "clean_loss"]
-    assert "training seeds 0, dictionary seeds 0, 1" in splice_table(with_rows(PAIR, [*PAIR.rows, *again])).note
+    assert "training seeds 0, dictionary seeds 0, 1" in TABLES["splice"](with_rows(PAIR, [*PAIR.rows, *again])).note
 
 
 def test_points_are_joined_by_x_unless_they_have_an_order():

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from crosscoder.results.file import document, from_document, load_results
-from crosscoder.results.rows import from_blocks, read_rows, to_blocks, write_rows
+from crosscoder.results.file import (
+    document,
+    from_blocks,
+    from_document,
+    load_results,
+    read_rows,
+    save_results,
+    to_blocks,
+    write_rows,
+)
 from crosscoder.results.table import Estimate, LongTable, Place, Row, rows_at
 
 STUDIES = [Path(__file__).parents[2] / "benchmarks" / name for name in ("default-study", "smollm2-135m")]
@@ -28,40 +36,50 @@ def test_rows_of_a_cell_come_back_as_they_were(tmp_path):
     rows = rows_at(AT, {"alive": 3, "chapman": Estimate(1.0, 0.5, 2.0), "dead_share": float("nan")})
     rows += [Row(AT, "F_inf", None, "not identified"), Row(AT, "layers", ["1", "2"]), Row(AT, "saturated", True)]
     write_rows(tmp_path / "cell.json", rows)
-    assert sorted(read_rows(tmp_path / "cell.json"), key=lambda row: row.key) == sorted(rows, key=lambda row: row.key)
+    assert read_rows(tmp_path / "cell.json") == rows
     assert {row.key: row.value for row in rows}["dead_share"] is None
+
+
+def test_results_come_back_as_they_were(tmp_path):
+    known = load_results(STUDIES[0])
+    rows = rows_at(AT, {"survival": 0.5, "alive": 3, "chapman": Estimate(1.0, 0.5, 2.0)})  # not in alphabetical order
+    results = replace(known, rows=LongTable((*rows, *known.rows)[::-1]))
+    save_results(results, tmp_path)
+    assert load_results(tmp_path) == results
 
 
 def test_a_cell_of_another_schema_is_refused_with_the_mend(tmp_path):
     (tmp_path / "cell.json").write_text('{"schema": "crosscoder.cell/2", "rows": []}')
-    with pytest.raises(ValueError, match=r"cell\.json: expected crosscoder.cell/3, got 'crosscoder.cell/2'; delete"):
+    with pytest.raises(
+        ValueError, match=r"cell\.schema: expected 'crosscoder.cell/3', got 'crosscoder.cell/2'; delete"
+    ):
         read_rows(tmp_path / "cell.json")
 
 
 @pytest.mark.parametrize(
     ("at", "values", "message"),
     [
-        ({}, {"alive": "many"}, r"rows\[0\]\.values\.alive: expected a whole number of 0 or more, got 'many'"),
-        ({}, {"alive": 3.5}, "whole number of 0 or more, got 3.5"),
-        ({}, {"alive": True}, "whole number of 0 or more, got True"),
-        ({}, {"alive": 10**400}, r"values\.alive: expected a finite number"),
+        ({}, {"alive": "many"}, r"rows\[0\]\.values\.alive: expected a valid integer, got 'many'"),
+        ({}, {"alive": 3.5}, "expected a valid integer, got 3.5"),
+        ({}, {"alive": True}, "expected a valid integer, got True"),
+        ({}, {"alive": 10**400}, r"values\.alive: expected less than 10+, got 10+\.\.\."),
         ({}, {"allive": 3}, "'allive' is no quantity; the nearest is 'alive'"),
-        ({}, {"dead_share": 1.5}, r"dead_share: expected a share between 0 and 1, got 1\.5"),
+        ({}, {"dead_share": 1.5}, r"dead_share: expected less than or equal to 1[.0]+1, got 1\.5"),
         ({}, {"gamma": float("nan")}, r"gamma: expected a finite number, got nan"),
         ({}, {"gamma": float("inf")}, r"gamma: expected a finite number, got inf"),
         ({}, {"gamma": {"value": 1, "low": 2, "high": 3}}, None),
-        ({}, {"gamma": {"value": 1, "low": 3, "high": 2}}, "expected an interval with low <= high"),
-        ({}, {"gamma": {"value": 1, "low": "0", "high": 2}}, "expected an estimate of three numbers"),
-        ({}, {"gamma": {"missing": 3}}, "expected an estimate of three numbers"),
-        ({}, {"name": 3}, "expected a text, got 3"),
-        ({}, {"name": "\ud800"}, "a text that UTF-8 can hold"),
-        ({}, {"saturated": 1}, "expected true or false, got 1"),
-        ({}, {"rho_histogram": [1]}, "expected a list of numbers or null, 20 of them"),
-        ({}, {"rho_histogram": ["x"] * 20}, "expected a list of numbers or null"),
-        ({}, {"layers": [1, 2]}, "expected a list of texts"),
+        ({}, {"gamma": {"value": 1, "low": 3, "high": 2}}, "gamma: the interval runs from 3.0 down to 2.0"),
+        ({}, {"gamma": {"value": 1, "low": "0", "high": 2}}, r"gamma\.low: expected a valid number, got '0'"),
+        ({}, {"gamma": {"missing": 3}}, r"gamma\.missing: expected a valid string, got 3"),
+        ({}, {"name": 3}, "expected a valid string, got 3"),
+        ({}, {"name": "\ud800"}, "unable to parse raw data as a unicode string"),
+        ({}, {"saturated": 1}, "expected a valid boolean, got 1"),
+        ({}, {"rho_histogram": [1]}, "List should have at least 20 items"),
+        ({}, {"rho_histogram": ["x"] * 20}, r"rho_histogram\[0\]: expected a valid integer or"),
+        ({}, {"layers": [1, 2]}, r"layers\[0\]: expected a valid string, got 1"),
         ({}, {"profile_heatmap": [[0.5, 0.5], [1.0]]}, "expected lists of equally many numbers"),
-        ({"site": "head"}, {}, r"rows\[0\]\.at\.site: Input should be 'write' or 'residual', got 'head'"),
-        ({"k": "4"}, {}, r"rows\[0\]\.at\.k: Input should be a valid integer, got '4'"),
+        ({"site": "head"}, {}, r"rows\[0\]\.at\.site: expected 'write' or 'residual', got 'head'"),
+        ({"k": "4"}, {}, r"rows\[0\]\.at\.k: expected a valid integer, got '4'"),
         ({"k": True}, {}, r"rows\[0\]\.at\.k: .*got True"),
         ({"colour": 1}, {}, r"rows\[0\]\.at\.colour"),
         ({"subject": "<b>"}, {}, r"rows\[0\]\.at\.subject: .*pattern"),
@@ -92,20 +110,12 @@ def test_a_key_stands_once_at_a_place():
         from_blocks([block, {"at": {}, "values": {}}, block])
 
 
-def _nested(depth: int) -> Any:
-    value: Any = 0
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "crosscoder.results/2", r"expected 'crosscoder.results/3', got .*/2'; crosscoder 0\.1 reads it"),
-        (("schema",), "other/1", "no version of this package is known to read it"),
-        (("opinion",), {}, "results: expected the keys"),
-        (("rows",), {}, r"results\.rows: expected a list of blocks"),
+        (("schema",), "other/1", "no known version of this package reads it"),
+        (("opinion",), {}, r"results\.opinion: Extra inputs are not permitted"),
+        (("rows",), {}, r"results\.rows: expected a valid list, got {}"),
         (("verdict", "label"), "H9", r"results\.verdict\.label: .*got 'H9'"),
         (("verdict", "gates", 0, "passed"), 1, r"results\.verdict\.gates\[0\]\.passed"),
         (("verdict", "colour"), 1, r"results\.verdict\.colour"),
@@ -113,7 +123,11 @@ def _nested(depth: int) -> Any:
         (("provenance", "kind"), "poem", r"results\.provenance\.kind: .*got 'poem'"),
         (("provenance", "seconds"), {"<b>": 1.0}, r"results\.provenance\.seconds"),
         (("provenance", "config", "seed"), float("nan"), r"results\.provenance\.config\.seed: expected a finite"),
-        (("provenance", "config"), _nested(50), "at most 32 levels"),
+        (
+            ("provenance", "config"),
+            json.loads("[" * 400 + "]" * 400),
+            r"results\.provenance\.config.*maximum validation depth",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused_by_its_path(path, value, message):
@@ -129,13 +143,13 @@ def test_a_damaged_file_is_refused_by_its_path(path, value, message):
 def test_version_2_is_named_and_something_else_refused():
     with pytest.raises(ValueError, match=r"got 'crosscoder.results/2'; crosscoder 0\.1 reads it"):
         from_document({"provenance": {"schema": "crosscoder.results/2"}, "counts": {}})
-    with pytest.raises(ValueError, match=r"^results: expected a table, got \[\]"):
+    with pytest.raises(ValueError, match=r"^results: expected a valid dictionary, got \[\]"):
         from_document([])
 
 
 def test_rows_of_an_unknown_subject_are_refused():
     stranger = {"at": {"subject": "Z"}, "values": {"F_inf": None}}
-    with pytest.raises(ValueError, match=r"expected rows of \['A', 'B', 'C'\].*'Z'"):
+    with pytest.raises(ValueError, match=r"rows of {'Z'}; expected subjects whose layers are known: \['A', 'B', 'C'\]"):
         from_document({**WRITTEN, "rows": [*WRITTEN["rows"], stranger]})
 
 
@@ -143,11 +157,20 @@ def test_a_subject_without_its_sizes_is_refused():
     lacking = copy.deepcopy(WRITTEN)
     at_b = next(block for block in lacking["rows"] if block["at"] == {"subject": "B"})
     at_b["values"]["d_model"] = None
-    with pytest.raises(ValueError, match=r"d_model of B\): expected a whole number, got None"):
+    with pytest.raises(ValueError, match=r"d_model of B is missing; expected a whole number"):
         from_document(lacking)
     alone = json.loads((STUDIES[1] / "results.json").read_text())
-    with pytest.raises(ValueError, match=r"expected subjects, and \('A', 'B'\) where there is a verdict"):
+    with pytest.raises(ValueError, match=r"the subjects are \('S',\); expected \('A', 'B'\) where there is a verdict"):
         from_document({**alone, "verdict": WRITTEN["verdict"]})
+
+
+def test_estimates_refuse_to_be_the_wrong_way_round():
+    with pytest.raises(ValueError, match="from 2 down to 1"):
+        Estimate(1.5, 2, 1)
+    with pytest.raises(ValueError, match="confidence is 90"):
+        Estimate(1, 1, 1, 90)
+    assert Estimate(1, 0.8, 1.25).inside(0.8, 1.25)
+    assert not Estimate(1, 0.79, 1.25).inside(0.8, 1.25)
 
 
 def test_ranges_over_seeds_take_every_seed_once_or_say_nothing():

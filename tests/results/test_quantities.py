@@ -13,18 +13,10 @@ from typing import Any
 import pytest
 
 from crosscoder.report import tables, verdict_tables
+from crosscoder.report.answer import WORDS
 from crosscoder.report.page import cited_definitions
 from crosscoder.results.file import SCHEMA, from_document
-from crosscoder.results.quantities import (
-    ESTIMATORS,
-    GROUPS,
-    NOTES,
-    QUANTITIES,
-    TERMS,
-    definition,
-    nearest_key,
-    read_once,
-)
+from crosscoder.results.quantities import ESTIMATORS, GROUPS, NOTES, QUANTITIES, TERMS, definition, read_once
 
 ROOT = Path(__file__).parents[2]
 STUDIES = [
@@ -33,7 +25,7 @@ STUDIES = [
     if value.get("schema") == SCHEMA
 ]
 SHOWN = [
-    [tables.measured_table(study, group) for group in tables.GROUP_TITLE]
+    [tables.measured_table(study, group) for group in WORDS["groups"]]
     + [table(study) for table in (*tables.TABLES.values(), *verdict_tables.VERDICT_TABLES.values())]
     for study in STUDIES
     if study.provenance.kind != "synthetic"
@@ -136,7 +128,3 @@ def test_the_ceiling_of_headroom_is_the_measured_one():
 def test_the_first_estimator_decides():
     assert ESTIMATORS[0] == "load_debiased"
     assert "primary" in TERMS["estimators"][ESTIMATORS[0]]
-
-
-def test_a_wrong_key_is_told_the_nearest():
-    assert nearest_key("explained_varience") == "explained_variance"
