@@ -148,22 +148,3 @@ def test_recycled_scatter_equals_the_plain_one(monkeypatch):
     recycled.append(sparse.scatter_outer(code, x, 40))
     torch.set_num_threads(threads)
     assert all(torch.equal(recycled[0], other) for other in recycled[1:])
-
-
-def test_two_runs_and_other_thread_counts_give_the_same_bits():
-    values, features, offsets = random_code(300, 50, most=20, dtype=torch.float32)
-    table, x = torch.randn(50, 64), torch.randn(300, 64)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 1):
-        torch.set_num_threads(count)
-        results.append(
-            (
-                ops.gather_sum(values, features, offsets, table),
-                ops.gather_dot(x, features, offsets, table),
-                ops.scatter_outer(values, features, offsets, x, 50),
-            )
-        )
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -99,7 +99,7 @@ def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tens
     parts = [_batch_top_k(problem, wanted) for problem in problems(encoding)]
     cuts = [part.score.amin() if part.score.numel() else part.score.new_zeros(()) for part in parts]
     z, _, features, offsets = _joined(parts, encoding.encoder_GFN.shape[1])
-    return z, features, offsets, torch.stack(cuts)
+    return z.relu(), features, offsets, torch.stack(cuts)  # of candidates by rounded scores some z may be negative
 
 
 def _batch_top_k(problem: Problem, wanted: int) -> Scored:

@@ -24,7 +24,8 @@ from torch import Tensor
 from triton_kernels.arguments import Code
 from triton_kernels.gpu.feature_major import add_scratch, feature_major
 from triton_kernels.gpu.gather_dot import add_tiles
-from triton_kernels.gpu.tiles import Tile, accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import Tile, accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 
 @jit(do_not_specialize=["n_pairs"])
@@ -69,7 +70,7 @@ def decoder_tile(width: int, itemsize: int, n_tokens: int) -> Tile:
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
-    """`d_values` in the code's order and `d_decoder` as `[G, F, N]`, in the decoder's dtype."""
+    """See `reference.backward_decoder`."""
     values_P, features_P, offsets = code
     (n_groups, features_each, width), n_pairs, dtype = decoder_GFN.shape, values_P.numel(), decoder_GFN.dtype
     if n_pairs == 0:
@@ -78,7 +79,7 @@ def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_G
     transpose = feature_major(features_P, offsets, n_features)
     tile = decoder_tile(width, error_BGN.itemsize, error_BGN.shape[0])
     n_tiles = tile_count(width, tile.columns)
-    wide, device = torch_accumulator(dtype), values_P.device
+    wide, device = sum_dtype(dtype), values_P.device
     scale_GN = (2 * weight_GL.to(wide)).repeat_interleave(width // weight_GL.shape[1], dim=1)
     d_decoder_FN = torch.empty(n_features, width, dtype=dtype, device=device)
     scratch = torch.empty(transpose.scratch_features.numel(), width, dtype=wide, device=device)

@@ -48,7 +48,7 @@ def digit_histogram_kernel(
 def _count(keys: Tensor, bound: Tensor, counts: Tensor, low: bool) -> None:
     n_keys = keys.numel()
     tile = tiles.histogram_tile(n_keys)
-    digit_histogram_kernel[(tiles.cdiv(n_keys, tile),)](
+    digit_histogram_kernel[(tiles.tile_count(n_keys, tile),)](
         keys, bound, counts, n_keys, LOW=low, BINS=counts.shape[1], COPIES=counts.shape[0], TILE=tile, num_warps=4
     )
 

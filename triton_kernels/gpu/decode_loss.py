@@ -16,7 +16,8 @@ from torch import Tensor
 
 from triton_kernels.arguments import Code
 from triton_kernels.gpu.gather_sum import weighted_rows
-from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 
 @jit
@@ -40,18 +41,14 @@ def decode_loss_kernel(
 
 
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
-    """The error `gather_sum(code, decoder) + bias - x` as `[B, G, N]`, and its squares summed as `[G, n_parts]`.
-
-    The squares are summed over the batch and over each of `n_parts` equal runs of columns, before the error is
-    rounded to its dtype, which is the decoder's. They are float32, or float64 for a float64 decoder.
-    """
+    """See `reference.decode_loss`; squares are those of the error before it is rounded to the decoder's dtype."""
     (n_tokens, n_groups, width), n_features = x_BGN.shape, decoder_GFN.shape[1]
     dtype = decoder_GFN.dtype
     error_BGN = torch.empty(n_tokens, n_groups, width, dtype=dtype, device=x_BGN.device)
     part = width // n_parts
     tile = gather_tile(part, decoder_GFN.itemsize, n_features)
     n_tiles = tile_count(part, tile.columns)
-    squares = torch.empty(n_groups, n_parts, n_tiles * n_tokens, dtype=torch_accumulator(dtype), device=x_BGN.device)
+    squares = torch.empty(n_groups, n_parts, n_tiles * n_tokens, dtype=sum_dtype(dtype), device=x_BGN.device)
     if error_BGN.numel() > 0:
         decode_loss_kernel[(n_tokens, n_parts * n_tiles, n_groups)](
             *(one.contiguous() for one in code), decoder_GFN.contiguous(),

@@ -14,7 +14,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 PAIRS_TO_ADD = 256
 
@@ -75,7 +76,7 @@ def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tens
         return x_RN.new_zeros(n_pairs)
     tile = gather_tile(width, table_FN.itemsize, n_features)
     n_tiles = tile_count(width, tile.columns)
-    partials = torch.empty(n_tiles, n_pairs, dtype=torch_accumulator(x_RN.dtype), device=x_RN.device)
+    partials = torch.empty(n_tiles, n_pairs, dtype=sum_dtype(x_RN.dtype), device=x_RN.device)
     gather_dot_kernel[(offsets.numel() - 1, n_tiles)](
         x_RN.contiguous(), features_P.contiguous(), offsets.contiguous(), table_FN.contiguous(), partials, n_pairs,
         width, tile.columns, tile.pairs, accumulator(x_RN.dtype), num_warps=1,

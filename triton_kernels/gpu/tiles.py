@@ -55,13 +55,8 @@ def power_of_two(n: int) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """What sums of `dtype` are kept in: float64 for itself, float32 for everything else."""
+    """`reference.sum_dtype` as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def torch_accumulator(dtype: torch.dtype) -> torch.dtype:
-    """`accumulator` as a torch dtype, for buffers of partial sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # A type checker knows neither launch options nor that numbers become constexpr: kernels here are untyped.
@@ -69,11 +64,6 @@ jit: Any = triton.jit
 
 FLAT_TILE = 1024  # elements of one program of an elementwise pass: two 16-byte loads a thread and tensor
 GROUP = 32  # neighbouring scores that share one maximum
-
-
-def cdiv(n: int, tile: int) -> int:
-    """Tiles that cover n."""
-    return -(-n // tile)
 
 
 def group_tile(n_groups: int) -> int:
