@@ -11,8 +11,6 @@ candidate and fp32 decides among candidates: that is the setting `bf16` (`rounde
 
 The encoder is rounded a chunk of features at a time, and only one slab of scores exists at a time. What a chunk's
 scores prove about the k-th best goes on to the next one, and to a last sieve over all chunks' candidates.
-
-On random data a certified choice of 32 among 8,192 scores about 70 candidates a row again.
 """
 
 from __future__ import annotations
@@ -175,12 +173,12 @@ def above(problem: Problem, threshold: float) -> Candidates:
     Raises:
         UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
     """
-    x = _safe_rows(problem)
+    x, slack = _safe_rows(problem), _slack(problem)
     found = _Found(x.norm_R)
     exact = x.norm_R.new_tensor(threshold)
 
     def take(slab: Slab) -> None:
-        bound_R = _positive(lists.within_reach(exact, slab.margin_R, _slack(problem)))
+        bound_R = _positive(lists.within_reach(exact, slab.margin_R, slack))
         found.add(slab, lists.not_below(slab.score_RF, bound_R))
 
     _scan(x, problem, _n_chunks(problem, 1), take)

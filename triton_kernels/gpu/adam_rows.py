@@ -142,17 +142,12 @@ def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
     if not parameter_RN.numel():
         return
     n_scales = 1 if scale_G is None else scale_G.numel()
-    working = parameter_RN if working_RN is None else working_RN
+    scale, working = (parameter_RN if one is None else one for one in (scale_G, working_RN))
     if working.dtype == torch.bfloat16:
         working = working.view(torch.int16)
-    pointers = (
-        parameter_RN, gradient_RN.contiguous(), first_RN, second_RN,
-        parameter_RN if scale_G is None else scale_G.contiguous(), working,
-    )  # fmt: skip
-    numbers = (
-        1 - rate * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
-        rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps,
-    )  # fmt: skip
+    pointers = (parameter_RN, gradient_RN.contiguous(), first_RN, second_RN, scale.contiguous(), working)
+    blends = (1 - rate * weight_decay, 1 - betas[0], betas[1], 1 - betas[1])
+    numbers = (*blends, rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps)
     flags = {"SCALED": scale_G is not None, "WORKING": working_RN is not None}
     n_together, columns, warps = tiles.row_tile(width)
     if not unit:

@@ -1,18 +1,15 @@
 """`backward_decoder`: gradients of the kept values and of the decoder from the error, in one pass over the pairs.
 
-With `g[b, g, n] = 2 * weight[g, part of n] * error[b, g, n]`, never materialised: `d_values[p] = <g[row], decoder[f]>`
-and `d_decoder[f] = sum of values[p] * g[row]`. The weight is the same for every pair of a feature, so it multiplies
-the decoder row once before the dots and the sum once after; it is repeated to `[G, N]`, so that a tile may straddle
-parts. Feature-major (see `feature_major`): one program owns a column tile of one chunk; it reads its part of the
-decoder row once, and each error row once for both results.
+The weight is the same for every pair of a feature, so it multiplies the decoder row once before the dots and the sum
+once after; it is repeated to `[G, N]`, so that a tile may straddle parts. Feature-major (see `feature_major`): one
+program owns a column tile of one chunk, and reads each error row once for both results.
 
 A program knows its own columns only, so partial dots `[tiles, P]` are added in tile order by `add_tiles`, which also
-puts them where the pairs stand in the code: `P * tiles * 8` bytes, 1 % of the rows gathered. The other form, one
-program a chunk that goes through all columns, needs no partials. But chunks are many and short (F + P / 128 of them,
-eight pairs each at B = 8,192, K = 32, F = 32,768), so neither form lacks programs, and only with column tiles as the
-slow axis does the slice of the error (8 MB, instead of 302) stay in L2 while every feature comes by. The floor is then
-one read of the error and the decoder and one write of the gradient, `(R + 2 * G * F) * N` elements, against `P * N`
-gathered from L2. Deterministic: a chunk's sums belong to one program; chunks and tiles are added in order. No atomics.
+puts them where the pairs stand in the code: `P * tiles * 8` bytes, 1 % of the rows gathered. One program for all
+columns of a chunk would need no partials, but only with column tiles as the slow axis does the slice of the error
+(8 MB, instead of 302) stay in L2 while every feature comes by. The floor is then one read of the error and the decoder
+and one write of the gradient, `(R + 2 * G * F) * N` elements. Deterministic: a chunk's sums belong to one program;
+chunks and tiles are added in order. No atomics.
 """
 
 from __future__ import annotations

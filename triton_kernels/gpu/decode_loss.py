@@ -1,11 +1,9 @@
 """`decode_loss`: reconstruction, bias, residual and squared error by layer from one pass over the pairs.
 
-One program owns a column tile of one token and dictionary: it sums the decoder rows of the token's pairs as
-`gather_sum` does, adds the bias, takes x away, writes the error, and leaves the tile's squared error in a buffer that
-is summed afterwards. Fused: three passes over `[B, G, N]`. A tile never straddles two parts, so one number a program
-is enough. The floor in elements: `B * G * N` for each of x and the error, and one read of the decoder's used rows.
-The grid is token-fast, then tile, then dictionary, so that a slice of one dictionary's decoder stays in L2.
-Deterministic: every error and every partial square belongs to one program; the partials are added in one order.
+One program owns a column tile of one token and dictionary, and leaves its squared error in a buffer that is summed
+afterwards; a tile never straddles two parts. The floor in elements: `B * G * N` for each of x and the error, and one
+read of the decoder's used rows. The grid is token-fast, then tile, then dictionary, so that a slice of one dictionary's
+decoder stays in L2. Deterministic: what a program writes is its own, and the partials are added in one order.
 """
 
 from __future__ import annotations

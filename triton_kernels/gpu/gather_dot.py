@@ -3,9 +3,8 @@
 Row-major, with no sort: one program holds a column tile of one x row in registers and walks the row's pairs, several
 at a time. Slices of the table stay in L2 as in `gather_sum`, so the floor is one read of x and of the table's used
 rows, `(F + R) * N` elements. A program knows its own columns only, so partial dots `[tiles, P]` are written and a
-second kernel adds them in tile order: at `P * tiles * 8` bytes less than 2 % of the rows gathered. One program that
-went through all columns of a row would need no partials, but then no slice of the table stays in L2.
-Deterministic: a partial belongs to one program, and the order of the second sum is fixed.
+second kernel adds them in tile order: at `P * tiles * 8` bytes less than 2 % of the rows gathered. One program for all
+columns would need no partials, but then no slice of the table stays in L2. Deterministic: both sums have one order.
 """
 
 from __future__ import annotations

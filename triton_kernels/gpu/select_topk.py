@@ -7,11 +7,10 @@ best elements come first: every element outside S has k elements before it, so t
 2. `choose_groups_kernel` picks S out of the keys;
 3. `choose_features_kernel` gathers S and picks the k best of its k * 32 columns, written in ascending order.
 
-Both choices bisect on the bits of the key (16 or 32 counts, whatever the length) and resolve equal keys by a prefix
-sum, which is the lowest-column rule; there is no sort. The optional per-feature scale (decoder norms) is applied on
-load in 1 and 3, so a scaled copy of the scores is never written. Floor: one read of the slab. Deterministic: integer
-compares and prefix sums only. Scores in fp64, k = F, and more than `MOST_KEPT` a row of long rows take a stable
-`torch.sort`: right, not fast.
+Both choices bisect on the bits of the key and resolve equal keys by a prefix sum, which is the lowest-column rule. The
+scale is applied on load in 1 and 3, so a scaled copy of the scores is never written. Floor: one read of the slab.
+Deterministic: integer compares and prefix sums only. Scores in fp64, k = F, and more than `MOST_KEPT` a row of long
+rows take a stable `torch.sort`: right, not fast.
 """
 
 from __future__ import annotations

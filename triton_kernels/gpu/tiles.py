@@ -85,11 +85,10 @@ def histogram_tile(n_keys: int) -> int:
 
 
 def row_tile(width: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of one program of the row-wise optimiser; a longer row is walked in tiles.
+    """Rows, columns and warps of one program of the row-wise optimiser.
 
-    Short rows share a program so that it has about 1,024 elements. A row of up to 4,096 stays in registers (16
-    elements of four tensors a thread). A longer one has few, wide programs so that the tiles of the rows in flight
-    stay in the L1 cache between passes.
+    Short rows share a program of 1,024 elements, a row of up to 4,096 stays in registers, and a longer one is walked
+    by few, wide programs so that the tiles in flight stay in the L1 cache between passes.
     """
     columns = power_of_two(width)
     if columns <= 1024:
