@@ -176,17 +176,11 @@ def _save_decode_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _spread(weight_GL: Tensor, width: int) -> Tensor:
-    """What each column's error is multiplied by to give its gradient, `[G, N]`."""
-    return weight_GL.mul(2).repeat_interleave(width // weight_GL.shape[1], dim=1)
-
-
 def _decode_loss_backward(ctx, grad_error, grad_squares):
     *code, decoder_GFN, error_BGN = ctx.saved_tensors
-    width = decoder_GFN.shape[2]
     if grad_error is not None:  # the error itself was used: one gradient for both, under a weight that leaves it as is
         if grad_squares is not None:
-            grad_error = grad_error + _spread(grad_squares, width) * error_BGN
+            grad_error = grad_error + dense.reconstruction_gradient(error_BGN, grad_squares)
         error_BGN = grad_error
         grad_squares = grad_error.new_full((decoder_GFN.shape[0], 1), 0.5)
     if grad_squares is None:
@@ -194,11 +188,10 @@ def _decode_loss_backward(ctx, grad_error, grad_squares):
     d_values = d_decoder = d_bias = d_x = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         d_values, d_decoder = backward_decoder(*code, error_BGN, grad_squares, decoder_GFN)
-    spread_GN = _spread(grad_squares, width)
     if ctx.needs_input_grad[4]:
-        d_bias = spread_GN * error_BGN.sum(0)
+        d_bias = dense.reconstruction_gradient(error_BGN.sum(0, keepdim=True), grad_squares)[0]
     if ctx.needs_input_grad[5]:
-        d_x = -spread_GN * error_BGN
+        d_x = -dense.reconstruction_gradient(error_BGN, grad_squares)
     return d_values, None, None, d_decoder, d_bias, d_x, None
 
 

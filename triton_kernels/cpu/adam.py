@@ -6,6 +6,8 @@ else around torch's fused AdamW.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,8 @@ def _adam_of_blocks(rows: AdamRows, settings: AdamSettings) -> None:
     scale_R = None
     if settings.scale_G is not None:
         scale_R = settings.scale_G.repeat_interleave(n_rows // settings.scale_G.numel())[:, None]
-    numbers = {"lr": settings.rate, "beta1": settings.betas[0], "beta2": settings.betas[1], "eps": settings.eps}
-    numbers |= {"weight_decay": settings.weight_decay, "amsgrad": False, "maximize": False}
+    numbers: dict[str, Any] = {"lr": settings.rate, "weight_decay": settings.weight_decay, "eps": settings.eps}
+    numbers |= {"beta1": settings.betas[0], "beta2": settings.betas[1], "amsgrad": False, "maximize": False}
     for start in range(0, n_rows, block):
         part = slice(start, start + block)
         parameter, gradient, first, second = (tensor[part] for tensor in rows[:4])
