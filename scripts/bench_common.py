@@ -27,6 +27,7 @@ from torch import Tensor
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.provenance import describe_run
 from triton_kernels.cpu.native import build
+from triton_kernels.cpu.problem import affine, onednn_dtypes
 
 Step = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -177,10 +178,10 @@ def _read(n_numbers: int, device: str) -> Step:
 
 
 def _square_product(side: int, dtype: torch.dtype, device: str) -> Step:
-    """On the CPU oneDNN's product, which the encoder uses."""
+    """On the CPU the product that the encoder uses."""
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    if device == "cpu" and torch.backends.mkldnn.is_available():
-        return lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    if device == "cpu":
+        return lambda: affine(left, right, right[0])
     out = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=out)
 
@@ -322,7 +323,10 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             run["versions"][name] = importlib.metadata.version(name)
     chip = torch.cuda.get_device_name() if device == "cuda" else run["device"]["cpu"]
-    return {**run, "chip": chip, "threads": threads, "cpu_kernels": build.form()}
+    form = build.form()
+    if device == "cpu" and torch.bfloat16 not in onednn_dtypes():
+        form += "; no bf16 product of the CPU's own: bf16 arms take torch's, which is slower than fp32"
+    return {**run, "chip": chip, "threads": threads, "cpu_kernels": form}
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:

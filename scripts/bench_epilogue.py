@@ -34,7 +34,7 @@ from torch import Tensor
 from triton_kernels import gpu
 from triton_kernels.arguments import Encoding
 from triton_kernels.gpu import select_topk, tiles
-from triton_kernels.gpu.group_max import GROUP, empty_maxima, group_max, raw_key
+from triton_kernels.gpu.group_max import GROUP, group_max, key_bits, raw_key
 
 WIDTHS = (128, 256, 512, 768, 1024, 2048)
 PREDICTED = (
@@ -87,11 +87,12 @@ def score_slab(x_RN: Tensor, encoder_FN: Tensor, bias_F: Tensor, scale_F: Tensor
     x, encoder and z are of one 16-bit dtype; sums are in fp32, rounded once.
     """
     n_rows, n_features = z_RF.shape
-    maxima = empty_maxima(z_RF, scale_F)
-    n_row_tiles = tiles.cdiv(n_rows, ROWS)
-    score_slab_kernel[(n_row_tiles * tiles.cdiv(n_features, COLUMNS),)](
+    dtype = torch.int16 if key_bits(z_RF, scale_F) == 16 else torch.int32
+    maxima = torch.empty(n_rows, tiles.tile_count(n_features, GROUP), dtype=dtype, device=z_RF.device)
+    n_row_tiles = tiles.tile_count(n_rows, ROWS)
+    score_slab_kernel[(n_row_tiles * tiles.tile_count(n_features, COLUMNS),)](
         x_RN.contiguous(), encoder_FN.contiguous(), bias_F, bias_F if scale_F is None else scale_F, z_RF, maxima,
-        n_rows, n_features, x_RN.shape[1], tiles.cdiv(n_features, GROUP), n_row_tiles,
+        n_rows, n_features, x_RN.shape[1], tiles.tile_count(n_features, GROUP), n_row_tiles,
         SCALED=scale_F is not None, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8, num_stages=3,
     )  # fmt: skip
     return maxima

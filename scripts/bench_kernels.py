@@ -27,6 +27,7 @@ from bench_common import DTYPES, Limits, Problem, Shape, Step, make_problem, num
 from torch import Tensor
 
 import triton_kernels
+from triton_kernels.cpu.problem import affine
 from triton_kernels.encoders import sum_of_rows
 
 NARROW = 8
@@ -103,17 +104,16 @@ def _product(problem: Problem, product: str) -> Step:
     tensors = (problem.x_BGN, problem.encoder_GFN, problem.bias_GF)
     x, encoder, bias = (tensor.to(DTYPES[product]) for tensor in tensors)
     n_features = encoder.shape[1]
-    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    rows = max(1, (2**21 if on_cpu else 2**27) // n_features)
+    rows = max(1, (2**27 if x.is_cuda else 2**21) // n_features)
     slab = torch.empty(min(rows, x.shape[0]), n_features, dtype=x.dtype, device=x.device)
 
     def multiply() -> None:
         for group in range(x.shape[1]):
             for part in x[:, group].split(rows):
-                if on_cpu:
-                    torch.ops.mkldnn._linear_pointwise(part.contiguous(), encoder[group], bias[group], "none", [], "")
-                else:
+                if x.is_cuda:
                     torch.addmm(bias[group], part, encoder[group].t(), out=slab[: part.shape[0]])
+                else:
+                    affine(part, encoder[group], bias[group])
 
     return multiply
 

@@ -13,17 +13,17 @@ Transpose = TypeVar("Transpose")
 
 
 class _Entry(NamedTuple):
-    inputs: tuple[Tensor, Tensor]
     key: tuple[object, ...]
-    offsets: tuple[object, ...]
+    features_P: Tensor  # held, so that its memory is not given to another code
+    offsets: Tensor
+    offsets_version: tuple[object, ...]
     transpose: object
 
-    def has_offsets(self, offsets: Tensor, version: tuple[object, ...]) -> bool:
+    def has_offsets(self, offsets: Tensor) -> bool:
         """Whether the entry was made from these offsets, or from equal ones that nobody has written to since."""
-        if self.offsets == version:
+        if _version(offsets) == self.offsets_version:
             return True
-        cached = self.inputs[1]
-        return offsets.is_cpu and _version(cached) == self.offsets and torch.equal(offsets, cached)
+        return offsets.is_cpu and _version(self.offsets) == self.offsets_version and torch.equal(offsets, self.offsets)
 
 
 class TransposeCache(Generic[Transpose]):
@@ -43,12 +43,11 @@ class TransposeCache(Generic[Transpose]):
         """The cached transpose if it was made from these inputs and settings, else a new one from `make`."""
         if features_P.is_inference() or offsets.is_inference():  # they have no version counter
             return make()
-        key, offsets_version = (*settings, *_version(features_P)), _version(offsets)
-        entry = self._entry
-        if entry is not None and entry.key == key and entry.has_offsets(offsets, offsets_version):
+        key, entry = (*settings, *_version(features_P)), self._entry
+        if entry is not None and entry.key == key and entry.has_offsets(offsets):
             return entry.transpose  # ty: ignore[invalid-explicit-return]
         transpose = make()
-        self._entry = _Entry((features_P.detach(), offsets.detach()), key, offsets_version, transpose)
+        self._entry = _Entry(key, features_P.detach(), offsets.detach(), _version(offsets), transpose)
         return transpose
 
     def clear(self) -> None:

@@ -5,11 +5,13 @@ pre-activation of a feature is `z = <x - center, encoder row> + bias`, its score
 choose the pairs; the choice is not differentiated, and gradients reach the chosen rows where the value is positive.
 `product` is the dtype in which scores are computed. Where it is the encoder's own, the choice is that of exact scores;
 where it is bf16 on a wider encoder, rounded scores choose and z is computed again in the encoder's dtype, so that
-values and gradients are exact for the chosen pairs. `working` may hold the encoder already rounded to `product`.
+values and gradients are exact for the chosen pairs. A z that was positive when rounded may then be 0 or less: the pair
+is kept with the value 0. `working` may hold the encoder already rounded to `product`.
 Features are global, `g * F + f`, ascending within a row, and a row is `b * G + g`.
 
 The scores of the kept pairs follow without loss from what an encoder returns, for a further cut among them (over
-shards of the features): z is returned, or it equals the value because only positive scores are kept.
+shards of the features): z is returned, or the value is z because only positive scores are kept (0 where z, computed
+again, is not positive).
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def encode_batch_top_k(
     """Values, features, offsets `[B * G + 1]` and cut `[G]` of the B * k largest positive scores of each dictionary.
 
     Equal scores go to the lowest (row, feature). Fewer pairs come back only where fewer scores are positive; the cut
-    is the smallest kept score, 0 where there is none. A value is its z: the score is value times scale.
+    is the smallest kept score, 0 where there is none. A value is its z, and value times scale the score, but for a z
+    that rounded scores chose and that is not positive: its value is 0.
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
@@ -62,10 +65,10 @@ def encode_threshold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Values, features, offsets and z of every positive z with `score > threshold - window / 2`.
 
-    The value is z where the score is above the threshold and 0 in the lower half of the window, whose pairs exist for
-    the threshold's straight-through gradient: `-(theta / scale / window)` for scores within half a window of theta,
-    0 elsewhere (JumpReLU with a rectangular kernel, Rajamanoharan et al. 2024, arXiv 2407.14435). z is without
-    gradient.
+    Where rounded scores choose, they say which z is positive too. The value is relu(z) where the score is above the
+    threshold and 0 in the lower half of the window, whose pairs exist for the threshold's straight-through gradient:
+    `-(theta / scale / window)` for scores within half a window of theta, 0 elsewhere (JumpReLU with a rectangular
+    kernel, Rajamanoharan et al. 2024, arXiv 2407.14435). z is without gradient.
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from triton_kernels import dense
 from triton_kernels.arguments import AdamRows, AdamSettings, Code
 from triton_kernels.reference import sum_dtype
 
+Gradient = Callable[..., Tensor]
 operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
 
@@ -50,7 +52,7 @@ def on_device_of(tensor: Tensor) -> Generator[None]:
 
 
 def _code(values_P: Tensor, features_P: Tensor, offsets: Tensor) -> Code:
-    return Code(values_P, features_P.to(torch.int32), offsets)
+    return Code(values_P, features_P.to(torch.int32), offsets.to(torch.int64))
 
 
 @operator("crosscoder::gather_sum")
@@ -63,8 +65,9 @@ def gather_sum(values_P: Tensor, features_P: Tensor, offsets: Tensor, table_FN: 
 @operator("crosscoder::gather_dot")
 def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
     """`out[p] = <x[row of p], table[features[p]]>`, as `[P]`."""
+    _, features_P, offsets = _code(x_RN, features_P, offsets)
     with on_device_of(x_RN):
-        return implementation(x_RN).gather_dot(x_RN, features_P.to(torch.int32), offsets, table_FN)
+        return implementation(x_RN).gather_dot(x_RN, features_P, offsets, table_FN)
 
 
 @operator("crosscoder::scatter_outer")
@@ -74,58 +77,46 @@ def scatter_outer(values_P: Tensor, features_P: Tensor, offsets: Tensor, x_RN: T
         return implementation(x_RN).scatter_outer(_code(values_P, features_P, offsets), x_RN, n_features)
 
 
-@gather_sum.register_fake
-def _(values_P, features_P, offsets, table_FN):
-    return table_FN.new_empty(offsets.shape[0] - 1, table_FN.shape[1])
+def _bilinear(primitive: CustomOpDef, fake: Gradient, d_first: Gradient, d_fourth: Gradient) -> None:
+    """Registers the fake form of a primitive, and its derivatives: it is linear in its first and fourth argument.
+
+    d_first, d_fourth: from the gradient and the first four arguments.
+    """
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+
+    def backward(ctx, gradient):
+        d_inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for place, derivative in ((0, d_first), (3, d_fourth)):
+            if ctx.needs_input_grad[place]:
+                d_inputs[place] = derivative(gradient, *ctx.saved_tensors)
+        return tuple(d_inputs)
+
+    primitive.register_fake(fake)
+    primitive.register_autograd(backward, setup_context=save)
 
 
-@gather_dot.register_fake
-def _(x_RN, features_P, offsets, table_FN):
-    return x_RN.new_empty(features_P.shape[0])
-
-
-@scatter_outer.register_fake
-def _(values_P, features_P, offsets, x_RN, n_features):
-    return x_RN.new_empty(n_features, x_RN.shape[1])
-
-
-def _save_primitive(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _gather_sum_backward(ctx, grad_RN):
-    values_P, features_P, offsets, table_FN = ctx.saved_tensors
-    d_values = d_table = None
-    if ctx.needs_input_grad[0]:
-        d_values = gather_dot(grad_RN, features_P, offsets, table_FN)
-    if ctx.needs_input_grad[3]:
-        d_table = scatter_outer(values_P, features_P, offsets, grad_RN, table_FN.shape[0])
-    return d_values, None, None, d_table
-
-
-def _gather_dot_backward(ctx, grad_P):
-    x_RN, features_P, offsets, table_FN = ctx.saved_tensors
-    d_x = d_table = None
-    if ctx.needs_input_grad[0]:
-        d_x = gather_sum(grad_P, features_P, offsets, table_FN)
-    if ctx.needs_input_grad[3]:
-        d_table = scatter_outer(grad_P, features_P, offsets, x_RN, table_FN.shape[0])
-    return d_x, None, None, d_table
-
-
-def _scatter_outer_backward(ctx, grad_FN):
-    values_P, features_P, offsets, x_RN = ctx.saved_tensors
-    d_values = d_x = None
-    if ctx.needs_input_grad[0]:
-        d_values = gather_dot(x_RN, features_P, offsets, grad_FN)
-    if ctx.needs_input_grad[3]:
-        d_x = gather_sum(values_P, features_P, offsets, grad_FN)
-    return d_values, None, None, d_x, None
-
-
-gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_primitive)
-gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_primitive)
-scatter_outer.register_autograd(_scatter_outer_backward, setup_context=_save_primitive)
+_bilinear(
+    gather_sum,
+    lambda values, features, offsets, table: table.new_empty(offsets.shape[0] - 1, table.shape[1]),
+    lambda gradient, values, features, offsets, table: gather_dot(gradient, features, offsets, table),
+    lambda gradient, values, features, offsets, table: scatter_outer(
+        values, features, offsets, gradient, table.shape[0]
+    ),
+)
+_bilinear(
+    gather_dot,
+    lambda x, features, offsets, table: x.new_empty(features.shape[0]),
+    lambda gradient, x, features, offsets, table: gather_sum(gradient, features, offsets, table),
+    lambda gradient, x, features, offsets, table: scatter_outer(gradient, features, offsets, x, table.shape[0]),
+)
+_bilinear(
+    scatter_outer,
+    lambda values, features, offsets, x, n_features: x.new_empty(n_features, x.shape[1]),
+    lambda gradient, values, features, offsets, x: gather_dot(x, features, offsets, gradient),
+    lambda gradient, values, features, offsets, x: gather_sum(values, features, offsets, gradient),
+)
 
 
 @operator("crosscoder::decode_loss")
@@ -185,17 +176,11 @@ def _save_decode_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _spread(weight_GL: Tensor, width: int) -> Tensor:
-    """What each column's error is multiplied by to give its gradient, `[G, N]`."""
-    return weight_GL.mul(2).repeat_interleave(width // weight_GL.shape[1], dim=1)
-
-
 def _decode_loss_backward(ctx, grad_error, grad_squares):
     *code, decoder_GFN, error_BGN = ctx.saved_tensors
-    width = decoder_GFN.shape[2]
     if grad_error is not None:  # the error itself was used: one gradient for both, under a weight that leaves it as is
         if grad_squares is not None:
-            grad_error = grad_error + _spread(grad_squares, width) * error_BGN
+            grad_error = grad_error + dense.reconstruction_gradient(error_BGN, grad_squares)
         error_BGN = grad_error
         grad_squares = grad_error.new_full((decoder_GFN.shape[0], 1), 0.5)
     if grad_squares is None:
@@ -203,11 +188,10 @@ def _decode_loss_backward(ctx, grad_error, grad_squares):
     d_values = d_decoder = d_bias = d_x = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         d_values, d_decoder = backward_decoder(*code, error_BGN, grad_squares, decoder_GFN)
-    spread_GN = _spread(grad_squares, width)
     if ctx.needs_input_grad[4]:
-        d_bias = spread_GN * error_BGN.sum(0)
+        d_bias = dense.reconstruction_gradient(error_BGN.sum(0, keepdim=True), grad_squares)[0]
     if ctx.needs_input_grad[5]:
-        d_x = -spread_GN * error_BGN
+        d_x = -dense.reconstruction_gradient(error_BGN, grad_squares)
     return d_values, None, None, d_decoder, d_bias, d_x, None
 
 
@@ -216,20 +200,10 @@ decode_loss.register_autograd(_decode_loss_backward, setup_context=_save_decode_
 
 @torch.no_grad()
 def adam_rows(
-    parameter_RN: Tensor,
-    gradient_RN: Tensor,
-    first_RN: Tensor,
-    second_RN: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    scale_G: Tensor | None = None,
-    unit: bool = False,
-    working_RN: Tensor | None = None,
-) -> None:
+    parameter_RN: Tensor, gradient_RN: Tensor, first_RN: Tensor, second_RN: Tensor, *, step: int, rate: float,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+    scale_G: Tensor | None = None, unit: bool = False, working_RN: Tensor | None = None,
+) -> None:  # fmt: skip
     """One step of AdamW in place on the rows of a parameter: see `reference.adam_rows`.
 
     step: counted from 1. scale_G: what the gradient rows are multiplied by, one number for each of G equal runs of

@@ -56,14 +56,9 @@ def first_largest(scores_RF: Tensor, k: int) -> Tensor:
 
 
 def decode_loss(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    decoder_GFN: Tensor,
-    bias_GN: Tensor,
-    x_BGN: Tensor,
-    n_parts: int,
-) -> tuple[Tensor, Tensor]:
+    values_P: Tensor, features_P: Tensor, offsets: Tensor,
+    decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Error of the reconstruction, `decoded + bias - x` `[B, G, N]`, and its squares summed by part, `[G, n_parts]`.
 
     The N columns of each dictionary are `n_parts` equal parts: the layers of a crosscoder, one part for a bank.
@@ -108,20 +103,10 @@ def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
 
 
 def adam_rows(
-    parameter_RN: Tensor,
-    gradient_RN: Tensor,
-    first_RN: Tensor,
-    second_RN: Tensor,
-    *,
-    step: int,
-    rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scale_G: Tensor | None,
-    unit: bool,
-    working_RN: Tensor | None,
-) -> None:
+    parameter_RN: Tensor, gradient_RN: Tensor, first_RN: Tensor, second_RN: Tensor, *, step: int, rate: float,
+    betas: tuple[float, float], eps: float, weight_decay: float,
+    scale_G: Tensor | None, unit: bool, working_RN: Tensor | None,
+) -> None:  # fmt: skip
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) in place, with what belongs to the rows.
 
     Row r's gradient is first multiplied by `scale_G[r // (R / G)]`. `unit`: the gradient's part along the parameter
@@ -195,14 +180,9 @@ def encode_batch_top_k(
 
 
 def encode_threshold(
-    x_BGN: Tensor,
-    center_GN: Tensor,
-    encoder_GFN: Tensor,
-    bias_GF: Tensor,
-    scale_GF: Tensor | None,
-    threshold_GF: Tensor,
-    window: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_BGN: Tensor, center_GN: Tensor, encoder_GFN: Tensor, bias_GF: Tensor, scale_GF: Tensor | None,
+    threshold_GF: Tensor, window: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Values, global features, offsets and z of every positive z with `score > threshold - window / 2`.
 
     The value is z above the threshold and 0 below. Its derivative to the threshold theta is `-(theta / scale / window)`

@@ -167,21 +167,14 @@ def test_bf16_products_choose_and_fp32_scores_again():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 12), st.integers(0, 10**6), st.booleans())
-def test_row_top_k_is_exact_and_prefers_the_lowest_column(n_rows, n_columns, k, seed, coarse):
-    generator = torch.Generator().manual_seed(seed)
-    score = torch.randn(n_rows, n_columns, generator=generator)
-    if coarse:  # many equal scores
-        score = score.round()
-    k = min(k, n_columns)
-    assert torch.equal(selection.row_top_k(score, k), reference.first_largest(score, k))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([1.0, 8.0, 1e9]))
-def test_selection_by_groups_is_exact_too(n_rows, k, seed, fineness):
-    score = torch.randn(n_rows, 4096, generator=torch.Generator().manual_seed(seed))
+@given(
+    st.integers(1, 6), st.integers(1, 40) | st.just(4096), st.integers(1, 12), st.integers(0, 10**6),
+    st.sampled_from([1.0, 8.0, 1e9]),
+)  # fmt: skip
+def test_row_top_k_is_exact_and_prefers_the_lowest_column(n_rows, n_columns, k, seed, fineness):
+    score = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed))
     score = (score * fineness).round()  # from almost all equal to all different
+    k = min(k, n_columns)
     assert torch.equal(selection.row_top_k(score, k), reference.first_largest(score, k))
 
 
@@ -343,20 +336,6 @@ def test_rows_that_are_not_finite_are_refused(way, bad):
     ):
         with pytest.raises(ValueError, match="not finite"):
             call()
-
-
-def test_two_runs_and_other_thread_counts_give_the_same_bits(way):
-    inputs = plain_inputs(n_rows=100, n_groups=1, n_features=512, width=64, dtype=F32)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 1):
-        torch.set_num_threads(count)
-        results.append(
-            (*ops.encode_top_k(*inputs, None, 8, F32, None), *ops.encode_batch_top_k(*inputs, None, 8, F32, None))
-        )
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_affine_is_true_fp32():

@@ -101,24 +101,3 @@ def test_the_dense_form_is_taken_where_few_features_are_many_times_active():
     assert not dense.pays(cpu, n_pairs=1024 * 32, n_rows=1024, n_features=8192)
     assert not dense.pays(cpu, n_pairs=10**6, n_rows=10**5, n_features=100)  # it would write out 40 MB
     assert not dense.pays(cpu, n_pairs=0, n_rows=0, n_features=512)
-
-
-def test_two_runs_and_other_thread_counts_give_the_same_bits(form):
-    arguments = inputs(n_rows=200, n_features=60, width=48, dtype=torch.float32, most=30)
-    values, features, offsets, decoder, bias, x, _ = arguments
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 1):
-        torch.set_num_threads(count)
-        error, squares = ops.decode_loss(*arguments)
-        results.append(
-            (
-                error,
-                squares,
-                *ops.backward_decoder(values, features, offsets, error, squares, decoder),
-                *ops.backward_encoder(values, features, offsets, x, bias, 60),
-            )
-        )
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

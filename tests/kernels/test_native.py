@@ -152,10 +152,11 @@ def test_the_kth_of_more_keys_than_sixteen_bits_can_count(in_c):
 
 def test_top_k_puts_nan_first_and_takes_zeros_for_equal(in_c):
     score = torch.tensor([[1.0, -0.0, 0.0, -1.0, float("nan"), 0.0, -float("nan"), 3.0]] * 2)
-    assert native.top_k_of_rows(score, 0, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
-    assert native.top_k_of_rows(score, 6, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
+    assert selection.row_top_k(score, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
+    long = torch.nn.functional.pad(score, (0, 92), value=-2.0)  # the best of groups of columns are looked at first
+    assert selection.row_top_k(long, 5).tolist() == [[0, 1, 4, 6, 7]] * 2
     lists_of_eight = torch.tensor([0, 8, 16])
-    assert native.top_k_of_lists(score.flatten(), lists_of_eight, 3).tolist() == [[4, 6, 7], [12, 14, 15]]
+    assert selection.list_top_k(score.flatten(), lists_of_eight, 3).tolist() == [[4, 6, 7], [12, 14, 15]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -258,19 +259,6 @@ def test_a_code_that_leads_outside_its_table_is_refused(in_c, features, offsets,
         ops.decode_loss(values, features, offsets, torch.ones(1, 9, 4), torch.ones(1, 4), torch.ones(2, 1, 4), 1)
 
 
-def test_c_functions_take_what_they_declare_and_nothing_else(in_c):
-    gradient, out = torch.ones(3, 4), torch.empty(3)
-    for wrong in (gradient.double(), gradient.bfloat16(), 2.0):
-        with pytest.raises(TypeError, match="row_squares: gradient is"):
-            native._call("row_squares", 3, 4, wrong, None, out)
-    with pytest.raises(TypeError, match="out has strides"):
-        native._call("row_squares", 3, 4, gradient, None, torch.empty(6)[::2])
-    with pytest.raises(TypeError, match="n is tensor"):
-        native._call("row_squares", 3, gradient, gradient, None, out)
-    with pytest.raises(TypeError, match="takes 5 arguments, not 4"):
-        native._call("row_squares", 3, 4, gradient, out)
-
-
 def test_tables_of_any_dtype_find_candidates_by_bf16():
     x, encoder = torch.randn(64, 1, 8), torch.randn(1, 1024, 8)
     for dtype in (torch.bfloat16, torch.float64):
@@ -339,8 +327,9 @@ def test_no_source_has_a_warning(cache_folder):
     subprocess.run([*command, "-o", str(cache_folder.parent / "checked.so")], check=True)
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_threads_do_not_change_a_bit(threads):
+@pytest.mark.parametrize("features_per_active", [0, 10**9], ids=["sparse", "dense"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_neither_a_second_run_nor_threads_change_a_bit(threads, features_per_active, monkeypatch):
     def everything():
         values, features, offsets = random_code(64, 50, most=40)
         decoder, x = torch.linspace(-1, 1, 50 * 96).view(1, 50, 96), torch.linspace(-2, 2, 64 * 96).view(64, 1, 96)
@@ -350,9 +339,15 @@ def test_threads_do_not_change_a_bit(threads):
         out += ops.backward_encoder(*code, x, torch.ones(1, 96), 50)
         state = [out[3][0].clone(), out[4][0], torch.zeros(50, 96), torch.zeros(50, 96)]
         ops.adam_rows(*state, step=1, rate=1e-3)
-        top = ops.encode_top_k(x, torch.zeros(1, 96), decoder, torch.zeros(1, 50), None, 5, torch.bfloat16, None)
-        return [*out, *state, *top]
+        out += [ops.gather_sum(*code, decoder[0]), ops.gather_dot(x[:, 0], *code[1:], decoder[0])]
+        out.append(ops.scatter_outer(*code, x[:, 0], 50))
+        weights = (torch.zeros(1, 96), decoder, torch.zeros(1, 50))
+        for product in (torch.bfloat16, torch.float32):
+            out += ops.encode_top_k(x, *weights, None, 5, product, None)
+            out += ops.encode_batch_top_k(x, *weights, None, 5, product, None)
+        return [*out, *state]
 
+    monkeypatch.setitem(dense.FEATURES_PER_ACTIVE, "cpu", features_per_active)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -17,17 +17,12 @@ def test_primitives_equal_their_definitions(n_rows, n_features, width):
     values, features, offsets = random_code(n_rows, n_features)
     table = torch.randn(n_features, width, dtype=torch.float64)
     x = torch.randn(n_rows, width, dtype=torch.float64)
-    torch.testing.assert_close(
-        ops.gather_sum(values, features, offsets, table),
-        reference.gather_sum(values, features, offsets, table),
-    )
-    torch.testing.assert_close(
-        ops.gather_dot(x, features, offsets, table), reference.gather_dot(x, features, offsets, table)
-    )
-    torch.testing.assert_close(
-        ops.scatter_outer(values, features, offsets, x, n_features),
-        reference.scatter_outer(values, features, offsets, x, n_features),
-    )
+    for name, arguments in (
+        ("gather_sum", (values, features, offsets, table)),
+        ("gather_dot", (x, features, offsets, table)),
+        ("scatter_outer", (values, features, offsets, x, n_features)),
+    ):
+        torch.testing.assert_close(getattr(ops, name)(*arguments), getattr(reference, name)(*arguments))
 
 
 def within_twice_torch(fast, plain, truth):
@@ -60,12 +55,8 @@ def test_an_empty_code_gives_zeros():
     assert ops.gather_sum(values, features, offsets, table).eq(0).all()
     assert ops.gather_dot(x, features, offsets, table).shape == (0,)
     assert ops.scatter_outer(values, features, offsets, x, 5).eq(0).all()
-
-
-def test_an_empty_batch_gives_no_rows():
-    values, features, offsets = torch.zeros(0), torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    assert ops.gather_sum(values, features, offsets, torch.ones(5, 2)).shape == (0, 2)
-    assert ops.gather_dot(torch.ones(0, 2), features, offsets, torch.ones(5, 2)).shape == (0,)
+    assert ops.gather_sum(values, features, offsets[:1], table).shape == (0, 2)  # an empty batch
+    assert ops.gather_dot(x[:0], features, offsets[:1], table).shape == (0,)
 
 
 def test_one_feature_in_every_row_and_features_in_none():
@@ -148,22 +139,3 @@ def test_recycled_scatter_equals_the_plain_one(monkeypatch):
     recycled.append(sparse.scatter_outer(code, x, 40))
     torch.set_num_threads(threads)
     assert all(torch.equal(recycled[0], other) for other in recycled[1:])
-
-
-def test_two_runs_and_other_thread_counts_give_the_same_bits():
-    values, features, offsets = random_code(300, 50, most=20, dtype=torch.float32)
-    table, x = torch.randn(50, 64), torch.randn(300, 64)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 1):
-        torch.set_num_threads(count)
-        results.append(
-            (
-                ops.gather_sum(values, features, offsets, table),
-                ops.gather_dot(x, features, offsets, table),
-                ops.scatter_outer(values, features, offsets, x, 50),
-            )
-        )
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -33,25 +33,14 @@ def test_rows_are_scaled_projected_and_normalised(unit, groups, monkeypatch):
     monkeypatch.setattr(adam, "BLOCK_ELEMENTS", 30)
     parameter = torch.nn.functional.normalize(draw(12, 10), dim=1)
     scale = None if groups is None else torch.rand(groups)
+    options = {"rate": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "scale_G": scale, "unit": unit}
     results = []
     for update in (ops.adam_rows, reference.adam_rows):
         tensors = [parameter.clone(), torch.zeros(12, 10), torch.zeros(12, 10)]
         working = torch.zeros(12, 10, dtype=torch.bfloat16)
         for step in (1, 2, 3):
             gradient = draw(12, 10, seed=step)
-            update(
-                tensors[0],
-                gradient,
-                *tensors[1:],
-                step=step,
-                rate=1e-2,
-                betas=(0.9, 0.999),
-                eps=1e-8,
-                weight_decay=0.01,
-                scale_G=scale,
-                unit=unit,
-                working_RN=working,
-            )
+            update(tensors[0], gradient, *tensors[1:], step=step, working_RN=working, **options)
             assert torch.equal(gradient, draw(12, 10, seed=step))  # the gradient is left as it was
         results.append(tensors)
         assert torch.equal(working, tensors[0].bfloat16())

@@ -90,16 +90,12 @@ def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.encode_batch_top_k`.
-
-    Exact: a sampled bound lets candidates through, the cut is taken among them, and if the bound proves too high the
-    slabs are scored again without it.
-    """
+    """See `reference.encode_batch_top_k`: a sampled bound lets some through, and is given up if too high."""
     wanted = encoding.x_BGN.shape[0] * k
     parts = [_batch_top_k(problem, wanted) for problem in problems(encoding)]
     cuts = [part.score.amin() if part.score.numel() else part.score.new_zeros(()) for part in parts]
     z, _, features, offsets = _joined(parts, encoding.encoder_GFN.shape[1])
-    return z, features, offsets, torch.stack(cuts)
+    return z.relu(), features, offsets, torch.stack(cuts)  # of candidates by rounded scores some z may be negative
 
 
 def _batch_top_k(problem: Problem, wanted: int) -> Scored:

@@ -22,21 +22,37 @@ gradient_squares = SquaresCache(size=4)
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`."""
     if native.serves(code.values_P, decoder_GFN, bias_GN, x_BGN):
-        return native.decode_loss(code, decoder_GFN, bias_GN, x_BGN, n_parts)
+        return _decode_loss_in_c(code, decoder_GFN, bias_GN, x_BGN, n_parts)
     n_groups, _, width = decoder_GFN.shape
     error_BGN = sparse.gather_sum(code, decoder_GFN.reshape(-1, width)).view(-1, n_groups, width)
     error_BGN.add_(bias_GN).sub_(x_BGN)
     return error_BGN, squares_of_parts(error_BGN, n_parts)
 
 
+def _decode_loss_in_c(
+    code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int
+) -> tuple[Tensor, Tensor]:
+    n_groups, n_features, width = decoder_GFN.shape
+    n_rows = x_BGN.shape[0] * n_groups
+    native.check_code(code.features_P, code.offsets, n_groups * n_features)
+    error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
+    squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
+    progress_R = torch.empty(n_rows, dtype=torch.int64)
+    sizes = (n_rows, n_groups, n_groups * n_features, width, n_parts)
+    native.call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_BGN, squares_BGL, progress_R)
+    return error_BGN, squares_BGL.sum(0).float()
+
+
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.backward_decoder`."""
     n_groups, n_features, width = decoder_GFN.shape
     if native.serves(code.values_P, error_BGN, weight_GL, decoder_GFN):
-        transpose = sparse.feature_major(code.features_P, code.offsets, n_groups * n_features)
-        d_decoder = workspace.empty((n_groups, n_features, width), dtype=torch.float32)
-        arguments = (code.values_P, transpose, error_BGN, weight_GL, decoder_GFN)
-        d_values, squares_F = native.backward_decoder(*arguments, d_decoder)
+        major = sparse.feature_major(code.features_P, code.offsets, n_groups * n_features)
+        d_values, d_decoder = torch.empty(code.values_P.shape), workspace.empty(decoder_GFN.shape, dtype=torch.float32)
+        squares_F = torch.empty(n_groups * n_features)
+        sizes = (n_groups * n_features, n_groups, width, weight_GL.shape[1])
+        inputs = (*major, code.values_P, error_BGN, weight_GL, decoder_GFN)
+        native.call("backward_decoder", *sizes, *inputs, d_values, d_decoder, squares_F)
         gradient_squares.note(d_decoder, squares_F)
         return d_values, d_decoder
     grad_RN = reconstruction_gradient(error_BGN, weight_GL).reshape(-1, width)
@@ -50,13 +66,11 @@ def backward_encoder(code: Code, x_BGN: Tensor, center_GN: Tensor, n_features: i
     d_z_P, features_P, offsets = code
     n_groups, width = center_GN.shape
     if native.serves(d_z_P, x_BGN, center_GN):
-        transpose = sparse.feature_major(features_P, offsets, n_groups * n_features)
-        d_encoder = workspace.empty((n_groups, n_features, width), dtype=torch.float32)
+        major = sparse.feature_major(features_P, offsets, n_groups * n_features)
         d_bias = d_z_P.new_empty(n_groups, n_features)
-        out_FN = d_encoder.view(-1, width)
-        squares_F = native.scatter_outer(d_z_P, transpose, x_BGN, out_FN, center_GN=center_GN, sums_F=d_bias)
+        d_encoder, squares_F = sparse.scatter_in_c(d_z_P, major, x_BGN, center_GN, d_bias)
         gradient_squares.note(d_encoder, squares_F)
-        return d_encoder, d_bias
+        return d_encoder.view(n_groups, n_features, width), d_bias
     wide = sum_dtype(d_z_P.dtype)
     sums_F = torch.zeros(n_groups * n_features, dtype=wide).index_add_(0, features_P, d_z_P.to(wide))
     d_bias = sums_F.to(d_z_P.dtype).view(n_groups, n_features)

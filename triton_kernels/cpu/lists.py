@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import native, selection
-from triton_kernels.reference import row_of_pair
+from triton_kernels.reference import row_of_pair, starts
 
 
 class Candidates(NamedTuple):
@@ -83,20 +83,42 @@ def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Te
     least_R: what the k-th best exact score is known to be at least; raised to what these scores prove.
     """
     n_groups = min(score_RF.shape[1], max(256, selection.GROUPS_PER_KEPT * k))
-    return native.sieved(score_RF.view(torch.int16), n_groups, k, slack, margin_R, least_R)
+    bounds_R = torch.empty(score_RF.shape[0], dtype=torch.int16)
+    counts_R = torch.empty(score_RF.shape[0], dtype=torch.int64)
+    sizes = (*score_RF.shape, n_groups, k, slack)
+    native.call("sieve_rows", *sizes, score_RF, margin_R, least_R, bounds_R, counts_R)
+    return _listed(score_RF, bounds_R, counts_R)
 
 
 def not_below(score_RF: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Columns and keys of the bf16 scores not below their row's bound, and each row's count of them."""
-    return native.not_below(score_RF.view(torch.int16), keys_reaching(bound_R))
+    bounds_R, counts_R = keys_reaching(bound_R), torch.empty(score_RF.shape[0], dtype=torch.int64)
+    native.call("count_rows", *score_RF.shape, score_RF, bounds_R, counts_R)
+    return _listed(score_RF, bounds_R, counts_R)
+
+
+def _listed(score_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = starts(counts_R)
+    columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    keys = torch.empty_like(columns, dtype=torch.int16)
+    native.call("list_rows", *score_RF.shape, score_RF, bounds_R, offsets, columns, keys)
+    return columns, keys, counts_R
 
 
 def kth_score(found: Lists, k: int) -> Tensor:
     """The k-th largest score of each row's lists together, in fp32; there must be k of them."""
-    return scores_of(native.kth_of_lists(found.offsets, found.keys, found.n_rows, found.n_chunks, k))
+    kth_R = found.keys.new_empty(found.n_rows)
+    native.call("kth_of_lists", found.n_chunks, found.n_rows, k, found.offsets, found.keys, kth_R)
+    return scores_of(kth_R)
 
 
 def merged(found: Lists, bound_R: Tensor, n_features: int) -> Candidates:
     """The features in each row's lists whose scores are not below the row's bound."""
-    lists = (found.offsets, found.columns, found.keys, found.n_rows, found.n_chunks)
-    return Candidates(*native.merged_lists(*lists, keys_reaching(bound_R), n_features))
+    columns, keys, offsets, n_rows = found
+    bounds_R, counts_R = keys_reaching(bound_R), torch.empty(n_rows, dtype=torch.int64)
+    native.call("count_lists", found.n_chunks, n_rows, offsets, keys, bounds_R, counts_R)
+    row_starts = starts(counts_R)
+    features = torch.empty(int(row_starts[-1]), dtype=torch.int32)
+    sizes = (found.n_chunks, n_rows, n_features)
+    native.call("merge_lists", *sizes, offsets, columns, keys, bounds_R, row_starts, features)
+    return Candidates(features, row_starts)

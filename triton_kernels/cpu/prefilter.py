@@ -11,8 +11,6 @@ candidate and fp32 decides among candidates: that is the setting `bf16` (`rounde
 
 The encoder is rounded a chunk of features at a time, and only one slab of scores exists at a time. What a chunk's
 scores prove about the k-th best goes on to the next one, and to a last sieve over all chunks' candidates.
-
-On random data a certified choice of 32 among 8,192 scores about 70 candidates a row again.
 """
 
 from __future__ import annotations
@@ -71,13 +69,23 @@ def pays(encoder_FN: Tensor, k: int) -> bool:
     return is_fast and fits and encoder_FN.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
+def _rounded(table_RN: Tensor, scale_R: Tensor | None) -> Rows:
+    """Rows of a table, times their scale; they may lie apart, but each must be contiguous."""
+    low_RN = torch.empty(table_RN.shape, dtype=torch.bfloat16)
+    squares_R, errors_R = table_RN.new_empty(2, table_RN.shape[0])
+    stride = table_RN.stride(0)
+    rows = table_RN.as_strided((max(0, (table_RN.shape[0] - 1) * stride) + table_RN.shape[1],), (1,))
+    native.call("round_rows", *table_RN.shape, stride, rows, scale_R, low_RN, squares_R, errors_R)
+    return Rows(low_RN, squares_R.sqrt_(), errors_R.sqrt_())
+
+
 def _safe_rows(problem: Problem) -> Rows:
     """The rows in bf16.
 
     Raises:
         UnsafeError: not every row can have a certificate.
     """
-    x = Rows(*native.round_rows(problem.x_RN, None))
+    x = _rounded(problem.x_RN, None)
     safe_R = (x.norm_R > SAFE_NORMS[0]) & (x.norm_R < SAFE_NORMS[1])
     if not bool(safe_R.all()):
         raise UnsafeError(safe_R)
@@ -104,7 +112,7 @@ def _scan(x: Rows, problem: Problem, n_chunks: int, take: Callable[[Slab], None]
     low_norm_R = x.norm_R + x.error_R  # at least that of the rounded row
     for chunk in range(n_chunks):
         scale_F = None if problem.scale_F is None else problem.scale_F[chunk::n_chunks]
-        weight = Rows(*native.round_rows(problem.encoder_FN[chunk::n_chunks], scale_F))
+        weight = _rounded(problem.encoder_FN[chunk::n_chunks], scale_F)
         bias_F = problem.bias_F[chunk::n_chunks]
         bias_F = bias_F if scale_F is None else bias_F * scale_F
         low_F = bias_F.to(torch.bfloat16)
@@ -165,12 +173,12 @@ def above(problem: Problem, threshold: float) -> Candidates:
     Raises:
         UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
     """
-    x = _safe_rows(problem)
+    x, slack = _safe_rows(problem), _slack(problem)
     found = _Found(x.norm_R)
     exact = x.norm_R.new_tensor(threshold)
 
     def take(slab: Slab) -> None:
-        bound_R = _positive(lists.within_reach(exact, slab.margin_R, _slack(problem)))
+        bound_R = _positive(lists.within_reach(exact, slab.margin_R, slack))
         found.add(slab, lists.not_below(slab.score_RF, bound_R))
 
     _scan(x, problem, _n_chunks(problem, 1), take)

@@ -10,9 +10,7 @@ from torch import Tensor
 from triton_kernels.cpu import native
 from triton_kernels.reference import first_largest, row_of_pair, starts
 
-GROUP = 32
 GROUPS_PER_KEPT = 8  # columns are looked at again where they reach the k-th largest of so many groups' maxima
-TWO_STAGE_COLUMNS = 4096  # from here on finding the best groups first is faster
 PREFILTER_MARGIN = 1.5  # how many times more scores than needed the sampled bound lets through
 PREFILTER_SAMPLES = 2**15  # at most, and a sixteenth of the scores, but 4,096 where there are so many
 
@@ -23,16 +21,14 @@ def row_top_k(score_RF: Tensor, k: int) -> Tensor:
     if k >= n_columns:
         return torch.arange(n_columns, device=score_RF.device).expand(score_RF.shape[0], -1)
     if native.serves(score_RF):
-        n_groups = GROUPS_PER_KEPT * k
-        return native.top_k_of_rows(score_RF, n_groups if 2 * n_groups <= n_columns else 0, k)
-    if n_columns >= TWO_STAGE_COLUMNS and n_columns % GROUP == 0 and 4 * (k + 1) * GROUP <= n_columns:
-        columns, tied = _top_k_of_groups(score_RF, k)
-    else:
-        best = score_RF.topk(k + 1, dim=1)
-        columns, tied = best.indices[:, :k], best.values[:, k - 1] == best.values[:, k]
-    columns = columns.sort(dim=1).values
+        n_groups = GROUPS_PER_KEPT * k if 2 * GROUPS_PER_KEPT * k <= n_columns else 0  # 0: all columns are looked at
+        columns = torch.empty(score_RF.shape[0], k, dtype=torch.int64)
+        native.call("top_k_of_rows", *score_RF.shape, n_groups, k, score_RF, columns)
+        return columns
+    best = score_RF.topk(k + 1, dim=1)
+    columns = best.indices[:, :k].sort(dim=1).values
     # torch.topk leaves the choice among equal scores open; only a tie across the cut can change the set.
-    rows = tied.nonzero().squeeze(1)
+    rows = (best.values[:, k - 1] == best.values[:, k]).nonzero().squeeze(1)
     if rows.numel():
         columns[rows] = first_largest(score_RF[rows], k)
     return columns
@@ -41,7 +37,9 @@ def row_top_k(score_RF: Tensor, k: int) -> Tensor:
 def list_top_k(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:
     """Positions of the k largest scores of each row of a CSR code, as `row_top_k` chooses them, `[R, k]` int64."""
     if native.serves(score_P):
-        return native.top_k_of_lists(score_P, offsets, k)
+        kept = torch.empty(offsets.numel() - 1, k, dtype=torch.int64)
+        native.call("top_k_of_lists", *kept.shape, offsets, score_P, kept)
+        return kept
     counts = offsets.diff()
     rows = row_of_pair(offsets, score_P.numel())
     place = torch.arange(score_P.numel()) - offsets[rows]
@@ -49,23 +47,6 @@ def list_top_k(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:
     padded = score_P.new_full((counts.numel(), width), -torch.inf)
     padded.view(-1)[rows * width + place] = score_P
     return offsets[:-1, None] + row_top_k(padded, k)
-
-
-def _top_k_of_groups(score_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Columns of the k largest by way of the k groups with the largest maxima, and rows where a tie may decide.
-
-    A score outside those groups has k scores in them at least as large, so without ties the result is exact.
-    """
-    n_rows, n_groups = score_RF.shape[0], score_RF.shape[1] // GROUP
-    maxima = score_RF.view(n_rows, n_groups, GROUP).amax(-1).topk(k + 1, dim=1)
-    groups = maxima.indices[:, :k]
-    flat = (groups + n_groups * torch.arange(n_rows, device=groups.device)[:, None]).reshape(-1)
-    candidates = score_RF.view(-1, GROUP).index_select(0, flat).view(n_rows, k * GROUP)
-    best = candidates.topk(k + 1, dim=1)
-    inside = best.indices[:, :k]
-    columns = groups.gather(1, inside // GROUP) * GROUP + inside % GROUP
-    smallest = best.values[:, k - 1]
-    return columns, (smallest == best.values[:, k]) | (smallest <= maxima.values[:, k])
 
 
 class Scored(NamedTuple):
@@ -95,7 +76,14 @@ def stacked(slabs: list[Scored], dtype: torch.dtype) -> Scored:
 def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> Scored:
     """The pairs with score > bound and z > least."""
     if native.serves(z_RF, scale_F, bound_F):
-        return Scored(*native.above(z_RF, scale_F, bound_F, least))
+        counts_R = torch.empty(z_RF.shape[0], dtype=torch.int64)
+        given = (*z_RF.shape, z_RF, scale_F, bound_F, least)
+        native.call("count_above", *given, counts_R)
+        offsets = starts(counts_R)
+        z, score = z_RF.new_empty(2, int(offsets[-1]))
+        columns = torch.empty(z.shape, dtype=torch.int32)
+        native.call("list_above", *given, offsets, z, score, columns)
+        return Scored(z, score, columns, offsets)
     score_RF = z_RF if scale_F is None else z_RF * scale_F
     place = ((score_RF > bound_F) & (z_RF > least)).view(-1).nonzero().squeeze(1)
     offsets = torch.searchsorted(place, torch.arange(z_RF.shape[0] + 1) * z_RF.shape[1])
@@ -121,7 +109,7 @@ def keep_largest(score_P: Tensor, count: int) -> Tensor:
     if score_P.numel() <= count:
         return torch.arange(score_P.numel(), device=score_P.device)
     if native.serves(score_P):
-        return native.top_k_of_lists(score_P, torch.tensor([0, score_P.numel()]), count)[0]
+        return list_top_k(score_P, torch.tensor([0, score_P.numel()]), count)[0]
     cut = score_P.topk(count, sorted=False).values.amin()
     kept = score_P > cut
     equal = (score_P == cut).nonzero().squeeze(1)[: count - int(kept.sum())]

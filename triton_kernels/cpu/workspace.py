@@ -1,10 +1,9 @@
 """Large CPU results that reuse the memory of results nobody holds any more.
 
 The C library gives blocks above 32 MiB back to the system when they are freed, and a fresh 50 MiB block costs twelve
-thousand page faults (8-18 ms here, more than filling it). A weight gradient of that size is made and dropped every
-step, so, as the CUDA allocator does, we keep such blocks. At most `KEPT_BLOCKS` unused ones are kept. Smaller results
-are ordinary allocations, which the C library recycles by itself: it keeps what is freed up to twice the largest block
-that it has seen freed, so it is shown one block of nearly the largest size that it learns from.
+thousand page faults (8-18 ms, more than filling it): a weight gradient of that size every step. So at most
+`KEPT_BLOCKS` unused ones are kept. Smaller results are ordinary allocations, which the C library recycles by itself: it
+keeps what is freed up to twice the largest block that it has seen freed, so it is shown one block of nearly that size.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ RECYCLED_BYTES = 32 * 2**20
 KEPT_BLOCKS = 4
 
 _blocks: list[torch.UntypedStorage] = []
-
-
 _lock = threading.Lock()
 
 

@@ -1,13 +1,9 @@
-"""AdamW over the rows of a parameter, with everything that belongs to a row: one pass over the four tensors.
+"""AdamW over the rows of a parameter in one pass over its four tensors, and the squared norms that clipping needs.
 
 Fused: the scale that clips a gradient, the removal of its part along a unit row, the update, renormalising and the copy
 rounded to the working dtype. Floor: 28 bytes an element in fp32 (30 with a bf16 copy). Without unit rows the tensors
-are walked flat, whatever the row's length. A unit row longer than 4,096 is walked three times
-(dot product, update, division) in tiles that should still be in the L1 or L2 cache. Deterministic: one program owns a
-row, and sums it in tile order.
-
-Parameter and moments are fp32. The copy is rounded to the nearest even in integer arithmetic, which is also right in
-Triton's interpreter.
+are walked flat. A unit row longer than 4,096 is walked three times (dot product, update, division) in tiles that should
+still be in the L1 or L2 cache. Deterministic: one program owns a row, and sums it in tile order.
 """
 
 from __future__ import annotations
@@ -16,9 +12,19 @@ import math
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from triton_kernels.arguments import AdamRows, AdamSettings
 from triton_kernels.gpu import tiles
+from triton_kernels.reference import sum_dtype
+
+
+@tiles.jit
+def load_moments(p_ptr, m_ptr, v_ptr, place, mask):
+    p = tl.load(p_ptr + place, mask=mask, other=0.0)
+    m = tl.load(m_ptr + place, mask=mask, other=0.0)
+    v = tl.load(v_ptr + place, mask=mask, other=0.0)
+    return p, m, v
 
 
 @tiles.jit
@@ -30,7 +36,7 @@ def adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate,
 
 @tiles.jit
 def store_working(working_ptr, place, p, mask):
-    """Store p in the working dtype; bf16 is given as int16."""
+    """Store p in the working dtype; bf16 comes as int16 and is rounded here: Triton's interpreter would truncate."""
     if working_ptr.dtype.element_ty == tl.int16:
         bits = p.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -53,9 +59,7 @@ def adam_flat_kernel(
     g = tl.load(g_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         g *= tl.load(scale_ptr + group).to(tl.float32)
-    p = tl.load(p_ptr + place, mask=mask, other=0.0)
-    m = tl.load(m_ptr + place, mask=mask, other=0.0)
-    v = tl.load(v_ptr + place, mask=mask, other=0.0)
+    p, m, v = load_moments(p_ptr, m_ptr, v_ptr, place, mask)
     p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
     tl.store(p_ptr + place, p, mask=mask)
     tl.store(m_ptr + place, m, mask=mask)
@@ -79,9 +83,7 @@ def adam_rows_kernel(
     g = tl.load(g_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         g *= tl.load(scale_ptr + row // group_rows, mask=row < n_rows, other=0.0).to(tl.float32)[:, None]
-    p = tl.load(p_ptr + place, mask=mask, other=0.0)
-    m = tl.load(m_ptr + place, mask=mask, other=0.0)
-    v = tl.load(v_ptr + place, mask=mask, other=0.0)
+    p, m, v = load_moments(p_ptr, m_ptr, v_ptr, place, mask)
     g -= tl.sum(g * p, axis=1)[:, None] * p
     p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
     tl.store(m_ptr + place, m, mask=mask)
@@ -112,9 +114,7 @@ def adam_long_rows_kernel(
         place = row * width + start + tl.arange(0, COLUMNS)
         mask = place < (row + 1) * width
         g = tl.load(g_ptr + place, mask=mask, other=0.0).to(tl.float32) * scale
-        p = tl.load(p_ptr + place, mask=mask, other=0.0)
-        m = tl.load(m_ptr + place, mask=mask, other=0.0)
-        v = tl.load(v_ptr + place, mask=mask, other=0.0)
+        p, m, v = load_moments(p_ptr, m_ptr, v_ptr, place, mask)
         g -= part * p
         p, m, v = adam_update(p, g, m, v, keep, blend_first, decay_second, blend_second, rate, root, eps)
         squares += p * p
@@ -123,56 +123,83 @@ def adam_long_rows_kernel(
         tl.store(p_ptr + place, p, mask=mask)
     # What other threads stored above is visible: the sum that gives the norm ends at a barrier.
     norm = tl.maximum(tl.sqrt(tl.sum(squares, axis=0)), 1e-12)
-    divide_row(p_ptr + row * width, working_ptr + row * width, width, norm, WORKING, COLUMNS)
-
-
-@tiles.jit
-def divide_row(p_ptr, working_ptr, width, divisor, WORKING: tl.constexpr, COLUMNS: tl.constexpr):
     for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        p = tl.load(p_ptr + column, mask=column < width, other=0.0) / divisor
-        tl.store(p_ptr + column, p, mask=column < width)
+        place = row * width + start + tl.arange(0, COLUMNS)
+        mask = place < (row + 1) * width
+        p = tl.load(p_ptr + place, mask=mask, other=0.0) / norm
+        tl.store(p_ptr + place, p, mask=mask)
         if WORKING:
-            store_working(working_ptr, column, p, column < width)
+            store_working(working_ptr, place, p, mask)
 
 
 def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
     """See `reference.adam_rows`. Parameter and moments are contiguous fp32, changed in place."""
     parameter_RN, gradient_RN, first_RN, second_RN, working_RN = rows
     step, rate, betas, eps, weight_decay, scale_G, unit = settings
-    for tensor in (parameter_RN, first_RN, second_RN):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(f"adam_rows works in place on contiguous float32 tensors, got {tensor.dtype}")
+    if any(one.dtype != torch.float32 or not one.is_contiguous() for one in (parameter_RN, first_RN, second_RN)):
+        raise ValueError(f"adam_rows works in place on contiguous float32 tensors, got {parameter_RN.dtype}")
     n_rows, width = parameter_RN.shape
     if not parameter_RN.numel():
         return
     n_scales = 1 if scale_G is None else scale_G.numel()
-    working = parameter_RN if working_RN is None else working_RN
+    scale, working = (parameter_RN if one is None else one for one in (scale_G, working_RN))
     if working.dtype == torch.bfloat16:
         working = working.view(torch.int16)
-    pointers = (
-        parameter_RN, gradient_RN.contiguous(), first_RN, second_RN,
-        parameter_RN if scale_G is None else scale_G.contiguous(), working,
-    )  # fmt: skip
-    numbers = (
-        1 - rate * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
-        rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps,
-    )  # fmt: skip
+    pointers = (parameter_RN, gradient_RN.contiguous(), first_RN, second_RN, scale.contiguous(), working)
+    blends = (1 - rate * weight_decay, 1 - betas[0], betas[1], 1 - betas[1])
+    numbers = (*blends, rate / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step), eps)
     flags = {"SCALED": scale_G is not None, "WORKING": working_RN is not None}
+    n_together, columns, warps = tiles.row_tile(width)
     if not unit:
         elements = parameter_RN.numel() // n_scales
-        n_tiles = tiles.cdiv(elements, tiles.FLAT_TILE)
+        n_tiles = tiles.tile_count(elements, tiles.FLAT_TILE)
         adam_flat_kernel[(n_scales * n_tiles,)](
             *pointers, *numbers, elements, n_tiles, **flags, TILE=tiles.FLAT_TILE, num_warps=4
         )
-        return
-    n_together, columns, warps = tiles.row_tile(width)
-    if columns < width:
+    elif columns < width:
         adam_long_rows_kernel[(n_rows,)](
             *pointers, *numbers, width, n_rows // n_scales, **flags, COLUMNS=columns, num_warps=warps
         )
     else:
-        adam_rows_kernel[(tiles.cdiv(n_rows, n_together),)](
+        adam_rows_kernel[(tiles.tile_count(n_rows, n_together),)](
             *pointers, *numbers, n_rows, width, n_rows // n_scales,
             **flags, ROWS=n_together, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
+
+
+@tiles.jit
+def row_squares_kernel(
+    g_ptr, unit_ptr, squares_ptr, n_rows, width,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    place = row[:, None] * width + column[None, :]
+    squares = tl.full([ROWS, COLUMNS], 0.0, SUM)
+    along = tl.full([ROWS, COLUMNS], 0.0, SUM)
+    for start in range(0, width, COLUMNS):
+        mask = (row < n_rows)[:, None] & (start + column < width)[None, :]
+        g = tl.load(g_ptr + place + start, mask=mask, other=0.0).to(SUM)
+        squares += g * g
+        if UNIT:
+            along += g * tl.load(unit_ptr + place + start, mask=mask, other=0.0).to(SUM)
+    total = tl.sum(squares, axis=1)
+    if UNIT:
+        part = tl.sum(along, axis=1)
+        total = tl.maximum(total - part * part, 0.0)
+    tl.store(squares_ptr + row, total.to(squares_ptr.dtype.element_ty), mask=row < n_rows)
+
+
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
+    """See `reference.row_squares`: `<g, g> - <g, u>^2`, at least 0, from one read of gradient and unit rows."""
+    n_rows, width = gradient_RN.shape
+    squares = gradient_RN.new_zeros(n_rows, dtype=sum_dtype(gradient_RN.dtype))
+    if not gradient_RN.numel():
+        return squares
+    rows, columns, warps = tiles.row_tile(width)
+    gradient = gradient_RN.contiguous()
+    row_squares_kernel[(tiles.tile_count(n_rows, rows),)](
+        gradient, gradient if unit_RN is None else unit_RN.contiguous(), squares, n_rows, width,
+        UNIT=unit_RN is not None, ROWS=rows, COLUMNS=columns, SUM=tiles.accumulator(gradient.dtype), num_warps=warps,
+    )  # fmt: skip
+    return squares

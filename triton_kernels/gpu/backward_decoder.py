@@ -1,18 +1,15 @@
 """`backward_decoder`: gradients of the kept values and of the decoder from the error, in one pass over the pairs.
 
-With `g[b, g, n] = 2 * weight[g, part of n] * error[b, g, n]`, never materialised: `d_values[p] = <g[row], decoder[f]>`
-and `d_decoder[f] = sum of values[p] * g[row]`. The weight is the same for every pair of a feature, so it multiplies
-the decoder row once before the dots and the sum once after; it is repeated to `[G, N]`, so that a tile may straddle
-parts. Feature-major (see `feature_major`): one program owns a column tile of one chunk; it reads its part of the
-decoder row once, and each error row once for both results.
+The weight is the same for every pair of a feature, so it multiplies the decoder row once before the dots and the sum
+once after; it is repeated to `[G, N]`, so that a tile may straddle parts. Feature-major (see `feature_major`): one
+program owns a column tile of one chunk, and reads each error row once for both results.
 
 A program knows its own columns only, so partial dots `[tiles, P]` are added in tile order by `add_tiles`, which also
-puts them where the pairs stand in the code: `P * tiles * 8` bytes, 1 % of the rows gathered. The other form, one
-program a chunk that goes through all columns, needs no partials. But chunks are many and short (F + P / 128 of them,
-eight pairs each at B = 8,192, K = 32, F = 32,768), so neither form lacks programs, and only with column tiles as the
-slow axis does the slice of the error (8 MB, instead of 302) stay in L2 while every feature comes by. The floor is then
-one read of the error and the decoder and one write of the gradient, `(R + 2 * G * F) * N` elements, against `P * N`
-gathered from L2. Deterministic: a chunk's sums belong to one program; chunks and tiles are added in order. No atomics.
+puts them where the pairs stand in the code: `P * tiles * 8` bytes, 1 % of the rows gathered. One program for all
+columns of a chunk would need no partials, but only with column tiles as the slow axis does the slice of the error
+(8 MB, instead of 302) stay in L2 while every feature comes by. The floor is then one read of the error and the decoder
+and one write of the gradient, `(R + 2 * G * F) * N` elements. Deterministic: a chunk's sums belong to one program;
+chunks and tiles are added in order. No atomics.
 """
 
 from __future__ import annotations
@@ -24,7 +21,8 @@ from torch import Tensor
 from triton_kernels.arguments import Code
 from triton_kernels.gpu.feature_major import add_scratch, feature_major
 from triton_kernels.gpu.gather_dot import add_tiles
-from triton_kernels.gpu.tiles import Tile, accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import Tile, accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 
 @jit(do_not_specialize=["n_pairs"])
@@ -69,7 +67,7 @@ def decoder_tile(width: int, itemsize: int, n_tokens: int) -> Tile:
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
-    """`d_values` in the code's order and `d_decoder` as `[G, F, N]`, in the decoder's dtype."""
+    """See `reference.backward_decoder`."""
     values_P, features_P, offsets = code
     (n_groups, features_each, width), n_pairs, dtype = decoder_GFN.shape, values_P.numel(), decoder_GFN.dtype
     if n_pairs == 0:
@@ -78,7 +76,7 @@ def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_G
     transpose = feature_major(features_P, offsets, n_features)
     tile = decoder_tile(width, error_BGN.itemsize, error_BGN.shape[0])
     n_tiles = tile_count(width, tile.columns)
-    wide, device = torch_accumulator(dtype), values_P.device
+    wide, device = sum_dtype(dtype), values_P.device
     scale_GN = (2 * weight_GL.to(wide)).repeat_interleave(width // weight_GL.shape[1], dim=1)
     d_decoder_FN = torch.empty(n_features, width, dtype=dtype, device=device)
     scratch = torch.empty(transpose.scratch_features.numel(), width, dtype=wide, device=device)

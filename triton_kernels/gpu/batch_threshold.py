@@ -3,13 +3,12 @@
 Slab by slab, the B * k-th largest of all group maxima seen so far bounds the cut from below: the maxima are scores, and
 a subset's B * k-th largest is not above the whole's. `RunningBound` keeps that number as a histogram of the upper 16
 bits of the keys (the lower edge of its bin, so one bf16 step loose), and only pairs at or above it are written down.
-With n slabs of equal size about B * k * (1 + 1/2 + ... + 1/n) survive: O(B * k) next to the slab, unless far more than
-B * k scores share the bin of the cut. `largest_pairs` then finds the cut among the survivors by the same histogram,
-first of the upper, then of the lower 16 bits, and gives equal scores to the lowest (row, column). No cut per row is
-made anywhere.
+With n slabs of equal size about B * k * (1 + 1/2 + ... + 1/n) survive. `largest_pairs` then finds the cut among the
+survivors by the same histogram, first of the upper, then of the lower 16 bits, and gives equal scores to the lowest
+(row, column).
 
-Counts are added by integer atomics, so no order matters, and a histogram can be summed over devices. A positive score's
-key is its fp32 bits. `COPIES` histograms share the atomics, because the keys of like scores are neighbours in memory.
+Counts are added by integer atomics, so no order matters. A positive score's key is its fp32 bits. `COPIES` histograms
+share the atomics, because the keys of like scores are neighbours in memory.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def digit_histogram_kernel(
 def _count(keys: Tensor, bound: Tensor, counts: Tensor, low: bool) -> None:
     n_keys = keys.numel()
     tile = tiles.histogram_tile(n_keys)
-    digit_histogram_kernel[(tiles.cdiv(n_keys, tile),)](
+    digit_histogram_kernel[(tiles.tile_count(n_keys, tile),)](
         keys, bound, counts, n_keys, LOW=low, BINS=counts.shape[1], COPIES=counts.shape[0], TILE=tile, num_warps=4
     )
 

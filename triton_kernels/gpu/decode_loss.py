@@ -1,11 +1,9 @@
 """`decode_loss`: reconstruction, bias, residual and squared error by layer from one pass over the pairs.
 
-One program owns a column tile of one token and dictionary: it sums the decoder rows of the token's pairs as
-`gather_sum` does, adds the bias, takes x away, writes the error, and leaves the tile's squared error in a buffer that
-is summed afterwards. Fused: three passes over `[B, G, N]`. A tile never straddles two parts, so one number a program
-is enough. The floor in elements: `B * G * N` for each of x and the error, and one read of the decoder's used rows.
-The grid is token-fast, then tile, then dictionary, so that a slice of one dictionary's decoder stays in L2.
-Deterministic: every error and every partial square belongs to one program; the partials are added in one order.
+One program owns a column tile of one token and dictionary, and leaves its squared error in a buffer that is summed
+afterwards; a tile never straddles two parts. The floor in elements: `B * G * N` for each of x and the error, and one
+read of the decoder's used rows. The grid is token-fast, then tile, then dictionary, so that a slice of one dictionary's
+decoder stays in L2. Deterministic: what a program writes is its own, and the partials are added in one order.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from triton_kernels.arguments import Code
 from triton_kernels.gpu.gather_sum import weighted_rows
-from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 
 @jit
@@ -40,18 +39,14 @@ def decode_loss_kernel(
 
 
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
-    """The error `gather_sum(code, decoder) + bias - x` as `[B, G, N]`, and its squares summed as `[G, n_parts]`.
-
-    The squares are summed over the batch and over each of `n_parts` equal runs of columns, before the error is
-    rounded to its dtype, which is the decoder's. They are float32, or float64 for a float64 decoder.
-    """
+    """See `reference.decode_loss`; squares are those of the error before it is rounded to the decoder's dtype."""
     (n_tokens, n_groups, width), n_features = x_BGN.shape, decoder_GFN.shape[1]
     dtype = decoder_GFN.dtype
     error_BGN = torch.empty(n_tokens, n_groups, width, dtype=dtype, device=x_BGN.device)
     part = width // n_parts
     tile = gather_tile(part, decoder_GFN.itemsize, n_features)
     n_tiles = tile_count(part, tile.columns)
-    squares = torch.empty(n_groups, n_parts, n_tiles * n_tokens, dtype=torch_accumulator(dtype), device=x_BGN.device)
+    squares = torch.empty(n_groups, n_parts, n_tiles * n_tokens, dtype=sum_dtype(dtype), device=x_BGN.device)
     if error_BGN.numel() > 0:
         decode_loss_kernel[(n_tokens, n_parts * n_tiles, n_groups)](
             *(one.contiguous() for one in code), decoder_GFN.contiguous(),

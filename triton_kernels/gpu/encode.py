@@ -63,7 +63,7 @@ def _scale_of(encoding: Encoding, group: int) -> Tensor | None:
 
 
 def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
-    """z and global features, `[B * G * k]` each, of the k best scores of each row and dictionary."""
+    """z and features of `reference.encode_top_k`."""
     (n_rows, n_groups, _), device = encoding.x_BGN.shape, encoding.x_BGN.device
     n_features, working_GFN = encoding.encoder_GFN.shape[1], _working(encoding)
     z_BGK = torch.empty(n_rows, n_groups, k, dtype=encoding.encoder_GFN.dtype, device=device)
@@ -103,11 +103,7 @@ def _code_of(encoding: Encoding, lists: list[Pairs]) -> tuple[Tensor, Tensor, Te
 
 
 def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values, global features, offsets `[B * G + 1]` and cut `[G]` of the B * k largest positive scores a dictionary.
-
-    Equal scores go to the lowest (row, feature). There are fewer pairs only where fewer scores are positive. The cut
-    is the smallest kept score, 0 without any.
-    """
+    """See `reference.encode_batch_top_k`; the cut is one of the scores that chose."""
     n_rows, n_groups, _ = encoding.x_BGN.shape
     working_GFN, lists, cuts = _working(encoding), [], []
     for group in range(n_groups):
@@ -122,10 +118,7 @@ def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tens
 
 
 def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values, global features, offsets and z of the pairs with score > threshold - window / 2 and z > 0.
-
-    The value is relu(z) where the score is above the threshold itself, else 0.
-    """
+    """See `reference.encode_threshold`."""
     working_GFN, lists = _working(encoding), []
     for group in range(encoding.x_BGN.shape[1]):
         scale_F = _scale_of(encoding, group)

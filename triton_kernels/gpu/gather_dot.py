@@ -3,9 +3,8 @@
 Row-major, with no sort: one program holds a column tile of one x row in registers and walks the row's pairs, several
 at a time. Slices of the table stay in L2 as in `gather_sum`, so the floor is one read of x and of the table's used
 rows, `(F + R) * N` elements. A program knows its own columns only, so partial dots `[tiles, P]` are written and a
-second kernel adds them in tile order: at `P * tiles * 8` bytes less than 2 % of the rows gathered. One program that
-went through all columns of a row would need no partials, but then no slice of the table stays in L2.
-Deterministic: a partial belongs to one program, and the order of the second sum is fixed.
+second kernel adds them in tile order: at `P * tiles * 8` bytes less than 2 % of the rows gathered. One program for all
+columns would need no partials, but then no slice of the table stays in L2. Deterministic: both sums have one order.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 PAIRS_TO_ADD = 256
 
@@ -75,7 +75,7 @@ def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tens
         return x_RN.new_zeros(n_pairs)
     tile = gather_tile(width, table_FN.itemsize, n_features)
     n_tiles = tile_count(width, tile.columns)
-    partials = torch.empty(n_tiles, n_pairs, dtype=torch_accumulator(x_RN.dtype), device=x_RN.device)
+    partials = torch.empty(n_tiles, n_pairs, dtype=sum_dtype(x_RN.dtype), device=x_RN.device)
     gather_dot_kernel[(offsets.numel() - 1, n_tiles)](
         x_RN.contiguous(), features_P.contiguous(), offsets.contiguous(), table_FN.contiguous(), partials, n_pairs,
         width, tile.columns, tile.pairs, accumulator(x_RN.dtype), num_warps=1,

@@ -56,19 +56,14 @@ def key_bits(z_RF: Tensor, scale_F: Tensor | None) -> int:
     return 16 if z_RF.dtype == torch.bfloat16 and scale_F is None else 32
 
 
-def empty_maxima(z_RF: Tensor, scale_F: Tensor | None) -> Tensor:
-    """Room for the best key of each group of these scores, `[R, ceil(F / 32)]`, int16 or int32 by `key_bits`."""
-    dtype = torch.int16 if key_bits(z_RF, scale_F) == 16 else torch.int32
-    return torch.empty(z_RF.shape[0], tiles.cdiv(z_RF.shape[1], GROUP), dtype=dtype, device=z_RF.device)
-
-
 def group_max(z_RF: Tensor, scale_F: Tensor | None) -> Tensor:
-    """Key of the best score of each group of 32 columns, as `empty_maxima` has room for them."""
-    maxima = empty_maxima(z_RF, scale_F)
+    """Key of the best score of each group of 32 columns, `[R, ceil(F / 32)]`, int16 or int32 by `key_bits`."""
+    dtype = torch.int16 if key_bits(z_RF, scale_F) == 16 else torch.int32
+    maxima = torch.empty(z_RF.shape[0], tiles.tile_count(z_RF.shape[1], GROUP), dtype=dtype, device=z_RF.device)
     if maxima.numel():
         n_rows, n_groups = maxima.shape
         tile = tiles.group_tile(n_groups)
-        n_tiles = tiles.cdiv(n_groups, tile)
+        n_tiles = tiles.tile_count(n_groups, tile)
         group_max_kernel[(n_rows * n_tiles,)](
             z_RF, z_RF if scale_F is None else scale_F, maxima, z_RF.shape[1], n_groups, n_tiles,
             SCALED=scale_F is not None, TILE=tile, num_warps=4,

@@ -1,9 +1,11 @@
-"""`scatter_outer`: every feature's weighted sum of rows, `out[f] = sum over pairs with feature f of value * x[row]`.
+"""`scatter_outer`, `out[f] = sum over pairs with feature f of value * x[row]`, and `backward_encoder` with it.
 
 Feature-major (see `feature_major`): one program owns a column tile of one chunk and walks its pairs in order, several
 at a time, its sum in registers. Chunks are the fast axis of the grid and column tiles the slow one, so that the slice
 of x stays in L2: the floor is one read of x and one write of the output, `(R + F) * N` elements, against `P * N`
-gathered. The same kernel takes a centre away from every row on load and sums the values for `backward_encoder`.
+gathered. For `backward_encoder`, `d_encoder[f] = sum of d_z * (x[row] - center[g])` and `d_bias[f] = sum of d_z`, the
+kernel takes the centre from each row on load and sums the values with the first column tile: the centred rows are never
+materialised, and `sum(d_z * x) - d_bias * center` would cancel.
 Deterministic: a chunk belongs to one program, and chunks of a feature are added in order. No atomics.
 """
 
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from triton_kernels.arguments import Code
 from triton_kernels.gpu.feature_major import ChunkedTranspose, add_scratch, feature_major
-from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count, torch_accumulator
+from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
+from triton_kernels.reference import sum_dtype
 
 
 @jit
@@ -72,7 +75,7 @@ def scatter_rows(
     """
     (n_features, width), n_scratch = out_FN.shape, transpose.scratch_features.numel()
     n_groups = 1 if center_GN is None else center_GN.shape[0]
-    dtype = torch_accumulator(out_FN.dtype)
+    dtype = sum_dtype(out_FN.dtype)
     scratch = torch.empty(n_scratch, width, dtype=dtype, device=out_FN.device)
     scratch_sums = torch.empty(n_scratch, 1, dtype=dtype, device=out_FN.device)
     tile = gather_tile(width, x_RN.itemsize, x_RN.shape[0] // n_groups, most_row_bytes=1024)
@@ -95,3 +98,17 @@ def scatter_outer(code: Code, x_RN: Tensor, n_features: int) -> Tensor:
     out_FN = torch.empty(n_features, x_RN.shape[1], dtype=x_RN.dtype, device=x_RN.device)
     scatter_rows(values_P, feature_major(features_P, offsets, n_features), x_RN, None, out_FN, None)
     return out_FN
+
+
+def backward_encoder(code: Code, x_BGN: Tensor, center_GN: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """`d_encoder` as `[G, F, N]` and `d_bias` as `[G, F]`, both in the centre's dtype; x may be narrower."""
+    d_z_P, features_P, offsets = code
+    n_groups, width = center_GN.shape
+    if features_P.numel() == 0:
+        return center_GN.new_zeros(n_groups, n_features, width), center_GN.new_zeros(n_groups, n_features)
+    n_rows = n_groups * n_features
+    d_encoder_FN = torch.empty(n_rows, width, dtype=center_GN.dtype, device=center_GN.device)
+    d_bias_F = torch.empty(n_rows, dtype=center_GN.dtype, device=center_GN.device)
+    transpose = feature_major(features_P, offsets, n_rows)
+    scatter_rows(d_z_P, transpose, x_BGN.reshape(-1, width), center_GN, d_encoder_FN, d_bias_F)
+    return d_encoder_FN.view(n_groups, n_features, width), d_bias_F.view(n_groups, n_features)

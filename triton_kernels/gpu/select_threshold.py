@@ -85,7 +85,7 @@ def kept_pairs(
     n_rows, n_features = z_RF.shape
     n_groups, device = maxima.shape[1], z_RF.device
     tile = tiles.group_tile(n_groups)
-    n_tiles = tiles.cdiv(n_groups, tile)
+    n_tiles = tiles.tile_count(n_groups, tile)
     counts = torch.empty(n_rows * n_tiles, dtype=torch.int32, device=device)
 
     def launch(rows, columns, z, score, ends, write):

@@ -7,11 +7,10 @@ best elements come first: every element outside S has k elements before it, so t
 2. `choose_groups_kernel` picks S out of the keys;
 3. `choose_features_kernel` gathers S and picks the k best of its k * 32 columns, written in ascending order.
 
-Both choices bisect on the bits of the key (16 or 32 counts, whatever the length) and resolve equal keys by a prefix
-sum, which is the lowest-column rule; there is no sort. The optional per-feature scale (decoder norms) is applied on
-load in 1 and 3, so a scaled copy of the scores is never written. Floor: one read of the slab. Deterministic: integer
-compares and prefix sums only. Scores in fp64, k = F, and more than `MOST_KEPT` a row of long rows take a stable
-`torch.sort`: right, not fast.
+Both choices bisect on the bits of the key and resolve equal keys by a prefix sum, which is the lowest-column rule. The
+scale is applied on load in 1 and 3, so a scaled copy of the scores is never written. Floor: one read of the slab.
+Deterministic: integer compares and prefix sums only. Scores in fp64, k = F, and more than `MOST_KEPT` a row of long
+rows take a stable `torch.sort`: right, not fast.
 """
 
 from __future__ import annotations
@@ -120,11 +119,14 @@ def select_top_k(
     The two results may be strided over their rows. The scale changes the choice, not z.
     """
     n_rows, n_features = z_RF.shape
-    n_groups = tiles.cdiv(n_features, GROUP)
+    n_groups = tiles.tile_count(n_features, GROUP)
     gather = k <= MOST_KEPT and (2 * k <= n_groups or n_features > MOST_DIRECT)
     countable = n_groups <= MOST_COUNTED  # equal keys are counted in 15 bits
     if z_RF.dtype == torch.float64 or k >= n_features or not ((gather and countable) or n_features <= MOST_DIRECT):
-        _select_by_sort(z_RF, scale_F, k, first_feature, z_RK, features_RK)
+        wide = torch.promote_types(z_RF.dtype, torch.float32)
+        columns = first_largest(z_RF if scale_F is None else z_RF.to(wide) * scale_F, k)
+        z_RK.copy_(z_RF.gather(1, columns))
+        features_RK.copy_(columns + first_feature)
         return
     if not n_rows:
         return
@@ -144,14 +146,3 @@ def select_top_k(
         SCALED=scale_F is not None, GATHER=gather, SIZE=size, CHUNK=min(size, tiles.CHOICE_CHUNK), BITS=bits,
         num_warps=tiles.choice_warps(size),
     )  # fmt: skip
-
-
-def _select_by_sort(z_RF, scale_F, k, first_feature, z_RK, features_RK) -> None:
-    if k >= z_RF.shape[1]:
-        columns = torch.arange(k, device=z_RF.device).expand(z_RF.shape[0], -1)
-    elif scale_F is None:
-        columns = first_largest(z_RF, k)
-    else:
-        columns = first_largest(z_RF.to(torch.promote_types(z_RF.dtype, torch.float32)) * scale_F, k)
-    z_RK.copy_(z_RF.gather(1, columns))
-    features_RK.copy_(columns + first_feature)

@@ -55,13 +55,8 @@ def power_of_two(n: int) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """What sums of `dtype` are kept in: float64 for itself, float32 for everything else."""
+    """`reference.sum_dtype` as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def torch_accumulator(dtype: torch.dtype) -> torch.dtype:
-    """`accumulator` as a torch dtype, for buffers of partial sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # A type checker knows neither launch options nor that numbers become constexpr: kernels here are untyped.
@@ -69,11 +64,6 @@ jit: Any = triton.jit
 
 FLAT_TILE = 1024  # elements of one program of an elementwise pass: two 16-byte loads a thread and tensor
 GROUP = 32  # neighbouring scores that share one maximum
-
-
-def cdiv(n: int, tile: int) -> int:
-    """Tiles that cover n."""
-    return -(-n // tile)
 
 
 def group_tile(n_groups: int) -> int:
@@ -95,11 +85,10 @@ def histogram_tile(n_keys: int) -> int:
 
 
 def row_tile(width: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of one program of the row-wise optimiser; a longer row is walked in tiles.
+    """Rows, columns and warps of one program of the row-wise optimiser.
 
-    Short rows share a program so that it has about 1,024 elements. A row of up to 4,096 stays in registers (16
-    elements of four tensors a thread). A longer one has few, wide programs so that the tiles of the rows in flight
-    stay in the L1 cache between passes.
+    Short rows share a program of 1,024 elements, a row of up to 4,096 stays in registers, and a longer one is walked
+    by few, wide programs so that the tiles in flight stay in the L1 cache between passes.
     """
     columns = power_of_two(width)
     if columns <= 1024:

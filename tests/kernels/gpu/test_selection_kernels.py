@@ -182,9 +182,8 @@ def problem(n_rows, n_groups, n_features, width, *, dtype=torch.float32, scaled=
     return (*whole, scale)
 
 
-def exact_scores(x, center, encoder, bias, scale):
-    z = torch.einsum("bgn,gfn->bgf", (x - center).double(), encoder.double()) + bias.double()
-    return z, z if scale is None else z * scale
+def exact_scores(*arguments):
+    return reference.scores(*(None if tensor is None else tensor.double() for tensor in arguments))
 
 
 def global_features(columns_BGK, n_features):
@@ -192,29 +191,10 @@ def global_features(columns_BGK, n_features):
     return columns_BGK + n_features * torch.arange(n_groups, device=columns_BGK.device)[:, None]
 
 
-def code_of_mask(keep_BGF, value_BGF):
-    rows, features = keep_BGF.flatten(0, 1).nonzero(as_tuple=True)
-    n_groups, n_features = keep_BGF.shape[1:]
-    offsets = torch.cat([rows.new_zeros(1), keep_BGF.sum(2).flatten().cumsum(0)])
-    return value_BGF[keep_BGF], features + rows % n_groups * n_features, offsets
-
-
 def assert_same_code(values, features, offsets, expected):
     assert torch.equal(offsets, expected[2])
-    assert torch.equal(features.long(), expected[1])
+    assert torch.equal(features, expected[1])
     assert torch.equal(values.double(), expected[0])
-    assert features.dtype == torch.int32
-
-
-def batch_mask(score_BGF, k):
-    keep = torch.zeros_like(score_BGF, dtype=torch.bool)
-    for g in range(score_BGF.shape[1]):
-        flat = score_BGF[:, g].flatten()
-        order = torch.sort(flat, descending=True, stable=True).indices[: score_BGF.shape[0] * k]
-        chosen = torch.zeros_like(flat, dtype=torch.bool)
-        chosen[order] = flat[order] > 0
-        keep[:, g] = chosen.view(keep[:, g].shape)
-    return keep
 
 
 SHAPES = [(1, 1, 67, 5, 4), (5, 3, 37, 3, 2), (4, 2, 101, 7, 1), (0, 2, 40, 3, 2), (2, 1, 7, 3, 7)]
@@ -241,8 +221,8 @@ def test_encoders_choose_what_plain_torch_chooses(shape, dtype, product, device)
     assert values.dtype == dtype
 
     values, features, offsets, cut = ops.encode_batch_top_k(*arguments, k, product, None)
-    keep = batch_mask(score, k)
-    assert_same_code(values, features, offsets, code_of_mask(keep, z))
+    keep = reference.kept_by_batch(score, k)
+    assert_same_code(values, features, offsets, reference.code_of(keep, z))
     least = (
         torch.where(keep, score, torch.inf).flatten(2).amin((0, 2)) if n_rows else torch.full((n_groups,), torch.inf)
     )
@@ -251,7 +231,7 @@ def test_encoders_choose_what_plain_torch_chooses(shape, dtype, product, device)
     threshold = torch.randint(-1, 6, (n_groups, n_features), generator=generator(3)).to(dtype).to(device)
     values, features, offsets, pre = ops.encode_threshold(*arguments, threshold, 2.5, product, None)
     keep = (score > threshold.double() - 1.25) & (z > 0)
-    assert_same_code(values, features, offsets, code_of_mask(keep, torch.where(score > threshold, z, 0)))
+    assert_same_code(values, features, offsets, reference.code_of(keep, torch.where(score > threshold, z, 0)))
     assert torch.equal(pre.double(), z[keep])
 
 
@@ -283,17 +263,17 @@ def test_only_the_choice_is_in_low_precision(scaled, device):
     values[3] += 1e-3
     assert (values - truth).abs().max() > allowed
 
-    keep = batch_mask(score, 5)
+    keep = reference.kept_by_batch(score, 5)
     values, features, offsets, cut = ops.encode_batch_top_k(*arguments, 5, torch.bfloat16, None)
-    expected = code_of_mask(keep, z)
+    expected = reference.code_of(keep, z)
     assert torch.equal(offsets, expected[2])
-    assert torch.equal(features.long(), expected[1])
+    assert torch.equal(features, expected[1])
     assert (values - expected[0]).abs().max() <= allowed
     assert torch.equal(cut, torch.where(keep, score, torch.inf).amin((0, 2)).float())
 
     keep = (score > 1.5) & (low > 0)
     values, features, _, pre = ops.encode_threshold(*arguments, bias * 0 + 2, 1.0, torch.bfloat16, None)
-    assert torch.equal(features.long(), code_of_mask(keep, z)[1])
+    assert torch.equal(features, reference.code_of(keep, z)[1])
     assert (pre - z[keep]).abs().max() <= allowed
     assert torch.equal(values, torch.where(score[keep] > 2, pre, 0))
 
@@ -351,15 +331,9 @@ def test_expanded_and_strided_inputs(device):
 
 
 def test_more_groups_than_can_be_counted_are_sorted(monkeypatch, device):
-    from triton_kernels.gpu import select_topk
-
     monkeypatch.setattr(select_topk, "MOST_COUNTED", 1)
     monkeypatch.setattr(select_topk, "MOST_DIRECT", 8)
     called = []
-    plain = select_topk._select_by_sort
-    monkeypatch.setattr(select_topk, "_select_by_sort", lambda *a: (called.append(1), plain(*a)))
-    z = torch.zeros(2, 128, device=device)
-    values, features = torch.empty(2, 3, device=device), torch.empty(2, 3, dtype=torch.int32, device=device)
-    select_topk.select_top_k(z, None, 3, 0, values, features)
+    monkeypatch.setattr(select_topk, "first_largest", lambda z, k: called.append(1) or reference.first_largest(z, k))
+    assert top_k(torch.zeros(2, 128, device=device), None, 3)[1].tolist() == [[100, 101, 102]] * 2
     assert called
-    assert features.tolist() == [[0, 1, 2]] * 2

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+import triton_kernels
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.training.optimizer import RowAdam
 from crosscoder.training.state import FiringTracker, TrainState
@@ -13,8 +14,7 @@ from triton_kernels import cpu, gpu, ops
 
 
 def test_both_devices_offer_the_same_functions():
-    assert cpu.__all__ == gpu.__all__
-    for name in cpu.__all__:
+    for name in triton_kernels.__all__:
         ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (cpu, gpu))
         assert list(ours) == list(theirs), name
 

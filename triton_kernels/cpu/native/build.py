@@ -11,14 +11,12 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("gcc", "clang", "cc")
@@ -32,35 +30,14 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compiled(compiler())))
     except (OSError, subprocess.SubprocessError) as error:
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())
         warnings.warn(
-            f"the C kernels are not available ({describe(error)}), so CPU operators run on stock torch operators, "
+            f"the C kernels are not available ({said[:300]}), so CPU operators run on stock torch operators, "
             "1.4 to 2 times slower a training step; install gcc, or name a C compiler in the variable CC",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-
-
-class Parameter(NamedTuple):
-    """One parameter of a C function."""
-
-    name: str
-    kind: str
-    is_pointer: bool
-    is_const: bool
-
-
-@functools.cache
-def declarations() -> dict[str, tuple[Parameter, ...]]:
-    """The parameters of every function of the sources that is not static."""
-    found = {}
-    for path in sorted(FOLDER.glob("*.c")):
-        for name, inside in re.findall(r"^void (\w+)\(([^)]*)\)", path.read_text(), re.MULTILINE):
-            parts = [re.fullmatch(r"(const )?(\w+) (\*?)(\w+)", " ".join(one.split())) for one in inside.split(",")]
-            found[name] = tuple(Parameter(p[4], p[2], bool(p[3]), bool(p[1])) for p in parts if p)
-            if len(found[name]) != len(parts):
-                raise ValueError(f"{path.name}: {name} has parameters that are not understood: {inside}")
-    return found
 
 
 def form() -> str:
@@ -76,12 +53,6 @@ def compiler_version(command: list[str]) -> str:
     """
     done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
     return done.stdout.partition("\n")[0].strip()
-
-
-def describe(error: Exception) -> str:
-    """Why there is no library, in one line."""
-    said = getattr(error, "stderr", None)
-    return " ".join(str(said or error).split())[:300]
 
 
 def compiler() -> list[str]:
