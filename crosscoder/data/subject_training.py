@@ -93,7 +93,7 @@ class SubjectCheckpoint:
 
     step: int
     tokens: int
-    held_out_loss: float
+    held_out_loss: Annotated[float, Field(allow_inf_nan=True)]
     folder: str
     """Name inside the run's folder."""
 
