@@ -106,7 +106,7 @@ def study_needs(config: StudyConfig) -> Needs:
     ]
     disk, shapes = 0, config.subjects.shapes()
     for name, shape in shapes.items():
-        rows += subject_needs(f"subject {name}", config.subjects.training(shape, 0), config.subjects.vocab_size)
+        rows += subject_needs(f"subject {name}", config.subjects.runs()[name, 0], config.subjects.vocab_size)
         mains = [cell for cell in cells if cell.subject == name and cell.role == "main"]
         stores = {(cell.training_seed, cell.state) for cell in mains if cell.state != "shuffled"}
         tokens = len(stores) * (config.tokens_train + config.tokens_held_out)

@@ -87,7 +87,7 @@ def prepare(config: LanguageConfig, folder: Path) -> Setting:
     for one, count in zip(blocks, (config.train_blocks, config.held_out_blocks)):
         if len(one) < count:
             raise ValueError(f"the text gives {len(one)} blocks of {config.context - 1} tokens, expected {count}")
-        ids.append(F.pad(one[list(range(count))], (1, 0), value=marker))
+        ids.append(F.pad(one[:count], (1, 0), value=marker))
         if bool((ids[-1][:, 1:] == marker).any()):
             raise ValueError(f"the marker {marker} stands inside the text; choose another")
     model = subject.model if subject else _tiny_model(config, ids, marker + 1, folder)
