@@ -157,8 +157,8 @@ def test_trap_threshold_percolation():
     # By direction alone, a narrow space is enough: no feature here lasts, and 256 is right.
     local = perfect_bank(World(WorldConfig(n_features=256, d_model=8, kinds=("local",))))
     merged = counting.merged_counts(local)
-    assert merged["cosine"]["threshold"] <= 128
-    assert merged["correlation"]["threshold"] == 256
+    assert merged["cosine", "threshold"] <= 128
+    assert merged["correlation", "threshold"] == 256
 
 
 def test_trap_persistence_overcounts_and_product_codes_undercount():
