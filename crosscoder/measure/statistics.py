@@ -152,19 +152,19 @@ def log_ratio(numerator: Bootstrap, denominator: Bootstrap) -> Bootstrap:
 
 def exponentiate(estimate: Estimate) -> Estimate:
     """exp of a value and of both ends: from a log-ratio to the ratio."""
-    return Estimate(*(math.exp(x) for x in (estimate.value, estimate.low, estimate.high)), estimate.confidence)
+    return Estimate(*(math.exp(x) for x in (estimate.value, estimate.low, estimate.high)))
 
 
 def linear_combination(terms: Sequence[tuple[float, Estimate]], constant: float = 0.0) -> Estimate:
     """`constant + sum of coefficient * estimate` of independent estimates, by the method of variance recovery.
 
     Each end's distance from the value is the root sum of squares of the terms' distances on the side that moves it
-    (Zou and Donner 2008), which keeps lopsided intervals lopsided. All have one confidence.
+    (Zou and Donner 2008), which keeps lopsided intervals lopsided.
     """
     value = constant + sum(c * e.value for c, e in terms)
     below = math.hypot(*(c * (e.value - (e.low if c > 0 else e.high)) for c, e in terms))
     above = math.hypot(*(c * ((e.high if c > 0 else e.low) - e.value) for c, e in terms))
-    return Estimate(value, value - below, value + above, terms[0][1].confidence)
+    return Estimate(value, value - below, value + above)
 
 
 def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
@@ -186,4 +186,4 @@ def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
         return (product + sign * math.sqrt(max(spread, 0.0))) / (under * (2 * bottom.value - under))
 
     low, high = end(top.low, bottom.high, -1), end(top.high, bottom.low, 1)
-    return Estimate(top.value / bottom.value, low, high, top.confidence)
+    return Estimate(top.value / bottom.value, low, high)

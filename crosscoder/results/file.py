@@ -12,20 +12,16 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
 from crosscoder.foundation.artifact import read_json, write_json
-from crosscoder.results.quantities import QUANTITIES, nearest_key
+from crosscoder.results.quantities import QUANTITIES, unknown_key
 from crosscoder.results.table import (
-    CLOSED,
     COMPARED,
-    Count,
     Estimate,
-    Flag,
-    Integer,
     LongTable,
     Name,
     Number,
@@ -33,6 +29,8 @@ from crosscoder.results.table import (
     Plain,
     Row,
     Text,
+    closed,
+    value_type,
 )
 from crosscoder.results.verdict import Verdict
 
@@ -44,11 +42,10 @@ RESULTS = "results.json"
 OF_EVERY_SUBJECT = ("n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms")
 
 
+@closed
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What is needed to run the study again."""
-
-    __pydantic_config__: ClassVar = CLOSED
 
     schema: Literal["crosscoder.results/3"] = SCHEMA
     kind: Literal["aspect_ratio", "subject_study", "synthetic"]
@@ -86,42 +83,30 @@ class Results:
         return self.rows.one(key, subject=subject, training_seed=None, role=None)
 
 
+@closed
 class Block(TypedDict):
-    """Rows of one place, as a file has them."""
-
-    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
+    """Rows of one place, as a file has them; each value is checked by what its key allows."""
 
     at: Place
     values: dict[str, Any]
-    """Each is checked by what its key allows."""
 
 
-class Document(TypedDict):
-    """What `results.json` holds."""
-
-    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
-
-    schema: Literal["crosscoder.results/3"]
-    rows: list[Block]
-    verdict: Verdict | None
-    provenance: Provenance
-
-
+@closed
 class Cell(TypedDict):
-    """What the file of one cell holds."""
-
-    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
+    """What the file of one cell holds; `from_blocks` reads the rows."""
 
     schema: Literal["crosscoder.cell/3"]
-    rows: list[Block]
+    rows: Any
 
 
-class Missing(TypedDict):
-    """Why a quantity has no value."""
+@closed
+class Document(TypedDict):
+    """What `results.json` holds; `from_blocks` reads the rows."""
 
-    __pydantic_config__ = CLOSED  # ty: ignore[invalid-typed-dict-statement]
-
-    missing: Text
+    schema: Literal["crosscoder.results/3"]
+    rows: Any
+    verdict: Verdict | None
+    provenance: Provenance
 
 
 def document(results: Results) -> dict[str, Any]:
@@ -141,14 +126,14 @@ def from_document(value: Any) -> Results:
         ValueError: it is of another schema, or something in it is not what it should be; the path, what was seen and
             what was expected are named.
     """
-    written = value if isinstance(value, dict) else {}
-    old = written.get("provenance")
-    seen = written.get("schema", old.get("schema") if isinstance(old, dict) else None)
-    if isinstance(seen, str) and seen != SCHEMA:
-        reader = READERS.get(seen, "no known version of this package")
-        raise ValueError(f"results.schema: expected {SCHEMA!r}, got {seen!r}; {reader} reads it")
+    holders = (value, value.get("provenance")) if isinstance(value, dict) else ()
+    for holder in holders:  # version 2 kept its schema in the provenance
+        seen = holder.get("schema") if isinstance(holder, dict) else None
+        if isinstance(seen, str) and seen != SCHEMA:
+            reader = READERS.get(seen, "no known version of this package")
+            raise ValueError(f"results.schema: expected {SCHEMA!r}, got {seen!r}; {reader} reads it")
     found = _read_as(Document, value, "results")
-    rows = LongTable(tuple(_rows(found["rows"], "results.rows")))
+    rows = LongTable(tuple(from_blocks(found["rows"], "results.rows")))
     results = Results(rows, found["verdict"], found["provenance"])
     if results.provenance.kind != "synthetic":
         _check_subjects(results)
@@ -197,7 +182,7 @@ def read_rows(path: str | Path) -> list[Row]:
         FileNotFoundError: there is none.
     """
     try:
-        return _rows(_read_as(Cell, read_json(path), "cell")["rows"], "cell.rows")
+        return from_blocks(_read_as(Cell, read_json(path), "cell")["rows"], "cell.rows")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; delete the file to run the cell again") from error
 
@@ -214,17 +199,10 @@ def to_blocks(rows: Iterable[Row]) -> list[dict[str, Any]]:
         for row in group:
             if row.key in values:
                 raise ValueError(f"{row.key} stands twice at {at.known()}")
-            values[row.key] = _plain(row)
+            value = asdict(row.value) if isinstance(row.value, Estimate) else row.value
+            values[row.key] = {"missing": row.missing} if value is None and row.missing is not None else value
         blocks.append({"at": at.known(), "values": values})
     return blocks
-
-
-def _plain(row: Row) -> Any:
-    if row.value is None and row.missing is not None:
-        return {"missing": row.missing}
-    if isinstance(row.value, Estimate):
-        return {"value": row.value.value, "low": row.value.low, "high": row.value.high}
-    return row.value
 
 
 def from_blocks(blocks: Any, path: str = "rows") -> list[Row]:
@@ -234,47 +212,20 @@ def from_blocks(blocks: Any, path: str = "rows") -> list[Row]:
         ValueError: a place, a key or a value is not what it should be; its path, what was seen and what was expected
             are named.
     """
-    return _rows(_read_as(list[Block], blocks, path), path)
-
-
-def _rows(blocks: list[Block], path: str) -> list[Row]:
     rows: dict[tuple[Place, str], Row] = {}
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(_read_as(list[Block], blocks, path)):
         at, here = block["at"], f"{path}[{i}].values"
         for key, written in block["values"].items():
-            if key not in QUANTITIES:
-                raise ValueError(f"{here}: {key!r} is no quantity; the nearest is {nearest_key(key)!r}")
             if (at, key) in rows:
                 raise ValueError(f"{here}: {key} stands twice at {at.known()}; keep one")
-            value = _read_as(_value_type(key), written, f"{here}.{key}")
-            missing = value["missing"] if isinstance(value, dict) else None
-            rows[at, key] = Row(at, key, None if missing is not None else value, missing)
+            if key not in QUANTITIES:
+                raise ValueError(f"{here}: {unknown_key(key)}")
+            if isinstance(written, dict) and written.keys() == {"missing"}:
+                value, missing = None, _read_as(Text, written["missing"], f"{here}.{key}.missing")
+            else:
+                value, missing = _read_as(value_type(key), written, f"{here}.{key}"), None
+            rows[at, key] = Row(at, key, value, missing)
     return list(rows.values())
-
-
-@cache
-def _value_type(key: str) -> Any:
-    """What a row of a quantity may hold."""
-    one = QUANTITIES[key]
-    number: Any = Integer | Number
-    types: dict[str, Any] = {
-        "number": (Annotated[number, Field(ge=-1e-9, le=1 + 1e-9)] if one.unit == "share" else number) | Estimate,
-        "whole": Count,
-        "flag": Flag,
-        "text": Text,
-        "list": Annotated[list[number | None], Field(min_length=one.length or 0, max_length=one.length)],
-        "texts": list[Text],
-        "lists": Annotated[list[list[number]], AfterValidator(_equally_long)],
-    }
-    known: Any = types[one.value]
-    is_missing = Discriminator(lambda value: "why" if isinstance(value, dict) and "missing" in value else "what")
-    return Annotated[Annotated[known | None, Tag("what")] | Annotated[Missing, Tag("why")], is_missing]
-
-
-def _equally_long(lists: list[list[Any]]) -> list[list[Any]]:
-    if len({len(one) for one in lists}) > 1:
-        raise ValueError("expected lists of equally many numbers")
-    return lists
 
 
 _adapter = cache(TypeAdapter)

@@ -67,6 +67,6 @@ def definition(key: str) -> str:
     return QUANTITIES[key].definition if key in QUANTITIES else NOTES[key]
 
 
-def nearest_key(key: str) -> str | None:
-    """The quantity whose key is most like `key`."""
-    return next(iter(difflib.get_close_matches(key, QUANTITIES, n=1, cutoff=0)), None)
+def unknown_key(key: str) -> str:
+    """What is said of a key that no quantity has."""
+    return f"{key!r} is no quantity; the nearest is {difflib.get_close_matches(key, QUANTITIES, n=1, cutoff=0)[0]!r}"

@@ -7,15 +7,15 @@ key of `QUANTITIES`, so that a number without a unit and a definition cannot be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, Field, with_config
 from typing_extensions import TypeAliasType
 
-from crosscoder.results.quantities import QUANTITIES, nearest_key
+from crosscoder.results.quantities import QUANTITIES, unknown_key
 
 Site = Literal["write", "residual"]
 State = Literal["trained", "untrained", "shuffled"]
@@ -26,8 +26,8 @@ COMPARED = ("A", "B")
 CELL = ("subject", "training_seed", "state", "site", "arm", "role", "n_features", "k")
 """What tells one dictionary of a study from another, its seed apart."""
 CONFIDENCE = 0.9
-CLOSED = ConfigDict(extra="forbid")
-"""How values are read from files: nothing is ignored. The types below are strict: nothing is converted."""
+closed = with_config(extra="forbid")
+"""Class decorator: what is read from a file has no other fields. The types below are strict: nothing is converted."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$")]
 """Becomes an anchor and a label: no spaces, no markup."""
 Text = Annotated[str, Field(strict=True, max_length=10**6)]
@@ -44,24 +44,22 @@ else:
 """What JSON can hold."""
 
 
+@closed
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval; where nothing could vary, `low == high == value`.
+    """A value and its interval, of confidence `CONFIDENCE`; where nothing could vary, `low == high == value`.
 
     Raises:
-        ValueError: the interval is the wrong way round, or the confidence is not between 0 and 1.
+        ValueError: the interval is the wrong way round.
     """
 
     value: Number
     low: Number
     high: Number
-    confidence: Number = CONFIDENCE
 
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise ValueError(f"the interval runs from {self.low} down to {self.high}; give the lower end first")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; expected a share between 0 and 1, such as .9")
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Estimate:
@@ -82,14 +80,42 @@ class Estimate:
         return low <= self.low and self.high <= high
 
 
+def _equally_long(lists: list[list[Any]]) -> list[list[Any]]:
+    if len({len(one) for one in lists}) > 1:
+        raise ValueError("expected lists of equally many numbers")
+    return lists
+
+
 Value = bool | int | float | str | Estimate | list[Any] | None
+TYPES: dict[str, Any] = {
+    "number": Integer | Number | Estimate,
+    "share": Annotated[Integer | Number, Field(ge=-1e-9, le=1 + 1e-9)] | Estimate,
+    "whole": Count,
+    "flag": Flag,
+    "text": Text,
+    "list": list[Integer | Number | None],
+    "texts": list[Text],
+    "lists": Annotated[list[list[Integer | Number]], AfterValidator(_equally_long)],
+}
+"""What a file may say, by `Quantity.value`; a number that is a share is checked as one."""
 
 
+@cache
+def value_type(key: str) -> Any:
+    """What a row of a quantity may hold."""
+    one = QUANTITIES[key]
+    kind: Any = TYPES["share" if (one.value, one.unit) == ("number", "share") else one.value]
+    return (
+        Annotated[kind, Field(min_length=one.length or 0, max_length=one.length)] | None
+        if one.value == "list"
+        else kind | None
+    )
+
+
+@closed
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a number was measured. None: it does not depend on that, or is over all of it."""
-
-    __pydantic_config__: ClassVar = CLOSED
 
     subject: Name | None = None
     training_seed: Count | None = None
@@ -131,7 +157,7 @@ class Row:
 
     def __post_init__(self) -> None:
         if self.key not in QUANTITIES:
-            raise ValueError(f"{self.key!r} is no quantity; the nearest is {nearest_key(self.key)!r}")
+            raise ValueError(unknown_key(self.key))
 
 
 def rows_at(at: Place, values: Mapping[str, Value]) -> list[Row]:
@@ -160,19 +186,16 @@ class LongTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __add__(self, other: Iterable[Row]) -> LongTable:
-        return LongTable((*self.rows, *other))
-
     @cached_property
-    def _by_key(self) -> dict[str, LongTable]:
+    def _by_key(self) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {}
         for row in self.rows:
             found.setdefault(row.key, []).append(row)
-        return {key: LongTable(tuple(rows)) for key, rows in found.items()}
+        return found
 
     def select(self, key: str | None = None, **where: Any) -> LongTable:
         """The rows of a key and a place. A tuple allows any of its values; None asks that the field is not set."""
-        rows: Sequence[Row] = self.rows if key is None else self._by_key.get(key, LongTable(())).rows
+        rows: Sequence[Row] = self.rows if key is None else self._by_key.get(key, ())
         return LongTable(tuple(row for row in rows if _fits(row.at, where)))
 
     def values(self, key: str, **where: Any) -> list[Any]:
@@ -231,8 +254,5 @@ class LongTable:
 
 
 def _fits(at: Place, where: dict[str, Any]) -> bool:
-    for name, wanted in where.items():
-        seen = getattr(at, name)
-        if seen not in wanted if isinstance(wanted, tuple) else seen != wanted:
-            return False
-    return True
+    allowed = ((getattr(at, name), wanted) for name, wanted in where.items())
+    return all(seen in wanted if isinstance(wanted, tuple) else seen == wanted for seen, wanted in allowed)

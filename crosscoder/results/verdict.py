@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
-from crosscoder.results.table import CLOSED, Flag, Number, Plain, Text
+from crosscoder.results.table import Flag, Number, Plain, Text, closed
 
 Label = Literal["H0", "H1a", "H1b", "H1", "H2-u", "H2", "undecided", "not testable"]
 Hypothesis = Literal["H0", "H1", "H2", "H2-u"]
 UniversalityLabel = Literal["universal", "not universal", "between", "not measured"]
 
 
+@closed
 @dataclass(frozen=True)
 class Gate:
     """A requirement without which the density ratio cannot be read. `value` is None where it was not measured."""
-
-    __pydantic_config__: ClassVar = CLOSED
 
     name: Text
     value: Number | Text | None
@@ -24,11 +23,10 @@ class Gate:
     passed: Flag
 
 
+@closed
 @dataclass(frozen=True)
 class Condition:
     """One requirement of a hypothesis. `met` is None where the statistic was not measured."""
-
-    __pydantic_config__: ClassVar = CLOSED
 
     hypothesis: Hypothesis
     statistic: Text
@@ -42,11 +40,10 @@ class Condition:
         return f"{self.statistic} is {self.measured}, not {self.requirement}"
 
 
+@closed
 @dataclass(frozen=True)
 class Verdict:
     """What the decision rule says of a study, with every gate and condition and the rule's constants."""
-
-    __pydantic_config__: ClassVar = CLOSED
 
     version: Text
     label: Label

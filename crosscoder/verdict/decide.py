@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from crosscoder.results.table import Estimate, finite
+from crosscoder.results.table import CONFIDENCE, Estimate, finite
 from crosscoder.results.verdict import Condition, Gate, Hypothesis, Label, UniversalityLabel, Verdict
 from crosscoder.verdict.evidence import identity_residual
 from crosscoder.verdict.rule import RULE, Evidence, Rule
@@ -92,7 +92,6 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
     measured = {name: getattr(e, name) for name in REQUIRED}
     missing = [name for name, value in measured.items() if value is None or not value.finite]
     present = [value for value in (*measured.values(), *(getattr(e, name) for name in OPTIONAL)) if value]
-    confidences = sorted({value.confidence for value in present})
     return (
         replace(loss, requirement=f"{loss.requirement}, or loss-matched checkpoints", passed=loss_passed),
         _at_most("explained variance", gap, rule.explained_variance_gap, "relative gap of A and B"),
@@ -125,9 +124,9 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
         ),
         Gate(
             "confidence",
-            ", ".join(f"{c:g}" for c in confidences) or None,
+            f"{CONFIDENCE:g}" if present else None,
             f"all intervals at {rule.confidence:g}",
-            confidences == [rule.confidence],
+            bool(present) and rule.confidence == CONFIDENCE,
         ),
     )
 

@@ -153,7 +153,7 @@ def cross_layer_excess(trained: Bootstrap, shuffled: Bootstrap, untrained: Boots
 
 def identity_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimate | None:
     """`alpha + 2 gamma - 2` with its interval, alpha and gamma taken as independent; None where one is missing."""
-    if alpha is None or gamma is None or not (alpha.finite and gamma.finite) or alpha.confidence != gamma.confidence:
+    if alpha is None or gamma is None or not (alpha.finite and gamma.finite):
         return None
     return linear_combination([(1.0, alpha), (2.0, gamma)], constant=-2.0)
 

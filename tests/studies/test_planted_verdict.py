@@ -159,7 +159,6 @@ BREAKS = {
         case, readings=replace(case.readings, untrained=case.readings.trained)
     ),
     "statistics measured": lambda case: measured(case, "count_gain", None),
-    "confidence": lambda case: measured(case, "cross_layer", Estimate(0.0, 0.0, 0.0, confidence=0.8)),
 }
 
 

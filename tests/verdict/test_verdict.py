@@ -143,7 +143,6 @@ BROKEN = [
     ("trained against untrained", {"trained_difference": Estimate(1.0, 0.5, math.inf)}),
     ("statistics measured", {"delta": None}),
     ("statistics measured", {"alpha": Estimate(2.0, -math.inf, math.inf)}),
-    ("confidence", {"gamma": Estimate(0.0, -0.05, 0.05, 0.95)}),
 ]
 
 
@@ -159,7 +158,14 @@ def test_each_gate_alone_makes_it_not_testable_and_is_named(base, name, change):
 
 
 def test_every_gate_is_broken_above():
-    assert {gate.name for gate in decide(COMPLETE).gates} == {name for name, _ in BROKEN}
+    assert {gate.name for gate in decide(COMPLETE).gates} == {*(name for name, _ in BROKEN), "confidence"}
+
+
+def test_a_rule_of_another_confidence_than_the_intervals_decides_nothing():
+    found = decide(COMPLETE, dataclasses.replace(RULE, confidence=0.95))
+    assert found.label == "not testable"
+    assert [gate.name for gate in found.gates if not gate.passed] == ["confidence"]
+    assert found.reasons == ("confidence: 0.9; required: all intervals at 0.95",)
 
 
 def test_gates_say_their_value_and_requirement():
