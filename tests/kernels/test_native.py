@@ -1,5 +1,6 @@
 """The C kernels: every width against float64, the lists of candidates, what compiles them, and what is kept."""
 
+import re
 import shutil
 import subprocess
 
@@ -257,6 +258,28 @@ def test_a_code_that_leads_outside_its_table_is_refused(in_c, features, offsets,
         ops.scatter_outer(values, features, offsets, torch.ones(2, 4), 9)
     with pytest.raises(IndexError, match=message):
         ops.decode_loss(values, features, offsets, torch.ones(1, 9, 4), torch.ones(1, 4), torch.ones(2, 1, 4), 1)
+
+
+def test_c_gets_no_tensor_of_another_kind(in_c):
+    gradient, out = torch.ones(3, 4), torch.empty(3)
+    for wrong in (gradient.double(), gradient.bfloat16(), gradient.to("meta"), 2.0):
+        with pytest.raises(TypeError, match="row_squares: gradient is"):
+            native.call("row_squares", 3, 4, wrong, None, out)
+    with pytest.raises(TypeError, match="out has strides"):
+        native.call("row_squares", 3, 4, gradient, None, torch.empty(6)[::2])
+    with pytest.raises(TypeError, match="n is tensor"):
+        native.call("row_squares", 3, gradient, gradient, None, out)
+    with pytest.raises(ValueError, match="shorter"):
+        native.call("row_squares", 3, 4, gradient, out)
+    native.call("row_squares", 3, 4, gradient.t().contiguous().t(), None, out)  # an input may have strides
+    assert out.tolist() == [4.0] * 3
+
+
+def test_every_c_function_has_all_its_parameters_read():
+    for path in build.FOLDER.glob("*.c"):
+        for name, inside in re.findall(r"^(?:void|int\w*|float) (\w+)\(([^)]*)\)", path.read_text(), re.MULTILINE):
+            assert len(build.declarations()[name]) == len(inside.split(",")), name
+            assert all(one.kind in native.DTYPES for one in build.declarations()[name]), name
 
 
 def test_tables_of_any_dtype_find_candidates_by_bf16():

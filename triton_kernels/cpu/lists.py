@@ -86,14 +86,14 @@ def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Te
     bounds_R = torch.empty(score_RF.shape[0], dtype=torch.int16)
     counts_R = torch.empty(score_RF.shape[0], dtype=torch.int64)
     sizes = (*score_RF.shape, n_groups, k, slack)
-    native.call("sieve_rows", *sizes, score_RF, margin_R, least_R, bounds_R, counts_R)
+    native.call("sieve_rows", *sizes, score_RF.view(torch.int16), margin_R, least_R, bounds_R, counts_R)
     return _listed(score_RF, bounds_R, counts_R)
 
 
 def not_below(score_RF: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Columns and keys of the bf16 scores not below their row's bound, and each row's count of them."""
     bounds_R, counts_R = keys_reaching(bound_R), torch.empty(score_RF.shape[0], dtype=torch.int64)
-    native.call("count_rows", *score_RF.shape, score_RF, bounds_R, counts_R)
+    native.call("count_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, counts_R)
     return _listed(score_RF, bounds_R, counts_R)
 
 
@@ -101,7 +101,7 @@ def _listed(score_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> tuple[Tenso
     offsets = starts(counts_R)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     keys = torch.empty_like(columns, dtype=torch.int16)
-    native.call("list_rows", *score_RF.shape, score_RF, bounds_R, offsets, columns, keys)
+    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, offsets, columns, keys)
     return columns, keys, counts_R
 
 

@@ -15,6 +15,16 @@ from torch import Tensor
 
 from triton_kernels.cpu.native import build
 
+DTYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "int16_t": torch.int16,
+    "uint16_t": torch.bfloat16,
+    "int32_t": torch.int32,
+    "int64_t": torch.int64,
+}
+"""What each C type holds."""
+
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether all tensors are fp32 on the CPU and the library is there."""
@@ -24,20 +34,36 @@ def serves(*tensors: Tensor | None) -> bool:
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Runs a C function. A tensor is a pointer to its numbers, an int an `int64_t`, a float a `float`, None is NULL.
+    """Runs a C function on arguments of the kinds that its declaration names; None is NULL.
 
-    Inputs may be strided. What the function writes to must be contiguous: it would write to a copy.
+    Inputs may be strided and are copied then; what the function writes to must be contiguous.
+
+    Raises:
+        TypeError: an argument is of another kind: C would read or write other memory as if it were this.
+        ValueError: there are too few or too many arguments.
     """
-    held = [one.contiguous() if isinstance(one, Tensor) else one for one in arguments]  # copies outlive the call
-    getattr(build.library(), name)(*map(_as_c, held))
+    parameters = build.declarations()[name]
+    held = [_checked(name, *pair) for pair in zip(parameters, arguments, strict=True)]  # copies outlive the call
+    getattr(build.library(), name)(*map(_as_c, parameters, held))
 
 
-def _as_c(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if argument is None:
-        return ctypes.c_void_p()
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+def _checked(name: str, parameter: build.Parameter, argument: Tensor | float | None) -> Tensor | float | None:
+    """The argument, contiguous if it is a tensor."""
+    if not isinstance(argument, Tensor):
+        if parameter.is_pointer == (argument is None):
+            return argument
+    elif parameter.is_pointer and argument.dtype == DTYPES[parameter.kind] and argument.device.type == "cpu":
+        if parameter.is_const or argument.is_contiguous():
+            return argument.contiguous()
+        raise TypeError(f"{name}: {parameter.name} has strides {argument.stride()}; it is written to in order")
+    expected = f"a tensor of {DTYPES[parameter.kind]} on the CPU" if parameter.is_pointer else "a number"
+    raise TypeError(f"{name}: {parameter.name} is {argument!r}; expected {expected}")
+
+
+def _as_c(parameter: build.Parameter, argument: Tensor | float | None) -> ctypes._SimpleCData:
+    if parameter.is_pointer:
+        return ctypes.c_void_p(argument.data_ptr() if isinstance(argument, Tensor) else None)
+    return ctypes.c_int64(argument) if parameter.kind == "int64_t" else ctypes.c_float(argument)
 
 
 def check_code(features_P: Tensor, offsets: Tensor, n_features: int) -> None:

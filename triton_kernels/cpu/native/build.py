@@ -11,12 +11,14 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("gcc", "clang", "cc")
@@ -38,6 +40,26 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+class Parameter(NamedTuple):
+    """One parameter of a C function."""
+
+    name: str
+    kind: str
+    is_pointer: bool
+    is_const: bool
+
+
+@functools.cache
+def declarations() -> dict[str, tuple[Parameter, ...]]:
+    """The parameters of every function of the sources that is not static."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.c")):
+        for name, inside in re.findall(r"^void (\w+)\(([^)]*)\)", path.read_text(), re.MULTILINE):
+            parts = [re.fullmatch(r"(const )?(\w+) (\*?)(\w+)", " ".join(one.split())) for one in inside.split(",")]
+            found[name] = tuple(Parameter(p[4], p[2], bool(p[3]), bool(p[1])) for p in parts if p)
+    return found
 
 
 def form() -> str:
