@@ -147,7 +147,7 @@ def kept_by_batch(score_BGF: Tensor, k: int) -> Tensor:
     score_GX = rearrange(score_BGF, "b g f -> g (b f)")
     columns = first_largest(score_GX, score_BGF.shape[0] * k)
     kept_GX = torch.zeros_like(score_GX, dtype=torch.bool).scatter(1, columns, True) & (score_GX > 0)
-    return rearrange(kept_GX, "g (b f) -> b g f", b=score_BGF.shape[0])
+    return rearrange(kept_GX, "g (b f) -> b g f", f=score_BGF.shape[2])
 
 
 def code_of(kept_BGF: Tensor, value_BGF: Tensor) -> tuple[Tensor, Tensor, Tensor]:

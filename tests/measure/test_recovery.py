@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from crosscoder.data.world import World, WorldConfig
+from crosscoder.data.world import World, WorldConfig, mean_interference_dimension
 from crosscoder.measure import recovery
 
 KINDS = ("local", "persistent", "drifting", "split", "gated")
@@ -126,7 +126,7 @@ def test_the_truth_itself_scores_perfectly_and_is_json(world, truth):
     for error in ("count_error", "rho_error", "rho_error_matched", "d_eff_error"):
         assert scores[error] == pytest.approx(0, abs=1e-5)
     assert scores["rho_true"] == pytest.approx(world.rho_F.mean().item(), rel=1e-5)
-    assert scores["d_eff_true"] == pytest.approx(world.effective_dimension, rel=1e-5)
+    assert scores["d_eff_true"] == pytest.approx(mean_interference_dimension(world.decoder_FLD), rel=1e-5)
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 

@@ -126,7 +126,9 @@ def test_trap_rare_atoms_hide_codes_from_the_area_under_the_curve():
     """
     config = WorldConfig(n_features=96, kinds=("local", "persistent", "split"), p_min=0.015, p_max=0.055)
     world = World(config)
-    arm = fit(world.batches, {"n_layers": 4, "d_model": 16}, n_features=128, k=round(float(world.probability_F.sum())))
+    arm = fit(
+        tokens_of(world), {"n_layers": 4, "d_model": 16}, n_features=128, k=round(float(world.probability_F.sum()))
+    )
     rows, planted = partners(world, arm)
     is_split = world.kind_F.numpy()[planted] == 2
     assert is_split.sum() >= 25

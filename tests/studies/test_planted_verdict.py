@@ -33,7 +33,7 @@ class WellRead(Planted):
         truth = pair.decoder_FLD[side].numpy()
         error = rng.normal(size=truth.shape) * (truth != 0)
         error *= 0.1 / np.linalg.norm(error, axis=(1, 2), keepdims=True)
-        activations_BF = pair.sample(self.config.fit.held_out, seed=2 * self.seed + 1)[1].numpy()
+        activations_BF = pair.activations(self.config.fit.held_out, 2 * self.seed + 1, 0).numpy()
         explained = 0.97 + 0.004 * rng.random()
         return Reading(
             dictionary_seed,

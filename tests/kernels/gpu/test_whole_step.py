@@ -14,7 +14,7 @@ from triton_kernels import cpu, gpu, ops
 
 
 def test_both_devices_offer_the_same_functions():
-    for name in triton_kernels.__all__:
+    for name in set(triton_kernels.__all__) - {"cpu_form"}:
         ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (cpu, gpu))
         assert list(ours) == list(theirs), name
 
