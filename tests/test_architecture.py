@@ -33,20 +33,20 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4150,
+    "triton_kernels": 4380,
     "crosscoder/foundation": 450,
-    "crosscoder/results": 520,
-    "crosscoder/data": 2200,
-    "crosscoder/dictionary": 1120,
+    "crosscoder/results": 650,
+    "crosscoder/data": 2340,
+    "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
-    "crosscoder/measure": 2530,
-    "crosscoder/verdict": 580,
-    "crosscoder/report": 1440,
-    "crosscoder/studies": 2080,
-    "crosscoder": 650,  # the modules beside the rooms
+    "crosscoder/measure": 2500,
+    "crosscoder/verdict": 590,
+    "crosscoder/report": 1960,
+    "crosscoder/studies": 2150,
+    "crosscoder": 710,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 16_800, 12_000
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_750, 12_000
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -185,8 +185,8 @@ def test_targets_are_checked_in_every_world():
     at = Place(arm="crosscoder", n_features=8, k=2, seed=0)
     first = LongTable(tuple(rows_at(at, good)))
     bank = rows_at(replace(at, arm="layerwise", estimator="hungarian"), bad)
-    assert [check["met"] for check in check_targets(first + bank)] == [True] * 4
-    checks = {check["score"]: check for check in check_targets(first + rows_at(replace(at, seed=1), bad))}
+    assert [check["met"] for check in check_targets(LongTable((*first, *bank)))] == [True] * 4
+    checks = {check["score"]: check for check in check_targets(LongTable((*first, *rows_at(replace(at, seed=1), bad))))}
     assert {score: check["met"] for score, check in checks.items()} == {
         "mcc": False,
         "count_error": False,
