@@ -9,6 +9,7 @@ not depend on the number of threads, which is torch's own. Each file of `cpu` ha
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def _checked(name: str, parameter: build.Parameter, argument: Tensor | float | N
     raise TypeError(f"{name}: {parameter.name} is {argument!r}; expected {expected}")
 
 
-def _as_c(parameter: build.Parameter, argument: Tensor | float | None) -> ctypes._SimpleCData:
+def _as_c(parameter: build.Parameter, argument: Any) -> ctypes._SimpleCData:
     if parameter.is_pointer:
         return ctypes.c_void_p(argument.data_ptr() if isinstance(argument, Tensor) else None)
     return ctypes.c_int64(argument) if parameter.kind == "int64_t" else ctypes.c_float(argument)
