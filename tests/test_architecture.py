@@ -33,7 +33,7 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4380,
+    "triton_kernels": 4390,
     "crosscoder/foundation": 450,
     "crosscoder/results": 650,
     "crosscoder/data": 2340,
@@ -46,7 +46,7 @@ BUDGETS = {
     "crosscoder/studies": 2150,
     "crosscoder": 710,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_750, 12_000
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_760, 12_000
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
