@@ -30,7 +30,8 @@ def dictionary_needs(arm: Arm, n_layers: int, d_model: int, budget: DictionaryBu
     """What training one dictionary takes; `of` stands before each label."""
     batch, n_features = budget.batch, budget.n_features
     config = DictionaryConfig(n_layers=n_layers, d_model=d_model, **budget.settings(arm))
-    shapes = DICTIONARIES[CLASSES[arm]].tensor_shapes(config)
+    form = DICTIONARIES[CLASSES[arm]]
+    shapes, rows_of_token = form.tensor_shapes(config), math.prod(form.layout(config).rows_of_token)
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name not in ("threshold", "input_scale")}
     parameters = sum(sizes.values())
     # Before a penalty has had its effect about half of all features are active.
@@ -42,7 +43,7 @@ def dictionary_needs(arm: Arm, n_layers: int, d_model: int, budget: DictionaryBu
         "batch, reconstruction, gradient": 3 * 4 * batch * n_layers * d_model,
         "score slab (never all of [B, F])": 4 * min(SLAB_ELEMENTS, batch * n_features),
         "encoder rounded to bf16, where that is fast": 2 * sizes["encoder"],
-        "active pairs": 12 * batch * active * (1 if arm == "crosscoder" else n_layers),
+        "active pairs": 12 * batch * active * rows_of_token,
         "one checkpoint on disk": 12 * parameters,
     }
     rows = [("parameters", f"{parameters:,}"), *((label, human_bytes(size)) for label, size in takes.items())]

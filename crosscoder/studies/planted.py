@@ -94,7 +94,7 @@ def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: s
     source = config.fit.source(world.draw, shape)
     reading = config.fit.run(arm, source, n_features=size, k=k, seed=seed, device=device)
     at = Place(arm=arm, n_features=size, k=k, seed=seed)
-    if arm == "crosscoder":
+    if reading.n_groups == 1:
         return score(at, reading.distinct.decoder_FLD, world, reading, l0_true=l0_true)
     rows: list[Row] = []
     for rule in counting.RULES:
