@@ -1,0 +1,129 @@
+"""Where an artifact came from: the text, tokens, model and sites behind it, as records that travel along with it.
+
+A token folder keeps `TokenOrigin`, an activation store and a trained dictionary keep `Reads`. Whoever joins two
+artifacts compares their records first, so that numbers are never taken of things that do not belong together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from crosscoder.foundation.config import config
+
+Kind = Literal["residual", "write", "mlp"]
+KINDS: dict[Kind, str] = {
+    "residual": "residual stream after each block",
+    "write": "what each block adds to the residual stream",
+    "mlp": "what MLPs are given, after the norm before them, and what they return, before any norm behind them",
+}
+"""What is read, by what a user calls it."""
+
+
+class MismatchError(ValueError):
+    """Two artifacts that do not belong together."""
+
+
+@config
+class TextOrigin:
+    """The documents of a token folder.
+
+    content: sha256 of the documents that were read, in their order.
+    skipped: documents or files that were not read, by reason.
+    """
+
+    source: str
+    content: str
+    config_name: str | None = None
+    split: str | None = None
+    column: str | None = None
+    revision: str | None = None
+    n_documents: NonNegativeInt = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@config
+class TokenOrigin:
+    """How text became token blocks.
+
+    tokenizer: sha256 of its rules and vocabulary. bos: the id that begins every block; None where none does.
+    special_ids: the tokenizer's special tokens, which are no text.
+    special_tokens: whether markup in the text that spells special tokens was read as those.
+    """
+
+    tokenizer: str
+    name: str | None = None
+    revision: str | None = None
+    bos: NonNegativeInt | None = None
+    special_ids: tuple[int, ...] = ()
+    special_tokens: bool = False
+    context: PositiveInt
+    text: TextOrigin | None = None
+
+
+@config
+class ModelOrigin:
+    """A language model. `weights` is the sha256 of its parameters and buffers; `revision` is a commit on the Hub."""
+
+    name: str
+    weights: str
+    revision: str | None = None
+    dtype: str = "float32"
+
+
+@config
+class Reads:
+    """What a store holds and a dictionary reads.
+
+    sites: blocks, counted from 1, whose outputs, writes or MLPs are read; 0 is the embedding.
+    skip_positions: tokens left out at the start of every block. keep_outliers: whether tokens of unusual norm and
+        special tokens are kept. scale: the factor of each layer that made its usual norm sqrt(D).
+    """
+
+    model: ModelOrigin
+    tokens: TokenOrigin
+    kind: Kind
+    sites: tuple[int, ...]
+    skip_positions: NonNegativeInt = 1
+    keep_outliers: bool = False
+    scale: tuple[PositiveFloat, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for people."""
+        numbers = ", ".join(map(str, self.sites))
+        bos = "with BOS" if self.tokens.bos is not None else "no BOS"
+        kept = "all tokens" if self.keep_outliers else "no special or outlier tokens"
+        revision = f"@{self.model.revision[:12]}" if self.model.revision else ""
+        model = f"{self.model.name}{revision} ({self.model.weights[:8]})"
+        return f"{KINDS[self.kind]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
+
+
+def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: str) -> None:
+    """Refuse to join two artifacts that read different things; one that keeps no record is let through.
+
+    Raises:
+        MismatchError: names both sides and what would be right.
+    """
+    if mine is None or other is None:
+        return
+    wrong = []
+    for what, a, b, mend in (
+        ("model", *(f"{r.model.name} ({r.model.weights[:8]})" for r in (mine, other)), "give it with --subject"),
+        ("tokenizer", *(r.tokens.tokenizer[:8] for r in (mine, other)), "prepare the text with the model's own"),
+        ("BOS", *(_said(r.tokens.bos is not None) for r in (mine, other)), "prepare with --bos or --no-bos"),
+        ("markup as special tokens", *(_said(r.tokens.special_tokens) for r in (mine, other)), "--special-tokens"),
+        ("kind", mine.kind, other.kind, f"--site {mine.kind}" if mine.kind != "mlp" else "--reads mlp"),
+        ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, mine.sites))}"),
+        ("first positions left out", mine.skip_positions, other.skip_positions, "harvest again"),
+        ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "--keep-outliers"),
+    ):
+        if a != b:
+            wrong.append(f"{what}: {owner} {a}, {given} {b} ({mend})")
+    if wrong:
+        raise MismatchError(f"{owner} and {given} do not belong together: {'; '.join(wrong)}")
+
+
+def _said(yes: bool) -> str:
+    return "yes" if yes else "no"
