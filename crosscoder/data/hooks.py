@@ -1,8 +1,12 @@
-"""Reading and replacing what modules of a model are given and return: the only forward hooks of the library."""
+"""Reading and replacing what modules of a model are given and return: the only forward hooks of the library.
+
+A hook acts in the thread that set it only, so that one thread may read a model while another one runs it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -21,11 +25,15 @@ class ModuleEnd(NamedTuple):
 def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
     """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
 
+    owner = threading.get_ident()
+
     def before(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read(number, _given(args, kwargs))
+        if threading.get_ident() == owner:
+            read(number, _given(args, kwargs))
 
     def after(number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        read(number, _returned(output))
+        if threading.get_ident() == owner:
+            read(number, _returned(output))
 
     with contextlib.ExitStack() as hooks:
         for number, (module, end) in enumerate(ends):
@@ -40,7 +48,11 @@ def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> G
 def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
     """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
 
+    owner = threading.get_ident()
+
     def after(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if threading.get_ident() != owner:
+            return output
         hidden = replace(number, _given(args, kwargs), _returned(output))
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 

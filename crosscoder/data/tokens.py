@@ -22,6 +22,7 @@ from crosscoder.foundation.artifact import (
     verify_directory,
     write_json,
 )
+from crosscoder.foundation.origin import TokenOrigin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -101,13 +102,16 @@ class TokenBlocks:
         if self.documents.shape != (len(ids),):
             raise ValueError(f"expected one document number a block, got {self.documents.shape} for {len(ids)} blocks")
         self.vocab_size, self.tokenizer_hash, self.n_dropped = vocab_size, tokenizer_hash, n_dropped
+        self.origin: TokenOrigin | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, indices: int | slice | Tensor) -> Tensor:
         """The blocks at `indices` as int64 `[b, S]` (or `[S]` for one number), copied."""
-        return torch.from_numpy(np.array(self._ids[indices], dtype=np.int64))
+        # One number in a tensor would be taken for a plain index.
+        chosen = indices.numpy() if isinstance(indices, Tensor) else indices
+        return torch.from_numpy(np.array(self._ids[chosen], dtype=np.int64))
 
     @property
     def sequence_length(self) -> int:

@@ -84,7 +84,7 @@ class Reads:
 
     model: ModelOrigin
     tokens: TokenOrigin
-    kind: Kind
+    site: Kind
     sites: tuple[int, ...]
     skip_positions: NonNegativeInt = 1
     keep_outliers: bool = False
@@ -97,7 +97,7 @@ class Reads:
         kept = "all tokens" if self.keep_outliers else "no special or outlier tokens"
         revision = f"@{self.model.revision[:12]}" if self.model.revision else ""
         model = f"{self.model.name}{revision} ({self.model.weights[:8]})"
-        return f"{KINDS[self.kind]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
+        return f"{KINDS[self.site]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
 
 
 def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: str) -> None:
@@ -114,7 +114,7 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
         ("tokenizer", *(r.tokens.tokenizer[:8] for r in (mine, other)), "prepare the text with the model's own"),
         ("BOS", *(_said(r.tokens.bos is not None) for r in (mine, other)), "prepare with --bos or --no-bos"),
         ("markup as special tokens", *(_said(r.tokens.special_tokens) for r in (mine, other)), "--special-tokens"),
-        ("kind", mine.kind, other.kind, f"--site {mine.kind}" if mine.kind != "mlp" else "--reads mlp"),
+        ("site", mine.site, other.site, f"--site {mine.site}" if mine.site != "mlp" else "--reads mlp"),
         ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, mine.sites))}"),
         ("first positions left out", mine.skip_positions, other.skip_positions, "harvest again"),
         ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "--keep-outliers"),
