@@ -50,7 +50,7 @@ class Source(abc.ABC):
 
     def held_out(self) -> Iterator[Tensor]:
         """Scaled batches `x_BLD` of usual tokens that are never trained on."""
-        return (batch.usual() for batch in self.marked())
+        return (batch.kept() for batch in self.marked())
 
     def batches(self, size: int, *, seed: int, steps: int) -> Batches:
         """What `train` takes: a function that gives the batches from a step on, up to `steps`."""
@@ -131,15 +131,23 @@ class Activations(abc.ABC):
 
 
 class Marked(NamedTuple):
-    """Scaled tokens `x_BLD`, which of them are usual `[B]`, and which they are of the text `[B]`."""
+    """Scaled tokens `x_BLD`, at which layers each is an outlier `[B, L]`, whether it is kept `[B]`, and its number in
+    the text (`Activations.token_T`)."""
 
     x_BLD: Tensor
-    usual_B: Tensor
+    outlier_BL: Tensor
+    kept_B: Tensor
     token_B: Tensor
 
-    def usual(self) -> Tensor:
-        """The usual tokens alone."""
-        return chosen_tokens(self.x_BLD, self.usual_B)
+    @classmethod
+    def plain(cls, x_BLD: Tensor, token_B: Tensor) -> Marked:
+        """Tokens among which no outlier is sought."""
+        none_BL = torch.zeros(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device)
+        return cls(x_BLD, none_BL, ~none_BL.any(1), token_B)
+
+    def kept(self) -> Tensor:
+        """The tokens that are kept, `[b, L, D]`."""
+        return chosen_tokens(self.x_BLD, self.kept_B)
 
 
 def chosen_tokens(x_BLD: Tensor, chosen_B: Tensor) -> Tensor:
@@ -170,7 +178,7 @@ class SiteSource(Source):
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         x_BLD = self.whole_batch(index, size, seed)
-        return chosen_tokens(x_BLD, self.usual(x_BLD))
+        return chosen_tokens(x_BLD, self.kept(is_outlier(x_BLD)))
 
     def whole_batch(self, index: int, size: int, seed: int) -> Tensor:
         """Batch number `index` with its outliers, `x_BLD` of exactly `size` tokens."""
@@ -179,11 +187,9 @@ class SiteSource(Source):
         x_TLD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return select_sites(x_TLD, self.train.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
 
-    def usual(self, x_BLD: Tensor) -> Tensor:
-        """Which scaled tokens are no outliers at any layer, bool `[B]`."""
-        if self.train.keep_outliers:
-            return torch.ones(len(x_BLD), dtype=torch.bool, device=x_BLD.device)
-        return ~is_outlier(x_BLD).any(1)
+    def kept(self, outlier_BL: Tensor) -> Tensor:
+        """Which tokens are kept, bool `[B]`: those that are outliers at no layer, or all."""
+        return torch.ones_like(outlier_BL[:, 0]) if self.train.keep_outliers else ~outlier_BL.any(1)
 
     def marked(self) -> Iterator[Marked]:
         return self._in_order(self.held_out_activations)
@@ -193,7 +199,8 @@ class SiteSource(Source):
             stop = min(start + EVALUATION_BATCH, activations.n_tokens)
             x_TLD = activations.rows(start, stop)
             x_BLD = select_sites(x_TLD, activations.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
-            yield Marked(x_BLD, self.usual(x_BLD), activations.token_T[start:stop])
+            outlier_BL = is_outlier(x_BLD)
+            yield Marked(x_BLD, outlier_BL, self.kept(outlier_BL), activations.token_T[start:stop])
 
     @property
     def held_out_activations(self) -> Activations:
@@ -223,8 +230,8 @@ class ShuffledSource(Source):
 
     def marked(self) -> Iterator[Marked]:
         for index, batch in enumerate(self._source.marked()):
-            x_BLD = self._shuffle(batch.usual(), "shuffled stream", self._seed, index)
-            yield Marked(x_BLD, torch.ones(len(x_BLD), dtype=torch.bool), batch.token_B[batch.usual_B.cpu()])
+            x_BLD = self._shuffle(batch.kept(), "shuffled stream", self._seed, index)
+            yield Marked.plain(x_BLD, batch.token_B[batch.kept_B.cpu()])
 
     def _shuffle(self, x_BLD: Tensor, *stream: int | str) -> Tensor:
         n_tokens, generator, layers = len(x_BLD), seeded_generator(*stream), range(self.n_layers)
@@ -246,6 +253,7 @@ class StackedSource(Source):
         self.sources = tuple(sources)
         _check_same_tokens([source.train for source in sources])
         _check_same_tokens([source.held_out_activations for source in sources])
+        self.context = sources[0].train.context
         self.layer_counts = tuple(source.n_layers for source in sources)
         self.widths = tuple(source.d_model for source in sources)
         self.n_layers, self.d_model = sum(self.layer_counts), max(self.widths)
@@ -262,13 +270,14 @@ class StackedSource(Source):
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         parts = [source.whole_batch(index, size, seed) for source in self.sources]
-        usual_B = torch.stack([source.usual(x_BLD) for source, x_BLD in zip(self.sources, parts)]).all(0)
-        return chosen_tokens(self._stack(parts), usual_B)
+        kept = [source.kept(is_outlier(x_BLD)) for source, x_BLD in zip(self.sources, parts, strict=True)]
+        return chosen_tokens(self._stack(parts), torch.stack(kept).all(0))
 
     def marked(self) -> Iterator[Marked]:
         for parts in zip(*(source.marked() for source in self.sources), strict=True):
-            usual_B = torch.stack([part.usual_B for part in parts]).all(0)
-            yield Marked(self._stack([part.x_BLD for part in parts]), usual_B, parts[0].token_B)
+            outlier_BL = torch.cat([part.outlier_BL for part in parts], dim=1)
+            kept_B = torch.stack([part.kept_B for part in parts]).all(0)
+            yield Marked(self._stack([part.x_BLD for part in parts]), outlier_BL, kept_B, parts[0].token_B)
 
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:
         weighted = [x_BLD * weight for x_BLD, weight in zip(parts, self.weights, strict=True)]
@@ -307,7 +316,7 @@ class PlantedSource(Source):
     def marked(self) -> Iterator[Marked]:
         for index, start in enumerate(range(0, self.held_out_tokens, EVALUATION_BATCH)):
             x_BLD = self._draw(min(EVALUATION_BATCH, self.held_out_tokens - start), self._stream, index)
-            yield Marked(x_BLD, torch.ones(len(x_BLD), dtype=torch.bool), torch.arange(start, start + len(x_BLD)))
+            yield Marked.plain(x_BLD, torch.arange(start, start + len(x_BLD)))
 
 
 def is_outlier(x_BLD: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ class Numbered(Source):
         return torch.arange(float(size))[:, None, None].expand(size, 3, 2) + torch.tensor([0, 1000, 2000])[:, None]
 
     def marked(self):
-        return iter([Marked(self.batch(0, 512, 0), torch.ones(512, dtype=torch.bool), torch.arange(512))] * 2)
+        return iter([Marked.plain(self.batch(0, 512, 0), torch.arange(512))] * 2)
 
 
 def test_in_the_shuffled_null_every_layer_keeps_its_vectors_and_loses_its_partners():
