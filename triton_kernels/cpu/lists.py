@@ -97,7 +97,7 @@ def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Te
 def not_below(score_RF: Tensor, bound_R: Tensor) -> Parts:
     """Columns and keys of the bf16 scores not below their row's bound, and each row's count of them."""
     bounds_R, counts_R = keys_reaching(bound_R), torch.empty(score_RF.shape[0], dtype=torch.int64)
-    native.call("count_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, counts_R)
+    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, None, counts_R, None, None)
     return _listed(score_RF, bounds_R, counts_R)
 
 
@@ -105,7 +105,7 @@ def _listed(score_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> Parts:
     offsets = starts(counts_R)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     keys = torch.empty_like(columns, dtype=torch.int16)
-    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, offsets, columns, keys)
+    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, offsets, None, columns, keys)
     return columns, keys, counts_R
 
 
@@ -120,9 +120,9 @@ def merged(found: Lists, bound_R: Tensor, n_features: int) -> Candidates:
     """The features in each row's lists whose scores are not below the row's bound."""
     columns, keys, offsets, n_rows = found
     bounds_R, counts_R = keys_reaching(bound_R), torch.empty(n_rows, dtype=torch.int64)
-    native.call("count_lists", found.n_chunks, n_rows, offsets, keys, bounds_R, counts_R)
+    given = (found.n_chunks, n_rows, n_features, offsets, columns, keys, bounds_R)
+    native.call("merge_lists", *given, None, counts_R, None)
     row_starts = starts(counts_R)
     features = torch.empty(int(row_starts[-1]), dtype=torch.int32)
-    sizes = (found.n_chunks, n_rows, n_features)
-    native.call("merge_lists", *sizes, offsets, columns, keys, bounds_R, row_starts, features)
+    native.call("merge_lists", *given, row_starts, None, features)
     return Candidates(features, row_starts)

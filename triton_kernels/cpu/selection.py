@@ -54,11 +54,11 @@ def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -
     if native.serves(z_RF, scale_F, bound_F):
         counts_R = torch.empty(z_RF.shape[0], dtype=torch.int64)
         given = (*z_RF.shape, z_RF, scale_F, bound_F, least)
-        native.call("count_above", *given, counts_R)
+        native.call("list_above", *given, None, counts_R, None, None, None)
         offsets = starts(counts_R)
         z, score = z_RF.new_empty(2, int(offsets[-1]))
         columns = torch.empty(z.shape, dtype=torch.int32)
-        native.call("list_above", *given, offsets, z, score, columns)
+        native.call("list_above", *given, offsets, counts_R, z, score, columns)
         return Pairs(z, score, columns, offsets)
     return pairs.above(z_RF, scale_F, bound_F, least)
 
