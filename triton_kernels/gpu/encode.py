@@ -48,23 +48,22 @@ def _rescored(encoding: Encoding, centred_RN: Tensor, features_P: Tensor, offset
     return z_P + encoding.bias_GF.reshape(-1)[features_P.long()]
 
 
-def _working(encoding: Encoding) -> Tensor:
-    return encoding.encoder_GFN.to(encoding.product) if encoding.working_GFN is None else encoding.working_GFN
-
-
-def _scale_of(encoding: Encoding, group: int) -> Tensor | None:
-    return None if encoding.scale_GF is None else encoding.scale_GF[group].contiguous()
+def _dictionaries(encoding: Encoding) -> Iterator[tuple[Tensor | None, Iterator[tuple[int, Tensor, Tensor]]]]:
+    """The scale and the slabs of one dictionary after the other."""
+    working_GFN = encoding.encoder_GFN.to(encoding.product) if encoding.working_GFN is None else encoding.working_GFN
+    for group, working_FN in enumerate(working_GFN):
+        scale_F = None if encoding.scale_GF is None else encoding.scale_GF[group].contiguous()
+        yield scale_F, _slabs(encoding, working_FN, group)
 
 
 def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
     """z and features of `reference.encode_top_k`."""
     (n_rows, n_groups, _), device = encoding.x_BGN.shape, encoding.x_BGN.device
-    n_features, working_GFN = encoding.encoder_GFN.shape[1], _working(encoding)
+    n_features = encoding.encoder_GFN.shape[1]
     z_BGK = torch.empty(n_rows, n_groups, k, dtype=encoding.encoder_GFN.dtype, device=device)
     features_BGK = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=device)
-    for group in range(n_groups):
-        scale_F = _scale_of(encoding, group)
-        for start, centred_RN, z_RF in _slabs(encoding, working_GFN[group], group):
+    for group, (scale_F, slabs) in enumerate(_dictionaries(encoding)):
+        for start, centred_RN, z_RF in slabs:
             rows = slice(start, start + z_RF.shape[0])
             z_RK, features_RK = z_BGK[rows, group], features_BGK[rows, group]
             chosen_RK = torch.empty(z_RK.shape, dtype=encoding.product, device=device) if encoding.is_rounded else z_RK
@@ -95,12 +94,11 @@ def _code_of(encoding: Encoding, parts: list[Pairs]) -> Pairs:
 
 def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Pairs, Tensor]:
     """Pairs and cut of `reference.encode_batch_top_k`; the cut is one of the scores that chose."""
-    n_rows, n_groups, _ = encoding.x_BGN.shape
-    working_GFN, parts, cuts = _working(encoding), [], []
-    for group in range(n_groups):
-        scale_F, running = _scale_of(encoding, group), RunningBound(n_rows * k, encoding.x_BGN.device)
-        slabs = [_kept(z_RF, scale_F, None, running) for _, _, z_RF in _slabs(encoding, working_GFN[group], group)]
-        best, cut = largest_pairs(stacked(slabs, encoding.encoder_GFN), n_rows * k)
+    wanted, parts, cuts = encoding.x_BGN.shape[0] * k, [], []
+    for scale_F, slabs in _dictionaries(encoding):
+        running = RunningBound(wanted, encoding.x_BGN.device)
+        kept = [_kept(z_RF, scale_F, None, running) for _, _, z_RF in slabs]
+        best, cut = largest_pairs(stacked(kept, encoding.encoder_GFN), wanted)
         parts.append(best)
         cuts.append(cut.to(encoding.encoder_GFN.dtype))
     return _code_of(encoding, parts), torch.stack(cuts)
@@ -109,9 +107,9 @@ def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Pairs, Tensor]:
 def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> Pairs:
     """Pairs of `reference.encode_threshold`."""
     wide = torch.promote_types(encoding.product, torch.float32)
-    working_GFN, parts = _working(encoding), []
-    for group, lower_F in enumerate(threshold_GF.to(wide).sub(window / 2).contiguous()):
-        scale_F, bounds = _scale_of(encoding, group), group_bounds(lower_F)
-        slabs = [_kept(z_RF, scale_F, lower_F, bounds) for _, _, z_RF in _slabs(encoding, working_GFN[group], group)]
-        parts.append(stacked(slabs, encoding.encoder_GFN))
+    lower_GF, parts = threshold_GF.to(wide).sub(window / 2).contiguous(), []
+    for lower_F, (scale_F, slabs) in zip(lower_GF, _dictionaries(encoding), strict=True):
+        bounds = group_bounds(lower_F)
+        kept = [_kept(z_RF, scale_F, lower_F, bounds) for _, _, z_RF in slabs]
+        parts.append(stacked(kept, encoding.encoder_GFN))
     return _code_of(encoding, parts)
