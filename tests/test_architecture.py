@@ -33,7 +33,7 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4390,
+    "triton_kernels": 4248,
     "crosscoder/foundation": 450,
     "crosscoder/results": 650,
     "crosscoder/data": 2340,
