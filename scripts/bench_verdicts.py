@@ -20,8 +20,7 @@ from crosscoder.foundation.config import to_mapping
 from crosscoder.report.panels import (
     INK,
     PALETTE,
-    axis_labels,
-    axis_title,
+    describe,
     make_panels,
     plain_ticks,
     share_legend,
@@ -106,13 +105,13 @@ def draw_verdicts(rows: LongTable) -> bytes:
                 ax.axvspan(*band, color=PALETTE[color], alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
             _draw_intervals(ax, group.select(estimator=name), right)
         ratio, delta = axes[:, column]
-        axis_title(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
+        describe(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
         ratio.set(xscale="log", xlim=(0.25, 4))
         plain_ticks(ratio.xaxis, (0.25, 0.5, 1, 2, 4))
         delta.set(xlim=(-0.4, 1.4))
-        axis_labels(ratio, "R, density of B over A", "world" if column == 0 else None)
-        axis_labels(delta, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
-    share_legend(figure, axes)
+        describe(ratio, None, "R, density of B over A", "world" if column == 0 else None)
+        describe(delta, None, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
+    share_legend(figure)
     return to_png(figure)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosscoder.foundation.artifact import read_json
 from crosscoder.results.file import Results
@@ -15,8 +15,34 @@ from crosscoder.results.table import SITES, Estimate, LongTable
 
 WORDS = read_json(Path(__file__).parent / "templates" / "words.json")
 SITE_NAME = {"residual": "residual stream", "write": "block writes"}
-ARM_NAME = {"crosscoder": "crosscoder", "layerwise": "per-layer SAEs"}
-GROUP_OF_ARM = {"layerwise": "per-layer", "crosscoder": "cross-layer"}
+
+
+class Arm(NamedTuple):
+    """How the dictionaries of one arm are called, counted and drawn."""
+
+    name: str
+    short: str
+    group: str
+    """Of the seed paper's table."""
+    counts: tuple[str, str]
+    """Its alive features, and those told apart."""
+    marker: str
+    line: str
+    filled: bool
+
+    def face(self, color: str) -> str:
+        """What fills a mark or a bar of this colour."""
+        return color if self.filled else "white"
+
+    def bar(self, color: str) -> dict[str, Any]:
+        """The style of a bar of this colour."""
+        return {"facecolor": self.face(color), "edgecolor": color, "hatch": None if self.filled else "////"}
+
+
+ARMS = {
+    "layerwise": Arm("per-layer SAEs", "bank", "per-layer", ("alive", "merged"), "s", "--", filled=False),
+    "crosscoder": Arm("crosscoder", "crosscoder", "cross-layer", ("alive", "distinct"), "o", "-", filled=True),
+}
 
 
 def main_range(results: Results, key: str, **where: Any) -> Estimate | None:
@@ -70,7 +96,7 @@ def _spread(results: Results, kind: str) -> str:
 
 def _answer_for_one(results: Results) -> list[str]:
     where = {"subject": results.subjects[0], "state": "trained", "site": "residual", "role": "main"}
-    found = [next(iter(results.rows.cells("alive", arm=arm, **where).values()), None) for arm in GROUP_OF_ARM]
+    found = [next(iter(results.rows.cells("alive", arm=arm, **where).values()), None) for arm in ARMS]
     bank, cross = found
     if bank is None or cross is None:
         return ["One of the two arms is missing.", "Nothing can be compared."]

@@ -19,10 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosscoder.foundation.artifact import read_json, replace_file
-from crosscoder.report import tables
+from crosscoder.report import figures, tables
 from crosscoder.report.answer import WORDS, answer
-from crosscoder.report.figures import PICTURES as OF_FEATURES
-from crosscoder.report.model_figures import PICTURES as OF_MODELS
 from crosscoder.report.panels import to_png
 from crosscoder.report.table import Table
 from crosscoder.report.verdict_figures import draw_verdict
@@ -30,7 +28,7 @@ from crosscoder.report.verdict_tables import VERDICT_TABLES
 from crosscoder.results.file import RESULTS, Results, document, from_document, save_results
 from crosscoder.results.quantities import NOTES, QUANTITIES, definition
 
-PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
+PICTURES = {"verdict": draw_verdict, **figures.PICTURES}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
 _CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
@@ -145,13 +143,13 @@ def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
     return drawn
 
 
-def _view(results: Results, figures: dict[str, tuple[str, int]]) -> dict[str, Any]:
+def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """Everything that the templates print."""
     provenance = results.provenance
     names = ", ".join(str(results.of(name, "name")) for name in results.subjects)
     pictures = []
     for slug, caption in WORDS["pictures"].items():
-        png, width = figures.get(slug, ("", 0))
+        png, width = drawn.get(slug, ("", 0))
         pictures.append({"slug": slug, "png": png, "width": width, **caption})
     groups = {group: tables.measured_table(results, group) for group in WORDS["groups"]}
     judged = {name: table(results) for name, table in VERDICT_TABLES.items()}

@@ -11,8 +11,7 @@ from crosscoder.report.panels import (
     FAINT,
     INK,
     PALETTE,
-    axis_labels,
-    axis_title,
+    describe,
     log_axis,
     make_panels,
     mark_empty,
@@ -176,11 +175,11 @@ def draw_recovery(rows: LongTable) -> bytes:
     panels = (("count", "Distinct features"), ("mcc", "MCC"), ("rho", "Layers a feature occupies"), ("d_eff", "d_eff"))
     for ax, (key, title) in zip(axes.flat, panels):
         _draw_score(ax, groups, color, key)
-        axis_title(ax, title)
-        axis_labels(ax, "dictionary size (features; a layer, for banks)", None)
+        describe(ax, title)
+        describe(ax, None, "dictionary size (features; a layer, for banks)", None)
     _draw_recall(axes[1][1], groups, color)
     _draw_pairs(axes[1][2], rows)
-    share_legend(figure, axes)
+    share_legend(figure)
     return to_png(figure)
 
 
@@ -201,7 +200,7 @@ def _draw_score(ax: Any, groups: dict[Place, LongTable], color: dict[str, str], 
 
 
 def _draw_recall(ax: Any, groups: dict[Place, LongTable], color: dict[str, str]) -> None:
-    axis_title(ax, "Recall by kind, largest dictionary of each")
+    describe(ax, "Recall by kind, largest dictionary of each")
     largest = {name_of(at): groups[at] for at in sorted(groups, key=lambda at: at.n_features or 0)}
     if not largest:
         mark_empty(ax)
@@ -217,8 +216,8 @@ def _draw_recall(ax: Any, groups: dict[Place, LongTable], color: dict[str, str])
 
 
 def _draw_pairs(ax: Any, rows: LongTable) -> None:
-    axis_title(ax, "R found beside R planted")
-    axis_labels(ax, "planted R", "R found")
+    describe(ax, "R found beside R planted")
+    describe(ax, None, "planted R", "R found")
     if not rows.select("r_slots"):
         mark_empty(ax)
         return
