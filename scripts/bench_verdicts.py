@@ -26,7 +26,7 @@ from crosscoder.report.panels import (
     share_legend,
     to_png,
 )
-from crosscoder.report.planted import markdown_table, shown
+from crosscoder.report.planted import shown
 from crosscoder.results.file import RESULTS, load_results, save_results
 from crosscoder.results.quantities import definition
 from crosscoder.results.table import Estimate, LongTable, Row
@@ -41,6 +41,12 @@ VERDICTS_NOTE = (
     "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, control, "
     "statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the directions drawn."
 )
+
+
+def markdown_table(title: list[str], rows: list[list[Any]]) -> list[str]:
+    """A Markdown table; nothing without rows."""
+    lines = [title, ["---"] * len(title), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] if rows else []
 
 
 def write(study: StudyFolder, config: VerdictConfig, rows: list[Row]) -> None:

@@ -58,10 +58,15 @@ def render_report(results: Results, folder: str | Path) -> Path:
     view = _view(shown, _draw_figures(shown, folder / "figures"))
     embedded = _embedded_json(written)
     html = _environment().get_template("report.html.j2").render(view, embedded=embedded)
-    markdown = _environment(markdown=True).get_template("report.md.j2").render(view)
-    replace_file(folder / "report.md", re.sub(r"\n{3,}", "\n\n", markdown.strip() + "\n").encode("utf-8"))
+    replace_file(folder / "report.md", render_markdown("report.md.j2", view).encode("utf-8"))
     replace_file(folder / "report.html", html.encode("utf-8"))
     return folder / "report.html"
+
+
+def render_markdown(template: str, view: dict[str, Any]) -> str:
+    """A template's Markdown, in which no value can become markup; one empty line at most between others."""
+    markdown = _environment(markdown=True).get_template(template).render(view)
+    return re.sub(r"\n{3,}", "\n\n", markdown.strip() + "\n")
 
 
 def clean_strings(value: Any) -> Any:
