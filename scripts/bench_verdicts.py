@@ -26,7 +26,7 @@ from crosscoder.report.panels import (
     share_legend,
     to_png,
 )
-from crosscoder.report.planted import shown
+from crosscoder.report.table import shown
 from crosscoder.results.file import RESULTS, load_results, save_results
 from crosscoder.results.quantities import definition
 from crosscoder.results.table import Estimate, LongTable, Row

@@ -150,8 +150,6 @@ def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
 
 def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """Everything that the templates print."""
-    provenance = results.provenance
-    names = ", ".join(str(results.of(name, "name")) for name in results.subjects)
     pictures = []
     for slug, caption in WORDS["pictures"].items():
         png, width = drawn.get(slug, ("", 0))
@@ -161,9 +159,8 @@ def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]
     shown = {name: table(results) for name, table in tables.TABLES.items()}
     return {
         "words": WORDS,
-        "title": WORDS["titles"][provenance.kind],
-        "lead": WORDS["lead"][provenance.kind],
-        "kicker": f"Preset {provenance.preset} · {names}",
+        "provenance": results.provenance,
+        "names": [results.of(name, "name") for name in results.subjects],
         "answer": answer(results),
         "verdict": judged,
         "notes": results.verdict.notes if results.verdict else (),
@@ -173,8 +170,6 @@ def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]
         "pictures": pictures,
         "tables": shown,
         "details": tables.provenance_details(results),
-        "footer": f"{provenance.schema}, {provenance.kind}, preset {provenance.preset}, "
-        f"{provenance.started}, commit {provenance.git_commit or 'unknown'}.",
     }
 
 

@@ -10,6 +10,7 @@ from crosscoder.foundation.artifact import replace_file
 from crosscoder.report import panels
 from crosscoder.report.page import render_markdown
 from crosscoder.report.panels import FAINT, INK, PALETTE, describe
+from crosscoder.report.table import shown
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import definition
 from crosscoder.results.table import Estimate, LongTable, Place
@@ -78,14 +79,6 @@ def _pairs(rows: LongTable) -> list[dict[str, Any]]:
         pair = defaultdict(lambda: None, {row.key: row.value for row in rows.select(kind=at.kind, subject=None)})
         pairs.append(pair | {"counts": rows.values("count", kind=at.kind, subject=("A", "B"))})
     return pairs
-
-
-def shown(found: Estimate | float | None, form: str = ".3f") -> str:
-    """A number, with the ends of its interval where it has one."""
-    if isinstance(found, Estimate):
-        ends = f" [{found.low:{form}}, {found.high:{form}}]" if found.low < found.high else ""
-        return f"{found.value:{form}}{ends}"
-    return "undefined" if found is None else f"{found:{form}}"
 
 
 def draw_recovery(rows: LongTable) -> bytes:
