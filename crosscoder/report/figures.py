@@ -161,11 +161,9 @@ def subject_panels(
     margin: tuple[float, float] = (0, 0.6),
     **shared: Any,
 ) -> tuple[Figure, list[tuple[Axes, Cells, str]]]:
-    """A panel for each site (rows) and subject (columns; `only_known`: that has cells), labelled on the outside.
+    """The figure, and `(axes, own cells, colour)` of a panel for each site (rows) and subject (columns).
 
-    Sizes are in inches; `alone` is the width where there is one subject.
-
-    The figure, and `(axes, own cells, colour)` of every panel.
+    `only_known` leaves out subjects without cells. Sizes are in inches; `alone` is the width for one subject.
     """
     sites, subjects = _sites(cells), [name for name in results.subjects if any(at.subject == name for at in cells)]
     subjects = subjects if only_known else results.subjects
@@ -217,11 +215,12 @@ def draw_profiles(results: Results) -> Figure | None:
 
 def draw_spread(results: Results) -> Figure | None:
     """Histogram of rho / L, trained (filled) against untrained (outline), by site and subject."""
-    cells = results.rows.cells("rho_histogram", arm="crosscoder", role="main", state=tuple(OUTLINE))
+    cells = first_trainings(results.rows.cells("mean_rho", arm="crosscoder", role="main", state=tuple(OUTLINE)))
+    cells = {at: cell for at, cell in cells.items() if cell.values("rho_histogram")}
     if not cells:
         return None
     x, y = "ρ / L  (1 = evenly on every layer)", "share of features"
-    figure, drawn = subject_panels(results, first_trainings(cells), x, y, sharex=True)
+    figure, drawn = subject_panels(results, cells, x, y, sharex=True)
     for ax, own, color in drawn:
         for at, cell in sorted(own.items(), key=lambda one: str(one[0].state)):  # the trained one first
             _histogram(ax, cell, str(at.state), color)
