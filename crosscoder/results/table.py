@@ -105,11 +105,9 @@ def value_type(key: str) -> Any:
     """What a row of a quantity may hold."""
     one = QUANTITIES[key]
     kind: Any = TYPES["share" if (one.value, one.unit) == ("number", "share") else one.value]
-    return (
-        Annotated[kind, Field(min_length=one.length or 0, max_length=one.length)] | None
-        if one.value == "list"
-        else kind | None
-    )
+    if one.value == "list":
+        kind = Annotated[kind, Field(min_length=one.length or 0, max_length=one.length)]
+    return kind | None
 
 
 @closed
