@@ -42,7 +42,7 @@ BUDGETS = {
     "crosscoder/formats": 98,
     "crosscoder/measure": 2500,
     "crosscoder/verdict": 590,
-    "crosscoder/report": 1960,
+    "crosscoder/report": 1730,
     "crosscoder/studies": 2150,
     "crosscoder": 710,  # the modules beside the rooms
 }
