@@ -29,6 +29,7 @@ from crosscoder.studies.budget import Arm, Seeds
 from crosscoder.studies.calibration import FitConfig, score
 from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.planted_verdict import VerdictConfig
+from crosscoder.studies.presets import named_configs
 
 
 @config
@@ -50,33 +51,7 @@ class PlantedConfig:
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
 
 
-_LARGE_WORLD = WorldConfig(
-    n_features=256, n_layers=4, d_model=32, kinds=("local", "persistent", "drifting", "split"), p_min=0.005, p_max=0.035
-)
-_LARGE_PAIR = PairConfig(n_features=256, n_layers=4, d_model=32, p_min=0.005, p_max=0.035)
-PRESETS: dict[str, PlantedConfig] = {
-    "ci": PlantedConfig(),
-    "quick": PlantedConfig(
-        world=_LARGE_WORLD,
-        fit=FitConfig(steps=1500),
-        sizes=(384, 1024),
-        bank_sizes=(256,),
-        seeds=(0, 1),
-        pair=_LARGE_PAIR,
-        pair_size=384,
-        gammas=(0.0, 0.5, 1.0),
-    ),
-    "full": PlantedConfig(
-        world=replace(_LARGE_WORLD, kinds=("local", "persistent", "drifting", "split", "gated")),
-        fit=FitConfig(steps=3000, held_out=81_920),
-        sizes=(128, 192, 256, 384, 768, 1024),
-        bank_sizes=(128, 256, 512),
-        seeds=(0, 1, 2, 3, 4),
-        pair=replace(_LARGE_PAIR, n_layers=16),
-        pair_size=384,
-        gammas=(0.0, 0.5, 1.0),
-    ),
-}
+PRESETS = named_configs(PlantedConfig, "planted")
 
 
 def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: str = "cpu") -> list[Row]:
