@@ -151,13 +151,11 @@ class Synthetic(Study):
 
     preset: Literal["ci", "quick", "full"] = "quick"
     """ci: under a minute, 64 features. quick: a few minutes on two cores, 256. full: five worlds, more sizes."""
-    verdicts: int = 0
-    """Seeds on which planted answers (R of 2, 1, 1/2) go through the whole chain, minutes each on one core."""
 
     def study(self) -> Any:
         from crosscoder.studies.planted import PRESETS
 
-        return replace(PRESETS[self.preset], verdicts=self.verdicts)
+        return PRESETS[self.preset]
 
     def needs(self) -> Needs:
         return [*planted_needs(self.study()), ("writes", f"report.md, results.json and pictures in {self.out}")]

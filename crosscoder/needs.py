@@ -134,10 +134,6 @@ def planted_needs(config: PlantedConfig) -> Needs:
         ("steps of each, and tokens a step", f"{fit.steps} x {fit.batch}"),
         ("largest dictionary: weights, gradients, optimiser", human_bytes(32 * largest * width)),
         ("one batch and its truth", human_bytes(4 * fit.batch * (world.n_features + width))),
-        (
-            "verdicts",
-            f"{config.verdicts} seeds of {len(config.verdict.plants)} planted answers, about 5 minutes a seed",
-        ),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from crosscoder.report.panels import (
     log_axis,
     make_panels,
     mark_empty,
-    plain_ticks,
     plot_points,
     share_legend,
     to_png,
@@ -25,13 +23,10 @@ from crosscoder.report.panels import (
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import definition
 from crosscoder.results.table import Estimate, LongTable, Place
-from crosscoder.verdict.decide import RULE
 
 TARGETS = {"mcc": 0.93, "count_error": 0.08, "rho_error": 0.05, "d_eff_error": 0.10}
 """What a crosscoder is to reach in every world: at least this MCC, at most these errors either way."""
-STATISTICS = ("R", "gamma", "delta")
 WORDS = ("mcc", "recall", "precision", "count_error", "rho_error", "rho_error_matched", "d_eff_error", "l0_error")
-VERDICT_WORDS = ("planted_verdict", "planted_control", "coverage")
 ESTIMATES = (
     ("count", "count", ".0f"),
     ("error", "count_error", "+.1%"),
@@ -58,31 +53,23 @@ PAIRS_NOTE = (
     "R of slots is 2 (F_B / F_A) (rho_B / rho_A); R of density is entropy load over d_eff, B over A; its error is "
     "against the directions drawn, whose d_eff scatters about the planted one."
 )
-VERDICTS_NOTE = (
-    "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, control, "
-    "statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the directions drawn."
-)
 
 
 def write_page(results: Results, folder: Path) -> None:
     """Write `report.md` and its pictures."""
     replace_file(folder / "report.md", render_markdown(results).encode())
     replace_file(folder / "recovery.png", draw_recovery(results.rows))
-    if results.rows.select("found_verdict"):
-        replace_file(folder / "verdicts.png", draw_verdicts(results.rows))
 
 
 def render_markdown(results: Results) -> str:
-    """The tables: targets, estimators, recall by kind, pairs, verdicts, and what every word means."""
+    """The tables: targets, estimators, recall by kind, pairs, and what every word means."""
     rows, world = results.rows, results.provenance.config["world"]
-    kinds, has_verdicts = world["kinds"], bool(rows.select("found_verdict"))
-    words = [*WORDS, "saturated", *(VERDICT_WORDS if has_verdicts else ())]
+    kinds = world["kinds"]
     sections = {
         "Targets": _targets(rows),
         "Estimators": _estimators(rows),
         "Recall by kind": _recall(rows, kinds),
         "Pairs": [PAIRS_NOTE, "", *_pairs(rows)] if rows.select("r_slots") else [],
-        "Verdicts": [*verdict_lines(rows), "![R and delta by world](verdicts.png)"] if has_verdicts else [],
     }
     lines = [
         "# Planted truth",
@@ -96,18 +83,13 @@ def render_markdown(results: Results) -> str:
     for title, body in sections.items():
         lines += [f"## {title}", "", *body, ""] if body else []
     lines += ["![Estimates beside the truth](recovery.png)", "", "## Words", ""]
-    return "\n".join([*lines, *(f"- **{key}**: {definition(key)}" for key in words)]) + "\n"
+    return "\n".join([*lines, *(f"- **{key}**: {definition(key)}" for key in (*WORDS, "saturated"))]) + "\n"
 
 
 def by_estimator(rows: LongTable) -> dict[Place, LongTable]:
     """The scores of each kind and size of dictionary, all worlds together."""
     scored = LongTable(tuple(row for row in rows.select(subject=None, role=None) if row.at.k is not None))
     return scored.groups("arm", "estimator", "n_features")
-
-
-def by_seed(rows: LongTable, key: str, **where: Any) -> dict[int | None, Any]:
-    """What is known of a key by the seed of its world."""
-    return {row.at.seed: row.value for row in rows.select(key, **where) if row.value is not None}
 
 
 def name_of(at: Place) -> str:
@@ -136,8 +118,8 @@ def _targets(rows: LongTable) -> list[str]:
     for one in check_targets(rows):
         target = f"{'>=' if one['score'] == 'mcc' else '<='} {one['target']:g}"
         met = "yes" if one["met"] else "**no**"
-        lines.append([one["size"], one["score"], target, _shown(one["mean"]), _shown(one["worst"]), met])
-    return _table(["crosscoder size", "score", "target", "mean", "worst world", "met in every world"], lines)
+        lines.append([one["size"], one["score"], target, shown(one["mean"]), shown(one["worst"]), met])
+    return markdown_table(["crosscoder size", "score", "target", "mean", "worst world", "met in every world"], lines)
 
 
 def _estimators(rows: LongTable) -> list[str]:
@@ -149,18 +131,18 @@ def _estimators(rows: LongTable) -> list[str]:
             if "(true)" in title:
                 cells.append(f"{found.value:{form}} ({truth.value:{form}})" if found and truth else "undefined")
             else:
-                cells.append(_shown(found, form))
+                cells.append(shown(found, form))
         cells[2] += " (full: lower bound)" if any(group.values("saturated")) else ""
         lines.append(cells)
-    return _table(["estimator", "size", *(title for title, *_ in ESTIMATES)], lines)
+    return markdown_table(["estimator", "size", *(title for title, *_ in ESTIMATES)], lines)
 
 
 def _recall(rows: LongTable, kinds: Sequence[str]) -> list[str]:
     lines = []
     for at, group in by_estimator(rows).items():
         recall = [group.seed_range("recall_by_kind", kind=kind) for kind in kinds]
-        lines.append([name_of(at), at.n_features, *(_shown(one and one.value, ".2f") for one in recall)])
-    return _table(["estimator", "size", *kinds], lines)
+        lines.append([name_of(at), at.n_features, *(shown(one and one.value, ".2f") for one in recall)])
+    return markdown_table(["estimator", "size", *kinds], lines)
 
 
 def _pairs(rows: LongTable) -> list[str]:
@@ -169,49 +151,19 @@ def _pairs(rows: LongTable) -> list[str]:
         one = {row.key: row.value for row in rows.select(kind=at.kind, subject=None)}
         counts = rows.values("count", kind=at.kind, subject=("A", "B"))
         lines.append([*(form.format(**one) for _, form in PAIRS), ", ".join(map(str, counts))])
-    return _table([*(title for title, _ in PAIRS), "counts A, B"], lines)
+    return markdown_table([*(title for title, _ in PAIRS), "counts A, B"], lines)
 
 
-def verdict_lines(rows: LongTable) -> list[str]:
-    """The table of planted verdicts, how often intervals cover, and what was wrong, in Markdown."""
-    lines, wrong = [], []
-    for at in rows.select("found_verdict").groups("kind"):
-        group = rows.select(kind=at.kind)
-        right, labels = group.values("right_verdict"), Counter(group.values("found_verdict"))
-        cells = [at.kind, group.values("expected_verdict")[0], f"{sum(right)} of {len(right)}"]
-        cells.append(", ".join(f"{label} {count}" for label, count in labels.items()))
-        lines.append([*cells, *(cell for name in STATISTICS for cell in _coverage(group.select(estimator=name)))])
-        for row in group.select("right_verdict"):
-            if not row.value:
-                label, reasons = (group.one(key, seed=row.at.seed) for key in ("found_verdict", "verdict_reasons"))
-                wrong.append(f"- {at.kind}, seed {row.at.seed}: {label}: {'; '.join(reasons)}")
-    title = ["planted", "right verdict", "found", "verdicts"]
-    for name in STATISTICS:
-        title += [f"{name}, mean (planted)", f"{name}'s interval covers planted, drawn"]
-    said = ["Verdicts that were not right:", "", *wrong, ""] if wrong else []
-    return [VERDICTS_NOTE, "", *_table(title, lines), "", *said]
-
-
-def _coverage(rows: LongTable) -> tuple[str, str]:
-    """One statistic of one plant: its mean beside what was planted, and how often its interval covers that."""
-    found, drawn = by_seed(rows, "found"), by_seed(rows, "drawn")
-    planted = rows.values("planted")[0]
-    held = sum(one.covers(planted) for one in found.values())
-    held_drawn = sum(one.covers(drawn[seed]) for seed, one in found.items())
-    miss = max((max(0.0, one.low - planted, planted - one.high) for one in found.values()), default=0.0)
-    mean = sum(one.value for one in found.values()) / len(found) if found else None
-    by_at_most = f"; by at most {miss:.1g}" if miss else ""
-    return f"{_shown(mean)} ({planted:.3g})", f"{held}, {held_drawn} of {len(found)}{by_at_most}"
-
-
-def _shown(found: Estimate | float | None, form: str = ".3f") -> str:
+def shown(found: Estimate | float | None, form: str = ".3f") -> str:
+    """A number, with the ends of its interval where it has one."""
     if isinstance(found, Estimate):
         ends = f" [{found.low:{form}}, {found.high:{form}}]" if found.low < found.high else ""
         return f"{found.value:{form}}{ends}"
     return "undefined" if found is None else f"{found:{form}}"
 
 
-def _table(title: list[str], rows: list[list[Any]]) -> list[str]:
+def markdown_table(title: list[str], rows: list[list[Any]]) -> list[str]:
+    """A Markdown table; nothing without rows."""
     lines = [title, ["---"] * len(title), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] if rows else []
 
@@ -275,38 +227,3 @@ def _draw_pairs(ax: Any, rows: LongTable) -> None:
         ax.plot(planted, found, color=color, marker="D", linestyle="", label=label)
     ends = [0.0, 1.1 * max(rows.values("r_slots_true"))]
     ax.plot(ends, ends, color=FAINT, linewidth=1, linestyle=":")
-
-
-def draw_verdicts(rows: LongTable) -> bytes:
-    """R and delta of every planted world with their 90 % intervals beside what was planted, as PNG."""
-    plants = [at.kind for at in rows.select("found_verdict").groups("kind")]
-    figure, axes = make_panels(2, len(plants), (4.3 * len(plants), 7.0))
-    bands = {"R": {"H0": (RULE.complete, 4), "H1": (RULE.equal, 2)}, "delta": {"H1": (RULE.delta, 2)}}
-    for column, plant in enumerate(plants):
-        group = rows.select(kind=plant)
-        right = by_seed(group, "right_verdict")
-        for ax, name in zip(axes[:, column], bands, strict=True):
-            for hypothesis, (band, color) in bands[name].items():
-                ax.axvspan(*band, color=PALETTE[color], alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
-            _draw_intervals(ax, group.select(estimator=name), right)
-        ratio, delta = axes[:, column]
-        axis_title(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
-        ratio.set(xscale="log", xlim=(0.25, 4))
-        plain_ticks(ratio.xaxis, (0.25, 0.5, 1, 2, 4))
-        delta.set(xlim=(-0.4, 1.4))
-        axis_labels(ratio, "R, density of B over A", "world" if column == 0 else None)
-        axis_labels(delta, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
-    share_legend(figure, axes)
-    return to_png(figure)
-
-
-def _draw_intervals(ax: Any, rows: LongTable, right: dict[int | None, Any]) -> None:
-    planted = rows.values("planted")[0]
-    for row in rows.select("found"):
-        if isinstance(row.value, Estimate):
-            held = row.value.covers(planted)
-            color, label = PALETTE[not held], f"90 % interval that {'holds' if held else 'misses'} it"
-            ax.plot([row.value.low, row.value.high], [row.at.seed] * 2, color=color, linewidth=1.6, label=label)
-            ax.plot(row.value.value, row.at.seed, "o" if right[row.at.seed] else "X", color=color, markersize=5)
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.axvline(planted, color=INK, linewidth=1.2, linestyle=":", label="planted")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
@@ -24,11 +24,9 @@ from crosscoder.measure.reading import Reading
 from crosscoder.report.planted import write_page
 from crosscoder.results.file import Results, save_results
 from crosscoder.results.table import Place, Row, rows_at
-from crosscoder.studies import planted_verdict
 from crosscoder.studies.budget import Arm, Seeds
 from crosscoder.studies.calibration import FitConfig, score
 from crosscoder.studies.folder import StudyFolder
-from crosscoder.studies.planted_verdict import VerdictConfig
 from crosscoder.studies.presets import named_configs
 
 
@@ -46,9 +44,6 @@ class PlantedConfig:
     pair_size: PositiveInt = 96
     gammas: tuple[float, ...] = (0.0, 1.0)
     """A pair of worlds for each exponent of the lifespan, with features that do not turn; `pair.gamma` is not used."""
-    verdicts: NonNegativeInt = 0
-    """Seeds on which each planted answer goes through the whole chain to the rule."""
-    verdict: VerdictConfig = field(default_factory=VerdictConfig)
 
 
 PRESETS = named_configs(PlantedConfig, "planted")
@@ -152,7 +147,7 @@ def study_jobs(config: PlantedConfig, device: str) -> dict[str, Callable[[], lis
             jobs[f"bank {size}, world {seed}"] = partial(measure_arm, config, "layerwise", size, seed, device)
     for gamma in config.gammas:
         jobs[f"pair gamma {gamma:g}"] = partial(measure_pair, config, gamma, config.seeds[0], device)
-    return jobs | planted_verdict.verdict_jobs(config.verdict, config.verdicts, device)
+    return jobs
 
 
 def run_planted(config: PlantedConfig, *, folder: Path, preset: str, device: str = "cpu", workers: int = 1) -> Results:

@@ -3,7 +3,9 @@
 Most tests read planted features as a good dictionary would, without training one; the slow one trains.
 """
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +14,16 @@ from scipy import sparse
 
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.reading import Reading
-from crosscoder.report.planted import draw_verdicts, verdict_lines
 from crosscoder.results.file import load_results
 from crosscoder.results.table import Estimate, LongTable, Place, rows_at
-from crosscoder.studies import planted as study
-from crosscoder.studies import planted_verdict
 from crosscoder.studies.calibration import FitConfig
-from crosscoder.studies.planted_verdict import PLANTS, Plant, Planted, VerdictConfig, judge, measure_case
 from crosscoder.verdict import evidence
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import bench_verdicts
+import bench_verdicts_worlds as worlds
+from bench_verdicts import draw_verdicts, verdict_lines
+from bench_verdicts_worlds import PLANTS, Plant, Planted, VerdictConfig, judge, measure_case
 
 FIT = VerdictConfig().fit
 CONFIG = VerdictConfig(fit=replace(FIT, held_out=4096))
@@ -80,7 +84,7 @@ def test_the_planted_verdict_is_returned(read_well):
     assert found.gamma.value == pytest.approx(plant.gamma, abs=0.05)
     assert found.delta.value == pytest.approx(plant.delta, abs=0.15)
     assert decided.universality == "universal"
-    rows = LongTable(tuple(planted_verdict.verdict_rows(plant, planted(plant), case)))
+    rows = LongTable(tuple(worlds.verdict_rows(plant, planted(plant), case)))
     assert rows.one("right_verdict")
     assert rows.one("found", estimator="R").covers(rows.one("drawn", estimator="R"))
     assert found.ratio.value == pytest.approx(rows.one("planted", estimator="R"), rel=0.2)
@@ -177,11 +181,11 @@ def test_the_same_case_unbroken_passes_every_gate(persistent):
 def test_errors_of_the_readings_are_those_of_the_worst():
     one = planted(PLANTS[0])
     subjects = one.subjects()
-    assert planted_verdict.measure_errors(one, subjects).count_error == 0
+    assert worlds.measure_errors(one, subjects).count_error == 0
     seeds = subjects["B"].seeds
     fewer = ((seeds[0][0].only(np.arange(round(0.9 * CONFIG.n_features))), *seeds[0][1:]), *seeds[1:])
     subjects["B"] = replace(subjects["B"], seeds=fewer)
-    assert planted_verdict.measure_errors(one, subjects).count_error == pytest.approx(0.1)
+    assert worlds.measure_errors(one, subjects).count_error == pytest.approx(0.1)
 
 
 def test_the_scale_makes_the_mean_square_one():
@@ -191,7 +195,7 @@ def test_the_scale_makes_the_mean_square_one():
         assert x.square().mean().item() == pytest.approx(1, rel=0.03)
 
 
-def test_the_study_shows_them(tmp_path):
+def test_the_script_runs_the_missing_worlds_and_shows_all(tmp_path, monkeypatch, capsys):
     small = VerdictConfig(
         n_features=12,
         d_model=8,
@@ -200,13 +204,15 @@ def test_the_study_shows_them(tmp_path):
         fit=FitConfig(steps=40, batch=64, held_out=2048),
         plants=PLANTS[1:2],
     )
-    config = replace(study.PRESETS["ci"], sizes=(), bank_sizes=(), gammas=(), verdicts=1, verdict=small)
-    results = study.run_planted(config, folder=tmp_path, preset="ci")
-    page = (tmp_path / "report.md").read_text()
-    assert "| persistent | H1a | " in page
-    assert "coverage" in page
-    assert set(map(repr, load_results(tmp_path).rows)) == set(map(repr, results.rows))
-    assert len(results.rows.select("found_verdict")) == 1
+    monkeypatch.setattr(bench_verdicts, "VerdictConfig", lambda: small)
+    for n_worlds in (1, 2):
+        arguments = ["bench_verdicts.py", "--worlds", str(n_worlds), "--workers", "1", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        bench_verdicts.main()
+        page = capsys.readouterr().out
+        assert "| persistent | H1a | " in page
+        assert "coverage" in page
+        assert load_results(tmp_path).rows.seeds() == list(range(n_worlds))
 
 
 @pytest.mark.slow
@@ -216,11 +222,9 @@ def test_trained_dictionaries_return_the_planted_ratio_and_lifespan():
     plant = PLANTS[1]
     one = Planted(replace(CONFIG, training_seeds=1), plant.gamma, plant.delta, 7)
     subjects = one.subjects()
-    errors = planted_verdict.measure_errors(one, subjects)
+    errors = worlds.measure_errors(one, subjects)
     assert errors.count_error <= 0.1
     assert errors.rho_error <= 0.1
     assert evidence.worst_self_cosine(list(subjects.values())) >= 0.9
     d_eff = {side: np.mean([pair.debiased.value for pair in subjects[side].pairs[0]]) for side in ("A", "B")}
-    assert d_eff["A"] / d_eff["B"] == pytest.approx(
-        planted_verdict.truth(one.pairs, planted_verdict.drawn_dimension)["R"], rel=0.1
-    )
+    assert d_eff["A"] / d_eff["B"] == pytest.approx(worlds.truth(one.pairs, worlds.drawn_dimension)["R"], rel=0.1)
