@@ -276,9 +276,5 @@ def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: S
     ids = load_file(stores.held_out_ids)["ids"].long().to(device).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
     found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
-    of_all = {"splice_tokens": found.n_tokens, "spliced_ablation": found.ablation, "clean_loss": found.clean_loss}
-    rows = rows_at(at, of_all)
-    for one in found.sites:
-        numbers = {key: getattr(one, key) for key in ("spliced_loss", "ablated_loss", "loss_recovered", "kl")}
-        rows += rows_at(replace(at, layer=one.layer), numbers)
-    return rows
+    each = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]
+    return rows_at(at, found.clean) + each
