@@ -74,7 +74,7 @@ def test_loss_is_the_model_s_own(model, ids):
     result = splice_losses(perfect, model, list(find_blocks(model)), ids, layers=[2], kind="residual", skip_positions=0)
     own = torch.stack([model(batch, labels=batch).loss for batch in ids]).mean()
     assert result.clean["clean_loss"] == pytest.approx(own.item(), abs=1e-5)
-    assert result.n_tokens == 2 * 4 * 15
+    assert result.clean["splice_tokens"] == 2 * 4 * 15
 
 
 def test_no_ratio_where_removing_a_site_costs_nothing(model, ids):
