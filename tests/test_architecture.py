@@ -40,10 +40,10 @@ BUDGETS = {
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
-    "crosscoder/measure": 2500,
+    "crosscoder/measure": 2455,
     "crosscoder/verdict": 590,
     "crosscoder/report": 1730,
-    "crosscoder/studies": 2150,
+    "crosscoder/studies": 1730,
     "crosscoder": 710,  # the modules beside the rooms
 }
 MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_760, 12_000
