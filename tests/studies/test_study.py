@@ -1,4 +1,4 @@
-"""The main job at its smallest: everything runs, and goes on where it was stopped to the same bytes, and its report says only what it knows."""
+"""The main job at its smallest: it goes on where it was stopped to the same bytes, and says only what it knows."""
 
 import html
 import json
