@@ -221,11 +221,11 @@ def _our_numbers(config: LanguageConfig, setting: Setting, bank: LayerwiseSAE, s
         bank, setting.model, blocks, ids,
         layers=config.layers, kind="residual", ablation="zero", skip_positions=skip,
     )  # fmt: skip
-    site = result.sites[EVALUATED]
-    clean, spliced = result.clean_loss, site.spliced_loss
+    site = result.sites[str(config.layers[EVALUATED])]
+    clean, spliced = result.clean["clean_loss"], site["spliced_loss"]
     gone = _zero_everywhere(setting.model, blocks[config.layers[EVALUATED] - 1], ids, skip)
     if skip == 0:  # the library's own number, where the definitions are the same
-        gone, recovered = site.ablated_loss, site.loss_recovered
+        gone, recovered = site["ablated_loss"], site["loss_recovered"]
     else:
         recovered = (gone - spliced) / (gone - clean)
     return {
@@ -237,8 +237,8 @@ def _our_numbers(config: LanguageConfig, setting: Setting, bank: LayerwiseSAE, s
         "spliced": spliced,
         "ablated everywhere": gone,
         "recovered, ablated everywhere": recovered,
-        "recovered": site.loss_recovered,
-        "kl": site.kl,
+        "recovered": site["loss_recovered"],
+        "kl": site["kl"],
     }
 
 

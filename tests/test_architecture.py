@@ -33,17 +33,17 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4390,
+    "triton_kernels": 4248,
     "crosscoder/foundation": 450,
     "crosscoder/results": 650,
     "crosscoder/data": 2340,
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
-    "crosscoder/measure": 2500,
+    "crosscoder/measure": 2455,
     "crosscoder/verdict": 590,
-    "crosscoder/report": 1960,
-    "crosscoder/studies": 2150,
+    "crosscoder/report": 1730,
+    "crosscoder/studies": 1730,
     "crosscoder": 710,  # the modules beside the rooms
 }
 MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_760, 12_000

@@ -78,11 +78,6 @@ class ShapeReadings:
         return two_level_bootstrap([[value(r) for r in group] for group in self.seeds], seed=seed)
 
 
-def sparse_features(reading: Reading) -> np.ndarray:
-    """True for features that are not ultra-dense."""
-    return reading.probability_F <= counting.ULTRA_DENSE
-
-
 def shape_density(shape: ShapeReadings, estimator: str, document_T: np.ndarray, *, seed: int = 0) -> Bootstrap | str:
     """The density of a shape's features by one of `ESTIMATORS`, or the reason why there is none.
 
@@ -90,7 +85,8 @@ def shape_density(shape: ShapeReadings, estimator: str, document_T: np.ndarray, 
     are drawn alike for all shapes, so that ratios share them.
     """
     if estimator == "load_sparse":
-        return shape_density(shape.only(sparse_features), PRIMARY_ESTIMATOR, document_T, seed=seed)
+        sparse = shape.only(lambda reading: reading.probability_F <= counting.ULTRA_DENSE)
+        return shape_density(sparse, PRIMARY_ESTIMATOR, document_T, seed=seed)
     kind, divisor = estimator.split("_", 1)
     neurons = shape.n_layers * shape.d_model
     match divisor:

@@ -25,7 +25,7 @@ from crosscoder.data.sources import Marked, chosen_tokens
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
-from crosscoder.measure import dimension, matching, profile
+from crosscoder.measure import matching, profile
 
 DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are duplicates
 _NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
@@ -209,8 +209,8 @@ class Reading:
 
     @cached_property
     def energy_F(self) -> np.ndarray:
-        """Mean squared norm that each feature writes on a token."""
-        return dimension.feature_energy(matching.mean_square(self.code), self.rows_FN)
+        """`E[f_i^2] |W_i|^2`, the mean squared norm that each feature writes on a token."""
+        return matching.mean_square(self.code) * np.square(self.rows_FN).sum(1)
 
     @cached_property
     def rows_FN(self) -> np.ndarray:

@@ -27,7 +27,7 @@ from crosscoder.measure import counting, probes, profile, universality
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.results.table import Place, Role, Row, Site, State, finite, rows_at
-from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget, PartialStructure, WholeStructure
+from crosscoder.studies.budget import CLASSES, SPANNING, Arm, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.presets import Run
 from crosscoder.training import TrainConfig
 
@@ -106,7 +106,7 @@ class Cell:
     @property
     def compared(self) -> bool:
         """Whether its dictionaries are read by the verdict: the main crosscoders of one subject."""
-        return self.role == "main" and self.place.arm == "crosscoder"
+        return self.role == "main" and self.other is None and self.arm in SPANNING
 
 
 def file_name(at: Place) -> str:
@@ -276,9 +276,5 @@ def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: S
     ids = load_file(stores.held_out_ids)["ids"].long().to(device).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
     found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
-    rows = rows_at(at, {"splice_tokens": found.n_tokens, "spliced_ablation": found.ablation})
-    rows += rows_at(at, {"clean_loss": found.clean_loss})
-    for one in found.sites:
-        numbers = {key: getattr(one, key) for key in ("spliced_loss", "ablated_loss", "loss_recovered", "kl")}
-        rows += rows_at(replace(at, layer=one.layer), numbers)
-    return rows
+    each = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]
+    return rows_at(at, found.clean) + each

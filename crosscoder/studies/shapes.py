@@ -31,7 +31,7 @@ from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.budget import with_k, with_size
+from crosscoder.studies.budget import SPANNING, with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
@@ -113,8 +113,8 @@ def study_cells(config: StudyConfig) -> list[Cell]:
     layers = {name: shape.n_layers for name, shape in config.subjects.shapes().items()}
 
     def cost(cell: Cell) -> int:
-        arms = 2 if cell.arm == "layerwise" else 1
-        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * arms
+        longer = 1 if cell.arm in SPANNING else 2
+        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * longer
 
     cells = [replace(cell, probed=_is_probed(cell)) for cell in sorted(cells, key=cost, reverse=True)]
     return [*cells, *(_joint_cells(mains["A"], len(every)) if config.joint else ())]

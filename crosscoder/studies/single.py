@@ -8,13 +8,14 @@ from pathlib import Path
 from pydantic import NonNegativeInt, PositiveInt
 
 from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.sources import are_neighbours
 from crosscoder.data.subject import load_subject, load_untrained
 from crosscoder.data.subject_training import causal_loss
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import Place, Site, State, rows_at
-from crosscoder.studies.budget import Arm, DictionaryBudget, Seeds
+from crosscoder.studies.budget import SPANNING, Arm, DictionaryBudget, Seeds
 from crosscoder.studies.cells import Cell
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
 
@@ -97,7 +98,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
     Beside the untrained model, the crosscoder on block writes has a second control: each layer's tokens in an order of
     their own, so that nothing but chance joins layers.
     """
-    neighbours = len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1))
+    neighbours = are_neighbours(layers)
     sites: tuple[Site, ...] = ("residual", "write") if neighbours else ("residual",)
     states = STATES if config.untrained else STATES[:1]
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
@@ -113,7 +114,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
             role="main",
             budget=config.dictionaries,
             seeds=config.seeds[:1] if state == "shuffled" else config.seeds,
-            probed=arm == "crosscoder" and site == "write",
+            probed=arm in SPANNING and site == "write",
         )
         for arm, site, state in kinds
     ]
