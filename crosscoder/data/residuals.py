@@ -177,15 +177,15 @@ class ResidualHarvester:
             )
 
 
-def model_origin(model: nn.Module) -> ModelOrigin:
-    """The record of a model, with the sha256 of its parameters and buffers."""
+def model_origin(model: nn.Module, name: str = "") -> ModelOrigin:
+    """The record of a model, with the sha256 of its parameters and buffers; `name` is where it was loaded from."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().contiguous().cpu().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    name = name or getattr(config, "_name_or_path", "") or type(model).__name__
     return ModelOrigin(name=name, weights=digest.hexdigest(), dtype=str(next(model.parameters()).dtype)[6:])
 
 

@@ -153,7 +153,7 @@ class ActivationShards(Activations):
     def __init__(
         self, index: StoreIndex, shards: list[dict[str, Tensor]], *, tokens_per_refill: int = REFILL_TOKENS
     ) -> None:
-        self.index, self.sites, self.d_model, self.fingerprint = index, index.sites, index.d_model, index.fingerprint
+        self.index, self.sites, self.fingerprint = index, index.sites, index.fingerprint
         self._shards, self.harvested = shards, index.harvested
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
         self.n_tokens = int(self._ends[-1])
@@ -178,6 +178,10 @@ class ActivationShards(Activations):
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
         shards = [_open_shard(folder, shard, index) for shard in index.shards]
         return cls(index, shards, tokens_per_refill=tokens_per_refill)
+
+    @property
+    def d_model(self) -> int:
+        return self.index.d_model
 
     def rows(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.n_tokens:

@@ -89,7 +89,6 @@ class Activations(abc.ABC):
     n_tokens: int
     """Tokens in one epoch."""
     sites: tuple[int, ...]
-    d_model: int
     fingerprint: str
     context: int
     """Tokens of a block, S."""
@@ -98,6 +97,11 @@ class Activations(abc.ABC):
     """What is read, all sites as a residual stream or MLPs; None for a store that keeps no record."""
     token_T: Tensor
     """For each token its block's number in the text times S, and its position there, int64."""
+
+    @property
+    @abc.abstractmethod
+    def d_model(self) -> int:
+        """The width."""
 
     @property
     def sequences_T(self) -> Tensor:

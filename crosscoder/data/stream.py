@@ -117,7 +117,7 @@ class ActivationStream(Activations):
         return self.all_scales(kind)[int(kind == "residual" and self.sites[0] == 0) :]
 
     @functools.cached_property
-    def harvested(self) -> Reads:
+    def harvested(self) -> Reads | None:
         harvester, origin = self.harvester, self.tokens.origin
         return Reads(
             model=harvester.origin,

@@ -73,6 +73,11 @@ class ShapeReadings:
         kept = tuple(tuple(reading.only(keep(reading)) for reading in group) for group in self.seeds)
         return ShapeReadings(self.name, self.n_layers, self.d_model, kept)
 
+    def on_tokens(self, token_T: np.ndarray) -> ShapeReadings:
+        """The shape on some of its tokens, given by their numbers in the text."""
+        kept = tuple(tuple(reading.on_tokens(token_T) for reading in group) for group in self.seeds)
+        return ShapeReadings(self.name, self.n_layers, self.d_model, kept)
+
     def bootstrap(self, value: Callable[[Reading], float], *, seed: int = 0) -> Bootstrap:
         """`value` of each reading, resampled over training and dictionary seeds."""
         return two_level_bootstrap([[value(r) for r in group] for group in self.seeds], seed=seed)

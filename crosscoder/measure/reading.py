@@ -84,7 +84,8 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked
     was_training = dictionary.training
     dictionary.eval()
     usual, outliers = (_Sums(dictionary) for _ in range(2))
-    parts, tokens, n_kept, n_outliers_L, every_kept = [], [], 0, 0, True
+    parts, tokens, n_kept, every_kept = [], [], 0, True
+    n_outliers_L = np.zeros(dictionary.config.n_layers)
     for batch in batches:
         if isinstance(batch, Tensor):
             batch = Marked.plain(batch, torch.arange(n_kept, n_kept + len(batch)))
@@ -243,6 +244,13 @@ class Reading:
         # A bank's features of two layers share no entry of their joint rows: only those of one layer can be duplicates.
         return self.only(np.concatenate([representatives(g) + i for g, i in zip(self.groups, starts)]))
 
+    def on_tokens(self, token_T: np.ndarray) -> Reading:
+        """The reading on some of its tokens, given by their numbers in the text."""
+        if self.token_T is None or len(self.token_T) == len(token_T):
+            return self
+        code = sparse.csc_array(self.code.tocsr()[np.isin(self.token_T, token_T)])
+        return replace(self, code=code, token_T=token_T)
+
     def only(self, kept_F: np.ndarray) -> Reading:
         """The reading of the features that `kept_F` (a mask or indices) names."""
         return replace(
@@ -254,7 +262,7 @@ class Reading:
         )
 
 
-def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Reading:
+def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked]) -> Reading:
     """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale."""
     measured = measure_dictionary(dictionary, batches)
     n_tokens, decoder_FLD = measured.code.shape[0], dictionary.decoder_FLD().float().cpu().numpy()
@@ -278,23 +286,17 @@ def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Readin
     )
 
 
-def on_common_tokens(readings: Sequence[Reading]) -> list[Reading]:
-    """The readings on the tokens that all of them have; outliers of one model may be usual in another.
+def common_tokens(readings: Sequence[Reading]) -> np.ndarray:
+    """Numbers in the text of the tokens that all readings have; an outlier of one model may be usual in another.
 
     Raises:
-        ValueError: no token is common to all.
+        ValueError: no token is common to all, or a reading keeps no numbers.
     """
-    known = [reading.token_T for reading in readings]
-    common = functools.reduce(np.intersect1d, [token_T for token_T in known if token_T is not None])
+    known = [reading.token_T for reading in readings if reading.token_T is not None]
+    common = functools.reduce(np.intersect1d, known) if len(known) == len(readings) else np.zeros(0)
     if not len(common):
         raise ValueError(f"{len(readings)} readings have no token in common; read them on the same text")
-    found = []
-    for reading, token_T in zip(readings, known, strict=True):
-        if token_T is not None and len(token_T) > len(common):
-            code = sparse.csc_array(reading.code.tocsr()[np.isin(token_T, common)])
-            reading = replace(reading, code=code, token_T=common)
-        found.append(reading)
-    return found
+    return common
 
 
 def representatives(reading: Reading) -> np.ndarray:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from crosscoder.data.residuals import find_blocks
-from crosscoder.data.shards import ActivationShards, stored_source
-from crosscoder.data.sources import ShuffledSource, SiteSource, Source, StackedSource, held_out_batches
+from crosscoder.data.shards import stored_source
+from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
+from crosscoder.foundation.origin import MismatchError, require_same
 from crosscoder.measure import counting, probes, profile, universality
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
@@ -140,7 +142,7 @@ def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str 
     for seed in cell.seeds:
         at = replace(cell.place, seed=seed)
         dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
-        reading = read_dictionary(dictionary, held_out())
+        reading = read_dictionary(dictionary, marked(source, device))
         rows += dictionary_rows(at, dictionary, reading)
         main = cell.role == "main" and cell.state != "shuffled"
         if main and store.subject is not None and seed == cell.seeds[0]:
@@ -167,7 +169,7 @@ def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: 
     if isinstance(source, StackedSource):
         settings["structure"] = Diffing(source.layer_counts, source.widths)
     dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, d_model=source.d_model, seed=seed, **settings)
-    dictionary.input_scale.copy_(source.scale_L)
+    dictionary.set_input(source.scale_L, source.reads)
     return dictionary
 
 
@@ -192,6 +194,11 @@ def fit(
     return dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out())
 
 
+def marked(source: Source, device: str) -> Iterator[Marked]:
+    """All held-out tokens of a source on a device, outliers marked."""
+    return (Marked(*(tensor.to(device) for tensor in batch[:3]), batch.token_B) for batch in source.marked())
+
+
 def probe(
     dictionary: Dictionary, held_out: Callable[[], Iterator[Tensor]], n_features: int, **settings: Any
 ) -> probes.FunctionalSpread:
@@ -210,6 +217,14 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list
         "l0_token_layer": reading.l0_layer,
         "threshold": dictionary.threshold.tolist() if is_batch else None,
     }
+    if (found := reading.outliers) is not None:
+        values |= {
+            "explained_variance_usual": finite(found.explained_variance_usual),
+            "explained_variance_every": found.explained_variance_every,
+            "outlier_share": found.share,
+            "outlier_share_per_layer": found.share_L.tolist(),
+            "outlier_energy_per_layer": found.energy_L.tolist(),
+        }
     if reading.n_groups == 1:
         values |= profile.describe_profiles(reading.decoder_FLD)
     return rows_at(at, values)
@@ -235,8 +250,9 @@ def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "c
     """
     at = replace(cell.place, seed=seed)
     dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
-    reading = read_dictionary(dictionary, held_out())
-    found = probe(dictionary, held_out, len(reading), document_T=source.held_out_sequences_T.numpy())
+    reading = read_dictionary(dictionary, marked(source, device))
+    assert reading.token_T is not None
+    found = probe(dictionary, held_out, len(reading), document_T=reading.token_T // source.context)
     n_first = source.layer_counts[0]
     energy_L1 = np.sqrt(source.energy_L)[:, None]
     profile_FL = profile.layer_profile(dictionary.decoder_FLD().float().cpu().numpy() / energy_L1)
@@ -256,11 +272,19 @@ def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "c
     return rows_at(at, values)
 
 
-def evaluate_dictionary(dictionary: Dictionary, held_out: ActivationShards, *, site: Site, device: str) -> list[Row]:
-    """What a trained dictionary counts and explains on a held-out store, as of one seed of a study."""
-    batches = held_out_batches(held_out, site, dictionary.input_scale.cpu())
-    reading = read_dictionary(dictionary, (x_BLD.to(device) for x_BLD in batches))
-    at = Place(site=site, n_features=dictionary.config.n_features, seed=dictionary.config.seed)
+def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: str = "cpu") -> list[Row]:
+    """What a trained dictionary counts and explains on the held-out tokens of a source, as of one seed of a study.
+
+    The source is to be at the dictionary's own scale: `SiteSource(..., scale_L=dictionary.input_scale)`.
+
+    Raises:
+        MismatchError: the source holds something else than what the dictionary reads, or is at another scale.
+    """
+    require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
+    if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
+        raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")
+    reading = read_dictionary(dictionary, marked(source, device))
+    at = Place(site=source.kind, n_features=dictionary.config.n_features, seed=dictionary.config.seed)
     return dictionary_rows(at, dictionary, reading)
 
 
