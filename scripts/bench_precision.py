@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from crosscoder import Crosscoder, TopK
+from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import load_subject
-from crosscoder.data.tokens import prepare_tokens
 from crosscoder.dictionary.losses import explained_variance
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.provenance import describe_run

@@ -48,11 +48,30 @@ def load_subject(
         FileNotFoundError: a .gguf path that does not exist.
         ModuleNotFoundError: a .gguf file without the packages that read it.
     """
+    model = load_model(name_or_path, device=device, dtype=dtype)
+    return Subject(model=model, tokenizer=load_tokenizer(name_or_path), name=str(name_or_path))
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, of the same places as `load_subject`; no weights are read but those of a .gguf file."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path))
-    model = load_model(name_or_path, device=device, dtype=dtype)
-    return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
+    given = {} if revision is None else {"revision": revision}
+    tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path), **given)
+    return tokenizer
+
+
+def longest_context(name_or_path: str | Path, *, revision: str | None = None) -> int | None:
+    """The positions that a model has by its configuration, or None where that names no bound or there is none."""
+    from transformers import AutoConfig
+
+    given = {} if revision is None else {"revision": revision}
+    try:
+        config: Any = AutoConfig.from_pretrained(**locate(name_or_path), **given)
+    except (OSError, ValueError):  # a folder that holds a tokenizer alone
+        return None
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_model(

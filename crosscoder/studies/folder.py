@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
-from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.provenance import describe_run
@@ -89,7 +90,7 @@ class StudyFolder:
         """The study's text, prepared at the first call."""
         home = self.root / "tokens"
         if not (home / "held_out").is_dir():
-            prepare_tokens(text, **settings).save(home)
+            prepare_tokens(text, **settings, folder=home, quiet=False)
         return PreparedTokens.load(home)
 
     def stores(

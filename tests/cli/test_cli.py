@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import processors
 
 import crosscoder
 from crosscoder import Crosscoder, LayerwiseSAE, TopK, load_dictionary
 from crosscoder.cli import main
+from crosscoder.data.subject import build_subject
+from crosscoder.data.tokenizer import END_OF_TEXT, train_tokenizer
+from crosscoder.data.tokens import PreparedTokens
 from crosscoder.dictionary import Transcoder
 from crosscoder.results.file import load_results
 from crosscoder.studies.budget import DictionaryBudget
@@ -78,6 +82,61 @@ def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
     assert numbers == json.loads((pipeline / "numbers.json").read_text())
     assert 0 < numbers["explained_variance"] < 1
     assert numbers["dictionary_size"] == 64
+
+
+@pytest.fixture(scope="module")
+def own_model(texts, tmp_path_factory):
+    """A model with its tokenizer, which puts `<|endoftext|>` before a text, as some do."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["some text of a cat, and of a river"], vocab_size=270)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    build_subject(1, 32, vocab_size=len(tokenizer), context=64, seed=0).save_pretrained(folder)
+    return folder
+
+
+def test_prepare_with_a_model_says_what_it_read_and_the_loss_of_both_policies(own_model, texts, tmp_path, capsys):
+    (texts / "notes.pdf").write_bytes(b"%PDF")
+    arguments = ["prepare", "--subject", str(own_model), "--text", str(texts), "--context", "32"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--max-tokens", "9000"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"texts\d*: \d+ documents; left out: 1 \.pdf files", said)
+    losses = re.search(r"held-out loss of the model: ([\d.]+) nats/token with BOS, ([\d.]+) without BOS", said)
+    assert losses, said
+    assert all(4 < float(loss) < 8 for loss in losses.groups())  # of a model that knows nothing: log 270 = 5.6
+    found = PreparedTokens.load(tmp_path / "a")
+    assert found.train.origin.bos == 0
+    assert found.train.origin.name == str(own_model)
+    assert f"{found.train.n_text_tokens:,} training" in said
+    assert found.train.n_text_tokens * 32 == found.train.n_tokens * 31
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--no-bos", "--no-check-loss"]) == 0
+    assert "loss" not in capsys.readouterr().err
+    assert PreparedTokens.load(tmp_path / "b").train.origin.bos is None
+
+
+def test_prepare_reads_no_weights_but_for_the_loss(own_model, texts, tmp_path, capsys):
+    """Its folder is written, whatever becomes of the model."""
+    folder = tmp_path / "model"
+    shutil.copytree(own_model, folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    arguments = ["prepare", "--subject", str(folder), "--text", str(texts), "--context", "32"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--no-check-loss"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().err
+    assert len(re.findall(r"^warning: the tokens are whole, but .* could not be checked", said, re.MULTILINE)) == 1
+    assert (
+        PreparedTokens.load(tmp_path / "b").train.fingerprint == PreparedTokens.load(tmp_path / "a").train.fingerprint
+    )
+
+
+def test_a_context_above_the_model_s_is_one_clear_line(own_model, texts, tmp_path, capsys):
+    arguments = ["prepare", "--subject", str(own_model), "--text", str(texts), "--out", str(tmp_path / "a")]
+    assert main([*arguments, "--context", "65"]) == 2
+    assert "--context 65 is more than the 64 positions" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
 
 
 def test_compare_on_one_subject(pipeline, texts, capsys):
@@ -261,6 +320,11 @@ def test_print_config_is_json(capsys):
         (["compare", "--subject", "x", "--joint"], "--joint would change nothing here"),
         (["compare", "--window", "3"], "--window would change nothing here"),
         (["prepare", "--subject", "x", "--vocab-size", "9", "--out", "y"], "--vocab-size would change nothing here"),
+        (["prepare", "--split", "x", "--column", "y", "--out", "y"], "--split, --column would change nothing here"),
+        (["prepare", "--text", ".", "--revision", "x", "--out", "y"], "--revision would change nothing here"),
+        (["prepare", "--subject-revision", "x", "--out", "y"], "--subject-revision would change nothing here"),
+        (["prepare", "--no-check-loss", "--out", "y"], "--check-loss would change nothing here"),
+        (["prepare", "--bos", "--no-bos", "--out", "y"], "--no-bos would change nothing here: --bos asks for the"),
         ([*TRAIN, "--budget.bank", "shared"], "--budget.bank would change nothing here: only a bank"),
         ([*TRAIN, "--subject", "z", "--layers", "1"], "--subject, --layers would change nothing here"),
         (["train", "--subject", "z", "--out", "y"], "give --activations, or --subject and --tokens-folder"),

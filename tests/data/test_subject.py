@@ -10,7 +10,7 @@ from crosscoder.data.subject import (
     load_subject,
     swiglu_width,
 )
-from crosscoder.data.tokens import train_tokenizer
+from crosscoder.data.tokenizer import train_tokenizer
 
 
 @pytest.mark.parametrize(("n_layers", "d_model"), [(4, 64), (8, 64), (4, 192)])
