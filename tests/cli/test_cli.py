@@ -365,7 +365,11 @@ def test_export_writes_what_saelens_reads(arm, folders, tmp_path, capsys):
         n_layers=2, d_model=4, n_features=8, sparsity=TopK(k=2)
     )
     dictionary.save_pretrained(tmp_path / "dictionary")
-    assert main(["export", str(tmp_path / "dictionary"), str(tmp_path / "out")]) == 0
+    arguments = ["export", str(tmp_path / "dictionary"), str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "needs the scale of this dictionary's inputs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--raw-inputs"]) == 0
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "out"
     written = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/cfg.json"))
     assert written == [Path(name) for name in folders]
