@@ -78,6 +78,9 @@ class Compare(Study):
     """With --subject: neighbouring layers to read, 1 being the output of the first block. None: all."""
     blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
     tokens: int | None = None  # With --subject: tokens to train the dictionaries on
+    keep_outliers: bool = False
+    """With --subject: keep first tokens of blocks, special tokens, and tokens of huge norm (sinks)."""
+    stream: bool = False  # Harvest activations as dictionaries train, again for each, and store none
     seeds: tuple[int, ...] | None = None
     """Dictionary seeds. The debiased dimension compares two; stable features need three."""
     training_seeds: tuple[int, ...] | None = None
@@ -96,7 +99,8 @@ class Compare(Study):
 
     def idle(self) -> Idle:
         if self.subject is None:
-            mode, names = "only a single model has that; name one with --subject", ("layers", "blocks_path", "tokens")
+            mode = "only a single model has that; name one with --subject"
+            names = ("layers", "blocks_path", "tokens", "keep_outliers")
         else:
             mode = "only the study of several shapes has that; leave out --subject"
             names = ("preset", "training_seeds", "joint", "part")
@@ -109,9 +113,10 @@ class Compare(Study):
         config = PRESETS[self.preset] if self.subject is None else SubjectStudyConfig(subject=self.subject)
         names = ("steps", "n_features", "structure", "window", "bank")
         budget = _replace_given(config.dictionaries, **{name: getattr(self, name) for name in names})
-        config = _replace_given(config, dictionaries=budget, seeds=self.seeds)
+        config = replace(_replace_given(config, dictionaries=budget, seeds=self.seeds), stream=self.stream)
         if self.subject is not None:
-            read = {"layers": self.layers, "blocks_path": self.blocks_path, "tokens_train": self.tokens}
+            read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path}
+            read |= {"tokens_train": self.tokens, "keep_outliers": self.keep_outliers}
             return _replace_given(config, text=self.text, **read)
         subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
         return _replace_given(config, subjects=subjects, joint=self.joint or None)

@@ -18,7 +18,7 @@ from crosscoder.data.residuals import ResidualHarvester, model_origin
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource
 from crosscoder.data.stream import ActivationStream
-from crosscoder.data.subject import load_model, load_tokenizer, longest_context
+from crosscoder.data.subject import load_model, load_tokenizer, longest_context, require_own_tokens
 from crosscoder.data.subject_training import SubjectConfig, describe_policies, loss_of_policies, train_subject
 from crosscoder.data.text import Documents, unused_settings
 from crosscoder.data.tokenizer import find_bos
@@ -216,6 +216,7 @@ class Harvest(Command):
         )
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
             blocks = TokenBlocks.load(self.tokens_folder / split)
+            require_own_tokens(self.subject, blocks)
             kept: dict[str, Any] = {"dtype": self.dtype, "tokens_per_shard": self.tokens_per_shard}
             store = write_shards(harvester, blocks, self.out / split, **kept, max_tokens=most, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
@@ -261,6 +262,8 @@ class Reading(Command):
         if self.activations is not None:
             return [ActivationShards.load(self.activations / n, tokens_per_refill=self.refill_tokens) for n in names]
         subject, folder = self.streamed()
+        tokens = {name: TokenBlocks.load(folder / name) for name in names}
+        require_own_tokens(subject, tokens[names[0]])
         model = load_model(subject, device=self.device)
         harvester = ResidualHarvester(
             model,
@@ -273,7 +276,7 @@ class Reading(Command):
         return [
             ActivationStream(
                 harvester,
-                TokenBlocks.load(folder / name),
+                tokens[name],
                 tokens_per_refill=self.refill_tokens,
                 max_tokens=None if name == "train" else self.max_held_out_tokens,
                 ahead=name == "train",

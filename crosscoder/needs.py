@@ -93,7 +93,7 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
         ("subject", config.subject),
         ("layers x width", f"{n_layers} x {width}"),
         ("tokens run through the subject", f"{tokens:,}"),
-        ("activations on disk", human_bytes(4 * tokens * n_layers * width * states)),
+        ("activations on disk", "none" if config.stream else human_bytes(4 * tokens * n_layers * width * states)),
         ("dictionaries, at most", str(2 * 2 * states * len(config.seeds))),
     ]
     for arm in CLASSES:
@@ -127,7 +127,7 @@ def study_needs(config: StudyConfig) -> Needs:
         layers, width = sum(shape.n_layers for shape in pair), max(shape.d_model for shape in pair)
         rows += dictionary_needs("crosscoder", layers, width, joints[0].budget, of=f"{' and '.join(COMPARED)}, ")
     kept = "kept" if config.keep_activations else "removed at the end"
-    return [*rows, (f"activations on disk ({kept})", human_bytes(disk))]
+    return [*rows, ("activations on disk", "none" if config.stream else f"{human_bytes(disk)}, {kept}")]
 
 
 def planted_needs(config: PlantedConfig) -> Needs:

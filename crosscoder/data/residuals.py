@@ -180,8 +180,8 @@ class ResidualHarvester:
 def model_origin(model: nn.Module, name: str = "") -> ModelOrigin:
     """The record of a model, with the sha256 of its parameters and buffers; `name` is where it was loaded from."""
     digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    for own, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().contiguous().cpu().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     config = getattr(model, "config", None)

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from crosscoder.data.tokenizer import tokenizer_hash
+from crosscoder.foundation.origin import MismatchError
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+    from crosscoder.data.tokens import TokenBlocks
 
 
 PACKAGE_PREFIX = "package:"
@@ -205,3 +210,21 @@ def without_progress_bars() -> Generator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
+
+
+def require_own_tokens(subject: str | Path, blocks: TokenBlocks, *, revision: str | None = None) -> None:
+    """Refuse tokens that another tokenizer than the model's own made; a model without one is let through.
+
+    Raises:
+        MismatchError: names both tokenizers.
+    """
+    try:
+        own = tokenizer_hash(load_tokenizer(subject, revision=revision))
+    except (OSError, ValueError):  # a folder that holds a model alone
+        return
+    if blocks.tokenizer_hash not in ("", own):
+        made_by = (blocks.origin and blocks.origin.name) or "another tokenizer"
+        raise MismatchError(
+            f"the tokens were made by {made_by} ({blocks.tokenizer_hash[:8]}), the tokenizer of {subject} is "
+            f"{own[:8]}: its ids mean other text; prepare the text with --subject {subject}"
+        )

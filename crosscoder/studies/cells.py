@@ -23,6 +23,7 @@ from torch import Tensor
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import stored_source
 from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
+from crosscoder.data.stream import stream_source
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
 from crosscoder.foundation.origin import MismatchError, require_same
 from crosscoder.measure import counting, probes, profile, universality
@@ -38,19 +39,53 @@ MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at rand
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A model whose activations are harvested as cells train, and not stored."""
+
+    subject: Path | str
+    tokens: Path
+    """Folder of token blocks."""
+    most: tuple[int, int]
+    """Tokens to read for training and held out."""
+    untrained: bool = False
+    layers: tuple[int, ...] | None = None
+    blocks_path: str | None = None
+    keep_outliers: bool = False
+
+    def source(self, site: Site, device: str) -> SiteSource:
+        """The activations of one site."""
+        from crosscoder.data.subject import load_model, load_untrained
+
+        return stream_source(
+            (load_untrained if self.untrained else load_model)(self.subject, device=device),
+            self.tokens,
+            kind=site,
+            layers=self.layers,
+            blocks_path=self.blocks_path,
+            keep_outliers=self.keep_outliers,
+            max_tokens=self.most[0],
+            max_held_out_tokens=self.most[1],
+        )
+
+
+@dataclass(frozen=True)
 class Stores:
     """Where a subject's activations lie, and what a spliced evaluation needs of it."""
 
     train: Path
     held_out: Path
+    streamed: Streamed | None = None
+    """Where nothing is stored."""
     subject: Path | str | None = None
     """Folder or name of the subject, for splicing; None leaves splicing out."""
     held_out_ids: Path | None = None
     """Token blocks `[n, S]` to splice on, as safetensors."""
     blocks_path: str | None = None
 
-    def source(self, site: Site) -> SiteSource:
+    def source(self, site: Site, device: str) -> SiteSource:
         """The activations of one site; hashes are not checked again."""
+        if self.streamed is not None:
+            return self.streamed.source(site, device)
         return stored_source(self.train, self.held_out, site, verify=False)
 
 
@@ -132,10 +167,10 @@ def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str 
         ValueError: the stores of a joint cell do not hold the same tokens.
     """
     if cell.other is not None:
-        stacked = StackedSource([store.source(cell.site) for store in stores])
+        stacked = StackedSource([store.source(cell.site, device) for store in stores])
         return [row for seed in cell.seeds for row in joint_rows(cell, stacked, seed, device=device)]
     (store,) = stores
-    stored = store.source(cell.site)
+    stored = store.source(cell.site, device)
     source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
     rows: list[Row] = []
     readings: list[Reading] = []

@@ -112,6 +112,8 @@ class StudyConfig:
     """Whether crosscoders over two subjects at once are trained: A and B, two trainings of A, A and B untrained. Left
     out of `quick` for its ten minutes."""
     keep_activations: bool = False
+    stream: bool = False
+    """Harvest activations as dictionaries train, again for each, and store none."""
 
 
 def named_configs(kind: type[T], group: str) -> dict[str, T]:

@@ -33,8 +33,9 @@ from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, Sta
 from crosscoder.studies import judge
 from crosscoder.studies.budget import SPANNING, with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
-from crosscoder.studies.cells import Cell, Stores
+from crosscoder.studies.cells import Cell, Stores, Streamed
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
+from crosscoder.studies.inputs import require_inputs, text_hash
 from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
 from crosscoder.verdict.rule import RULE
 
@@ -49,6 +50,7 @@ def run_study(
     """
     part, subjects = part or Part(), config.subjects
     study = StudyFolder(folder, device=device, workers=workers)
+    require_inputs(folder, text=text_hash(subjects.text))
     of_text = {"vocab_size": subjects.vocab_size, "sequence_length": subjects.context, "seed": subjects.seed}
     tokens = study.tokens(subjects.text, **of_text)
     study.lap("tokens")
@@ -231,8 +233,12 @@ def _harvest(
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
             spliced = checkpoint if state == "trained" and t == 0 and config.splice_blocks else None
-            stores[name, t, state] = here = study.stores(f"{name}{t}", state, spliced=spliced)
-            home = study.root / "tokens"
+            here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
+            if config.stream:
+                most = config.tokens_train, config.tokens_held_out
+                stores[name, t, state] = replace(here, streamed=Streamed(checkpoint, home, most))
+                continue
+            stores[name, t, state] = here
             jobs[f"{name}{t}-{state}"] = partial(_harvest_one, checkpoint, home, here, config, study.device)
     study.run(jobs, "activations")
     return stores

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.residuals import ResidualHarvester, model_origin
 from crosscoder.data.sources import are_neighbours
 from crosscoder.data.subject import load_subject, load_untrained
-from crosscoder.data.subject_training import causal_loss
+from crosscoder.data.subject_training import causal_loss, describe_policies, loss_of_policies
+from crosscoder.data.tokenizer import find_bos
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import Place, Site, State, rows_at
 from crosscoder.studies.budget import SPANNING, Arm, DictionaryBudget, Seeds
-from crosscoder.studies.cells import Cell
+from crosscoder.studies.cells import Cell, Streamed
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
+from crosscoder.studies.inputs import require_inputs, text_hash
 
 NAME = "S"
 LOSS_BLOCKS = 32
@@ -46,6 +49,10 @@ class SubjectStudyConfig:
     untrained: bool = True
     """Whether the same dictionaries are also trained on the model with new initial weights: the control."""
     keep_activations: bool = False
+    stream: bool = False
+    """Harvest activations as dictionaries train, again for each, and store none."""
+    keep_outliers: bool = False
+    """Keep special tokens, first tokens and those of huge norm."""
 
     def __post_init__(self) -> None:
         if self.layers == ():
@@ -56,8 +63,13 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
     study = StudyFolder(folder, device=device, workers=workers)
     subject = load_subject(config.subject, device=device)
+    origin = model_origin(subject.model, config.subject)
+    require_inputs(folder, text=text_hash(config.text), model=origin.weights)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
+    bos = find_bos(subject.tokenizer)
+    losses = loss_of_policies(subject.model, tokens.held_out, bos=bos or subject.tokenizer.bos_token_id)
+    say(describe_policies(losses, with_bos=bos is not None))
     study.lap("tokens")
     n_blocks = len(ResidualHarvester(subject.model, blocks_path=config.blocks_path).blocks)
     layers = config.layers or tuple(range(1, n_blocks + 1))
@@ -70,9 +82,17 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
             model = subject.model if state == "trained" else load_untrained(config.subject, device=device)
             spliced = config.subject if state == "trained" and config.splice_blocks else None
             here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path)
-            say(f"harvesting {config.tokens_train + config.tokens_held_out:,} tokens, {state}")
-            harvester = ResidualHarvester(model, layers=layers, blocks_path=config.blocks_path)
-            harvest_into(here, harvester, tokens, (config.tokens_train, config.tokens_held_out), quiet=False)
+            most = config.tokens_train, config.tokens_held_out
+            read: dict[str, Any] = {"layers": layers, "blocks_path": config.blocks_path}
+            read |= {"keep_outliers": config.keep_outliers}
+            if config.stream:
+                untrained = state == "untrained"
+                streamed = Streamed(config.subject, study.root / "tokens", most, untrained=untrained, **read)
+                stores[NAME, 0, state] = replace(here, streamed=streamed)
+                continue
+            say(f"harvesting {sum(most):,} tokens, {state}")
+            harvester = ResidualHarvester(model, **read, origin=origin if state == "trained" else None)
+            harvest_into(here, harvester, tokens, most, quiet=False)
             stores[NAME, 0, state] = here
         return stores
 

@@ -151,6 +151,47 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     assert results.subjects == ("S",)
     assert {row.at.arm for row in results.rows.select("distinct")} == {"layerwise", "crosscoder"}
     assert "distinct" in report.read_text()
+    # Harvested as dictionaries train: the same numbers, and nothing on disk.
+    assert main([*arguments, "--stream"]) == 0
+    streamed = load_results(Path(capsys.readouterr().out.strip().splitlines()[-1]).parent)
+    for arm in ("layerwise", "crosscoder"):
+        ours, theirs = (found.rows.values("explained_variance", arm=arm) for found in (streamed, results))
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    # A text or model that was replaced gives no old results.
+    spare = (texts / "00.txt").read_text()
+    (texts / "00.txt").write_text(spare + " one more dog")
+    assert main(arguments) == 2
+    assert re.search(r"made from other inputs: text \(now \w+, then \w+\) changed", capsys.readouterr().err)
+    (texts / "00.txt").write_text(spare)
+    shutil.rmtree(folder)
+    shutil.copytree(pipeline / "subject/step-0", folder)
+    shutil.copytree(pipeline / "tokens/tokenizer", folder, ignore=lambda *_: ["MANIFEST.json"], dirs_exist_ok=True)
+    assert main(arguments) == 2
+    assert "made from other inputs: model (now" in capsys.readouterr().err
+
+
+def test_a_dictionary_is_not_measured_on_what_it_does_not_read(pipeline, own_model, texts, tmp_path, capsys):
+    acts, writes = str(pipeline / "acts"), str(tmp_path / "writes")
+    assert main(["train", "--activations", acts, "--site", "write", "--out", writes, *FORTY]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"reads what each block adds to the residual stream, sites 1, 2, of .*step-62", said)
+    assert re.search(r"on \d+ held-out tokens: explained variance 0\.\d+, L0 \d", said)
+    evaluate = ["evaluate", "--dictionary", f"{writes}/dictionary"]
+    assert main([*evaluate, "--activations", acts, "--site", "residual"]) == 2
+    assert "site: the dictionary write, the activations residual (--site write)" in capsys.readouterr().err
+    assert main([*evaluate, "--activations", acts]) == 0  # what it reads, unless told otherwise
+    stored = json.loads(capsys.readouterr().out)
+    other = ["--tokens-folder", str(pipeline / "tokens"), "--max-held-out-tokens", "500"]
+    assert main([*evaluate, "--subject", str(pipeline / "subject/step-62"), *other]) == 0
+    assert json.loads(capsys.readouterr().out)["explained_variance"] == pytest.approx(stored["explained_variance"])
+    assert main([*evaluate, "--subject", str(pipeline / "subject/step-0"), *other]) == 2
+    assert re.search(r"model: the dictionary \S*step-62 .*, the activations \S*step-0 ", capsys.readouterr().err)
+    assert main([*evaluate, "--subject", str(pipeline / "subject/step-62"), *other, "--layers", "1", "2"]) == 2
+    assert "sites: the dictionary [1, 2], the activations [2]" in capsys.readouterr().err
+    # Ids of another tokenizer fit this model's vocabulary, and mean other text.
+    harvest = ["harvest", "--subject", str(own_model), "--tokens-folder", str(pipeline / "tokens")]
+    assert main([*harvest, "--out", str(tmp_path / "acts")]) == 2
+    assert "its ids mean other text; prepare the text with --subject" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_changes_nothing(pipeline):
