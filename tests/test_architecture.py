@@ -36,7 +36,7 @@ BUDGETS = {
     "triton_kernels": 4390,
     "crosscoder/foundation": 590,
     "crosscoder/results": 650,
-    "crosscoder/data": 3120,
+    "crosscoder/data": 3125,
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
