@@ -75,7 +75,7 @@ def prepare_tokens(
     _check_length(sequence_length)
     if tokenizer is not None:
         find_bos(tokenizer, bos), find_end(tokenizer)
-    documents = source if isinstance(source, Documents) else Documents(source, max_documents=max_documents)
+    documents = _documents(source, max_documents)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -342,6 +342,14 @@ def _reader(path: Path) -> Iterator[Any]:
 
     with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
         yield from reader
+
+
+def _documents(source: str | Documents, max_documents: int | None) -> Documents:
+    if isinstance(source, str):
+        return Documents(source, max_documents=max_documents)
+    if max_documents is not None:
+        raise ValueError("max_documents would change nothing here; give it to Documents")
+    return source
 
 
 def _remove_empty(folder: Path) -> None:
