@@ -137,7 +137,8 @@ class Prepare(Command):
     def _say_loss(self, subject: str, prepared: PreparedTokens) -> None:
         """The tokens are written by now, so that whatever goes wrong with the model is no more than a warning."""
         given: dict[str, Any] = {"revision": self.subject_revision} if self.subject_revision else {}
-        begin = find_bos(prepared.tokenizer) or prepared.tokenizer.bos_token_id
+        begin = find_bos(prepared.tokenizer)
+        begin = prepared.tokenizer.bos_token_id if begin is None else begin
         origin = prepared.held_out.origin
         try:
             losses = loss_of_policies(load_model(subject, **given), prepared.held_out, bos=begin)

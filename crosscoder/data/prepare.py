@@ -75,11 +75,13 @@ def prepare_tokens(
     _check_length(sequence_length)
     if tokenizer is not None:
         find_bos(tokenizer, bos), find_end(tokenizer)
-    documents = source if isinstance(source, Documents) else Documents(source, max_documents=max_documents)
+    documents = _documents(source, max_documents)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(folder)
+        if not folder.exists():
+            stack.callback(_remove_empty, folder)
         # Entered before the work, so that a folder that is not ours is refused before it; `held_out` is whole last.
         held_out_at, train_at = (
             stack.enter_context(committed_directory(folder / side, schema=SCHEMA)) for side in ("held_out", "train")
@@ -87,7 +89,7 @@ def prepare_tokens(
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".tmp-prepare-", dir=folder)))
         settings = {"special_tokens": special_tokens, "max_tokens": max_tokens, "quiet": quiet}
         read = _Reading(documents, work, held_out_fraction=held_out_fraction, seed=seed, **settings)
-        tokenizer = tokenizer or read.train_tokenizer(vocab_size or 0)
+        tokenizer = read.train_tokenizer(vocab_size or 0) if tokenizer is None else tokenizer
         limit = read.write_tokens(tokenizer)
         origin = TokenOrigin(
             tokenizer=tokenizer_hash(tokenizer),
@@ -99,7 +101,6 @@ def prepare_tokens(
             context=sequence_length,
             text=read.origin(),
         )
-        save_tokenizer(tokenizer, folder)
         about = {"vocab_size": count_ids(tokenizer), "tokenizer_hash": origin.tokenizer, "origin": origin}
         made = {}
         for side, home in (("train", train_at), ("held_out", held_out_at)):
@@ -107,6 +108,7 @@ def prepare_tokens(
             write_chunks(home, packed)
             made[side] = TokenBlocks.of_chunks(home, sequence_length, n_dropped=packed.n_dropped, **about)
             made[side].describe(home)
+        save_tokenizer(tokenizer, folder)
         return PreparedTokens(train=made["train"], held_out=made["held_out"], tokenizer=tokenizer)
 
 
@@ -340,6 +342,19 @@ def _reader(path: Path) -> Iterator[Any]:
 
     with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
         yield from reader
+
+
+def _documents(source: str | Documents, max_documents: int | None) -> Documents:
+    if isinstance(source, str):
+        return Documents(source, max_documents=max_documents)
+    if max_documents is not None:
+        raise ValueError("max_documents would change nothing here; give it to Documents")
+    return source
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _check_length(sequence_length: int) -> None:

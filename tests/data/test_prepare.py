@@ -189,29 +189,36 @@ def test_a_folder_that_holds_something_else_is_refused_before_the_work(page, tmp
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["train"]
 
 
-def test_too_little_text_leaves_an_older_folder_as_it_was(page, tokenizer, tmp_path):
+def test_too_little_text_leaves_an_older_folder_as_it_was(page, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     old = prepare_tokens(page, tokenizer=tokenizer, sequence_length=16, folder=tmp_path / "p")
     with pytest.raises(
         ValueError, match=r"held-out documents give \d+ tokens, fewer than one block of 1023.*--context"
     ):
         prepare_tokens(page, tokenizer=tokenizer, sequence_length=1024, folder=tmp_path / "p")
+    with pytest.raises(ValueError, match="fewer than one block"):  # with a tokenizer of its own, too
+        prepare_tokens(page, vocab_size=280, sequence_length=1024, folder=tmp_path / "p")
     assert PreparedTokens.load(tmp_path / "p").train.fingerprint == old.train.fingerprint
+    with pytest.raises(ValueError, match="neither a file or folder"):
+        prepare_tokens("no/such-text", vocab_size=280, folder=tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["p"]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """Ten times the text takes hardly more memory; all of it at once would take some hundred megabytes."""
-    peaks, page = [], " ".join(sentences(20))
-    for times in (1, 10):
-        path = tmp_path / f"{times}.txt"
-        path.write_text("".join(f"{i}: {page}\n\n" for i in range(times * 100)))
-        code = (
-            "import resource\nfrom crosscoder.data import prepare\nprepare._BATCH = 100_000\n"
-            f"prepare.prepare_tokens({str(path)!r}, vocab_size=300, folder={str(tmp_path / f'out{times}')!r})\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        peaks.append(float(done.stdout))
-    assert peaks[1] - peaks[0] < 40, peaks
+    """Twenty-five times the text takes hardly more memory; all of it at once would take hundreds of megabytes."""
+    page = " ".join(sentences(20))
+    for times in (1, 25):
+        (tmp_path / f"{times}.txt").write_text("".join(f"{i}: {page}\n\n" for i in range(times * 100)))
+    code = (
+        "import resource, sys\nfrom crosscoder.data import prepare\nprepare._BATCH = 100_000\n"
+        "for text, folder in (sys.argv[1:3], sys.argv[3:5]):\n"
+        "    prepare.prepare_tokens(text, vocab_size=300, folder=folder)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+    )
+    paths = [str(tmp_path / name) for name in ("1.txt", "out-1", "25.txt", "out-25")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    small, large = map(float, done.stdout.split())
+    assert large - small < 40
 
 
 class Counting(LlamaForCausalLM):
