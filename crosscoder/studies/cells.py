@@ -12,16 +12,18 @@ that never saw each other's subject.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 
+from crosscoder.data.blocks import input_device
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import ActivationShards, stored_source
 from crosscoder.data.sources import ShuffledSource, SiteSource, Source, StackedSource, held_out_batches
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_model
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
 from crosscoder.measure import counting, probes, profile, universality
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
@@ -46,6 +48,7 @@ class Stores:
     held_out_ids: Path | None = None
     """Token blocks `[n, S]` to splice on, as safetensors."""
     blocks_path: str | None = None
+    loading: Loading = USUAL_LOADING
 
     def source(self, site: Site) -> SiteSource:
         """The activations of one site; hashes are not checked again."""
@@ -267,13 +270,11 @@ def evaluate_dictionary(dictionary: Dictionary, held_out: ActivationShards, *, s
 def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: Stores, device: str) -> list[Row]:
     from safetensors.torch import load_file
 
-    from crosscoder.data.subject import load_model
-
     assert stores.subject is not None
     assert stores.held_out_ids is not None
     assert at.site is not None
-    model = load_model(stores.subject, device=device)
-    ids = load_file(stores.held_out_ids)["ids"].long().to(device).split(16)
+    model = load_model(stores.subject, **asdict(stores.loading), device=device)
+    ids = load_file(stores.held_out_ids)["ids"].long().to(input_device(model)).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
     found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
     rows = rows_at(at, {"splice_tokens": found.n_tokens, "spliced_ablation": found.ablation})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import asdict, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from crosscoder.data.blocks import input_device
+from crosscoder.data.probe import meaningless_loss
 from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.subject import load_subject, load_untrained
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_subject, load_untrained
 from crosscoder.data.subject_training import causal_loss
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
@@ -33,6 +36,7 @@ class SubjectStudyConfig:
     layers: tuple[PositiveInt, ...] | None = None
     """Blocks whose outputs are read, from 1. None: all of them."""
     blocks_path: str | None = None
+    loading: Loading = USUAL_LOADING
     dictionaries: DictionaryBudget = field(
         default_factory=lambda: DictionaryBudget(
             n_features=2048, k_crosscoder=64, k_layerwise=32, steps=600, learning_rate=1e-3
@@ -54,21 +58,29 @@ class SubjectStudyConfig:
 def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str = "cpu", workers: int = 2) -> Results:
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
     study = StudyFolder(folder, device=device, workers=workers)
-    subject = load_subject(config.subject, device=device)
+    how = asdict(config.loading)
+    subject = load_subject(config.subject, **how, device=device)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
     study.lap("tokens")
-    n_blocks = len(ResidualHarvester(subject.model, blocks_path=config.blocks_path).blocks)
+    probed = ResidualHarvester(subject.model, blocks_path=config.blocks_path).probed
+    n_blocks, no_loss = probed.n_blocks, meaningless_loss(subject.model, probed)
+    for note in dict.fromkeys((*probed.notes, *([] if no_loss is None else [f"no loss is measured: {no_loss}"]))):
+        say(f"{Path(config.subject).name}: {note}")
     layers = config.layers or tuple(range(1, n_blocks + 1))
     cells = study_cells(config, layers)
+
+    def untrained() -> Any:
+        revision, dtype = config.loading.revision, config.loading.dtype
+        return load_untrained(config.subject, revision=revision, dtype=dtype, device=device)
 
     def harvest() -> StoresOf:
         study.draw_splice_ids(tokens.held_out, config.splice_blocks)
         stores = {}
         for state in STATES if config.untrained else STATES[:1]:
-            model = subject.model if state == "trained" else load_untrained(config.subject, device=device)
-            spliced = config.subject if state == "trained" and config.splice_blocks else None
-            here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path)
+            model = subject.model if state == "trained" else untrained()
+            spliced = config.subject if state == "trained" and config.splice_blocks and no_loss is None else None
+            here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path, loading=config.loading)
             say(f"harvesting {config.tokens_train + config.tokens_held_out:,} tokens, {state}")
             harvester = ResidualHarvester(model, layers=layers, blocks_path=config.blocks_path)
             harvest_into(here, harvester, tokens, (config.tokens_train, config.tokens_held_out), quiet=False)
@@ -77,6 +89,7 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
 
     study.run_cells(cells, harvest, keep_activations=config.keep_activations)
     stride = max(1, len(tokens.held_out) // LOSS_BLOCKS)
+    sample_BS = tokens.held_out[::stride][:LOSS_BLOCKS]
     model, d_model = subject.model, subject.model.config.get_text_config(decoder=True).hidden_size
     about = {
         "name": Path(config.subject).name,
@@ -85,7 +98,7 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
         "n_layers": n_blocks,
         "d_model": d_model,
         **parameter_counts(model),
-        "held_out_loss": causal_loss(model, tokens.held_out[::stride][:LOSS_BLOCKS].to(device)),
+        "held_out_loss": causal_loss(model, sample_BS.to(input_device(model))) if no_loss is None else None,
     }
     rows = [*rows_at(Place(subject=NAME), about), *study.rows(cells)]
     return study.results(rows, config=config, kind="subject_study", preset="subject", text=config.text, tokens=tokens)
