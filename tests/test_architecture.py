@@ -34,9 +34,9 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4390,
-    "crosscoder/foundation": 450,
+    "crosscoder/foundation": 575,
     "crosscoder/results": 650,
-    "crosscoder/data": 2340,
+    "crosscoder/data": 3070,
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
@@ -44,9 +44,9 @@ BUDGETS = {
     "crosscoder/verdict": 590,
     "crosscoder/report": 1960,
     "crosscoder/studies": 2150,
-    "crosscoder": 710,  # the modules beside the rooms
+    "crosscoder": 745,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_760, 12_000
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 18_300, 12_400
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

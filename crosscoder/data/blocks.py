@@ -86,7 +86,7 @@ def watch_blocks(model: nn.Module, ids_BS: Tensor, blocks_path: str | None) -> t
         path = blocks_path
     else:
         path = _choose(model, lists, runs_of, ids_BS)
-    return path, [runs_of[id(item)][0][1] for item in lists[path]], output
+    return path, [runs_of[id(item)][0][1] for item in lists[path] if id(item) in runs_of], output
 
 
 def is_linked(one: ModuleRun, after: ModuleRun) -> bool:
@@ -115,21 +115,21 @@ def _choose(model: nn.Module, lists: dict[str, Blocks], runs_of: RunsOf, ids_BS:
     shown = [*fits, *rivals] or outer
     said = "; ".join(f"{path} ({len(lists[path])}): {against[path] or 'fits'}" for path in shown[:SHOWN])
     raise ValueError(
-        f"{type(model).__name__} has {len(fits) if not rivals else 'no sure'} list of blocks, expected one; "
+        f"{type(model).__name__} has {len(fits) if len(fits) > 1 else 'no certain'} lists of blocks, expected one; "
         f"name it with --blocks-path. Candidates: {said or 'none'}"
     )
 
 
 def _objection(items: Blocks, runs_of: RunsOf, ids_BS: Tensor, *, linked: bool = False) -> str:
     """What speaks against reading `items` as blocks, or nothing; `linked`: each must take what the last returned."""
-    seen: dict[int, int] = {}
+    run_kinds = {type(item) for item in items if id(item) in runs_of}
     for number, item in enumerate(items, start=1):
-        if (first := seen.setdefault(id(item), number)) < number:
-            return f"blocks {first} and {number} are one module, which runs several {LOOPED}"
         times = len(runs_of.get(id(item), ()))
+        if not times and run_kinds and type(item) not in run_kinds:
+            continue  # blocks for something else than text, such as images
         if times != 1:
             return f"block {number} runs {times} {LOOPED}" if times else f"block {number} was not run"
-    places, runs = zip(*(runs_of[id(item)][0] for item in items), strict=True)
+    places, runs = zip(*(runs_of[id(item)][0] for item in items if id(item) in runs_of), strict=True)
     if list(places) != sorted(places):
         return "they do not run in order"
     wanted = f"expected [{ids_BS.shape[0]}, {ids_BS.shape[1]}, width] for ids {list(ids_BS.shape)}"

@@ -13,7 +13,9 @@ from crosscoder.data.hooks import ModuleRun, recording, replacing
 
 DEFAULT = "mlp"
 TOLERANCE = 1e-3
-"""Relative difference below which two hidden states are the same."""
+"""Relative difference below which two hidden states are taken as the same."""
+ROUNDING = 1e-5
+"""Relative difference that is only rounding."""
 
 
 class MLPs(NamedTuple):
@@ -117,7 +119,7 @@ def _by_position(inside: ModuleRun) -> bool:
         return False
     rest = [position for position in range(shape[1]) if position != middle]
     behind = runs[0].returned
-    return behind is not None and _same(behind[:, rest], inside.returned[:, rest])
+    return behind is not None and _same(behind[:, rest], inside.returned[:, rest], least=ROUNDING)
 
 
 def _holds_stream(run: ModuleRun, inside: ModuleRun) -> bool:
@@ -193,8 +195,8 @@ def _differs(hidden_BSD: Tensor) -> bool:
     return not _same(hidden_BSD, first.expand_as(hidden_BSD)) if bool(hidden_BSD.any()) else False
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: Tensor, other: Tensor, least: float = TOLERANCE) -> bool:
     """Whether two hidden states agree up to rounding; what is not finite agrees."""
     left, right = one.double(), other.double().to(one.device)
-    tolerance = max(TOLERANCE, 8 * torch.finfo(one.dtype).eps)
+    tolerance = max(least, 8 * torch.finfo(one.dtype).eps)
     return not bool((left - right).norm() > tolerance * left.norm())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosscoder.data.blocks import Blocks, input_device, is_linked, run_model, text_config, watch_blocks
+from crosscoder.data.blocks import Blocks, block_lists, input_device, is_linked, run_model, text_config, watch_blocks
 from crosscoder.data.hooks import ModuleEnd, ModuleRun, reading
 from crosscoder.data.mlps import find_mlps
 
@@ -76,7 +76,7 @@ def probe_model(
         if logits is not None and other_logits is not None:
             sites, others, names = [*sites, logits], [*others, other_logits], [*names, "the predictions"]
         future, notes = _order(names, sites, others, ids_BS != changed_BS, path)
-        notes += _remarks(model, runs, logits)
+        notes += _remarks(model, block_lists(model)[path], runs, logits)
         found = find_mlps(runs, mlp_path) if mlps else None
     return Probed(
         path=path,
@@ -181,7 +181,7 @@ def _moved(site_BSD: Tensor, other_BSD: Tensor) -> Tensor:
     return (left - right).norm(dim=-1) > tolerance * left.norm(dim=-1)
 
 
-def _remarks(model: nn.Module, runs: Sequence[ModuleRun], logits: Tensor | None) -> list[str]:
+def _remarks(model: nn.Module, items: Blocks, runs: Sequence[ModuleRun], logits: Tensor | None) -> list[str]:
     notes = []
     kinds = Counter(type(run.module).__name__ for run in runs)
     if len(kinds) > 1:
@@ -195,8 +195,11 @@ def _remarks(model: nn.Module, runs: Sequence[ModuleRun], logits: Tensor | None)
             how = "a scaled form of" if is_linked(one, after) else "something else than"
             notes.append(f"block {number + 1} is given {how} what block {number} returns")
             break
+    ran = {id(run.module) for run in runs}
+    if idle := [str(number) for number, item in enumerate(items, start=1) if id(item) not in ran]:
+        notes.append(f"of {len(items)} layers, {', '.join(idle)} do not run on text alone: the others are the blocks")
     depth = getattr(text_config(model), "num_hidden_layers", None)
-    if isinstance(depth, int) and depth != len(runs):
+    if isinstance(depth, int) and depth != len(runs) and not idle:
         notes.append(f"the configuration says {depth} layers, {len(runs)} blocks are read")
     widths = {hidden.shape[-1] for hidden in _sites(runs)}
     if len(widths) > 1:
