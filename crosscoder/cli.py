@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from crosscoder.commands import NO_WINDOW, STEPS, SUBJECT, TEXT, Command, Device, Idle
+from crosscoder.commands import BLOCKS_PATH, LOADING, NO_WINDOW, STEPS, SUBJECT, TEXT, Command, Device, Idle
+from crosscoder.data.subject import USUAL_LOADING, Loading
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.needs import Needs, planted_needs, single_needs, study_needs
@@ -76,7 +77,8 @@ class Compare(Study):
     text: Annotated[str | None, TEXT] = None
     layers: tuple[int, ...] | None = None
     """With --subject: neighbouring layers to read, 1 being the output of the first block. None: all."""
-    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    blocks_path: Annotated[str | None, BLOCKS_PATH] = None
+    loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     tokens: int | None = None  # With --subject: tokens to train the dictionaries on
     keep_outliers: bool = False
     """With --subject: keep first tokens of blocks, special tokens, and tokens of huge norm (sinks)."""
@@ -100,7 +102,7 @@ class Compare(Study):
     def idle(self) -> Idle:
         if self.subject is None:
             mode = "only a single model has that; name one with --subject"
-            names = ("layers", "blocks_path", "tokens", "keep_outliers")
+            names = ("layers", "blocks_path", "tokens", "keep_outliers", *LOADING)
         else:
             mode = "only the study of several shapes has that; leave out --subject"
             names = ("preset", "training_seeds", "joint", "part")
@@ -115,7 +117,7 @@ class Compare(Study):
         budget = _replace_given(config.dictionaries, **{name: getattr(self, name) for name in names})
         config = replace(_replace_given(config, dictionaries=budget, seeds=self.seeds), stream=self.stream)
         if self.subject is not None:
-            read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path}
+            read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path, "loading": self.loading}
             read |= {"tokens_train": self.tokens, "keep_outliers": self.keep_outliers}
             return _replace_given(config, text=self.text, **read)
         subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
@@ -205,8 +207,12 @@ def _differs(settings: Any, name: str) -> bool:
 
 def _do(command: Command) -> None:
     for reason, names in command.idle().items():
-        # The fields of `shape` are flags without a prefix.
-        flags = [name.removeprefix("shape.").replace("_", "-") for name in names if _differs(command, name)]
+        # The fields of `shape` and `loading` are flags without a prefix.
+        flags = [
+            name.removeprefix("shape.").removeprefix("loading.").replace("_", "-")
+            for name in names
+            if _differs(command, name)
+        ]
         if flags:
             raise ValueError(f"--{', --'.join(flags)} would change nothing here: {reason}")
     require_device(getattr(command, "device", "cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,11 +14,19 @@ import tyro
 
 from crosscoder import training
 from crosscoder.data.prepare import prepare_tokens
-from crosscoder.data.residuals import ResidualHarvester, model_origin
+from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource
 from crosscoder.data.stream import ActivationStream
-from crosscoder.data.subject import load_model, load_tokenizer, longest_context, require_own_tokens
+from crosscoder.data.subject import (
+    USUAL_LOADING,
+    Loading,
+    load_model,
+    load_tokenizer,
+    longest_context,
+    model_origin,
+    require_own_tokens,
+)
 from crosscoder.data.subject_training import SubjectConfig, describe_policies, loss_of_policies, train_subject
 from crosscoder.data.text import Documents, unused_settings
 from crosscoder.data.tokenizer import find_bos
@@ -41,6 +49,10 @@ TEXT = tyro.conf.arg(
 KEEP = tyro.conf.arg(help="Keep the first token of each block, special tokens, and tokens of huge norm (sinks).")
 RAW = tyro.conf.arg(help="The dictionary, which keeps no record, was trained on activations as the model gives them.")
 HELD_OUT_BATCHES = 2  # of 4,096 tokens, measured while training goes on
+BLOCKS_PATH = tyro.conf.arg(help="Where the blocks are if they are not found, for example model.layers.")
+MLP_PATH = tyro.conf.arg(help="With --reads mlp: where a block's MLP is inside it. None: mlp, or what can only be it.")
+LOADING = tuple(f"loading.{one.name}" for one in fields(Loading))  # flags without a prefix
+NOT_MLP = "only --reads mlp reads MLPs"
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of several GPUs.")]
 
 
@@ -174,7 +186,9 @@ class TrainSubject(Command):
     def run(self) -> None:
         prepared = PreparedTokens.load(self.tokens_folder)
         config = replace(self.shape, context=prepared.train.sequence_length)
-        run = train_subject(config, prepared.train, prepared.held_out, folder=self.out, device=self.device)
+        run = train_subject(
+            config, prepared.train, prepared.held_out, folder=self.out, device=self.device, tokenizer=prepared.tokenizer
+        )
         for checkpoint in run.checkpoints:
             say(f"{checkpoint.folder:<12} {checkpoint.tokens:>12,} tokens  {checkpoint.held_out_loss:.4f} nats/token")
         print(self.out / run.checkpoints[-1].folder)
@@ -193,36 +207,50 @@ class Harvest(Command):
     out: Path  # Folder to write: train/ and held_out/
     layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
     reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
-    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    blocks_path: Annotated[str | None, BLOCKS_PATH] = None
+    mlp_path: Annotated[str | None, MLP_PATH] = None
+    loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     keep_outliers: Annotated[bool, KEEP] = False
     max_tokens: int = 250_000  # Training tokens to store, in whole blocks
     max_held_out_tokens: int = 50_000  # Held-out tokens to store, in whole blocks
     tokens_per_shard: int | None = None  # Tokens in a file. None: as many as fill 256 MiB; one file is held in memory
-    dtype: StoredDtype | None = None  # Of the stored activations. None: bfloat16 where the model is, else float32
+    stored_dtype: StoredDtype | None = None  # Of the stored activations. None: bfloat16 where the model is, or float32
     device: Device = "cpu"
 
+    def idle(self) -> Idle:
+        return {} if self.reads == "mlp" else {NOT_MLP: ("mlp_path",)}
+
     def needs(self) -> Needs:
-        tokens = self.max_tokens + self.max_held_out_tokens
-        return harvest_needs(self.subject, self.layers, self.reads, tokens, 2 if self.dtype == "bfloat16" else 4)
+        tokens, itemsize = self.max_tokens + self.max_held_out_tokens, 2 if self.stored_dtype == "bfloat16" else 4
+        return harvest_needs(self.subject, self.layers, self.reads, tokens, itemsize, self.loading.revision)
 
     def run(self) -> None:
-        model = load_model(self.subject, device=self.device)
-        harvester = ResidualHarvester(
-            model,
-            layers=self.layers,
-            blocks_path=self.blocks_path,
-            reads=self.reads,
-            keep_outliers=self.keep_outliers,
-            origin=model_origin(model, self.subject),
-        )
+        harvester = _harvester(self.subject, self)
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
             blocks = TokenBlocks.load(self.tokens_folder / split)
-            require_own_tokens(self.subject, blocks)
-            kept: dict[str, Any] = {"dtype": self.dtype, "tokens_per_shard": self.tokens_per_shard}
+            require_own_tokens(self.subject, blocks, revision=self.loading.revision)
+            kept: dict[str, Any] = {"dtype": self.stored_dtype, "tokens_per_shard": self.tokens_per_shard}
             store = write_shards(harvester, blocks, self.out / split, **kept, max_tokens=most, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
             say(f"{split}: {shape}; dropped {store.index.dropped}")
         print(self.out)
+
+
+def _harvester(subject: str, given: Harvest | Reading) -> ResidualHarvester:
+    """What reads a model as the flags of a command say; what its probe notes is said."""
+    model = load_model(subject, **asdict(given.loading), device=given.device)
+    harvester = ResidualHarvester(
+        model,
+        layers=given.layers,
+        reads=given.reads,
+        blocks_path=given.blocks_path,
+        mlp_path=given.mlp_path,
+        keep_outliers=given.keep_outliers,
+        origin=model_origin(model, subject, given.loading.revision),
+    )
+    for note in harvester.probed.notes:
+        say(f"{subject}: {note}")
+    return harvester
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,23 +262,19 @@ class Reading(Command):
     tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
     layers: tuple[int, ...] | None = None  # Sites to read: 0 is the embedding, l the output of block l. None: all
     reads: Literal["residual", "mlp"] = "residual"  # The residual stream, or what MLPs are given and return
-    blocks_path: str | None = None  # Where the decoder blocks are if they are not found, for example model.layers
+    blocks_path: Annotated[str | None, BLOCKS_PATH] = None
+    mlp_path: Annotated[str | None, MLP_PATH] = None
+    loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     keep_outliers: Annotated[bool, KEEP] = False
     refill_tokens: int = REFILL_TOKENS  # Tokens shuffled among themselves; two such refills are held in memory
     max_held_out_tokens: int = 50_000  # Held-out tokens to harvest where there is no store
     device: Device = "cpu"
 
     def idle(self) -> Idle:
-        streamed = (
-            "subject",
-            "tokens_folder",
-            "layers",
-            "reads",
-            "blocks_path",
-            "keep_outliers",
-            "max_held_out_tokens",
-        )
-        return {} if self.activations is None else {"activations are read from --activations": streamed}
+        if self.activations is None:
+            return {} if self.reads == "mlp" else {NOT_MLP: ("mlp_path",)}
+        streamed = ("subject", "tokens_folder", "layers", "reads", "blocks_path", "mlp_path", *LOADING)
+        return {"activations are read from --activations": (*streamed, "keep_outliers", "max_held_out_tokens")}
 
     def streamed(self) -> tuple[str, Path]:
         """The model and the tokens that are read without a store."""
@@ -264,16 +288,8 @@ class Reading(Command):
             return [ActivationShards.load(self.activations / n, tokens_per_refill=self.refill_tokens) for n in names]
         subject, folder = self.streamed()
         tokens = {name: TokenBlocks.load(folder / name) for name in names}
-        require_own_tokens(subject, tokens[names[0]])
-        model = load_model(subject, device=self.device)
-        harvester = ResidualHarvester(
-            model,
-            layers=self.layers,
-            reads=self.reads,
-            blocks_path=self.blocks_path,
-            keep_outliers=self.keep_outliers,
-            origin=model_origin(model, subject),
-        )
+        require_own_tokens(subject, tokens[names[0]], revision=self.loading.revision)
+        harvester = _harvester(subject, self)
         return [
             ActivationStream(
                 harvester,
@@ -291,7 +307,7 @@ class Train(Reading):
     """Train one dictionary on activations; a killed run continues with --resume to the same bits.
 
     With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
-    --blocks-path) they are harvested as training goes, and nothing but the dictionary is written.
+    --blocks-path, --mlp-path) they are harvested as training goes, and nothing but the dictionary is written.
 
     $ crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
     $ crosscoder train --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/streamed
@@ -322,7 +338,9 @@ class Train(Reading):
             return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
         subject, folder = self.streamed()
         tokens = TokenBlocks.load(folder / "train")
-        rows, n_sites, width = stream_needs(subject, self.layers, self.reads, tokens, self.refill_tokens)
+        rows, n_sites, width = stream_needs(
+            subject, self.layers, self.reads, tokens, self.refill_tokens, self.loading.revision
+        )
         return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
 
     def run(self) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crosscoder.data.stream import HARVEST_TOKENS
-from crosscoder.data.subject import locate
+from crosscoder.data.subject import load_config
 from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.data.world_pair import SIDES
@@ -61,18 +61,20 @@ def subject_needs(name: str, config: SubjectConfig, vocab_size: int = VOCAB_SIZE
     ]
 
 
-def harvest_needs(subject: str, layers: Layers, reads: str, tokens: int, itemsize: int) -> Needs:
+def harvest_needs(
+    subject: str, layers: Layers, reads: str, tokens: int, itemsize: int, revision: str | None = None
+) -> Needs:
     """What storing a subject's activations takes; of the subject only the configuration is read."""
-    n_sites, width = _sites_and_width(subject, layers, reads)
+    n_sites, width = _sites_and_width(subject, layers, reads, revision)
     disk = human_bytes(tokens * n_sites * width * itemsize)
     return [("sites", str(n_sites)), ("width", str(width)), ("tokens, at most", f"{tokens:,}"), ("disk, at most", disk)]
 
 
 def stream_needs(
-    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, tokens_per_refill: int
+    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, tokens_per_refill: int, revision: str | None = None
 ) -> tuple[Needs, int, int]:
     """What harvesting activations as training goes takes beside the dictionary, the number of sites and their width."""
-    n_sites, width = _sites_and_width(subject, layers, reads)
+    n_sites, width = _sites_and_width(subject, layers, reads, revision)
     blocks = min(max(1, tokens_per_refill // tokens.sequence_length), len(tokens))
     refill = 4 * blocks * tokens.sequence_length * n_sites * width
     call = 4 * max(HARVEST_TOKENS, tokens.sequence_length) * n_sites * width
@@ -86,7 +88,7 @@ def stream_needs(
 
 def single_needs(config: SubjectStudyConfig) -> Needs:
     """What a study of one model takes; of the model only the configuration is read."""
-    n_sites, width = _sites_and_width(config.subject, config.layers)
+    n_sites, width = _sites_and_width(config.subject, config.layers, revision=config.loading.revision)
     n_layers = n_sites - (config.layers is None)  # all blocks, without the embedding
     tokens, states = config.tokens_train + config.tokens_held_out, 1 + config.untrained
     rows: Needs = [
@@ -145,9 +147,9 @@ def planted_needs(config: PlantedConfig) -> Needs:
     ]
 
 
-def _sites_and_width(subject: str, layers: Layers, reads: str = "residual") -> tuple[int, int]:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(**locate(subject)).get_text_config(decoder=True)
+def _sites_and_width(
+    subject: str, layers: Layers, reads: str = "residual", revision: str | None = None
+) -> tuple[int, int]:
+    config = load_config(subject, revision).get_text_config(decoder=True)
     n_sites = len(layers) if layers is not None else config.num_hidden_layers + (reads == "residual")
     return n_sites * (2 if reads == "mlp" else 1), config.hidden_size

@@ -36,7 +36,7 @@ BUDGETS = {
     "triton_kernels": 4248,
     "crosscoder/foundation": 720,
     "crosscoder/results": 650,
-    "crosscoder/data": 3135,
+    "crosscoder/data": 3900,
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
@@ -44,9 +44,9 @@ BUDGETS = {
     "crosscoder/verdict": 590,
     "crosscoder/report": 1730,
     "crosscoder/studies": 1730,
-    "crosscoder": 710,  # the modules beside the rooms
+    "crosscoder": 900,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 18_340, 12_400
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_000, 13_200
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

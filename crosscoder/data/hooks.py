@@ -6,8 +6,10 @@ A hook acts in the thread that set it only, so that one thread may read a model 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -21,19 +23,30 @@ class ModuleEnd(NamedTuple):
     end: Literal["input", "output"]
 
 
+@dataclass
+class ModuleRun:
+    """One run of a module: copies of its hidden states (None where there are none), and all that it was called with."""
+
+    module: nn.Module
+    given: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returned: Tensor | None = None
+
+
 @contextlib.contextmanager
 def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
     """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
 
     owner = threading.get_ident()
 
-    def before(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == owner:
-            read(number, _given(args, kwargs))
+            read(number, _tensor(module, given(args, kwargs), "is given"))
 
-    def after(number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() == owner:
-            read(number, _returned(output))
+            read(number, _tensor(module, returned(output), "returns"))
 
     with contextlib.ExitStack() as hooks:
         for number, (module, end) in enumerate(ends):
@@ -45,16 +58,46 @@ def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> G
 
 
 @contextlib.contextmanager
+def recording(modules: Iterable[nn.Module]) -> Generator[list[ModuleRun]]:
+    """A list that holds, while active, every run of `modules` in the order in which they begin."""
+    runs: list[ModuleRun] = []
+    open_runs: list[ModuleRun] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = given(args, kwargs)
+        run = ModuleRun(module, None if hidden is None else hidden.detach().clone(), args, kwargs)
+        runs.append(run)
+        open_runs.append(run)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = returned(output)
+        open_runs.pop().returned = None if hidden is None else hidden.detach().clone()
+
+    with contextlib.ExitStack() as hooks:
+        for module in {id(module): module for module in modules}.values():
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after))
+        yield runs
+
+
+@contextlib.contextmanager
 def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
     """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
 
     owner = threading.get_ident()
 
-    def after(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if threading.get_ident() != owner:
             return output
-        hidden = replace(number, _given(args, kwargs), _returned(output))
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+        ends = _tensor(module, given(args, kwargs), "is given"), _tensor(module, returned(output), "returns")
+        hidden = replace(number, *ends)
+        if isinstance(output, Tensor):
+            return hidden
+        if isinstance(output, dict):  # an output of transformers, which is read by name too
+            changed = copy.copy(output)
+            changed[next(iter(output))] = hidden
+            return changed
+        return [hidden, *output[1:]] if isinstance(output, list) else (hidden, *output[1:])
 
     with contextlib.ExitStack() as hooks:
         for number, module in enumerate(modules):
@@ -62,9 +105,23 @@ def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tens
         yield
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden states among what a module is called with: `hidden_states`, or the first tensor of real numbers."""
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.is_floating_point()), None)
 
 
-def _returned(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+def returned(output: Any) -> Tensor | None:
+    """The hidden states among what a module returns: all of it, or the first of several values."""
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) and output.is_floating_point() else None
+
+
+def _tensor(module: nn.Module, hidden: Tensor | None, verb: str) -> Tensor:
+    if hidden is None:
+        raise ValueError(f"{type(module).__name__} {verb} no hidden states; read other blocks with --blocks-path")
+    return hidden

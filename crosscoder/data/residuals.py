@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from crosscoder.data.hooks import ModuleEnd, reading
+from crosscoder.data.probe import probe_model
+from crosscoder.data.subject import model_origin
 from crosscoder.foundation.origin import ModelOrigin
 
 OUTLIER_RATIO = 10.0
@@ -27,40 +29,9 @@ class _AllSitesReadError(Exception):
     """Ends the model's forward pass early; never leaves this module."""
 
 
-def find_blocks(model: nn.Module, blocks_path: str | None = None) -> nn.ModuleList:
-    """The model's list of decoder blocks: the outermost list as long as its configuration says it has layers.
-
-    Raises:
-        ValueError: none or several lists fit, or `blocks_path` is not a list of modules; candidates are listed.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
-    }
-    listed = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
-    if blocks_path is not None:
-        if blocks_path not in lists:
-            raise ValueError(f"{blocks_path!r} is not a list of like blocks; this model has: {listed}")
-        return lists[blocks_path]
-    expected = _configured_layers(model) or max(map(len, lists.values()), default=0)
-    fits = [name for name, module in lists.items() if len(module) == expected]
-    outermost = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
-    if len(outermost) != 1:
-        raise ValueError(
-            f"found {len(outermost)} lists of {expected} like blocks, expected one; name it with "
-            f"--blocks-path. Candidates: {listed}"
-        )
-    return lists[outermost[0]]
-
-
-def find_mlp(block: nn.Module) -> nn.Module:
-    """The block's child named mlp; a ValueError lists the children if there is none."""
-    module = getattr(block, "mlp", None)
-    if not isinstance(module, nn.Module):
-        children = ", ".join(name for name, _ in block.named_children())
-        raise ValueError(f"{type(block).__name__} has no child named mlp; it has: {children}")
-    return module
+def find_blocks(model: nn.Module, blocks_path: str | None = None) -> tuple[nn.Module, ...]:
+    """The model's blocks, as `probe.probe_model` finds them; a ValueError says why there are none."""
+    return probe_model(model, blocks_path=blocks_path, mlps=False).blocks
 
 
 class ResidualHarvester:
@@ -68,6 +39,8 @@ class ResidualHarvester:
 
     `reads="mlp"` reads the MLPs of the chosen blocks instead (all of 1 to n by default): [what each is given, after the
     block's norm; what each returns], so that `sites` names every block twice.
+
+    Blocks and MLPs are what `probe.probe_model` finds, unless their paths are given; `probed` is all that it found.
 
     The first `skip_positions` tokens of each sequence are left out: their norms can be thousands of times the rest.
     So are special tokens, and tokens of unusual norm wherever the activations are read (see `SiteSource`);
@@ -80,27 +53,32 @@ class ResidualHarvester:
         *,
         layers: Sequence[int] | None = None,
         blocks_path: str | None = None,
+        mlp_path: str | None = None,
         reads: Literal["residual", "mlp"] = "residual",
         skip_positions: int | None = None,
         keep_outliers: bool = False,
         origin: ModelOrigin | None = None,
     ) -> None:
-        self.model = model
-        self.blocks = find_blocks(model, blocks_path)
         if reads not in ("residual", "mlp"):
             raise ValueError(f"reads is {reads!r}, expected 'residual' or 'mlp'")
-        self.reads: Literal["residual", "mlp"] = reads
+        self.model, self.reads = model, reads
+        self.probed = probe_model(model, blocks_path=blocks_path, mlp_path=mlp_path, mlps=reads == "mlp")
+        self.blocks = self.probed.blocks
         chosen = _check_sites(layers, len(self.blocks), first=int(reads == "mlp"))
         self.sites = 2 * chosen if reads == "mlp" else chosen
         self.skip_positions = int(not keep_outliers) if skip_positions is None else skip_positions
         if self.skip_positions < 0:
             raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
         self.keep_outliers, self._origin = keep_outliers, origin
+        self._ends()  # an MLP that cannot be read is refused at once
 
     @functools.cached_property
     def origin(self) -> ModelOrigin:
         """The model, with a hash of its weights that is taken when first asked for."""
-        return self._origin or model_origin(self.model)
+        if self._origin is not None:
+            return self._origin
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        return model_origin(self.model, name or type(self.model).__name__)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -157,8 +135,14 @@ class ResidualHarvester:
         if self.reads == "residual":
             first = ModuleEnd(self.blocks[0], "input")
             return [ModuleEnd(self.blocks[site - 1], "output") if site else first for site in self.sites]
-        mlps = [find_mlp(self.blocks[site - 1]) for site in self.sites[: len(self.sites) // 2]]
+        mlps = self._mlps(self.sites[: len(self.sites) // 2])
         return [*(ModuleEnd(mlp, "input") for mlp in mlps), *(ModuleEnd(mlp, "output") for mlp in mlps)]
+
+    def _mlps(self, sites: Sequence[int]) -> list[nn.Module]:
+        for site in sites:
+            if self.probed.mlps[site - 1] is None:
+                raise ValueError(f"the MLP of block {site} cannot be read: {self.probed.problems[site - 1]}")
+        return [mlp for site in sites if (mlp := self.probed.mlps[site - 1]) is not None]
 
     def _check_call(self, ids_BS: Tensor) -> None:
         if self.model.training:
@@ -175,18 +159,6 @@ class ResidualHarvester:
                 f"token ids run from {low} to {high}, the model knows 0 to {vocab_size} exclusive: the "
                 "tokens were made by another tokenizer"
             )
-
-
-def model_origin(model: nn.Module, name: str = "") -> ModelOrigin:
-    """The record of a model, with the sha256 of its parameters and buffers; `name` is where it was loaded from."""
-    digest = hashlib.sha256()
-    for own, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    config = getattr(model, "config", None)
-    name = name or getattr(config, "_name_or_path", "") or type(model).__name__
-    return ModelOrigin(name=name, weights=digest.hexdigest(), dtype=str(next(model.parameters()).dtype)[6:])
 
 
 def estimate_scales(x_TLD: Tensor) -> Tensor:
@@ -219,13 +191,6 @@ def scales_of_norms(norm_TL: Tensor, d_model: int) -> Tensor:
     usual_TL = norm_TL <= OUTLIER_RATIO * median_L
     mean_L = (norm_TL * usual_TL).sum(0) / usual_TL.sum(0)
     return (d_model**0.5 / mean_L).float()
-
-
-def _configured_layers(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    return getattr(config, "num_hidden_layers", None)
 
 
 def _check_sites(layers: Sequence[int] | None, n_blocks: int, *, first: int) -> tuple[int, ...]:

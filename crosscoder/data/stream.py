@@ -124,6 +124,7 @@ class ActivationStream(Activations):
             tokens=origin or TokenOrigin(tokenizer=self.tokens.tokenizer_hash, context=self.context),
             site=harvester.reads,
             sites=self.sites,
+            convention=harvester.probed.mlp if harvester.reads == "mlp" else "",
             skip_positions=harvester.skip_positions,
             keep_outliers=harvester.keep_outliers,
         )
@@ -187,6 +188,7 @@ def stream_source(
     layers: tuple[int, ...] | None = None,
     reads: Literal["residual", "mlp"] = "residual",
     blocks_path: str | None = None,
+    mlp_path: str | None = None,
     keep_outliers: bool = False,
     tokens_per_refill: int = REFILL_TOKENS,
     max_tokens: int | None = None,
@@ -194,10 +196,10 @@ def stream_source(
 ) -> SiteSource:
     """A model's activations on a folder of tokens (`train/` and `held_out/`), harvested as training goes.
 
-    `layers`, `reads`, `blocks_path` and `keep_outliers` are those of `ResidualHarvester`.
+    `layers`, `reads`, `blocks_path`, `mlp_path` and `keep_outliers` are those of `ResidualHarvester`.
     """
     harvester = ResidualHarvester(
-        model, layers=layers, reads=reads, blocks_path=blocks_path, keep_outliers=keep_outliers
+        model, layers=layers, reads=reads, blocks_path=blocks_path, mlp_path=mlp_path, keep_outliers=keep_outliers
     )
     train, held_out = (TokenBlocks.load(Path(tokens_folder) / split) for split in ("train", "held_out"))
     other = ActivationStream(harvester, held_out, max_tokens=max_held_out_tokens, ahead=False)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crosscoder.data.tokenizer import tokenizer_hash
-from crosscoder.foundation.origin import MismatchError
+from crosscoder.foundation.config import config
+from crosscoder.foundation.console import say
+from crosscoder.foundation.origin import MismatchError, ModelOrigin
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +26,23 @@ if TYPE_CHECKING:
 
 PACKAGE_PREFIX = "package:"
 """Before the name of an installed Python package that carries a .gguf file."""
+HASHED_AT_ONCE = 1 << 24
+"""Numbers of a weight that are copied to be hashed."""
+
+
+@config
+class Loading:
+    """How a model is loaded, beside its name."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub. None: its main branch."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the model's weights; auto: the checkpoint's own, as it always is for a quantised one."""
+    device_map: Literal["auto"] | None = None
+    """auto: spread over all devices, and what fits none is kept in memory or on disk. None: all on --device."""
+
+
+USUAL_LOADING = Loading()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,74 +65,170 @@ class ParameterCounts(NamedTuple):
 
 
 def load_subject(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "float32",
+    device: str | torch.device = "cpu",
+    device_map: str | None = None,
 ) -> Subject:
-    """The causal language model of a Hub name, a folder, or a .gguf file (which is unpacked to `dtype`).
+    """The language model of a Hub name, a folder, or a .gguf file, as `load_model` gives it, and its tokenizer.
 
     Raises:
         FileNotFoundError: a .gguf path that does not exist.
         ModuleNotFoundError: a .gguf file without the packages that read it.
     """
-    model = load_model(name_or_path, device=device, dtype=dtype)
-    return Subject(model=model, tokenizer=load_tokenizer(name_or_path), name=str(name_or_path))
+    tokenizer = load_tokenizer(name_or_path, revision=revision)
+    model = load_model(name_or_path, revision=revision, dtype=dtype, device=device, device_map=device_map)
+    return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer alone, of the same places as `load_subject`; no weights are read but those of a .gguf file."""
     from transformers import AutoTokenizer
 
-    given = {} if revision is None else {"revision": revision}
-    tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path), **given)
+    tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path, revision))
     return tokenizer
 
 
 def longest_context(name_or_path: str | Path, *, revision: str | None = None) -> int | None:
     """The positions that a model has by its configuration, or None where that names no bound or there is none."""
-    from transformers import AutoConfig
-
-    given = {} if revision is None else {"revision": revision}
     try:
-        config: Any = AutoConfig.from_pretrained(**locate(name_or_path), **given)
+        shape = load_config(name_or_path, revision)
     except (OSError, ValueError):  # a folder that holds a tokenizer alone
         return None
-    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    found = getattr(shape.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
 def load_model(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "float32",
+    device: str | torch.device = "cpu",
+    device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer."""
-    from transformers import AutoModelForCausalLM
+    """The model alone, of the same places as `load_subject`; also of a folder that holds no tokenizer.
 
+    Of a model of text and images the class for both is loaded, and its text tower read. `dtype` "auto" is the
+    checkpoint's own, as it always is for a quantised one; `device_map` "auto" spreads the model over all devices.
+    Weights that the checkpoint lacks are named, and kept as `missing_weights` of the model.
+
+    Raises:
+        ValueError: not a model that predicts next tokens.
+    """
+    shape = load_config(name_or_path, revision)
+    quantised = getattr(shape, "quantization_config", None) is not None
+    settings: dict[str, Any] = {"dtype": "auto" if quantised else dtype, "output_loading_info": True}
+    if device_map is not None or quantised:  # such models cannot be moved afterwards
+        settings["device_map"] = device_map or {"": str(device)}
     with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(**locate(name_or_path), dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+        model, info = auto_class(shape).from_pretrained(**locate(name_or_path, revision), **settings)
+    vars(model)["missing_weights"] = missing = tuple(sorted(info["missing_keys"]))
+    if missing:
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        say(f"{name_or_path}: {len(missing)} weights are not in the checkpoint and stay random: {listed}")
+    if "device_map" not in settings:
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
 
 
-def load_untrained(name_or_path: str | Path, *, seed: int = 0, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_untrained(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "float32",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
     """A model of the same configuration as `load_model` gives, with its initial weights drawn anew: the control.
 
-    Weights are as the model's own class initialises them; the global random state is left as it was.
+    Weights are as the model's own class initialises them, and never quantised; the global random state is left as it
+    was.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(**locate(name_or_path))
+    shape = load_config(name_or_path, revision)
     with torch.random.fork_rng(devices=[]), without_progress_bars():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(shape).from_config(shape, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def locate(name_or_path: str | Path) -> dict[str, Any]:
+def load_config(name_or_path: str | Path, revision: str | None = None) -> Any:
+    """The configuration of a model, of the same places as `load_subject`."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(**locate(name_or_path, revision))
+
+
+def auto_class(shape: Any) -> Any:
+    """The class of `transformers` that loads a configuration: for next tokens of text, else of images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    if type(shape) in known.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(shape) in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"transformers has no model of {type(shape).__name__} that predicts the next token of a text; "
+        "give a decoder-only language model"
+    )
+
+
+def model_origin(model: Any, name: str, revision: str | None = None) -> ModelOrigin:
+    """What records say of a model; its revision is the commit that was resolved when it was loaded, if there is one."""
+    resolved = getattr(getattr(model, "config", None), "_commit_hash", None) or revision
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return ModelOrigin(name=name, weights=hash_weights(model), revision=resolved, dtype=dtype)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all parameters and buffers, those never saved included.
+
+    Raises:
+        ValueError: a weight was never loaded.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _weights(model):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is not loaded, so the model's weights have no hash")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
+            digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor once, by name; one that is kept off the devices until it is used is fetched from where it is."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            full = f"{path}.{name}" if path else name
+            yield full, kept[name] if tensor.is_meta and kept is not None else tensor
+            # A quantised weight's scales are saved with it, but are no parameters of the module.
+            state = getattr(tensor, "quant_state", None)
+            for key, value in (state.as_dict() if hasattr(state, "as_dict") else {}).items():
+                if isinstance(value, Tensor):
+                    yield f"{full}.{key}", value
+
+
+def locate(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The keyword arguments by which `from_pretrained` finds a Hub name, a folder, a .gguf file or `package:NAME`."""
     name = str(name_or_path)
+    if revision is not None and (name.startswith(PACKAGE_PREFIX) or Path(name).expanduser().exists()):
+        raise ValueError(f"--revision {revision} would change nothing: {name} is not a model on the Hub")
     if name.startswith(PACKAGE_PREFIX):
         name = str(find_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"there is no model at {name}; check the path")
     if not name.endswith(".gguf"):
-        return {"pretrained_model_name_or_path": name}
+        at = {} if revision is None else {"revision": revision}
+        return {"pretrained_model_name_or_path": name, **at}
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; check the path")

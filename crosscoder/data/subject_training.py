@@ -25,7 +25,7 @@ from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCHEMA = "crosscoder.subject/1"
 RUN_FILE = "run.json"
@@ -136,9 +136,12 @@ def train_subject(
     *,
     folder: str | Path,
     device: str | torch.device = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool = False,
 ) -> SubjectRun:
     """Train a subject and keep its checkpoints in `folder/step-N`; `folder/run.json` is written last.
+
+    The tokenizer, if given, is kept beside the weights of each.
 
     Raises:
         ValueError: the blocks are not of length `context`, or the two sets have different vocabularies.
@@ -165,6 +168,8 @@ def train_subject(
         name = f"step-{step}"
         with committed_directory(folder / name, schema=SCHEMA) as temporary, without_progress_bars():
             model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         tokens, loss = step * config.batch * config.context, held_out_loss(model, held_out_BS)
         return SubjectCheckpoint(step=step, tokens=tokens, held_out_loss=loss, folder=name)
 

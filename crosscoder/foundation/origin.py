@@ -78,6 +78,7 @@ class Reads:
     """What a store holds and a dictionary reads.
 
     sites: blocks, counted from 1, whose outputs, writes or MLPs are read; 0 is the embedding.
+    convention: of MLPs, what is read and whether norms or the residual are inside, as the model's probe says.
     skip_positions: tokens left out at the start of every block. keep_outliers: whether tokens of unusual norm and
         special tokens are kept. scale: the factor of each layer that made its usual norm sqrt(D).
     """
@@ -86,6 +87,7 @@ class Reads:
     tokens: TokenOrigin
     site: Kind
     sites: tuple[int, ...]
+    convention: str = ""
     skip_positions: NonNegativeInt = 1
     keep_outliers: bool = False
     scale: tuple[PositiveFloat, ...] = ()
@@ -116,6 +118,7 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
         ("markup as special tokens", *(_said(r.tokens.special_tokens) for r in (mine, other)), "--special-tokens"),
         ("site", mine.site, other.site, f"--site {mine.site}" if mine.site != "mlp" else "--reads mlp"),
         ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, mine.sites))}"),
+        ("convention", mine.convention, other.convention, "--mlp-path"),
         ("first positions left out", mine.skip_positions, other.skip_positions, "harvest again"),
         ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "--keep-outliers"),
     ):

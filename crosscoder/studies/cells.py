@@ -12,18 +12,20 @@ that never saw each other's subject.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from crosscoder.data.blocks import input_device
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.shards import stored_source
 from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
 from crosscoder.data.stream import stream_source
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, load_untrained
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
 from crosscoder.foundation.origin import MismatchError, require_same
 from crosscoder.measure import counting, probes, profile, universality
@@ -51,13 +53,12 @@ class Streamed:
     layers: tuple[int, ...] | None = None
     blocks_path: str | None = None
     keep_outliers: bool = False
+    loading: Loading = USUAL_LOADING
 
     def source(self, site: Site, device: str) -> SiteSource:
         """The activations of one site."""
-        from crosscoder.data.subject import load_model, load_untrained
-
         return stream_source(
-            (load_untrained if self.untrained else load_model)(self.subject, device=device),
+            self.model(device),
             self.tokens,
             kind=site,
             layers=self.layers,
@@ -66,6 +67,13 @@ class Streamed:
             max_tokens=self.most[0],
             max_held_out_tokens=self.most[1],
         )
+
+    def model(self, device: str) -> nn.Module:
+        """The model, trained or with weights drawn anew."""
+        if not self.untrained:
+            return load_model(self.subject, **asdict(self.loading), device=device)
+        revision, dtype = self.loading.revision, self.loading.dtype
+        return load_untrained(self.subject, revision=revision, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Stores:
     held_out_ids: Path | None = None
     """Token blocks `[n, S]` to splice on, as safetensors."""
     blocks_path: str | None = None
+    loading: Loading = USUAL_LOADING
 
     def source(self, site: Site, device: str) -> SiteSource:
         """The activations of one site; hashes are not checked again."""
@@ -326,13 +335,11 @@ def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: s
 def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: Stores, device: str) -> list[Row]:
     from safetensors.torch import load_file
 
-    from crosscoder.data.subject import load_model
-
     assert stores.subject is not None
     assert stores.held_out_ids is not None
     assert at.site is not None
-    model = load_model(stores.subject, device=device)
-    ids = load_file(stores.held_out_ids)["ids"].long().to(device).split(16)
+    model = load_model(stores.subject, **asdict(stores.loading), device=device)
+    ids = load_file(stores.held_out_ids)["ids"].long().to(input_device(model)).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
     found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
     each = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]

@@ -93,13 +93,14 @@ class StudyFolder:
             prepare_tokens(text, **settings, folder=home, quiet=False)
         return PreparedTokens.load(home)
 
-    def stores(
-        self, run: str, state: State, *, spliced: Path | str | None = None, blocks_path: str | None = None
-    ) -> Stores:
-        """Where the activations of one model lie; `spliced` is the model if it is also read with reconstructions."""
+    def stores(self, run: str, state: State, *, spliced: Path | str | None = None, **how: Any) -> Stores:
+        """Where the activations of one model lie; `spliced` is the model if it is also read with reconstructions.
+
+        `how` it is loaded and read are fields of `Stores`.
+        """
         home = self._activations / f"{run}-{state}"
         ids = None if spliced is None else self._splice_ids
-        return Stores(home / "train", home / "held_out", subject=spliced, held_out_ids=ids, blocks_path=blocks_path)
+        return Stores(home / "train", home / "held_out", subject=spliced, held_out_ids=ids, **how)
 
     def draw_splice_ids(self, held_out: TokenBlocks, n_blocks: int) -> None:
         """Keep `n_blocks` held-out blocks, evenly drawn, for spliced evaluation."""

@@ -176,7 +176,8 @@ def _train_subjects(config: SubjectsConfig, study: StudyFolder, part: Part) -> d
 
 def _train_one(config: SubjectConfig, tokens: Path, folder: Path, device: str) -> None:
     prepared = PreparedTokens.load(tokens)
-    train_subject(config, prepared.train, prepared.held_out, folder=folder, device=device, quiet=True)
+    made: dict[str, Any] = {"folder": folder, "device": device, "tokenizer": prepared.tokenizer}
+    train_subject(config, prepared.train, prepared.held_out, **made, quiet=True)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from crosscoder.data.residuals import ResidualHarvester, model_origin
+from crosscoder.data.blocks import input_device
+from crosscoder.data.probe import meaningless_loss
+from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.sources import are_neighbours
-from crosscoder.data.subject import load_subject, load_untrained
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_subject, model_origin
 from crosscoder.data.subject_training import causal_loss, describe_policies, loss_of_policies
 from crosscoder.data.tokenizer import find_bos
 from crosscoder.foundation.config import config as settings
@@ -37,6 +39,7 @@ class SubjectStudyConfig:
     layers: tuple[PositiveInt, ...] | None = None
     """Blocks whose outputs are read, from 1. None: all of them."""
     blocks_path: str | None = None
+    loading: Loading = USUAL_LOADING
     dictionaries: DictionaryBudget = field(
         default_factory=lambda: DictionaryBudget(
             n_features=2048, k_crosscoder=64, k_layerwise=32, steps=600, learning_rate=1e-3
@@ -62,8 +65,9 @@ class SubjectStudyConfig:
 def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str = "cpu", workers: int = 2) -> Results:
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
     study = StudyFolder(folder, device=device, workers=workers)
-    subject = load_subject(config.subject, device=device)
-    origin = model_origin(subject.model, config.subject)
+    how = asdict(config.loading)
+    subject = load_subject(config.subject, **how, device=device)
+    origin = model_origin(subject.model, config.subject, config.loading.revision)
     require_inputs(folder, text=text_hash(config.text), model=origin.weights)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
@@ -71,7 +75,10 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     losses = loss_of_policies(subject.model, tokens.held_out, bos=bos or subject.tokenizer.bos_token_id)
     say(describe_policies(losses, with_bos=bos is not None))
     study.lap("tokens")
-    n_blocks = len(ResidualHarvester(subject.model, blocks_path=config.blocks_path).blocks)
+    probed = ResidualHarvester(subject.model, blocks_path=config.blocks_path).probed
+    n_blocks, no_loss = probed.n_blocks, meaningless_loss(subject.model, probed)
+    for note in dict.fromkeys((*probed.notes, *([] if no_loss is None else [f"no loss is measured: {no_loss}"]))):
+        say(f"{Path(config.subject).name}: {note}")
     layers = config.layers or tuple(range(1, n_blocks + 1))
     cells = study_cells(config, layers)
 
@@ -79,25 +86,31 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
         study.draw_splice_ids(tokens.held_out, config.splice_blocks)
         stores = {}
         for state in STATES if config.untrained else STATES[:1]:
-            model = subject.model if state == "trained" else load_untrained(config.subject, device=device)
-            spliced = config.subject if state == "trained" and config.splice_blocks else None
-            here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path)
+            spliced = config.subject if state == "trained" and config.splice_blocks and no_loss is None else None
+            here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path, loading=config.loading)
             most = config.tokens_train, config.tokens_held_out
             read: dict[str, Any] = {"layers": layers, "blocks_path": config.blocks_path}
             read |= {"keep_outliers": config.keep_outliers}
+            streamed = Streamed(
+                config.subject,
+                study.root / "tokens",
+                most,
+                untrained=state == "untrained",
+                loading=config.loading,
+                **read,
+            )
+            stores[NAME, 0, state] = replace(here, streamed=streamed if config.stream else None)
             if config.stream:
-                untrained = state == "untrained"
-                streamed = Streamed(config.subject, study.root / "tokens", most, untrained=untrained, **read)
-                stores[NAME, 0, state] = replace(here, streamed=streamed)
                 continue
             say(f"harvesting {sum(most):,} tokens, {state}")
+            model = subject.model if state == "trained" else streamed.model(device)
             harvester = ResidualHarvester(model, **read, origin=origin if state == "trained" else None)
             harvest_into(here, harvester, tokens, most, quiet=False)
-            stores[NAME, 0, state] = here
         return stores
 
     study.run_cells(cells, harvest, keep_activations=config.keep_activations)
     stride = max(1, len(tokens.held_out) // LOSS_BLOCKS)
+    sample_BS = tokens.held_out[::stride][:LOSS_BLOCKS]
     model, d_model = subject.model, subject.model.config.get_text_config(decoder=True).hidden_size
     about = {
         "name": Path(config.subject).name,
@@ -106,7 +119,7 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
         "n_layers": n_blocks,
         "d_model": d_model,
         **parameter_counts(model),
-        "held_out_loss": causal_loss(model, tokens.held_out[::stride][:LOSS_BLOCKS].to(device)),
+        "held_out_loss": causal_loss(model, sample_BS.to(input_device(model))) if no_loss is None else None,
     }
     rows = [*rows_at(Place(subject=NAME), about), *study.rows(cells)]
     return study.results(rows, config=config, kind="subject_study", preset="subject", text=config.text, tokens=tokens)
