@@ -37,7 +37,6 @@ class ModuleRun:
 @contextlib.contextmanager
 def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
     """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
-
     owner = threading.get_ident()
 
     def before(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,14 +61,19 @@ def recording(modules: Iterable[nn.Module]) -> Generator[list[ModuleRun]]:
     """A list that holds, while active, every run of `modules` in the order in which they begin."""
     runs: list[ModuleRun] = []
     open_runs: list[ModuleRun] = []
+    owner = threading.get_ident()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != owner:
+            return
         hidden = given(args, kwargs)
         run = ModuleRun(module, None if hidden is None else hidden.detach().clone(), args, kwargs)
         runs.append(run)
         open_runs.append(run)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != owner:
+            return
         hidden = returned(output)
         open_runs.pop().returned = None if hidden is None else hidden.detach().clone()
 
@@ -83,7 +87,6 @@ def recording(modules: Iterable[nn.Module]) -> Generator[list[ModuleRun]]:
 @contextlib.contextmanager
 def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
     """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
-
     owner = threading.get_ident()
 
     def after(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
