@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.report import panels
-from crosscoder.report.answer import ARMS, SITE_NAME
+from crosscoder.report.answer import ARMS
 from crosscoder.report.panels import FAINT, INK, PALETTE, describe
 from crosscoder.report.tables import SMALL_HARM
 from crosscoder.results.file import Results
-from crosscoder.results.table import Estimate, LongTable, Place
+from crosscoder.results.table import SITE_NAME, Estimate, LongTable, Place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from crosscoder.report.answer import ARMS, SITE_NAME, WORDS, Arm, known_of, main_range
+from crosscoder.report.answer import ARMS, WORDS, Arm, known_of, main_range
 from crosscoder.report.table import (
     NOTHING,
     Head,
@@ -27,7 +27,7 @@ from crosscoder.report.table import (
     words,
 )
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, Estimate, LongTable
+from crosscoder.results.table import COMPARED, SITE_NAME, Estimate, LongTable
 
 SMALL_HARM = 0.02  # nats a token: where ablating a site costs less, the share of it that is recovered is noise
 TOLERANCE = {"dictionary_size": 0.0, "explained_variance": 0.05, "l0_token": 0.05}

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crosscoder.report import panels
-from crosscoder.report.answer import SITE_NAME
 from crosscoder.report.panels import FAINT, INK, PALETTE, describe
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR
-from crosscoder.results.table import Estimate, LongTable
+from crosscoder.results.table import SITE_NAME, Estimate, LongTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,11 +14,12 @@ from dataclasses import replace
 from crosscoder.results.table import CONFIDENCE, Estimate, finite
 from crosscoder.results.verdict import Condition, Gate, Hypothesis, Label, UniversalityLabel, Verdict
 from crosscoder.verdict.evidence import identity_residual
-from crosscoder.verdict.rule import RULE, Evidence, Rule
+from crosscoder.verdict.rule import RULE, STATISTICS, Evidence, Rule
 
+Requirement = tuple[str, Callable[[Estimate], bool]]
+"""What is asked of a statistic: in words, and whether an estimate of it does."""
 ROUNDING = 1e-12  # 1 - .95 is not .05 in binary; a value at its bound must not fail for that
 BELOW_CEILING = "below the ceiling: no contradiction at this scale"
-REQUIRED = ("ratio", "universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
 OPTIONAL = ("removal_shift", "ratio_residual", "trained_difference")  # `headroom` may be infinite
 KINDS = {
     "over-reconciled": "the wide model is the less dense, so depth costs more than sharing across layers explains",
@@ -89,7 +90,7 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
     loss = _at_most("loss gap", e.loss_gap, rule.loss_gap, "gap of held-out losses")
     loss_passed = loss.passed or (e.loss_matched and finite(e.loss_gap) is not None)
     difference = e.trained_difference
-    measured = {name: getattr(e, name) for name in REQUIRED}
+    measured = {name: getattr(e, name) for name in ("ratio", *STATISTICS)}
     missing = [name for name, value in measured.items() if value is None or not value.finite]
     present = [value for value in (*measured.values(), *(getattr(e, name) for name in OPTIONAL)) if value]
     return (
@@ -139,48 +140,41 @@ def _at_most(name: str, value: float | None, limit: float, what: str) -> Gate:
 def check_conditions(evidence: Evidence, rule: Rule) -> tuple[Condition, ...]:
     """Every condition of every hypothesis."""
     e = evidence
-    zero = {"gamma": (e.gamma, rule.zero_gamma), "X": (e.cross_layer, rule.zero_cross_layer)}
-    zero["count gain"] = (e.count_gain, rule.zero_count_gain)
     low, high = rule.equal
     outside = f"wholly below {low:g}, between {high:g} and {rule.complete[0]:g}, or above {rule.complete[1]:g}"
     universal = f"at most {rule.not_universal:g}"
     return (
-        _inside("H0", "R", e.ratio, rule.complete),
-        *(_near_zero("H0", name, value, bounds) for name, (value, bounds) in zero.items()),
-        _inside("H1", "R", e.ratio, rule.equal),
-        _inside("H1", "delta", e.delta, rule.delta),
+        _condition("H0", "R", e.ratio, _inside(rule.complete)),
+        _condition("H0", "gamma", e.gamma, _near_zero(rule.zero_gamma)),
+        _condition("H0", "X", e.cross_layer, _near_zero(rule.zero_cross_layer)),
+        _condition("H0", "count gain", e.count_gain, _near_zero(rule.zero_count_gain)),
+        _condition("H1", "R", e.ratio, _inside(rule.equal)),
+        _condition("H1", "delta", e.delta, _inside(rule.delta)),
         _shared(e, rule),
-        _condition("H1", "count gain", e.count_gain, "above 0", lambda found: found.low > 0),
-        _condition("H2", "R", e.ratio, outside, lambda found: _kind_outside(found, rule) is not None),
-        _condition("H2-u", "U", e.universality, universal, lambda found: found.high <= rule.not_universal),
+        _condition("H1", "count gain", e.count_gain, ("above 0", lambda found: found.low > 0)),
+        _condition("H2", "R", e.ratio, (outside, lambda found: _kind_outside(found, rule) is not None)),
+        _condition("H2-u", "U", e.universality, (universal, lambda found: found.high <= rule.not_universal)),
     )
 
 
-def _condition(
-    hypothesis: Hypothesis,
-    statistic: str,
-    value: Estimate | None,
-    requirement: str,
-    is_met: Callable[[Estimate], bool],
-) -> Condition:
+def _condition(hypothesis: Hypothesis, statistic: str, value: Estimate | None, required: Requirement) -> Condition:
+    requirement, is_met = required
     if value is None or not value.finite:
         return Condition(hypothesis, statistic, requirement, "not measured", None)
     return Condition(hypothesis, statistic, requirement, show(value), is_met(value))
 
 
-def _inside(hypothesis: Hypothesis, statistic: str, value: Estimate | None, bounds: tuple[float, float]) -> Condition:
-    requirement = f"inside [{bounds[0]:g}, {bounds[1]:g}]"
-    return _condition(hypothesis, statistic, value, requirement, lambda found: found.inside(*bounds))
+def _inside(bounds: tuple[float, float]) -> Requirement:
+    return f"inside [{bounds[0]:g}, {bounds[1]:g}]", lambda found: found.inside(*bounds)
 
 
-def _near_zero(hypothesis: Hypothesis, statistic: str, value: Estimate | None, zero: tuple[float, float]) -> Condition:
+def _near_zero(zero: tuple[float, float]) -> Requirement:
     negligible, bound = zero
     requirement = f"consistent with 0 (reaching to {negligible:g} of it and inside [-{bound:g}, {bound:g}])"
-
-    def is_met(found: Estimate) -> bool:
-        return found.low <= negligible and found.high >= -negligible and found.inside(-bound, bound)
-
-    return _condition(hypothesis, statistic, value, requirement, is_met)
+    return (
+        requirement,
+        lambda found: found.low <= negligible and found.high >= -negligible and found.inside(-bound, bound),
+    )
 
 
 def _shared(evidence: Evidence, rule: Rule) -> Condition:

@@ -39,6 +39,8 @@ class Rule:
 
 
 RULE = Rule()
+STATISTICS = ("universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
+"""What the rule needs beside R, all of the primary site."""
 
 
 @dataclass(frozen=True, kw_only=True)
