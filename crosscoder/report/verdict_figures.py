@@ -86,7 +86,6 @@ def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
         ax.plot(depth, value, marker, color=color, markersize=7, ls="", label=f"{SITE_NAME[str(row.at.site)]}, trained")
         seen.append((depth, value, subject, row.at.site))
     if not seen:
-        panels.mark_empty(ax)
         return
     primary = [point for point in seen if point[3] == "write"] or seen
     first, last = min(depth for depth, *_ in primary), max(depth for depth, *_ in seen)
