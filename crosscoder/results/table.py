@@ -67,6 +67,9 @@ class Estimate:
         """Mean and range of values: no confidence interval."""
         return cls(math.fsum(values) / len(values), min(values), max(values))
 
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
     @property
     def finite(self) -> bool:
         """True where value and both ends are finite numbers."""

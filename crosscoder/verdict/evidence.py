@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,19 +14,9 @@ from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.statistics import Bootstrap, linear_combination, statistic_row
 from crosscoder.results.quantities import PRIMARY_ESTIMATOR
 from crosscoder.results.table import COMPARED, SITE_NAME, SITES, Estimate, LongTable, Place, Row
-from crosscoder.verdict.rule import RULE, STATISTICS, Evidence, Rule
+from crosscoder.verdict.rule import RULE, STATISTICS, Calibration, Evidence, Rule
 
 PRIMARY_SITE = SITES[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Errors on planted worlds, the worst over worlds: relative, absolute value; None where not measured."""
-
-    count_error: float | None = None
-    rho_error: float | None = None
-    d_eff_error: float | None = None  # shown; no gate
-    same_sizes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +25,7 @@ class GateInputs:
 
     loss_gap: float | None
     loss_matched: bool
-    calibration: Calibration = Calibration()
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 def gather(table: LongTable, readings: SiteReadings, inputs: GateInputs) -> Evidence:
@@ -55,9 +45,7 @@ def gather(table: LongTable, readings: SiteReadings, inputs: GateInputs) -> Evid
         explained_variance=_explained(readings),
         dead_share=max(reading.dead_share for shape in shapes for reading in shape.readings),
         self_cosine=worst_self_cosine(shapes),
-        calibration_count_error=inputs.calibration.count_error,
-        calibration_rho_error=inputs.calibration.rho_error,
-        calibration_same_sizes=inputs.calibration.same_sizes,
+        calibration=inputs.calibration,
         trained_difference_by=difference.at.estimator,
         ratio=ratio,
         ratio_residual=ratio_residual,
