@@ -33,20 +33,20 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4248,
-    "crosscoder/foundation": 450,
-    "crosscoder/results": 650,
+    "triton_kernels": 4220,
+    "crosscoder/foundation": 445,
+    "crosscoder/results": 655,
     "crosscoder/data": 2340,
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
-    "crosscoder/measure": 2455,
-    "crosscoder/verdict": 590,
-    "crosscoder/report": 1730,
-    "crosscoder/studies": 1730,
+    "crosscoder/measure": 2440,
+    "crosscoder/verdict": 560,
+    "crosscoder/report": 1680,
+    "crosscoder/studies": 1725,
     "crosscoder": 710,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 17_760, 12_000
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 16_800, 12_000
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
