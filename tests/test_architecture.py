@@ -33,20 +33,20 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4248,
-    "crosscoder/foundation": 720,
-    "crosscoder/results": 650,
-    "crosscoder/data": 3900,
-    "crosscoder/dictionary": 1160,
-    "crosscoder/training": 800,
-    "crosscoder/formats": 98,
-    "crosscoder/measure": 2455,
-    "crosscoder/verdict": 590,
-    "crosscoder/report": 1730,
-    "crosscoder/studies": 1730,
-    "crosscoder": 900,  # the modules beside the rooms
+    "triton_kernels": 4220,
+    "crosscoder/foundation": 770,
+    "crosscoder/results": 655,
+    "crosscoder/data": 4300,
+    "crosscoder/dictionary": 1210,
+    "crosscoder/training": 850,
+    "crosscoder/formats": 140,
+    "crosscoder/measure": 2800,
+    "crosscoder/verdict": 560,
+    "crosscoder/report": 1680,
+    "crosscoder/studies": 1900,
+    "crosscoder": 950,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_000, 13_200
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 20_000, 13_600
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -49,10 +49,6 @@ class TransposeCache(Generic[Transpose]):
         self._entry = _Entry(key, features_P.detach(), offsets.detach(), _version(offsets), transpose)
         return transpose
 
-    def clear(self) -> None:
-        """Forget the transpose."""
-        self._entry = None
-
 
 def _version(tensor: Tensor) -> tuple[object, ...]:
     storage = tensor.untyped_storage()._cdata
@@ -90,10 +86,6 @@ class SquaresCache:
             if is_same and entry.squares_R.numel() == gradient_RN.shape[0]:
                 return entry.squares_R
         return None
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._entries = []
 
 
 def _where(tensor: Tensor) -> tuple[object, ...]:

@@ -59,8 +59,8 @@ def measure_site(readings: SiteReadings) -> list[Row]:
             logs[state, by] = density.density_ratio(pair[1], pair[0], by, readings.document_T)
     rows = []
     for (state, by), log in logs.items():
-        row = statistic_row(replace(at, state=state, estimator=by), "ratio", log)
-        rows.append(replace(row, value=exponentiate(row.value)) if isinstance(row.value, Estimate) else row)
+        ratio = log if isinstance(log, str) else exponentiate(log.estimate())
+        rows.append(statistic_row(replace(at, state=state, estimator=by), "ratio", ratio))
     rows.append(_control_difference(at, logs))
     trained, untrained = (_slopes(list(readings.shapes(state).values())) for state in STATES)
     rows += [statistic_row(at, key, slope) for key, slope in trained.items()]
@@ -160,15 +160,15 @@ def measure_universality(readings: SiteReadings) -> list[Row]:
     ceiling = two_level_bootstrap(ceilings, seed=0).estimate() if ceilings else None
     untrained = readings.pair("untrained")
     floor = None if untrained is None else float(np.mean([np.mean(row) for row in _between(*untrained)]))
-    normalised, missing = None, "one training seed of each shape, so there is no ceiling to measure U against"
+    scaled: Estimate | str = "one training seed of each shape, so there is no ceiling to measure U against"
     if ceiling is not None:
         try:
-            normalised = universality.universality_estimate(u, null=float(null.mean()), ceiling=ceiling)
+            scaled = universality.universality_estimate(u, null=float(null.mean()), ceiling=ceiling)
         except ValueError as error:
-            missing = str(error)
+            scaled = str(error)
     at = Place(site=readings.site)
     return [
-        Row(at, "universality", normalised, None if normalised else missing),
+        statistic_row(at, "universality", scaled),
         *rows_at(at, {"u": u, "u_null": float(null.mean()), "u_ceiling": ceiling, "u_floor": floor}),
         *_matched_features(at, first, second),
     ]

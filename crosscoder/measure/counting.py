@@ -6,6 +6,8 @@ Definitions follow the project's preregistered quantities, `results.quantities`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, pairwise, product
 
 import numpy as np
@@ -45,9 +47,30 @@ def seed_corrected_lifespan(q_adjacent: float, q_same: float, n_layers: int) -> 
     return s, float(n_layers) if s == 1 else (1 - s**n_layers) / (1 - s)
 
 
-def match_features(a: Reading, b: Reading) -> np.ndarray:
-    """Mutual nearest neighbours by activation correlation, as `[m, 2]`."""
-    return matching.mutual_nearest_pairs(matching.activation_correlation(a.code, b.code), LINK)
+@dataclass(frozen=True)
+class SeedPair:
+    """Two readings of one subject, of two seeds or of neighbouring layers, and which features are the same."""
+
+    first: Reading
+    second: Reading
+
+    @cached_property
+    def pairs_m2(self) -> np.ndarray:
+        """Mutual nearest neighbours by activation correlation."""
+        correlation = matching.activation_correlation(self.first.code, self.second.code)
+        return matching.mutual_nearest_pairs(correlation, LINK)
+
+    @property
+    def matched_share(self) -> float:
+        """Matched features over the smaller reading's; nan where one has none."""
+        return matching.matched_share(self.pairs_m2, len(self.first), len(self.second))
+
+    @cached_property
+    def debiased(self) -> dimension.DebiasedDimension:
+        """The energy-weighted two-seed effective dimension, or why there is none."""
+        a, b = self.pairs_m2.T
+        weight_m = np.sqrt(self.first.energy_F[a] * self.second.energy_F[b])
+        return dimension.debiased_dimension(self.first.rows_FN, self.second.rows_FN, self.pairs_m2, weight_m)
 
 
 def chains(bank: Reading) -> dict[tuple[str, str], np.ndarray]:
@@ -73,11 +96,8 @@ def merged_counts(bank: Reading) -> dict[tuple[str, str], int]:
 
 def adjacent_share(reading: Reading) -> float:
     """q_adjacent: mean over neighbouring layers of the matched share by activation correlation; nan for one layer."""
-    pairs = pairwise(reading.groups)
     # A layer without alive features says nothing, and has no share.
-    return profile.known_mean(
-        np.array([matching.matched_share(match_features(a, b), len(a), len(b)) for a, b in pairs])
-    )
+    return profile.known_mean(np.array([SeedPair(a, b).matched_share for a, b in pairwise(reading.groups)]))
 
 
 def count_features(reading: Reading) -> dict[str, Value]:
@@ -134,10 +154,10 @@ def compare_seeds(readings: Sequence[Reading]) -> dict[str, Value]:
 
 
 def _compare_two(first: Reading, second: Reading) -> dict[str, float]:
-    groups = [(a, b, match_features(a, b)) for a, b in zip(first.groups, second.groups, strict=True)]
-    share = profile.known_mean(np.array([matching.matched_share(pairs, len(a), len(b)) for a, b, pairs in groups]))
+    groups = [SeedPair(a, b) for a, b in zip(first.groups, second.groups, strict=True)]
+    share = profile.known_mean(np.array([pair.matched_share for pair in groups]))
     return {
-        "matched": sum(len(pairs) for _, _, pairs in groups),
+        "matched": sum(len(pair.pairs_m2) for pair in groups),
         "matched_share": 0.0 if np.isnan(share) else share,
-        "chapman": sum(chapman(len(a), len(b), len(pairs)) for a, b, pairs in groups),
+        "chapman": sum(chapman(len(pair.first), len(pair.second), len(pair.pairs_m2)) for pair in groups),
     }

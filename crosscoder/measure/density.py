@@ -13,35 +13,11 @@ from itertools import combinations
 
 import numpy as np
 
-from crosscoder.measure import counting, dimension, matching
+from crosscoder.measure import counting, dimension
+from crosscoder.measure.counting import SeedPair
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, document_sums, log_ratio, two_level_bootstrap
 from crosscoder.results.quantities import PRIMARY_ESTIMATOR
-
-
-@dataclass(frozen=True)
-class SeedPair:
-    """Two dictionary seeds trained on the activations of one subject, and which of their features are the same."""
-
-    first: Reading
-    second: Reading
-
-    @cached_property
-    def pairs_m2(self) -> np.ndarray:
-        """Mutual nearest neighbours by activation correlation."""
-        return counting.match_features(self.first, self.second)
-
-    @property
-    def matched_share(self) -> float:
-        """Matched features over the smaller dictionary's."""
-        return matching.matched_share(self.pairs_m2, len(self.first), len(self.second))
-
-    @cached_property
-    def debiased(self) -> dimension.DebiasedDimension:
-        """The energy-weighted two-seed effective dimension, or why there is none."""
-        a, b = self.pairs_m2.T
-        weight_m = np.sqrt(self.first.energy_F[a] * self.second.energy_F[b])
-        return dimension.debiased_dimension(self.first.rows_FN, self.second.rows_FN, self.pairs_m2, weight_m)
 
 
 @dataclass(frozen=True)

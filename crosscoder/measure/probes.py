@@ -5,7 +5,6 @@ Measured on a dictionary and a stream of held-out activations, in passes whose m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,11 +152,7 @@ def measure_functional_spread(
         scores = probe_passes.score_probes(dictionary, batches, document_T, probes, chosen_n, center_N)
     finally:
         dictionary.train(was_training)
-    encoder_nLD, decoder_nLD = (
-        parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(len(chosen_n), n_layers, d_model)
-        for parameter_FN in (dictionary.grouped().encoder_GFN[0], dictionary.grouped().decoder_GFN[0])
-    )
-    return _assemble(moments, scores, chosen_n, n_alive, encoder_nLD, decoder_nLD, ridges)
+    return _assemble(dictionary, moments, scores, chosen_n, n_alive, ridges)
 
 
 def _choose(moments: Moments, n_features: int | None, seed: int) -> tuple[np.ndarray, int]:
@@ -172,14 +167,12 @@ def _choose(moments: Moments, n_features: int | None, seed: int) -> tuple[np.nda
 
 
 def _assemble(
-    moments: Moments,
-    scores: Scores,
-    chosen_n: np.ndarray,
-    n_alive: int,
-    encoder_nLD: np.ndarray,
-    decoder_nLD: np.ndarray,
-    ridges: Sequence[float],
+    dictionary: Dictionary, moments: Moments, scores: Scores, chosen_n: np.ndarray, n_alive: int, ridges: list[float]
 ) -> FunctionalSpread:
+    encoder_nLD, decoder_nLD = (
+        parameter_FN.detach().double().cpu().numpy()[chosen_n].reshape(scores.error_nLD.shape)
+        for parameter_FN in (dictionary.grouped().encoder_GFN[0], dictionary.grouped().decoder_GFN[0])
+    )
     active_Hn = moments.active_HF[:, chosen_n]
     n_tokens = moments.tokens_H.sum()
     above_nLD = moments.active_sum_HFN[:, chosen_n].sum(0) - active_Hn.sum(0)[:, None] * moments.mean_N

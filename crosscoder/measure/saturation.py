@@ -12,8 +12,8 @@ from scipy import optimize, stats
 
 from crosscoder.measure import matching
 from crosscoder.measure.counting import chapman
-from crosscoder.measure.density import SeedPair, ShapeReadings
-from crosscoder.measure.statistics import percentile_interval
+from crosscoder.measure.density import ShapeReadings
+from crosscoder.measure.statistics import percentile_interval, statistic_row
 from crosscoder.results.table import CONFIDENCE, Estimate, Place, Row, Site
 
 NO_SATURATION = 0.1  # probability of unlimited growth above which a limit is not identified
@@ -198,29 +198,26 @@ def seed_counts(shape: ShapeReadings, site: Site) -> list[Row]:
     if len(group) < 2:
         missing = "needs two dictionary seeds of one training"
         return [Row(at, key, None, missing) for key in ("chapman", "chao2", "stable_features")]
-    each = [
-        chapman_interval(len(pair.first), len(pair.second), len(pair.pairs_m2))
-        for pair in (SeedPair(*one[:2]) for one in shape.seeds)
-    ]
+    first = [pairs[0] for pairs in shape.pairs]
+    each = [chapman_interval(len(pair.first), len(pair.second), len(pair.pairs_m2)) for pair in first]
     ends = min(one.low for one in each), max(one.high for one in each)
     found = [Row(at, "chapman", Estimate(float(np.mean([one.value for one in each])), *ends))]
     if len(group) < 3:
         missing = "needs three dictionary seeds of one training; this study has fewer"
         return found + [Row(at, key, None, missing) for key in ("chao2", "stable_features")]
-    pairs = combinations(range(len(group)), 2)
-    links = {(i, j): SeedPair(group[i], group[j]).pairs_m2 for i, j in pairs}
+    places = combinations(range(len(group)), 2)
+    links = {place: pair.pairs_m2 for place, pair in zip(places, shape.pairs[0], strict=True)}
     sizes = [len(reading) for reading in group]
     counts = []
     for seed, size in enumerate(sizes):
         mine = [pairs_m2 if key[0] == seed else pairs_m2[:, ::-1] for key, pairs_m2 in links.items() if seed in key]
-        counts.append(int(stable_features(size, mine).sum()))
-    stable = Estimate(float(np.mean(counts)), float(min(counts)), float(max(counts)))
-    return [*found, Row(at, "chao2", chao2(incidence(sizes, links))), Row(at, "stable_features", stable)]
+        counts.append(float(stable_features(size, mine).sum()))
+    found.append(Row(at, "chao2", chao2(incidence(sizes, links))))
+    return [*found, Row(at, "stable_features", Estimate.over(counts))]
 
 
 def size_limit(at: Place, sizes: Sequence[float], counts: Sequence[float]) -> Row:
     """F_inf: the number of features that growing dictionaries approach, or why that cannot be told."""
     if not counts or min(counts) <= 0:
         return Row(at, "F_inf", None, "no counts, or an empty dictionary")
-    limit = fit_limit(sizes, counts, seed=0)
-    return Row(at, "F_inf", None, limit) if isinstance(limit, str) else Row(at, "F_inf", limit)
+    return statistic_row(at, "F_inf", fit_limit(sizes, counts, seed=0))

@@ -118,9 +118,11 @@ def _document_weights(n_documents: int, n_draws: int, seed: int) -> np.ndarray:
     return np.concatenate([np.ones((1, n_documents)), drawn])
 
 
-def statistic_row(at: Place, key: str, value: Bootstrap | str) -> Row:
-    """A resampled value with its interval, or the reason why there is none."""
-    return Row(at, key, None, value) if isinstance(value, str) else Row(at, key, value.estimate())
+def statistic_row(at: Place, key: str, value: Bootstrap | Estimate | str) -> Row:
+    """A value with its interval, or the reason why there is none."""
+    if isinstance(value, str):
+        return Row(at, key, None, value)
+    return Row(at, key, value.estimate() if isinstance(value, Bootstrap) else value)
 
 
 def seeds_row(at: Place, key: str, groups: Sequence[Sequence[float | str]]) -> Row:
@@ -178,7 +180,7 @@ def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
     """
     top, bottom = numerator, denominator
     if not (bottom.low > 0 and bottom.high < 2 * bottom.value):
-        raise ValueError(f"the denominator is {bottom.value:g} [{bottom.low:g}, {bottom.high:g}]; too near 0 to divide")
+        raise ValueError(f"the denominator is {bottom:g}; too near 0 to divide")
     product = top.value * bottom.value
 
     def end(over: float, under: float, sign: int) -> float:

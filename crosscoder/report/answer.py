@@ -15,7 +15,6 @@ from crosscoder.results.file import Results
 from crosscoder.results.table import SITES, Estimate, LongTable
 
 WORDS = read_json(Path(__file__).parent / "templates" / "words.json")
-SITE_NAME = {"residual": "residual stream", "write": "block writes"}
 
 
 class Arm(NamedTuple):

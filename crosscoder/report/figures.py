@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.report import panels
-from crosscoder.report.answer import ARMS, SITE_NAME
+from crosscoder.report.answer import ARMS
 from crosscoder.report.panels import FAINT, INK, PALETTE, describe
 from crosscoder.report.tables import SMALL_HARM
 from crosscoder.results.file import Results
-from crosscoder.results.table import Estimate, LongTable, Place
+from crosscoder.results.table import SITE_NAME, Estimate, LongTable, Place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,8 @@ RINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("compared checkpoint", {"markersize": 8}),
     ("compared checkpoint, further training seeds", {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2}),
 )
+LABEL: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9}  # a loss beside its ring, and the line to it
+ARROW = {"arrowstyle": "-", "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5, "relpos": (1, 0.5)}
 SHIFT = {"crosscoder": -0.2, "layerwise": 0.2}  # of an arm's bars beside the layer's tick
 OUTLINE: dict[str, dict[str, Any]] = {
     "trained": {"fill": True, "alpha": 0.55},
@@ -203,8 +205,6 @@ def draw_profiles(results: Results) -> Figure | None:
             image = ax.imshow(shown, aspect="auto", cmap="YlGnBu", norm=norm, interpolation="nearest")
             ticks = range(0, len(names), 1 + (len(names) - 1) // 16)
             ax.set_xticks(ticks, [panels.safe_label(names[i], 8) for i in ticks])
-        if not own:
-            panels.mark_empty(ax)
     ticks = [tick for tick in (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= deepest]
     bar = figure.colorbar(image, ax=[ax for ax, *_ in drawn], shrink=0.8, pad=0.02, ticks=ticks)
     panels.plain_ticks(bar.ax.yaxis, ticks)
@@ -308,18 +308,8 @@ def _label_losses(ax: Axes, marks: list[tuple[int, float, str]]) -> None:
     for tokens, loss, color in marks:
         level = next(n for n in range(len(marks)) if all(n != m or tokens - x > width for x, m in placed))
         placed.append((tokens, level))
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5}
-        arrow["relpos"] = (1, 0.5)
-        ax.annotate(
-            f"{loss:.3f}",
-            (tokens, loss),
-            (tokens - 0.15 * width, start - level * line),
-            ha="right",
-            va="center",
-            color=color,
-            fontsize=9,
-            arrowprops=arrow,
-        )
+        beside, arrow = (tokens - 0.15 * width, start - level * line), {"color": color, **ARROW}
+        ax.annotate(f"{loss:.3f}", (tokens, loss), beside, color=color, arrowprops=arrow, **LABEL)
 
 
 def draw_layers(results: Results) -> Figure | None:
@@ -334,8 +324,6 @@ def draw_layers(results: Results) -> Figure | None:
         for at, cell in own.items():
             _layer_bars(ax, cell, str(at.arm), color)
         ax.grid(False, axis="x")
-        if not ax.has_data():
-            panels.mark_empty(ax)
     panels.share_legend(figure, {arm.name: Patch(**arm.bar(FAINT)) for arm in ARMS.values()})
     return figure
 

@@ -108,10 +108,6 @@ def _escape_text(text: str) -> str:
     return re.sub(r"\](?=\()", r"\\]", text)
 
 
-def _indented(body: str) -> Markup:
-    return Markup("\n".join(f"    {line}" for line in body.split("\n")))
-
-
 def _environment(*, markdown: bool = False) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -121,7 +117,7 @@ def _environment(*, markdown: bool = False) -> Environment:
         lstrip_blocks=True,
         finalize=escape_markdown if markdown else None,
     )
-    environment.filters["indented"] = _indented
+    environment.filters["indented"] = lambda body: Markup("\n".join(f"    {line}" for line in body.split("\n")))
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GRID, FAINT = "#333333", "#E4E4E4", "#9A9A9A"
 DPI = 150
+BARS: dict[str, Any] = {"linewidth": 1.6, "elinewidth": 1.1, "capsize": 3}
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes."""
+    """The figure as PNG, panels without data marked so; the same figure gives the same bytes."""
+    for ax in figure.axes:
+        if not ax.has_data():
+            ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color=FAINT)
+            ax.grid(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
@@ -61,18 +66,10 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
     axis.axes.minorticks_off()
 
 
-def mark_empty(ax: Axes) -> None:
-    """A panel that says that nothing was measured for it."""
-    ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color=FAINT)
-    ax.grid(False)
-
-
 def own_legend(ax: Axes, place: Literal["upper left", "lower left"]) -> None:
-    """The panel's own legend, or a word in its place where the panel is empty."""
+    """The panel's own legend, if it has anything to name."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=8.5, loc=place)
-    else:
-        mark_empty(ax)
 
 
 def share_legend(figure: Figure, entries: dict[str, Any] | None = None) -> None:
@@ -80,17 +77,10 @@ def share_legend(figure: Figure, entries: dict[str, Any] | None = None) -> None:
     if entries is None:
         found = [one for ax in figure.axes for one in zip(*ax.get_legend_handles_labels(), strict=True)]
         entries = {label: handle for handle, label in reversed(found)}  # of a label in several panels, the first
-    if entries:
-        columns = len(entries) if len(entries) <= 4 else -(-len(entries) // 2)
-        figure.legend(
-            [entries[label] for label in sorted(entries)],
-            sorted(entries),
-            loc="outside upper center",
-            ncols=columns,
-            frameon=False,
-            fontsize=9,
-            handlelength=2.8,
-        )
+    labels, columns = sorted(entries), len(entries) if len(entries) <= 4 else -(-len(entries) // 2)
+    if labels:
+        style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.8, "ncols": columns}
+        figure.legend([entries[label] for label in labels], labels, loc="outside upper center", **style)
 
 
 def plot_points(
@@ -114,21 +104,10 @@ def plot_points(
     if not known:
         return
     x, y = zip(*(known if in_order else sorted(known, key=lambda point: point[0].value)), strict=True)
-    ax.errorbar(
-        [one.value for one in x],
-        [one.value for one in y],
-        xerr=error_bars(x),
-        yerr=error_bars(y),
-        color=color,
-        markersize=size,
-        markerfacecolor=face or look.face(color),
-        capsize=3,
-        linewidth=1.6,
-        elinewidth=1.1,
-        label=label,
-        marker=look.marker,
-        linestyle=look.line,
-    )
+    x_means, y_means = ([one.value for one in side] for side in (x, y))
+    style: dict[str, Any] = {"marker": look.marker, "markersize": size, "markerfacecolor": face or look.face(color)}
+    style |= {"color": color, "linestyle": look.line, "label": label}
+    ax.errorbar(x_means, y_means, error_bars(y), error_bars(x), **style, **BARS)
 
 
 def error_bars(ranges: Iterable[Estimate]) -> list[list[float]]:

@@ -99,7 +99,6 @@ def draw_recovery(rows: LongTable) -> bytes:
 def _draw_score(ax: Any, groups: dict[Place, LongTable], color: dict[str, str], key: str) -> None:
     found = {at: value for at, group in groups.items() if (value := group.seed_range(key)) is not None}
     if not found:
-        panels.mark_empty(ax)
         return
     for name in dict.fromkeys(map(name_of, found)):
         own = {at: value for at, value in found.items() if name_of(at) == name}
@@ -116,7 +115,6 @@ def _draw_recall(ax: Any, groups: dict[Place, LongTable], color: dict[str, str])
     describe(ax, "Recall by kind, largest dictionary of each")
     largest = {name_of(at): groups[at] for at in sorted(groups, key=lambda at: at.n_features or 0)}
     if not largest:
-        panels.mark_empty(ax)
         return
     width = 0.8 / len(largest)
     for index, (name, group) in enumerate(largest.items()):
@@ -131,7 +129,6 @@ def _draw_recall(ax: Any, groups: dict[Place, LongTable], color: dict[str, str])
 def _draw_pairs(ax: Any, rows: LongTable) -> None:
     describe(ax, "R found beside R planted", "planted R", "R found")
     if not rows.select("r_slots"):
-        panels.mark_empty(ax)
         return
     for key, label, color in (("r_slots", "R of slots", PALETTE[4]), ("r_density", "R of density", PALETTE[5])):
         planted, found = rows.values(f"{key}_true"), rows.values(key)

@@ -109,7 +109,6 @@ def format_range(entry: Any, detail: str = "") -> Value:
 
 def shown(found: Estimate | float | None, form: str = ".3f", unknown: str = "undefined") -> str:
     """A number as text of a page, with the ends of its interval where it has one."""
-    if isinstance(found, Estimate):
-        ends = f" [{found.low:{form}}, {found.high:{form}}]" if found.low < found.high else ""
-        return f"{found.value:{form}}{ends}"
+    if isinstance(found, Estimate) and not found.low < found.high:
+        found = found.value
     return unknown if found is None else f"{found:{form}}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from crosscoder.report.answer import ARMS, SITE_NAME, WORDS, Arm, known_of, main_range
+from crosscoder.report.answer import ARMS, WORDS, Arm, known_of, main_range
 from crosscoder.report.table import (
     NOTHING,
     Head,
@@ -27,7 +27,7 @@ from crosscoder.report.table import (
     words,
 )
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, Estimate, LongTable
+from crosscoder.results.table import COMPARED, SITE_NAME, Estimate, LongTable
 
 SMALL_HARM = 0.02  # nats a token: where ablating a site costs less, the share of it that is recovered is noise
 TOLERANCE = {"dictionary_size": 0.0, "explained_variance": 0.05, "l0_token": 0.05}
@@ -83,7 +83,7 @@ def paper_rows(results: Results, group: str) -> list[PaperRow]:
         rows = []
         for key, said in WORDS["paper"][group].items():
             values = {name: float(known_of(results, name, key)) for name in names}
-            rows.append(PaperRow("", said, key, {name: Estimate(*[value] * 3) for name, value in values.items()}))
+            rows.append(PaperRow("", said, key, {name: Estimate.over([value]) for name, value in values.items()}))
         return rows
     rows, state = [], "untrained" if group == "control" else "trained"
     for site, place in SITE_NAME.items():
@@ -136,19 +136,16 @@ def group_note(results: Results, group: str) -> str:
         cells = results.rows.cells("alive", subject=subject, **where)
         if cells:
             sizes = sorted({len(cell.seeds()) for cell in cells.values()})
-            each = (
-                f"{sizes[0]} to {sizes[-1]} dictionary seeds"
-                if len(sizes) > 1
-                else _counted(sizes[0], "dictionary seed")
-            )
-            over = f"{_counted(len({at.training_seed for at in cells}), 'training seed')}, {each} each"
+            each = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+            runs = _counted(len({at.training_seed for at in cells}), "training seed")
+            over = f"{runs}, {_counted(each, 'dictionary seed')} each"
             said.setdefault(over, []).append(subject)
     if len(said) == 1:
         return f"Over {next(iter(said))}."
     return "; ".join(f"{', '.join(names)} over {over}" for over, names in said.items()) + "." * bool(said)
 
 
-def _counted(n: int, name: str) -> str:
+def _counted(n: int | str, name: str) -> str:
     return f"{n} {name}{'' if n == 1 else 's'}"
 
 

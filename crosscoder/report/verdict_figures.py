@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crosscoder.report import panels
-from crosscoder.report.answer import SITE_NAME
 from crosscoder.report.panels import FAINT, INK, PALETTE, describe
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR
-from crosscoder.results.table import Estimate, LongTable
+from crosscoder.results.table import SITE_NAME, Estimate, LongTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +86,6 @@ def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
         ax.plot(depth, value, marker, color=color, markersize=7, ls="", label=f"{SITE_NAME[str(row.at.site)]}, trained")
         seen.append((depth, value, subject, row.at.site))
     if not seen:
-        panels.mark_empty(ax)
         return
     primary = [point for point in seen if point[3] == "write"] or seen
     first, last = min(depth for depth, *_ in primary), max(depth for depth, *_ in seen)

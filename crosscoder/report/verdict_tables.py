@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from crosscoder.report.answer import SITE_NAME, WORDS
+from crosscoder.report.answer import WORDS
 from crosscoder.report.table import Head, Line, Table, Value, format_range, heading, named, sign, word_heads, words
 from crosscoder.report.tables import show_range
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR, TERMS
-from crosscoder.results.table import SITES, Estimate, Row
+from crosscoder.results.table import SITE_NAME, SITES, Estimate, Row
 
 NO_VERDICT = WORDS["absent"]["verdict"]
 RATIO_WORDS = {"trained": "R, density of B over A (primary estimator)", "untrained": "R of the untrained pair"}

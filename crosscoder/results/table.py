@@ -22,6 +22,7 @@ State = Literal["trained", "untrained", "shuffled"]
 Arm = Literal["crosscoder", "layerwise", "joint"]
 Role = Literal["main", "size", "k", "calibration"]
 SITES: tuple[Site, ...] = ("write", "residual")
+SITE_NAME: dict[str, str] = {"residual": "residual stream", "write": "block writes"}
 COMPARED = ("A", "B")
 CELL = ("subject", "training_seed", "state", "site", "arm", "role", "n_features", "k")
 """What tells one dictionary of a study from another, its seed apart."""
@@ -65,6 +66,9 @@ class Estimate:
     def over(cls, values: Sequence[float]) -> Estimate:
         """Mean and range of values: no confidence interval."""
         return cls(math.fsum(values) / len(values), min(values), max(values))
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     @property
     def finite(self) -> bool:

@@ -32,7 +32,7 @@ from crosscoder.studies.cells import fit
 from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.training import TrainConfig
-from crosscoder.verdict.evidence import Calibration
+from crosscoder.verdict.rule import Calibration
 
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest

@@ -118,19 +118,15 @@ def _points(cell: LongTable) -> Iterator[evidence.Point]:
 
 def headroom(primary: SiteReadings) -> Row:
     """The lowest headroom of A's and B's dictionaries; the interval is that of the ceiling's constant alone."""
-    lowest: tuple[float, float, float] | None = None
-    for name in COMPARED:
-        for pair in (pair for pairs in primary.trained[name].pairs for pair in pairs):
-            d_eff, reading = pair.debiased.value, pair.first
-            if d_eff is None or not len(reading):
-                continue
-            phi, p = len(reading) / d_eff, float(reading.probability_F.mean())
-            value, low, high = (dimension.headroom(phi, p, c) for c in (CEILING.value, CEILING.high, CEILING.low))
-            if lowest is None or value < lowest[0]:
-                lowest = value, low, high
-    if lowest is None:
+    pairs = [pair for name in COMPARED for pairs in primary.trained[name].pairs for pair in pairs if len(pair.first)]
+    known = [(pair.first, pair.debiased.value) for pair in pairs if pair.debiased.value is not None]
+    places = [(len(reading) / d_eff, float(reading.probability_F.mean())) for reading, d_eff in known]
+    ends = (CEILING.value, CEILING.high, CEILING.low)  # a higher constant leaves less room
+    found = [tuple(dimension.headroom(*place, constant) for constant in ends) for place in places]
+    if not found:
         return Row(PRIMARY, "headroom", None, "no d_eff")
-    return Row(PRIMARY, "headroom", Estimate(*lowest), "no firing probability is too high at this density")
+    lowest = Estimate(*min(found, key=lambda one: one[0]))
+    return Row(PRIMARY, "headroom", lowest, "no firing probability is too high at this density")
 
 
 def equal_variance(table: LongTable) -> Row:
@@ -145,9 +141,7 @@ def equal_variance(table: LongTable) -> Row:
                 log_density = float(np.mean([np.log(load / room) for load, room in zip(loads, rooms, strict=True)]))
                 points[name].append(evidence.Point(explained, log_density))
     shift = evidence.equal_variance_shift(points["B"], points["A"])
-    if isinstance(shift, str):
-        return Row(PRIMARY, "equal_variance", None, shift)
-    return Row(PRIMARY, "equal_variance", Estimate(shift, shift, shift))
+    return statistic_row(PRIMARY, "equal_variance", shift if isinstance(shift, str) else Estimate.over([shift]))
 
 
 def feature_counts(table: LongTable, shape: ShapeReadings) -> list[Row]:

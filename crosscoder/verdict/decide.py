@@ -14,11 +14,12 @@ from dataclasses import replace
 from crosscoder.results.table import CONFIDENCE, Estimate, finite
 from crosscoder.results.verdict import Condition, Gate, Hypothesis, Label, UniversalityLabel, Verdict
 from crosscoder.verdict.evidence import identity_residual
-from crosscoder.verdict.rule import RULE, Evidence, Rule
+from crosscoder.verdict.rule import RULE, STATISTICS, Evidence, Rule
 
+Requirement = tuple[str, Callable[[Estimate], bool]]
+"""What is asked of a statistic: in words, and whether an estimate of it does."""
 ROUNDING = 1e-12  # 1 - .95 is not .05 in binary; a value at its bound must not fail for that
 BELOW_CEILING = "below the ceiling: no contradiction at this scale"
-REQUIRED = ("ratio", "universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
 OPTIONAL = ("removal_shift", "ratio_residual", "trained_difference")  # `headroom` may be infinite
 KINDS = {
     "over-reconciled": "the wide model is the less dense, so depth costs more than sharing across layers explains",
@@ -52,7 +53,7 @@ def decide(evidence: Evidence, rule: Rule = RULE) -> Verdict:
         label: Label = "not testable"
         reasons = tuple(f"{gate.name}: {_value(gate)}; required: {gate.requirement}" for gate in failed)
     elif universality == "not universal":
-        label, reasons = "H2-u", (f"U is {show(known(evidence.universality))}, below {rule.not_universal:g}",)
+        label, reasons = "H2-u", (f"U is {known(evidence.universality):.3g}, below {rule.not_universal:g}",)
     else:
         label, kinds, reasons = _read_ratio(evidence, conditions, rule)
     return Verdict(
@@ -75,11 +76,6 @@ def known(estimate: Estimate | None) -> Estimate:
     return estimate
 
 
-def show(estimate: Estimate) -> str:
-    """Value and interval in words, three digits."""
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
-
-
 def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
     """Every gate with its value; one that was not measured, or is not a number, fails."""
     e = evidence
@@ -89,7 +85,7 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
     loss = _at_most("loss gap", e.loss_gap, rule.loss_gap, "gap of held-out losses")
     loss_passed = loss.passed or (e.loss_matched and finite(e.loss_gap) is not None)
     difference = e.trained_difference
-    measured = {name: getattr(e, name) for name in REQUIRED}
+    measured = {name: getattr(e, name) for name in ("ratio", *STATISTICS)}
     missing = [name for name, value in measured.items() if value is None or not value.finite]
     present = [value for value in (*measured.values(), *(getattr(e, name) for name in OPTIONAL)) if value]
     return (
@@ -102,17 +98,17 @@ def check_gates(evidence: Evidence, rule: Rule = RULE) -> tuple[Gate, ...]:
             f"decoder cosine of matched features of two seeds, at least {rule.self_cosine:g}",
             e.self_cosine is not None and e.self_cosine >= rule.self_cosine - ROUNDING,
         ),
-        _at_most("calibration count", e.calibration_count_error, rule.calibration_error, "count error when planted"),
-        _at_most("calibration rho", e.calibration_rho_error, rule.calibration_error, "rho error when planted"),
+        _at_most("calibration count", e.calibration.count_error, rule.calibration_error, "count error when planted"),
+        _at_most("calibration rho", e.calibration.rho_error, rule.calibration_error, "rho error when planted"),
         Gate(
             "calibration sizes",
-            "same" if e.calibration_same_sizes else "different",
+            "same" if e.calibration.same_sizes else "different",
             "planted worlds of the study's own sizes",
-            e.calibration_same_sizes,
+            e.calibration.same_sizes,
         ),
         Gate(
             "trained against untrained",
-            None if difference is None else show(difference),
+            None if difference is None else f"{difference:.3g}",
             f"a difference in ln R whose interval leaves out 0 (by {e.trained_difference_by or 'any estimator'})",
             difference is not None and difference.finite and not difference.covers(0),
         ),
@@ -139,48 +135,41 @@ def _at_most(name: str, value: float | None, limit: float, what: str) -> Gate:
 def check_conditions(evidence: Evidence, rule: Rule) -> tuple[Condition, ...]:
     """Every condition of every hypothesis."""
     e = evidence
-    zero = {"gamma": (e.gamma, rule.zero_gamma), "X": (e.cross_layer, rule.zero_cross_layer)}
-    zero["count gain"] = (e.count_gain, rule.zero_count_gain)
     low, high = rule.equal
     outside = f"wholly below {low:g}, between {high:g} and {rule.complete[0]:g}, or above {rule.complete[1]:g}"
     universal = f"at most {rule.not_universal:g}"
     return (
-        _inside("H0", "R", e.ratio, rule.complete),
-        *(_near_zero("H0", name, value, bounds) for name, (value, bounds) in zero.items()),
-        _inside("H1", "R", e.ratio, rule.equal),
-        _inside("H1", "delta", e.delta, rule.delta),
+        _condition("H0", "R", e.ratio, _inside(rule.complete)),
+        _condition("H0", "gamma", e.gamma, _near_zero(rule.zero_gamma)),
+        _condition("H0", "X", e.cross_layer, _near_zero(rule.zero_cross_layer)),
+        _condition("H0", "count gain", e.count_gain, _near_zero(rule.zero_count_gain)),
+        _condition("H1", "R", e.ratio, _inside(rule.equal)),
+        _condition("H1", "delta", e.delta, _inside(rule.delta)),
         _shared(e, rule),
-        _condition("H1", "count gain", e.count_gain, "above 0", lambda found: found.low > 0),
-        _condition("H2", "R", e.ratio, outside, lambda found: _kind_outside(found, rule) is not None),
-        _condition("H2-u", "U", e.universality, universal, lambda found: found.high <= rule.not_universal),
+        _condition("H1", "count gain", e.count_gain, ("above 0", lambda found: found.low > 0)),
+        _condition("H2", "R", e.ratio, (outside, lambda found: _kind_outside(found, rule) is not None)),
+        _condition("H2-u", "U", e.universality, (universal, lambda found: found.high <= rule.not_universal)),
     )
 
 
-def _condition(
-    hypothesis: Hypothesis,
-    statistic: str,
-    value: Estimate | None,
-    requirement: str,
-    is_met: Callable[[Estimate], bool],
-) -> Condition:
+def _condition(hypothesis: Hypothesis, statistic: str, value: Estimate | None, required: Requirement) -> Condition:
+    requirement, is_met = required
     if value is None or not value.finite:
         return Condition(hypothesis, statistic, requirement, "not measured", None)
-    return Condition(hypothesis, statistic, requirement, show(value), is_met(value))
+    return Condition(hypothesis, statistic, requirement, f"{value:.3g}", is_met(value))
 
 
-def _inside(hypothesis: Hypothesis, statistic: str, value: Estimate | None, bounds: tuple[float, float]) -> Condition:
-    requirement = f"inside [{bounds[0]:g}, {bounds[1]:g}]"
-    return _condition(hypothesis, statistic, value, requirement, lambda found: found.inside(*bounds))
+def _inside(bounds: tuple[float, float]) -> Requirement:
+    return f"inside [{bounds[0]:g}, {bounds[1]:g}]", lambda found: found.inside(*bounds)
 
 
-def _near_zero(hypothesis: Hypothesis, statistic: str, value: Estimate | None, zero: tuple[float, float]) -> Condition:
+def _near_zero(zero: tuple[float, float]) -> Requirement:
     negligible, bound = zero
     requirement = f"consistent with 0 (reaching to {negligible:g} of it and inside [-{bound:g}, {bound:g}])"
-
-    def is_met(found: Estimate) -> bool:
-        return found.low <= negligible and found.high >= -negligible and found.inside(-bound, bound)
-
-    return _condition(hypothesis, statistic, value, requirement, is_met)
+    return (
+        requirement,
+        lambda found: found.low <= negligible and found.high >= -negligible and found.inside(-bound, bound),
+    )
 
 
 def _shared(evidence: Evidence, rule: Rule) -> Condition:
@@ -189,7 +178,7 @@ def _shared(evidence: Evidence, rule: Rule) -> Condition:
     requirement = f"gamma above {rule.gamma:g} and beyond the untrained control, or X above 0"
     if gamma is None or excess is None or cross_layer is None:
         return Condition("H1", "structure across layers", requirement, "not measured", None)
-    measured = f"gamma {show(gamma)}, excess {show(excess)}, X {show(cross_layer)}"
+    measured = f"gamma {gamma:.3g}, excess {excess:.3g}, X {cross_layer:.3g}"
     is_met = (gamma.low > rule.gamma and excess.low > 0) or _above_zero(cross_layer, rule)
     return Condition("H1", "structure across layers", requirement, measured, is_met)
 
@@ -228,7 +217,7 @@ def _read_ratio(
 ) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
     """Label, kinds of H2 and reasons, by where the interval of R lies."""
     ratio = known(evidence.ratio)
-    shown = f"R is {show(ratio)}"
+    shown = f"R is {ratio:.3g}"
     unmet = {
         name: [c for c in conditions if c.hypothesis == name and c.statistic != "R" and not c.met]
         for name in ("H0", "H1")
@@ -250,19 +239,19 @@ def _read_ratio(
 def _across(ratio: Estimate, rule: Rule) -> str:
     held = [f"{bound:g}" for bound in (*rule.equal, *rule.complete) if ratio.covers(bound)]
     listed = held[0] if len(held) == 1 else f"{', '.join(held[:-1])} and {held[-1]}"
-    return f"R is {show(ratio)}, an interval that crosses the rule's bound{'s' * (len(held) > 1)} {listed}"
+    return f"R is {ratio:.3g}, an interval that crosses the rule's bound{'s' * (len(held) > 1)} {listed}"
 
 
 def _kind_of_reconciliation(evidence: Evidence, rule: Rule) -> tuple[Label, tuple[str, ...], tuple[str, ...]]:
     ratio, cross_layer, shift = known(evidence.ratio), known(evidence.cross_layer), evidence.removal_shift
-    shown = f"R is {show(ratio)}"
+    shown = f"R is {ratio:.3g}"
     if not _above_zero(cross_layer, rule):
-        return "H1a", (), (shown, f"X is {show(cross_layer)}, not above 0")
+        return "H1a", (), (shown, f"X is {cross_layer:.3g}, not above 0")
     if shift is None or not shift.finite:
         return "H1", (), (shown, "R without the genuinely cross-layer features was not measured")
     needed = rule.removal_share * (math.log(2) - math.log(ratio.value))
-    moved = f"without the genuinely cross-layer features ln R moves by {show(shift)}; half the way is {needed:.3g}"
-    return ("H1b" if shift.value >= needed else "H1"), (), (shown, f"X is {show(cross_layer)}", moved)
+    moved = f"without the genuinely cross-layer features ln R moves by {shift:.3g}; half the way is {needed:.3g}"
+    return ("H1b" if shift.value >= needed else "H1"), (), (shown, f"X is {cross_layer:.3g}", moved)
 
 
 def _notes(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
@@ -271,27 +260,27 @@ def _notes(evidence: Evidence, rule: Rule) -> tuple[str, ...]:
         notes.append(BELOW_CEILING)
     if evidence.headroom is not None and evidence.headroom.high < rule.ceiling:
         notes.append(
-            f"headroom is {show(evidence.headroom)}: the features found are denser than the ceiling of independent "
+            f"headroom is {evidence.headroom:.3g}: the features found are denser than the ceiling of independent "
             "noise allows"
         )
     if _universality(evidence, rule) == "between":
-        notes.append(f"universality is {show(known(evidence.universality))}: neither shown nor refuted")
+        notes.append(f"universality is {known(evidence.universality):.3g}: neither shown nor refuted")
     if evidence.n_training_seeds < 2:
         notes.append("one training run of each shape: no interval says what another run would give")
     primary, secondary = evidence.ratio, evidence.ratio_residual
     if primary is not None and secondary is not None:
         apart = primary.high < secondary.low or secondary.high < primary.low
-        notes.append(f"R on the residual stream is {show(secondary)}, {'apart from' if apart else 'within reach of'} R")
+        notes.append(f"R on the residual stream is {secondary:.3g}, {'apart from' if apart else 'within reach of'} R")
     residual = identity_residual(evidence.alpha, evidence.gamma)
     if residual is not None:
         fits = "consistent" if residual.covers(0) else "not consistent"
         forced = "; equal dictionaries that are all but full give 0 whatever the models do"
-        notes.append(f"alpha + 2 gamma - 2 is {show(residual)}, {fits} with 0{forced}")
+        notes.append(f"alpha + 2 gamma - 2 is {residual:.3g}, {fits} with 0{forced}")
     return tuple(notes)
 
 
 def _sentence(label: Label, kinds: tuple[str, ...], reasons: tuple[str, ...], evidence: Evidence, rule: Rule) -> str:
-    ratio = "an unmeasured number" if evidence.ratio is None else show(evidence.ratio)
+    ratio = "an unmeasured number" if evidence.ratio is None else f"{evidence.ratio:.3g}"
     explained = "; ".join(f"{KINDS[kind]} ({kind})" for kind in kinds)
     sentence = SENTENCES[label].format(ratio=ratio, reasons="; ".join(reasons), kinds=explained)
     if evidence.headroom is not None and evidence.headroom.value > rule.ceiling:

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from crosscoder.measure import density
 from crosscoder.measure.comparison import SiteReadings
 from crosscoder.measure.density import ShapeReadings
-from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap, linear_combination, statistic_row
 from crosscoder.results.quantities import PRIMARY_ESTIMATOR
-from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable, Place, Row
-from crosscoder.verdict.rule import RULE, Evidence, Rule
+from crosscoder.results.table import COMPARED, SITE_NAME, SITES, Estimate, LongTable, Place, Row
+from crosscoder.verdict.rule import RULE, STATISTICS, Calibration, Evidence, Rule
 
-PRIMARY_SITE, SECONDARY_SITE = SITES
-SITE_WORDS = {"write": "block writes", "residual": "residual stream"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Errors on planted worlds, the worst over worlds: relative, absolute value; None where not measured."""
-
-    count_error: float | None = None
-    rho_error: float | None = None
-    d_eff_error: float | None = None  # shown; no gate
-    same_sizes: bool = False
+PRIMARY_SITE = SITES[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +25,7 @@ class GateInputs:
 
     loss_gap: float | None
     loss_matched: bool
-    calibration: Calibration = Calibration()
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 def gather(table: LongTable, readings: SiteReadings, inputs: GateInputs) -> Evidence:
@@ -47,13 +34,9 @@ def gather(table: LongTable, readings: SiteReadings, inputs: GateInputs) -> Evid
     `table` holds the rows of `measure_site` for every site, and X, the count gain, the removal shift and the headroom
     where they were measured; `readings` are those of the primary site.
     """
-
-    def primary(key: str) -> Any:
-        return table.one(key, site=PRIMARY_SITE)
-
-    def ratio(site: str) -> Any:
-        return table.one("ratio", site=site, state="trained", estimator=PRIMARY_ESTIMATOR)
-
+    ratios = (table.one("ratio", site=site, state="trained", estimator=PRIMARY_ESTIMATOR) for site in SITES)
+    ratio, ratio_residual = ratios
+    keys = (*STATISTICS, "trained_difference", "removal_shift", "headroom")
     shapes = list(readings.trained.values())
     (difference,) = table.select("trained_difference", site=PRIMARY_SITE)
     return Evidence(
@@ -62,23 +45,12 @@ def gather(table: LongTable, readings: SiteReadings, inputs: GateInputs) -> Evid
         explained_variance=_explained(readings),
         dead_share=max(reading.dead_share for shape in shapes for reading in shape.readings),
         self_cosine=worst_self_cosine(shapes),
-        calibration_count_error=inputs.calibration.count_error,
-        calibration_rho_error=inputs.calibration.rho_error,
-        calibration_same_sizes=inputs.calibration.same_sizes,
-        trained_difference=primary("trained_difference"),
+        calibration=inputs.calibration,
         trained_difference_by=difference.at.estimator,
-        ratio=ratio(PRIMARY_SITE),
-        ratio_residual=ratio(SECONDARY_SITE),
-        universality=primary("universality"),
-        alpha=primary("alpha"),
-        gamma=primary("gamma"),
-        gamma_excess=primary("gamma_excess"),
-        delta=primary("delta"),
-        cross_layer=primary("cross_layer"),
-        count_gain=primary("count_gain"),
-        removal_shift=primary("removal_shift"),
-        headroom=primary("headroom"),
+        ratio=ratio,
+        ratio_residual=ratio_residual,
         n_training_seeds=min(len(shape.seeds) for shape in shapes),
+        **{key: table.one(key, site=PRIMARY_SITE) for key in keys},
     )
 
 
@@ -113,12 +85,12 @@ def reading_notes(table: LongTable, inputs: GateInputs, rule: Rule = RULE) -> tu
             f"[{rule.equal[0]:g}, {rule.equal[1]:g}] goes with delta from {low:.2f} to {high:.2f}, and H1 asks for "
             f"[{rule.delta[0]:g}, {rule.delta[1]:g}]"
         )
-    for site, words in SITE_WORDS.items():
+    for site in SITES:
         floor, ceiling = table.one("u_floor", site=site), table.one("u_ceiling", site=site)
         if floor is not None and ceiling is not None and floor >= ceiling.value:
             notes.append(
-                f"on the {words} untrained subjects are as alike (u {floor:.3g}) as two trainings of one shape "
-                f"({ceiling.value:.3g}): U says nothing there"
+                f"on the {SITE_NAME[site]} untrained subjects are as alike (u {floor:.3g}) as two trainings of one "
+                f"shape ({ceiling.value:.3g}): U says nothing there"
             )
     return tuple(notes)
 
@@ -130,10 +102,7 @@ def removal_shift(readings: SiteReadings) -> Row:
     if any(reading.genuine_F is None for shape in with_all for reading in shape.readings):
         return Row(at, "removal_shift", None, "not every dictionary of A and B was probed")
 
-    def others(reading: Reading) -> np.ndarray:
-        return np.ones(len(reading), dtype=bool) if reading.genuine_F is None else ~reading.genuine_F
-
-    without = [shape.only(others) for shape in with_all]
+    without = [shape.only(lambda reading: ~np.asarray(reading.genuine_F)) for shape in with_all]
     logs = [density.density_ratio(b, a, PRIMARY_ESTIMATOR, readings.document_T) for a, b in (without, with_all)]
     for log in logs:
         if isinstance(log, str):

@@ -39,6 +39,18 @@ class Rule:
 
 
 RULE = Rule()
+STATISTICS = ("universality", "alpha", "gamma", "gamma_excess", "delta", "cross_layer", "count_gain")
+"""What the rule needs beside R, all of the primary site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Errors on planted worlds, the worst over worlds: relative, absolute value; None where not measured."""
+
+    count_error: float | None = None
+    rho_error: float | None = None
+    d_eff_error: float | None = None  # shown; no gate
+    same_sizes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +66,7 @@ class Evidence:
     explained_variance: tuple[float, float] | None  # A, B
     dead_share: float | None
     self_cosine: float | None
-    calibration_count_error: float | None  # relative, on planted worlds
-    calibration_rho_error: float | None
-    calibration_same_sizes: bool  # planted at the study's sizes
+    calibration: Calibration
     trained_difference: Estimate | None  # trained less untrained, of the primary statistic
     ratio: Estimate | None  # R on what blocks write
     universality: Estimate | None

@@ -2,6 +2,8 @@
 
 import torch
 
+from triton_kernels.reference import row_of_pair
+
 
 def random_code(n_rows, n_features, *, n_groups=1, seed=0, most=5, dtype=torch.float64):
     """A ragged CSR code over `n_groups` dictionaries: rows may be empty, features ascend within a row.
@@ -25,3 +27,8 @@ def encoder_inputs(n_rows=5, n_groups=2, n_features=9, width=4, *, seed=0, dtype
     generator = torch.Generator().manual_seed(seed)
     shapes = ((n_rows, n_groups, width), (n_groups, width), (n_groups, n_features, width), (n_groups, n_features))
     return tuple(torch.randn(shape, generator=generator, dtype=dtype, requires_grad=grad) for shape in shapes)
+
+
+def rows_of(candidates):
+    """The row of each candidate."""
+    return row_of_pair(candidates.offsets, candidates.features.numel())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import triton_kernels as ops
-from tests.kernels.codes import encoder_inputs
+from tests.kernels.codes import encoder_inputs, rows_of
 from triton_kernels import reference
 from triton_kernels.cpu import encode, native, prefilter, problem, rounded, selection
 from triton_kernels.cpu.problem import Problem
@@ -102,7 +102,7 @@ def test_certified_candidates_hold_the_exact_choice_whatever_the_data(seed, spre
     bias = torch.randn(512, generator=generator) * spread
     found = prefilter.top_k(Problem(x, encoder, bias, None, F32), k)
     candidates = torch.zeros(6, 512, dtype=torch.bool)
-    candidates[found.rows(), found.features] = True
+    candidates[rows_of(found), found.features] = True
     exact = x.double() @ encoder.double().T + bias.double()
     kth = exact.topk(k, dim=1).values[:, -1:]
     resolution = 1e-6 * x.norm(dim=1, keepdim=True) * encoder.norm(dim=1).amax()  # of fp32 itself; bf16's is 0.004
@@ -118,7 +118,7 @@ def test_without_its_margin_the_certificate_would_be_wrong():
     finder = prefilter if native.serves() else rounded
     found = finder.top_k(Problem(x, encoder, bias, None, BF16), 8)
     candidates = torch.zeros(64, 512, dtype=torch.bool)
-    candidates[found.rows(), found.features] = True
+    candidates[rows_of(found), found.features] = True
     exact = x.double() @ encoder.double().T
     assert not candidates[exact >= exact.topk(8, dim=1).values[:, -1:]].all()
 

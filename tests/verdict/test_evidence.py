@@ -13,7 +13,8 @@ from crosscoder.results.quantities import PRIMARY_ESTIMATOR
 from crosscoder.results.table import Estimate, LongTable, Place, Row
 from crosscoder.results.verdict import Verdict
 from crosscoder.verdict.decide import decide
-from crosscoder.verdict.evidence import Calibration, GateInputs, gather, reading_notes, removal_shift
+from crosscoder.verdict.evidence import GateInputs, gather, reading_notes, removal_shift
+from crosscoder.verdict.rule import Calibration
 from tests.measure.test_comparison import DOCUMENT_T, F, subject
 
 WRITE = Place(site="write")

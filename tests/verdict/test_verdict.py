@@ -11,10 +11,11 @@ from crosscoder.measure import statistics
 from crosscoder.results.quantities import NOTES
 from crosscoder.results.table import Estimate
 from crosscoder.verdict.decide import BELOW_CEILING, decide
-from crosscoder.verdict.rule import RULE, Evidence
+from crosscoder.verdict.rule import RULE, Calibration, Evidence
 
 ZERO = Estimate(0.0, -0.05, 0.05)
 ABOVE = Estimate(0.3, 0.2, 0.4)
+CALIBRATION = Calibration(count_error=0.04, rho_error=0.02, same_sizes=True)
 
 COMPLETE = Evidence(
     loss_gap=0.004,
@@ -22,9 +23,7 @@ COMPLETE = Evidence(
     explained_variance=(0.9, 0.88),
     dead_share=0.03,
     self_cosine=0.95,
-    calibration_count_error=0.04,
-    calibration_rho_error=0.02,
-    calibration_same_sizes=True,
+    calibration=CALIBRATION,
     trained_difference=Estimate(0.5, 0.3, 0.7),
     ratio=Estimate(2.0, 1.8, 2.2),
     universality=Estimate(0.95, 0.9, 1.0),
@@ -134,10 +133,10 @@ BROKEN = [
     ("dead features", {"dead_share": math.nan}),
     ("self-cosine", {"self_cosine": 0.89}),
     ("self-cosine", {"self_cosine": None}),
-    ("calibration count", {"calibration_count_error": 0.12}),
-    ("calibration rho", {"calibration_rho_error": 0.12}),
-    ("calibration rho", {"calibration_rho_error": None}),
-    ("calibration sizes", {"calibration_same_sizes": False}),
+    ("calibration count", {"calibration": dataclasses.replace(CALIBRATION, count_error=0.12)}),
+    ("calibration rho", {"calibration": dataclasses.replace(CALIBRATION, rho_error=0.12)}),
+    ("calibration rho", {"calibration": dataclasses.replace(CALIBRATION, rho_error=None)}),
+    ("calibration sizes", {"calibration": dataclasses.replace(CALIBRATION, same_sizes=False)}),
     ("trained against untrained", {"trained_difference": ZERO}),
     ("trained against untrained", {"trained_difference": None}),
     ("trained against untrained", {"trained_difference": Estimate(1.0, 0.5, math.inf)}),
@@ -190,7 +189,7 @@ def test_loss_matched_checkpoints_stand_for_a_small_gap():
         {"explained_variance": (1.0, 0.95)},
         {"dead_share": 0.1},
         {"self_cosine": 0.9},
-        {"calibration_count_error": 0.1},
+        {"calibration": dataclasses.replace(CALIBRATION, count_error=0.1)},
         {"universality": Estimate(0.9, 0.8, 1.0)},
         {"ratio": Estimate(2.0, 1.6, 2.5)},
     ],

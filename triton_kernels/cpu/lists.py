@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import native, selection
-from triton_kernels.reference import row_of_pair, starts
+from triton_kernels.reference import starts
 
 
 class Candidates(NamedTuple):
@@ -24,10 +24,6 @@ class Candidates(NamedTuple):
     def only(self, kept: Tensor) -> Candidates:
         """Those at the positions `kept`, which ascend."""
         return Candidates(self.features[kept], torch.searchsorted(kept, self.offsets))
-
-    def rows(self) -> Tensor:
-        """The row of each candidate."""
-        return row_of_pair(self.offsets, self.features.numel())
 
 
 Parts = tuple[Tensor, Tensor, Tensor]

@@ -46,7 +46,7 @@ def digit_histogram_kernel(
 
 def _count(keys: Tensor, bound: Tensor, counts: Tensor, low: bool) -> None:
     n_keys = keys.numel()
-    tile = tiles.histogram_tile(n_keys)
+    tile = min(2048, max(16, tiles.power_of_two(n_keys)))
     digit_histogram_kernel[(tiles.tile_count(n_keys, tile),)](
         keys, bound, counts, n_keys, LOW=low, BINS=counts.shape[1], COPIES=counts.shape[0], TILE=tile, num_warps=4
     )

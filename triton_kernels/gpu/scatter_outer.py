@@ -11,12 +11,11 @@ Deterministic: a chunk belongs to one program, and chunks of a feature are added
 
 from __future__ import annotations
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.arguments import Code
-from triton_kernels.gpu.feature_major import ChunkedTranspose, add_scratch, feature_major
+from triton_kernels.gpu.feature_major import add_scratch, feature_major
 from triton_kernels.gpu.tiles import accumulator, gather_tile, jit, tile_count
 from triton_kernels.reference import sum_dtype
 
@@ -61,54 +60,40 @@ def scatter_outer_kernel(
                 tl.store(scratch_sums + spare, tl.sum(summed, 0))
 
 
-def scatter_rows(
-    values_P: Tensor,
-    transpose: ChunkedTranspose,
-    x_RN: Tensor,
-    center_GN: Tensor | None,
-    out_FN: Tensor,
-    sums_F: Tensor | None,
-) -> None:
-    """Write `scatter_outer` of the centred rows into `out_FN`, and each feature's sum of values into `sums_F`.
+def scatter_rows(code: Code, x_RN: Tensor, center_GN: Tensor | None, n_features: int) -> tuple[Tensor, Tensor]:
+    """`scatter_outer` of the rows less their centre `[F, N]`, and each feature's sum of values `[F]` if one is given.
 
-    `sums_F` is written where a centre is given. At least one pair.
+    In the centre's dtype; x may be narrower.
     """
-    (n_features, width), n_scratch = out_FN.shape, transpose.scratch_features.numel()
-    n_groups = 1 if center_GN is None else center_GN.shape[0]
-    dtype = sum_dtype(out_FN.dtype)
-    scratch = torch.empty(n_scratch, width, dtype=dtype, device=out_FN.device)
-    scratch_sums = torch.empty(n_scratch, 1, dtype=dtype, device=out_FN.device)
-    tile = gather_tile(width, x_RN.itemsize, x_RN.shape[0] // n_groups, most_row_bytes=1024)
+    values_P, features_P, offsets = code
+    x = x_RN.contiguous()
+    center = x if center_GN is None else center_GN.contiguous()  # not read where there is none
+    n_groups, width = 1 if center_GN is None else center.shape[0], x.shape[1]
+    if features_P.numel() == 0 or width == 0:
+        return center.new_zeros(n_features, width), center.new_zeros(n_features)
+    transpose = feature_major(features_P, offsets, n_features)
+    out_FN, sums_F = center.new_empty(n_features, width), center.new_empty(n_features)
+    n_scratch, wide = transpose.scratch_features.numel(), sum_dtype(center.dtype)
+    scratch, scratch_sums = (center.new_empty(n_scratch, columns, dtype=wide) for columns in (width, 1))
+    tile = gather_tile(width, x.itemsize, x.shape[0] // n_groups, most_row_bytes=1024)
     scatter_outer_kernel[(transpose.chunks.shape[0], tile_count(width, tile.columns))](
-        transpose.chunks, transpose.rows_P, values_P[transpose.order_P], x_RN.contiguous(),
-        x_RN if center_GN is None else center_GN.contiguous(), out_FN, scratch,
-        scratch if sums_F is None else sums_F, scratch_sums, n_features, n_features // n_groups,
-        center_GN is not None, width, tile.columns, tile.pairs, accumulator(out_FN.dtype), num_warps=1,
+        transpose.chunks, transpose.rows_P, values_P[transpose.order_P], x, center,
+        out_FN, scratch, sums_F, scratch_sums, n_features, n_features // n_groups,
+        center_GN is not None, width, tile.columns, tile.pairs, accumulator(center.dtype), num_warps=1,
     )  # fmt: skip
     add_scratch(out_FN, scratch, transpose)
-    if sums_F is not None:
+    if center_GN is not None:
         add_scratch(sums_F.view(-1, 1), scratch_sums, transpose)
+    return out_FN, sums_F
 
 
 def scatter_outer(code: Code, x_RN: Tensor, n_features: int) -> Tensor:
     """See `reference.scatter_outer`; the output has x's dtype."""
-    values_P, features_P, offsets = code
-    if features_P.numel() == 0 or x_RN.shape[1] == 0:
-        return x_RN.new_zeros(n_features, x_RN.shape[1])
-    out_FN = torch.empty(n_features, x_RN.shape[1], dtype=x_RN.dtype, device=x_RN.device)
-    scatter_rows(values_P, feature_major(features_P, offsets, n_features), x_RN, None, out_FN, None)
-    return out_FN
+    return scatter_rows(code, x_RN, None, n_features)[0]
 
 
 def backward_encoder(code: Code, x_BGN: Tensor, center_GN: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     """`d_encoder` as `[G, F, N]` and `d_bias` as `[G, F]`, both in the centre's dtype; x may be narrower."""
-    d_z_P, features_P, offsets = code
     n_groups, width = center_GN.shape
-    if features_P.numel() == 0:
-        return center_GN.new_zeros(n_groups, n_features, width), center_GN.new_zeros(n_groups, n_features)
-    n_rows = n_groups * n_features
-    d_encoder_FN = torch.empty(n_rows, width, dtype=center_GN.dtype, device=center_GN.device)
-    d_bias_F = torch.empty(n_rows, dtype=center_GN.dtype, device=center_GN.device)
-    transpose = feature_major(features_P, offsets, n_rows)
-    scatter_rows(d_z_P, transpose, x_BGN.reshape(-1, width), center_GN, d_encoder_FN, d_bias_F)
+    d_encoder_FN, d_bias_F = scatter_rows(code, x_BGN.reshape(-1, width), center_GN, n_groups * n_features)
     return d_encoder_FN.view(n_groups, n_features, width), d_bias_F.view(n_groups, n_features)

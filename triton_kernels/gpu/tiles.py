@@ -79,11 +79,6 @@ def choice_warps(size: int) -> int:
     return min(16, max(1, size // 512))
 
 
-def histogram_tile(n_keys: int) -> int:
-    """Keys that one program counts."""
-    return min(2048, max(16, power_of_two(n_keys)))
-
-
 def row_tile(width: int) -> tuple[int, int, int]:
     """Rows, columns and warps of one program of the row-wise optimiser.
 
