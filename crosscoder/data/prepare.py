@@ -69,10 +69,8 @@ def prepare_tokens(
     """
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer or the vocab_size of one to train, not both and not neither")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 (or None for all)")
     check_fraction(held_out_fraction)
-    _check_length(sequence_length)
+    _check_length(sequence_length, max_tokens)
     if tokenizer is not None:
         find_bos(tokenizer, bos), find_end(tokenizer)
     documents = _documents(source, max_documents)
@@ -254,7 +252,7 @@ class _Reading:
 
     def _share(self, tally: _Tally, most: int | None) -> float | None:
         known = self._documents.share if not self._n_documents else tally.n_documents / self._n_documents
-        return max(known or 0.0, tally.size / most) if most else known
+        return min(max(known or 0.0, tally.size / most), 1.0) if most else known
 
 
 class _Packing:
@@ -357,6 +355,8 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _check_length(sequence_length: int) -> None:
+def _check_length(sequence_length: int, max_tokens: int | None = None) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 (or None for all)")
     if sequence_length < 2:
         raise ValueError(f"sequence_length is {sequence_length}, expected at least 2")
