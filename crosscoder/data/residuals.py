@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from crosscoder.data.blocks import input_device, run_model
 from crosscoder.data.hooks import ModuleEnd, reading
 from crosscoder.data.probe import probe_model
 from crosscoder.data.subject import hash_weights
@@ -85,7 +86,7 @@ class ResidualHarvester:
                 differ in width.
         """
         self._check_call(ids_BS)
-        ids_BS = ids_BS.to(next(self.model.parameters()).device)
+        ids_BS = ids_BS.to(input_device(self.model))
         buffer: list[Tensor] = []
 
         def store(slot: int, hidden_BSD: Tensor) -> None:
@@ -102,10 +103,9 @@ class ResidualHarvester:
             if slot == len(self.sites) - 1:
                 raise _AllSitesReadError
 
-        arguments: dict[str, Any] = {"use_cache": False} if hasattr(self.model, "config") else {}
         try:
             with reading(self._ends(), store):
-                self.model(ids_BS, **arguments)
+                run_model(self.model, ids_BS)
         except _AllSitesReadError:
             return buffer[0]
         raise RuntimeError(

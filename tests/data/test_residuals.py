@@ -73,7 +73,7 @@ def test_mlps_that_are_not_there_are_named():
     with pytest.raises(ValueError, match="reads is 'attention', expected 'residual' or 'mlp'"):
         ResidualHarvester(make_model("gpt2"), reads="attention")
     plain = Plain([6, 6, 6]).eval()
-    with pytest.raises(ValueError, match="block 1 cannot be read: Block has no map.nothing; it has: map"):
+    with pytest.raises(ValueError, match=r"block 1 cannot be read: Block has no map\.nothing; it has: map"):
         ResidualHarvester(plain, reads="mlp", mlp_path="map.nothing")
 
 
