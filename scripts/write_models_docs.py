@@ -25,9 +25,7 @@ WHOLE = {
         ("intermediate_size", "ffn_dim", "d_ff", "vocab_size", "max_position_embeddings", "n_positions"), 64
     ),
     **dict.fromkeys(("max_seq_len", "max_position_embeddings", "decoder_ffn_dim", "encoder_ffn_dim"), 64),
-    **dict.fromkeys(
-        ("encoder_layers", "decoder_layers", "depth", "num_decoder_layers", "num_key_value_heads", "n_group"), 2
-    ),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "depth", "num_decoder_layers", "n_group"), 2),
     **dict.fromkeys(("topk_group", "bos_token_id"), 1),
     **dict.fromkeys(
         ("num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads", "num_experts_per_tok"), 2

@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from crosscoder.data.blocks import input_device, run_model
 from crosscoder.data.hooks import ModuleEnd, reading
 from crosscoder.data.probe import probe_model
 from crosscoder.data.subject import model_origin
@@ -103,7 +104,7 @@ class ResidualHarvester:
                 differ in width.
         """
         self._check_call(ids_BS)
-        ids_BS = ids_BS.to(next(self.model.parameters()).device)
+        ids_BS = ids_BS.to(input_device(self.model))
         kept_BS = self.kept(ids_BS) if kept_BS is None else kept_BS.to(ids_BS.device)
         n_kept, buffer = int(kept_BS.sum()), []
 
@@ -120,10 +121,9 @@ class ResidualHarvester:
             if slot == len(self.sites) - 1:
                 raise _AllSitesReadError
 
-        arguments: dict[str, Any] = {"use_cache": False} if hasattr(self.model, "config") else {}
         try:
             with reading(self._ends(), store):
-                self.model(ids_BS, **arguments)
+                run_model(self.model, ids_BS)
         except _AllSitesReadError:
             return buffer[0]
         raise RuntimeError(

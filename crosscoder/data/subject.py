@@ -200,14 +200,12 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor once, by name; one that is kept off the devices until it is used is fetched from where it is."""
-    seen: set[int] = set()
+    """Every tensor by name, tied ones by each; one that is kept off the devices until it is used is fetched."""
     for path, module in model.named_modules():
         kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in seen:
+            if tensor is None:
                 continue
-            seen.add(id(tensor))
             full = f"{path}.{name}" if path else name
             yield full, kept[name] if tensor.is_meta and kept is not None else tensor
             # A quantised weight's scales are saved with it, but are no parameters of the module.

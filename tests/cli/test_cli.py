@@ -17,9 +17,9 @@ from tokenizers import processors
 import crosscoder
 from crosscoder import Crosscoder, LayerwiseSAE, TopK, load_dictionary
 from crosscoder.cli import main
-from crosscoder.data.subject import build_subject
-from crosscoder.data.tokenizer import END_OF_TEXT, train_tokenizer
-from crosscoder.data.tokens import PreparedTokens
+from crosscoder.data.subject import build_subject, load_subject
+from crosscoder.data.tokenizer import END_OF_TEXT, tokenizer_hash, train_tokenizer
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Transcoder
 from crosscoder.results.file import load_results
 from crosscoder.studies.budget import DictionaryBudget
@@ -73,6 +73,23 @@ def pipeline(texts, tmp_path_factory):
     for arguments in steps:
         assert main(arguments) == 0, arguments
     return root
+
+
+def test_a_trained_subject_loads_anywhere_with_its_tokenizer(pipeline):
+    checkpoints = sorted((pipeline / "subject").glob("step-*"))
+    for folder in checkpoints:
+        assert (
+            tokenizer_hash(load_subject(folder).tokenizer) == TokenBlocks.load(pipeline / "tokens/train").tokenizer_hash
+        )
+    assert len(checkpoints) == 3
+
+
+def test_how_a_model_is_loaded_is_said_by_flags(pipeline, tmp_path, capsys):
+    subject, tokens = str(pipeline / "subject/step-62"), str(pipeline / "tokens")
+    given = ["harvest", "--subject", subject, "--tokens-folder", tokens, "--out", str(tmp_path), "--max-tokens", "99"]
+    assert main([*given, "--dtype", "bfloat16", "--reads", "mlp", "--mlp-path", "mlp"]) == 0
+    assert main([*given, "--revision", "v1"]) == 2
+    assert "--revision v1 would change nothing" in capsys.readouterr().err
 
 
 def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
@@ -351,6 +368,9 @@ def test_print_config_is_json(capsys):
     assert json.loads(capsys.readouterr().out)["study"]["dictionaries"]["n_features"] == 96
 
 
+HARVEST = ("--subject", "x", "--tokens-folder", "y", "--out", "z")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -368,6 +388,10 @@ def test_print_config_is_json(capsys):
         (["prepare", "--bos", "--no-bos", "--out", "y"], "--no-bos would change nothing here: --bos asks for the"),
         ([*TRAIN, "--budget.bank", "shared"], "--budget.bank would change nothing here: only a bank"),
         ([*TRAIN, "--subject", "z", "--layers", "1"], "--subject, --layers would change nothing here"),
+        ([*TRAIN, "--revision", "v1", "--dtype", "auto"], "--revision, --dtype would change nothing here"),
+        ([*TRAIN, "--mlp-path", "ffn"], "--mlp-path would change nothing here"),
+        (["compare", "--device-map", "auto"], "--device-map would change nothing here: only a single model"),
+        (["harvest", *HARVEST, "--mlp-path", "ffn"], "--mlp-path would change nothing here: only --reads mlp"),
         (["train", "--subject", "z", "--out", "y"], "give --activations, or --subject and --tokens-folder"),
         ([*TRAIN, "--budget.window", "3"], "--budget.window would change nothing here"),
         ([*TRAIN, "--arm", "layerwise", "--budget.structure", "window"], "--budget.structure would change nothing"),

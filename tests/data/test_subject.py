@@ -143,18 +143,20 @@ def test_dtypes_and_revisions_are_passed_on(folder):
         load_model(folder, revision="main")
 
 
-def test_models_spread_by_accelerate_are_neither_moved_nor_read_elsewhere(folder, tmp_path):
+def test_models_spread_by_accelerate_are_neither_moved_nor_read_elsewhere(folder, tmp_path, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
     ids = torch.randint(0, 40, (2, 6))
     plain = load_model(folder)
-    spread = load_model(folder, device_map="auto")
-    assert spread.hf_device_map
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "to", lambda *_: pytest.fail("moved"))
+        spread = load_model(folder, device_map="auto")
     offloaded = load_model(folder)
     accelerate.disk_offload(offloaded, offload_dir=tmp_path / "offloaded")
     assert next(offloaded.parameters()).is_meta
     assert hash_weights(offloaded) == hash_weights(spread) == hash_weights(plain)
     assert probe_model(offloaded).mlp == probe_model(plain).mlp
-    assert torch.equal(ResidualHarvester(spread).harvest(ids), ResidualHarvester(plain).harvest(ids))
+    for model in (spread, offloaded):
+        assert torch.equal(ResidualHarvester(model).harvest(ids), ResidualHarvester(plain).harvest(ids))
 
 
 def test_quantised_checkpoints_load_as_they_are(folder):
