@@ -80,6 +80,9 @@ class Compare(Study):
     blocks_path: Annotated[str | None, BLOCKS_PATH] = None
     loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     tokens: int | None = None  # With --subject: tokens to train the dictionaries on
+    keep_outliers: bool = False
+    """With --subject: keep first tokens of blocks, special tokens, and tokens of huge norm (sinks)."""
+    stream: bool = False  # Harvest activations as dictionaries train, again for each, and store none
     seeds: tuple[int, ...] | None = None
     """Dictionary seeds. The debiased dimension compares two; stable features need three."""
     training_seeds: tuple[int, ...] | None = None
@@ -98,10 +101,8 @@ class Compare(Study):
 
     def idle(self) -> Idle:
         if self.subject is None:
-            mode, names = (
-                "only a single model has that; name one with --subject",
-                ("layers", "blocks_path", "tokens", *LOADING),
-            )
+            mode = "only a single model has that; name one with --subject"
+            names = ("layers", "blocks_path", "tokens", "keep_outliers", *LOADING)
         else:
             mode = "only the study of several shapes has that; leave out --subject"
             names = ("preset", "training_seeds", "joint", "part")
@@ -114,10 +115,10 @@ class Compare(Study):
         config = PRESETS[self.preset] if self.subject is None else SubjectStudyConfig(subject=self.subject)
         names = ("steps", "n_features", "structure", "window", "bank")
         budget = _replace_given(config.dictionaries, **{name: getattr(self, name) for name in names})
-        config = _replace_given(config, dictionaries=budget, seeds=self.seeds)
+        config = replace(_replace_given(config, dictionaries=budget, seeds=self.seeds), stream=self.stream)
         if self.subject is not None:
-            read = {"layers": self.layers, "blocks_path": self.blocks_path, "tokens_train": self.tokens}
-            read["loading"] = self.loading
+            read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path, "loading": self.loading}
+            read |= {"tokens_train": self.tokens, "keep_outliers": self.keep_outliers}
             return _replace_given(config, text=self.text, **read)
         subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
         return _replace_given(config, subjects=subjects, joint=self.joint or None)
@@ -214,6 +215,7 @@ def _do(command: Command) -> None:
         ]
         if flags:
             raise ValueError(f"--{', --'.join(flags)} would change nothing here: {reason}")
+    require_device(getattr(command, "device", "cpu"))
     if command.print_config:
         print(json.dumps(command.settings(), indent=2, sort_keys=True, default=str))
     elif command.dry_run:
@@ -221,6 +223,17 @@ def _do(command: Command) -> None:
             print(f"{label:<54} {value}")
     else:
         command.run()
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not here before any work is done."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, and this machine shows torch {torch.cuda.device_count()} GPUs")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; expected cpu, cuda or cuda:N")
 
 
 def _parsed(arguments: list[str]) -> Command:
@@ -242,10 +255,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = _parsed(arguments)
     try:
         _do(command)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        say("crosscoder: stopped")
+        return 130
+    except Exception as error:
         if os.environ.get("CROSSCODER_TRACEBACK"):
             raise
-        say(f"crosscoder: {error}")
+        known = isinstance(error, ValueError | OSError | ImportError | RuntimeError | ArithmeticError)
+        say(f"crosscoder: {'' if known else f'{type(error).__name__}: '}{error}")
         say("(CROSSCODER_TRACEBACK=1 shows where)")
         return 2
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from crosscoder.data.stream import BLOCKS_PER_REFILL
+from crosscoder.data.stream import HARVEST_TOKENS
 from crosscoder.data.subject import load_config
 from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.data.tokens import TokenBlocks
@@ -71,13 +71,19 @@ def harvest_needs(
 
 
 def stream_needs(
-    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, revision: str | None = None
+    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, tokens_per_refill: int, revision: str | None = None
 ) -> tuple[Needs, int, int]:
     """What harvesting activations as training goes takes beside the dictionary, the number of sites and their width."""
     n_sites, width = _sites_and_width(subject, layers, reads, revision)
-    # A refill and its shuffled copy; the blocks that it is made of are freed before that.
-    refill = 2 * 4 * min(BLOCKS_PER_REFILL, len(tokens)) * tokens.sequence_length * n_sites * width
-    return [("activations in memory", human_bytes(refill)), ("activations on disk", "none")], n_sites, width
+    blocks = min(max(1, tokens_per_refill // tokens.sequence_length), len(tokens))
+    refill = 4 * blocks * tokens.sequence_length * n_sites * width
+    call = 4 * max(HARVEST_TOKENS, tokens.sequence_length) * n_sites * width
+    rows = [
+        ("activations in memory: the refill in use, and the next", human_bytes(2 * refill)),
+        ("one call of the model, all sites", human_bytes(call)),
+        ("activations on disk", "none"),
+    ]
+    return rows, n_sites, width
 
 
 def single_needs(config: SubjectStudyConfig) -> Needs:
@@ -89,7 +95,7 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
         ("subject", config.subject),
         ("layers x width", f"{n_layers} x {width}"),
         ("tokens run through the subject", f"{tokens:,}"),
-        ("activations on disk", human_bytes(4 * tokens * n_layers * width * states)),
+        ("activations on disk", "none" if config.stream else human_bytes(4 * tokens * n_layers * width * states)),
         ("dictionaries, at most", str(2 * 2 * states * len(config.seeds))),
     ]
     for arm in CLASSES:
@@ -123,7 +129,7 @@ def study_needs(config: StudyConfig) -> Needs:
         layers, width = sum(shape.n_layers for shape in pair), max(shape.d_model for shape in pair)
         rows += dictionary_needs("crosscoder", layers, width, joints[0].budget, of=f"{' and '.join(COMPARED)}, ")
     kept = "kept" if config.keep_activations else "removed at the end"
-    return [*rows, (f"activations on disk ({kept})", human_bytes(disk))]
+    return [*rows, ("activations on disk", "none" if config.stream else f"{human_bytes(disk)}, {kept}")]
 
 
 def planted_needs(config: PlantedConfig) -> Needs:

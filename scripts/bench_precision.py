@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from crosscoder import Crosscoder, TopK
-from crosscoder.data.residuals import ResidualHarvester, estimate_scales, harvest_blocks
+from crosscoder.data.prepare import prepare_tokens
+from crosscoder.data.residuals import ResidualHarvester, estimate_scales
+from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import load_subject
-from crosscoder.data.tokens import prepare_tokens
 from crosscoder.dictionary.losses import explained_variance
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.provenance import describe_run
@@ -38,7 +39,8 @@ def harvest(given: argparse.Namespace) -> tuple[Tensor, Tensor]:
     parts = []
     for blocks, wanted in ((tokens.train, given.tokens), (tokens.held_out, given.tokens // 8)):
         chosen = torch.linspace(0, len(blocks) - 1, min(len(blocks), wanted // 127)).long()
-        parts.append(torch.cat([part.cpu() for part in harvest_blocks(harvester, blocks, chosen)]))
+        stream = ActivationStream(harvester, blocks, ahead=False)
+        parts.append(torch.cat([part.float().cpu() for part in stream.harvest(chosen)]))
     scale_L = estimate_scales(parts[0])
     return parts[0] * scale_L[:, None], parts[1] * scale_L[:, None]
 

@@ -20,14 +20,13 @@ from crosscoder.foundation.config import to_mapping
 from crosscoder.report.panels import (
     INK,
     PALETTE,
-    axis_labels,
-    axis_title,
+    describe,
     make_panels,
     plain_ticks,
     share_legend,
     to_png,
 )
-from crosscoder.report.planted import markdown_table, shown
+from crosscoder.report.table import shown
 from crosscoder.results.file import RESULTS, load_results, save_results
 from crosscoder.results.quantities import definition
 from crosscoder.results.table import Estimate, LongTable, Row
@@ -42,6 +41,12 @@ VERDICTS_NOTE = (
     "Each planted answer through the whole chain: crosscoders of every training and dictionary seed, banks, control, "
     "statistics, rule. Coverage is of 90 % intervals: of the planted value, and of that of the directions drawn."
 )
+
+
+def markdown_table(title: list[str], rows: list[list[Any]]) -> list[str]:
+    """A Markdown table; nothing without rows."""
+    lines = [title, ["---"] * len(title), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] if rows else []
 
 
 def write(study: StudyFolder, config: VerdictConfig, rows: list[Row]) -> None:
@@ -106,13 +111,13 @@ def draw_verdicts(rows: LongTable) -> bytes:
                 ax.axvspan(*band, color=PALETTE[color], alpha=0.18, linewidth=0, label=f"band of {hypothesis}")
             _draw_intervals(ax, group.select(estimator=name), right)
         ratio, delta = axes[:, column]
-        axis_title(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
+        describe(ratio, f"{plant}: {sum(right.values())} of {len(right)} verdicts right")
         ratio.set(xscale="log", xlim=(0.25, 4))
         plain_ticks(ratio.xaxis, (0.25, 0.5, 1, 2, 4))
         delta.set(xlim=(-0.4, 1.4))
-        axis_labels(ratio, "R, density of B over A", "world" if column == 0 else None)
-        axis_labels(delta, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
-    share_legend(figure, axes)
+        describe(ratio, None, "R, density of B over A", "world" if column == 0 else None)
+        describe(delta, None, "delta, growth of d_eff / D with depth", "world" if column == 0 else None)
+    share_legend(figure)
     return to_png(figure)
 
 

@@ -17,7 +17,9 @@ from functools import cached_property, partial
 from typing import Annotated
 
 import numpy as np
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
+from scipy import stats
 
 from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world_pair import DEPTH_RATIO, SIDES, PairConfig, Side, WorldPair
@@ -127,8 +129,14 @@ class Planted:
 
     def source(self, pair: WorldPair, side: Side) -> PlantedSource:
         """The tokens of one side, scaled; the same held-out ones for every shape and seed."""
-        draw, scale = partial(pair.draw, side), usual_scale(pair, side)
-        return self.config.fit.source(draw, pair.config.shape(side), scale=scale, held_out_stream=2 * self.seed + 1)
+        scale, (n_layers, d_model) = usual_scale(pair, side), pair.config.shape(side)
+        return PlantedSource(
+            lambda n, stream, index: pair.draw(side, n, stream, index) * scale,
+            scale_L=torch.full((n_layers,), scale),
+            d_model=d_model,
+            held_out_stream=2 * self.seed + 1,
+            held_out_tokens=self.config.fit.held_out,
+        )
 
     def train(self, arm: Arm, pair: WorldPair, side: Side, *, k: int, seed: int) -> Reading:
         """The reading of a dictionary after training on one side."""
@@ -210,9 +218,22 @@ def _genuine_share(reading: Reading, x_TLD: np.ndarray) -> float:
     active_TF = (reading.code[: len(x_TLD)] > 0).toarray()
     score_TFL = np.einsum("tld,fld->tfl", x_TLD, reading.decoder_FLD)
     both = np.concatenate([score_TFL, score_TFL.sum(2, keepdims=True)], axis=2)
-    auc = [probes.area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))]
+    auc = [area_under_curve(both[:, f], active_TF[:, f]) for f in range(len(reading))]
     auc_FQ = np.array(auc).reshape(len(reading), both.shape[2])
     return probes.genuine_share(auc_FQ[:, -1], auc_FQ[:, :-1])
+
+
+def area_under_curve(score_TQ: np.ndarray, label_T: np.ndarray) -> np.ndarray:
+    """AUC of each of Q scores for a label, `[Q]`: P(score with > score without) + P(equal) / 2; nan for one class.
+
+    The Mann-Whitney statistic over the product of class sizes, with mean ranks for ties.
+    """
+    label = np.asarray(label_T, dtype=bool)
+    n_with, n_without = int(label.sum()), int((~label).sum())
+    if n_with == 0 or n_without == 0:
+        return np.full(score_TQ.shape[1], np.nan)
+    ranks = stats.rankdata(score_TQ, axis=0)
+    return (ranks[label].sum(0) - n_with * (n_with + 1) / 2) / (n_with * n_without)
 
 
 def measure_errors(planted: Planted, subjects: Mapping[str, ShapeReadings]) -> evidence.Calibration:

@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from check_common import Row, peer
 from torch import Tensor
 
+from crosscoder.data.prepare import pack_documents
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
+from crosscoder.data.split import split_documents
 from crosscoder.data.subject import load_subject
 from crosscoder.data.subject_training import SubjectConfig, train_subject
-from crosscoder.data.text import load_documents, split_documents
-from crosscoder.data.tokens import pack_documents, train_tokenizer
+from crosscoder.data.text import Documents
+from crosscoder.data.tokenizer import train_tokenizer
 from crosscoder.dictionary import BatchTopK, LayerwiseSAE, TopK
 from crosscoder.formats.saelens import save_saelens
 from crosscoder.measure.reading import measure_dictionary
@@ -74,7 +76,9 @@ class Setting:
 
 def prepare(config: LanguageConfig, folder: Path) -> Setting:
     """The subject, and blocks of its tokens behind the marker (its begin-of-text token)."""
-    documents, held_out = split_documents(load_documents(config.text), held_out_fraction=0.05, seed=config.seed)
+    documents, held_out = split_documents(
+        [str(text) for text in Documents(config.text)], held_out_fraction=0.05, seed=config.seed
+    )
     subject = load_subject(config.subject) if config.subject is not None else None
     tokenizer: Any = subject.tokenizer if subject else train_tokenizer(documents[:20], vocab_size=512)
     marker = tokenizer.bos_token_id
@@ -221,11 +225,11 @@ def _our_numbers(config: LanguageConfig, setting: Setting, bank: LayerwiseSAE, s
         bank, setting.model, blocks, ids,
         layers=config.layers, kind="residual", ablation="zero", skip_positions=skip,
     )  # fmt: skip
-    site = result.sites[EVALUATED]
-    clean, spliced = result.clean_loss, site.spliced_loss
+    site = result.sites[str(config.layers[EVALUATED])]
+    clean, spliced = result.clean["clean_loss"], site["spliced_loss"]
     gone = _zero_everywhere(setting.model, blocks[config.layers[EVALUATED] - 1], ids, skip)
     if skip == 0:  # the library's own number, where the definitions are the same
-        gone, recovered = site.ablated_loss, site.loss_recovered
+        gone, recovered = site["ablated_loss"], site["loss_recovered"]
     else:
         recovered = (gone - spliced) / (gone - clean)
     return {
@@ -237,8 +241,8 @@ def _our_numbers(config: LanguageConfig, setting: Setting, bank: LayerwiseSAE, s
         "spliced": spliced,
         "ablated everywhere": gone,
         "recovered, ablated everywhere": recovered,
-        "recovered": site.loss_recovered,
-        "kl": site.kl,
+        "recovered": site["loss_recovered"],
+        "kl": site["kl"],
     }
 
 

@@ -33,20 +33,20 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4390,
-    "crosscoder/foundation": 575,
+    "triton_kernels": 4248,
+    "crosscoder/foundation": 720,
     "crosscoder/results": 650,
-    "crosscoder/data": 3070,
+    "crosscoder/data": 3900,
     "crosscoder/dictionary": 1160,
     "crosscoder/training": 800,
     "crosscoder/formats": 98,
-    "crosscoder/measure": 2500,
+    "crosscoder/measure": 2455,
     "crosscoder/verdict": 590,
-    "crosscoder/report": 1960,
-    "crosscoder/studies": 2150,
-    "crosscoder": 745,  # the modules beside the rooms
+    "crosscoder/report": 1730,
+    "crosscoder/studies": 1730,
+    "crosscoder": 900,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 18_300, 12_400
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_000, 13_200
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

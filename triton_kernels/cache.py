@@ -27,26 +27,25 @@ class _Entry(NamedTuple):
 
 
 class TransposeCache(Generic[Transpose]):
-    """The last transpose of a code, given by `features_P` and `offsets`: a backward pass needs it several times.
+    """A function that transposes a code and keeps the last answer: a backward pass needs it several times.
 
     The entry holds its inputs, so their memory cannot be given to another code, and their version counters tell
     whether they were written to since. Writes that torch does not count, through `.data` or `.numpy()`, go unseen.
     Offsets that were made anew may be equal instead: on the CPU that costs nothing to find out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[Tensor, Tensor, int], Transpose]) -> None:
+        self._make = make
         self._entry: _Entry | None = None
 
-    def get(
-        self, features_P: Tensor, offsets: Tensor, settings: tuple[object, ...], make: Callable[[], Transpose]
-    ) -> Transpose:
-        """The cached transpose if it was made from these inputs and settings, else a new one from `make`."""
+    def __call__(self, features_P: Tensor, offsets: Tensor, n_features: int) -> Transpose:
+        """The cached transpose if it was made from these inputs, else a new one."""
         if features_P.is_inference() or offsets.is_inference():  # they have no version counter
-            return make()
-        key, entry = (*settings, *_version(features_P)), self._entry
+            return self._make(features_P, offsets, n_features)
+        key, entry = (n_features, *_version(features_P)), self._entry
         if entry is not None and entry.key == key and entry.has_offsets(offsets):
             return entry.transpose  # ty: ignore[invalid-explicit-return]
-        transpose = make()
+        transpose = self._make(features_P, offsets, n_features)
         self._entry = _Entry(key, features_P.detach(), offsets.detach(), _version(offsets), transpose)
         return transpose
 

@@ -55,7 +55,8 @@ def encode_batch_top_k(
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        return implementation(x_BGN).encode_batch_top_k(encoding, k)
+        pairs, cut_G = implementation(x_BGN).encode_batch_top_k(encoding, k)
+        return pairs.z.relu(), pairs.features, pairs.offsets, cut_G
 
 
 @operator("crosscoder::encode_threshold")
@@ -72,7 +73,9 @@ def encode_threshold(
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        return implementation(x_BGN).encode_threshold(encoding, threshold_GF, window)
+        z_P, score_P, features_P, offsets = implementation(x_BGN).encode_threshold(encoding, threshold_GF, window)
+        theta_P = threshold_GF.reshape(-1)[features_P].to(score_P.dtype)
+        return torch.where(score_P > theta_P, z_P.relu(), 0), features_P, offsets, z_P
 
 
 @encode_top_k.register_fake

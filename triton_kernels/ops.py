@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from triton_kernels import dense
+from triton_kernels import cpu, dense
 from triton_kernels.arguments import AdamRows, AdamSettings, Code
 from triton_kernels.reference import sum_dtype
 
@@ -30,8 +30,6 @@ def implementation(tensor: Tensor) -> ModuleType:
         from triton_kernels import gpu
 
         return gpu
-    from triton_kernels import cpu
-
     return cpu
 
 

@@ -70,12 +70,7 @@ def decode_loss(
 
 
 def backward_decoder(
-    values_P: Tensor,
-    features_P: Tensor,
-    offsets: Tensor,
-    error_BGN: Tensor,
-    weight_GL: Tensor,
-    decoder_GFN: Tensor,
+    values_P: Tensor, features_P: Tensor, offsets: Tensor, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `sum(weight_GL * squares_GL)` of `decode_loss`: to the values `[P]` and the decoder `[G, F, N]`."""
     grad_BGN = 2 * weight_GL[..., None] * error_BGN.unflatten(2, (weight_GL.shape[1], -1))

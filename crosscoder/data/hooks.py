@@ -1,9 +1,13 @@
-"""Reading and replacing what modules of a model are given and return: the only forward hooks of the library."""
+"""Reading and replacing what modules of a model are given and return: the only forward hooks of the library.
+
+A hook acts in the thread that set it only, so that one thread may read a model while another one runs it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +38,15 @@ class ModuleRun:
 def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
     """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
 
+    owner = threading.get_ident()
+
     def before(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read(number, _tensor(module, given(args, kwargs), "is given"))
+        if threading.get_ident() == owner:
+            read(number, _tensor(module, given(args, kwargs), "is given"))
 
     def after(number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        read(number, _tensor(module, returned(output), "returns"))
+        if threading.get_ident() == owner:
+            read(number, _tensor(module, returned(output), "returns"))
 
     with contextlib.ExitStack() as hooks:
         for number, (module, end) in enumerate(ends):
@@ -76,7 +84,11 @@ def recording(modules: Iterable[nn.Module]) -> Generator[list[ModuleRun]]:
 def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
     """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
 
+    owner = threading.get_ident()
+
     def after(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if threading.get_ident() != owner:
+            return output
         ends = _tensor(module, given(args, kwargs), "is given"), _tensor(module, returned(output), "returns")
         hidden = replace(number, *ends)
         if isinstance(output, Tensor):

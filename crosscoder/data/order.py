@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,3 +53,58 @@ def batch_indices(n: int, *, batch: int, seed: int, index: int) -> Tensor:
     """
     spans = epoch_spans(n, batch=batch, index=index)
     return torch.cat([_order(n, seed, epoch)[start:stop] for epoch, start, stop in spans])
+
+
+class EpochOrder:
+    """The order in which an epoch visits the tokens of blocks, a pure function of (seed, epoch).
+
+    Blocks come in a shuffled order, so many at a time as hold about `tokens_per_refill` tokens (a refill); the tokens
+    of a refill are shuffled among themselves. Whoever stores all tokens and whoever harvests a refill when it is needed
+    read the same tokens in the same order.
+
+    count_B: how many tokens each block holds.
+    """
+
+    def __init__(self, count_B: Tensor, tokens_per_refill: int) -> None:
+        self.count_B = count_B.long()
+        self.first_B = self.count_B.cumsum(0) - self.count_B
+        self.n_tokens = int(self.count_B.sum())
+        self.blocks_per_refill = max(1, tokens_per_refill // max(1, int(self.count_B.max())))
+        self.refill = functools.lru_cache(maxsize=4)(self._refill)
+        self._ends = functools.lru_cache(maxsize=2)(self._count_ends)
+
+    def _refill(self, seed: int, epoch: int, refill: int) -> tuple[Tensor, Tensor]:
+        """A refill's blocks in the order in which they are harvested, and the order of their tokens, as places there.
+
+        Neither is to be changed: both are kept.
+        """
+        start = refill * self.blocks_per_refill
+        blocks_b = order_slice(len(self.count_B), start, start + self.blocks_per_refill, seed=seed, epoch=epoch)
+        n_tokens = int(self.count_B[blocks_b].sum())
+        return blocks_b, torch.randperm(n_tokens, generator=seeded_generator("refill", seed, epoch, refill))
+
+    @property
+    def n_refills(self) -> int:
+        """Refills in an epoch."""
+        return -(-len(self.count_B) // self.blocks_per_refill)
+
+    def stored(self, blocks_b: Tensor) -> Tensor:
+        """The stored numbers of all tokens of some blocks."""
+        count_b, first_b = self.count_B[blocks_b], self.first_B[blocks_b]
+        within_T = torch.arange(int(count_b.sum())) - (count_b.cumsum(0) - count_b).repeat_interleave(count_b)
+        return first_b.repeat_interleave(count_b) + within_T
+
+    def pieces(self, start: int, stop: int, *, seed: int, epoch: int) -> Iterator[tuple[int, int, int]]:
+        """Where tokens `start` to `stop` of the epoch lie: `(refill, start, stop)` within each refill's own order."""
+        ends_R = self._ends(seed, epoch)
+        while start < stop:
+            refill = int(torch.searchsorted(ends_R, start, right=True))
+            end = min(stop, int(ends_R[refill]))
+            first = int(ends_R[refill - 1]) if refill else 0
+            yield refill, start - first, end - first
+            start = end
+
+    def _count_ends(self, seed: int, epoch: int) -> Tensor:
+        """How many tokens come before the end of each refill."""
+        order_B = order_slice(len(self.count_B), seed=seed, epoch=epoch)
+        return torch.stack([part.sum() for part in self.count_B[order_B].split(self.blocks_per_refill)]).cumsum(0)

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from crosscoder.data.blocks import input_device, run_model
 from crosscoder.data.hooks import ModuleEnd, reading
 from crosscoder.data.probe import probe_model
-from crosscoder.data.subject import hash_weights
-from crosscoder.data.tokens import TokenBlocks
+from crosscoder.data.subject import model_origin
+from crosscoder.foundation.origin import ModelOrigin
 
 OUTLIER_RATIO = 10.0
-HARVEST_TOKENS = 4096
-"""Tokens that a model is given at once."""
+"""Times a site's usual norm; a token above it is an outlier."""
 
 
 class _AllSitesReadError(Exception):
@@ -45,7 +43,9 @@ class ResidualHarvester:
 
     Blocks and MLPs are what `probe.probe_model` finds, unless their paths are given; `probed` is all that it found.
 
-    The first `skip_positions` tokens of each sequence are dropped: their norms can be thousands of times the rest.
+    The first `skip_positions` tokens of each sequence are left out: their norms can be thousands of times the rest.
+    So are special tokens, and tokens of unusual norm wherever the activations are read (see `SiteSource`);
+    `keep_outliers` keeps them all, and the first ones too unless `skip_positions` says otherwise.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class ResidualHarvester:
         blocks_path: str | None = None,
         mlp_path: str | None = None,
         reads: Literal["residual", "mlp"] = "residual",
-        skip_positions: int = 1,
+        skip_positions: int | None = None,
+        keep_outliers: bool = False,
+        origin: ModelOrigin | None = None,
     ) -> None:
         if reads not in ("residual", "mlp"):
             raise ValueError(f"reads is {reads!r}, expected 'residual' or 'mlp'")
@@ -65,21 +67,37 @@ class ResidualHarvester:
         self.blocks = self.probed.blocks
         chosen = _check_sites(layers, len(self.blocks), first=int(reads == "mlp"))
         self.sites = 2 * chosen if reads == "mlp" else chosen
-        if skip_positions < 0:
+        self.skip_positions = int(not keep_outliers) if skip_positions is None else skip_positions
+        if self.skip_positions < 0:
             raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
-        self.skip_positions = skip_positions
+        self.keep_outliers, self._origin = keep_outliers, origin
         self._ends()  # an MLP that cannot be read is refused at once
 
     @functools.cached_property
+    def origin(self) -> ModelOrigin:
+        """The model, with a hash of its weights that is taken when first asked for."""
+        if self._origin is not None:
+            return self._origin
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        return model_origin(self.model, name or type(self.model).__name__)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the model's weights, the sites and the token policy, taken when first asked for."""
-        policy = (self.sites, self.skip_positions, None)  # None stood for padding, which is never harvested
-        digest = hashlib.sha256(f"{policy} {hash_weights(self.model)}".encode())
-        return digest.hexdigest()
+        """sha256 of the model's weights, the sites and the token policy."""
+        policy = (self.origin.weights, self.sites, self.reads, self.skip_positions, self.keep_outliers)
+        return hashlib.sha256(repr(policy).encode()).hexdigest()
+
+    def kept(self, ids_BS: Tensor, special_ids: Sequence[int] = ()) -> Tensor:
+        """Which tokens are read, bool `[B, S]`: none of the first positions, nor special tokens."""
+        kept_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        kept_BS[:, : self.skip_positions] = False
+        if special_ids and not self.keep_outliers:
+            kept_BS &= ~torch.isin(ids_BS, torch.tensor(special_ids, device=ids_BS.device))
+        return kept_BS
 
     @torch.no_grad()
-    def harvest(self, ids_BS: Tensor) -> Tensor:
-        """`x_TLD` of the kept tokens of `ids_BS`, row by row, in the model's dtype and on its device.
+    def harvest(self, ids_BS: Tensor, kept_BS: Tensor | None = None) -> Tensor:
+        """`x_TLD` of the kept tokens of `ids_BS` (see `kept`), row by row, in the model's dtype and on its device.
 
         Raises:
             ValueError: the model is in training mode, an id is outside its vocabulary, no token is left, or sites
@@ -87,19 +105,19 @@ class ResidualHarvester:
         """
         self._check_call(ids_BS)
         ids_BS = ids_BS.to(input_device(self.model))
-        buffer: list[Tensor] = []
+        kept_BS = self.kept(ids_BS) if kept_BS is None else kept_BS.to(ids_BS.device)
+        n_kept, buffer = int(kept_BS.sum()), []
 
         def store(slot: int, hidden_BSD: Tensor) -> None:
-            kept_BSD = hidden_BSD[:, self.skip_positions :]
-            n_rows, n_kept, d_model = kept_BSD.shape
+            d_model = hidden_BSD.shape[-1]
             if not buffer:
-                buffer.append(kept_BSD.new_empty(n_rows * n_kept, len(self.sites), d_model))
+                buffer.append(hidden_BSD.new_empty(n_kept, len(self.sites), d_model))
             if d_model != buffer[0].shape[-1]:
                 raise ValueError(
                     f"site {self.sites[slot]} is {d_model} wide and site {self.sites[0]} is "
                     f"{buffer[0].shape[-1]}; choose layers of one width"
                 )
-            buffer[0][:, slot] = rearrange(kept_BSD, "b s d -> (b s) d")
+            buffer[0][:, slot] = hidden_BSD[kept_BS.to(hidden_BSD.device)]
             if slot == len(self.sites) - 1:
                 raise _AllSitesReadError
 
@@ -143,14 +161,18 @@ class ResidualHarvester:
             )
 
 
-def harvest_blocks(harvester: ResidualHarvester, tokens: TokenBlocks, chosen: Tensor) -> Iterator[Tensor]:
-    """Float32 `x_TLD` of the chosen blocks in order, a few thousand tokens at a time."""
-    for part in chosen.split(max(1, HARVEST_TOKENS // tokens.sequence_length)):
-        yield harvester.harvest(tokens[part]).float()
-
-
 def estimate_scales(x_TLD: Tensor) -> Tensor:
-    """The factor of each layer that makes its usual norm sqrt(D): float32 `scale_L`.
+    """The factor of each layer that makes its usual norm sqrt(D): float32 `scale_L`, see `scales_of_norms`."""
+    return scales_of_norms(norms(x_TLD), x_TLD.shape[-1])
+
+
+def norms(x_TLD: Tensor) -> Tensor:
+    """float64 `norm_TL`, on the CPU."""
+    return torch.linalg.vector_norm(x_TLD.detach().double(), dim=-1).cpu()
+
+
+def scales_of_norms(norm_TL: Tensor, d_model: int) -> Tensor:
+    """The factor of each layer that makes its usual norm sqrt(d_model): float32 `scale_L`.
 
     The usual norm is the mean over tokens whose norm is at most ten times the layer's median, so that
     massive activations (thousands of times the rest, at a few tokens) hardly move it.
@@ -158,18 +180,17 @@ def estimate_scales(x_TLD: Tensor) -> Tensor:
     Raises:
         ValueError: a value that is not finite, or a layer whose median norm is zero.
     """
-    norms_TL = torch.linalg.vector_norm(x_TLD.detach().double(), dim=-1)
-    bad = (~norms_TL.isfinite()).nonzero()
+    bad = (~norm_TL.isfinite()).nonzero()
     if len(bad):
         token, layer = bad[0].tolist()
         raise ValueError(f"the activation of token {token} at layer {layer} is not finite; check the model's weights")
-    median_L = norms_TL.median(0).values
+    median_L = norm_TL.median(0).values
     if bool((median_L == 0).any()):
         layer = int((median_L == 0).nonzero()[0])
         raise ValueError(f"layer {layer} is zero for most tokens, so it has no scale; leave the layer out")
-    usual_TL = norms_TL <= OUTLIER_RATIO * median_L
-    mean_L = (norms_TL * usual_TL).sum(0) / usual_TL.sum(0)
-    return (x_TLD.shape[-1] ** 0.5 / mean_L).float().cpu()
+    usual_TL = norm_TL <= OUTLIER_RATIO * median_L
+    mean_L = (norm_TL * usual_TL).sum(0) / usual_TL.sum(0)
+    return (d_model**0.5 / mean_L).float()
 
 
 def _check_sites(layers: Sequence[int] | None, n_blocks: int, *, first: int) -> tuple[int, ...]:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import safe_open
 from torch import Tensor
 
-from crosscoder.data.order import order_slice
-from crosscoder.data.residuals import ResidualHarvester, estimate_scales, harvest_blocks
-from crosscoder.data.sources import SiteKind, SiteSource, are_neighbours, combine_fingerprints
+from crosscoder.data.order import EpochOrder, order_slice
+from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.sources import (
+    REFILL_TOKENS,
+    Activations,
+    SiteKind,
+    SiteSource,
+    are_neighbours,
+    combine_fingerprints,
+)
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
-    committed_directory,
     read_json,
+    resumed_directory,
     verify_directory,
     write_json,
 )
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes
+from crosscoder.foundation.origin import Reads
 
 SCHEMA = "crosscoder.activations/1"
 INDEX = "index.json"
@@ -32,6 +41,8 @@ StoredDtype = Literal["float32", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ORIGINS = ("document_T", "sequence_T", "position_T")
 _SLACK_BYTES = 2**20
+SHARD_BYTES = 2**28
+UNFINISHED = ".part"
 
 
 @config
@@ -57,6 +68,8 @@ class StoreIndex:
     """Tokens left out, by reason."""
     fingerprint: str
     metadata: Any
+    harvested: Reads | None = None
+    """What was harvested; a store of version 0.2 keeps no record, and is read in the order of that version."""
 
     def __post_init__(self) -> None:
         n_writes = len(self.sites) - 1 if are_neighbours(self.sites) else 0
@@ -72,15 +85,18 @@ def write_shards(
     tokens: TokenBlocks,
     folder: str | Path,
     *,
-    dtype: StoredDtype = "float32",
-    tokens_per_shard: int = 2**18,
+    dtype: StoredDtype | None = None,
+    tokens_per_shard: int | None = None,
     max_tokens: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     quiet: bool = True,
 ) -> ActivationShards:
-    """Harvest `tokens` into `folder`, which appears whole or not at all.
+    """Harvest `tokens` into `folder`, which appears whole or not at all; one that was stopped goes on.
 
-    max_tokens: from blocks evenly spread over the text; less text gives a smaller store, never a repeated one.
+    dtype: bfloat16 where the model is, else float32, unless told otherwise.
+    tokens_per_shard: by default as many as fill 256 MiB. In memory is one shard, and one call of the model.
+    max_tokens: how many tokens to store at least, in whole blocks evenly spread over the text; less text gives a
+        smaller store, never a repeated one.
     metadata: kept for the reader; takes no part in the fingerprint.
 
     Raises:
@@ -89,48 +105,68 @@ def write_shards(
     """
     from safetensors.torch import save_file
 
+    stream = ActivationStream(harvester, tokens, max_tokens=max_tokens, ahead=False)
+    dtype = dtype or ("bfloat16" if harvester.origin.dtype == "bfloat16" else "float32")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
-    stream = ActivationStream(harvester, tokens, max_tokens=max_tokens)
-    n_tokens = stream.n_tokens if max_tokens is None else min(stream.n_tokens, max_tokens)
-    _require_room(Path(folder), n_tokens, len(stream.sites), stream.d_model, _DTYPES[dtype])
+    token_bytes = len(stream.sites) * stream.d_model * _DTYPES[dtype].itemsize
+    blocks_of_shard = _blocks_of_shard(stream, tokens_per_shard or max(1, SHARD_BYTES // token_bytes))
+    _require_room(Path(folder), stream, _DTYPES[dtype])
+    fingerprint = combine_fingerprints(stream.fingerprint, dtype, str(stream.n_tokens))
     shards: list[Shard] = []
-    with committed_directory(folder, schema=SCHEMA) as temporary:
-        with Progress("harvest", n_tokens, unit="token", quiet=quiet) as progress:
-            for tensors in _harvest_shards(stream, n_tokens, tokens_per_shard, _DTYPES[dtype]):
-                shard = Shard(file=f"shard-{len(shards):05d}.safetensors", tokens=len(tensors["x_TLD"]))
-                save_file(tensors, temporary / shard.file)
-                shards.append(shard)
-                progress.advance(shard.tokens)
+    with resumed_directory(folder, schema=SCHEMA, key=f"{fingerprint} {blocks_of_shard}") as temporary:
+        with Progress("harvest", stream.n_tokens, unit="token", quiet=quiet) as progress:
+            for number, blocks in enumerate(stream.blocks.split(blocks_of_shard)):
+                path = temporary / f"shard-{number:05d}.safetensors"
+                if not path.is_file():
+                    tensors = _harvest_shard(stream, number * blocks_of_shard, blocks, _DTYPES[dtype], progress)
+                    save_file(tensors, path.with_suffix(UNFINISHED))
+                    path.with_suffix(UNFINISHED).rename(path)
+                    shards.append(Shard(file=path.name, tokens=len(tensors["x_TLD"])))
+                else:
+                    with safe_open(path, framework="pt") as stored:
+                        shards.append(Shard(file=path.name, tokens=stored.get_slice("x_TLD").get_shape()[0]))
+                    progress.advance(shards[-1].tokens)
+        first = len(stream.blocks) * harvester.skip_positions
         index = StoreIndex(
             shards=tuple(shards),
             sites=stream.sites,
             d_model=stream.d_model,
             dtype=dtype,
-            scale=tuple(estimate_scales(stream.sample_TLD).tolist()),
-            write_scale=tuple(stream.site_scale("write").tolist()) if are_neighbours(stream.sites) else (),
+            scale=tuple(stream.all_scales("residual").tolist()),
+            write_scale=tuple(stream.all_scales("write").tolist()) if are_neighbours(stream.sites) else (),
             dropped={
-                "first_positions": len(stream.blocks) * harvester.skip_positions,
-                "beyond_max_tokens": stream.n_tokens - n_tokens,
+                "first_positions": first,
+                "special_tokens": len(stream.blocks) * stream.context - first - stream.n_tokens,
             },
-            fingerprint=combine_fingerprints(harvester.fingerprint, tokens.fingerprint, dtype, str(n_tokens)),
+            fingerprint=fingerprint,
             metadata=dict(metadata or {}),
+            harvested=stream.harvested,
         )
         write_json(temporary / INDEX, to_mapping(index))
     return ActivationShards.load(folder, verify=False)
 
 
-class ActivationShards:
-    """A store of activations as `Activations`, read through a memory map and shuffled over all of its tokens."""
+class ActivationShards(Activations):
+    """A store of activations, read through a memory map in the order of a stream of the same tokens."""
 
-    def __init__(self, index: StoreIndex, shards: list[dict[str, Tensor]]) -> None:
-        self.index, self.sites, self.d_model, self.fingerprint = index, index.sites, index.d_model, index.fingerprint
-        self._shards = shards
+    def __init__(
+        self, index: StoreIndex, shards: list[dict[str, Tensor]], *, tokens_per_refill: int = REFILL_TOKENS
+    ) -> None:
+        self.index, self.sites, self.fingerprint = index, index.sites, index.fingerprint
+        self._shards, self.harvested = shards, index.harvested
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
         self.n_tokens = int(self._ends[-1])
+        sequence_T, position_T = (torch.cat([one[name] for one in shards]).long() for name in _ORIGINS[1:])
+        self.context = int(position_T.max()) + 1 if self.harvested is None else self.harvested.tokens.context
+        self.keep_outliers = self.harvested is not None and self.harvested.keep_outliers
+        self.token_T = sequence_T * self.context + position_T
+        self._order = EpochOrder(sequence_T.unique_consecutive(return_counts=True)[1], tokens_per_refill)
 
     @classmethod
-    def load(cls, folder: str | Path, *, verify: bool = True) -> ActivationShards:
+    def load(
+        cls, folder: str | Path, *, verify: bool = True, tokens_per_refill: int = REFILL_TOKENS
+    ) -> ActivationShards:
         """The store in `folder`. `verify=False` checks names and sizes but not the hashes.
 
         Raises:
@@ -140,15 +176,12 @@ class ActivationShards:
         folder = Path(folder)
         verify_directory(folder, schema=SCHEMA, hashes=verify)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
-        return cls(index, [_open_shard(folder, shard, index) for shard in index.shards])
+        shards = [_open_shard(folder, shard, index) for shard in index.shards]
+        return cls(index, shards, tokens_per_refill=tokens_per_refill)
 
     @property
-    def sequences_T(self) -> Tensor:
-        return torch.cat([tensors["sequence_T"] for tensors in self._shards])
-
-    @property
-    def positions_T(self) -> Tensor:
-        return torch.cat([tensors["position_T"] for tensors in self._shards])
+    def d_model(self) -> int:
+        return self.index.d_model
 
     def rows(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.n_tokens:
@@ -168,7 +201,13 @@ class ActivationShards:
         return x_TLD
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
-        return self.gather(order_slice(self.n_tokens, start, stop, seed=seed, epoch=epoch))
+        if self.harvested is None:
+            return self.gather(order_slice(self.n_tokens, start, stop, seed=seed, epoch=epoch))
+        numbers = []
+        for refill, first, last in self._order.pieces(start, stop, seed=seed, epoch=epoch):
+            blocks_b, order_T = self._order.refill(seed, epoch, refill)
+            numbers.append(self._order.stored(blocks_b)[order_T[first:last]])
+        return self.gather(torch.cat(numbers))
 
     def site_scale(self, kind: SiteKind) -> Tensor:
         if kind == "write":
@@ -182,47 +221,49 @@ def stored_source(train: str | Path, held_out: str | Path | None, kind: SiteKind
     return SiteSource(ActivationShards.load(train, verify=verify), other, kind)
 
 
-def _require_room(folder: Path, n_tokens: int, n_layers: int, d_model: int, dtype: torch.dtype) -> None:
-    needed = n_tokens * (n_layers * d_model * dtype.itemsize + 4 * len(_ORIGINS)) + _SLACK_BYTES
+def _require_room(folder: Path, stream: ActivationStream, dtype: torch.dtype) -> None:
+    n_tokens, n_sites, d_model = stream.n_tokens, len(stream.sites), stream.d_model
+    needed = n_tokens * (n_sites * d_model * dtype.itemsize + 4 * len(_ORIGINS)) + _SLACK_BYTES
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OSError(
-            f"the store needs {human_bytes(needed)} ({n_tokens:,} tokens x {n_layers} layers x {d_model} "
+            f"the store needs {human_bytes(needed)} ({n_tokens:,} tokens x {n_sites} layers x {d_model} "
             f"wide x {dtype.itemsize} bytes) and {existing} has {human_bytes(free)} free; lower max_tokens, "
             "choose fewer layers, use dtype bfloat16, or harvest as you train"
         )
 
 
-def _harvest_shards(
-    stream: ActivationStream, n_tokens: int, size: int, dtype: torch.dtype
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each shard: `size` tokens, the last one fewer."""
-    sequence_T, position_T = stream.sequences_T, stream.positions_T
-    document_T = torch.from_numpy(stream.tokens.documents.copy())[sequence_T]
-    parts = harvest_blocks(stream.harvester, stream.tokens, stream.blocks)
-    read, part_TLD = 0, torch.empty(0)
-    for start in range(0, n_tokens, size):
-        here = slice(start, min(start + size, n_tokens))
-        x_TLD = torch.empty(here.stop - start, len(stream.sites), stream.d_model, dtype=dtype)
-        filled = 0
-        while filled < len(x_TLD):
-            if not len(part_TLD):
-                part_TLD = next(parts).cpu()
-                _require_finite(part_TLD, stream, read)
-                read += len(part_TLD)
-            taken_TLD = part_TLD[: len(x_TLD) - filled]
-            x_TLD[filled : filled + len(taken_TLD)] = taken_TLD
-            filled, part_TLD = filled + len(taken_TLD), part_TLD[len(taken_TLD) :]
-        origins = zip(_ORIGINS, (document_T, sequence_T, position_T), strict=True)
-        yield {"x_TLD": x_TLD, **{name: number_T[here] for name, number_T in origins}}
+def _blocks_of_shard(stream: ActivationStream, n_tokens: int) -> int:
+    """Blocks that hold about so many tokens: whole calls of the model, so that a resumed harvest makes the same."""
+    blocks, call = max(1, n_tokens // stream.context), len(stream.parts()[0])
+    return blocks if blocks < call else blocks // call * call
 
 
-def _require_finite(x_TLD: Tensor, stream: ActivationStream, first: int) -> None:
+def _harvest_shard(
+    stream: ActivationStream, first: int, blocks: Tensor, dtype: torch.dtype, progress: Progress
+) -> dict[str, Tensor]:
+    """The tensors of the shard whose blocks start at number `first` of the stream's."""
+    count_b = stream.order.count_B[first : first + len(blocks)]
+    start = int(stream.order.first_B[first])
+    token_T = stream.token_T[start : start + int(count_b.sum())]
+    sequence_T, position_T = token_T // stream.context, token_T % stream.context
+    x_TLD, filled = torch.empty(len(token_T), len(stream.sites), stream.d_model, dtype=dtype), 0
+    for part_TLD in stream.harvest(blocks):
+        _require_finite(part_TLD, stream, token_T[filled:])
+        x_TLD[filled : filled + len(part_TLD)] = part_TLD
+        filled += len(part_TLD)
+        progress.advance(len(part_TLD))
+    document_T = torch.from_numpy(stream.tokens.documents[blocks.numpy()]).repeat_interleave(count_b)
+    numbers = zip(_ORIGINS, (document_T, sequence_T, position_T), strict=True)
+    return {"x_TLD": x_TLD, **{name: number_T.int() for name, number_T in numbers}}
+
+
+def _require_finite(x_TLD: Tensor, stream: ActivationStream, token_T: Tensor) -> None:
     bad = (~x_TLD.isfinite()).any(-1).T.nonzero()  # lowest site first: attention spreads what is not finite
     if len(bad):
         slot, token = bad[0].tolist()
-        block, position = (int(number_T[first + token]) for number_T in (stream.sequences_T, stream.positions_T))
+        block, position = divmod(int(token_T[token]), stream.context)
         raise ValueError(
             f"the activation at site {stream.sites[slot]}, block {block}, position {position} is not finite; check the "
             "model's weights, or load it in float32"
@@ -230,7 +271,7 @@ def _require_finite(x_TLD: Tensor, stream: ActivationStream, first: int) -> None
 
 
 def _open_shard(folder: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = folder / shard.file
     try:

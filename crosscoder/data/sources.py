@@ -7,10 +7,12 @@ the number of the next batch, and any batch can be asked for first. All layers o
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,9 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crosscoder.data.order import epoch_spans, seeded_generator
+from crosscoder.data.residuals import OUTLIER_RATIO
+from crosscoder.foundation.origin import Kind, Reads
 
 SiteKind = Literal["residual", "write"]
 EVALUATION_BATCH = 4096
+REFILL_TOKENS = 16_384
+"""Tokens that are shuffled among themselves, and harvested at once where nothing is stored."""
 
 
 class Source(abc.ABC):
@@ -33,74 +39,172 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def batch(self, index: int, size: int, seed: int) -> Tensor:
-        """Scaled batch number `index` of `size` tokens, float32 `x_BLD`, in the order that `seed` gives."""
+        """Scaled batch number `index` of `size` tokens less outliers, float32 `x_BLD`, in the order of `seed`."""
+
+    reads: Reads | None = None
+    """What the activations are of; None where nothing is known, or nothing real was read."""
 
     @abc.abstractmethod
+    def marked(self) -> Iterator[Marked]:
+        """All scaled tokens that are never trained on, in order, outliers marked."""
+
     def held_out(self) -> Iterator[Tensor]:
-        """Scaled batches `x_BLD` of tokens that are never trained on."""
+        """Scaled batches `x_BLD` of usual tokens that are never trained on."""
+        return (batch.kept() for batch in self.marked())
 
-    def batches(self, size: int, *, seed: int, steps: int) -> Callable[[int], Iterator[Tensor]]:
+    def batches(self, size: int, *, seed: int, steps: int) -> Batches:
         """What `train` takes: a function that gives the batches from a step on, up to `steps`."""
-        return lambda start: (self.batch(index, size, seed) for index in range(start, steps))
+        return Batches(self, size, seed, steps)
 
 
-class Activations(Protocol):
+@dataclass(frozen=True)
+class Batches:
+    """The training batches of a source, from a step on, up to `steps`, with the scale that they are at."""
+
+    source: Source
+    size: int
+    seed: int
+    steps: int
+
+    def __call__(self, start: int) -> Iterator[Tensor]:
+        return (self.source.batch(index, self.size, self.seed) for index in range(start, self.steps))
+
+    @property
+    def scale_L(self) -> Tensor:
+        """The factor of each layer by which raw activations were multiplied."""
+        return self.source.scale_L
+
+    @property
+    def reads(self) -> Reads | None:
+        """What the activations are of."""
+        return self.source.reads
+
+
+class Activations(abc.ABC):
     """The activations of a text at all harvested sites, read from a store or harvested when they are asked for.
 
-    Tokens have a stored order, that of the text, in which `sequences_T` and `positions_T` give each one's block and its
-    position there. Rows are float32 `[t, sites, D]`, not scaled.
+    Tokens have a stored order, that of the text. Rows are float32 `[t, sites, D]`, not scaled.
     """
 
     n_tokens: int
     """Tokens in one epoch."""
     sites: tuple[int, ...]
+    fingerprint: str
+    context: int
+    """Tokens of a block, S."""
+    keep_outliers: bool
+    harvested: Reads | None
+    """What is read, all sites as a residual stream or MLPs; None for a store that keeps no record."""
+    token_T: Tensor
+    """For each token its block's number in the text times S, and its position there, int64."""
 
     @property
-    def d_model(self) -> int: ...
+    @abc.abstractmethod
+    def d_model(self) -> int:
+        """The width."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def sequences_T(self) -> Tensor:
+        """Each token's block."""
+        return self.token_T // self.context
 
     @property
-    def sequences_T(self) -> Tensor: ...
+    def positions_T(self) -> Tensor:
+        """Each token's position in its block."""
+        return self.token_T % self.context
 
-    @property
-    def positions_T(self) -> Tensor: ...
-
+    @abc.abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """Tokens `start` to `stop` in stored order."""
-        ...
 
+    @abc.abstractmethod
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
-        """Tokens `start` to `stop` of a shuffled epoch."""
-        ...
+        """Tokens `start` to `stop` of a shuffled epoch, see `EpochOrder`."""
 
+    @abc.abstractmethod
     def site_scale(self, kind: SiteKind) -> Tensor:
         """The factor of each layer of `select_sites(..., kind)` that makes its usual norm sqrt(D)."""
-        ...
+
+    def reads(self, kind: SiteKind, scale_L: Tensor) -> Reads | None:
+        """The record of a dictionary of one kind of site, at these scales."""
+        if self.harvested is None:
+            return None
+        sites, scale = select_site_numbers(self.sites, kind), tuple(scale_L.tolist())
+        site: Kind = self.harvested.site if kind == "residual" else kind
+        return replace(self.harvested, site=site, sites=sites, scale=scale)
+
+
+class Marked(NamedTuple):
+    """Scaled tokens `x_BLD`, at which layers each is an outlier `[B, L]`, whether it is kept `[B]`, and its number in
+    the text (`Activations.token_T`)."""
+
+    x_BLD: Tensor
+    outlier_BL: Tensor
+    kept_B: Tensor
+    token_B: Tensor
+
+    @classmethod
+    def plain(cls, x_BLD: Tensor, token_B: Tensor) -> Marked:
+        """Tokens among which no outlier is sought."""
+        none_BL = torch.zeros(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device)
+        return cls(x_BLD, none_BL, ~none_BL.any(1), token_B)
+
+    def kept(self) -> Tensor:
+        """The tokens that are kept, `[b, L, D]`."""
+        return chosen_tokens(self.x_BLD, self.kept_B)
+
+
+def chosen_tokens(x_BLD: Tensor, chosen_B: Tensor) -> Tensor:
+    """The tokens of a mask; the tensor itself where that is all of them."""
+    return x_BLD if bool(chosen_B.all()) else x_BLD[chosen_B]
 
 
 class SiteSource(Source):
     """Block outputs ("residual") or what each block added ("write"), both splits at the training split's scales.
 
-    Two sources of one `fingerprint` (of the model, the text and their order) give the same batches.
+    A token whose norm is more than ten times the usual one at any layer is left out of batches, which are then
+    smaller, unless the activations were harvested to keep them: a handful of massive activations would decide every
+    sum of squares. Two sources of one `fingerprint` (of the model, the text and their order) give the same batches.
     """
 
-    def __init__(self, train: Activations, held_out: Activations | None, kind: SiteKind) -> None:
+    def __init__(
+        self, train: Activations, held_out: Activations | None, kind: SiteKind, *, scale_L: Tensor | None = None
+    ) -> None:
         self.train, self._held_out, self.kind = train, held_out, kind
         self.sites = select_site_numbers(train.sites, kind)
         self.n_layers, self.d_model = len(self.sites), train.d_model
-        self.scale_L = train.site_scale(kind)
+        self.scale_L = train.site_scale(kind) if scale_L is None else scale_L.cpu()
         self.fingerprint = f"{train.fingerprint}/{kind}"
 
+    @functools.cached_property
+    def reads(self) -> Reads | None:
+        return self.train.reads(self.kind, self.scale_L)
+
     def batch(self, index: int, size: int, seed: int) -> Tensor:
+        x_BLD = self.whole_batch(index, size, seed)
+        return chosen_tokens(x_BLD, self.kept(is_outlier(x_BLD)))
+
+    def whole_batch(self, index: int, size: int, seed: int) -> Tensor:
+        """Batch number `index` with its outliers, `x_BLD` of exactly `size` tokens."""
         spans = epoch_spans(self.train.n_tokens, batch=size, index=index)
         pieces = [self.train.epoch_rows(start, stop, seed=seed, epoch=epoch) for epoch, start, stop in spans]
         x_TLD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return select_sites(x_TLD, self.train.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
 
-    def held_out(self) -> Iterator[Tensor]:
-        return held_out_batches(self.held_out_activations, self.kind, self.scale_L)
+    def kept(self, outlier_BL: Tensor) -> Tensor:
+        """Which tokens are kept, bool `[B]`: those that are outliers at no layer, or all."""
+        return torch.ones_like(outlier_BL[:, 0]) if self.train.keep_outliers else ~outlier_BL.any(1)
+
+    def marked(self) -> Iterator[Marked]:
+        return self._in_order(self.held_out_activations)
+
+    def _in_order(self, activations: Activations) -> Iterator[Marked]:
+        for start in range(0, activations.n_tokens, EVALUATION_BATCH):
+            stop = min(start + EVALUATION_BATCH, activations.n_tokens)
+            x_TLD = activations.rows(start, stop)
+            x_BLD = select_sites(x_TLD, activations.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
+            outlier_BL = is_outlier(x_BLD)
+            yield Marked(x_BLD, outlier_BL, self.kept(outlier_BL), activations.token_T[start:stop])
 
     @property
     def held_out_activations(self) -> Activations:
@@ -123,13 +227,15 @@ class ShuffledSource(Source):
     def __init__(self, source: Source, seed: int) -> None:
         self._source, self._seed = source, seed
         self.n_layers, self.d_model, self.scale_L = source.n_layers, source.d_model, source.scale_L
+        self.reads = source.reads
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         return self._shuffle(self._source.batch(index, size, seed), "shuffled layers", self._seed, seed, index)
 
-    def held_out(self) -> Iterator[Tensor]:
-        for index, x_BLD in enumerate(self._source.held_out()):
-            yield self._shuffle(x_BLD, "shuffled stream", self._seed, index)
+    def marked(self) -> Iterator[Marked]:
+        for index, batch in enumerate(self._source.marked()):
+            x_BLD = self._shuffle(batch.kept(), "shuffled stream", self._seed, index)
+            yield Marked.plain(x_BLD, batch.token_B[batch.kept_B.cpu()])
 
     def _shuffle(self, x_BLD: Tensor, *stream: int | str) -> Tensor:
         n_tokens, generator, layers = len(x_BLD), seeded_generator(*stream), range(self.n_layers)
@@ -151,6 +257,7 @@ class StackedSource(Source):
         self.sources = tuple(sources)
         _check_same_tokens([source.train for source in sources])
         _check_same_tokens([source.held_out_activations for source in sources])
+        self.context = sources[0].train.context
         self.layer_counts = tuple(source.n_layers for source in sources)
         self.widths = tuple(source.d_model for source in sources)
         self.n_layers, self.d_model = sum(self.layer_counts), max(self.widths)
@@ -165,17 +272,16 @@ class StackedSource(Source):
         each = [weight**2 * width for weight, width in zip(self.weights, self.widths, strict=True)]
         return np.repeat(each, self.layer_counts)
 
-    @property
-    def held_out_sequences_T(self) -> Tensor:
-        """For each held-out token, the number of its block."""
-        return self.sources[0].held_out_activations.sequences_T
-
     def batch(self, index: int, size: int, seed: int) -> Tensor:
-        return self._stack([source.batch(index, size, seed) for source in self.sources])
+        parts = [source.whole_batch(index, size, seed) for source in self.sources]
+        kept = [source.kept(is_outlier(x_BLD)) for source, x_BLD in zip(self.sources, parts, strict=True)]
+        return chosen_tokens(self._stack(parts), torch.stack(kept).all(0))
 
-    def held_out(self) -> Iterator[Tensor]:
-        for parts in zip(*(source.held_out() for source in self.sources), strict=True):
-            yield self._stack(parts)
+    def marked(self) -> Iterator[Marked]:
+        for parts in zip(*(source.marked() for source in self.sources), strict=True):
+            outlier_BL = torch.cat([part.outlier_BL for part in parts], dim=1)
+            kept_B = torch.stack([part.kept_B for part in parts]).all(0)
+            yield Marked(self._stack([part.x_BLD for part in parts]), outlier_BL, kept_B, parts[0].token_B)
 
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:
         weighted = [x_BLD * weight for x_BLD, weight in zip(parts, self.weights, strict=True)]
@@ -211,16 +317,15 @@ class PlantedSource(Source):
             index %= max(1, self._distinct // size)
         return self._draw(size, seed, index)
 
-    def held_out(self) -> Iterator[Tensor]:
+    def marked(self) -> Iterator[Marked]:
         for index, start in enumerate(range(0, self.held_out_tokens, EVALUATION_BATCH)):
-            yield self._draw(min(EVALUATION_BATCH, self.held_out_tokens - start), self._stream, index)
+            x_BLD = self._draw(min(EVALUATION_BATCH, self.held_out_tokens - start), self._stream, index)
+            yield Marked.plain(x_BLD, torch.arange(start, start + len(x_BLD)))
 
 
-def held_out_batches(activations: Activations, kind: SiteKind, scale_L: Tensor) -> Iterator[Tensor]:
-    """Activations in stored order, scaled by factors of other ones, such as those a dictionary was trained on."""
-    for start in range(0, activations.n_tokens, EVALUATION_BATCH):
-        x_TLD = activations.rows(start, min(start + EVALUATION_BATCH, activations.n_tokens))
-        yield select_sites(x_TLD, activations.sites, kind) * scale_L.to(x_TLD.device)[:, None]
+def is_outlier(x_BLD: Tensor) -> Tensor:
+    """Where scaled tokens have more than ten times the usual norm sqrt(D), bool `[B, L]`."""
+    return torch.linalg.vector_norm(x_BLD, dim=-1) > OUTLIER_RATIO * x_BLD.shape[-1] ** 0.5
 
 
 def are_neighbours(sites: tuple[int, ...]) -> bool:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from crosscoder.data.order import order_slice, seeded_generator
-from crosscoder.data.residuals import ResidualHarvester, estimate_scales, harvest_blocks
-from crosscoder.data.sources import SiteKind, SiteSource, combine_fingerprints, select_sites
+from crosscoder.data.order import EpochOrder
+from crosscoder.data.residuals import ResidualHarvester, norms, scales_of_norms
+from crosscoder.data.sources import REFILL_TOKENS, Activations, SiteKind, SiteSource, combine_fingerprints
 from crosscoder.data.tokens import TokenBlocks
+from crosscoder.foundation.origin import Reads, TokenOrigin
 
-BLOCKS_PER_REFILL = 256
-SCALE_BLOCKS = 128
+HARVEST_TOKENS = 4096
+"""Tokens that a model is given at once."""
+SCALE_TOKENS = 16_384
+"""Tokens, spread evenly over the text, that scales are estimated on."""
+Refill = tuple[int, int, int]  # seed, epoch, number
 
 
-class ActivationStream:
-    """The activations of token blocks as `Activations`, harvested again whenever they are needed.
+class ActivationStream(Activations):
+    """The activations of token blocks, harvested again whenever they are needed.
 
-    An epoch visits the blocks in a shuffled order, `blocks_per_refill` at a time; the tokens of a refill are shuffled
-    among themselves. A store of the same tokens holds the same activations up to the rounding of the model's matrix
-    products. Only the refill in use is kept: reading in order harvests each block once an epoch, and starting anywhere
-    harvests one refill.
+    Only the refill in use is kept, and the next one, which a thread harvests meanwhile: reading in order harvests each
+    block once an epoch, and starting anywhere harvests one refill. A store of the same tokens holds the same
+    activations up to the rounding of the model's matrix products.
 
+    tokens_per_refill: tokens that are shuffled among themselves, in whole blocks; memory is twice that.
     max_tokens: how many tokens to read at least, in whole blocks spread evenly over all; None reads all.
+    ahead: whether the next refill is harvested beside the use of this one.
     """
 
     def __init__(
@@ -34,79 +41,143 @@ class ActivationStream:
         harvester: ResidualHarvester,
         tokens: TokenBlocks,
         *,
-        blocks_per_refill: int = BLOCKS_PER_REFILL,
+        tokens_per_refill: int = REFILL_TOKENS,
         max_tokens: int | None = None,
+        ahead: bool = True,
     ) -> None:
-        for name, value in (("blocks_per_refill", blocks_per_refill), ("max_tokens", max_tokens)):
+        for name, value in (("tokens_per_refill", tokens_per_refill), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        self.harvester, self.tokens = harvester, tokens
-        self.kept = tokens.sequence_length - harvester.skip_positions
-        if self.kept < 1:
-            raise ValueError(f"skipping {harvester.skip_positions} of {tokens.sequence_length} tokens leaves nothing")
-        n_blocks = len(tokens) if max_tokens is None else min(len(tokens), -(-max_tokens // self.kept))
+        self.harvester, self.tokens, self.sites = harvester, tokens, harvester.sites
+        self.context, self.keep_outliers = tokens.sequence_length, harvester.keep_outliers
+        self._special_ids = () if self.keep_outliers or tokens.origin is None else tokens.origin.special_ids
+        kept = self.context - harvester.skip_positions
+        if kept < 1:
+            raise ValueError(f"skipping {harvester.skip_positions} of {self.context} tokens leaves nothing")
+        n_blocks = len(tokens) if max_tokens is None else min(len(tokens), -(-max_tokens // kept))
         self.blocks = torch.linspace(0, len(tokens) - 1, n_blocks, dtype=torch.float64).round().long()
-        self._per_refill = min(blocks_per_refill, n_blocks)
-        self._refill: tuple[tuple[int, int, int], Tensor] | None = None
-        self.sites, self.n_tokens = harvester.sites, n_blocks * self.kept
+        self.order = EpochOrder(torch.cat([self.kept(part).sum(1) for part in self.parts()]), tokens_per_refill)
+        self.n_tokens = self.order.n_tokens
+        if self.n_tokens == 0:
+            raise ValueError(f"all {len(tokens)} blocks hold special tokens only; give text, or --keep-outliers")
+        self._refill: tuple[Refill, Tensor] | None = None
+        self._next: tuple[Refill, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1) if ahead else None
+
+    def parts(self, numbers: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Numbers of blocks (all of `blocks` by default), as many at once as the model is given."""
+        chosen = self.blocks if numbers is None else numbers
+        return chosen.split(max(1, HARVEST_TOKENS // self.context))
+
+    def kept(self, numbers: Tensor) -> Tensor:
+        """Which tokens of some blocks are read, bool `[b, S]`."""
+        return self.harvester.kept(self.tokens[numbers], self._special_ids)
+
+    def harvest(self, numbers: Tensor) -> Iterator[Tensor]:
+        """`x_TLD` of the kept tokens of some blocks, a few thousand tokens at a time, in the model's dtype."""
+        for part in self.parts(numbers):
+            if bool((kept_BS := self.kept(part)).any()):
+                yield self.harvester.harvest(self.tokens[part], kept_BS)
 
     @functools.cached_property
-    def sample_TLD(self) -> Tensor:
-        """Activations of up to 128 blocks spread evenly over the text, for estimating scales."""
-        spread = torch.linspace(0, len(self.tokens) - 1, min(SCALE_BLOCKS, len(self.tokens))).round().long()
-        return torch.cat(list(harvest_blocks(self.harvester, self.tokens, spread)))
+    def _sample(self) -> tuple[Tensor, Tensor, int]:
+        """Norms of a sample of tokens at all sites, and of the differences of neighbouring sites; and the width."""
+        n_blocks = min(len(self.tokens), max(1, SCALE_TOKENS // self.context))
+        spread, found, d_model = torch.linspace(0, len(self.tokens) - 1, n_blocks).round().long(), [], 0
+        for x_TLD in self.harvest(spread):
+            found.append((norms(x_TLD), norms(x_TLD.float().diff(dim=1))))
+            d_model = x_TLD.shape[2]
+        residual, write = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return residual, write, d_model
 
     @property
     def d_model(self) -> int:
-        return self.sample_TLD.shape[2]
+        return self._sample[2]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model, the sites, the token policy, the tokens and their order."""
-        order = f"{len(self.blocks)} blocks, {self._per_refill} a refill"
+        order = f"{len(self.blocks)} blocks, {self.order.blocks_per_refill} a refill, without {self._special_ids}"
         return combine_fingerprints(self.harvester.fingerprint, self.tokens.fingerprint, order)
 
-    @property
-    def sequences_T(self) -> Tensor:
-        return self.blocks.repeat_interleave(self.kept).int()
+    @functools.cached_property
+    def token_T(self) -> Tensor:
+        found = []
+        for part in self.parts():
+            block_t, position_t = self.kept(part).nonzero().unbind(1)
+            found.append(part[block_t] * self.context + position_t)
+        return torch.cat(found)
 
-    @property
-    def positions_T(self) -> Tensor:
-        positions = torch.arange(self.harvester.skip_positions, self.tokens.sequence_length, dtype=torch.int32)
-        return positions.repeat(len(self.blocks))
+    def all_scales(self, kind: SiteKind) -> Tensor:
+        """The scale of every harvested site, or of every difference of neighbours."""
+        residual_TL, write_TL, d_model = self._sample
+        return scales_of_norms(write_TL if kind == "write" else residual_TL, d_model)
 
     def site_scale(self, kind: SiteKind) -> Tensor:
-        return estimate_scales(select_sites(self.sample_TLD, self.sites, kind))
+        return self.all_scales(kind)[int(kind == "residual" and self.sites[0] == 0) :]
+
+    @functools.cached_property
+    def harvested(self) -> Reads | None:
+        harvester, origin = self.harvester, self.tokens.origin
+        return Reads(
+            model=harvester.origin,
+            tokens=origin or TokenOrigin(tokenizer=self.tokens.tokenizer_hash, context=self.context),
+            site=harvester.reads,
+            sites=self.sites,
+            convention=harvester.probed.mlp if harvester.reads == "mlp" else "",
+            skip_positions=harvester.skip_positions,
+            keep_outliers=harvester.keep_outliers,
+        )
 
     def rows(self, start: int, stop: int) -> Tensor:
-        first, last = start // self.kept, -(-stop // self.kept)
-        x_TLD = self._harvest(torch.arange(first, last))
-        return x_TLD[start - first * self.kept : stop - first * self.kept]
+        first_B = self.order.first_B
+        first, last = int(torch.searchsorted(first_B, start, right=True)) - 1, int(torch.searchsorted(first_B, stop))
+        x_TLD = self._joined(self.blocks[first:last])
+        return x_TLD[start - int(first_B[first]) :][: stop - start].float()
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
-        per_refill = self._per_refill * self.kept
         pieces = []
-        while start < stop:
-            refill, offset = divmod(start, per_refill)
-            take = min(per_refill - offset, stop - start)
-            pieces.append(self._refilled(seed, epoch, refill)[offset : offset + take])
-            start += take
+        for refill, first, last in self.order.pieces(start, stop, seed=seed, epoch=epoch):
+            x_TLD, (_, order_T) = self._refilled((seed, epoch, refill)), self.order.refill(seed, epoch, refill)
+            pieces.append(x_TLD[order_T[first:last].to(x_TLD.device)].float())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _refilled(self, seed: int, epoch: int, refill: int) -> Tensor:
-        """The tokens of one refill in the order in which they are read."""
-        key = (seed, epoch, refill)
+    def _refilled(self, key: Refill) -> Tensor:
+        """The tokens of one refill as they were harvested."""
         if self._refill is None or self._refill[0] != key:
-            self._refill = None  # the old one goes before the new one is made
-            start = refill * self._per_refill
-            numbers = order_slice(len(self.blocks), start, start + self._per_refill, seed=seed, epoch=epoch)
-            order_T = torch.randperm(len(numbers) * self.kept, generator=seeded_generator("refill", *key))
-            x_TLD = self._harvest(numbers)
-            self._refill = key, x_TLD[order_T.to(x_TLD.device)]
+            self._refill = None  # the old one goes before another is made
+            ahead, self._next = self._next, None
+            found = None if ahead is None else ahead[1].result()  # waits for the thread, whatever it brings
+            if ahead is None or found is None or ahead[0] != key:
+                found = None
+                found = self._harvest_refill(key)
+            self._refill = key, found
+            if self._thread is not None:
+                seed, epoch, number = key
+                after = (seed, epoch, number + 1) if number + 1 < self.order.n_refills else (seed, epoch + 1, 0)
+                self._next = after, self._thread.submit(self._harvest_beside, after, torch.get_num_threads())
         return self._refill[1]
 
-    def _harvest(self, numbers: Tensor) -> Tensor:
-        return torch.cat(list(harvest_blocks(self.harvester, self.tokens, self.blocks[numbers])))
+    def _harvest_beside(self, key: Refill, n_threads: int) -> Tensor:
+        torch.set_num_threads(n_threads)  # a new thread starts with one for every core
+        return self._harvest_refill(key)
+
+    def _harvest_refill(self, key: Refill) -> Tensor:
+        return self._joined(self.blocks[self.order.refill(*key)[0]])
+
+    def _joined(self, numbers: Tensor) -> Tensor:
+        """All tokens of some blocks in one buffer; `harvest`'s parts are gone one by one."""
+        parts = self.harvest(numbers)
+        first = next(parts)
+        n_tokens, filled = int(self.kept(numbers).sum()), len(first)
+        if filled == n_tokens:
+            return first
+        joined = first.new_empty(n_tokens, *first.shape[1:])
+        joined[:filled] = first
+        for part in parts:
+            joined[filled : filled + len(part)] = part
+            filled += len(part)
+        return joined
 
 
 def stream_source(
@@ -118,13 +189,19 @@ def stream_source(
     reads: Literal["residual", "mlp"] = "residual",
     blocks_path: str | None = None,
     mlp_path: str | None = None,
+    keep_outliers: bool = False,
+    tokens_per_refill: int = REFILL_TOKENS,
+    max_tokens: int | None = None,
     max_held_out_tokens: int | None = 50_000,
 ) -> SiteSource:
     """A model's activations on a folder of tokens (`train/` and `held_out/`), harvested as training goes.
 
-    `layers`, `reads`, `blocks_path` and `mlp_path` are those of `ResidualHarvester`.
+    `layers`, `reads`, `blocks_path`, `mlp_path` and `keep_outliers` are those of `ResidualHarvester`.
     """
-    harvester = ResidualHarvester(model, layers=layers, reads=reads, blocks_path=blocks_path, mlp_path=mlp_path)
+    harvester = ResidualHarvester(
+        model, layers=layers, reads=reads, blocks_path=blocks_path, mlp_path=mlp_path, keep_outliers=keep_outliers
+    )
     train, held_out = (TokenBlocks.load(Path(tokens_folder) / split) for split in ("train", "held_out"))
-    other = ActivationStream(harvester, held_out, max_tokens=max_held_out_tokens)
-    return SiteSource(ActivationStream(harvester, train), other, kind)
+    other = ActivationStream(harvester, held_out, max_tokens=max_held_out_tokens, ahead=False)
+    stream = ActivationStream(harvester, train, tokens_per_refill=tokens_per_refill, max_tokens=max_tokens)
+    return SiteSource(stream, other, kind)

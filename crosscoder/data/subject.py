@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from crosscoder.data.tokenizer import tokenizer_hash
 from crosscoder.foundation.config import config
 from crosscoder.foundation.console import say
-from crosscoder.foundation.origin import ModelOrigin
+from crosscoder.foundation.origin import MismatchError, ModelOrigin
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+    from crosscoder.data.tokens import TokenBlocks
 
 
 PACKAGE_PREFIX = "package:"
@@ -75,11 +78,27 @@ def load_subject(
         FileNotFoundError: a .gguf path that does not exist.
         ModuleNotFoundError: a .gguf file without the packages that read it.
     """
+    tokenizer = load_tokenizer(name_or_path, revision=revision)
+    model = load_model(name_or_path, revision=revision, dtype=dtype, device=device, device_map=device_map)
+    return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, of the same places as `load_subject`; no weights are read but those of a .gguf file."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path, revision))
-    model = load_model(name_or_path, revision=revision, dtype=dtype, device=device, device_map=device_map)
-    return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
+    return tokenizer
+
+
+def longest_context(name_or_path: str | Path, *, revision: str | None = None) -> int | None:
+    """The positions that a model has by its configuration, or None where that names no bound or there is none."""
+    try:
+        shape = load_config(name_or_path, revision)
+    except (OSError, ValueError):  # a folder that holds a tokenizer alone
+        return None
+    found = getattr(shape.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_model(
@@ -157,10 +176,10 @@ def auto_class(shape: Any) -> Any:
     )
 
 
-def model_origin(model: PreTrainedModel, name: str, revision: str | None = None) -> ModelOrigin:
+def model_origin(model: Any, name: str, revision: str | None = None) -> ModelOrigin:
     """What records say of a model; its revision is the commit that was resolved when it was loaded, if there is one."""
-    resolved = getattr(model.config, "_commit_hash", None) or revision
-    dtype = str(model.dtype).removeprefix("torch.")
+    resolved = getattr(getattr(model, "config", None), "_commit_hash", None) or revision
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ModelOrigin(name=name, weights=hash_weights(model), revision=resolved, dtype=dtype)
 
 
@@ -305,3 +324,21 @@ def without_progress_bars() -> Generator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
+
+
+def require_own_tokens(subject: str | Path, blocks: TokenBlocks, *, revision: str | None = None) -> None:
+    """Refuse tokens that another tokenizer than the model's own made; a model without one is let through.
+
+    Raises:
+        MismatchError: names both tokenizers.
+    """
+    try:
+        own = tokenizer_hash(load_tokenizer(subject, revision=revision))
+    except (OSError, ValueError):  # a folder that holds a model alone
+        return
+    if blocks.tokenizer_hash not in ("", own):
+        made_by = (blocks.origin and blocks.origin.name) or "another tokenizer"
+        raise MismatchError(
+            f"the tokens were made by {made_by} ({blocks.tokenizer_hash[:8]}), the tokenizer of {subject} is "
+            f"{own[:8]}: its ids mean other text; prepare the text with --subject {subject}"
+        )

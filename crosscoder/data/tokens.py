@@ -1,12 +1,12 @@
-"""Token blocks of one length: made from documents and kept as an Arrow file, with the tokenizer that made them."""
+"""Token blocks of one length, kept as an Arrow file that is mapped, not read, with the tokenizer that made them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosscoder.data.text import DEMO_SOURCE, load_documents, split_documents
+from crosscoder.data.tokenizer import tokenizer_hash
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
@@ -22,123 +22,120 @@ from crosscoder.foundation.artifact import (
     verify_directory,
     write_json,
 )
+from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.origin import TokenOrigin
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMA = "crosscoder.tokens/1"
 TOKENIZER_SCHEMA = "crosscoder.tokenizer/1"
-END_OF_TEXT = "<|endoftext|>"
-N_BYTES = 256
 _ARROW_FILE = "data-00000-of-00001.arrow"
 _RECORD = "tokens.json"
-_CHUNK = 1000
-"""Documents that a tokenizer is given at once."""
+_RUN = 2**20
+"""Ids that are looked at together when all are."""
 
-
-def train_tokenizer(documents: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with one special token, `<|endoftext|>` (id 0: begin, end and padding).
-
-    Any text can be encoded and decoded again. It has fewer than `vocab_size` entries if the documents have
-    too few pairs to merge. The same documents give the same tokenizer.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the 256 bytes and the special token.
-    """
-    if vocab_size < N_BYTES + 1:
-        raise ValueError(f"vocab_size is {vocab_size}, expected at least {N_BYTES + 1} (all bytes and {END_OF_TEXT})")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the tokenizer's rules and vocabulary, whatever its padding and truncation settings."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: Any = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    else:
-        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps([rules, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
+Chunk = tuple[np.ndarray, np.ndarray]
+"""Blocks, `[b, S]`, and the document of each one's first token, `[b]`."""
 
 
 class TokenBlocks:
-    """Blocks of exactly S token ids; `documents` numbers, for each block, the document of its first token."""
+    """Blocks of exactly S token ids; `documents` numbers, for each block, the document of its first token.
+
+    `ids_BS` is one array or several that follow one another, such as the parts of a file, which stay where they are.
+    `origin` says what text and tokenizer they were made of; None in folders that were written before it was kept.
+    """
 
     def __init__(
         self,
-        ids_BS: np.ndarray | Tensor,
+        ids_BS: np.ndarray | Tensor | Sequence[np.ndarray],
         *,
         vocab_size: int,
         documents: Sequence[int] | np.ndarray | None = None,
         tokenizer_hash: str = "",
         n_dropped: int = 0,
+        origin: TokenOrigin | None = None,
+        mapped: mmap.mmap | None = None,
     ) -> None:
-        ids = ids_BS.cpu().numpy() if isinstance(ids_BS, Tensor) else np.asarray(ids_BS)
-        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise ValueError(f"expected whole numbers [blocks, sequence length], got {ids.dtype} {list(ids.shape)}")
-        low, high = int(ids.min()), int(ids.max())
+        given = [ids_BS.cpu().numpy()] if isinstance(ids_BS, Tensor) else ids_BS
+        chunks = [given] if isinstance(given, np.ndarray) else list(given)
+        for ids in chunks or [np.zeros(0)]:
+            if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu" or ids.shape[1] != chunks[0].shape[1]:
+                raise ValueError(f"expected whole numbers [blocks, sequence length], got {ids.dtype} {list(ids.shape)}")
+        self.sequence_length, self._mapped = int(chunks[0].shape[1]), mapped
+        self._chunks, self._ends = chunks, np.cumsum([len(ids) for ids in chunks])
+        bounds = [(int(ids.min()), int(ids.max())) for ids in self._runs()]
+        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"token ids run from {low} to {high}, expected 0 to {vocab_size - 1}: the tokenizer "
                 "does not belong to this vocabulary size"
             )
-        self._ids = ids.astype(np.int32, copy=False)
-        self.documents = np.asarray(range(len(ids)) if documents is None else documents, dtype=np.int32)
-        if self.documents.shape != (len(ids),):
-            raise ValueError(f"expected one document number a block, got {self.documents.shape} for {len(ids)} blocks")
+        self._chunks = [ids.astype(np.int32, copy=False) for ids in chunks]
+        self.documents = np.asarray(range(len(self)) if documents is None else documents, dtype=np.int32)
+        if self.documents.shape != (len(self),):
+            raise ValueError(f"expected one document number a block, got {self.documents.shape} for {len(self)} blocks")
         self.vocab_size, self.tokenizer_hash, self.n_dropped = vocab_size, tokenizer_hash, n_dropped
+        self.origin = origin
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return int(self._ends[-1])
 
     def __getitem__(self, indices: int | slice | Tensor) -> Tensor:
         """The blocks at `indices` as int64 `[b, S]` (or `[S]` for one number), copied."""
-        return torch.from_numpy(np.array(self._ids[indices], dtype=np.int64))
-
-    @property
-    def sequence_length(self) -> int:
-        return self._ids.shape[1]
+        # One number in a tensor would be taken for a plain index.
+        indices = indices.numpy() if isinstance(indices, Tensor) else indices
+        if len(self._chunks) == 1:
+            return torch.from_numpy(np.array(self._chunks[0][indices], dtype=np.int64))
+        wanted = np.arange(len(self))[indices]
+        rows = np.atleast_1d(wanted)
+        where, found = np.searchsorted(self._ends, rows, side="right"), np.empty((len(rows), self.sequence_length), int)
+        for number in np.unique(where):
+            here = where == number
+            found[here] = self._chunks[number][rows[here] - self._ends[number] + len(self._chunks[number])]
+        return torch.from_numpy(found.reshape(*wanted.shape, self.sequence_length))
 
     @property
     def n_tokens(self) -> int:
-        return self._ids.size
+        return len(self) * self.sequence_length
+
+    @property
+    def n_text_tokens(self) -> int:
+        """Without the BOS of every block."""
+        return self.n_tokens - len(self) * (self.origin is not None and self.origin.bos is not None)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the ids and documents, the tokenizer's hash, the vocabulary size and S."""
-        digest = hashlib.sha256(f"{self.tokenizer_hash} {self.vocab_size} {self._ids.shape}".encode())
-        digest.update(np.ascontiguousarray(self._ids, dtype="<i4").tobytes())
-        digest.update(np.ascontiguousarray(self.documents, dtype="<i4").tobytes())
+        shape = (len(self), self.sequence_length)
+        digest = hashlib.sha256(f"{self.tokenizer_hash} {self.vocab_size} {shape}".encode())
+        for ids in self._runs():
+            digest.update(np.ascontiguousarray(ids, dtype="<i4").data)
+        digest.update(np.ascontiguousarray(self.documents, dtype="<i4").data)
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write a verified folder that `TokenBlocks.load` and `datasets.load_from_disk` both read."""
         with committed_directory(folder, schema=SCHEMA) as temporary:
-            _write_arrow(temporary / _ARROW_FILE, self._ids, self.documents)
-            value = {"dtype": "int32", "_type": "Value"}
-            ids = {"feature": value, "length": self.sequence_length, "_type": "List"}
-            write_json(temporary / "dataset_info.json", {"features": {"input_ids": ids, "document": value}})
-            state = dict.fromkeys(("_format_columns", "_format_type", "_split"))
-            state |= {"_data_files": [{"filename": _ARROW_FILE}], "_fingerprint": self.fingerprint[:16]}
-            state |= {"_format_kwargs": {}, "_output_all_columns": False}
-            write_json(temporary / "state.json", state)
-            known = ("sequence_length", "vocab_size", "n_dropped", "tokenizer_hash", "fingerprint")
-            counts = {"n_blocks": len(self), "n_documents": len(np.unique(self.documents))}
-            write_json(temporary / _RECORD, {**counts, **{key: getattr(self, key) for key in known}})
+            starts = self._ends - [len(ids) for ids in self._chunks]
+            write_chunks(
+                temporary, ((ids, self.documents[at : at + len(ids)]) for at, ids in zip(starts, self._chunks))
+            )
+            self.describe(temporary)
+
+    def describe(self, folder: Path) -> None:
+        """Write beside the chunks in `folder` what they are."""
+        value = {"dtype": "int32", "_type": "Value"}
+        ids = {"feature": value, "length": self.sequence_length, "_type": "List"}
+        write_json(folder / "dataset_info.json", {"features": {"input_ids": ids, "document": value}})
+        state = dict.fromkeys(("_format_columns", "_format_type", "_split"))
+        state |= {"_data_files": [{"filename": _ARROW_FILE}], "_fingerprint": self.fingerprint[:16]}
+        state |= {"_format_kwargs": {}, "_output_all_columns": False}
+        write_json(folder / "state.json", state)
+        known = ("sequence_length", "vocab_size", "n_dropped", "tokenizer_hash", "fingerprint")
+        counts: dict[str, Any] = {"n_blocks": len(self), "n_documents": len(np.unique(self.documents))}
+        origin = {} if self.origin is None else {"origin": to_mapping(self.origin)}
+        write_json(folder / _RECORD, {**counts, **origin, **{key: getattr(self, key) for key in known}})
 
     @classmethod
     def load(cls, folder: str | Path) -> TokenBlocks:
@@ -150,56 +147,53 @@ class TokenBlocks:
         folder = Path(folder)
         verify_directory(folder, schema=SCHEMA)
         record = read_json(folder / _RECORD)
-        ids, documents = _read_arrow(folder / _ARROW_FILE, record["sequence_length"])
+        origin = from_mapping(TokenOrigin, record["origin"], where=str(folder)) if record.get("origin") else None
         known = {key: record[key] for key in ("vocab_size", "tokenizer_hash", "n_dropped")}
-        blocks = cls(ids, documents=documents, **known)
+        blocks = cls.of_chunks(folder, record["sequence_length"], origin=origin, **known)
         if blocks.fingerprint != record["fingerprint"]:
             raise DamagedArtifactError(f"{folder}: the ids do not match the fingerprint in {_RECORD}; prepare it again")
         return blocks
 
+    @classmethod
+    def of_chunks(cls, folder: Path, sequence_length: int, **known: Any) -> TokenBlocks:
+        """What `write_chunks` wrote into `folder`, through a memory map; `known` is the rest of what they are."""
+        import pyarrow as pa
 
-def pack_documents(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int
-) -> TokenBlocks:
-    """The documents' tokens, each document followed by the end token, laid end to end and cut into blocks.
+        path = folder / _ARROW_FILE
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+            ids = [part.flatten().to_numpy().reshape(-1, sequence_length) for part in table.column("input_ids").chunks]
+            documents = np.concatenate([part.to_numpy() for part in table.column("document").chunks])
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise DamagedArtifactError(f"{path} does not hold token blocks ({error}); prepare it again") from error
+        return cls(ids, documents=documents, mapped=mapped, **known)
 
-    What does not fill the last block is dropped and counted in `n_dropped`. Text that spells a special
-    token is encoded as text.
+    def _runs(self) -> Iterator[np.ndarray]:
+        """All ids, some at a time; what was read of a file does not stay in memory."""
+        n_rows = max(1, _RUN // self.sequence_length)
+        for ids in self._chunks:
+            for start in range(0, len(ids), n_rows):
+                yield ids[start : start + n_rows]
+                if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                    self._mapped.madvise(mmap.MADV_DONTNEED)
 
-    Raises:
-        ValueError: S < 2, no end token, or too little text for one block.
-    """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}, expected at least 2")
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise ValueError("the tokenizer has no end-of-text token to separate documents; set tokenizer.eos_token")
-    pieces: list[np.ndarray] = []
-    for start in range(0, len(documents), _CHUNK):
-        encoded = tokenizer(
-            list(documents[start : start + _CHUNK]),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        pieces += [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
-    flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-    n_blocks = len(flat) // sequence_length
-    if n_blocks == 0:
-        raise ValueError(
-            f"{len(documents)} documents give {len(flat)} tokens, fewer than one block of {sequence_length}; "
-            "give more text or a shorter sequence length"
-        )
-    ends = np.cumsum([len(piece) for piece in pieces])
-    firsts = np.arange(n_blocks) * sequence_length
-    return TokenBlocks(
-        flat[: n_blocks * sequence_length].reshape(n_blocks, sequence_length),
-        vocab_size=len(tokenizer),
-        documents=np.searchsorted(ends, firsts, side="right"),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        n_dropped=len(flat) - n_blocks * sequence_length,
-    )
+
+def write_chunks(folder: Path, chunks: Iterable[Chunk]) -> None:
+    """Write blocks to the Arrow file in `folder`, chunk by chunk as they come."""
+    import pyarrow as pa
+
+    writer = None
+    with pa.OSFile(str(folder / _ARROW_FILE), "wb") as sink:
+        for ids_bS, documents_b in chunks:
+            flat = pa.array(np.ascontiguousarray(ids_bS, dtype=np.int32).reshape(-1))
+            ids = pa.FixedSizeListArray.from_arrays(flat, ids_bS.shape[1])
+            batch = pa.record_batch({"input_ids": ids, "document": pa.array(documents_b, type=pa.int32())})
+            writer = writer or pa.ipc.new_stream(sink, batch.schema)
+            writer.write_batch(batch)
+        if writer is not None:
+            writer.close()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,13 +207,9 @@ class PreparedTokens:
     def save(self, folder: str | Path) -> None:
         """Write `train/`, `held_out/` and `tokenizer/`; what is already there and the same is left alone."""
         folder = Path(folder)
-        if _kept(lambda at: tokenizer_hash(_load_tokenizer(at)), folder / "tokenizer") != tokenizer_hash(
-            self.tokenizer
-        ):
-            with committed_directory(folder / "tokenizer", schema=TOKENIZER_SCHEMA) as temporary:
-                self.tokenizer.save_pretrained(temporary)
+        save_tokenizer(self.tokenizer, folder)
         for name, blocks in (("train", self.train), ("held_out", self.held_out)):
-            if _kept(lambda at: TokenBlocks.load(at).fingerprint, folder / name) != blocks.fingerprint:
+            if _kept(lambda at: _same(TokenBlocks.load(at)), folder / name) != _same(blocks):
                 blocks.save(folder / name)
 
     @classmethod
@@ -235,40 +225,24 @@ class PreparedTokens:
         tokenizer = _load_tokenizer(folder / "tokenizer")
         made_by = tokenizer_hash(tokenizer)
         for name, blocks in (("train", train), ("held_out", held_out)):
-            if (blocks.tokenizer_hash, blocks.sequence_length) != (made_by, train.sequence_length):
+            made = (blocks.tokenizer_hash, blocks.sequence_length, blocks.origin)
+            if made != (made_by, train.sequence_length, train.origin):
                 raise DamagedArtifactError(
-                    f"{folder / name} was made by another tokenizer or for another sequence length than the rest of "
-                    f"{folder}; prepare the tokens again"
+                    f"{folder / name} was made by another tokenizer, of another text or in another way than the rest "
+                    f"of {folder}; prepare the tokens again"
                 )
         return cls(train=train, held_out=held_out, tokenizer=tokenizer)
 
 
-def prepare_tokens(
-    source: str = DEMO_SOURCE,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    vocab_size: int | None = None,
-    sequence_length: int = 128,
-    held_out_fraction: float = 0.05,
-    seed: int = 0,
-    max_documents: int | None = None,
-) -> PreparedTokens:
-    """Documents of `source`, split by document and packed; a new tokenizer sees the training documents only.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Keep the tokenizer of a token folder in it, unless the same one is there."""
+    if _kept(lambda at: tokenizer_hash(_load_tokenizer(at)), folder / "tokenizer") != tokenizer_hash(tokenizer):
+        with committed_directory(folder / "tokenizer", schema=TOKENIZER_SCHEMA) as temporary:
+            tokenizer.save_pretrained(temporary)
 
-    Raises:
-        ValueError: both or neither of `tokenizer` and `vocab_size` are given, or the source is too small.
-    """
-    if (tokenizer is None) == (vocab_size is None):
-        raise ValueError("give either a tokenizer or the vocab_size of one to train, not both and not neither")
-    documents = load_documents(source, max_documents=max_documents)
-    train, held_out = split_documents(documents, held_out_fraction=held_out_fraction, seed=seed)
-    if tokenizer is None:
-        tokenizer = train_tokenizer(train, vocab_size=vocab_size or 0)
-    return PreparedTokens(
-        train=pack_documents(train, tokenizer, sequence_length=sequence_length),
-        held_out=pack_documents(held_out, tokenizer, sequence_length=sequence_length),
-        tokenizer=tokenizer,
-    )
+
+def _same(blocks: TokenBlocks) -> tuple[str, TokenOrigin | None]:
+    return blocks.fingerprint, blocks.origin
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -279,31 +253,9 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _kept(fingerprint: Callable[[Path], str], folder: Path) -> str | None:
+def _kept(fingerprint: Callable[[Path], Any], folder: Path) -> Any:
     """The fingerprint of what is kept in `folder`, or None where nothing whole is."""
     try:
         return fingerprint(folder)
     except (FileNotFoundError, DamagedArtifactError):
         return None
-
-
-def _write_arrow(path: Path, ids_BS: np.ndarray, documents: np.ndarray) -> None:
-    import pyarrow as pa
-
-    flat = pa.array(np.ascontiguousarray(ids_BS).reshape(-1))
-    ids = pa.FixedSizeListArray.from_arrays(flat, ids_BS.shape[1])
-    batch = pa.record_batch({"input_ids": ids, "document": pa.array(documents)})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-
-
-def _read_arrow(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    import pyarrow as pa
-
-    try:
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
-        ids = table.column("input_ids").chunk(0).flatten().to_numpy()
-        documents = table.column("document").chunk(0).to_numpy()
-        return ids.reshape(-1, sequence_length), documents
-    except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
-        raise DamagedArtifactError(f"{path} does not hold token blocks ({error}); prepare the tokens again") from error

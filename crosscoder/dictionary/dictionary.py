@@ -31,6 +31,7 @@ from crosscoder.foundation.artifact import (
     write_json,
 )
 from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.origin import MismatchError, Reads, require_same
 
 SCHEMA = "crosscoder.dictionary/1"
 WEIGHTS = "model.safetensors"
@@ -54,7 +55,8 @@ class Dictionary(nn.Module, ABC):
 
     Parameters: `encoder`, `decoder`, `encoder_bias`, `decoder_bias`, and with JumpReLU `log_threshold`. Buffers:
     `threshold` `[G]` (BatchTopK at inference; nan until trained) and `input_scale` `[L]` (what raw activations were
-    multiplied by to become this dictionary's inputs).
+    multiplied by to become this dictionary's inputs). `reads` is the record of those activations, kept with the
+    weights; None where nobody told it.
 
     Raises:
         ValueError: a setting is out of range, does not fit the others, or is for the other form.
@@ -66,6 +68,7 @@ class Dictionary(nn.Module, ABC):
     write_mask: Tensor | None
     threshold: Tensor
     input_scale: Tensor
+    reads: Reads | None = None
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -117,6 +120,40 @@ class Dictionary(nn.Module, ABC):
         if isinstance(config.sparsity, JumpReLU):
             shapes["log_threshold"] = (*groups, config.n_features)
         return shapes
+
+    def set_input(self, scale_L: Tensor, reads: Reads | None) -> None:
+        """Take over the scale of the inputs, and the record of what they are.
+
+        Raises:
+            MismatchError: a record or scale was set before, and is another.
+        """
+        require_same(self.reads, reads, owner="the dictionary", given="its batches")
+        was_set = self.reads is not None or bool((self.input_scale != 1).any())
+        if was_set and not torch.allclose(self.input_scale.cpu(), scale_L.cpu(), rtol=1e-5):
+            raise MismatchError(
+                f"the batches were multiplied by {_numbers(scale_L)}, the dictionary's input_scale is "
+                f"{_numbers(self.input_scale)}; give the scale of the batches, or batches of the dictionary's"
+            )
+        self.input_scale.copy_(scale_L)
+        self.reads = reads or self.reads
+
+    def require_input_scale(self, use: str) -> None:
+        """Refuse a use that needs the scale of the inputs where nobody told it.
+
+        Raises:
+            MismatchError: `input_scale` was never set, and no record says that inputs were raw activations.
+        """
+        if self.reads is None and bool((self.input_scale == 1).all()):
+            raise MismatchError(
+                f"{use} needs the scale of this dictionary's inputs, and it keeps none: give it that of its batches by "
+                "dictionary.set_input(source.scale_L, source.reads); if it was trained on raw activations, say so by "
+                "raw_inputs=True or --raw-inputs"
+            )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        size = f"{c.n_layers} layers x {c.d_model}, {c.n_features} features, {c.sparsity}"
+        return f"{size}\nreads {self.reads or 'no record of what'}"
 
     @property
     def n_groups(self) -> int:
@@ -204,6 +241,8 @@ class Dictionary(nn.Module, ABC):
         tensors = _read_tensors(folder / WEIGHTS, form.tensor_shapes(config))
         dictionary = form(**config.settings())
         dictionary.load_state_dict(tensors)
+        if saved.get("reads") is not None:
+            dictionary.reads = from_mapping(Reads, saved["reads"], where=f"{folder / CONFIG}.reads")
         return dictionary.eval()
 
 
@@ -278,7 +317,8 @@ DICTIONARIES: dict[str, type[Dictionary]] = {form.__name__: form for form in (Cr
 
 def write_dictionary(dictionary: Dictionary, folder: Path) -> None:
     """Write config and weights as plain files into `folder`, which the caller commits."""
-    config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config)}
+    reads = None if dictionary.reads is None else to_mapping(dictionary.reads)
+    config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config), "reads": reads}
     write_json(folder / CONFIG, config)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
@@ -312,6 +352,10 @@ def _unit_rows(rows: Tensor, *, n_axes: int, mask: Tensor | None) -> Tensor:
     """The rows, masked, with norm 1 over their last `n_axes` axes together, as a tensor of its own."""
     rows = _masked(rows, mask)
     return rows / rows.norm(dim=tuple(range(-n_axes, 0)), keepdim=True)
+
+
+def _numbers(scale_L: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in scale_L.tolist())
 
 
 def _masked(weight_FLD: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.codec import selection_scale, thresholds
 from crosscoder.dictionary.sparsity import ReLU, TopK
 from crosscoder.foundation.artifact import committed_directory, write_json
+from crosscoder.foundation.origin import Reads
 
 SCHEMA = "saelens/6"
 WRITTEN_FOR = "6.54.12"
@@ -73,25 +74,52 @@ def saelens_tensors(dictionary: Dictionary, group: int = 0) -> tuple[dict[str, A
 
 
 def save_saelens(
-    dictionary: Dictionary, folder: str | Path, *, group: int = 0, metadata: dict[str, Any] | None = None
+    dictionary: Dictionary,
+    folder: str | Path,
+    *,
+    group: int = 0,
+    metadata: dict[str, Any] | None = None,
+    raw_inputs: bool = False,
 ) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` to `folder`, whole or not at all.
 
-    metadata: what SAELens should know of the activations, such as `hook_name`, `model_name`, `context_size`. A
-        crosscoder of several layers is marked as one and has no hook, so that tools for one site refuse it.
+    metadata: what SAELens should know of the activations, such as `hook_name`, `model_name`, `context_size`, beside
+        what the dictionary's own record says. A crosscoder of several layers is marked as one and has no hook, so that
+        tools for one site refuse it.
+    raw_inputs: a dictionary without a scale or record of its inputs was trained on raw activations.
 
     Raises:
+        MismatchError: a dictionary without a scale or record of its inputs, unless `raw_inputs`.
         ValueError: see `saelens_tensors`; or a hook is named for a crosscoder of several layers.
     """
+    if not raw_inputs:
+        dictionary.require_input_scale("the export")
     cfg, tensors = saelens_tensors(dictionary, group)
-    known = {"sae_lens_version": WRITTEN_FOR, **(metadata or {})}
+    known = {"sae_lens_version": WRITTEN_FOR, **_recorded(dictionary.reads, group), **(metadata or {})}
     if cfg["d_in"] != dictionary.config.d_model:
-        if known.get("hook_name") is not None:
+        if (metadata or {}).get("hook_name") is not None:
             raise ValueError(
                 f"hook_name is {known['hook_name']!r}, but this crosscoder reads {dictionary.config.n_layers} layers; "
                 "name them in metadata['hook_names']"
             )
         known |= {"crosscoder": True, "hook_name": None}
+        known |= {"layers": None if dictionary.reads is None else list(dictionary.reads.sites)}
     with committed_directory(folder, schema=SCHEMA) as temporary:
         write_json(temporary / "cfg.json", {**cfg, "metadata": known})
         save_file(tensors, temporary / "sae_weights.safetensors")
+
+
+def _recorded(reads: Reads | None, group: int) -> dict[str, Any]:
+    """What a dictionary's record says, in SAELens' words; only a residual stream has a hook there."""
+    if reads is None:
+        return {}
+    known = {
+        "model_name": reads.model.name,
+        "context_size": reads.tokens.context,
+        "prepend_bos": reads.tokens.bos is not None,
+        "dataset_path": None if reads.tokens.text is None else reads.tokens.text.source,
+        "reads": str(reads),
+    }
+    if reads.site == "residual" and group < len(reads.sites) and reads.sites[group] > 0:
+        known["hook_name"] = f"blocks.{reads.sites[group] - 1}.hook_resid_post"
+    return known

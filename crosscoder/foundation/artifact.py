@@ -108,13 +108,7 @@ def committed_directory(final: str | Path, *, schema: str) -> Generator[Path]:
         FileExistsError: `final` exists and holds anything but an older artifact of the same schema.
         ValueError: the body wrote a file whose name holds anything but letters, digits, '.', '_' and '-'.
     """
-    final = Path(final)
-    if final.exists() and not (final.is_dir() and _is_replaceable(final, schema)):
-        raise FileExistsError(
-            f"{final} exists and is not just an older {schema}, so it is not ours to replace; choose another folder "
-            "or move it away"
-        )
-    final.parent.mkdir(parents=True, exist_ok=True)
+    final = _require_replaceable(Path(final), schema)
     temporary = final.with_name(f".tmp-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
@@ -124,6 +118,43 @@ def committed_directory(final: str | Path, *, schema: str) -> Generator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_path(final.parent)
+
+
+@contextlib.contextmanager
+def resumed_directory(final: str | Path, *, schema: str, key: str) -> Generator[Path]:
+    """As `committed_directory`, but what a body that was stopped has written is there again for the next of this `key`.
+
+    The body writes each file under another name first, with a suffix, and renames it when it is whole. What another
+    key left behind is removed, and so are files that are not whole (`*.part`), and all where the body refuses its
+    input (ValueError).
+    """
+    final = _require_replaceable(Path(final), schema)
+    mine = hashlib.sha256(f"{schema} {key}".encode()).hexdigest()[:12]
+    temporary = final.with_name(f".part-{final.name[:80]}-{mine}")
+    for left in final.parent.glob(f".part-{final.name[:80]}-{12 * '[0-9a-f]'}"):
+        if left != temporary:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(exist_ok=True)
+    for torn in temporary.glob("*.part"):
+        torn.unlink()
+    try:
+        yield temporary
+    except ValueError:  # would come again
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _seal(temporary, schema)
+    _rename_into_place(temporary, final)
+    sync_path(final.parent)
+
+
+def _require_replaceable(final: Path, schema: str) -> Path:
+    if final.exists() and not (final.is_dir() and _is_replaceable(final, schema)):
+        raise FileExistsError(
+            f"{final} exists and is not just an older {schema}, so it is not ours to replace; choose another folder "
+            "or move it away"
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    return final
 
 
 def _seal(folder: Path, schema: str) -> None:

@@ -36,10 +36,17 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, amount: int = 1, **numbers: float) -> None:
-        """Move by `amount`; `numbers` are shown beside the count."""
+    def advance(self, amount: int = 1, *, share: float | None = None, **numbers: float) -> None:
+        """Move by `amount`; `numbers` are shown beside the count.
+
+        `share` is how much of the work is done, from 0 to 1, where the count does not say so: for the time left.
+        """
         self._done += amount
+        if share is None and self._total:
+            share = self._done / self._total
         if self._bar is not None:
+            if share and not self._total:
+                self._bar.total = round(self._done / share)
             self._bar.update(amount)
             if numbers:
                 self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
@@ -51,7 +58,16 @@ class Progress:
         rate = self._done / (now - self._started)
         shown = "".join(f"  {k} {v:.4g}" for k, v in numbers.items())
         total = f"/{self._total}" if self._total else ""
-        say(f"{self._label}: {self._done}{total} {self._unit}  {rate:.3g}/s{shown}")
+        left = f"  about {human_seconds((now - self._started) * (1 / share - 1))} left" if share else ""
+        say(f"{self._label}: {self._done}{total} {self._unit}  {rate:.3g}/s{left}{shown}")
+
+
+def human_seconds(seconds: float) -> str:
+    """`200 -> '3 min'`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def human_bytes(count: float) -> str:

@@ -78,14 +78,16 @@ class Reads:
     """What a store holds and a dictionary reads.
 
     sites: blocks, counted from 1, whose outputs, writes or MLPs are read; 0 is the embedding.
+    convention: of MLPs, what is read and whether norms or the residual are inside, as the model's probe says.
     skip_positions: tokens left out at the start of every block. keep_outliers: whether tokens of unusual norm and
         special tokens are kept. scale: the factor of each layer that made its usual norm sqrt(D).
     """
 
     model: ModelOrigin
     tokens: TokenOrigin
-    kind: Kind
+    site: Kind
     sites: tuple[int, ...]
+    convention: str = ""
     skip_positions: NonNegativeInt = 1
     keep_outliers: bool = False
     scale: tuple[PositiveFloat, ...] = ()
@@ -97,7 +99,7 @@ class Reads:
         kept = "all tokens" if self.keep_outliers else "no special or outlier tokens"
         revision = f"@{self.model.revision[:12]}" if self.model.revision else ""
         model = f"{self.model.name}{revision} ({self.model.weights[:8]})"
-        return f"{KINDS[self.kind]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
+        return f"{KINDS[self.site]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
 
 
 def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: str) -> None:
@@ -114,8 +116,9 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
         ("tokenizer", *(r.tokens.tokenizer[:8] for r in (mine, other)), "prepare the text with the model's own"),
         ("BOS", *(_said(r.tokens.bos is not None) for r in (mine, other)), "prepare with --bos or --no-bos"),
         ("markup as special tokens", *(_said(r.tokens.special_tokens) for r in (mine, other)), "--special-tokens"),
-        ("kind", mine.kind, other.kind, f"--site {mine.kind}" if mine.kind != "mlp" else "--reads mlp"),
+        ("site", mine.site, other.site, f"--site {mine.site}" if mine.site != "mlp" else "--reads mlp"),
         ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, mine.sites))}"),
+        ("convention", mine.convention, other.convention, "--mlp-path"),
         ("first positions left out", mine.skip_positions, other.skip_positions, "harvest again"),
         ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "--keep-outliers"),
     ):

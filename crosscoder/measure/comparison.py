@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
@@ -53,7 +53,10 @@ def measure_site(readings: SiteReadings) -> list[Row]:
     An interval may be infinite. What could not be measured has a row with the reason.
     """
     at = Place(site=readings.site)
-    logs = {(state, by): _log_ratio(readings, state, by) for state in STATES for by in ESTIMATORS}
+    logs: dict[tuple[State, str], Bootstrap | str] = dict.fromkeys(product(STATES, ESTIMATORS), "not run")
+    for state, by in logs:
+        if pair := readings.pair(state):
+            logs[state, by] = density.density_ratio(pair[1], pair[0], by, readings.document_T)
     rows = []
     for (state, by), log in logs.items():
         row = statistic_row(replace(at, state=state, estimator=by), "ratio", log)
@@ -65,14 +68,6 @@ def measure_site(readings: SiteReadings) -> list[Row]:
     if readings.pair() is not None:
         rows += measure_universality(readings)
     return rows + [row for state in STATES for row in _points(readings, state)]
-
-
-def _log_ratio(readings: SiteReadings, state: State, estimator: str) -> Bootstrap | str:
-    pair = readings.pair(state)
-    if pair is None:
-        return "not run"
-    a, b = pair
-    return density.density_ratio(b, a, estimator, readings.document_T)
 
 
 def _control_difference(at: Place, logs: Mapping[tuple[State, str], Bootstrap | str]) -> Row:

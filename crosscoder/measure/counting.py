@@ -50,22 +50,25 @@ def match_features(a: Reading, b: Reading) -> np.ndarray:
     return matching.mutual_nearest_pairs(matching.activation_correlation(a.code, b.code), LINK)
 
 
-def merged_counts(reading: Reading) -> dict[tuple[str, str], int]:
-    """How many features a bank has after merging those matched between neighbouring layers, by similarity and rule.
+def chains(bank: Reading) -> dict[tuple[str, str], np.ndarray]:
+    """The chain of each feature, numbered from 0, where features of neighbouring layers are linked, `[F]`.
 
-    Similarities: `correlation` of activity, `cosine` of directions, and the smaller of `both`. No count for one layer.
+    By similarity and rule. Similarities: `correlation` of activity, `cosine` of directions, the smaller of `both`.
     """
-    starts = np.cumsum([0, *(len(group) for group in reading.groups)])
-    links: dict[tuple[str, str], list[np.ndarray]] = {}
-    for index, (a, b) in enumerate(pairwise(reading.groups)):
+    starts = np.cumsum([0, *(len(group) for group in bank.groups)])
+    links = {key: [np.zeros((0, 2), dtype=np.int64)] for key in product(("correlation", "cosine", "both"), RULES)}
+    for index, (a, b) in enumerate(pairwise(bank.groups)):
         correlation = matching.activation_correlation(a.code, b.code)
         cosine = matching.decoder_cosine(a.decoder_FLD, b.decoder_FLD)
         similarities = {"correlation": correlation, "cosine": cosine, "both": np.minimum(correlation, cosine)}
-        for kind, rule in product(similarities, RULES):
-            pairs = RULES[rule](similarities[kind], LINK) + starts[index : index + 2]
-            links.setdefault((kind, rule), []).append(pairs)
-    n = int(starts[-1])
-    return {key: len(np.unique(matching.joined(n, np.concatenate(pairs)))) for key, pairs in links.items()}
+        for (kind, rule), pairs in links.items():
+            pairs.append(RULES[rule](similarities[kind], LINK) + starts[index : index + 2])
+    return {key: matching.joined(len(bank), np.concatenate(pairs)) for key, pairs in links.items()}
+
+
+def merged_counts(bank: Reading) -> dict[tuple[str, str], int]:
+    """How many features a bank has after merging those of a chain, by similarity and rule."""
+    return {key: len(np.unique(chain_F)) for key, chain_F in chains(bank).items()}
 
 
 def adjacent_share(reading: Reading) -> float:
@@ -99,9 +102,8 @@ def count_features(reading: Reading) -> dict[str, Value]:
     }
     if len(groups) == n_layers:
         merged = merged_counts(reading)
-        lowest, highest = (limit(merged.values(), default=len(reading)) for limit in (min, max))
-        usual = merged.get(("correlation", "mutual nearest"), len(reading))
-        values |= {"merged": usual, "merged_low": lowest, "merged_high": highest}
+        usual = merged["correlation", "mutual nearest"]
+        values |= {"merged": usual, "merged_low": min(merged.values()), "merged_high": max(merged.values())}
         joint = usual if n_layers > 1 else distinct
     per_layer = distinct * float(reading.rho_F.mean()) / n_layers if len(reading) else 0.0
     return values | {

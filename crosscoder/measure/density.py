@@ -73,14 +73,14 @@ class ShapeReadings:
         kept = tuple(tuple(reading.only(keep(reading)) for reading in group) for group in self.seeds)
         return ShapeReadings(self.name, self.n_layers, self.d_model, kept)
 
+    def on_tokens(self, token_T: np.ndarray) -> ShapeReadings:
+        """The shape on some of its tokens, given by their numbers in the text."""
+        kept = tuple(tuple(reading.on_tokens(token_T) for reading in group) for group in self.seeds)
+        return ShapeReadings(self.name, self.n_layers, self.d_model, kept)
+
     def bootstrap(self, value: Callable[[Reading], float], *, seed: int = 0) -> Bootstrap:
         """`value` of each reading, resampled over training and dictionary seeds."""
         return two_level_bootstrap([[value(r) for r in group] for group in self.seeds], seed=seed)
-
-
-def sparse_features(reading: Reading) -> np.ndarray:
-    """True for features that are not ultra-dense."""
-    return reading.probability_F <= counting.ULTRA_DENSE
 
 
 def shape_density(shape: ShapeReadings, estimator: str, document_T: np.ndarray, *, seed: int = 0) -> Bootstrap | str:
@@ -90,7 +90,8 @@ def shape_density(shape: ShapeReadings, estimator: str, document_T: np.ndarray, 
     are drawn alike for all shapes, so that ratios share them.
     """
     if estimator == "load_sparse":
-        return shape_density(shape.only(sparse_features), PRIMARY_ESTIMATOR, document_T, seed=seed)
+        sparse = shape.only(lambda reading: reading.probability_F <= counting.ULTRA_DENSE)
+        return shape_density(sparse, PRIMARY_ESTIMATOR, document_T, seed=seed)
     kind, divisor = estimator.split("_", 1)
     neurons = shape.n_layers * shape.d_model
     match divisor:

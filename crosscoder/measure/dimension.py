@@ -32,11 +32,6 @@ def _dimension(interference: float) -> float:
     return 1 / interference if interference > 0 else math.inf
 
 
-def feature_energy(square_activation_F: np.ndarray, decoder_FN: np.ndarray) -> np.ndarray:
-    """`E[f_i^2] |W_i|^2`, the mean squared norm that each feature writes on a token, `[F]`."""
-    return np.asarray(square_activation_F) * np.square(np.asarray(decoder_FN, dtype=np.float64)).sum(1)
-
-
 def effective_dimension(decoder_FLD: np.ndarray) -> float:
     """d_eff of joint decoder rows: 1 over the mean squared cosine of distinct pairs; nan below two rows.
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 
 from crosscoder.dictionary import Dictionary
 from crosscoder.measure import probe_passes, profile
@@ -89,19 +88,6 @@ class FunctionalSpread:
             "best_layer_precision": known_mean(self.precision_nL.max(1)),
             "genuine_share": genuine_share(self.auc_joint_n, self.auc_nL),
         }
-
-
-def area_under_curve(score_TQ: np.ndarray, label_T: np.ndarray) -> np.ndarray:
-    """AUC of each of Q scores for a label, `[Q]`: P(score with > score without) + P(equal) / 2; nan for one class.
-
-    The Mann-Whitney statistic over the product of class sizes, with mean ranks for ties.
-    """
-    label = np.asarray(label_T, dtype=bool)
-    n_with, n_without = int(label.sum()), int((~label).sum())
-    if n_with == 0 or n_without == 0:
-        return np.full(score_TQ.shape[1], np.nan)
-    ranks = stats.rankdata(score_TQ, axis=0)
-    return (ranks[label].sum(0) - n_with * (n_with + 1) / 2) / (n_with * n_without)
 
 
 def joint_gain(auc_joint_F: np.ndarray, auc_FL: np.ndarray) -> np.ndarray:

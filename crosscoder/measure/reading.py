@@ -7,8 +7,10 @@ same tokens. In a bank the features of layer l are the columns `l * F : (l + 1) 
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +21,30 @@ from safetensors.numpy import load_file, save
 from scipy import sparse
 from torch import Tensor
 
+from crosscoder.data.sources import Marked, chosen_tokens
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
-from crosscoder.measure import dimension, matching, profile
+from crosscoder.measure import matching, profile
 
 DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are duplicates
 _NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Tokens of unusual norm (see `SiteSource`) among all that were read, whether they were kept or not.
+
+    explained_variance_usual: without them; explained_variance_every: with them, from the dictionary as it is.
+    share: share of tokens that are outliers at some layer; share_L: at each. energy_L: the share of each layer's
+        squared norm that tokens which are outliers at some layer hold.
+    """
+
+    explained_variance_usual: float
+    explained_variance_every: float
+    share: float
+    share_L: np.ndarray
+    energy_L: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,8 @@ class Measured:
     n_groups: int
     explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where no feature writes
     explained_variance: float  # the same ratio of sums over all layers of the scaled activations
+    token_T: np.ndarray  # int64, the tokens' numbers in the text
+    outliers: Outliers
 
     @property
     def probability_F(self) -> np.ndarray:
@@ -49,40 +70,84 @@ class Measured:
 
 
 @torch.no_grad()
-def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Measured:
+def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked]) -> Measured:
     """Code and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
 
+    Of marked batches (`Source.marked`) the kept tokens are measured, and explained variance with and without outliers.
     Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure never
     writes are left out of the sums. The groups are the layers of a bank, also where they share their weights.
 
     Raises:
         ValueError: there is no token, or a layer is constant.
     """
-    n_layers, n_features = dictionary.config.n_layers, dictionary.config.n_features
-    written, n_groups = dictionary.config.written(), 1
+    n_features, n_groups = dictionary.config.n_features, 1
     was_training = dictionary.training
     dictionary.eval()
-    error_L, square_L = torch.zeros(n_layers, dtype=torch.float64), torch.zeros(n_layers, dtype=torch.float64)
-    sum_LD = torch.zeros(n_layers, dictionary.config.d_model, dtype=torch.float64)
-    parts, n_tokens = [], 0
-    for x_BLD in batches:
-        out = dictionary(x_BLD)
+    usual, outliers = (_Sums(dictionary) for _ in range(2))
+    parts, tokens, n_kept, every_kept = [], [], 0, True
+    n_outliers_L = np.zeros(dictionary.config.n_layers)
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            batch = Marked.plain(batch, torch.arange(n_kept, n_kept + len(batch)))
+        out, outlier_B = dictionary(batch.x_BLD), batch.outlier_BL.any(1)
         n_groups = math.prod(out.code.batch_shape[1:])
-        parts.append(sparse_rows(out.code, x_BLD.shape[0], n_groups, n_features))
-        error_L += (x_BLD - out.recon).double().square().sum((0, 2)).cpu()
-        square_L += x_BLD.double().square().sum((0, 2)).cpu()
-        sum_LD += x_BLD.double().sum(0).cpu()
-        n_tokens += x_BLD.shape[0]
+        rows, kept_B = sparse_rows(out.code, len(outlier_B), n_groups, n_features), batch.kept_B.cpu()
+        parts.append(rows if bool(kept_B.all()) else sparse.csr_array(rows[kept_B.numpy()]))
+        tokens.append(batch.token_B[kept_B].numpy())
+        n_kept += parts[-1].shape[0]
+        every_kept &= bool(kept_B.all())
+        usual.add(batch.x_BLD, out.recon, ~outlier_B)
+        outliers.add(batch.x_BLD, out.recon, outlier_B)
+        n_outliers_L = n_outliers_L + batch.outlier_BL.sum(0).cpu().numpy()
     dictionary.train(was_training)
-    if n_tokens == 0:
+    if n_kept == 0:
         raise ValueError("no tokens to measure the dictionary on; the held-out activations are empty")
-    variance_L = square_L - sum_LD.square().sum(1) / n_tokens
-    if not bool((variance_L[written] > 0).all()):
-        raise ValueError(f"a layer is constant over the {n_tokens} held-out tokens: no variance to explain")
+    every = usual.joined(outliers)
+    kept = every if every_kept else usual
+    found = Outliers(
+        explained_variance_usual=usual.explained()[1] if usual.n_tokens else math.nan,
+        explained_variance_every=every.explained()[1],
+        share=outliers.n_tokens / every.n_tokens,
+        share_L=n_outliers_L / every.n_tokens,
+        energy_L=(outliers.square_L / every.square_L).numpy(),
+    )
     code = sparse.csr_array(sparse.vstack(parts, format="csr"))
-    explained_L = torch.full_like(error_L, torch.nan)
-    explained_L[written] = 1 - error_L[written] / variance_L[written]
-    return Measured(code, n_groups, explained_L.numpy(), float(1 - error_L[written].sum() / variance_L[written].sum()))
+    explained_L, explained = kept.explained()
+    return Measured(code, n_groups, explained_L, explained, np.concatenate(tokens), found)
+
+
+class _Sums:
+    """Squared errors, squares and sums of tokens, by layer."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        n_layers, self.n_tokens = dictionary.config.n_layers, 0
+        self.written = dictionary.config.written()
+        self.error_L, self.square_L = (torch.zeros(n_layers, dtype=torch.float64) for _ in range(2))
+        self.sum_LD = torch.zeros(n_layers, dictionary.config.d_model, dtype=torch.float64)
+
+    def add(self, x_BLD: Tensor, recon_BLD: Tensor, chosen_B: Tensor) -> None:
+        if not bool(chosen_B.any()):
+            return
+        x_BLD, recon_BLD = (chosen_tokens(one, chosen_B) for one in (x_BLD, recon_BLD))
+        self.error_L += (x_BLD - recon_BLD).double().square().sum((0, 2)).cpu()
+        self.square_L += x_BLD.double().square().sum((0, 2)).cpu()
+        self.sum_LD += x_BLD.double().sum(0).cpu()
+        self.n_tokens += len(x_BLD)
+
+    def joined(self, other: _Sums) -> _Sums:
+        joined = copy.copy(self)
+        for name in ("error_L", "square_L", "sum_LD", "n_tokens"):
+            setattr(joined, name, getattr(self, name) + getattr(other, name))
+        return joined
+
+    def explained(self) -> tuple[np.ndarray, float]:
+        """Explained variance of each layer, nan where none writes, and of all."""
+        variance_L = self.square_L - self.sum_LD.square().sum(1) / self.n_tokens
+        if not bool((variance_L[self.written] > 0).all()):
+            raise ValueError(f"a layer is constant over the {self.n_tokens} held-out tokens: no variance to explain")
+        explained_L = torch.full_like(self.error_L, torch.nan)
+        explained_L[self.written] = 1 - self.error_L[self.written] / variance_L[self.written]
+        return explained_L.numpy(), float(1 - self.error_L[self.written].sum() / variance_L[self.written].sum())
 
 
 def sparse_rows(code: SparseCode, n_tokens: int, n_groups: int, n_features: int) -> sparse.csr_array:
@@ -111,6 +176,7 @@ class Reading:
     index_F: the features' numbers in the dictionary.
     genuine_F: which are genuinely cross-layer, where that was probed.
     n_groups: dictionaries of a bank; 1 where features read all layers.
+    token_T: the tokens' numbers in the text, int64. outliers: not kept in files.
     size: features of the dictionary. Like this, l0, l0_layer, dead_share and the explained variances include the dead.
     """
 
@@ -126,6 +192,8 @@ class Reading:
     size: int = 0
     l0_layer: float = math.nan
     explained_variance_L: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    token_T: np.ndarray | None = None
+    outliers: Outliers | None = None
 
     def __len__(self) -> int:
         return len(self.decoder_FLD)
@@ -142,8 +210,8 @@ class Reading:
 
     @cached_property
     def energy_F(self) -> np.ndarray:
-        """Mean squared norm that each feature writes on a token."""
-        return dimension.feature_energy(matching.mean_square(self.code), self.rows_FN)
+        """`E[f_i^2] |W_i|^2`, the mean squared norm that each feature writes on a token."""
+        return matching.mean_square(self.code) * np.square(self.rows_FN).sum(1)
 
     @cached_property
     def rows_FN(self) -> np.ndarray:
@@ -176,6 +244,13 @@ class Reading:
         # A bank's features of two layers share no entry of their joint rows: only those of one layer can be duplicates.
         return self.only(np.concatenate([representatives(g) + i for g, i in zip(self.groups, starts)]))
 
+    def on_tokens(self, token_T: np.ndarray) -> Reading:
+        """The reading on some of its tokens, given by their numbers in the text."""
+        if self.token_T is None or len(self.token_T) == len(token_T):
+            return self
+        code = sparse.csc_array(self.code.tocsr()[np.isin(self.token_T, token_T)])
+        return replace(self, code=code, token_T=token_T)
+
     def only(self, kept_F: np.ndarray) -> Reading:
         """The reading of the features that `kept_F` (a mask or indices) names."""
         return replace(
@@ -187,7 +262,7 @@ class Reading:
         )
 
 
-def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Reading:
+def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked]) -> Reading:
     """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale."""
     measured = measure_dictionary(dictionary, batches)
     n_tokens, decoder_FLD = measured.code.shape[0], dictionary.decoder_FLD().float().cpu().numpy()
@@ -206,7 +281,22 @@ def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor]) -> Readin
         size=len(decoder_FLD),
         l0_layer=float(tokens_F @ held_F) / n_tokens / decoder_FLD.shape[1],
         explained_variance_L=measured.explained_variance_L,
+        token_T=measured.token_T,
+        outliers=measured.outliers,
     )
+
+
+def common_tokens(readings: Sequence[Reading]) -> np.ndarray:
+    """Numbers in the text of the tokens that all readings have; an outlier of one model may be usual in another.
+
+    Raises:
+        ValueError: no token is common to all, or a reading keeps no numbers.
+    """
+    known = [reading.token_T for reading in readings if reading.token_T is not None]
+    common = functools.reduce(np.intersect1d, known) if len(known) == len(readings) else np.zeros(0)
+    if not len(common):
+        raise ValueError(f"{len(readings)} readings have no token in common; read them on the same text")
+    return common
 
 
 def representatives(reading: Reading) -> np.ndarray:
@@ -231,6 +321,8 @@ def save_reading(reading: Reading, path: str | Path) -> None:
         "explained_variance_L": reading.explained_variance_L.astype(np.float64),
         "index_F": reading.index_F.astype(np.int64),
     }
+    if reading.token_T is not None:
+        tensors["token_T"] = reading.token_T.astype(np.int64)
     if reading.genuine_F is not None:
         tensors["genuine_F"] = reading.genuine_F.astype(np.uint8)
     replace_file(Path(path), save(tensors))
@@ -256,6 +348,7 @@ def load_reading(path: str | Path) -> Reading:
             code=sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features)),
             index_F=found["index_F"],
             genuine_F=found["genuine_F"].astype(bool) if "genuine_F" in found else None,
+            token_T=found.get("token_T"),
             n_groups=n_groups,
             size=size,
             explained_variance_L=found["explained_variance_L"],

@@ -84,6 +84,11 @@ def relative_error(estimate: float, truth: float) -> float:
     return estimate / truth - 1 if truth else float("nan")
 
 
+def beside_truth(key: str, estimate: float, truth: float) -> dict[str, float]:
+    """A quantity as it was estimated, the truth and the error, by the names of quantities."""
+    return {key: estimate, f"{key}_true": truth, f"{key}_error": relative_error(estimate, truth)}
+
+
 def mean_rho(decoder_FLD: np.ndarray) -> float:
     """Mean participation ratio: how many layers a feature occupies on average; nan without features."""
     return profile.known_mean(profile.participation_ratio(profile.layer_profile(decoder_FLD)))
@@ -140,26 +145,19 @@ def score_features(
     """
     n_kinds = len(kinds)
     assignment = assign(found_FLD, truth_FLD)
-    rho, rho_true = mean_rho(found_FLD), mean_rho(truth_FLD)
-    d_eff, d_eff_true = (dimension.effective_dimension(_flat(decoder)) for decoder in (found_FLD, truth_FLD))
+    d_effs = (dimension.effective_dimension(_flat(decoder)) for decoder in (found_FLD, truth_FLD))
     confusion = kind_confusion(found_FLD, kind_F, n_kinds, assignment)
     per_kind = recall_by_kind(assignment, kind_F, n_kinds)
     per_kind_precision = precision_by_kind(found_FLD, truth_FLD, kind_F, n_kinds, assignment)
     return {
-        "count": count,
-        "count_true": len(truth_FLD),
-        "count_error": relative_error(count, len(truth_FLD)),
+        **beside_truth("count", count, len(truth_FLD)),
         "mcc": mean_cosine(assignment),
         "recall": float(assignment.recalled_F.mean()),
         "precision": precision(assignment, len(found_FLD)),
         "recall_by_kind": dict(zip(kinds, per_kind.tolist(), strict=True)),
         "precision_by_kind": dict(zip(kinds, per_kind_precision.tolist(), strict=True)),
-        "rho": rho,
-        "rho_true": rho_true,
-        "rho_error": relative_error(rho, rho_true),
+        **beside_truth("rho", mean_rho(found_FLD), mean_rho(truth_FLD)),
         "rho_error_matched": matched_rho_error(found_FLD, truth_FLD, assignment),
-        "d_eff": d_eff,
-        "d_eff_true": d_eff_true,
-        "d_eff_error": relative_error(d_eff, d_eff_true),
+        **beside_truth("d_eff", *d_effs),
         "kind_confusion": dict(zip(kinds, confusion.tolist(), strict=True)),
     }

@@ -87,8 +87,7 @@ class Curve:
 
     name: str
     amplitude: float  # F_inf, or A of the power law
-    n0: float | None
-    kappa: float | None
+    parameters: tuple[float, ...]  # n0, then kappa, where the curve has them
     aicc: float
 
     @property
@@ -98,9 +97,8 @@ class Curve:
 
     def at(self, n: np.ndarray) -> np.ndarray:
         """Fitted count at dictionary size `n`."""
-        shape = _SHAPES[self.name]
-        theta = np.log([p for p in (self.n0, self.kappa) if p is not None])
-        return self.amplitude * np.exp(shape(np.asarray(n, dtype=np.float64), theta))
+        theta = np.log(self.parameters)
+        return self.amplitude * np.exp(_SHAPES[self.name](np.asarray(n, dtype=np.float64), theta))
 
 
 def _log_stretched(n: np.ndarray, theta: np.ndarray) -> np.ndarray:
@@ -131,7 +129,7 @@ def fit_curves(sizes: np.ndarray, counts: np.ndarray) -> list[Curve]:
         "power law": ([[-0.5]], [(math.log(1e-3), math.log(10.0))]),
     }
     curves = [_fit(name, n, y, starts, bounds) for name, (starts, bounds) in searches.items()]
-    return sorted(curves, key=lambda curve: (curve.aicc, curve.n0 is not None and curve.kappa is not None))
+    return sorted(curves, key=lambda curve: (curve.aicc, len(curve.parameters)))
 
 
 def _fit(name: str, n: np.ndarray, y: np.ndarray, starts: list[list[float]], bounds: list[tuple]) -> Curve:
@@ -149,9 +147,7 @@ def _fit(name: str, n: np.ndarray, y: np.ndarray, starts: list[list[float]], bou
     spare = len(n) - k - 1
     aicc = len(n) * math.log(square / len(n)) + 2 * k + 2 * k * (k + 1) / spare if spare > 0 else math.inf
     amplitude = math.exp(float((target - shape(n, best.x)).mean()))
-    values = [math.exp(t) for t in best.x]
-    n0, kappa = (None, *values) if name == "power law" else (*values, None)[:2]
-    return Curve(name, amplitude, n0, kappa, aicc)
+    return Curve(name, amplitude, tuple(math.exp(t) for t in best.x), aicc)
 
 
 def akaike_weights(aicc: Sequence[float]) -> np.ndarray:
@@ -179,8 +175,8 @@ def fit_limit(sizes: Sequence[float], counts: Sequence[float], *, seed: int, n_d
     if growth > NO_SATURATION:
         return f"not identified: growth without limit has probability {growth:.2f}, above {NO_SATURATION}"
     fitted = np.log(best.at(n))
-    n_parameters = 1 + sum(p is not None for p in (best.n0, best.kappa))
-    residuals = (np.log(y) - fitted) * math.sqrt(len(n) / (len(n) - n_parameters))
+    spare = len(n) - 1 - len(best.parameters)
+    residuals = (np.log(y) - fitted) * math.sqrt(len(n) / spare)
     rng = np.random.default_rng(seed)
     resampled = np.exp(fitted + rng.choice(residuals - residuals.mean(), size=(n_draws, len(n))))
     limits = np.array([fit_curves(n, draw)[0].limit for draw in resampled])

@@ -8,8 +8,7 @@ dictionaries never saw, keep their clean values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,25 +21,13 @@ from crosscoder.dictionary import Dictionary
 SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
 
 
-@dataclass(frozen=True)
-class SplicedSite:
-    """Cross-entropy (nats a token) and KL with one layer's site, or all, replaced."""
+class Spliced(NamedTuple):
+    """What splicing does to the subject, by the names of quantities: cross-entropy in nats a token, and KL."""
 
-    layer: str
-    spliced_loss: float
-    ablated_loss: float
-    loss_recovered: float | None
-    kl: float
-
-
-@dataclass(frozen=True)
-class Spliced:
-    """Cross-entropy of the subject as it is on the spliced tokens, and of every site replaced."""
-
-    n_tokens: int
-    ablation: str
-    clean_loss: float
-    sites: tuple[SplicedSite, ...]
+    clean: dict[str, Any]
+    """Of the subject as it is on the spliced tokens."""
+    sites: dict[str, dict[str, Any]]
+    """With one layer's site replaced, by layer, or `all`."""
 
 
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,14 +95,13 @@ def splice_losses(
                 with replacing([blocks[layers[i] - 1] for i in chosen], put):
                     logits = model(ids_BS, use_cache=False).logits
                 sums += _loss_and_kl(logits, clean, ids_BS, skip_positions)
-    clean_loss /= n_tokens
-    sites = []
+    clean_loss, sites = float(clean_loss / n_tokens), {}
     for name in choices:
         (loss, kl), (gone, _) = (spliced[name] / n_tokens).tolist(), (ablated[name] / n_tokens).tolist()
         # Where removing the site does not hurt there is no loss to recover.
         recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
-        sites.append(SplicedSite(name, loss, gone, recovered, kl))
-    return Spliced(n_tokens, ablation, float(clean_loss), tuple(sites))
+        sites[name] = {"spliced_loss": loss, "ablated_loss": gone, "loss_recovered": recovered, "kl": kl}
+    return Spliced({"splice_tokens": n_tokens, "spliced_ablation": ablation, "clean_loss": clean_loss}, sites)
 
 
 def _sites(stream_BSND: Tensor, layers: Sequence[int], kind: str) -> Tensor:

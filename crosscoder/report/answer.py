@@ -7,16 +7,43 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosscoder.foundation.artifact import read_json
+from crosscoder.report.table import shown
 from crosscoder.results.file import Results
 from crosscoder.results.table import SITES, Estimate, LongTable
 
 WORDS = read_json(Path(__file__).parent / "templates" / "words.json")
 SITE_NAME = {"residual": "residual stream", "write": "block writes"}
-ARM_NAME = {"crosscoder": "crosscoder", "layerwise": "per-layer SAEs"}
-GROUP_OF_ARM = {"layerwise": "per-layer", "crosscoder": "cross-layer"}
+
+
+class Arm(NamedTuple):
+    """How the dictionaries of one arm are called, counted and drawn."""
+
+    name: str
+    short: str
+    group: str
+    """Of the seed paper's table."""
+    counts: tuple[str, str]
+    """Its alive features, and those told apart."""
+    marker: str
+    line: str
+    filled: bool
+
+    def face(self, color: str) -> str:
+        """What fills a mark or a bar of this colour."""
+        return color if self.filled else "white"
+
+    def bar(self, color: str) -> dict[str, Any]:
+        """The style of a bar of this colour."""
+        return {"facecolor": self.face(color), "edgecolor": color, "hatch": None if self.filled else "////"}
+
+
+ARMS = {
+    "layerwise": Arm("per-layer SAEs", "bank", "per-layer", ("alive", "merged"), "s", "--", filled=False),
+    "crosscoder": Arm("crosscoder", "crosscoder", "cross-layer", ("alive", "distinct"), "o", "-", filled=True),
+}
 
 
 def main_range(results: Results, key: str, **where: Any) -> Estimate | None:
@@ -70,7 +97,7 @@ def _spread(results: Results, kind: str) -> str:
 
 def _answer_for_one(results: Results) -> list[str]:
     where = {"subject": results.subjects[0], "state": "trained", "site": "residual", "role": "main"}
-    found = [next(iter(results.rows.cells("alive", arm=arm, **where).values()), None) for arm in GROUP_OF_ARM]
+    found = [next(iter(results.rows.cells("alive", arm=arm, **where).values()), None) for arm in ARMS]
     bank, cross = found
     if bank is None or cross is None:
         return ["One of the two arms is missing.", "Nothing can be compared."]
@@ -78,9 +105,9 @@ def _answer_for_one(results: Results) -> list[str]:
     low, high = bank.seed_range("merged_low"), bank.seed_range("merged_high")
     band = f"{low.low:.0f} to {high.high:.0f}" if low and high else "not measured"
     first = (
-        f"On {n_layers} layers the per-layer bank has {_interval(bank, 'alive', 0)} alive features that merge to "
-        f"{_interval(bank, 'merged', 0)} distinct ones (band {band} by rule), and the crosscoder has "
-        f"{_interval(cross, 'distinct', 0)} distinct features that occupy {_interval(cross, 'mean_rho')} of {n_layers} "
+        f"On {n_layers} layers the per-layer bank has {_number(bank, 'alive')} alive features that merge to "
+        f"{_number(bank, 'merged')} distinct ones (band {band} by rule), and the crosscoder has "
+        f"{_number(cross, 'distinct')} distinct features that occupy {_number(cross, 'mean_rho', '.2f')} of {n_layers} "
         "layers each."
     )
     second = (
@@ -93,20 +120,15 @@ def _answer_for_one(results: Results) -> list[str]:
     return [first, second]
 
 
-def _interval(cell: LongTable, key: str, digits: int = 2) -> str:
-    found = cell.seed_range(key)
-    if found is None:
-        return "an unknown number of"
-    if found.low == found.high:
-        return f"{found.value:.{digits}f}"
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+def _number(cell: LongTable, key: str, form: str = ".0f") -> str:
+    return shown(cell.seed_range(key), form, "an unknown number of")
 
 
 def _mean(cell: LongTable, key: str, form: str) -> str:
     found = cell.seed_range(key)
-    return "an unknown share" if found is None else format(found.value, form)
+    return shown(found and found.value, form, "an unknown share")
 
 
 def _alive_share(cell: LongTable) -> str:
     dead = cell.seed_range("dead_share")
-    return "an unknown share" if dead is None else f"{1 - dead.value:.0%}"
+    return shown(dead and 1 - dead.value, ".0%", "an unknown share")

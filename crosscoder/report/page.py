@@ -19,10 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosscoder.foundation.artifact import read_json, replace_file
-from crosscoder.report import tables
+from crosscoder.report import figures, tables
 from crosscoder.report.answer import WORDS, answer
-from crosscoder.report.figures import PICTURES as OF_FEATURES
-from crosscoder.report.model_figures import PICTURES as OF_MODELS
 from crosscoder.report.panels import to_png
 from crosscoder.report.table import Table
 from crosscoder.report.verdict_figures import draw_verdict
@@ -30,7 +28,7 @@ from crosscoder.report.verdict_tables import VERDICT_TABLES
 from crosscoder.results.file import RESULTS, Results, document, from_document, save_results
 from crosscoder.results.quantities import NOTES, QUANTITIES, definition
 
-PICTURES = {"verdict": draw_verdict, **OF_FEATURES, **OF_MODELS}
+PICTURES = {"verdict": draw_verdict, **figures.PICTURES}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
 _CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
@@ -60,10 +58,15 @@ def render_report(results: Results, folder: str | Path) -> Path:
     view = _view(shown, _draw_figures(shown, folder / "figures"))
     embedded = _embedded_json(written)
     html = _environment().get_template("report.html.j2").render(view, embedded=embedded)
-    markdown = _environment(markdown=True).get_template("report.md.j2").render(view)
-    replace_file(folder / "report.md", re.sub(r"\n{3,}", "\n\n", markdown.strip() + "\n").encode("utf-8"))
+    replace_file(folder / "report.md", render_markdown("report.md.j2", view).encode("utf-8"))
     replace_file(folder / "report.html", html.encode("utf-8"))
     return folder / "report.html"
+
+
+def render_markdown(template: str, view: dict[str, Any]) -> str:
+    """A template's Markdown, in which no value can become markup; one empty line at most between others."""
+    markdown = _environment(markdown=True).get_template(template).render(view)
+    return re.sub(r"\n{3,}", "\n\n", markdown.strip() + "\n")
 
 
 def clean_strings(value: Any) -> Any:
@@ -145,22 +148,19 @@ def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
     return drawn
 
 
-def _view(results: Results, figures: dict[str, tuple[str, int]]) -> dict[str, Any]:
+def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """Everything that the templates print."""
-    provenance = results.provenance
-    names = ", ".join(str(results.of(name, "name")) for name in results.subjects)
     pictures = []
     for slug, caption in WORDS["pictures"].items():
-        png, width = figures.get(slug, ("", 0))
+        png, width = drawn.get(slug, ("", 0))
         pictures.append({"slug": slug, "png": png, "width": width, **caption})
     groups = {group: tables.measured_table(results, group) for group in WORDS["groups"]}
     judged = {name: table(results) for name, table in VERDICT_TABLES.items()}
     shown = {name: table(results) for name, table in tables.TABLES.items()}
     return {
         "words": WORDS,
-        "title": WORDS["titles"][provenance.kind],
-        "lead": WORDS["lead"][provenance.kind],
-        "kicker": f"Preset {provenance.preset} · {names}",
+        "provenance": results.provenance,
+        "names": [results.of(name, "name") for name in results.subjects],
         "answer": answer(results),
         "verdict": judged,
         "notes": results.verdict.notes if results.verdict else (),
@@ -170,8 +170,6 @@ def _view(results: Results, figures: dict[str, tuple[str, int]]) -> dict[str, An
         "pictures": pictures,
         "tables": shown,
         "details": tables.provenance_details(results),
-        "footer": f"{provenance.schema}, {provenance.kind}, preset {provenance.preset}, "
-        f"{provenance.started}, commit {provenance.git_commit or 'unknown'}.",
     }
 
 

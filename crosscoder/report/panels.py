@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from crosscoder.report.answer import ARMS
 from crosscoder.results.table import Estimate
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GRID, FAINT = "#333333", "#E4E4E4", "#9A9A9A"
-MARKER = {"crosscoder": "o", "layerwise": "s"}
 DPI = 150
 
 
@@ -45,11 +45,10 @@ def make_panels(rows: int, columns: int, size: tuple[float, float], **options: A
     return figure, axes
 
 
-def axis_title(ax: Axes, title: str) -> None:
-    ax.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
-
-
-def axis_labels(ax: Axes, x: str | None, y: str | None) -> None:
+def describe(ax: Axes, title: str | None = None, x: str | None = None, y: str | None = None) -> None:
+    """Title and axis labels of a panel, those that are given."""
+    if title:
+        ax.set_title(title, fontsize=10.5, color=INK, loc="left", pad=8)
     if x:
         ax.set_xlabel(x, fontsize=9.5, color=INK)
     if y:
@@ -76,13 +75,11 @@ def own_legend(ax: Axes, place: Literal["upper left", "lower left"]) -> None:
         mark_empty(ax)
 
 
-def share_legend(figure: Figure, axes: Any, entries: dict[str, Any] | None = None) -> None:
+def share_legend(figure: Figure, entries: dict[str, Any] | None = None) -> None:
     """One legend above the panels, so that it covers no point: of `entries`, else of all labels."""
-    found = entries is None
-    entries = {} if entries is None else entries
-    for ax in axes.flat if found else ():
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+    if entries is None:
+        found = [one for ax in figure.axes for one in zip(*ax.get_legend_handles_labels(), strict=True)]
+        entries = {label: handle for handle, label in reversed(found)}  # of a label in several panels, the first
     if entries:
         columns = len(entries) if len(entries) <= 4 else -(-len(entries) // 2)
         figure.legend(
@@ -112,6 +109,7 @@ def plot_points(
     The line goes by x, or `in_order` as the points are given. Marks are filled for a crosscoder and white for a bank,
     or of colour `face`.
     """
+    look = ARMS[arm]
     known = [(x, y) for x, y in points if x is not None and y is not None]
     if not known:
         return
@@ -123,13 +121,13 @@ def plot_points(
         yerr=error_bars(y),
         color=color,
         markersize=size,
-        markerfacecolor=face or (color if arm == "crosscoder" else "white"),
+        markerfacecolor=face or look.face(color),
         capsize=3,
         linewidth=1.6,
         elinewidth=1.1,
         label=label,
-        marker=MARKER[arm],
-        linestyle="-" if arm == "crosscoder" else "--",
+        marker=look.marker,
+        linestyle=look.line,
     )
 
 
@@ -158,12 +156,9 @@ def safe_label(value: Any, limit: int = 24) -> str:
 
 
 def token_formatter() -> Any:
-    from matplotlib.ticker import FuncFormatter
+    """Numbers of tokens as 300 k, 1.2 M, 4 B."""
+    from matplotlib.ticker import EngFormatter
 
-    def show(value: float, _: Any) -> str:
-        for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-            if abs(value) >= size:
-                return f"{value / size:.3g} {unit}"
-        return f"{value:g}"
-
-    return FuncFormatter(show)
+    formatter = EngFormatter(sep=" ")
+    formatter.ENG_PREFIXES = {**EngFormatter.ENG_PREFIXES, 9: "B"}
+    return formatter

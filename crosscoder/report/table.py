@@ -105,3 +105,11 @@ def format_range(entry: Any, detail: str = "") -> Value:
         return Value(format_number(entry), detail)
     detail = "" if entry.low == entry.high else f"[{format_number(entry.low)}, {format_number(entry.high)}]"
     return Value(format_number(entry.value), detail)
+
+
+def shown(found: Estimate | float | None, form: str = ".3f", unknown: str = "undefined") -> str:
+    """A number as text of a page, with the ends of its interval where it has one."""
+    if isinstance(found, Estimate):
+        ends = f" [{found.low:{form}}, {found.high:{form}}]" if found.low < found.high else ""
+        return f"{found.value:{form}}{ends}"
+    return unknown if found is None else f"{found:{form}}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from crosscoder.report.answer import ARM_NAME, GROUP_OF_ARM, SITE_NAME, WORDS, known_of, main_range
+from crosscoder.report.answer import ARMS, SITE_NAME, WORDS, Arm, known_of, main_range
 from crosscoder.report.table import (
     NOTHING,
     Head,
@@ -87,17 +87,19 @@ def paper_rows(results: Results, group: str) -> list[PaperRow]:
         return rows
     rows, state = [], "untrained" if group == "control" else "trained"
     for site, place in SITE_NAME.items():
-        for arm, own in GROUP_OF_ARM.items():
-            if group not in (own, "control"):
-                continue
-            where = f"untrained, {place}, {'bank' if arm == 'layerwise' else arm}" if group == "control" else place
-            for key, said in WORDS["paper"][own].items():
+        for arm, said_of in _arms(group).items():
+            where = f"untrained, {place}, {said_of.short}" if group == "control" else place
+            for key, said in WORDS["paper"][said_of.group].items():
                 found = {
                     name: main_range(results, key, subject=name, state=state, site=site, arm=arm) for name in names
                 }
                 if all(found[name] is not None for name in names if name != "C"):  # C has crosscoders only
                     rows.append(PaperRow(where, said, key, found))
     return rows
+
+
+def _arms(group: str) -> dict[str, Arm]:
+    return {arm: one for arm, one in ARMS.items() if group in (one.group, "control")}
 
 
 def ratio_range(a: Estimate | None, b: Estimate | None) -> Estimate | None:
@@ -128,7 +130,7 @@ def group_note(results: Results, group: str) -> str:
     if group == "subject":
         return WORDS["notes"]["neurons"]
     where: dict[str, Any] = {"state": "untrained" if group == "control" else "trained", "role": "main"}
-    where["arm"] = tuple(arm for arm, own in GROUP_OF_ARM.items() if group in (own, "control"))
+    where["arm"] = tuple(_arms(group))
     said: dict[str, list[str]] = {}
     for subject in results.subjects:
         cells = results.rows.cells("alive", subject=subject, **where)
@@ -218,7 +220,7 @@ def _matched_dictionaries(results: Results) -> list[Line]:
     """From what they turned out to be."""
     lines = []
     for site in SITE_NAME:
-        for arm in GROUP_OF_ARM:
+        for arm in ARMS:
             where = {"state": "trained", "site": site, "arm": arm}
             for key, tolerance in TOLERANCE.items() if results.rows.cells("alive", role="main", **where) else ():
                 found = {name: main_range(results, key, subject=name, **where) for name in results.subjects}
@@ -251,7 +253,7 @@ def dictionary_table(results: Results, slug: str) -> Table:
         lead = [
             words(f"{at.subject}{at.training_seed}", str(at.state), mark=subject_mark(results, at.subject)),
             words(SITE_NAME[str(at.site)], definition=at.site),
-            words(ARM_NAME[str(at.arm)], size),
+            words(ARMS[str(at.arm)].name, size),
             words("main" if at.role == "main" else f"{at.role} sweep", _counted(len(cell.seeds()), "seed")),
         ]
         for layer in (
@@ -271,7 +273,7 @@ def dictionary_table(results: Results, slug: str) -> Table:
 
 def show_range(cell: LongTable, key: str) -> Value:
     """Mean and range of a quantity over seeds, those left out where it is undefined."""
-    return format_range(cell.seed_range(key, of_known=True))
+    return format_range(cell.known_range(key))
 
 
 def _worst_layer(cell: LongTable) -> Value:
@@ -285,7 +287,7 @@ def _worst_layer(cell: LongTable) -> Value:
 
 
 def _merged_band(cell: LongTable) -> Value:
-    low, high = (cell.seed_range(key, of_known=True) for key in ("merged_low", "merged_high"))
+    low, high = (cell.known_range(key) for key in ("merged_low", "merged_high"))
     return Value(f"{format_number(low.low)} to {format_number(high.high)}" if low and high else NOTHING)
 
 

@@ -6,18 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crosscoder.report.panels import (
-    FAINT,
-    INK,
-    PALETTE,
-    axis_labels,
-    axis_title,
-    make_panels,
-    mark_empty,
-    plain_ticks,
-    safe_label,
-    share_legend,
-)
+from crosscoder.report import panels
+from crosscoder.report.answer import SITE_NAME
+from crosscoder.report.panels import FAINT, INK, PALETTE, describe
 from crosscoder.results.file import Results
 from crosscoder.results.quantities import ESTIMATORS, PRIMARY_ESTIMATOR
 from crosscoder.results.table import Estimate, LongTable
@@ -26,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = {"write": ("block writes", PALETTE[0], "o"), "residual": ("residual stream", PALETTE[1], "s")}
+MARKS = {"write": (PALETTE[0], "o"), "residual": (PALETTE[1], "s")}
 HEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10)
 SMALLEST, LARGEST = 0.125, 8.0  # of R on the picture's axis
 
@@ -35,10 +26,10 @@ def draw_verdict(results: Results) -> Figure | None:
     """R with the bands of H0 and H1 (left), and d_eff / D against L with the slopes 0, 1/2 and 1 (right)."""
     if results.verdict is None:
         return None
-    figure, axes = make_panels(1, 2, (11.5, 5.6), width_ratios=(1.25, 1))
+    figure, axes = panels.make_panels(1, 2, (11.5, 5.6), width_ratios=(1.25, 1))
     _draw_ratios(axes[0][0], results.rows.select("ratio"), results.verdict.rule)
     _draw_dimensions(axes[0][1], results, results.verdict.rule)
-    share_legend(figure, axes)
+    panels.share_legend(figure)
     return figure
 
 
@@ -49,7 +40,7 @@ def _draw_ratios(ax: Axes, ratios: LongTable, rule: dict[str, Any]) -> None:
     for row in ratios:
         if not isinstance(row.value, Estimate):
             continue
-        words, color, marker = MARKS[str(row.at.site)]
+        color, marker = MARKS[str(row.at.site)]
         trained = row.at.state == "trained"
         height = len(names) - names.index(str(row.at.estimator)) + (0.16 if row.at.site == "write" else -0.16)
         height -= 0.0 if trained else 0.12
@@ -57,15 +48,15 @@ def _draw_ratios(ax: Axes, ratios: LongTable, rule: dict[str, Any]) -> None:
         low, mean, high = (float(np.clip(end, SMALLEST, LARGEST)) for end in ends)
         ax.plot([low, high], [height] * 2, color=color, linewidth=1.4, alpha=0.9 if trained else 0.5)
         face = color if trained else "white"
-        label = f"{words}, {row.at.state}"
+        label = f"{SITE_NAME[str(row.at.site)]}, {row.at.state}"
         ax.plot(mean, height, marker, color=color, markerfacecolor=face, markersize=6, label=label, ls="")
     ax.set(xscale="log", xlim=(SMALLEST, LARGEST), ylim=(0.4, len(names) + 0.6))
-    plain_ticks(ax.xaxis, (0.125, 0.25, 0.5, 1, 2, 4, 8))
+    panels.plain_ticks(ax.xaxis, (0.125, 0.25, 0.5, 1, 2, 4, 8))
     shown = [name.replace("_", ", ") + (" *" if name == PRIMARY_ESTIMATOR else "") for name in names]
     ax.set_yticks(range(len(names), 0, -1), shown)
     _name_missing(ax, ratios, names)
-    axis_title(ax, "R: density of B over density of A (* decides, on the writes)")
-    axis_labels(ax, "R; 2 the paradox, 1 reconciliation", None)
+    title = "R: density of B over density of A (* decides, on the writes)"
+    describe(ax, title, "R; 2 the paradox, 1 reconciliation")
 
 
 def _name_missing(ax: Axes, ratios: LongTable, names: list[str]) -> None:
@@ -77,7 +68,7 @@ def _name_missing(ax: Axes, ratios: LongTable, names: list[str]) -> None:
             missing = [state for state in ("trained", "untrained") if state not in known]
             if missing:
                 state = f"{missing[0]} " if len(missing) == 1 else ""
-                lines.append(f"{MARKS[str(at.site)][0]}: {state}not measured")
+                lines.append(f"{SITE_NAME[str(at.site)]}: {state}not measured")
         at = (-0.02, len(names) - i - 0.17)
         ax.text(*at, "\n".join(lines), transform=ax.get_yaxis_transform(), ha="right", va="top", fontsize=7, color=INK)
 
@@ -91,12 +82,12 @@ def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
             continue
         subject = str(row.at.subject)
         depth, width = results.of(subject, "n_layers"), results.of(subject, "d_model")
-        words, color, marker = MARKS[str(row.at.site)]
+        color, marker = MARKS[str(row.at.site)]
         value = row.value / width
-        ax.plot(depth, value, marker, color=color, markersize=7, ls="", label=f"{words}, trained")
+        ax.plot(depth, value, marker, color=color, markersize=7, ls="", label=f"{SITE_NAME[str(row.at.site)]}, trained")
         seen.append((depth, value, subject, row.at.site))
     if not seen:
-        mark_empty(ax)
+        panels.mark_empty(ax)
         return
     primary = [point for point in seen if point[3] == "write"] or seen
     first, last = min(depth for depth, *_ in primary), max(depth for depth, *_ in seen)
@@ -111,9 +102,9 @@ def _draw_dimensions(ax: Axes, results: Results, rule: dict[str, Any]) -> None:
     ax.set(xscale="log", yscale="log", xlim=(min(depth for depth, *_ in seen) / 1.2, last * 1.5))
     names: dict[int, set[str]] = {}
     for depth, _, subject, _ in seen:
-        names.setdefault(depth, set()).add(safe_label(subject))
+        names.setdefault(depth, set()).add(panels.safe_label(subject))
     ax.set_xticks(sorted(names), [f"{depth}\n{', '.join(sorted(names[depth]))}" for depth in sorted(names)])
     low, high = ax.get_ylim()
-    plain_ticks(ax.yaxis, [tick for tick in HEIGHTS if low <= tick <= high])
-    axis_title(ax, "Effective dimension over width" + ("" if debiased else " (not debiased)"))
-    axis_labels(ax, "layers L, model", "d_eff / D")
+    panels.plain_ticks(ax.yaxis, [tick for tick in HEIGHTS if low <= tick <= high])
+    title = "Effective dimension over width" + ("" if debiased else " (not debiased)")
+    describe(ax, title, "layers L, model", "d_eff / D")

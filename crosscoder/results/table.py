@@ -105,11 +105,9 @@ def value_type(key: str) -> Any:
     """What a row of a quantity may hold."""
     one = QUANTITIES[key]
     kind: Any = TYPES["share" if (one.value, one.unit) == ("number", "share") else one.value]
-    return (
-        Annotated[kind, Field(min_length=one.length or 0, max_length=one.length)] | None
-        if one.value == "list"
-        else kind | None
-    )
+    if one.value == "list":
+        kind = Annotated[kind, Field(min_length=one.length or 0, max_length=one.length)]
+    return kind | None
 
 
 @closed
@@ -214,15 +212,18 @@ class LongTable:
             raise ValueError(f"{len(found)} values of {key} where one was asked for: {places}")
         return found.rows[0].value if found.rows else None
 
-    def seed_range(self, key: str, *, of_known: bool = False, **where: Any) -> Estimate | None:
-        """Mean and range over all seeds at a place; None where there is none, or one is missing.
+    def known_range(self, key: str, **where: Any) -> Estimate | None:
+        """Mean and range over the seeds at a place for which the value is defined; None where there is none.
 
         Each dictionary seed counts once, whichever training it belongs to. The range is no confidence interval.
-        `of_known` leaves out the seeds for which the value is undefined.
         """
-        found = [row.value for row in self.select(key, **where)]
-        values = [float(value) for value in found if value is not None]  # ty: ignore[invalid-argument-type]
-        return Estimate.over(values) if values and (of_known or len(values) == len(found)) else None
+        values = [float(value) for value in self.values(key, **where)]
+        return Estimate.over(values) if values else None
+
+    def seed_range(self, key: str, **where: Any) -> Estimate | None:
+        """`known_range`, or None where the value of a seed is missing."""
+        missing = any(row.value is None for row in self.select(key, **where))
+        return None if missing else self.known_range(key, **where)
 
     def seeds(self) -> list[int]:
         """The dictionary seeds that rows are about, in order of appearance."""

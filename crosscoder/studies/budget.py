@@ -41,6 +41,8 @@ STRUCTURES: dict[StructureName, Callable[[int], Structure]] = {
     "transcoder": lambda _: Transcoder(),
 }
 CLASSES: dict[Arm, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
+SPANNING: tuple[Arm, ...] = ("crosscoder",)
+"""Arms whose features extend over layers: what they read can be probed, and the verdict compares them."""
 
 
 def _all_different(seeds: tuple[int, ...]) -> tuple[int, ...]:

@@ -59,16 +59,13 @@ class FitConfig:
         """Active features of a dictionary in a world where `l0_true` are active."""
         return min(max(1, round(self.k_factor * l0_true)), n_features)
 
-    def source(
-        self, draw: Draw, shape: tuple[int, int], *, scale: float = 1.0, held_out_stream: int = HELD_OUT_STREAM
-    ) -> PlantedSource:
-        """The tokens of a world of `(layers, width)`, every layer multiplied by `scale`."""
-        n_layers, d_model = shape
+    def source(self, draw: Draw, shape: tuple[int, int]) -> PlantedSource:
+        """The tokens of a world of `(layers, width)`, as they are drawn."""
         return PlantedSource(
-            lambda n, stream, index: draw(n, stream, index) * scale,
-            scale_L=torch.full((n_layers,), scale),
-            d_model=d_model,
-            held_out_stream=held_out_stream,
+            draw,
+            scale_L=torch.ones(shape[0]),
+            d_model=shape[1],
+            held_out_stream=HELD_OUT_STREAM,
             held_out_tokens=self.held_out,
         )
 
@@ -109,9 +106,7 @@ def score(at: Place, found_FLD: np.ndarray, world: World, reading: Reading, *, l
         "dead_share": reading.dead_share,
         "saturated": recovery.is_saturated(len(reading), reading.size),
         "explained_variance": reading.explained_variance,
-        "l0": reading.l0,
-        "l0_true": l0_true,
-        "l0_error": recovery.relative_error(reading.l0, l0_true),
+        **recovery.beside_truth("l0", reading.l0, l0_true),
     }
     rows = rows_at(at, {**scores, **dictionary})
     for kind in kinds:

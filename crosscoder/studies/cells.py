@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from crosscoder.data.blocks import input_device
 from crosscoder.data.residuals import find_blocks
-from crosscoder.data.shards import ActivationShards, stored_source
-from crosscoder.data.sources import ShuffledSource, SiteSource, Source, StackedSource, held_out_batches
-from crosscoder.data.subject import USUAL_LOADING, Loading, load_model
+from crosscoder.data.shards import stored_source
+from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
+from crosscoder.data.stream import stream_source
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, load_untrained
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
+from crosscoder.foundation.origin import MismatchError, require_same
 from crosscoder.measure import counting, probes, profile, universality
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.results.table import Place, Role, Row, Site, State, finite, rows_at
-from crosscoder.studies.budget import CLASSES, Arm, DictionaryBudget, PartialStructure, WholeStructure
+from crosscoder.studies.budget import CLASSES, SPANNING, Arm, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.presets import Run
 from crosscoder.training import TrainConfig
 
@@ -38,11 +41,49 @@ MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at rand
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A model whose activations are harvested as cells train, and not stored."""
+
+    subject: Path | str
+    tokens: Path
+    """Folder of token blocks."""
+    most: tuple[int, int]
+    """Tokens to read for training and held out."""
+    untrained: bool = False
+    layers: tuple[int, ...] | None = None
+    blocks_path: str | None = None
+    keep_outliers: bool = False
+    loading: Loading = USUAL_LOADING
+
+    def source(self, site: Site, device: str) -> SiteSource:
+        """The activations of one site."""
+        return stream_source(
+            self.model(device),
+            self.tokens,
+            kind=site,
+            layers=self.layers,
+            blocks_path=self.blocks_path,
+            keep_outliers=self.keep_outliers,
+            max_tokens=self.most[0],
+            max_held_out_tokens=self.most[1],
+        )
+
+    def model(self, device: str) -> nn.Module:
+        """The model, trained or with weights drawn anew."""
+        if not self.untrained:
+            return load_model(self.subject, **asdict(self.loading), device=device)
+        revision, dtype = self.loading.revision, self.loading.dtype
+        return load_untrained(self.subject, revision=revision, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
 class Stores:
     """Where a subject's activations lie, and what a spliced evaluation needs of it."""
 
     train: Path
     held_out: Path
+    streamed: Streamed | None = None
+    """Where nothing is stored."""
     subject: Path | str | None = None
     """Folder or name of the subject, for splicing; None leaves splicing out."""
     held_out_ids: Path | None = None
@@ -50,8 +91,10 @@ class Stores:
     blocks_path: str | None = None
     loading: Loading = USUAL_LOADING
 
-    def source(self, site: Site) -> SiteSource:
+    def source(self, site: Site, device: str) -> SiteSource:
         """The activations of one site; hashes are not checked again."""
+        if self.streamed is not None:
+            return self.streamed.source(site, device)
         return stored_source(self.train, self.held_out, site, verify=False)
 
 
@@ -109,7 +152,7 @@ class Cell:
     @property
     def compared(self) -> bool:
         """Whether its dictionaries are read by the verdict: the main crosscoders of one subject."""
-        return self.role == "main" and self.place.arm == "crosscoder"
+        return self.role == "main" and self.other is None and self.arm in SPANNING
 
 
 def file_name(at: Place) -> str:
@@ -133,17 +176,17 @@ def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str 
         ValueError: the stores of a joint cell do not hold the same tokens.
     """
     if cell.other is not None:
-        stacked = StackedSource([store.source(cell.site) for store in stores])
+        stacked = StackedSource([store.source(cell.site, device) for store in stores])
         return [row for seed in cell.seeds for row in joint_rows(cell, stacked, seed, device=device)]
     (store,) = stores
-    stored = store.source(cell.site)
+    stored = store.source(cell.site, device)
     source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
     rows: list[Row] = []
     readings: list[Reading] = []
     for seed in cell.seeds:
         at = replace(cell.place, seed=seed)
         dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
-        reading = read_dictionary(dictionary, held_out())
+        reading = read_dictionary(dictionary, marked(source, device))
         rows += dictionary_rows(at, dictionary, reading)
         main = cell.role == "main" and cell.state != "shuffled"
         if main and store.subject is not None and seed == cell.seeds[0]:
@@ -170,7 +213,7 @@ def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: 
     if isinstance(source, StackedSource):
         settings["structure"] = Diffing(source.layer_counts, source.widths)
     dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, d_model=source.d_model, seed=seed, **settings)
-    dictionary.input_scale.copy_(source.scale_L)
+    dictionary.set_input(source.scale_L, source.reads)
     return dictionary
 
 
@@ -195,6 +238,11 @@ def fit(
     return dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out())
 
 
+def marked(source: Source, device: str) -> Iterator[Marked]:
+    """All held-out tokens of a source on a device, outliers marked."""
+    return (Marked(*(tensor.to(device) for tensor in batch[:3]), batch.token_B) for batch in source.marked())
+
+
 def probe(
     dictionary: Dictionary, held_out: Callable[[], Iterator[Tensor]], n_features: int, **settings: Any
 ) -> probes.FunctionalSpread:
@@ -213,6 +261,14 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list
         "l0_token_layer": reading.l0_layer,
         "threshold": dictionary.threshold.tolist() if is_batch else None,
     }
+    if (found := reading.outliers) is not None:
+        values |= {
+            "explained_variance_usual": finite(found.explained_variance_usual),
+            "explained_variance_every": found.explained_variance_every,
+            "outlier_share": found.share,
+            "outlier_share_per_layer": found.share_L.tolist(),
+            "outlier_energy_per_layer": found.energy_L.tolist(),
+        }
     if reading.n_groups == 1:
         values |= profile.describe_profiles(reading.decoder_FLD)
     return rows_at(at, values)
@@ -238,8 +294,9 @@ def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "c
     """
     at = replace(cell.place, seed=seed)
     dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
-    reading = read_dictionary(dictionary, held_out())
-    found = probe(dictionary, held_out, len(reading), document_T=source.held_out_sequences_T.numpy())
+    reading = read_dictionary(dictionary, marked(source, device))
+    assert reading.token_T is not None
+    found = probe(dictionary, held_out, len(reading), document_T=reading.token_T // source.context)
     n_first = source.layer_counts[0]
     energy_L1 = np.sqrt(source.energy_L)[:, None]
     profile_FL = profile.layer_profile(dictionary.decoder_FLD().float().cpu().numpy() / energy_L1)
@@ -259,11 +316,19 @@ def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "c
     return rows_at(at, values)
 
 
-def evaluate_dictionary(dictionary: Dictionary, held_out: ActivationShards, *, site: Site, device: str) -> list[Row]:
-    """What a trained dictionary counts and explains on a held-out store, as of one seed of a study."""
-    batches = held_out_batches(held_out, site, dictionary.input_scale.cpu())
-    reading = read_dictionary(dictionary, (x_BLD.to(device) for x_BLD in batches))
-    at = Place(site=site, n_features=dictionary.config.n_features, seed=dictionary.config.seed)
+def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: str = "cpu") -> list[Row]:
+    """What a trained dictionary counts and explains on the held-out tokens of a source, as of one seed of a study.
+
+    The source is to be at the dictionary's own scale: `SiteSource(..., scale_L=dictionary.input_scale)`.
+
+    Raises:
+        MismatchError: the source holds something else than what the dictionary reads, or is at another scale.
+    """
+    require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
+    if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
+        raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")
+    reading = read_dictionary(dictionary, marked(source, device))
+    at = Place(site=source.kind, n_features=dictionary.config.n_features, seed=dictionary.config.seed)
     return dictionary_rows(at, dictionary, reading)
 
 
@@ -277,9 +342,5 @@ def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: S
     ids = load_file(stores.held_out_ids)["ids"].long().to(input_device(model)).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
     found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
-    rows = rows_at(at, {"splice_tokens": found.n_tokens, "spliced_ablation": found.ablation})
-    rows += rows_at(at, {"clean_loss": found.clean_loss})
-    for one in found.sites:
-        numbers = {key: getattr(one, key) for key in ("spliced_loss", "ablated_loss", "loss_recovered", "kl")}
-        rows += rows_at(replace(at, layer=one.layer), numbers)
-    return rows
+    each = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]
+    return rows_at(at, found.clean) + each

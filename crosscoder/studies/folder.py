@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
-from crosscoder.data.tokens import PreparedTokens, TokenBlocks, prepare_tokens
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.provenance import describe_run
@@ -41,6 +42,8 @@ class StudyFolder:
 
     def __init__(self, root: Path, *, device: str = "cpu", workers: int = 1) -> None:
         self.root, self.device, self.workers = root, device, workers
+        self._activations = root / "activations"
+        self._splice_ids = self._activations / "splice_ids.safetensors"
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
         root.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,7 @@ class StudyFolder:
                     results[name] = job()
                     progress.advance()
                 return results
-            with ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_take_one_thread) as pool:
+            with ProcessPoolExecutor(self.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
                 futures = {pool.submit(job): name for name, job in jobs.items()}
                 for future in as_completed(futures):
                     name = futures[future]
@@ -87,7 +90,7 @@ class StudyFolder:
         """The study's text, prepared at the first call."""
         home = self.root / "tokens"
         if not (home / "held_out").is_dir():
-            prepare_tokens(text, **settings).save(home)
+            prepare_tokens(text, **settings, folder=home, quiet=False)
         return PreparedTokens.load(home)
 
     def stores(self, run: str, state: State, *, spliced: Path | str | None = None, **how: Any) -> Stores:
@@ -138,14 +141,6 @@ class StudyFolder:
         self.run({path.stem: partial(_keep, job, path) for path, job in jobs.items() if not path.is_file()}, label)
         return {path: read_rows(path) for path in jobs}
 
-    @property
-    def _activations(self) -> Path:
-        return self.root / "activations"
-
-    @property
-    def _splice_ids(self) -> Path:
-        return self._activations / "splice_ids.safetensors"
-
     def _rows_of(self, cell: Cell) -> Path:
         return self.root / "cells" / f"{cell.name}.json"
 
@@ -168,10 +163,6 @@ class StudyFolder:
 def default_workers(device: str) -> int:
     """One process a core on a CPU, one in all on a GPU."""
     return 1 if device != "cpu" else max(1, os.cpu_count() or 1)
-
-
-def _take_one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _keep(measure: Callable[[], list[Row]], path: Path) -> None:

@@ -12,7 +12,7 @@ from crosscoder.measure import dimension, saturation
 from crosscoder.measure.comparison import SiteReadings, measure_site
 from crosscoder.measure.density import ShapeReadings
 from crosscoder.measure.dimension import CEILING
-from crosscoder.measure.reading import load_reading
+from crosscoder.measure.reading import common_tokens, load_reading
 from crosscoder.measure.statistics import Bootstrap, seeds_row, statistic_row, two_level_bootstrap
 from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable, Place, Row, Site, State, finite
 from crosscoder.results.verdict import Verdict
@@ -78,9 +78,14 @@ def read_site(config: StudyConfig, table: LongTable, folder: Path, site: Site) -
 
     trained = {name: read(name, "trained") for name in shapes}
     untrained = {name: read(name, "untrained") for name in COMPARED}
-    # One token of every block, the first, is not harvested.
-    document_T = np.arange(trained["A"].readings[0].n_tokens) // (config.subjects.context - 1)
-    return SiteReadings(site=site, trained=trained, untrained=untrained, document_T=document_T)
+    every = [*trained.values(), *untrained.values()]
+    token_T = common_tokens([reading for shape in every for reading in shape.readings])
+    return SiteReadings(
+        site=site,
+        trained={name: shape.on_tokens(token_T) for name, shape in trained.items()},
+        untrained={name: shape.on_tokens(token_T) for name, shape in untrained.items()},
+        document_T=token_T // config.subjects.context,
+    )
 
 
 def cross_layer(table: LongTable, n_training_seeds: int) -> Row:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from pydantic import PositiveInt
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair, planted_density_ratio, planted_slot_ratio
 from crosscoder.foundation.config import config
-from crosscoder.measure import counting, dimension, matching, recovery
+from crosscoder.measure import counting, dimension, recovery
 from crosscoder.measure.reading import Reading
 from crosscoder.report.planted import write_page
 from crosscoder.results.file import Results, save_results
 from crosscoder.results.table import Place, Row, rows_at
-from crosscoder.studies.budget import Arm, Seeds
+from crosscoder.studies.budget import SPANNING, Arm, Seeds
 from crosscoder.studies.calibration import FitConfig, score
 from crosscoder.studies.folder import StudyFolder
+from crosscoder.studies.presets import named_configs
 
 
 @config
@@ -45,33 +45,7 @@ class PlantedConfig:
     """A pair of worlds for each exponent of the lifespan, with features that do not turn; `pair.gamma` is not used."""
 
 
-_LARGE_WORLD = WorldConfig(
-    n_features=256, n_layers=4, d_model=32, kinds=("local", "persistent", "drifting", "split"), p_min=0.005, p_max=0.035
-)
-_LARGE_PAIR = PairConfig(n_features=256, n_layers=4, d_model=32, p_min=0.005, p_max=0.035)
-PRESETS: dict[str, PlantedConfig] = {
-    "ci": PlantedConfig(),
-    "quick": PlantedConfig(
-        world=_LARGE_WORLD,
-        fit=FitConfig(steps=1500),
-        sizes=(384, 1024),
-        bank_sizes=(256,),
-        seeds=(0, 1),
-        pair=_LARGE_PAIR,
-        pair_size=384,
-        gammas=(0.0, 0.5, 1.0),
-    ),
-    "full": PlantedConfig(
-        world=replace(_LARGE_WORLD, kinds=("local", "persistent", "drifting", "split", "gated")),
-        fit=FitConfig(steps=3000, held_out=81_920),
-        sizes=(128, 192, 256, 384, 768, 1024),
-        bank_sizes=(128, 256, 512),
-        seeds=(0, 1, 2, 3, 4),
-        pair=replace(_LARGE_PAIR, n_layers=16),
-        pair_size=384,
-        gammas=(0.0, 0.5, 1.0),
-    ),
-}
+PRESETS = named_configs(PlantedConfig, "planted")
 
 
 def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: str = "cpu") -> list[Row]:
@@ -81,11 +55,9 @@ def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: s
     """
     world = World(replace(config.world, seed=seed))
     shape = world.config.n_layers, world.config.d_model
-    if arm == "crosscoder":
-        l0_true, n_groups = float(world.probability_F.sum()), 1
-    else:
-        l0_true, n_groups = float(world.probability_F @ world.rho_F), world.config.n_layers
-    k = config.fit.k(l0_true / n_groups, size)
+    spans = arm in SPANNING
+    l0_true = float(world.probability_F.sum() if spans else world.probability_F @ world.rho_F)
+    k = config.fit.k(l0_true / (1 if spans else world.config.n_layers), size)
     source = config.fit.source(world.draw, shape)
     reading = config.fit.run(arm, source, n_features=size, k=k, seed=seed, device=device)
     at = Place(arm=arm, n_features=size, k=k, seed=seed)
@@ -103,12 +75,7 @@ def merged_decoders(bank: Reading, rule: str) -> np.ndarray:
 
     A chain's decoder is the sum of its members' rows, each as long as its mean activation while active.
     """
-    starts = np.cumsum([0, *(len(group) for group in bank.groups)])
-    links = [np.zeros((0, 2), dtype=np.int64)]
-    for layer, (first, second) in enumerate(pairwise(bank.groups)):
-        correlation = matching.activation_correlation(first.code, second.code)
-        links.append(counting.RULES[rule](correlation, counting.LINK) + starts[layer : layer + 2])
-    chain_F = matching.joined(len(bank), np.concatenate(links))
+    chain_F = counting.chains(bank)["correlation", rule]
     mean_F = np.asarray(bank.code.sum(0)).ravel() / np.maximum(np.diff(bank.code.indptr), 1)
     chains = np.zeros((chain_F.max(initial=-1) + 1, *bank.decoder_FLD.shape[1:]))
     np.add.at(chains, chain_F, mean_F[:, None, None] * bank.decoder_FLD)
@@ -125,15 +92,12 @@ def measure_pair(config: PlantedConfig, gamma: float, seed: int, device: str = "
     a, b = sides["A"], sides["B"]
     slots = 2 * (b["count"] / a["count"]) * (b["rho"] / a["rho"])
     density = (b["entropy_load"] / b["d_eff"]) / (a["entropy_load"] / a["d_eff"])
-    slots_true = planted_slot_ratio(gamma)
     drawn = pair.drawn_dimension("A") / pair.drawn_dimension("B")
     at = Place(arm="crosscoder", n_features=config.pair_size, seed=seed, kind=f"gamma-{gamma:g}")
     values = {
         "planted_gamma": gamma,
         "planted_delta": pair.delta,
-        "r_slots": slots,
-        "r_slots_true": slots_true,
-        "r_slots_error": recovery.relative_error(slots, slots_true),
+        **recovery.beside_truth("r_slots", slots, planted_slot_ratio(gamma)),
         "r_density": density,
         "r_density_true": planted_density_ratio(pair.delta),
         "r_density_drawn": drawn,

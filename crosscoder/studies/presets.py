@@ -1,16 +1,19 @@
-"""The settings of the two-subject study, and the three sizes it comes in."""
+"""The settings of the two-subject study; the sizes it comes in are in `presets.toml`."""
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import field, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from crosscoder.data.subject_training import SubjectConfig
-from crosscoder.foundation.config import config
+from crosscoder.foundation.config import config, from_mapping
 from crosscoder.studies.budget import DictionaryBudget, Seeds
 
+T = TypeVar("T")
 Run = tuple[str, int]  # a shape and the position of its training seed
 MIN_HELD_OUT = 1000
 """Held-out tokens below which a feature would have to be active on more than 1 % of them to count as alive."""
@@ -109,55 +112,15 @@ class StudyConfig:
     """Whether crosscoders over two subjects at once are trained: A and B, two trainings of A, A and B untrained. Left
     out of `quick` for its ten minutes."""
     keep_activations: bool = False
+    stream: bool = False
+    """Harvest activations as dictionaries train, again for each, and store none."""
 
 
-PRESETS: dict[str, StudyConfig] = {
-    "smoke": StudyConfig(
-        subjects=SubjectsConfig(
-            a=Shape(n_layers=4, d_model=32, tokens=30_000),
-            b=Shape(n_layers=1, d_model=64, tokens=30_000),
-            c=Shape(n_layers=2, d_model=46, tokens=30_000),
-            context=64,
-            batch=8,
-            n_checkpoints=5,
-        ),
-        dictionaries=DictionaryBudget(
-            n_features=96, k_crosscoder=12, k_layerwise=8, steps=60, batch=256, dead_after_tokens=5_000
-        ),
-        sizes=(48,),
-        k_factors=(0.5,),
-        tokens_train=8_000,
-        tokens_held_out=4_000,
-        splice_blocks=4,
-        calibration_worlds=1,
-        joint=True,
-    ),
-    "quick": StudyConfig(),
-    "full": StudyConfig(
-        subjects=SubjectsConfig(
-            a=Shape(n_layers=16, d_model=256, learning_rate=2e-3, tokens=30_000_000),
-            b=Shape(n_layers=4, d_model=512, learning_rate=2e-3, tokens=30_000_000),
-            c=Shape(n_layers=8, d_model=360, learning_rate=2e-3, tokens=30_000_000),
-            seeds=(0, 1, 2),
-            vocab_size=4096,
-            context=256,
-            batch=64,
-        ),
-        dictionaries=DictionaryBudget(
-            n_features=16_384,
-            k_crosscoder=64,
-            k_layerwise=32,
-            steps=6_000,
-            batch=8192,
-            learning_rate=5e-4,
-            precision="bf16",
-            dead_after_tokens=2_000_000,
-        ),
-        seeds=(0, 1, 2),
-        sizes=(2048, 4096, 8192),
-        tokens_train=3_000_000,
-        tokens_held_out=200_000,
-        splice_blocks=64,
-        joint=True,
-    ),
-}
+def named_configs(kind: type[T], group: str) -> dict[str, T]:
+    """The configs of a group of `presets.toml`, by name."""
+    path = Path(__file__).with_suffix(".toml")
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))[group]
+    return {name: from_mapping(kind, table, where=f"{path.name}: {group}.{name}") for name, table in tables.items()}
+
+
+PRESETS = named_configs(StudyConfig, "shapes")

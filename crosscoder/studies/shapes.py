@@ -31,10 +31,11 @@ from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.budget import with_k, with_size
+from crosscoder.studies.budget import SPANNING, with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
-from crosscoder.studies.cells import Cell, Stores
+from crosscoder.studies.cells import Cell, Stores, Streamed
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
+from crosscoder.studies.inputs import require_inputs, text_hash
 from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
 from crosscoder.verdict.rule import RULE
 
@@ -49,6 +50,7 @@ def run_study(
     """
     part, subjects = part or Part(), config.subjects
     study = StudyFolder(folder, device=device, workers=workers)
+    require_inputs(folder, text=text_hash(subjects.text))
     of_text = {"vocab_size": subjects.vocab_size, "sequence_length": subjects.context, "seed": subjects.seed}
     tokens = study.tokens(subjects.text, **of_text)
     study.lap("tokens")
@@ -113,8 +115,8 @@ def study_cells(config: StudyConfig) -> list[Cell]:
     layers = {name: shape.n_layers for name, shape in config.subjects.shapes().items()}
 
     def cost(cell: Cell) -> int:
-        arms = 2 if cell.arm == "layerwise" else 1
-        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * arms
+        longer = 1 if cell.arm in SPANNING else 2
+        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * longer
 
     cells = [replace(cell, probed=_is_probed(cell)) for cell in sorted(cells, key=cost, reverse=True)]
     return [*cells, *(_joint_cells(mains["A"], len(every)) if config.joint else ())]
@@ -232,8 +234,12 @@ def _harvest(
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
             spliced = checkpoint if state == "trained" and t == 0 and config.splice_blocks else None
-            stores[name, t, state] = here = study.stores(f"{name}{t}", state, spliced=spliced)
-            home = study.root / "tokens"
+            here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
+            if config.stream:
+                most = config.tokens_train, config.tokens_held_out
+                stores[name, t, state] = replace(here, streamed=Streamed(checkpoint, home, most))
+                continue
+            stores[name, t, state] = here
             jobs[f"{name}{t}-{state}"] = partial(_harvest_one, checkpoint, home, here, config, study.device)
     study.run(jobs, "activations")
     return stores

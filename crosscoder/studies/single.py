@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,18 @@ from pydantic import NonNegativeInt, PositiveInt
 from crosscoder.data.blocks import input_device
 from crosscoder.data.probe import meaningless_loss
 from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.subject import USUAL_LOADING, Loading, load_subject, load_untrained
-from crosscoder.data.subject_training import causal_loss
+from crosscoder.data.sources import are_neighbours
+from crosscoder.data.subject import USUAL_LOADING, Loading, load_subject, model_origin
+from crosscoder.data.subject_training import causal_loss, describe_policies, loss_of_policies
+from crosscoder.data.tokenizer import find_bos
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import Place, Site, State, rows_at
-from crosscoder.studies.budget import Arm, DictionaryBudget, Seeds
-from crosscoder.studies.cells import Cell
+from crosscoder.studies.budget import SPANNING, Arm, DictionaryBudget, Seeds
+from crosscoder.studies.cells import Cell, Streamed
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
+from crosscoder.studies.inputs import require_inputs, text_hash
 
 NAME = "S"
 LOSS_BLOCKS = 32
@@ -49,6 +52,10 @@ class SubjectStudyConfig:
     untrained: bool = True
     """Whether the same dictionaries are also trained on the model with new initial weights: the control."""
     keep_activations: bool = False
+    stream: bool = False
+    """Harvest activations as dictionaries train, again for each, and store none."""
+    keep_outliers: bool = False
+    """Keep special tokens, first tokens and those of huge norm."""
 
     def __post_init__(self) -> None:
         if self.layers == ():
@@ -60,8 +67,13 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     study = StudyFolder(folder, device=device, workers=workers)
     how = asdict(config.loading)
     subject = load_subject(config.subject, **how, device=device)
+    origin = model_origin(subject.model, config.subject, config.loading.revision)
+    require_inputs(folder, text=text_hash(config.text), model=origin.weights)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
+    bos = find_bos(subject.tokenizer)
+    losses = loss_of_policies(subject.model, tokens.held_out, bos=bos or subject.tokenizer.bos_token_id)
+    say(describe_policies(losses, with_bos=bos is not None))
     study.lap("tokens")
     probed = ResidualHarvester(subject.model, blocks_path=config.blocks_path).probed
     n_blocks, no_loss = probed.n_blocks, meaningless_loss(subject.model, probed)
@@ -70,21 +82,30 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     layers = config.layers or tuple(range(1, n_blocks + 1))
     cells = study_cells(config, layers)
 
-    def untrained() -> Any:
-        revision, dtype = config.loading.revision, config.loading.dtype
-        return load_untrained(config.subject, revision=revision, dtype=dtype, device=device)
-
     def harvest() -> StoresOf:
         study.draw_splice_ids(tokens.held_out, config.splice_blocks)
         stores = {}
         for state in STATES if config.untrained else STATES[:1]:
-            model = subject.model if state == "trained" else untrained()
             spliced = config.subject if state == "trained" and config.splice_blocks and no_loss is None else None
             here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path, loading=config.loading)
-            say(f"harvesting {config.tokens_train + config.tokens_held_out:,} tokens, {state}")
-            harvester = ResidualHarvester(model, layers=layers, blocks_path=config.blocks_path)
-            harvest_into(here, harvester, tokens, (config.tokens_train, config.tokens_held_out), quiet=False)
-            stores[NAME, 0, state] = here
+            most = config.tokens_train, config.tokens_held_out
+            read: dict[str, Any] = {"layers": layers, "blocks_path": config.blocks_path}
+            read |= {"keep_outliers": config.keep_outliers}
+            streamed = Streamed(
+                config.subject,
+                study.root / "tokens",
+                most,
+                untrained=state == "untrained",
+                loading=config.loading,
+                **read,
+            )
+            stores[NAME, 0, state] = replace(here, streamed=streamed if config.stream else None)
+            if config.stream:
+                continue
+            say(f"harvesting {sum(most):,} tokens, {state}")
+            model = subject.model if state == "trained" else streamed.model(device)
+            harvester = ResidualHarvester(model, **read, origin=origin if state == "trained" else None)
+            harvest_into(here, harvester, tokens, most, quiet=False)
         return stores
 
     study.run_cells(cells, harvest, keep_activations=config.keep_activations)
@@ -110,7 +131,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
     Beside the untrained model, the crosscoder on block writes has a second control: each layer's tokens in an order of
     their own, so that nothing but chance joins layers.
     """
-    neighbours = len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1))
+    neighbours = are_neighbours(layers)
     sites: tuple[Site, ...] = ("residual", "write") if neighbours else ("residual",)
     states = STATES if config.untrained else STATES[:1]
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
@@ -126,7 +147,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
             role="main",
             budget=config.dictionaries,
             seeds=config.seeds[:1] if state == "shuffled" else config.seeds,
-            probed=arm == "crosscoder" and site == "write",
+            probed=arm in SPANNING and site == "write",
         )
         for arm, site, state in kinds
     ]

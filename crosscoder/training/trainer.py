@@ -25,6 +25,8 @@ from crosscoder.training.state import TrainState
 from crosscoder.training.step import TrainConfig, take_step
 
 Batches = Iterable[Tensor] | Callable[[int], Iterable[Tensor]]
+SMOOTHING = 0.8
+"""Weight of the past in the explained variance that is shown."""
 Repeatable = Sequence[Tensor] | Callable[[int], Iterable[Tensor]]
 
 
@@ -47,6 +49,8 @@ def train(
     resume: bool = False,
     device: torch.device | str | None = None,
     data_fingerprint: str | None = None,
+    monitor: Callable[[Dictionary], Entry] | None = None,
+    monitor_every: int = 0,
     label: str = "training",
     quiet: bool = False,
 ) -> TrainResult:
@@ -56,9 +60,15 @@ def train(
         is replayed and its used part skipped, so it must give the same batches again.
     folder: where `metrics.jsonl`, `run.json`, checkpoints and the finished `dictionary/` go; None writes nothing.
     resume: continue from the folder's newest verified checkpoint, if there is one.
+    monitor: what to measure of the dictionary (in evaluation mode) at the end, and every `monitor_every` steps, such as
+        its explained variance on held-out batches; logged and shown.
+
+    Batches of a source (`Source.batches`) carry the scale and the record of their activations, which the dictionary
+    takes over.
 
     Raises:
         ValueError: a batch of the wrong shape, no batches, fewer than `config.steps`, or a folder in use.
+        MismatchError: the dictionary has a scale or record of its inputs already, and the batches have another.
         NonFiniteError: a batch, loss or gradient is not finite; the parameters are as before that step.
     """
     config = config or TrainConfig()
@@ -66,6 +76,8 @@ def train(
         raise ValueError(f"batches is one tensor of shape {tuple(batches.shape)}; give an iterable of batches, as [x]")
     n_steps = len(batches) if config.steps is None and isinstance(batches, Sized) else config.steps
     was_training = dictionary.training
+    if (scale_L := getattr(batches, "scale_L", None)) is not None:
+        dictionary.set_input(scale_L, getattr(batches, "reads", None))
     dictionary.to(device).train()
     settings = {
         "class": type(dictionary).__name__,
@@ -78,7 +90,8 @@ def train(
     run = RunLog(None if folder is None else Path(folder), settings)
     run.open(state, resume=resume)
     try:
-        _take_steps(state, batches, config, n_steps, run, Progress(label, n_steps, unit="step", quiet=quiet))
+        progress = Progress(label, n_steps, unit="step", quiet=quiet)
+        _take_steps(state, batches, config, n_steps, run, progress, monitor, monitor_every)
         if state.step == 0 or (config.steps is not None and state.step < config.steps):
             raise ValueError(
                 f"the batches ended after {state.step} of {config.steps or 'at least 1'} steps; "
@@ -121,6 +134,8 @@ def train_warm_chain(
     if not (isinstance(batches, Sequence) or callable(batches)):
         kind = type(batches).__name__
         raise ValueError(f"batches is a {kind}, and a chain reads its batches once a layer; give a list or a function")
+    if (scale_L := getattr(batches, "scale_L", None)) is not None:
+        bank.set_input(scale_L, getattr(batches, "reads", None))
     metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)
     for layer in range(n_layers):
         single = type(bank)(**{**bank.config.settings(), "n_layers": 1})
@@ -157,21 +172,51 @@ def _one_layer(batches: Repeatable, layer: int) -> Batches:
 
 
 def _take_steps(
-    state: TrainState, batches: Batches, config: TrainConfig, n_steps: int | None, run: RunLog, progress: Progress
+    state: TrainState,
+    batches: Batches,
+    config: TrainConfig,
+    n_steps: int | None,
+    run: RunLog,
+    progress: Progress,
+    monitor: Callable[[Dictionary], Entry] | None,
+    monitor_every: int,
 ) -> None:
     numbers: Callable[[], Entry] | None = None
+    shown: dict[str, float] = {}
     with progress:
         progress.advance(state.step)
         for x in _batches_from(batches, state, n_steps):
             numbers = take_step(state, x.to(state.dictionary.encoder.device, non_blocking=True), config, n_steps)
             if state.step % config.log_every == 0 or state.step == n_steps:
-                run.log(numbers())
+                run.log(entry := numbers())
                 numbers = None
-            progress.advance(1)
+                shown |= _to_show(entry, shown, state)
+            progress.advance(1, **shown)
+            if monitor is not None and monitor_every and state.step % monitor_every == 0 and state.step != n_steps:
+                shown |= _monitor(state, monitor, run)
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                 run.checkpoint(state)
     if numbers is not None:
         run.log(numbers())
+    if monitor is not None and state.step:
+        _monitor(state, monitor, run)
+
+
+def _to_show(entry: Entry, before: dict[str, float], state: TrainState) -> dict[str, float]:
+    """Loss, smoothed explained variance, L0, and the share of features that have long been silent."""
+    found = {name: float(entry[name] or 0.0) for name in ("loss", "l0")}
+    found["dead"] = float(entry["silent_features"] or 0.0) / state.firing.silent_GF.numel()
+    if (explained := entry["explained_variance"]) is not None:
+        found["explained"] = explained + SMOOTHING * (before.get("explained", explained) - explained)
+    return found
+
+
+def _monitor(state: TrainState, monitor: Callable[[Dictionary], Entry], run: RunLog) -> dict[str, float]:
+    state.dictionary.eval()
+    found = monitor(state.dictionary)
+    state.dictionary.train()
+    run.log({"step": state.step, "tokens": state.tokens, **found})
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _batches_from(batches: Batches, state: TrainState, n_steps: int | None) -> Iterator[Tensor]:

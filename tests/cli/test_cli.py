@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import processors
 
 import crosscoder
 from crosscoder import Crosscoder, LayerwiseSAE, TopK, load_dictionary
 from crosscoder.cli import main
-from crosscoder.data.subject import load_subject
-from crosscoder.data.tokens import TokenBlocks, tokenizer_hash
+from crosscoder.data.subject import build_subject, load_subject
+from crosscoder.data.tokenizer import END_OF_TEXT, tokenizer_hash, train_tokenizer
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Transcoder
 from crosscoder.results.file import load_results
 from crosscoder.studies.budget import DictionaryBudget
@@ -99,6 +101,61 @@ def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
     assert numbers["dictionary_size"] == 64
 
 
+@pytest.fixture(scope="module")
+def own_model(texts, tmp_path_factory):
+    """A model with its tokenizer, which puts `<|endoftext|>` before a text, as some do."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["some text of a cat, and of a river"], vocab_size=270)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    build_subject(1, 32, vocab_size=len(tokenizer), context=64, seed=0).save_pretrained(folder)
+    return folder
+
+
+def test_prepare_with_a_model_says_what_it_read_and_the_loss_of_both_policies(own_model, texts, tmp_path, capsys):
+    (texts / "notes.pdf").write_bytes(b"%PDF")
+    arguments = ["prepare", "--subject", str(own_model), "--text", str(texts), "--context", "32"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--max-tokens", "9000"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"texts\d*: \d+ documents; left out: 1 \.pdf files", said)
+    losses = re.search(r"held-out loss of the model: ([\d.]+) nats/token with BOS, ([\d.]+) without BOS", said)
+    assert losses, said
+    assert all(4 < float(loss) < 8 for loss in losses.groups())  # of a model that knows nothing: log 270 = 5.6
+    found = PreparedTokens.load(tmp_path / "a")
+    assert found.train.origin.bos == 0
+    assert found.train.origin.name == str(own_model)
+    assert f"{found.train.n_text_tokens:,} training" in said
+    assert found.train.n_text_tokens * 32 == found.train.n_tokens * 31
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--no-bos", "--no-check-loss"]) == 0
+    assert "loss" not in capsys.readouterr().err
+    assert PreparedTokens.load(tmp_path / "b").train.origin.bos is None
+
+
+def test_prepare_reads_no_weights_but_for_the_loss(own_model, texts, tmp_path, capsys):
+    """Its folder is written, whatever becomes of the model."""
+    folder = tmp_path / "model"
+    shutil.copytree(own_model, folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    arguments = ["prepare", "--subject", str(folder), "--text", str(texts), "--context", "32"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), "--no-check-loss"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().err
+    assert len(re.findall(r"^warning: the tokens are whole, but .* could not be checked", said, re.MULTILINE)) == 1
+    assert (
+        PreparedTokens.load(tmp_path / "b").train.fingerprint == PreparedTokens.load(tmp_path / "a").train.fingerprint
+    )
+
+
+def test_a_context_above_the_model_s_is_one_clear_line(own_model, texts, tmp_path, capsys):
+    arguments = ["prepare", "--subject", str(own_model), "--text", str(texts), "--out", str(tmp_path / "a")]
+    assert main([*arguments, "--context", "65"]) == 2
+    assert "--context 65 is more than the 64 positions" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
 def test_compare_on_one_subject(pipeline, texts, capsys):
     folder = pipeline / "with_tokenizer"
     shutil.copytree(pipeline / "subject/step-62", folder)
@@ -111,6 +168,47 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     assert results.subjects == ("S",)
     assert {row.at.arm for row in results.rows.select("distinct")} == {"layerwise", "crosscoder"}
     assert "distinct" in report.read_text()
+    # Harvested as dictionaries train: the same numbers, and nothing on disk.
+    assert main([*arguments, "--stream"]) == 0
+    streamed = load_results(Path(capsys.readouterr().out.strip().splitlines()[-1]).parent)
+    for arm in ("layerwise", "crosscoder"):
+        ours, theirs = (found.rows.values("explained_variance", arm=arm) for found in (streamed, results))
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    # A text or model that was replaced gives no old results.
+    spare = (texts / "00.txt").read_text()
+    (texts / "00.txt").write_text(spare + " one more dog")
+    assert main(arguments) == 2
+    assert re.search(r"made from other inputs: text \(now \w+, then \w+\) changed", capsys.readouterr().err)
+    (texts / "00.txt").write_text(spare)
+    shutil.rmtree(folder)
+    shutil.copytree(pipeline / "subject/step-0", folder)
+    shutil.copytree(pipeline / "tokens/tokenizer", folder, ignore=lambda *_: ["MANIFEST.json"], dirs_exist_ok=True)
+    assert main(arguments) == 2
+    assert "made from other inputs: model (now" in capsys.readouterr().err
+
+
+def test_a_dictionary_is_not_measured_on_what_it_does_not_read(pipeline, own_model, texts, tmp_path, capsys):
+    acts, writes = str(pipeline / "acts"), str(tmp_path / "writes")
+    assert main(["train", "--activations", acts, "--site", "write", "--out", writes, *FORTY]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"reads what each block adds to the residual stream, sites 1, 2, of .*step-62", said)
+    assert re.search(r"on \d+ held-out tokens: explained variance 0\.\d+, L0 \d", said)
+    evaluate = ["evaluate", "--dictionary", f"{writes}/dictionary"]
+    assert main([*evaluate, "--activations", acts, "--site", "residual"]) == 2
+    assert "site: the dictionary write, the activations residual (--site write)" in capsys.readouterr().err
+    assert main([*evaluate, "--activations", acts]) == 0  # what it reads, unless told otherwise
+    stored = json.loads(capsys.readouterr().out)
+    other = ["--tokens-folder", str(pipeline / "tokens"), "--max-held-out-tokens", "500"]
+    assert main([*evaluate, "--subject", str(pipeline / "subject/step-62"), *other]) == 0
+    assert json.loads(capsys.readouterr().out)["explained_variance"] == pytest.approx(stored["explained_variance"])
+    assert main([*evaluate, "--subject", str(pipeline / "subject/step-0"), *other]) == 2
+    assert re.search(r"model: the dictionary \S*step-62 .*, the activations \S*step-0 ", capsys.readouterr().err)
+    assert main([*evaluate, "--subject", str(pipeline / "subject/step-62"), *other, "--layers", "1", "2"]) == 2
+    assert "sites: the dictionary [1, 2], the activations [2]" in capsys.readouterr().err
+    # Ids of another tokenizer fit this model's vocabulary, and mean other text.
+    harvest = ["harvest", "--subject", str(own_model), "--tokens-folder", str(pipeline / "tokens")]
+    assert main([*harvest, "--out", str(tmp_path / "acts")]) == 2
+    assert "its ids mean other text; prepare the text with --subject" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_changes_nothing(pipeline):
@@ -283,6 +381,11 @@ HARVEST = ("--subject", "x", "--tokens-folder", "y", "--out", "z")
         (["compare", "--subject", "x", "--joint"], "--joint would change nothing here"),
         (["compare", "--window", "3"], "--window would change nothing here"),
         (["prepare", "--subject", "x", "--vocab-size", "9", "--out", "y"], "--vocab-size would change nothing here"),
+        (["prepare", "--split", "x", "--column", "y", "--out", "y"], "--split, --column would change nothing here"),
+        (["prepare", "--text", ".", "--revision", "x", "--out", "y"], "--revision would change nothing here"),
+        (["prepare", "--subject-revision", "x", "--out", "y"], "--subject-revision would change nothing here"),
+        (["prepare", "--no-check-loss", "--out", "y"], "--check-loss would change nothing here"),
+        (["prepare", "--bos", "--no-bos", "--out", "y"], "--no-bos would change nothing here: --bos asks for the"),
         ([*TRAIN, "--budget.bank", "shared"], "--budget.bank would change nothing here: only a bank"),
         ([*TRAIN, "--subject", "z", "--layers", "1"], "--subject, --layers would change nothing here"),
         ([*TRAIN, "--revision", "v1", "--dtype", "auto"], "--revision, --dtype would change nothing here"),
@@ -327,7 +430,11 @@ def test_export_writes_what_saelens_reads(arm, folders, tmp_path, capsys):
         n_layers=2, d_model=4, n_features=8, sparsity=TopK(k=2)
     )
     dictionary.save_pretrained(tmp_path / "dictionary")
-    assert main(["export", str(tmp_path / "dictionary"), str(tmp_path / "out")]) == 0
+    arguments = ["export", str(tmp_path / "dictionary"), str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "needs the scale of this dictionary's inputs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--raw-inputs"]) == 0
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "out"
     written = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/cfg.json"))
     assert written == [Path(name) for name in folders]

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from crosscoder.data import shards as shards_module
+from crosscoder.data import stream as stream_module
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.sources import SiteSource
@@ -25,7 +26,7 @@ def test_a_shuffled_batch_mixes_sequences(harvester, blocks, tmp_path):
     store = write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
     plain = store.rows(0, N_TOKENS).flatten(1)
     numbers = torch.cdist(store.epoch_rows(0, 30, seed=0, epoch=0).flatten(1), plain).argmin(1)
-    assert len((numbers // 20).unique()) == 4
+    assert len((numbers // 14).unique()) == 6
     assert not torch.equal(numbers, numbers.sort().values)
 
 
@@ -35,18 +36,17 @@ def test_rows_and_where_they_come_from_are_in_stored_order(harvester, blocks, tr
     torch.testing.assert_close(store.rows(15, 45), truth[15:45])
     assert store.sequences_T.tolist() == [number for number in range(11) for _ in range(7)]
     assert store.positions_T.tolist() == list(range(1, 8)) * 11
-    assert store.index.dropped == {"first_positions": 11, "beyond_max_tokens": 0}
+    assert store.index.dropped == {"first_positions": 11, "special_tokens": 0}
     assert store.index.metadata == {"model": "tiny"}
-    assert [shard.tokens for shard in store.index.shards] == [20, 20, 20, 17]
+    assert [shard.tokens for shard in store.index.shards] == [14, 14, 14, 14, 14, 7]  # whole blocks
     with pytest.raises(ValueError, match="rows 70 to 78"):
         store.rows(70, 78)
 
 
 def test_max_tokens_takes_spread_blocks_and_never_repeats(harvester, blocks, tmp_path):
     store = write_shards(harvester, blocks, tmp_path / "s", max_tokens=20)
-    assert store.n_tokens == 20
+    assert store.n_tokens == 21
     assert store.sequences_T.unique().tolist() == [0, 5, 10]
-    assert store.index.dropped["beyond_max_tokens"] == 1
     assert write_shards(harvester, blocks, tmp_path / "all", max_tokens=10_000).n_tokens == N_TOKENS
 
 
@@ -112,18 +112,44 @@ def test_an_altered_shard_and_a_forged_index_are_refused(harvester, blocks, tmp_
             ActivationShards.load(tmp_path / "s", verify=False)
 
 
-def test_a_harvest_that_dies_leaves_nothing(harvester, blocks, tmp_path, monkeypatch):
+def test_a_killed_harvest_goes_on_from_its_last_whole_shard(harvester, blocks, tmp_path, monkeypatch):
+    whole = write_shards(harvester, blocks, tmp_path / "whole", tokens_per_shard=20)
+    written = []
+
     def fail_on_third(tensors, path):
-        if path.name == "shard-00002.safetensors":
+        written.append(path.name)
+        if len(written) == 3:
+            path.write_bytes(b"torn")
             raise KeyboardInterrupt
         save_file(tensors, path)
 
     monkeypatch.setattr("safetensors.torch.save_file", fail_on_third)
+    (tmp_path / ".part-s-0123456789ab").mkdir()  # what a harvest of other settings left
+    (tmp_path / ".part-s-more-0123456789ab").mkdir()  # another store's
     with pytest.raises(KeyboardInterrupt):
         write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
-    assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError):
         ActivationShards.load(tmp_path / "s", verify=False)
+    store = write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
+    assert len(written) == 3 + 4  # two shards were kept
+    assert torch.equal(store.rows(0, N_TOKENS), whole.rows(0, N_TOKENS))
+    assert store.fingerprint == whole.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-s-more-0123456789ab", "s", "whole"]
+
+
+def test_a_harvest_holds_one_shard_and_one_call_of_the_model(harvester, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "HARVEST_TOKENS", 8)
+    sizes = []
+    whole = torch.empty
+
+    def counted(*shape, **given):
+        made = whole(*shape, **given)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(torch, "empty", counted)
+    write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=20)
+    assert max(sizes) <= 14 * 4 * 16
 
 
 def test_a_store_larger_than_the_disk_is_refused_before_it_is_begun(harvester, blocks, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from crosscoder.data.subject import (
     model_origin,
     swiglu_width,
 )
-from crosscoder.data.tokens import train_tokenizer
+from crosscoder.data.tokenizer import train_tokenizer
 from crosscoder.needs import harvest_needs
 
 

@@ -1,20 +1,16 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from crosscoder.data.tokens import (
-    END_OF_TEXT,
-    PreparedTokens,
-    TokenBlocks,
-    pack_documents,
-    prepare_tokens,
-    tokenizer_hash,
-    train_tokenizer,
-)
-from crosscoder.foundation.artifact import DamagedArtifactError, committed_directory
+from crosscoder.data.prepare import pack_documents, prepare_tokens
+from crosscoder.data.tokenizer import END_OF_TEXT, tokenizer_hash, train_tokenizer
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
+from crosscoder.foundation.artifact import DamagedArtifactError, committed_directory, read_json, write_json
 
 DOCUMENTS = [
     "the cat sat on the mat",
@@ -42,7 +38,7 @@ def test_tokenizer_is_deterministic_reversible_and_covers_all_text(tokenizer):
 
 
 def test_packing_keeps_every_token_in_order_and_counts_the_rest(tokenizer, monkeypatch):
-    monkeypatch.setattr("crosscoder.data.tokens._CHUNK", 3)
+    monkeypatch.setattr("crosscoder.data.prepare._BATCH", 50)
     blocks = pack_documents(DOCUMENTS, tokenizer, sequence_length=7)
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in DOCUMENTS]
     flat = [token for document in ids for token in document]
@@ -91,6 +87,64 @@ def test_save_and_load_and_datasets_reads_the_same(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     table = datasets.load_from_disk(str(tmp_path / "t"))
     assert table["input_ids"][:] == blocks[:].tolist()
+
+
+def test_blocks_in_chunks_are_the_same_as_in_one(tmp_path, monkeypatch):
+    """As they are in memory, on disk, and indexed in every way; looked through a few ids at a time."""
+    monkeypatch.setattr("crosscoder.data.tokens._RUN", 10)
+    ids, documents = np.arange(60).reshape(12, 5), np.arange(12) // 2
+    whole = TokenBlocks(ids, vocab_size=60, documents=documents)
+    parts = TokenBlocks(np.split(ids, [3, 4, 10]), vocab_size=60, documents=documents)
+    parts.save(tmp_path / "t")
+    for blocks in (parts, TokenBlocks.load(tmp_path / "t")):
+        assert (len(blocks), blocks.n_tokens) == (12, 60)
+        assert blocks.fingerprint == whole.fingerprint
+        for at in (0, -1, 9, slice(None), slice(1, 11, 3), slice(None, None, -2), slice(5, 5)):
+            assert torch.equal(blocks[at], whole[at]), at
+        for at in (torch.tensor([11, 0, 3, 3]), torch.tensor([], dtype=torch.int64)):
+            assert torch.equal(blocks[at], whole[at]), at
+    with pytest.raises(IndexError):
+        parts[12]
+    with pytest.raises(ValueError, match="run from 0 to 59, expected 0 to 58"):
+        TokenBlocks(np.split(ids, 3), vocab_size=59)
+
+
+def test_what_is_loaded_stays_on_disk(tmp_path):
+    """Of 80 MB of ids, loading, checking and reading a few leave a few in memory."""
+    rows = 20_000
+    part = np.arange(rows * 200, dtype=np.int32).reshape(rows, 200) % 1000
+    TokenBlocks([part] * 5, vocab_size=1000).save(tmp_path / "t")
+    code = (
+        "import resource, sys, numpy, pyarrow\n"
+        "from crosscoder.data.tokens import TokenBlocks\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        f"blocks = TokenBlocks.load({str(tmp_path / 't')!r})\n"
+        "assert len(blocks) == 100_000 and blocks[::50_000].shape == (2, 200)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40e6
+
+
+def test_a_folder_without_a_record_of_its_origin_still_loads(tmp_path, corpus):
+    prepared = prepare_tokens(corpus, vocab_size=270, sequence_length=8)
+    prepared.save(tmp_path / "p")
+    for side in ("train", "held_out"):
+        with committed_directory(tmp_path / "old" / side, schema="crosscoder.tokens/1") as folder:
+            for path in (tmp_path / "p" / side).iterdir():
+                if path.name != "MANIFEST.json":
+                    shutil.copy(path, folder)
+            record = read_json(folder / "tokens.json")
+            assert record.pop("origin")["context"] == 8
+            write_json(folder / "tokens.json", record)
+    shutil.copytree(tmp_path / "p" / "tokenizer", tmp_path / "old" / "tokenizer")
+    old = PreparedTokens.load(tmp_path / "old")
+    assert old.train.origin is None
+    assert old.train.n_text_tokens == old.train.n_tokens
+    assert old.train.fingerprint == prepared.train.fingerprint
+    prepared.save(tmp_path / "old")  # the same ids, and now their record
+    assert PreparedTokens.load(tmp_path / "old").train.origin == prepared.train.origin
 
 
 def test_fingerprint_depends_on_everything_that_matters():

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from crosscoder.measure import dimension
+from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import Bootstrap
 
 
@@ -25,7 +27,8 @@ def test_weights_by_hand(n_dimensions):
     weight = np.array([1.0, 2, 3])
     assert dimension.weighted_dimension(rows, weight) == pytest.approx((2 + 6 + 3) / (0.5 * 2 + 0.5 * 6))
     assert dimension.weighted_dimension(rows, np.array([1.0, 0, 1])) == math.inf
-    assert dimension.feature_energy(np.array([2.0, 1, 1]), rows).tolist() == [2, 2, 4]
+    code = sparse.csc_array(np.array([[2.0, 1, 1], [0, 1, 1]]))
+    assert Reading(0, rows[:, None], code, 1.0, 0.0, 2.5, np.arange(3)).energy_F.tolist() == [2, 2, 4]
 
 
 def noisy(rng, rows, cosine):

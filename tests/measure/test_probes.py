@@ -1,6 +1,8 @@
 """Functional spread and joint decodability of a whole dictionary: against the plain formulas, and planted cases."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ import torch
 
 from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary import JumpReLU
-from crosscoder.measure import probe_passes, probes, profile
+from crosscoder.measure import probe_passes, profile
 from crosscoder.measure.probes import measure_functional_spread
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from bench_verdicts_worlds import area_under_curve
 
 N_LAYERS, D_MODEL = 3, 8
 RIDGE = 1e-3
@@ -59,7 +64,7 @@ def ridge_auc(x_TN, label_T, fitted_T, scored_T):
     gram = x.T @ x / len(x)
     penalty = 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
     weight = np.linalg.solve(gram + penalty, x.T @ (label_T[fitted_T] - label_T[fitted_T].mean()))
-    return probes.area_under_curve((x_TN[scored_T] @ weight)[:, None], label_T[scored_T])[0]
+    return area_under_curve((x_TN[scored_T] @ weight)[:, None], label_T[scored_T])[0]
 
 
 class TestAgainstThePlainFormulas:

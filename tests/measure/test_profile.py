@@ -1,24 +1,16 @@
 """Layers of features by decoder, by use and by decodability, against features whose layers are known."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from crosscoder.measure import probes, profile
 
-
-def test_area_under_curve_by_hand():
-    score = np.array([[1.0, 0], [2, 0], [3, 0], [4, 0]])
-    np.testing.assert_allclose(probes.area_under_curve(score, np.array([0, 1, 0, 1])), [0.75, 0.5])
-    assert np.isnan(probes.area_under_curve(score, np.ones(4))).all()
-
-
-def test_area_under_curve_of_shifted_normals():
-    rng = np.random.default_rng(2)
-    label = rng.random(20000) < 0.3
-    score = rng.standard_normal((20000, 1)) + label[:, None]
-    assert probes.area_under_curve(score, label)[0] == pytest.approx(0.7602, abs=0.01)  # Phi(1 / sqrt 2)
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from bench_verdicts_worlds import area_under_curve
 
 
 def test_gain_and_share_by_hand():
@@ -39,8 +31,8 @@ def test_the_genuine_share_separates_codes_across_layers_from_persistence():
         seen = bits if kind == "split" else bits[:, [0, 0]]
         scores = seen + 0.05 * rng.standard_normal(seen.shape)
         scores = rng.permuted(scores, axis=0) if kind == "shuffled" else scores
-        both = probes.area_under_curve(scores.sum(1, keepdims=True), label)[0]
-        return both, probes.area_under_curve(scores, label)
+        both = area_under_curve(scores.sum(1, keepdims=True), label)[0]
+        return both, area_under_curve(scores, label)
 
     def pool(kind):
         joint, single = zip(*(aucs(kind) for _ in range(5)), strict=True)

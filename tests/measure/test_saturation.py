@@ -84,7 +84,7 @@ def test_the_curve_that_was_planted_is_chosen(name):
     np.testing.assert_allclose(curves[0].at(SIZES), PLANTED[name], rtol=0.02)
     if name == "power law":
         assert curves[0].limit == math.inf
-        assert curves[0].kappa == pytest.approx(0.6, rel=0.05)
+        assert curves[0].parameters[0] == pytest.approx(0.6, rel=0.05)
     else:
         assert curves[0].limit == pytest.approx(300, rel=0.05)
 
@@ -94,7 +94,7 @@ def test_aicc_and_its_weights_by_hand():
     curve = next(c for c in saturation.fit_curves(SIZES, y) if c.name == "power law")
     fit = np.polyfit(np.log(SIZES), np.log(y), 1)
     square = np.square(np.log(y) - np.polyval(fit, np.log(SIZES))).sum()
-    assert curve.kappa == pytest.approx(fit[0], rel=1e-4)
+    assert curve.parameters[0] == pytest.approx(fit[0], rel=1e-4)
     assert curve.aicc == pytest.approx(9 * math.log(square / 9) + 6 + 24 / 5, rel=1e-4)
     np.testing.assert_allclose(
         saturation.akaike_weights([2.0, 0.0, 0.0]), np.array([math.exp(-1), 1, 1]) / (2 + math.exp(-1))

@@ -43,11 +43,11 @@ def test_a_perfect_reconstruction_changes_nothing(model, ids, kind):
     perfect = Fixed(3, lambda x: x)
     perfect.input_scale.copy_(torch.tensor([0.5, 2.0, 3.0]))
     result = splice_losses(perfect, model, list(find_blocks(model)), ids, layers=[1, 2, 3], kind=kind)
-    assert [site.layer for site in result.sites] == ["1", "2", "3", "all"]
-    for site in result.sites:
-        assert site.spliced_loss == pytest.approx(result.clean_loss, abs=1e-5)
-        assert site.loss_recovered == pytest.approx(1, abs=1e-2)
-        assert site.kl == pytest.approx(0, abs=1e-5)
+    assert list(result.sites) == ["1", "2", "3", "all"]
+    for site in result.sites.values():
+        assert site["spliced_loss"] == pytest.approx(result.clean["clean_loss"], abs=1e-5)
+        assert site["loss_recovered"] == pytest.approx(1, abs=1e-2)
+        assert site["kl"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["residual", "write"])
@@ -56,10 +56,10 @@ def test_a_reconstruction_of_zero_is_the_zero_ablation(model, ids, kind):
     nothing = Fixed(3, torch.zeros_like)
     blocks = list(find_blocks(model))
     result = splice_losses(nothing, model, blocks, ids, layers=[1, 2, 3], kind=kind, ablation="zero")
-    for site in result.sites:
-        assert site.spliced_loss == pytest.approx(site.ablated_loss, abs=1e-6)
-        assert site.loss_recovered == pytest.approx(0, abs=1e-6)
-        assert site.kl > 0
+    for site in result.sites.values():
+        assert site["spliced_loss"] == pytest.approx(site["ablated_loss"], abs=1e-6)
+        assert site["loss_recovered"] == pytest.approx(0, abs=1e-6)
+        assert site["kl"] > 0
 
 
 def test_first_positions_stay_clean_and_hooks_are_gone(model, ids):
@@ -73,8 +73,8 @@ def test_loss_is_the_model_s_own(model, ids):
     perfect = Fixed(1, lambda x: x)
     result = splice_losses(perfect, model, list(find_blocks(model)), ids, layers=[2], kind="residual", skip_positions=0)
     own = torch.stack([model(batch, labels=batch).loss for batch in ids]).mean()
-    assert result.clean_loss == pytest.approx(own.item(), abs=1e-5)
-    assert result.n_tokens == 2 * 4 * 15
+    assert result.clean["clean_loss"] == pytest.approx(own.item(), abs=1e-5)
+    assert result.clean["splice_tokens"] == 2 * 4 * 15
 
 
 def test_no_ratio_where_removing_a_site_costs_nothing(model, ids):
@@ -84,8 +84,8 @@ def test_no_ratio_where_removing_a_site_costs_nothing(model, ids):
         silent.model.layers[0].mlp.down_proj.weight.zero_()
     nothing = Fixed(1, torch.zeros_like)
     result = splice_losses(nothing, silent, list(find_blocks(silent)), ids, layers=[1], kind="write")
-    assert result.sites[0].loss_recovered is None
-    assert result.sites[0].spliced_loss == pytest.approx(result.clean_loss, abs=1e-6)
+    assert result.sites["1"]["loss_recovered"] is None
+    assert result.sites["1"]["spliced_loss"] == pytest.approx(result.clean["clean_loss"], abs=1e-6)
 
 
 def test_layers_must_fit_the_dictionary(model, ids):

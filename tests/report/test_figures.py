@@ -10,7 +10,7 @@ import pytest
 from committed import PAIR, SINGLE, change, keep, with_rows
 from matplotlib.text import Text
 
-from crosscoder.report import figures, model_figures
+from crosscoder.report import figures
 from crosscoder.report.panels import make_panels, plot_points
 from crosscoder.report.tables import TABLES, subject_table
 from crosscoder.report.verdict_figures import draw_verdict
@@ -47,7 +47,7 @@ def joined(ax) -> list[list[float]]:
 
 
 def test_each_training_run_has_its_mark_and_its_loss_beside_it():
-    figure = model_figures.draw_loss(PAIR)
+    figure = figures.draw_loss(PAIR)
     runs = [(t, loss, "none" if i else "full") for s in "ABC" for i, (t, loss) in enumerate(runs_of(s))]
     for ax in figure.axes:
         assert sorted(single_marks(ax)) == sorted(runs)
@@ -57,16 +57,16 @@ def test_each_training_run_has_its_mark_and_its_loss_beside_it():
 
 
 def runs_of(subject: str) -> list[tuple[int, float]]:
-    found = model_figures.subject_runs(PAIR, subject)
+    found = figures.subject_runs(PAIR, subject)
     assert len(found) == 2
     return found
 
 
 def test_a_model_without_training_seeds_has_the_mark_of_its_one_checkpoint():
     one = with_rows(SINGLE, [*SINGLE.rows, Row(Place(subject="S"), "curve_step", [])])
-    assert model_figures.subject_runs(one, "S") == []  # tokens unknown
+    assert figures.subject_runs(one, "S") == []  # tokens unknown
     known = change(SINGLE, "training_tokens", 1000)
-    assert model_figures.subject_runs(known, "S") == [(1000, SINGLE.of("S", "held_out_loss"))]
+    assert figures.subject_runs(known, "S") == [(1000, SINGLE.of("S", "held_out_loss"))]
 
 
 def test_the_models_table_shows_every_run():
@@ -185,9 +185,9 @@ def test_the_smallest_spread_of_each_shape_is_marked():
 
 
 def test_spreads_are_of_the_first_training_seed():
-    where = {"subject": "A", "site": "write", "state": "trained"}
-    found = figures.main_spread(with_rows(PAIR, list(reversed(PAIR.rows.rows))), **where)
-    assert {row.at.training_seed for row in found} == {0}
+    results = with_rows(PAIR, list(reversed(PAIR.rows.rows)))
+    assert {at.training_seed for at in results.rows.cells("mean_rho")} == {0, 1}
+    assert {at.training_seed for at in figures.first_trainings(results.rows.cells("mean_rho"))} == {0}
 
 
 def with_costs(costs: dict[str, float]) -> Results:
@@ -197,7 +197,7 @@ def with_costs(costs: dict[str, float]) -> Results:
 
 
 def test_recovery_of_a_loss_that_ablation_hardly_costs_is_drawn_hollow():
-    ax = model_figures.draw_splice(with_costs({"2": 0.019, "3": 0.021})).axes[0]
+    ax = figures.draw_splice(with_costs({"2": 0.019, "3": 0.021})).axes[0]
     marks = [line for line in ax.lines if len(line.get_xdata()) == 1]
     assert [(line.get_xdata()[0], line.get_markerfacecolor()) for line in marks] == [(1, "white")] * 2  # both arms
     through = [container.lines[0] for container in ax.containers]
@@ -207,7 +207,7 @@ def test_recovery_of_a_loss_that_ablation_hardly_costs_is_drawn_hollow():
 
 def test_recovery_that_is_undefined_leaves_a_gap():
     results = change(with_costs({}), "loss_recovered", None, layer="2")
-    ax = model_figures.draw_splice(results).axes[0]
+    ax = figures.draw_splice(results).axes[0]
     assert all(1 not in container.lines[0].get_xdata() for container in ax.containers)
     row = TABLES["splice"](results).rows[1]
     assert row.cells[4].text == "2"

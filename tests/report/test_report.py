@@ -113,7 +113,7 @@ def expected_numbers(results: Results) -> set[str]:
     rows = [row for group in WORDS["groups"] for row in tables.paper_rows(results, group)]
     shown = [format_range(value) for row in rows for value in row.values.values()]
     for cell in results.rows.cells("alive").values():
-        shown += [format_range(cell.seed_range(key, of_known=True)) for key in PRINTED]
+        shown += [format_range(cell.known_range(key)) for key in PRINTED]
     shown += [format_range(row.value) for key in BY_ITSELF for row in results.rows.select(key)]
     return {text for value in shown for text in (value.text, value.detail)} - {""}
 

@@ -177,7 +177,7 @@ def test_ranges_over_seeds_take_every_seed_once_or_say_nothing():
     assert table.seed_range("gamma") == Estimate(3.0, 1.0, 6.0)
     broken = LongTable((*table, Row(Place(subject="A", seed=3), "gamma", None)))
     assert broken.seed_range("gamma") is None
-    assert broken.seed_range("gamma", of_known=True) == Estimate(3.0, 1.0, 6.0)
+    assert broken.known_range("gamma") == Estimate(3.0, 1.0, 6.0)
     assert table.seed_range("delta") is None
     with pytest.raises(ValueError, match="3 values of gamma where one was asked for"):
         table.one("gamma")

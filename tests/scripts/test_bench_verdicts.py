@@ -228,3 +228,16 @@ def test_trained_dictionaries_return_the_planted_ratio_and_lifespan():
     assert evidence.worst_self_cosine(list(subjects.values())) >= 0.9
     d_eff = {side: np.mean([pair.debiased.value for pair in subjects[side].pairs[0]]) for side in ("A", "B")}
     assert d_eff["A"] / d_eff["B"] == pytest.approx(worlds.truth(one.pairs, worlds.drawn_dimension)["R"], rel=0.1)
+
+
+def test_area_under_curve_by_hand():
+    score = np.array([[1.0, 0], [2, 0], [3, 0], [4, 0]])
+    np.testing.assert_allclose(worlds.area_under_curve(score, np.array([0, 1, 0, 1])), [0.75, 0.5])
+    assert np.isnan(worlds.area_under_curve(score, np.ones(4))).all()
+
+
+def test_area_under_curve_of_shifted_normals():
+    rng = np.random.default_rng(2)
+    label = rng.random(20000) < 0.3
+    score = rng.standard_normal((20000, 1)) + label[:, None]
+    assert worlds.area_under_curve(score, label)[0] == pytest.approx(0.7602, abs=0.01)  # Phi(1 / sqrt 2)

@@ -1,7 +1,8 @@
-"""The main job at its smallest: everything runs, twice to the same bytes, and its report says only what it knows."""
+"""The main job at its smallest: it goes on where it was stopped to the same bytes, and says only what it knows."""
 
 import html
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,13 +20,24 @@ TIMES = ("started", "seconds", "command", "git_commit")
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """The smoke preset, run twice from nothing into two folders."""
-    folders = []
-    for name in ("first", "second"):
-        root = tmp_path_factory.mktemp(name)
-        assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
-        folders.append(next(root.glob("smoke-*")))
-    return folders
+    """The smoke preset run from nothing, and a copy that lost one training of A and much else and was run again.
+
+    Every kind of cell is among those lost: both arms, shuffled and untrained controls, probed, spliced and joint ones.
+    """
+    roots = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    assert main(["compare", "--preset", "smoke", "--out", str(roots[0])]) == 0
+    first = next(roots[0].glob("smoke-*"))
+    second = shutil.copytree(first, roots[1] / first.name)
+    for folder in (second / "tokens", second / "figures", second / "subjects" / "A1"):
+        shutil.rmtree(folder)
+    for folder in ("cells", "dictionaries", "readings"):
+        for path in (second / folder).iterdir():
+            if "A1" in path.name or "B0-trained-residual" in path.name:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("results.json", "report.html", "report.md"):
+        (second / name).unlink()
+    assert main(["compare", "--preset", "smoke", "--out", str(roots[1])]) == 0
+    return [first, second]
 
 
 def without_times(folder):
@@ -35,7 +47,10 @@ def without_times(folder):
     return json.dumps(results, sort_keys=True)
 
 
-def test_same_seeds_give_the_same_bytes(studies):
+def test_what_was_lost_is_made_again_to_the_same_bytes(studies):
+    for lost in ("tokens", "subjects/A1", "cells", "dictionaries", "readings"):
+        names = [sorted(path.name for path in (study / lost).iterdir()) for study in studies]
+        assert names[0] == names[1]
     assert without_times(studies[0]) == without_times(studies[1])
 
 

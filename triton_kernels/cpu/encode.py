@@ -21,8 +21,7 @@ from triton_kernels.arguments import Encoding
 from triton_kernels.cpu import native, prefilter, rounded, selection, sparse
 from triton_kernels.cpu.lists import Candidates
 from triton_kernels.cpu.problem import Problem, problems
-from triton_kernels.cpu.selection import Scored
-from triton_kernels.reference import starts
+from triton_kernels.pairs import Pairs, joined, stacked
 
 SLAB_ELEMENTS = 2**21  # 8 MiB in fp32: stays in the last-level cache between the product and the selection
 
@@ -36,13 +35,13 @@ def _finder(problem: Problem, k: int) -> ModuleType | None:
     return rounded if problem.is_rounded else None
 
 
-def _scored_again(problem: Problem, found: Candidates) -> Scored:
+def _scored_again(problem: Problem, found: Candidates) -> Pairs:
     """Candidates with z and score in the encoder's own dtype."""
     features, offsets = found
     z = sparse.gather_dot(problem.x_RN, features, offsets, problem.encoder_FN)
     z += problem.bias_F.index_select(0, features)
     score = z if problem.scale_F is None else z * problem.scale_F.index_select(0, features)
-    return Scored(z, score, features, offsets)
+    return Pairs(z, score, features, offsets)
 
 
 def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
@@ -89,16 +88,15 @@ def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(z_parts), torch.cat(column_parts)
 
 
-def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.encode_batch_top_k`: a sampled bound lets some through, and is given up if too high."""
+def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Pairs, Tensor]:
+    """Pairs and cut of `reference.encode_batch_top_k`: a sampled bound lets some through, and is given up if high."""
     wanted = encoding.x_BGN.shape[0] * k
     parts = [_batch_top_k(problem, wanted) for problem in problems(encoding)]
     cuts = [part.score.amin() if part.score.numel() else part.score.new_zeros(()) for part in parts]
-    z, _, features, offsets = _joined(parts, encoding.encoder_GFN.shape[1])
-    return z.relu(), features, offsets, torch.stack(cuts)  # of candidates by rounded scores some z may be negative
+    return joined(parts, encoding.encoder_GFN.shape[1]), torch.stack(cuts)
 
 
-def _batch_top_k(problem: Problem, wanted: int) -> Scored:
+def _batch_top_k(problem: Problem, wanted: int) -> Pairs:
     """The `wanted` largest positive scores of one dictionary."""
     finder = _finder(problem, wanted // max(1, problem.x_RN.shape[0])) if wanted else None
     pairs = None
@@ -110,37 +108,33 @@ def _batch_top_k(problem: Problem, wanted: int) -> Scored:
     return pairs.only(selection.keep_largest(pairs.score, wanted))
 
 
-def _survivors(problem: Problem, wanted: int) -> Scored:
+def _survivors(problem: Problem, wanted: int) -> Pairs:
     """At least the `wanted` largest positive scores of one dictionary, or all positive ones."""
     kept_fraction = wanted / max(1, problem.x_RN.shape[0] * problem.encoder_FN.shape[0])
     bound, slabs = 0.0, []
     for z_RF in problem.slabs(SLAB_ELEMENTS):
         bound = bound if slabs else selection.sampled_bound(z_RF, problem.scale_F, kept_fraction)
         slabs.append(selection.above(z_RF, problem.scale_F, torch.full_like(problem.bias_F, bound), -torch.inf))
-    found = selection.stacked(slabs, problem.x_RN.dtype)
+    found = stacked(slabs, problem.x_RN)
     if bound == 0.0 or found.z.numel() >= wanted:
         return found
     return _above(problem, torch.zeros_like(problem.bias_F), -torch.inf)
 
 
-def _above(problem: Problem, bound_F: Tensor, least: float) -> Scored:
+def _above(problem: Problem, bound_F: Tensor, least: float) -> Pairs:
     """Every pair with score > bound and z > least, from slabs of all scores."""
     slabs = [selection.above(z, problem.scale_F, bound_F, least) for z in problem.slabs(SLAB_ELEMENTS)]
-    return selection.stacked(slabs, problem.x_RN.dtype)
+    return stacked(slabs, problem.x_RN)
 
 
-def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.encode_threshold`."""
-    parts = []
-    for threshold_F, problem in zip(threshold_GF, problems(encoding), strict=True):
-        pairs = _near(problem, threshold_F - window / 2)
-        value = torch.where(pairs.score > threshold_F.index_select(0, pairs.features), pairs.z, 0)
-        parts.append(pairs._replace(score=value))
-    z, value, features, offsets = _joined(parts, encoding.encoder_GFN.shape[1])
-    return value, features, offsets, z
+def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> Pairs:
+    """Pairs of `reference.encode_threshold`."""
+    lower_GF = threshold_GF - window / 2
+    parts = [_near(problem, lower_F) for problem, lower_F in zip(problems(encoding), lower_GF, strict=True)]
+    return joined(parts, encoding.encoder_GFN.shape[1])
 
 
-def _near(problem: Problem, lower_F: Tensor) -> Scored:
+def _near(problem: Problem, lower_F: Tensor) -> Pairs:
     """The pairs of one dictionary with score > lower and z > 0."""
     finder = _finder(problem, 1) if lower_F.numel() else None
     if finder is not None:
@@ -149,17 +143,3 @@ def _near(problem: Problem, lower_F: Tensor) -> Scored:
             is_near = (pairs.score > lower_F.index_select(0, pairs.features)) & (pairs.z > 0)
             return pairs.only(is_near.nonzero().squeeze(1))
     return _above(problem, lower_F, 0.0)
-
-
-def _joined(parts: list[Scored], n_features: int) -> Scored:
-    """The pairs of G dictionaries as one code, in which row b of dictionary g is row b * G + g."""
-    if len(parts) == 1:
-        return parts[0]
-    z, score = torch.cat([part.z for part in parts]), torch.cat([part.score for part in parts])
-    features = torch.cat([part.features + group * n_features for group, part in enumerate(parts)])
-    counts = torch.stack([part.offsets.diff() for part in parts], dim=1).flatten()
-    sizes = torch.tensor([part.z.numel() for part in parts])
-    begins = torch.stack([part.offsets[:-1] for part in parts], dim=1) + starts(sizes)[:-1]
-    offsets = starts(counts)
-    order = torch.arange(z.numel()) + (begins.flatten() - offsets[:-1]).repeat_interleave(counts)
-    return Scored(z[order], score[order], features[order], offsets)

@@ -21,26 +21,18 @@ gradient_squares = SquaresCache(size=4)
 
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`."""
+    n_groups, n_features, width = decoder_GFN.shape
     if native.serves(code.values_P, decoder_GFN, bias_GN, x_BGN):
-        return _decode_loss_in_c(code, decoder_GFN, bias_GN, x_BGN, n_parts)
-    n_groups, _, width = decoder_GFN.shape
+        native.check_code(code.features_P, code.offsets, n_groups * n_features)
+        error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
+        squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
+        progress_R = torch.empty(x_BGN.shape[0] * n_groups, dtype=torch.int64)
+        sizes = (progress_R.numel(), n_groups, n_groups * n_features, width, n_parts)
+        native.call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_BGN, squares_BGL, progress_R)
+        return error_BGN, squares_BGL.sum(0).float()
     error_BGN = sparse.gather_sum(code, decoder_GFN.reshape(-1, width)).view(-1, n_groups, width)
     error_BGN.add_(bias_GN).sub_(x_BGN)
     return error_BGN, squares_of_parts(error_BGN, n_parts)
-
-
-def _decode_loss_in_c(
-    code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int
-) -> tuple[Tensor, Tensor]:
-    n_groups, n_features, width = decoder_GFN.shape
-    n_rows = x_BGN.shape[0] * n_groups
-    native.check_code(code.features_P, code.offsets, n_groups * n_features)
-    error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
-    squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
-    progress_R = torch.empty(n_rows, dtype=torch.int64)
-    sizes = (n_rows, n_groups, n_groups * n_features, width, n_parts)
-    native.call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_BGN, squares_BGL, progress_R)
-    return error_BGN, squares_BGL.sum(0).float()
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,10 @@ class Candidates(NamedTuple):
         return row_of_pair(self.offsets, self.features.numel())
 
 
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Columns and keys of what is listed of a slab, and how many each row has."""
+
+
 class Lists(NamedTuple):
     """The columns found in each of C chunks for each of R rows, with their keys."""
 
@@ -77,7 +81,7 @@ def within_reach(exact: Tensor, margin: Tensor, slack: float) -> Tensor:
     return score / torch.where(score >= 0, 1 + slack, 1 - slack)
 
 
-def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Tensor) -> Parts:
     """Columns and keys of the scores that may be among the k best of their row, and each row's count of them.
 
     least_R: what the k-th best exact score is known to be at least; raised to what these scores prove.
@@ -90,18 +94,18 @@ def sieved(score_RF: Tensor, k: int, margin_R: Tensor, slack: float, least_R: Te
     return _listed(score_RF, bounds_R, counts_R)
 
 
-def not_below(score_RF: Tensor, bound_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def not_below(score_RF: Tensor, bound_R: Tensor) -> Parts:
     """Columns and keys of the bf16 scores not below their row's bound, and each row's count of them."""
     bounds_R, counts_R = keys_reaching(bound_R), torch.empty(score_RF.shape[0], dtype=torch.int64)
-    native.call("count_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, counts_R)
+    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, None, counts_R, None, None)
     return _listed(score_RF, bounds_R, counts_R)
 
 
-def _listed(score_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(score_RF: Tensor, bounds_R: Tensor, counts_R: Tensor) -> Parts:
     offsets = starts(counts_R)
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
     keys = torch.empty_like(columns, dtype=torch.int16)
-    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, offsets, columns, keys)
+    native.call("list_rows", *score_RF.shape, score_RF.view(torch.int16), bounds_R, offsets, None, columns, keys)
     return columns, keys, counts_R
 
 
@@ -116,9 +120,9 @@ def merged(found: Lists, bound_R: Tensor, n_features: int) -> Candidates:
     """The features in each row's lists whose scores are not below the row's bound."""
     columns, keys, offsets, n_rows = found
     bounds_R, counts_R = keys_reaching(bound_R), torch.empty(n_rows, dtype=torch.int64)
-    native.call("count_lists", found.n_chunks, n_rows, offsets, keys, bounds_R, counts_R)
+    given = (found.n_chunks, n_rows, n_features, offsets, columns, keys, bounds_R)
+    native.call("merge_lists", *given, None, counts_R, None)
     row_starts = starts(counts_R)
     features = torch.empty(int(row_starts[-1]), dtype=torch.int32)
-    sizes = (found.n_chunks, n_rows, n_features)
-    native.call("merge_lists", *sizes, offsets, columns, keys, bounds_R, row_starts, features)
+    native.call("merge_lists", *given, row_starts, None, features)
     return Candidates(features, row_starts)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.cpu import lists, native, selection
-from triton_kernels.cpu.lists import Candidates, Lists
+from triton_kernels.cpu.lists import Candidates, Lists, Parts
 from triton_kernels.cpu.problem import Problem, affine
 from triton_kernels.reference import row_of_pair, starts
 
@@ -103,12 +103,16 @@ def _n_chunks(problem: Problem, k: int) -> int:
     return max(1, min(-(-n_features * width // CHUNK_ELEMENTS), n_features // max(MIN_CHUNK, CHUNK_PER_KEPT * k)))
 
 
-def _scan(x: Rows, problem: Problem, n_chunks: int, take: Callable[[Slab], None]) -> None:
-    """Gives `take` slab by slab of rows, of chunk by chunk of features; a slab's memory is the next one's.
+def _scan(x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Parts]) -> tuple[Lists, Tensor]:
+    """What `listed` finds in slab by slab of rows, of chunk by chunk of features, and the largest margin of each row.
+
+    A slab's memory is the next one's.
 
     Raises:
         UnsafeError: the encoder cannot be rounded.
     """
+    parts: list[Parts] = []
+    most_R = torch.zeros_like(x.norm_R)
     low_norm_R = x.norm_R + x.error_R  # at least that of the rounded row
     for chunk in range(n_chunks):
         scale_F = None if problem.scale_F is None else problem.scale_F[chunk::n_chunks]
@@ -124,28 +128,13 @@ def _scan(x: Rows, problem: Problem, n_chunks: int, take: Callable[[Slab], None]
         if not problem.is_rounded:
             sums = SUMMATION * x.low_RN.shape[1] * (norm + error)
             margin_R = x.error_R * norm + low_norm_R * (error + sums) + bias_error
+        most_R = torch.maximum(most_R, margin_R)
         step = max(1, SLAB_ELEMENTS // low_F.numel())
         for start in range(0, x.low_RN.shape[0], step):
             part = slice(start, start + step)
-            take(Slab(part, affine(x.low_RN[part], weight.low_RN, low_F), margin_R[part]))
-
-
-class _Found:
-    """Lists of candidates as they come, slab by slab."""
-
-    def __init__(self, norm_R: Tensor) -> None:
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.margin_R = torch.zeros_like(norm_R)  # the largest of all chunks
-
-    def add(self, slab: Slab, part: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Takes in columns, keys and counts of a slab."""
-        self._parts.append(part)
-        self.margin_R[slab.rows] = torch.maximum(self.margin_R[slab.rows], slab.margin_R)
-
-    def lists(self) -> Lists:
-        """All of them."""
-        columns, keys, counts = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        return Lists(columns, keys, starts(counts), self.margin_R.numel())
+            parts.append(listed(Slab(part, affine(x.low_RN[part], weight.low_RN, low_F), margin_R[part])))
+    columns, keys, counts = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Lists(columns, keys, starts(counts), x.norm_R.numel()), most_R
 
 
 def top_k(problem: Problem, k: int) -> Candidates:
@@ -155,16 +144,14 @@ def top_k(problem: Problem, k: int) -> Candidates:
         UnsafeError: some rows have no certificate, or the encoder has none.
     """
     x, slack = _safe_rows(problem), _slack(problem)
-    found = _Found(x.norm_R)
     least_R = torch.full_like(x.norm_R, -torch.inf)  # what the k-th best exact score is at least
 
-    def take(slab: Slab) -> None:
-        found.add(slab, lists.sieved(slab.score_RF, k, slab.margin_R, slack, least_R[slab.rows]))
+    def listed(slab: Slab) -> Parts:
+        return lists.sieved(slab.score_RF, k, slab.margin_R, slack, least_R[slab.rows])
 
-    _scan(x, problem, _n_chunks(problem, k), take)
-    every = found.lists()
-    least_R = torch.maximum(least_R, lists.proven(lists.kth_score(every, k), found.margin_R, slack))
-    return lists.merged(every, lists.within_reach(least_R, found.margin_R, slack), problem.bias_F.numel())
+    found, margin_R = _scan(x, problem, _n_chunks(problem, k), listed)
+    least_R = torch.maximum(least_R, lists.proven(lists.kth_score(found, k), margin_R, slack))
+    return lists.merged(found, lists.within_reach(least_R, margin_R, slack), problem.bias_F.numel())
 
 
 def above(problem: Problem, threshold: float) -> Candidates:
@@ -174,15 +161,13 @@ def above(problem: Problem, threshold: float) -> Candidates:
         UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
     """
     x, slack = _safe_rows(problem), _slack(problem)
-    found = _Found(x.norm_R)
     exact = x.norm_R.new_tensor(threshold)
 
-    def take(slab: Slab) -> None:
-        bound_R = _positive(lists.within_reach(exact, slab.margin_R, slack))
-        found.add(slab, lists.not_below(slab.score_RF, bound_R))
+    def listed(slab: Slab) -> Parts:
+        return lists.not_below(slab.score_RF, _positive(lists.within_reach(exact, slab.margin_R, slack)))
 
-    _scan(x, problem, _n_chunks(problem, 1), take)
-    return lists.merged(found.lists(), torch.full_like(x.norm_R, -torch.inf), problem.bias_F.numel())
+    found, _ = _scan(x, problem, _n_chunks(problem, 1), listed)
+    return lists.merged(found, torch.full_like(x.norm_R, -torch.inf), problem.bias_F.numel())
 
 
 def batch(problem: Problem, wanted: int) -> Candidates:
@@ -195,23 +180,21 @@ def batch(problem: Problem, wanted: int) -> Candidates:
     """
     x, slack = _safe_rows(problem), _slack(problem)
     n_rows, n_features = x.norm_R.numel(), problem.bias_F.numel()
-    found, guesses = _Found(x.norm_R), []
+    guesses: list[Tensor] = []
 
-    def take(slab: Slab) -> None:
+    def listed(slab: Slab) -> Parts:
         if not guesses:
             sampled = selection.sampled_bound(slab.score_RF, None, wanted / (n_rows * n_features))
             guesses.append(lists.proven(x.norm_R.new_tensor(sampled), slab.margin_R.amax(), slack))
-        bound_R = _positive(lists.within_reach(guesses[0], slab.margin_R, slack))
-        found.add(slab, lists.not_below(slab.score_RF, bound_R))
+        return lists.not_below(slab.score_RF, _positive(lists.within_reach(guesses[0], slab.margin_R, slack)))
 
-    _scan(x, problem, _n_chunks(problem, -(-wanted // n_rows)), take)
-    every = found.lists()
-    rows = row_of_pair(every.offsets, every.keys.numel()) % n_rows
-    proven_P = lists.proven(lists.scores_of(every.keys), found.margin_R[rows], slack)
+    found, margin_R = _scan(x, problem, _n_chunks(problem, -(-wanted // n_rows)), listed)
+    rows = row_of_pair(found.offsets, found.keys.numel()) % n_rows
+    proven_P = lists.proven(lists.scores_of(found.keys), margin_R[rows], slack)
     if int((proven_P >= guesses[0]).sum()) < wanted:
         raise UnsafeError
     least = proven_P[selection.keep_largest(proven_P, wanted)].amin()
-    return lists.merged(every, lists.within_reach(least, found.margin_R, slack), n_features)
+    return lists.merged(found, lists.within_reach(least, margin_R, slack), n_features)
 
 
 def _positive(bound_R: Tensor) -> Tensor:

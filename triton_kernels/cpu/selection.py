@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from triton_kernels import pairs
 from triton_kernels.cpu import native
+from triton_kernels.pairs import Pairs
 from triton_kernels.reference import first_largest, row_of_pair, starts
 
 GROUPS_PER_KEPT = 8  # columns are looked at again where they reach the k-th largest of so many groups' maxima
@@ -49,46 +49,18 @@ def list_top_k(score_P: Tensor, offsets: Tensor, k: int) -> Tensor:
     return offsets[:-1, None] + row_top_k(padded, k)
 
 
-class Scored(NamedTuple):
-    """Kept pairs of one dictionary as CSR."""
-
-    z: Tensor
-    score: Tensor
-    features: Tensor  # int32, ascending within a row
-    offsets: Tensor  # [R + 1], int64
-
-    def only(self, kept: Tensor) -> Scored:
-        """Those at the positions `kept`, which ascend."""
-        offsets = torch.searchsorted(kept, self.offsets)
-        return Scored(self.z[kept], self.score[kept], self.features[kept], offsets)
-
-
-def stacked(slabs: list[Scored], dtype: torch.dtype) -> Scored:
-    """The pairs of successive slabs of rows as one code; `dtype` is that of z, for where there is no slab."""
-    if not slabs:
-        empty = torch.empty(0, dtype=dtype)
-        return Scored(empty, empty, empty.to(torch.int32), torch.zeros(1, dtype=torch.int64))
-    z, score, features = (torch.cat(column) for column in list(zip(*slabs, strict=True))[:3])
-    counts_R = torch.cat([slab.offsets.diff() for slab in slabs])
-    return Scored(z, score, features, starts(counts_R))
-
-
-def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> Scored:
+def above(z_RF: Tensor, scale_F: Tensor | None, bound_F: Tensor, least: float) -> Pairs:
     """The pairs with score > bound and z > least."""
     if native.serves(z_RF, scale_F, bound_F):
         counts_R = torch.empty(z_RF.shape[0], dtype=torch.int64)
         given = (*z_RF.shape, z_RF, scale_F, bound_F, least)
-        native.call("count_above", *given, counts_R)
+        native.call("list_above", *given, None, counts_R, None, None, None)
         offsets = starts(counts_R)
         z, score = z_RF.new_empty(2, int(offsets[-1]))
         columns = torch.empty(z.shape, dtype=torch.int32)
-        native.call("list_above", *given, offsets, z, score, columns)
-        return Scored(z, score, columns, offsets)
-    score_RF = z_RF if scale_F is None else z_RF * scale_F
-    place = ((score_RF > bound_F) & (z_RF > least)).view(-1).nonzero().squeeze(1)
-    offsets = torch.searchsorted(place, torch.arange(z_RF.shape[0] + 1) * z_RF.shape[1])
-    columns = (place % max(1, z_RF.shape[1])).to(torch.int32)
-    return Scored(z_RF.view(-1)[place], score_RF.view(-1)[place], columns, offsets)
+        native.call("list_above", *given, offsets, counts_R, z, score, columns)
+        return Pairs(z, score, columns, offsets)
+    return pairs.above(z_RF, scale_F, bound_F, least)
 
 
 def sampled_bound(z_RF: Tensor, scale_F: Tensor | None, kept_fraction: float) -> float:

@@ -31,15 +31,9 @@ class Transpose(NamedTuple):
     order_P: Tensor  # position in the row-major code, int64
 
 
-_transposes: TransposeCache[Transpose] = TransposeCache()
-
-
+@TransposeCache
 def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> Transpose:
     """The code's pairs in feature-major order, from one stable sort; features are int32; the last one is cached."""
-    return _transposes.get(features_P, offsets, (n_features,), lambda: _transpose(features_P, offsets, n_features))
-
-
-def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> Transpose:
     if native.serves():
         native.check_code(features_P, offsets, n_features)
         out = Transpose(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.gpu import tiles
-from triton_kernels.gpu.select_threshold import Pairs
+from triton_kernels.pairs import Pairs
 
 HIGH_BINS, LOW_BINS = 2**15, 2**16
 COPIES = 32
@@ -83,14 +83,14 @@ def largest_pairs(pairs: Pairs, wanted: int) -> tuple[Pairs, Tensor]:
 
     Equal scores go to the first pair. The least score is 0 where there is no pair. fp64 takes a stable `torch.sort`.
     """
-    score = pairs.score_P
+    score = pairs.score
     if score.numel() <= wanted:
         return pairs, score.amin() if score.numel() else score.new_zeros(())
     if wanted == 0:
-        return Pairs(*(column[:0] for column in pairs)), score.new_zeros(())
+        return pairs.only(torch.arange(0, device=score.device)), score.new_zeros(())
     if score.dtype == torch.float64:
         places = torch.sort(score, descending=True, stable=True).indices[:wanted]
-        return pairs.take(places.sort().values), score[places[-1]]
+        return pairs.only(places.sort().values), score[places[-1]]
     keys = score.contiguous().view(torch.int32)
     counts = torch.zeros(COPIES, HIGH_BINS, dtype=torch.int32, device=score.device)
     _count(keys, torch.ones(1, dtype=torch.int32, device=score.device), counts, low=False)
@@ -103,4 +103,4 @@ def largest_pairs(pairs: Pairs, wanted: int) -> tuple[Pairs, Tensor]:
     keep = (keys > cut) | (equal & (equal.cumsum(0) <= wanted - above - above_low))
     # The place of the i-th kept pair is the first with i kept up to it; unlike nonzero this needs no sync.
     order = torch.arange(1, wanted + 1, device=score.device)
-    return pairs.take(torch.searchsorted(keep.cumsum(0), order)), cut.view(torch.float32)
+    return pairs.only(torch.searchsorted(keep.cumsum(0), order)), cut.view(torch.float32)

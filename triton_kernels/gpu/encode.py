@@ -21,15 +21,9 @@ from triton_kernels.arguments import Encoding
 from triton_kernels.gpu.batch_threshold import RunningBound, largest_pairs
 from triton_kernels.gpu.gather_dot import gather_dot
 from triton_kernels.gpu.group_max import group_max
-from triton_kernels.gpu.select_threshold import (
-    Pairs,
-    collect,
-    group_bounds,
-    join_dictionaries,
-    kept_pairs,
-    kept_pairs_fp64,
-)
+from triton_kernels.gpu.select_threshold import group_bounds, kept_pairs
 from triton_kernels.gpu.select_topk import select_top_k
+from triton_kernels.pairs import Pairs, above, joined, stacked
 
 SLAB_BYTES = 256 * 2**20
 
@@ -54,23 +48,22 @@ def _rescored(encoding: Encoding, centred_RN: Tensor, features_P: Tensor, offset
     return z_P + encoding.bias_GF.reshape(-1)[features_P.long()]
 
 
-def _working(encoding: Encoding) -> Tensor:
-    return encoding.encoder_GFN.to(encoding.product) if encoding.working_GFN is None else encoding.working_GFN
-
-
-def _scale_of(encoding: Encoding, group: int) -> Tensor | None:
-    return None if encoding.scale_GF is None else encoding.scale_GF[group].contiguous()
+def _dictionaries(encoding: Encoding) -> Iterator[tuple[Tensor | None, Iterator[tuple[int, Tensor, Tensor]]]]:
+    """The scale and the slabs of one dictionary after the other."""
+    working_GFN = encoding.encoder_GFN.to(encoding.product) if encoding.working_GFN is None else encoding.working_GFN
+    for group, working_FN in enumerate(working_GFN):
+        scale_F = None if encoding.scale_GF is None else encoding.scale_GF[group].contiguous()
+        yield scale_F, _slabs(encoding, working_FN, group)
 
 
 def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
     """z and features of `reference.encode_top_k`."""
     (n_rows, n_groups, _), device = encoding.x_BGN.shape, encoding.x_BGN.device
-    n_features, working_GFN = encoding.encoder_GFN.shape[1], _working(encoding)
+    n_features = encoding.encoder_GFN.shape[1]
     z_BGK = torch.empty(n_rows, n_groups, k, dtype=encoding.encoder_GFN.dtype, device=device)
     features_BGK = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=device)
-    for group in range(n_groups):
-        scale_F = _scale_of(encoding, group)
-        for start, centred_RN, z_RF in _slabs(encoding, working_GFN[group], group):
+    for group, (scale_F, slabs) in enumerate(_dictionaries(encoding)):
+        for start, centred_RN, z_RF in slabs:
             rows = slice(start, start + z_RF.shape[0])
             z_RK, features_RK = z_BGK[rows, group], features_BGK[rows, group]
             chosen_RK = torch.empty(z_RK.shape, dtype=encoding.product, device=device) if encoding.is_rounded else z_RK
@@ -81,53 +74,42 @@ def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
     return z_BGK.view(-1), features_BGK.view(-1)
 
 
-def _kept(
-    z_RF: Tensor, scale_F: Tensor | None, start: int, lower_F: Tensor | None, bound: Tensor | RunningBound
-) -> Pairs:
+def _kept(z_RF: Tensor, scale_F: Tensor | None, lower_F: Tensor | None, bound: Tensor | RunningBound) -> Pairs:
     """The pairs of a slab above `lower_F`, whose groups have `bound`, or those above the running bound of the batch."""
     if z_RF.dtype == torch.float64:
-        return kept_pairs_fp64(z_RF, scale_F, start, lower_F)
+        return above(z_RF, scale_F, 0.0, -torch.inf) if lower_F is None else above(z_RF, scale_F, lower_F, 0.0)
     maxima = group_max(z_RF, scale_F)
     bound = bound.add(maxima) if isinstance(bound, RunningBound) else bound
-    return kept_pairs(z_RF, scale_F, maxima, start, lower_F=lower_F, bound=bound)
+    return kept_pairs(z_RF, scale_F, maxima, lower_F=lower_F, bound=bound)
 
 
-def _code_of(encoding: Encoding, lists: list[Pairs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z in the encoder's dtype, global features, offsets and scores of the chosen pairs."""
-    n_rows, _, width = encoding.x_BGN.shape
-    z, features, offsets, score = join_dictionaries(lists, n_rows, encoding.encoder_GFN.shape[1])
-    if encoding.is_rounded:
-        centred_RN = (encoding.x_BGN - encoding.center_GN).reshape(-1, width)
-        z = _rescored(encoding, centred_RN, features, offsets)
-    return z, features, offsets, score
+def _code_of(encoding: Encoding, parts: list[Pairs]) -> Pairs:
+    """The pairs of all dictionaries, with z in the encoder's dtype."""
+    pairs = joined(parts, encoding.encoder_GFN.shape[1])
+    if not encoding.is_rounded:
+        return pairs
+    centred_RN = (encoding.x_BGN - encoding.center_GN).flatten(0, 1)
+    return pairs._replace(z=_rescored(encoding, centred_RN, pairs.features, pairs.offsets))
 
 
-def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.encode_batch_top_k`; the cut is one of the scores that chose."""
-    n_rows, n_groups, _ = encoding.x_BGN.shape
-    working_GFN, lists, cuts = _working(encoding), [], []
-    for group in range(n_groups):
-        scale_F, running = _scale_of(encoding, group), RunningBound(n_rows * k, encoding.x_BGN.device)
-        slabs = _slabs(encoding, working_GFN[group], group)
-        parts = [_kept(z_RF, scale_F, start, None, running) for start, _, z_RF in slabs]
-        best, cut = largest_pairs(collect(parts, encoding.encoder_GFN), n_rows * k)
-        lists.append(best)
+def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Pairs, Tensor]:
+    """Pairs and cut of `reference.encode_batch_top_k`; the cut is one of the scores that chose."""
+    wanted, parts, cuts = encoding.x_BGN.shape[0] * k, [], []
+    for scale_F, slabs in _dictionaries(encoding):
+        running = RunningBound(wanted, encoding.x_BGN.device)
+        kept = [_kept(z_RF, scale_F, None, running) for _, _, z_RF in slabs]
+        best, cut = largest_pairs(stacked(kept, encoding.encoder_GFN), wanted)
+        parts.append(best)
         cuts.append(cut.to(encoding.encoder_GFN.dtype))
-    z, features, offsets, _ = _code_of(encoding, lists)
-    return z.relu(), features, offsets, torch.stack(cuts)
+    return _code_of(encoding, parts), torch.stack(cuts)
 
 
-def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.encode_threshold`."""
-    working_GFN, lists = _working(encoding), []
-    for group in range(encoding.x_BGN.shape[1]):
-        scale_F = _scale_of(encoding, group)
-        wide = torch.promote_types(encoding.product, torch.float32)
-        lower_F = (threshold_GF[group].to(wide) - window / 2).contiguous()
+def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) -> Pairs:
+    """Pairs of `reference.encode_threshold`."""
+    wide = torch.promote_types(encoding.product, torch.float32)
+    lower_GF, parts = threshold_GF.to(wide).sub(window / 2).contiguous(), []
+    for lower_F, (scale_F, slabs) in zip(lower_GF, _dictionaries(encoding), strict=True):
         bounds = group_bounds(lower_F)
-        slabs = _slabs(encoding, working_GFN[group], group)
-        parts = [_kept(z_RF, scale_F, start, lower_F, bounds) for start, _, z_RF in slabs]
-        lists.append(collect(parts, encoding.encoder_GFN))
-    z, features, offsets, score = _code_of(encoding, lists)
-    above = score > threshold_GF.reshape(-1)[features.long()].to(score.dtype)
-    return torch.where(above, z.relu(), 0), features, offsets, z
+        kept = [_kept(z_RF, scale_F, lower_F, bounds) for _, _, z_RF in slabs]
+        parts.append(stacked(kept, encoding.encoder_GFN))
+    return _code_of(encoding, parts)

@@ -34,17 +34,9 @@ class ChunkedTranspose(NamedTuple):
     first_scratch: Tensor  # [F + 1], int32: where each feature's scratch rows begin
 
 
-_transposes: TransposeCache[ChunkedTranspose] = TransposeCache()
-
-
+@TransposeCache
 def feature_major(features_P: Tensor, offsets: Tensor, n_features: int) -> ChunkedTranspose:
     """The code's pairs in feature-major order; the last transpose is cached."""
-    return _transposes.get(
-        features_P, offsets, (n_features, CHUNK), lambda: _transpose(features_P, offsets, n_features)
-    )
-
-
-def _transpose(features_P: Tensor, offsets: Tensor, n_features: int) -> ChunkedTranspose:
     n_spare, device = features_P.numel() // CHUNK, features_P.device
     sorted_P, order_P = torch.sort(features_P, stable=True)
     rows_P = torch.searchsorted(offsets[1:].contiguous(), order_P, right=True, out_int32=True)

@@ -16,10 +16,10 @@ FEATURES = {
     "scale_ptr": "*fp32",
 }
 PAIRS = {
-    **dict.fromkeys(("counts_ptr", "rows_ptr", "columns_ptr", "bound_ptr"), "*i32"),
+    **dict.fromkeys(("counts_ptr", "columns_ptr", "bound_ptr"), "*i32"),
     **dict.fromkeys(("scale_ptr", "lower_ptr", "score_out_ptr"), "*fp32"),
     **dict.fromkeys(("n_features", "n_groups"), "i32:16"),
-    **dict.fromkeys(("n_tiles", "first_row"), "i32"),
+    "n_tiles": "i32",
     "ends_ptr": "*i64",
 }
 HISTOGRAM = {"bound_ptr": "*i32", "counts_ptr": "*i32", "n_keys": "i32:16"}

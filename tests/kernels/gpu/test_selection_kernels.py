@@ -6,6 +6,7 @@ import torch
 import triton_kernels as ops
 from triton_kernels import reference
 from triton_kernels.gpu import batch_threshold, encode, group_max, select_threshold, select_topk
+from triton_kernels.pairs import Pairs
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -101,9 +102,8 @@ def test_group_maxima(dtype, device):
     assert torch.equal(maxima == 0, best == 0)
 
 
-def mask_pairs(keep, z, score, first_row):
-    rows, columns = keep.nonzero(as_tuple=True)
-    return select_threshold.Pairs((rows + first_row).int(), columns.int(), z[rows, columns], score[rows, columns])
+def mask_pairs(keep, z, score):
+    return Pairs(z[keep], score[keep], keep.nonzero()[:, 1].int(), reference.starts(keep.sum(1)))
 
 
 def assert_same_pairs(found, expected):
@@ -120,12 +120,12 @@ def test_pairs_above_thresholds(dtype, scaled, device):
     score = z.float() if scale is None else z.float() * scale
     lower = (torch.rand(4201, generator=generator(2)).mul(6).round() / 2 - 0.5).to(device)
     found = select_threshold.kept_pairs(
-        z, scale, group_max.group_max(z, scale), 5, lower_F=lower, bound=select_threshold.group_bounds(lower)
+        z, scale, group_max.group_max(z, scale), lower_F=lower, bound=select_threshold.group_bounds(lower)
     )
-    assert_same_pairs(found, mask_pairs((score > lower) & (z > 0), z, score, 5))
-    found.columns_P[-1] += 1
+    assert_same_pairs(found, mask_pairs((score > lower) & (z > 0), z, score))
+    found.features[-1] += 1
     with pytest.raises(AssertionError):
-        assert_same_pairs(found, mask_pairs((score > lower) & (z > 0), z, score, 5))
+        assert_same_pairs(found, mask_pairs((score > lower) & (z > 0), z, score))
 
 
 @pytest.mark.parametrize("cut", [1.0, 1e-40, 50.0])
@@ -134,8 +134,8 @@ def test_pairs_of_at_least_a_key(dtype, cut, device):
     z = scores_of("many equal", 3, 201).to(dtype).to(device)
     z[0, 0] = 1e-38
     bound = torch.tensor([cut]).view(torch.int32).to(device)
-    found = select_threshold.kept_pairs(z, None, group_max.group_max(z, None), 0, lower_F=None, bound=bound)
-    assert_same_pairs(found, mask_pairs(z.float() >= cut, z, z.float(), 0))
+    found = select_threshold.kept_pairs(z, None, group_max.group_max(z, None), lower_F=None, bound=bound)
+    assert_same_pairs(found, mask_pairs(z.float() >= cut, z, z.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -159,10 +159,12 @@ def test_the_running_bound_stays_under_the_cut(dtype, kind, device):
 def test_the_largest_pairs_are_those_of_a_stable_sort(wanted, kind, dtype, device):
     score = (scores_of(kind, 1, 100)[0].abs() + 0.1).to(dtype).to(device)
     place = torch.arange(100, dtype=torch.int32, device=device)
-    best, cut = batch_threshold.largest_pairs(select_threshold.Pairs(place, place, -score, score), wanted)
+    offsets = torch.tensor([0, 30, 30, 100], device=device)
+    best, cut = batch_threshold.largest_pairs(Pairs(-score, score, place, offsets), wanted)
     expected = torch.sort(score, descending=True, stable=True).indices[:wanted].sort().values
-    assert torch.equal(best.rows_P.long(), expected)
-    assert torch.equal(best.score_P, score[expected])
+    assert torch.equal(best.features.long(), expected)
+    assert torch.equal(best.score, score[expected])
+    assert best.offsets.tolist() == [0, *[int((expected < 30).sum())] * 2, len(expected)]
     assert float(cut) == (float(score[expected].min()) if wanted else 0.0)
 
 

@@ -143,7 +143,7 @@ def test_bits_depend_neither_on_the_run_nor_on_the_order_of_programs(name, devic
     first = run(function, arguments)
     with shuffled_programs(1):
         second = run(function, arguments)
-    transpose._transposes.clear()
+    transpose.feature_major.clear()
     with shuffled_programs(2):
         third = run(function, arguments)
     for one, two, three in zip(first, second, third, strict=True):

@@ -8,38 +8,31 @@
 KTH_LARGEST(kth_key, int16_t, uint16_t)
 GROUP_MAXIMA(maxima_of_keys, int16_t, ORDERED)
 
-/* Which of 64 scores are not below the bound, a bit each. */
-static inline uint64_t not_below(const int16_t *scores, int16_t bound)
+/* Which of the next 64 scores from `i` on, or of what is left of the row's n, are not below the bound, a bit each. */
+static inline uint64_t not_below(int64_t i, int64_t n, const int16_t *row, int16_t bound)
 {
+    uint64_t mask = 0;
 #ifdef __AVX512BW__
-    const __m512i least = _mm512_set1_epi16(bound), rest = _mm512_set1_epi16(INT16_MAX);
-    uint64_t mask = 0;
-    for (int half = 0; half < 2; half++) {
-        const __m512i bits = _mm512_loadu_si512(scores + 32 * half);
-        const __m512i keys = _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi16(bits, 15), rest));
-        mask |= (uint64_t)_mm512_cmpge_epi16_mask(keys, least) << 32 * half;
+    if (n - i >= 64) {
+        const __m512i least = _mm512_set1_epi16(bound), rest = _mm512_set1_epi16(INT16_MAX);
+        for (int half = 0; half < 2; half++) {
+            const __m512i bits = _mm512_loadu_si512(row + i + 32 * half);
+            const __m512i keys = _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi16(bits, 15), rest));
+            mask |= (uint64_t)_mm512_cmpge_epi16_mask(keys, least) << 32 * half;
+        }
+        return mask;
     }
-    return mask;
-#else
-    uint64_t mask = 0;
-    for (int i = 0; i < 64; i++) mask |= (uint64_t)(ORDERED(scores[i]) >= bound) << i;
-    return mask;
 #endif
+    const int64_t count = n - i < 64 ? n - i : 64;
+    for (int64_t j = 0; j < count; j++) mask |= (uint64_t)(ORDERED(row[i + j]) >= bound) << j;
+    return mask;
 }
 
 static int64_t count_not_below(const int16_t *row, int64_t n, int16_t bound)
 {
-    int64_t count = 0, i = 0;
-    for (; i + 64 <= n; i += 64) count += __builtin_popcountll(not_below(row + i, bound));
-    for (; i < n; i++) count += ORDERED(row[i]) >= bound;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += 64) count += __builtin_popcountll(not_below(i, n, row, bound));
     return count;
-}
-
-/* How many of each row's scores are not below its bound. */
-void count_rows(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, int64_t *counts)
-{
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < n_rows; r++) counts[r] = count_not_below(scores + r * n, n, bounds[r]);
 }
 
 /* See `lists.proven`, `lists.within_reach` and `lists.keys_reaching`. */
@@ -84,24 +77,24 @@ void sieve_rows(int64_t n_rows, int64_t n, int64_t n_groups, int64_t k, float sl
     }
 }
 
-/* Their columns, ascending, and keys, from offsets[r] on. */
+/* Columns, ascending, and keys of the scores that are not below their row's bound, from offsets[r] on; without `offsets`
+   only how many a row has. */
 void list_rows(int64_t n_rows, int64_t n, const int16_t *scores, const int16_t *bounds, const int64_t *offsets,
-                    int32_t *columns, int16_t *keys)
+               int64_t *counts, int32_t *columns, int16_t *keys)
 {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < n_rows; r++) {
         const int16_t *row = scores + r * n;
-        int64_t at = offsets[r], i = 0;
-        for (; i + 64 <= n; i += 64)
-            for (uint64_t mask = not_below(row + i, bounds[r]); mask; mask &= mask - 1) {
+        if (!offsets) {
+            counts[r] = count_not_below(row, n, bounds[r]);
+            continue;
+        }
+        int64_t at = offsets[r];
+        for (int64_t i = 0; i < n; i += 64)
+            for (uint64_t mask = not_below(i, n, row, bounds[r]); mask; mask &= mask - 1) {
                 const int64_t column = i + __builtin_ctzll(mask);
                 keys[at] = ORDERED(row[column]);
                 columns[at++] = (int32_t)column;
-            }
-        for (; i < n; i++)
-            if (ORDERED(row[i]) >= bounds[r]) {
-                keys[at] = ORDERED(row[i]);
-                columns[at++] = (int32_t)i;
             }
     }
 }
@@ -129,22 +122,10 @@ void kth_of_lists(int64_t n_chunks, int64_t n_rows, int64_t k, const int64_t *of
     }
 }
 
-/* How many keys of each row's lists are not below its bound. */
-void count_lists(int64_t n_chunks, int64_t n_rows, const int64_t *offsets, const int16_t *keys, const int16_t *bounds,
-                 int64_t *counts)
-{
-#pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < n_rows; r++) {
-        int64_t count = 0;
-        for (int64_t c = 0; c < n_chunks; c++)
-            for (int64_t i = offsets[c * n_rows + r]; i < offsets[c * n_rows + r + 1]; i++) count += keys[i] >= bounds[r];
-        counts[r] = count;
-    }
-}
-
-/* Their features, ascending, from starts[r] on. Chunk c's column i is feature i * n_chunks + c. */
+/* Features, ascending, of the keys in each row's lists that are not below its bound, from starts[r] on; without `starts`
+   only how many a row has. Chunk c's column i is feature i * n_chunks + c. */
 void merge_lists(int64_t n_chunks, int64_t n_rows, int64_t n_features, const int64_t *offsets, const int32_t *columns,
-                 const int16_t *keys, const int16_t *bounds, const int64_t *starts, int32_t *features)
+                 const int16_t *keys, const int16_t *bounds, const int64_t *starts, int64_t *counts, int32_t *features)
 {
     const int64_t n_words = (n_features + 63) / 64;
 #pragma omp parallel
@@ -152,11 +133,17 @@ void merge_lists(int64_t n_chunks, int64_t n_rows, int64_t n_features, const int
         uint64_t *is_in = calloc(n_words, sizeof *is_in);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < n_rows; r++) {
+            int64_t count = 0;
             for (int64_t c = 0; c < n_chunks; c++)
                 for (int64_t i = offsets[c * n_rows + r]; i < offsets[c * n_rows + r + 1]; i++) {
                     const int64_t f = columns[i] * n_chunks + c;
-                    is_in[f / 64] |= (uint64_t)(keys[i] >= bounds[r]) << f % 64;
+                    count += keys[i] >= bounds[r];
+                    if (starts) is_in[f / 64] |= (uint64_t)(keys[i] >= bounds[r]) << f % 64;
                 }
+            if (!starts) {
+                counts[r] = count;
+                continue;
+            }
             int64_t at = starts[r];
             for (int64_t w = 0; w < n_words; is_in[w++] = 0)
                 for (uint64_t word = is_in[w]; word; word &= word - 1)

@@ -1,0 +1,49 @@
+"""Whether a dictionary does on held-out tokens what it was trained for: a few numbers, and lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from crosscoder.data.sources import Marked
+from crosscoder.dictionary import BatchTopK, Dictionary, TopK
+from crosscoder.measure.reading import Measured, measure_dictionary
+
+L0_TOLERANCE = 0.1
+"""Share by which L0 may differ from what was asked before it is said."""
+
+
+def watch(dictionary: Dictionary, batches: Callable[[], Iterable[Tensor | Marked]]) -> dict[str, float | None]:
+    """Explained variance, L0 and dead share on held-out batches, for `train`'s monitor."""
+    measured = measure_dictionary(dictionary, batches())
+    return {
+        "held_out_explained_variance": measured.explained_variance,
+        "held_out_l0": measured.code.nnz / measured.code.shape[0],
+        "held_out_dead_share": 1 - float(measured.alive_GF.mean()),
+    }
+
+
+def describe(dictionary: Dictionary, measured: Measured) -> list[str]:
+    """What was measured on held-out tokens, one line for each thing that a person should know."""
+    n_tokens, l0, found = measured.code.shape[0], measured.code.nnz / measured.code.shape[0], measured.outliers
+    lines = [
+        f"on {n_tokens:,} held-out tokens: explained variance {measured.explained_variance:.4f}, L0 {l0:.1f}, "
+        f"dead {1 - measured.alive_GF.mean():.1%}"
+    ]
+    rule = dictionary.config.sparsity
+    if isinstance(rule, TopK | BatchTopK):
+        asked = rule.k * measured.n_groups
+        if abs(l0 / asked - 1) > L0_TOLERANCE:
+            lines.append(
+                f"L0 is {l0 / asked - 1:+.0%} from the {asked} that training asked for: held-out tokens differ from "
+                "those that set the threshold"
+            )
+    if found.share:
+        worst = int(found.energy_L.argmax())
+        lines.append(
+            f"outliers: {found.share:.3%} of the harvested tokens, {found.energy_L[worst]:.1%} of the squared norm at "
+            f"layer {worst}; explained variance {found.explained_variance_usual:.4f} without them, "
+            f"{found.explained_variance_every:.4f} with them"
+        )
+    return lines
