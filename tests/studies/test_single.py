@@ -2,7 +2,7 @@
 
 import torch
 
-from crosscoder.data.tokens import train_tokenizer
+from crosscoder.data.tokenizer import train_tokenizer
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.single import SubjectStudyConfig, run_subject_study
 
