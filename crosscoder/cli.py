@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from crosscoder.commands import BLOCKS_PATH, LOADING, NO_WINDOW, STEPS, SUBJECT, TEXT, Command, Device, Idle
+from crosscoder.commands import STEPS
+from crosscoder.commands.base import BLOCKS_PATH, LOADING, NO_WINDOW, SUBJECT, TEXT, Command, Device, Idle
 from crosscoder.data.subject import USUAL_LOADING, Loading
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
