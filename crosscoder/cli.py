@@ -81,6 +81,7 @@ class Compare(Study):
     blocks_path: Annotated[str | None, BLOCKS_PATH] = None
     loading: tyro.conf.OmitArgPrefixes[Loading] = USUAL_LOADING
     tokens: int | None = None  # With --subject: tokens to train the dictionaries on
+    context: int | None = None  # With --subject: tokens in a block, at most the model's positions
     keep_outliers: bool = False
     """With --subject: keep first tokens of blocks, special tokens, and tokens of huge norm (sinks)."""
     stream: bool = False  # Harvest activations as dictionaries train, again for each, and store none
@@ -103,7 +104,7 @@ class Compare(Study):
     def idle(self) -> Idle:
         if self.subject is None:
             mode = "only a single model has that; name one with --subject"
-            names = ("layers", "blocks_path", "tokens", "keep_outliers", *LOADING)
+            names = ("layers", "blocks_path", "tokens", "context", "keep_outliers", *LOADING)
         else:
             mode = "only the study of several shapes has that; leave out --subject"
             names = ("preset", "training_seeds", "joint", "part")
@@ -119,7 +120,7 @@ class Compare(Study):
         config = replace(_replace_given(config, dictionaries=budget, seeds=self.seeds), stream=self.stream)
         if self.subject is not None:
             read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path, "loading": self.loading}
-            read |= {"tokens_train": self.tokens, "keep_outliers": self.keep_outliers}
+            read |= {"tokens_train": self.tokens, "context": self.context, "keep_outliers": self.keep_outliers}
             return _replace_given(config, text=self.text, **read)
         subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
         return _replace_given(config, subjects=subjects, joint=self.joint or None)

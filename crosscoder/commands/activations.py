@@ -24,6 +24,7 @@ from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.console import say
 from crosscoder.needs import Needs, dictionary_needs, harvest_needs, stream_needs
+from crosscoder.results.table import Place
 from crosscoder.studies.budget import Arm, DictionaryBudget
 
 HELD_OUT_BATCHES = 2
@@ -147,7 +148,7 @@ class Train(Reading):
 
     def run(self) -> None:
         from crosscoder.measure.health import describe, watch
-        from crosscoder.measure.reading import measure_dictionary
+        from crosscoder.measure.reading import read_dictionary
         from crosscoder.studies.cells import marked, new_dictionary
 
         train, held_out = self.splits("train", "held_out")
@@ -172,8 +173,7 @@ class Train(Reading):
         say(
             f"trained on {result.tokens:,} tokens; reads {source.reads or 'a store that keeps no record of what it is'}"
         )
-        measured = measure_dictionary(result.dictionary, marked(source, self.device))
-        for line in describe(result.dictionary, measured):
+        for line in describe(result.dictionary, read_dictionary(result.dictionary, marked(source, self.device))):
             say(line)
         print(self.out / "dictionary")
 
@@ -192,17 +192,20 @@ class Evaluate(Reading):
     out: Path | None = None  # Write the numbers as JSON here too
 
     def run(self) -> None:
-        from crosscoder.studies.cells import evaluate_dictionary
+        from crosscoder.measure.health import describe
+        from crosscoder.studies.cells import dictionary_rows, evaluate_dictionary
 
         dictionary = load_dictionary(self.dictionary).to(self.device)
-        if not self.raw_inputs:
-            dictionary.require_input_scale("evaluation")
+        dictionary.require_input_scale("evaluation", raw_inputs=self.raw_inputs)
         site = self.site or (
             "write" if dictionary.reads is not None and dictionary.reads.site == "write" else "residual"
         )
         (held_out,) = self.splits("held_out")
         source = SiteSource(held_out, held_out, site, scale_L=dictionary.input_scale)
-        numbers = {row.key: row.value for row in evaluate_dictionary(dictionary, source, device=self.device)}
+        reading = evaluate_dictionary(dictionary, source, device=self.device)
+        for line in describe(dictionary, reading):
+            say(line)
+        numbers = {row.key: row.value for row in dictionary_rows(Place(site=site), dictionary, reading)}
         if self.out is not None:
             write_json(self.out, numbers)
         print(json.dumps(numbers, indent=2))

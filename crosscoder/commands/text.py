@@ -16,7 +16,7 @@ from crosscoder.data.text import Documents, unused_settings
 from crosscoder.data.tokenizer import find_bos
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.foundation.console import say
-from crosscoder.needs import Needs, subject_needs
+from crosscoder.needs import VOCAB_SIZE, Needs, subject_needs
 
 SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
 
@@ -36,7 +36,7 @@ class Prepare(Command):
     revision: str | None = None  # Of a data set on the Hub: a branch, tag or commit
     subject: Annotated[str | None, SUBJECT] = None  # Use this model's own tokenizer instead of training one
     subject_revision: str | None = None  # Of a subject on the Hub
-    vocab_size: int = 512  # Vocabulary of the trained tokenizer
+    vocab_size: int | None = None  # Vocabulary of the trained tokenizer. None: 512
     context: int = 128  # Tokens in a block
     bos: bool = False  # Begin every block with the tokenizer's BOS. Without either flag: where the tokenizer does so
     no_bos: bool = False  # Begin no block with it
@@ -67,7 +67,7 @@ class Prepare(Command):
         prepared = prepare_tokens(
             Documents(self.text, **given),
             tokenizer=tokenizer,
-            vocab_size=None if tokenizer else self.vocab_size,
+            vocab_size=None if tokenizer else self.vocab_size or VOCAB_SIZE,
             sequence_length=self.context,
             held_out_fraction=self.held_out_fraction,
             max_tokens=self.max_tokens,

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from crosscoder.data.blocks import input_device, run_model
+from crosscoder.data.blocks import input_device, run_model, text_config
 from crosscoder.data.hooks import ModuleEnd, reading
 from crosscoder.data.probe import probe_model
 from crosscoder.data.subject import model_origin
@@ -151,6 +151,12 @@ class ResidualHarvester:
             raise ValueError(f"expected token ids [batch, sequence], got {ids_BS.dtype} {list(ids_BS.shape)}")
         if ids_BS.shape[1] <= self.skip_positions:
             raise ValueError(f"no token is left of {list(ids_BS.shape)} after {self.skip_positions} skipped positions")
+        longest = getattr(text_config(self.model), "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < ids_BS.shape[1]:
+            raise ValueError(
+                f"blocks of {ids_BS.shape[1]} tokens are longer than the {longest} positions of the model; prepare "
+                f"with --context {longest} or less"
+            )
         get_embedding = getattr(self.model, "get_input_embeddings", lambda: None)
         vocab_size = getattr(get_embedding(), "num_embeddings", None)
         low, high = int(ids_BS.min()), int(ids_BS.max())

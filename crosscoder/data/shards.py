@@ -127,7 +127,6 @@ def write_shards(
                     with safe_open(path, framework="pt") as stored:
                         shards.append(Shard(file=path.name, tokens=stored.get_slice("x_TLD").get_shape()[0]))
                     progress.advance(shards[-1].tokens)
-        first = len(stream.blocks) * harvester.skip_positions
         index = StoreIndex(
             shards=tuple(shards),
             sites=stream.sites,
@@ -135,10 +134,7 @@ def write_shards(
             dtype=dtype,
             scale=tuple(stream.all_scales("residual").tolist()),
             write_scale=tuple(stream.all_scales("write").tolist()) if are_neighbours(stream.sites) else (),
-            dropped={
-                "first_positions": first,
-                "special_tokens": len(stream.blocks) * stream.context - first - stream.n_tokens,
-            },
+            dropped=stream.dropped,
             fingerprint=fingerprint,
             metadata=dict(metadata or {}),
             harvested=stream.harvested,

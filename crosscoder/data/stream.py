@@ -127,7 +127,14 @@ class ActivationStream(Activations):
             convention=harvester.probed.mlp if harvester.reads == "mlp" else "",
             skip_positions=harvester.skip_positions,
             keep_outliers=harvester.keep_outliers,
+            dropped=self.dropped,
         )
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Tokens of the blocks that are not harvested, by reason."""
+        first = len(self.blocks) * self.harvester.skip_positions
+        return {"first_positions": first, "special_tokens": len(self.blocks) * self.context - first - self.n_tokens}
 
     def rows(self, start: int, stop: int) -> Tensor:
         first_B = self.order.first_B

@@ -137,13 +137,19 @@ class Dictionary(nn.Module, ABC):
         self.input_scale.copy_(scale_L)
         self.reads = reads or self.reads
 
-    def require_input_scale(self, use: str) -> None:
+    def require_input_scale(self, use: str, *, raw_inputs: bool = False) -> None:
         """Refuse a use that needs the scale of the inputs where nobody told it.
 
         Raises:
-            MismatchError: `input_scale` was never set, and no record says that inputs were raw activations.
+            MismatchError: `input_scale` was never set, and nobody says that the inputs were raw activations; or
+                somebody says so, and it was set.
         """
-        if self.reads is None and bool((self.input_scale == 1).all()):
+        known = self.reads is not None or bool((self.input_scale != 1).any())
+        if known and raw_inputs:
+            raise MismatchError(
+                f"this dictionary keeps the scale of its inputs; {use} takes that: leave out raw_inputs"
+            )
+        if not known and not raw_inputs:
             raise MismatchError(
                 f"{use} needs the scale of this dictionary's inputs, and it keeps none: give it that of its batches by "
                 "dictionary.set_input(source.scale_L, source.reads); if it was trained on raw activations, say so by "

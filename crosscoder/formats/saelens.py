@@ -92,8 +92,7 @@ def save_saelens(
         MismatchError: a dictionary without a scale or record of its inputs, unless `raw_inputs`.
         ValueError: see `saelens_tensors`; or a hook is named for a crosscoder of several layers.
     """
-    if not raw_inputs:
-        dictionary.require_input_scale("the export")
+    dictionary.require_input_scale("the export", raw_inputs=raw_inputs)
     cfg, tensors = saelens_tensors(dictionary, group)
     known = {"sae_lens_version": WRITTEN_FOR, **_recorded(dictionary.reads, group), **(metadata or {})}
     if cfg["d_in"] != dictionary.config.d_model:

@@ -80,7 +80,8 @@ class Reads:
     sites: blocks, counted from 1, whose outputs, writes or MLPs are read; 0 is the embedding.
     convention: of MLPs, what is read and whether norms or the residual are inside, as the model's probe says.
     skip_positions: tokens left out at the start of every block. keep_outliers: whether tokens of unusual norm and
-        special tokens are kept. scale: the factor of each layer that made its usual norm sqrt(D).
+        special tokens are kept. dropped: tokens that were not harvested, by reason. scale: the factor of each layer
+        that made its usual norm sqrt(D).
     """
 
     model: ModelOrigin
@@ -90,6 +91,7 @@ class Reads:
     convention: str = ""
     skip_positions: NonNegativeInt = 1
     keep_outliers: bool = False
+    dropped: dict[str, int] = field(default_factory=dict)
     scale: tuple[PositiveFloat, ...] = ()
 
     def __str__(self) -> str:

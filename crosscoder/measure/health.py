@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crosscoder.data.sources import Marked
 from crosscoder.dictionary import BatchTopK, Dictionary, TopK
-from crosscoder.measure.reading import Measured, measure_dictionary
+from crosscoder.measure.reading import Reading, measure_dictionary
 
 L0_TOLERANCE = 0.1
 """Share by which L0 may differ from what was asked before it is said."""
@@ -24,22 +24,22 @@ def watch(dictionary: Dictionary, batches: Callable[[], Iterable[Tensor | Marked
     }
 
 
-def describe(dictionary: Dictionary, measured: Measured) -> list[str]:
-    """What was measured on held-out tokens, one line for each thing that a person should know."""
-    n_tokens, l0, found = measured.code.shape[0], measured.code.nnz / measured.code.shape[0], measured.outliers
+def describe(dictionary: Dictionary, reading: Reading) -> list[str]:
+    """What a reading on held-out tokens found, one line for each thing that a person should know."""
+    l0, found = reading.l0, reading.outliers
     lines = [
-        f"on {n_tokens:,} held-out tokens: explained variance {measured.explained_variance:.4f}, L0 {l0:.1f}, "
-        f"dead {1 - measured.alive_GF.mean():.1%}"
+        f"on {reading.n_tokens:,} held-out tokens: explained variance {reading.explained_variance:.4f}, L0 {l0:.1f}, "
+        f"dead {reading.dead_share:.1%}"
     ]
     rule = dictionary.config.sparsity
     if isinstance(rule, TopK | BatchTopK):
-        asked = rule.k * measured.n_groups
+        asked = rule.k * reading.n_groups
         if abs(l0 / asked - 1) > L0_TOLERANCE:
             lines.append(
                 f"L0 is {l0 / asked - 1:+.0%} from the {asked} that training asked for: held-out tokens differ from "
                 "those that set the threshold"
             )
-    if found.share:
+    if found is not None and found.share:
         worst = int(found.energy_L.argmax())
         lines.append(
             f"outliers: {found.share:.3%} of the harvested tokens, {found.energy_L[worst]:.1%} of the squared norm at "

@@ -316,8 +316,8 @@ def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "c
     return rows_at(at, values)
 
 
-def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: str = "cpu") -> list[Row]:
-    """What a trained dictionary counts and explains on the held-out tokens of a source, as of one seed of a study.
+def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: str = "cpu") -> Reading:
+    """The reading of a trained dictionary on the held-out tokens of a source.
 
     The source is to be at the dictionary's own scale: `SiteSource(..., scale_L=dictionary.input_scale)`.
 
@@ -327,9 +327,7 @@ def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: s
     require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
     if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
         raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")
-    reading = read_dictionary(dictionary, marked(source, device))
-    at = Place(site=source.kind, n_features=dictionary.config.n_features, seed=dictionary.config.seed)
-    return dictionary_rows(at, dictionary, reading)
+    return read_dictionary(dictionary, marked(source, device))
 
 
 def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: Stores, device: str) -> list[Row]:

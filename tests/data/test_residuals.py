@@ -169,6 +169,11 @@ def test_fingerprint_follows_weights_sites_and_policy():
     assert len({base, ResidualHarvester(model).fingerprint, *others}) == 5
 
 
+def test_blocks_longer_than_the_model_s_positions_are_refused(llama):
+    with pytest.raises(ValueError, match=r"blocks of 9 tokens are longer than the 8 positions .* --context 8"):
+        ResidualHarvester(llama).harvest(torch.zeros(2, 9, dtype=torch.long))
+
+
 def test_nan_is_passed_on_not_hidden():
     model = make_model("llama")
     model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")

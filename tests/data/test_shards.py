@@ -1,4 +1,5 @@
 import collections
+import copy
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ def test_bfloat16_round_trip(harvester, blocks, truth, tmp_path):
     store = write_shards(harvester, blocks, tmp_path / "s", dtype="bfloat16", tokens_per_shard=30)
     assert torch.equal(store.rows(0, N_TOKENS), truth.bfloat16().float())
     assert store.epoch_rows(0, 4, seed=0, epoch=0).dtype == torch.float32
+    half = ResidualHarvester(copy.deepcopy(harvester.model).bfloat16())
+    assert write_shards(half, blocks, tmp_path / "half").index.dtype == "bfloat16"  # as the model's
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         write_shards(harvester, blocks, tmp_path / "t", dtype="int8")
 

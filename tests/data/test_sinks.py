@@ -57,11 +57,11 @@ def scores(kind, folder):
     source = SiteSource(store, store, "residual")
     dictionary = Crosscoder(n_layers=3, d_model=16, n_features=48, sparsity=TopK(k=6))
     train(dictionary, source.batches(256, seed=0, steps=150), config=TrainConfig(steps=150), quiet=True)
-    return dictionary, measure_dictionary(dictionary, source.marked())
+    return dictionary, measure_dictionary(dictionary, source.marked()), read_dictionary(dictionary, source.marked())
 
 
 def test_sinks_inside_sequences_move_no_score(folder):
-    (_, clean), (dictionary, spiked) = (scores(kind, folder / "s") for kind in (ActivationShards, Spiked))
+    (_, clean, _), (dictionary, spiked, reading) = (scores(kind, folder / "s") for kind in (ActivationShards, Spiked))
     assert spiked.explained_variance == pytest.approx(clean.explained_variance, abs=0.005)
     assert 1 - spiked.alive_GF.mean() <= 1 - clean.alive_GF.mean() + 0.01
     found = spiked.outliers
@@ -70,13 +70,13 @@ def test_sinks_inside_sequences_move_no_score(folder):
     assert found.share == pytest.approx(len(SINKS) / 3085, rel=0.01)
     assert found.share_L[0] == 0 < found.share_L[1] == found.share_L[2] == found.share
     assert found.energy_L[0] < 0.01 < 0.9 < found.energy_L[1]
-    assert "outliers: 0.162% of the harvested tokens" in describe(dictionary, spiked)[-1]
+    assert "outliers: 0.162% of the harvested tokens" in describe(dictionary, reading)[-1]
     assert clean.outliers.share == 0
     assert clean.outliers.explained_variance_every == clean.explained_variance
 
 
 def test_outliers_that_are_kept_decide_and_are_still_counted(folder):
-    _, kept = scores(Spiked, folder / "kept")
+    _, kept, _ = scores(Spiked, folder / "kept")
     assert kept.code.shape[0] == 3200  # first positions and special tokens too
     assert kept.explained_variance == kept.outliers.explained_variance_every != kept.outliers.explained_variance_usual
     assert kept.outliers.share == len(SINKS) / 3200
