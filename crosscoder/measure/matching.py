@@ -19,8 +19,8 @@ BLOCK_BYTES = 2**27
 and decoders."""
 ALIGNED_ROWS = 192
 """Blocks are a multiple of so many rows, so that matrix products treat each row as they would in one piece."""
-WHOLE_BYTES = 2**28
-"""Size up to which all similarities may be held at once: 5,792 by 5,792 features."""
+WHOLE_BYTES = 2**27
+"""Size up to which all similarities may be held at once, as one-to-one assignment needs: 4,096 by 4,096 features."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Similarity:
         if not self.fits:
             raise ValueError(
                 f"{self.shape[0]:,} by {self.shape[1]:,} similarities are {8 * math.prod(self.shape) / 2**30:.1f} GiB, "
-                f"more than the {WHOLE_BYTES / 2**30:g} GiB that may be held at once; compare fewer features"
+                f"more than the {WHOLE_BYTES / 2**20:.0f} MiB that may be held at once; compare fewer features"
             )
         return self.rows(0, self.shape[0])
 

@@ -124,7 +124,7 @@ def test_twenty_thousand_features_are_matched_in_less_than_a_gibibyte():
                      for c in (code, code[:, order]))  # fmt: skip
     tracemalloc.start()
     try:
-        pairs = counting.match_features(first, second)
+        pairs = counting.SeedPair(first, second).pairs_m2
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
