@@ -67,7 +67,7 @@ def uniqueness(nearest_F: np.ndarray) -> float:
 
 
 def _absolute_cosine(found_FN: np.ndarray, truth_PN: np.ndarray) -> np.ndarray:
-    return np.abs(matching.decoder_cosine(found_FN.astype(np.float64), truth_PN.astype(np.float64)))
+    return np.abs(matching.decoder_cosine(found_FN.astype(np.float64), truth_PN.astype(np.float64)).whole())
 
 
 def _ratio(above_F: np.ndarray, below_F: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ BUDGETS = {
     "crosscoder/dictionary": 1210,
     "crosscoder/training": 850,
     "crosscoder/formats": 140,
-    "crosscoder/measure": 2800,
+    "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
     "crosscoder/report": 1680,
     "crosscoder/studies": 1900,

@@ -108,6 +108,24 @@ def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tens
         yield
 
 
+@contextlib.contextmanager
+def replacing_input(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """While active, `module` is given `replace(hidden)` for its hidden states."""
+
+    owner = threading.get_ident()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != owner:
+            return None
+        hidden = _tensor(module, given(args, kwargs), "is given")
+        new = replace(hidden)
+        changed = {name: new if one is hidden else one for name, one in kwargs.items()}
+        return tuple(new if one is hidden else one for one in args), changed
+
+    with module.register_forward_pre_hook(before, with_kwargs=True):
+        yield
+
+
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The hidden states among what a module is called with: `hidden_states`, or the first tensor of real numbers."""
     if "hidden_states" in kwargs:

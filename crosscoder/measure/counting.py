@@ -5,13 +5,14 @@ Definitions follow the project's preregistered quantities, `results.quantities`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise, product
 
 import numpy as np
 
+from crosscoder.foundation.console import say
 from crosscoder.measure import dimension, matching, profile
 from crosscoder.measure.reading import Reading
 from crosscoder.results.table import Value
@@ -19,11 +20,7 @@ from crosscoder.results.table import Value
 LINK = 0.7  # similarity from which features of neighbouring layers, or of two seeds, are matched
 ULTRA_DENSE = 0.1  # firing probability above which a feature is reported apart
 
-RULES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "mutual nearest": matching.mutual_nearest_pairs,
-    "hungarian": matching.hungarian_pairs,
-    "threshold": matching.threshold_pairs,
-}
+SIMILARITIES, RULES = ("correlation", "cosine", "both"), ("mutual nearest", "hungarian", "threshold")
 
 
 def binary_entropy(p: np.ndarray) -> np.ndarray:
@@ -76,17 +73,37 @@ class SeedPair:
 def chains(bank: Reading) -> dict[tuple[str, str], np.ndarray]:
     """The chain of each feature, numbered from 0, where features of neighbouring layers are linked, `[F]`.
 
-    By similarity and rule. Similarities: `correlation` of activity, `cosine` of directions, the smaller of `both`.
+    By similarity and rule. Similarities: `correlation` of activity, `cosine` of directions, the smaller of `both`. The
+    Hungarian rule is left out, and it is said, where two layers have more pairs than may be held at once.
     """
     starts = np.cumsum([0, *(len(group) for group in bank.groups)])
-    links = {key: [np.zeros((0, 2), dtype=np.int64)] for key in product(("correlation", "cosine", "both"), RULES)}
+    links: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in product(SIMILARITIES, RULES)}
     for index, (a, b) in enumerate(pairwise(bank.groups)):
-        correlation = matching.activation_correlation(a.code, b.code)
-        cosine = matching.decoder_cosine(a.decoder_FLD, b.decoder_FLD)
-        similarities = {"correlation": correlation, "cosine": cosine, "both": np.minimum(correlation, cosine)}
-        for (kind, rule), pairs in links.items():
-            pairs.append(RULES[rule](similarities[kind], LINK) + starts[index : index + 2])
-    return {key: matching.joined(len(bank), np.concatenate(pairs)) for key, pairs in links.items()}
+        found = _links(a, b)
+        links = {key: [*pairs, found[key] + starts[index : index + 2]] for key, pairs in links.items() if key in found}
+    return {key: matching.joined(len(bank), matching.joined_pairs(pairs)) for key, pairs in links.items()}
+
+
+def _links(a: Reading, b: Reading) -> dict[tuple[str, str], np.ndarray]:
+    """Pairs `[m, 2]` of features of two layers by similarity and rule, from one pass over their similarities."""
+    correlation = matching.activation_correlation(a.code, b.code)
+    cosine = matching.decoder_cosine(a.decoder_FLD, b.decoder_FLD)
+    nearest = {kind: matching.Nearest(len(b)) for kind in SIMILARITIES}
+    links: dict[tuple[str, str], list[np.ndarray]] = {(kind, "threshold"): [] for kind in SIMILARITIES}
+    if len(b):
+        for (start, active), (_, written) in zip(correlation.blocks(), cosine.blocks(), strict=True):
+            for kind, block in zip(SIMILARITIES, (active, written, np.minimum(active, written)), strict=True):
+                nearest[kind].add(start, block)
+                links[kind, "threshold"].append(matching.marked_pairs(start, block >= LINK))
+    found = {key: matching.joined_pairs(pairs) for key, pairs in links.items()}
+    found |= {(kind, "mutual nearest"): one.mutual_pairs(LINK) for kind, one in nearest.items()}
+    if not correlation.fits:
+        say(f"{len(a):,} by {len(b):,} features are too many for one-to-one assignment; other rules merge them")
+        return found
+    active, written = correlation.whole(), cosine.whole()
+    for kind, whole in zip(SIMILARITIES, (active, written, np.minimum(active, written)), strict=True):
+        found[kind, "hungarian"] = matching.hungarian_pairs(whole, LINK)
+    return found
 
 
 def merged_counts(bank: Reading) -> dict[tuple[str, str], int]:

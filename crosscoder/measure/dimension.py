@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from crosscoder.measure.matching import joint_rows, unit_rows
+from crosscoder.measure.matching import joint_rows, row_spans, unit_rows
 from crosscoder.measure.statistics import Bootstrap
 from crosscoder.results.table import Estimate
 
@@ -41,8 +41,10 @@ def effective_dimension(decoder_FLD: np.ndarray) -> float:
     if n_features < 2:
         return float("nan")
     # sum of squared entries of the Gram matrix, from the smaller of the two products
-    product = rows @ rows.T if n_features <= rows.shape[1] else rows.T @ rows
-    off_diagonal = np.square(product, dtype=np.float64).sum() - np.square(np.square(rows).sum(1)).sum()
+    side = rows if n_features <= rows.shape[1] else rows.T
+    spans = row_spans(len(side), len(side))
+    total = sum(np.square(side[start:stop] @ side.T, dtype=np.float64).sum() for start, stop in spans)
+    off_diagonal = total - np.square(np.square(rows).sum(1)).sum()
     return float(n_features * (n_features - 1) / off_diagonal) if off_diagonal > 0 else float("inf")
 
 
@@ -60,10 +62,14 @@ def _cross_interference(
 ) -> float:
     """`sum a_i a_j G1_ij G2_ij / sum b_i b_j` over i != j, for unit rows; from the smaller of F x F and N x N."""
     if len(first_FN) <= first_FN.shape[1]:
-        products = (first_FN @ first_FN.T) * (second_FN @ second_FN.T)
-        total = float(numerator_F @ products @ numerator_F)
+        total = 0.0
+        for start, stop in row_spans(len(first_FN), len(first_FN)):
+            products = (first_FN[start:stop] @ first_FN.T) * (second_FN[start:stop] @ second_FN.T)
+            total += float(numerator_F[start:stop] @ products @ numerator_F)
     else:
-        total = float(np.square((first_FN * numerator_F[:, None]).T @ second_FN).sum())
+        first_NF = (first_FN * numerator_F[:, None]).T
+        spans = row_spans(len(first_NF), len(first_NF))
+        total = float(sum(np.square(first_NF[start:stop] @ second_FN).sum() for start, stop in spans))
     own = np.square(first_FN).sum(1) * np.square(second_FN).sum(1)
     pairs = denominator_F.sum() ** 2 - np.square(denominator_F).sum()
     return float((total - (np.square(numerator_F) * own).sum()) / pairs) if pairs > 0 else math.nan

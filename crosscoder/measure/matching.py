@@ -1,28 +1,92 @@
-"""Which feature of one dictionary is which feature of another: similarities, and rules that turn them into pairs."""
+"""Which feature of one dictionary is which feature of another: similarities, and rules that turn them into pairs.
+
+Two dictionaries of 65,000 features have 4 billion pairs, so similarities are worked out in blocks of rows and never
+held all at once. Correlations do not depend on the blocks, cosines to rounding.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, sparse
 from scipy.sparse import csgraph
 
+BLOCK_BYTES = 2**27
+"""Size of one block of similarities as float64; at most six such arrays exist at once, beside one copy of the codes
+and decoders."""
+ALIGNED_ROWS = 192
+"""Blocks are a multiple of so many rows, so that matrix products treat each row as they would in one piece."""
+WHOLE_BYTES = 2**27
+"""Size up to which all similarities may be held at once, as one-to-one assignment needs: 4,096 by 4,096 features."""
 
-def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> np.ndarray:
-    """Pearson correlation over the same T tokens between columns of `a` and of `b`, `[Fa, Fb]`; 0 for a constant one.
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike each feature of one dictionary and each of another are, `[Fa, Fb]`, worked out when it is asked for.
+
+    rows: `(start, stop) -> [stop - start, Fb]`.
+    """
+
+    shape: tuple[int, int]
+    rows: Callable[[int, int], np.ndarray]
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The first row and the similarities of each block of rows, in order; of one shape always the same blocks."""
+        for start, stop in row_spans(*self.shape):
+            yield start, self.rows(start, stop)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of it may be held at once."""
+        return 8 * math.prod(self.shape) <= WHOLE_BYTES
+
+    def whole(self) -> np.ndarray:
+        """All of it at once.
+
+        Raises:
+            ValueError: it is too large.
+        """
+        if not self.fits:
+            raise ValueError(
+                f"{self.shape[0]:,} by {self.shape[1]:,} similarities are {8 * math.prod(self.shape) / 2**30:.1f} GiB, "
+                f"more than the {WHOLE_BYTES / 2**20:.0f} MiB that may be held at once; compare fewer features"
+            )
+        return self.rows(0, self.shape[0])
+
+
+def row_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) of the rows of each block of at most `BLOCK_BYTES`, of one row at least."""
+    size = max(1, BLOCK_BYTES // (8 * max(1, n_columns)))
+    size -= size % ALIGNED_ROWS if size > ALIGNED_ROWS else 0
+    return ((start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+
+
+def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> Similarity:
+    """Pearson correlation over the same T tokens between columns of `a` and of `b`; 0 for a constant one.
 
     Raises:
         ValueError: the two were not measured on the same number of tokens.
     """
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"activities cover {a.shape[0]} and {b.shape[0]} tokens; correlate them on the same tokens")
-    n_tokens = a.shape[0]
-    product = np.asarray((a.T @ b).todense(), dtype=np.float64) / n_tokens
+    n_tokens, of_tokens = a.shape[0], sparse.csr_array(b)
     mean_a, mean_b = (np.asarray(code.sum(0), dtype=np.float64).ravel() / n_tokens for code in (a, b))
-    covariance = product - np.outer(mean_a, mean_b)
-    scale = np.outer(_deviation(a, mean_a), _deviation(b, mean_b))
-    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+    deviation_a, deviation_b = _deviation(a, mean_a), _deviation(b, mean_b)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        covariance = np.asarray((a[:, start:stop].T @ of_tokens).todense(), dtype=np.float64)
+        covariance /= n_tokens
+        covariance -= np.outer(mean_a[start:stop], mean_b)
+        scale = np.outer(deviation_a[start:stop], deviation_b)
+        known = scale > 0
+        np.divide(covariance, scale, out=covariance, where=known)
+        covariance[~known] = 0.0
+        return covariance
+
+    return Similarity((a.shape[1], b.shape[1]), rows)
 
 
 def mean_square(code: sparse.csc_array) -> np.ndarray:
@@ -39,37 +103,102 @@ def joint_rows(decoder_FLD: np.ndarray) -> np.ndarray:
     return decoder_FLD.reshape(len(decoder_FLD), math.prod(decoder_FLD.shape[1:]))
 
 
-def decoder_cosine(a_FLD: np.ndarray, b_FLD: np.ndarray) -> np.ndarray:
-    """Cosine between the joint rows of `a` and of `b`, `[Fa, Fb]`; 0 for a zero row."""
-    return unit_rows(joint_rows(a_FLD)) @ unit_rows(joint_rows(b_FLD)).T
+def decoder_cosine(a_FLD: np.ndarray, b_FLD: np.ndarray) -> Similarity:
+    """Cosine between the joint rows of `a` and of `b`; 0 for a zero row."""
+    rows_a, unit_b = joint_rows(a_FLD), unit_rows(joint_rows(b_FLD))
+    return Similarity((len(rows_a), len(unit_b)), lambda start, stop: unit_rows(rows_a[start:stop]) @ unit_b.T)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows divided by their norms; zero rows stay zero."""
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
+    unit = np.zeros_like(rows)
+    for start, stop in row_spans(*rows.shape):
+        norm = np.linalg.norm(rows[start:stop], axis=1, keepdims=True)
+        np.divide(rows[start:stop], norm, out=unit[start:stop], where=norm > 0)
+    return unit
 
 
-def mutual_nearest_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
+class Nearest:
+    """The most similar feature of the other side for every feature of two dictionaries; of equals the first.
+
+    Similarities `[Fa, Fb]` are added in blocks of rows, in order. `best_*` are the similarities, `index_*` whose.
+    """
+
+    def __init__(self, n_second: int) -> None:
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self.index_b, self.best_b = np.zeros(n_second, dtype=np.int64), np.full(n_second, -np.inf)
+
+    def add(self, start: int, block: np.ndarray) -> None:
+        """Rows from `start` on, at least one, of at least one column."""
+        index = block.argmax(1)
+        self._rows.append((index, block[np.arange(len(block)), index]))
+        top = block.max(0)
+        better = np.flatnonzero(top > self.best_b)
+        self.index_b[better] = start + block[:, better].argmax(0)
+        self.best_b[better] = top[better]
+
+    @property
+    def index_a(self) -> np.ndarray:
+        """Of each row, the column."""
+        return np.concatenate([index for index, _ in self._rows])
+
+    @property
+    def best_a(self) -> np.ndarray:
+        """Of each row, the similarity."""
+        return np.concatenate([best for _, best in self._rows])
+
+    def mutual_pairs(self, minimum: float) -> np.ndarray:
+        """Pairs that are each other's most similar, with similarity >= `minimum`, as `[m, 2]`."""
+        if not self._rows:
+            return np.zeros((0, 2), dtype=np.int64)
+        index_a = self.index_a
+        a = np.flatnonzero((self.index_b[index_a] == np.arange(len(index_a))) & (self.best_a >= minimum))
+        return np.stack([a, index_a[a]], axis=1)
+
+
+def nearest(similarity: Similarity | np.ndarray) -> Nearest:
+    """The most similar features in both directions."""
+    found = Nearest(similarity.shape[1])
+    if 0 not in similarity.shape:
+        for start, block in _blocks(similarity):
+            found.add(start, block)
+    return found
+
+
+def _blocks(similarity: Similarity | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    return iter([(0, similarity)]) if isinstance(similarity, np.ndarray) else similarity.blocks()
+
+
+def mutual_nearest_pairs(similarity: Similarity | np.ndarray, minimum: float) -> np.ndarray:
     """Pairs that are each other's most similar, with similarity >= `minimum`, as `[m, 2]`."""
-    if similarity.size == 0:
-        return np.zeros((0, 2), dtype=np.int64)
-    best_of_a, best_of_b = similarity.argmax(1), similarity.argmax(0)
-    a = np.flatnonzero(best_of_b[best_of_a] == np.arange(len(best_of_a)))
-    pairs = np.stack([a, best_of_a[a]], axis=1)
-    return pairs[similarity[pairs[:, 0], pairs[:, 1]] >= minimum]
+    return nearest(similarity).mutual_pairs(minimum)
 
 
-def hungarian_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
-    """The one-to-one assignment with the largest summed similarity, its pairs >= `minimum` only, as `[m, 2]`."""
-    rows, columns = optimize.linear_sum_assignment(similarity, maximize=True)
-    kept = similarity[rows, columns] >= minimum
+def hungarian_pairs(similarity: Similarity | np.ndarray, minimum: float) -> np.ndarray:
+    """The one-to-one assignment with the largest summed similarity, its pairs >= `minimum` only, as `[m, 2]`.
+
+    Raises:
+        ValueError: there are too many features; its cost grows with their cube.
+    """
+    whole = similarity if isinstance(similarity, np.ndarray) else similarity.whole()
+    rows, columns = optimize.linear_sum_assignment(whole, maximize=True)
+    kept = whole[rows, columns] >= minimum
     return np.stack([rows[kept], columns[kept]], axis=1)
 
 
-def threshold_pairs(similarity: np.ndarray, minimum: float) -> np.ndarray:
+def threshold_pairs(similarity: Similarity | np.ndarray, minimum: float) -> np.ndarray:
     """Every pair with similarity >= `minimum`, as `[m, 2]`; many-to-many, so chains of it can percolate."""
-    return np.argwhere(similarity >= minimum)
+    return joined_pairs(marked_pairs(start, block >= minimum) for start, block in _blocks(similarity))
+
+
+def marked_pairs(start: int, block: np.ndarray) -> np.ndarray:
+    """Pairs that a mask of the rows from `start` on marks, `[m, 2]`."""
+    return np.argwhere(block) + np.array([start, 0])
+
+
+def joined_pairs(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """All pairs of the parts, `[m, 2]`, also of no parts."""
+    return np.concatenate([np.zeros((0, 2), dtype=np.int64), *parts])
 
 
 def matched_share(pairs_m2: np.ndarray, n_first: int, n_second: int) -> float:

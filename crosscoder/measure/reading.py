@@ -303,7 +303,9 @@ def representatives(reading: Reading) -> np.ndarray:
     """Indices of the most active feature of each set of duplicates, ascending."""
     cosine = matching.decoder_cosine(reading.decoder_FLD, reading.decoder_FLD)
     correlation = matching.activation_correlation(reading.code, reading.code)
-    label_F = matching.joined(len(reading), np.argwhere((cosine > DUPLICATE) & (correlation > DUPLICATE)))
+    blocks = zip(cosine.blocks(), correlation.blocks(), strict=True)
+    pairs = (matching.marked_pairs(start, (c > DUPLICATE) & (r > DUPLICATE)) for (start, c), (_, r) in blocks)
+    label_F = matching.joined(len(reading), matching.joined_pairs(pairs))
     order = np.argsort(-np.diff(reading.code.indptr), kind="stable")
     return np.sort(order[np.unique(label_F[order], return_index=True)[1]])
 

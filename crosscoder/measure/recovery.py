@@ -35,7 +35,7 @@ class Assignment:
 
 def assign(found_FLD: np.ndarray, truth_FLD: np.ndarray) -> Assignment:
     """The one-to-one assignment with the largest summed cosine of joint decoders; negative cosines count as 0."""
-    similarity = np.maximum(matching.decoder_cosine(_flat(truth_FLD), _flat(found_FLD)), 0.0)
+    similarity = np.maximum(matching.decoder_cosine(_flat(truth_FLD), _flat(found_FLD)).whole(), 0.0)
     rows, columns = optimize.linear_sum_assignment(similarity, maximize=True)
     partner, cosine = np.full(len(truth_FLD), -1), np.zeros(len(truth_FLD))
     positive = similarity[rows, columns] > 0
@@ -71,7 +71,7 @@ def precision_by_kind(
     """`precision` among the found features whose nearest planted one is of each kind, `[n_kinds]`; nan for none."""
     if len(found_FLD) == 0:
         return np.full(n_kinds, np.nan)
-    nearest = kind_F[matching.decoder_cosine(_flat(found_FLD), _flat(truth_FLD)).argmax(1)]
+    nearest = kind_F[matching.nearest(matching.decoder_cosine(_flat(found_FLD), _flat(truth_FLD))).index_a]
     good = np.zeros(len(found_FLD), dtype=bool)
     good[assignment.partner_F[assignment.recalled_F]] = True
     claimed = np.bincount(nearest, minlength=n_kinds)

@@ -64,7 +64,7 @@ def incidence(sizes: Sequence[int], links: dict[tuple[int, int], np.ndarray]) ->
     """
     starts = np.concatenate([[0], np.cumsum(sizes)])
     edges = [pairs + starts[[s, t]] for (s, t), pairs in links.items()]
-    label = matching.joined(starts[-1], np.concatenate([np.zeros((0, 2), dtype=np.int64), *edges]))
+    label = matching.joined(starts[-1], matching.joined_pairs(edges))
     found = np.zeros((label.max(initial=-1) + 1, len(sizes)), dtype=bool)
     found[label, np.repeat(np.arange(len(sizes)), sizes)] = True
     return found

@@ -1,13 +1,14 @@
 """How much worse the subject predicts when reconstructions replace its own activations.
 
 Sites of kind `residual` are block outputs x_l; sites of kind `write` are what block l adds, x_l - x_(l-1). A site is
-spliced by replacing its activations with the reconstruction of those of the clean run. The first positions, which the
-dictionaries never saw, keep their clean values.
+spliced by replacing its activations with the reconstruction of those of the clean run. Tokens that the dictionary was
+not made to read keep their clean values: the first positions, special tokens and outliers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,10 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosscoder.data.hooks import ModuleEnd, reading, replacing
+from crosscoder.data.blocks import run_model
+from crosscoder.data.hooks import ModuleEnd, reading, replacing, replacing_input
+from crosscoder.data.sources import is_outlier
+from crosscoder.data.subject import model_origin
 from crosscoder.dictionary import Dictionary
+from crosscoder.foundation.origin import require_same
 
 SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
+LOGIT_BYTES = 2**28
+"""Of the logits of one call of the model, as float32; those of the clean and of one spliced run are held at once."""
+BLOCK_BYTES = 2**26
+"""Of the logits that are scored at a time; about six such arrays exist at once."""
+
+Logits = Callable[[int, int], Tensor]
+"""Those of positions `start` to `stop`, `[B, stop - start, V]`."""
 
 
 class Spliced(NamedTuple):
@@ -30,21 +42,126 @@ class Spliced(NamedTuple):
     """With one layer's site replaced, by layer, or `all`."""
 
 
-def _record(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Clean logits, and the residual stream entering the first block and leaving every block, `[B, S, n + 1, D]`."""
-    stream: list[Tensor] = []
-    ends = [ModuleEnd(blocks[0], "input"), *(ModuleEnd(block, "output") for block in blocks)]
-    with reading(ends, lambda _, hidden: stream.append(hidden)):
-        logits = model(ids_BS, use_cache=False).logits
-    return logits, torch.stack(stream, dim=2)
+class _Subject:
+    """A model that is run without ever making logits beyond `LOGIT_BYTES`.
+
+    Where those of a single row are larger, the output head is given one position, and later the others block by block,
+    in runs of a single token: whatever the model does to logits behind the head, such as capping them, it does itself.
+    A model that does not work so, as a few tokens tell, makes the logits of a row at once.
+    """
+
+    def __init__(self, model: nn.Module, ids_BS: Tensor) -> None:
+        self.model = model
+        self.token_bytes = 4 * run_model(model, ids_BS[:1, :1]).logits.shape[-1]
+        row_fits = ids_BS.shape[1] * self.token_bytes <= LOGIT_BYTES
+        self.head = None if row_fits else self._find_head(ids_BS[:1, :8])
+
+    def run(self, ids_BS: Tensor) -> Logits:
+        """The model's logits of token ids."""
+        if self.head is None:
+            logits = run_model(self.model, ids_BS).logits
+            return lambda start, stop: logits[:, start:stop]
+        seen: list[Tensor] = []
+
+        def keep(hidden_BSD: Tensor) -> Tensor:
+            seen.append(hidden_BSD)
+            return hidden_BSD[:, -1:]
+
+        with replacing_input(self.head, keep):
+            run_model(self.model, ids_BS)
+        return lambda start, stop: self._of_hidden(self.head, ids_BS, seen[0][:, start:stop])
+
+    def _of_hidden(self, head: nn.Module | None, ids_BS: Tensor, hidden_BPD: Tensor) -> Tensor:
+        assert head is not None
+        with replacing_input(head, lambda _: hidden_BPD):
+            return run_model(self.model, ids_BS[:, :1]).logits
+
+    def _find_head(self, ids_BS: Tensor) -> nn.Module | None:
+        """The output head, if the logits of every position are a function of what it is given there; else None."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is None or isinstance(head, nn.Embedding):
+            return None
+        seen: list[Tensor] = []
+        with reading([ModuleEnd(head, "input")], lambda _, hidden: seen.append(hidden)):
+            logits = run_model(self.model, ids_BS).logits
+        if len(seen) != 1 or seen[0].ndim != 3 or seen[0].shape[:2] != ids_BS.shape:
+            return None
+        again = self._of_hidden(head, ids_BS, seen[0])
+        same = again.shape == logits.shape and bool((again - logits).abs().max() <= 1e-3 * logits.abs().max())
+        return head if same else None
 
 
-def _loss_and_kl(logits: Tensor, clean: Tensor, ids_BS: Tensor, skip: int) -> np.ndarray:
+class _Sites:
+    """The sites of a dictionary in a model."""
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        subject: _Subject,
+        blocks: Sequence[nn.Module],
+        layers: Sequence[int],
+        kind: str,
+        skip: int,
+    ) -> None:
+        self.dictionary, self.subject, self.blocks = dictionary, subject, blocks
+        self.layers, self.kind, self.skip = list(layers), kind, skip
+        self.scale_L1 = dictionary.input_scale[:, None]
+
+    def record(self, ids_BS: Tensor) -> tuple[Logits, Tensor]:
+        """Clean logits, and what the dictionary reads, float32 `x_BSLD`."""
+        before = [layer - 1 for layer in self.layers] if self.kind == "write" else []
+        numbers, stream = sorted({*self.layers, *before}), {}
+        first = ModuleEnd(self.blocks[0], "input")
+        ends = [ModuleEnd(self.blocks[number - 1], "output") if number else first for number in numbers]
+        with reading(ends, lambda i, hidden: stream.update({numbers[i]: hidden.to(self.scale_L1.device).float()})):
+            logits = self.subject.run(ids_BS)
+        x_BSLD = torch.stack([stream[layer] for layer in self.layers], dim=2)
+        return logits, x_BSLD - torch.stack([stream[layer] for layer in before], dim=2) if before else x_BSLD
+
+    def read(self, ids_BS: Tensor, x_BSLD: Tensor) -> Tensor:
+        """Which tokens the dictionary was made to read, bool `[B, S]`."""
+        reads, read_BS = self.dictionary.reads, torch.ones(ids_BS.shape, dtype=torch.bool, device=x_BSLD.device)
+        read_BS[:, : self.skip if reads is None else max(self.skip, reads.skip_positions)] = False
+        if reads is not None and not reads.keep_outliers:
+            special = torch.tensor(reads.tokens.special_ids, dtype=ids_BS.dtype, device=ids_BS.device)
+            read_BS &= ~torch.isin(ids_BS, special).to(x_BSLD.device)
+            read_BS &= ~is_outlier(x_BSLD * self.scale_L1).any(-1)
+        return read_BS
+
+    def mean(self, ids: Sequence[Tensor]) -> Tensor:
+        """The mean of the tokens that the dictionary reads, `[L, D]`."""
+        total, count = torch.zeros(()), 0
+        for ids_BS in ids:
+            x_BSLD = self.record(ids_BS)[1]
+            x_TLD = x_BSLD[self.read(ids_BS, x_BSLD)]
+            total, count = x_TLD.sum(0) if count == 0 else total + x_TLD.sum(0), count + len(x_TLD)
+        if count == 0:
+            raise ValueError("no token is left to splice: all are special tokens, outliers or at the first positions")
+        return total / count
+
+    def spliced(self, ids_BS: Tensor, new_BSLD: Tensor, chosen: Sequence[int]) -> Logits:
+        """The logits with `new_BSLD` in place of the sites numbered `chosen`, but for the first positions."""
+
+        def put(number: int, given: Tensor, returned: Tensor) -> Tensor:
+            new = new_BSLD[:, :, chosen[number]].to(returned.device)
+            new = new + given if self.kind == "write" else new
+            return torch.cat([returned[:, : self.skip], new[:, self.skip :].to(returned.dtype)], dim=1)
+
+        with replacing([self.blocks[self.layers[i] - 1] for i in chosen], put):
+            return self.subject.run(ids_BS)
+
+
+def _loss_and_kl(logits: Logits, clean: Logits, ids_BS: Tensor, skip: int, token_bytes: int) -> np.ndarray:
     """Cross-entropy of logits, and KL of the clean ones from them, summed over tokens from position `skip` on."""
-    log_q = logits[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
-    log_p = clean[:, skip:-1].float().log_softmax(-1).flatten(0, 1)
-    loss = F.nll_loss(log_q, ids_BS[:, skip + 1 :].flatten(), reduction="sum")
-    return np.array([loss.item(), F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()])
+    sums, last = np.zeros(2), ids_BS.shape[1] - 1
+    step = max(1, BLOCK_BYTES // (token_bytes * len(ids_BS)))
+    for start in range(skip, last, step):
+        stop = min(start + step, last)
+        log_q = logits(start, stop).float().log_softmax(-1).flatten(0, 1)
+        log_p = log_q if clean is logits else clean(start, stop).float().log_softmax(-1).flatten(0, 1)
+        loss = F.nll_loss(log_q, ids_BS[:, start + 1 : stop + 1].flatten().to(log_q.device), reduction="sum")
+        sums += loss.item(), F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+    return sums
 
 
 @torch.no_grad()
@@ -57,68 +174,65 @@ def splice_losses(
     layers: Sequence[int],
     kind: Literal["residual", "write"],
     ablation: Literal["mean", "zero"] = "mean",
-    skip_positions: int = 1,
+    skip_positions: int | None = None,
 ) -> Spliced:
     """Clean loss, and loss, KL and loss recovered with each of `layers` (and all of them) replaced.
 
+    Losses count every prediction from position `skip_positions` on, also those at tokens that keep their clean values.
+    The mean that replaces an ablated site is that of the tokens which the dictionary reads.
+
     layers: block numbers from 1, one for each layer of the dictionary, in its order.
     ids: batches of token ids `[B, S]`; the dictionary's `input_scale` maps raw activations to its inputs.
+    skip_positions: the first tokens of each row that are never replaced. None: as many as the dictionary's record says,
+        or 1. Special tokens and outliers are known where there is a record.
 
     Raises:
-        ValueError: `layers` does not name one block for each layer of the dictionary.
+        MismatchError: the dictionary reads other sites, or another model.
+        ValueError: `layers` does not name one block for each layer of the dictionary, or no token is left.
     """
     if len(layers) != dictionary.config.n_layers:
         raise ValueError(f"{len(layers)} layers named for a dictionary of {dictionary.config.n_layers}")
+    if (reads := dictionary.reads) is not None:
+        origin = model_origin(model, reads.model.name)
+        there = replace(reads, site=kind, sites=tuple(layers), model=origin)
+        require_same(reads, there, owner="the dictionary", given="what is spliced")
+    skip = skip_positions if skip_positions is not None else 1 if reads is None else reads.skip_positions
+    if max(ids_BS.shape[1] for ids_BS in ids) < skip + 2:
+        raise ValueError(f"blocks of {ids[0].shape[1]} tokens hold no prediction after {skip} skipped positions")
     dictionary.eval()
-    mean_LD = _mean_site(model, blocks, ids, layers, kind, skip_positions) if ablation == "mean" else None
+    longest = max(ids, key=lambda ids_BS: ids_BS.shape[1])
+    subject = _Subject(model, longest)
+    sites = _Sites(dictionary, subject, blocks, layers, kind, skip)
+    bytes_each = longest.shape[1] * max(subject.token_bytes, 4 * len(layers) * dictionary.config.d_model)
+    parts = [part for ids_BS in ids for part in ids_BS.split(max(1, LOGIT_BYTES // bytes_each))]
+    mean_LD = sites.mean(parts) if ablation == "mean" else None
     choices = {str(layer): [i] for i, layer in enumerate(layers)}
     if len(layers) > 1:
         choices["all"] = list(range(len(layers)))
     clean_loss, n_tokens = 0.0, 0
     spliced, ablated = ({name: np.zeros(2) for name in choices} for _ in range(2))
-    for ids_BS in ids:
-        clean, stream = _record(model, blocks, ids_BS)
-        x_BSLD = _sites(stream, layers, kind)
-        scale_L1 = dictionary.input_scale[:, None]
-        recon_BSLD = dictionary(x_BSLD.float() * scale_L1).recon / scale_L1
-        gone_BSLD = torch.zeros_like(recon_BSLD) if mean_LD is None else mean_LD.expand_as(recon_BSLD)
-        clean_loss += _loss_and_kl(clean, clean, ids_BS, skip_positions)[0]
-        n_tokens += ids_BS[:, skip_positions + 1 :].numel()
-        for name, chosen in choices.items():
-            for sums, source in ((spliced[name], recon_BSLD), (ablated[name], gone_BSLD)):
+    for ids_BS in parts:
+        clean, x_BSLD = sites.record(ids_BS)
+        read_BS11 = sites.read(ids_BS, x_BSLD)[:, :, None, None]
+        recon_BSLD = dictionary(x_BSLD * sites.scale_L1).recon / sites.scale_L1
+        gone_BSLD = torch.zeros_like(x_BSLD) if mean_LD is None else mean_LD.expand_as(x_BSLD)
+        clean_loss += _loss_and_kl(clean, clean, ids_BS, skip, subject.token_bytes)[0]
+        n_tokens += ids_BS[:, skip + 1 :].numel()
+        for sums, new_BSLD in ((spliced, recon_BSLD), (ablated, gone_BSLD)):
+            new_BSLD = torch.where(read_BS11, new_BSLD, x_BSLD)
+            for name, chosen in choices.items():
+                logits = sites.spliced(ids_BS, new_BSLD, chosen)
+                sums[name] += _loss_and_kl(logits, clean, ids_BS, skip, subject.token_bytes)
+    return _summary(clean_loss, n_tokens, spliced, ablated, ablation)
 
-                def put(number: int, given: Tensor, returned: Tensor, source=source, chosen=chosen) -> Tensor:
-                    new = source[:, :, chosen[number]].to(returned.dtype)
-                    new = new + given if kind == "write" else new
-                    return torch.cat([returned[:, :skip_positions], new[:, skip_positions:]], dim=1)
 
-                with replacing([blocks[layers[i] - 1] for i in chosen], put):
-                    logits = model(ids_BS, use_cache=False).logits
-                sums += _loss_and_kl(logits, clean, ids_BS, skip_positions)
-    clean_loss, sites = float(clean_loss / n_tokens), {}
-    for name in choices:
+def _summary(
+    clean_sum: float, n_tokens: int, spliced: dict[str, np.ndarray], ablated: dict[str, np.ndarray], ablation: str
+) -> Spliced:
+    clean_loss, sites = float(clean_sum / n_tokens), {}
+    for name in spliced:
         (loss, kl), (gone, _) = (spliced[name] / n_tokens).tolist(), (ablated[name] / n_tokens).tolist()
         # Where removing the site does not hurt there is no loss to recover.
         recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
         sites[name] = {"spliced_loss": loss, "ablated_loss": gone, "loss_recovered": recovered, "kl": kl}
     return Spliced({"splice_tokens": n_tokens, "spliced_ablation": ablation, "clean_loss": clean_loss}, sites)
-
-
-def _sites(stream_BSND: Tensor, layers: Sequence[int], kind: str) -> Tensor:
-    """What the dictionary reads at `layers`, `[B, S, L, D]`, of the residual stream before and after every block."""
-    chosen = stream_BSND[:, :, list(layers)]
-    if kind == "write":
-        chosen = chosen - stream_BSND[:, :, [layer - 1 for layer in layers]]
-    return chosen
-
-
-def _mean_site(
-    model: nn.Module, blocks: Sequence[nn.Module], ids: Sequence[Tensor], layers: Sequence[int], kind: str, skip: int
-) -> Tensor:
-    total, count = None, 0
-    for ids_BS in ids:
-        x_TLD = _sites(_record(model, blocks, ids_BS)[1], layers, kind)[:, skip:].flatten(0, 1)
-        total = x_TLD.sum(0) if total is None else total + x_TLD.sum(0)
-        count += x_TLD.shape[0]
-    assert total is not None
-    return total / count

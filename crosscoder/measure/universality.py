@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse, stats
 
-from crosscoder.measure.matching import activation_correlation
+from crosscoder.measure.matching import Similarity, activation_correlation, nearest
 from crosscoder.measure.probes import DECODABLE
 from crosscoder.measure.statistics import linear_combination, signed_ratio_of
 from crosscoder.results.table import Estimate, Value
@@ -33,15 +33,16 @@ class Agreement:
         return (float(self.forward_F.mean()) + float(self.backward_F.mean())) / 2
 
 
-def agreement(correlation: np.ndarray) -> Agreement:
-    """Best matches in both directions of a correlation matrix `[Fa, Fb]`.
+def agreement(correlation: Similarity | np.ndarray) -> Agreement:
+    """Best matches in both directions of correlations `[Fa, Fb]`.
 
     Raises:
         ValueError: a side has no features.
     """
-    if correlation.size == 0:
+    if 0 in correlation.shape:
         raise ValueError(f"correlations have shape {correlation.shape}; both subjects need alive features")
-    return Agreement(correlation.max(1), correlation.max(0))
+    found = nearest(correlation)
+    return Agreement(found.best_a, found.best_b)
 
 
 def equal_pools(

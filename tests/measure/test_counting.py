@@ -1,13 +1,14 @@
 """Features, matching and counting against cases worked out by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import sparse
 
 from crosscoder.measure import counting, dimension, matching, profile
-from crosscoder.measure.reading import Measured, Reading
+from crosscoder.measure.reading import Measured, Outliers, Reading
 
 
 def csc(dense):
@@ -42,7 +43,7 @@ def test_activation_correlation_is_pearson():
     rng = np.random.default_rng(0)
     a = rng.random((200, 4)) * (rng.random((200, 4)) < 0.3)
     b = np.column_stack([a[:, 2] * 3, rng.random(200), np.full(200, 2.0)])
-    found = matching.activation_correlation(csc(a), csc(b))
+    found = matching.activation_correlation(csc(a), csc(b)).whole()
     expected = np.corrcoef(a.T, b[:, :2].T)[:4, 4:]
     np.testing.assert_allclose(found[:, :2], expected, atol=1e-6)
     assert found[2, 0] == pytest.approx(1)
@@ -62,10 +63,82 @@ def test_matching_rules_differ_as_they_should():
     assert matching.matched_share(matching.mutual_nearest_pairs(SIMILARITY, 0.7), 3, 4) == pytest.approx(2 / 3)
 
 
+def test_rules_in_blocks_of_rows_find_what_they_find_in_one_piece(monkeypatch):
+    """Also of equals, which the first wins, in whichever block the others are."""
+    rng = np.random.default_rng(9)
+    a, b = (rng.random((300, n)) * (rng.random((300, n)) < 0.1) for n in (50, 30))
+    a[:, 40], b[:, 20], b[:, 25], a[:, 7] = a[:, 3], a[:, 3], a[:, 3], 0
+    for similarity in (
+        matching.activation_correlation(csc(a), csc(b)),
+        matching.decoder_cosine(a.T[:, None], b.T[:, None]),
+    ):
+        whole = similarity.whole()
+        pairs = [rule(whole, 0.3).tolist() for rule in (matching.mutual_nearest_pairs, matching.threshold_pairs)]
+        monkeypatch.setattr(matching, "BLOCK_BYTES", 8 * 30 * 4)
+        starts, blocks = zip(*similarity.blocks(), strict=True)
+        assert starts == tuple(range(0, 50, 4))
+        assert [
+            rule(similarity, 0.3).tolist() for rule in (matching.mutual_nearest_pairs, matching.threshold_pairs)
+        ] == pairs
+        found = matching.nearest(similarity)
+        np.testing.assert_array_equal(found.index_a, whole.argmax(1))
+        np.testing.assert_array_equal(found.index_b, whole.argmax(0))
+        np.testing.assert_allclose(np.concatenate(blocks), whole, rtol=1e-12, atol=1e-15)
+        monkeypatch.undo()
+    assert [3, 20] in pairs[0]
+
+
+def test_counts_do_not_depend_on_the_blocks(monkeypatch):
+    rng = np.random.default_rng(10)
+    z = rng.random((400, 40)) * (rng.random((400, 40)) < 0.2)
+    bank = bank_of(
+        [np.hstack([z, z[:, :5]]), np.hstack([z[:, 20:], z[:, 20:], z[:, :5]])], [rng.normal(size=(45, 8))] * 2
+    )
+    before = counting.count_features(bank), counting.chains(bank), bank.distinct.index_F.tolist()
+    monkeypatch.setattr(matching, "BLOCK_BYTES", 8 * 45 * 7)
+    fresh = bank.only(np.arange(90))
+    assert counting.count_features(fresh) == {
+        **before[0],
+        "effective_dimension": pytest.approx(before[0]["effective_dimension"]),
+    }
+    assert fresh.distinct.index_F.tolist() == before[2]
+    for key, chain_F in counting.chains(fresh).items():
+        assert chain_F.tolist() == before[1][key].tolist()
+
+
+def test_a_layer_too_wide_for_one_to_one_assignment_is_merged_by_the_other_rules(monkeypatch, capsys):
+    bank = bank_of([np.eye(50)[:, :3]] * 2, [np.eye(3)] * 2)
+    monkeypatch.setattr(matching, "WHOLE_BYTES", 8 * 9 - 1)
+    assert {rule for _, rule in counting.merged_counts(bank)} == {"mutual nearest", "threshold"}
+    assert "3 by 3 features are too many for one-to-one assignment" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="3 by 3 similarities"):
+        matching.hungarian_pairs(matching.decoder_cosine(np.eye(3)[:, None], np.eye(3)[:, None]), 0.7)
+
+
+def test_twenty_thousand_features_are_matched_in_less_than_a_gibibyte():
+    """One array of their correlations has 3 GiB."""
+    rng, n_tokens, n_features = np.random.default_rng(11), 500, 20_000
+    code = sparse.random_array((n_tokens, n_features), density=0.01, format="csc", rng=rng, dtype=np.float32)
+    order = rng.permutation(n_features)
+    first, second = (Reading(0, np.zeros((n_features, 1, 1)), sparse.csc_array(c), 1.0, 0.0, 1.0, index_F=order)
+                     for c in (code, code[:, order]))  # fmt: skip
+    tracemalloc.start()
+    try:
+        pairs = counting.SeedPair(first, second).pairs_m2
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**30
+    assert (order[pairs[:, 1]] == pairs[:, 0]).mean() > 0.98
+    assert len(pairs) > 0.9 * n_features
+
+
 def test_alive_needs_more_than_ten_occurrences():
     code = np.zeros((1000, 3))
     code[:11, 0], code[:10, 1] = 1, 1
-    measured = Measured(sparse.csr_array(code), 1, np.ones(1), 1.0)
+    measured = Measured(
+        sparse.csr_array(code), 1, np.ones(1), 1.0, np.arange(1000), Outliers(1, 1, 0, *np.zeros((2, 1)))
+    )
     assert measured.alive_GF.tolist() == [[True, False, False]]
     assert measured.probability_F.tolist() == [0.011, 0.01, 0]
 

@@ -65,7 +65,7 @@ def trained(planted):
 def partners(planted, cc, alive_F):
     """The planted feature nearest to each alive one, and their joint cosine."""
     found = cc.decoder_FLD().numpy()[alive_F].reshape(alive_F.sum(), -1)
-    cosine = decoder_cosine(found, planted.decoder_FLD.flatten(1).numpy())
+    cosine = decoder_cosine(found, planted.decoder_FLD.flatten(1).numpy()).whole()
     return cosine.argmax(1), cosine.max(1)
 
 

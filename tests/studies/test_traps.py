@@ -156,7 +156,7 @@ class TestShrinkage:
         bias_N = dictionary.grouped().center_GN[0].detach().numpy()
         before, after = refitted_variances(code, x_BLD.flatten(1).numpy(), decoder_FN, bias_N)
         assert before == pytest.approx(measured.explained_variance, abs=1e-4)
-        correlation = matching.activation_correlation(code[:, spread.feature_n[rows]], code)
+        correlation = matching.activation_correlation(code[:, spread.feature_n[rows]], code).whole()
         assert len(correlation) >= 25
         partner = spread.feature_n[rows]
         size = code.toarray()[:, partner] * np.linalg.norm(decoder_FN[partner], axis=1)
