@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import triton_kernels
 from crosscoder.dictionary import codec
-from crosscoder.dictionary.codec import DictionaryOutput, Grouped, SparseCode
+from crosscoder.dictionary.codec import DictionaryOutput, Grouped, SparseCode, checked_input, non_finite
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU
 from crosscoder.dictionary.structure import Acausal
@@ -366,36 +366,3 @@ def _numbers(scale_L: Tensor) -> str:
 
 def _masked(weight_FLD: Tensor, mask: Tensor | None) -> Tensor:
     return weight_FLD if mask is None else weight_FLD * mask
-
-
-def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
-    """`x` flattened to `[B, L, D]`.
-
-    Raises:
-        ValueError: `x` does not end in `[n_layers, d_model]`, or is not floating point.
-    """
-    expected = (config.n_layers, config.d_model)
-    if not isinstance(x, Tensor):
-        raise ValueError(f"input is a {type(x).__name__}; expected a tensor, as from torch.as_tensor(x)")
-    if x.ndim < 2 or tuple(x.shape[-2:]) != expected:
-        hint = ""
-        if x.ndim >= 2 and tuple(x.shape[-2:]) == expected[::-1]:
-            hint = " The last two axes look swapped: use x.transpose(-1, -2)."
-        elif x.shape[-1] == config.d_model:
-            hint = " All layers of a token are needed together, stacked on the axis before the last."
-        raise ValueError(
-            f"input has shape {tuple(x.shape)}; expected [..., n_layers={expected[0]}, d_model={expected[1]}].{hint}"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"input has dtype {x.dtype}; expected floating-point activations, not token ids")
-    return x.reshape(-1, *expected)
-
-
-def non_finite(x_BLD: Tensor) -> str:
-    """Where the first NaN or infinity is and how many tokens hold one; empty where all numbers are finite."""
-    if not x_BLD.numel() or bool(torch.isfinite(x_BLD.abs().amax())):
-        return ""
-    bad_BLD = ~torch.isfinite(x_BLD)
-    token, layer, _ = bad_BLD.nonzero()[0].tolist()
-    count = int(bad_BLD.flatten(1).any(1).sum())
-    return f" in {count} of {x_BLD.shape[0]} tokens, first at token {token}, layer {layer}"

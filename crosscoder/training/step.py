@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from crosscoder.dictionary.dictionary import Dictionary, checked_input, non_finite
+from crosscoder.dictionary.codec import checked_input, non_finite
+from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.losses import explained_variance, loss_terms
 from crosscoder.foundation.config import config
 from crosscoder.training.checkpoint import Entry
