@@ -158,6 +158,9 @@ class ActivationShards(Activations):
         self.keep_outliers = self.harvested is not None and self.harvested.keep_outliers
         self.token_T = sequence_T * self.context + position_T
         self._order = EpochOrder(sequence_T.unique_consecutive(return_counts=True)[1], tokens_per_refill)
+        if self.harvested is not None and tokens_per_refill != REFILL_TOKENS:  # another order of the same tokens
+            refill = f"{self._order.blocks_per_refill} blocks a refill"
+            self.fingerprint = combine_fingerprints(index.fingerprint, refill)
 
     @classmethod
     def load(

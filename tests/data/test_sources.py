@@ -93,6 +93,7 @@ def test_a_store_and_a_stream_of_the_same_tokens_give_the_same_batches(harvester
     store = ActivationShards.load(tmp_path / "s", tokens_per_refill=21)
     assert store.n_tokens == stream.n_tokens == (21 if max_tokens else N_TOKENS)
     assert torch.equal(store.token_T, stream.token_T)
+    assert store.fingerprint != ActivationShards.load(tmp_path / "s").fingerprint  # another order: not to be resumed
     for kind in ("residual", "write"):
         torch.testing.assert_close(store.site_scale(kind), stream.site_scale(kind), rtol=1e-6, atol=0)
         stored, streamed = (SiteSource(each, each, kind) for each in (store, stream))

@@ -62,6 +62,17 @@ def test_both_arms_are_given_the_same_budget(studies):
     assert {row.value for row in rows} == {60 * 256}
 
 
+def test_outliers_are_counted_beside_both_explained_variances(studies):
+    rows = load_results(studies[0]).rows.select(role="main", state="trained", arm="crosscoder")
+    keys = ("explained_variance", "explained_variance_usual", "explained_variance_every")
+    kept, usual, every = (rows.values(key) for key in keys)
+    assert kept == usual
+    shares = rows.values("outlier_share")
+    assert len(shares) == len(every) == len(kept) > 0
+    for one, with_outliers, share in zip(kept, every, shares, strict=True):
+        assert one == with_outliers or share > 0
+
+
 def test_subjects_have_equal_parameters_and_the_deep_one_twice_the_neurons(studies):
     results = load_results(studies[0])
     n = {name: results.of(name, "parameters_non_embedding") for name in results.subjects}
