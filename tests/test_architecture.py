@@ -34,20 +34,20 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4220,
-    "crosscoder/foundation": 630,
+    "crosscoder/foundation": 635,
     "crosscoder/results": 655,
-    "crosscoder/data": 4230,
+    "crosscoder/data": 4260,
     "crosscoder/dictionary": 1215,
     "crosscoder/training": 840,
-    "crosscoder/formats": 126,
+    "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
     "crosscoder/report": 1680,
-    "crosscoder/studies": 1890,
-    "crosscoder/commands": 460,
+    "crosscoder/studies": 1895,
+    "crosscoder/commands": 470,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_800, 13_400
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_850, 13_450
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -15,12 +15,12 @@ import tyro
 from crosscoder import training
 from crosscoder.commands.base import LOADING, NO_WINDOW, RAW, SUBJECT, Command, Idle, ReadsModel
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
-from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource
+from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource, select_site_numbers
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import require_own_tokens
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import load_dictionary
-from crosscoder.formats.saelens import save_saelens
+from crosscoder.formats.saelens import n_flat_dictionaries, save_saelens
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.console import say
 from crosscoder.needs import Needs, dictionary_needs, harvest_needs, stream_needs
@@ -52,7 +52,11 @@ class Harvest(ReadsModel):
         return harvest_needs(self.subject, self.layers, self.reads, tokens, itemsize, self.loading.revision)
 
     def run(self) -> None:
+        for name in ("max_tokens", "max_held_out_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         harvester = self.harvester(self.subject)
+        select_site_numbers(harvester.sites, "residual")  # the embedding alone is of no use
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
             blocks = TokenBlocks.load(self.tokens_folder / split)
             require_own_tokens(self.subject, blocks, revision=self.loading.revision)
@@ -201,6 +205,9 @@ class Evaluate(Reading):
             "write" if dictionary.reads is not None and dictionary.reads.site == "write" else "residual"
         )
         (held_out,) = self.splits("held_out")
+        for record, owner in ((dictionary.reads, "the dictionary"), (held_out.harvested, "the store")):
+            if record is None:
+                say(f"warning: {owner} keeps no record of what it reads, so nobody checks that both belong together")
         source = SiteSource(held_out, held_out, site, scale_L=dictionary.input_scale)
         reading = evaluate_dictionary(dictionary, source, device=self.device)
         for line in describe(dictionary, reading):
@@ -227,8 +234,8 @@ class Export(Command):
 
     def run(self) -> None:
         dictionary = load_dictionary(self.dictionary)
-        n_groups = len(dictionary.grouped().center_GN)
-        for group in range(n_groups):
-            folder = self.out if n_groups == 1 else self.out / f"layer-{group}"
+        n_flat = n_flat_dictionaries(dictionary)
+        for group in range(n_flat):
+            folder = self.out if n_flat == 1 else self.out / f"layer-{group}"
             save_saelens(dictionary, folder, group=group, raw_inputs=self.raw_inputs)
         print(self.out)

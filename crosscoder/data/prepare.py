@@ -304,6 +304,8 @@ def _encode(
 ) -> list[np.ndarray]:
     """Each document's ids and the end token; of ids that are given, without a BOS and with one end token."""
     end = find_end(tokenizer)
+    if len({isinstance(document, str) for document in documents}) > 1:
+        raise ValueError("the column holds text in some rows and token ids in others; make it one of both")
     if isinstance(documents[0], str):
         given: Any = list(documents)
         encoded: Any = tokenizer(

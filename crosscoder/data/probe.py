@@ -22,6 +22,8 @@ from crosscoder.data.mlps import find_mlps
 
 N_TOKENS = 8
 FEWEST_TOKENS = 4
+PREDICTIONS = "the predictions"
+"""Logits are mostly the same for all tokens, so that in half precision a small change of them hides."""
 ROUNDING = 1e-5, 8.0
 """Relative change of a hidden state that is rounding: at most the first, or the second times the dtype's epsilon."""
 
@@ -74,7 +76,7 @@ def probe_model(
         names = ["the embedding", *(f"block {number}" for number in range(1, len(sites)))]
         logits, other_logits = _logits(output, ids_BS), _logits(other, ids_BS)
         if logits is not None and other_logits is not None:
-            sites, others, names = [*sites, logits], [*others, other_logits], [*names, "the predictions"]
+            sites, others, names = [*sites, logits], [*others, other_logits], [*names, PREDICTIONS]
         future, notes = _order(names, sites, others, ids_BS != changed_BS, path)
         notes += _remarks(model, block_lists(model)[path], runs, logits)
         found = find_mlps(runs, mlp_path) if mlps else None
@@ -165,7 +167,7 @@ def _order(
                 future = f"not causal: token {start + 1} changes {name} at token {first + 1}"
             late.append(bool(changed.any()) and first > start)
         # Were nothing to change at all, there is nothing to be seen, as in a model of zeros.
-        if all(late) and bool(moved_BS.any()):
+        if all(late) and bool(moved_BS.any()) and name != PREDICTIONS:
             raise ValueError(f"{name} of {path} is not of the ids given: its positions change only with earlier tokens")
     return [future] if future else [], [mixed] if mixed else []
 

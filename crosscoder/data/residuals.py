@@ -84,7 +84,8 @@ class ResidualHarvester:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model's weights, the sites and the token policy."""
-        policy = (self.origin.weights, self.sites, self.reads, self.skip_positions, self.keep_outliers)
+        where = self.probed.path, self.probed.mlp if self.reads == "mlp" else ""
+        policy = (self.origin.weights, where, self.sites, self.reads, self.skip_positions, self.keep_outliers)
         return hashlib.sha256(repr(policy).encode()).hexdigest()
 
     def kept(self, ids_BS: Tensor, special_ids: Sequence[int] = ()) -> Tensor:

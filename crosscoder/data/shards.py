@@ -32,7 +32,7 @@ from crosscoder.foundation.artifact import (
     write_json,
 )
 from crosscoder.foundation.config import config, from_mapping, to_mapping
-from crosscoder.foundation.console import Progress, human_bytes
+from crosscoder.foundation.console import Progress, human_bytes, say
 from crosscoder.foundation.origin import Reads
 
 SCHEMA = "crosscoder.activations/1"
@@ -63,7 +63,7 @@ class StoreIndex:
     dtype: StoredDtype
     scale: tuple[PositiveFloat, ...]
     write_scale: tuple[PositiveFloat, ...]
-    """Scales of the blocks' writes; empty where the sites are not neighbours."""
+    """Scales of the blocks' writes; empty where the sites are not neighbours, or a block writes nothing."""
     dropped: Any
     """Tokens left out, by reason."""
     fingerprint: str
@@ -72,7 +72,7 @@ class StoreIndex:
     """What was harvested; a store of version 0.2 keeps no record, and is read in the order of that version."""
 
     def __post_init__(self) -> None:
-        n_writes = len(self.sites) - 1 if are_neighbours(self.sites) else 0
+        n_writes = len(self.sites) - 1 if are_neighbours(self.sites) and self.write_scale else 0
         if (len(self.scale), len(self.write_scale)) != (len(self.sites), n_writes):
             raise ValueError(
                 f"{len(self.scale)} scales and {len(self.write_scale)} of writes, expected {len(self.sites)} and "
@@ -107,6 +107,8 @@ def write_shards(
 
     stream = ActivationStream(harvester, tokens, max_tokens=max_tokens, ahead=False)
     dtype = dtype or ("bfloat16" if harvester.origin.dtype == "bfloat16" else "float32")
+    if tokens_per_shard is not None and tokens_per_shard < 1:
+        raise ValueError(f"tokens_per_shard is {tokens_per_shard}, expected at least 1")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
     token_bytes = len(stream.sites) * stream.d_model * _DTYPES[dtype].itemsize
@@ -133,7 +135,7 @@ def write_shards(
             d_model=stream.d_model,
             dtype=dtype,
             scale=tuple(stream.all_scales("residual").tolist()),
-            write_scale=tuple(stream.all_scales("write").tolist()) if are_neighbours(stream.sites) else (),
+            write_scale=_write_scales(stream),
             dropped=stream.dropped,
             fingerprint=fingerprint,
             metadata=dict(metadata or {}),
@@ -209,6 +211,8 @@ class ActivationShards(Activations):
         return self.gather(torch.cat(numbers))
 
     def site_scale(self, kind: SiteKind) -> Tensor:
+        if kind == "write" and not self.index.write_scale:
+            raise ValueError(f"some block of sites {list(self.sites)} writes nothing, so writes have no scale")
         if kind == "write":
             return torch.tensor(self.index.write_scale)
         return torch.tensor(self.index.scale)[int(self.sites[0] == 0) :]
@@ -231,6 +235,16 @@ def _require_room(folder: Path, stream: ActivationStream, dtype: torch.dtype) ->
             f"wide x {dtype.itemsize} bytes) and {existing} has {human_bytes(free)} free; lower max_tokens, "
             "choose fewer layers, use dtype bfloat16, or harvest as you train"
         )
+
+
+def _write_scales(stream: ActivationStream) -> tuple[float, ...]:
+    if not are_neighbours(stream.sites):
+        return ()
+    try:
+        return tuple(stream.all_scales("write").tolist())
+    except ValueError as error:
+        say(f"what blocks write will not be readable from this store: {error}")
+        return ()
 
 
 def _blocks_of_shard(stream: ActivationStream, n_tokens: int) -> int:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from crosscoder.data.order import epoch_spans, seeded_generator
 from crosscoder.data.residuals import OUTLIER_RATIO
-from crosscoder.foundation.origin import Kind, Reads
+from crosscoder.foundation.origin import Kind, Reads, require_same
 
 SiteKind = Literal["residual", "write"]
 EVALUATION_BATCH = 4096
@@ -170,6 +170,8 @@ class SiteSource(Source):
     def __init__(
         self, train: Activations, held_out: Activations | None, kind: SiteKind, *, scale_L: Tensor | None = None
     ) -> None:
+        if held_out is not None:
+            require_same(train.harvested, held_out.harvested, owner="the training split", given="the held-out split")
         self.train, self._held_out, self.kind = train, held_out, kind
         self.sites = select_site_numbers(train.sites, kind)
         self.n_layers, self.d_model = len(self.sites), train.d_model
@@ -182,7 +184,13 @@ class SiteSource(Source):
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         x_BLD = self.whole_batch(index, size, seed)
-        return chosen_tokens(x_BLD, self.kept(is_outlier(x_BLD)))
+        kept_B = self.kept(is_outlier(x_BLD))
+        if not bool(kept_B.any()):
+            raise ValueError(
+                f"all {len(x_BLD)} tokens of batch {index} are outliers, of more than {OUTLIER_RATIO:g} times the "
+                "usual norm at some layer; take larger batches, or harvest with --keep-outliers"
+            )
+        return chosen_tokens(x_BLD, kept_B)
 
     def whole_batch(self, index: int, size: int, seed: int) -> Tensor:
         """Batch number `index` with its outliers, `x_BLD` of exactly `size` tokens."""

@@ -127,6 +127,8 @@ class Dictionary(nn.Module, ABC):
         Raises:
             MismatchError: a record or scale was set before, and is another.
         """
+        if scale_L.shape != self.input_scale.shape or not bool((scale_L > 0).all()):
+            raise ValueError(f"scales are {scale_L.tolist()}; expected {len(self.input_scale)} positive numbers")
         require_same(self.reads, reads, owner="the dictionary", given="its batches")
         was_set = self.reads is not None or bool((self.input_scale != 1).any())
         if was_set and not torch.allclose(self.input_scale.cpu(), scale_L.cpu(), rtol=1e-5):

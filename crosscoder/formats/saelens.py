@@ -39,14 +39,14 @@ def saelens_tensors(dictionary: Dictionary, group: int = 0) -> tuple[dict[str, A
         ValueError: there is no such group, or a BatchTopK dictionary has no inference threshold yet.
     """
     config, grouped = dictionary.config, dictionary.grouped()
-    n_groups, width = grouped.center_GN.shape
-    if not 0 <= group < n_groups:
-        raise ValueError(f"group is {group}; expected 0 to {n_groups - 1}, the flat dictionaries side by side here")
+    width, n_flat = grouped.center_GN.shape[1], n_flat_dictionaries(dictionary)
+    if not 0 <= group < n_flat:
+        raise ValueError(f"group is {group}; expected 0 to {n_flat - 1}, the flat dictionaries side by side here")
+    input_N = dictionary.input_scale.repeat_interleave(config.d_model).view(n_flat, width)[group].float().cpu()
+    group = 0 if config.shared else group  # one set of weights, which reads every layer at its own scale
     scale_GF = selection_scale(grouped, config)
     weight_F = torch.ones(config.n_features) if scale_GF is None else scale_GF[group].float().cpu()
     divisor_F = torch.where(weight_F > 0, weight_F, torch.ones_like(weight_F))
-    input_GN = dictionary.input_scale.repeat_interleave(config.d_model).view(n_groups, width)
-    input_N = input_GN[group].float().cpu()
     encoder_FN, decoder_FN = (table[group].float().cpu() for table in (grouped.encoder_GFN, grouped.decoder_GFN))
     tensors = {
         "W_enc": (encoder_FN * input_N * weight_F[:, None]).T.contiguous(),
@@ -71,6 +71,11 @@ def saelens_tensors(dictionary: Dictionary, group: int = 0) -> tuple[dict[str, A
         case _:
             tensors["threshold"] = thresholds(grouped, config, dictionary.threshold)[group].float().cpu().clone()
             return {**cfg, "architecture": "jumprelu"}, tensors
+
+
+def n_flat_dictionaries(dictionary: Dictionary) -> int:
+    """How many flat SAEs a dictionary is: the layers of a bank, also where they share their weights, or 1."""
+    return dictionary.config.n_layers * dictionary.config.d_model // dictionary.grouped().center_GN.shape[1]
 
 
 def save_saelens(

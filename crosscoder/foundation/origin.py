@@ -98,7 +98,8 @@ class Reads:
         """One line for people."""
         numbers = ", ".join(map(str, self.sites))
         bos = "with BOS" if self.tokens.bos is not None else "no BOS"
-        kept = "all tokens" if self.keep_outliers else "no special or outlier tokens"
+        left_out = "no special or outlier tokens" if self.tokens.special_ids else "no outlier tokens"
+        kept = "all tokens" if self.keep_outliers else left_out
         revision = f"@{self.model.revision[:12]}" if self.model.revision else ""
         model = f"{self.model.name}{revision} ({self.model.weights[:8]})"
         return f"{KINDS[self.site]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
@@ -112,22 +113,28 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
     """
     if mine is None or other is None:
         return
-    wrong = []
+    wrong, mend_site = [], f"--site {mine.site}"
+    if "mlp" in (mine.site, other.site):
+        mend_site = f"--reads {'mlp' if mine.site == 'mlp' else 'residual'}"
     for what, a, b, mend in (
         ("model", *(f"{r.model.name} ({r.model.weights[:8]})" for r in (mine, other)), "give it with --subject"),
         ("tokenizer", *(r.tokens.tokenizer[:8] for r in (mine, other)), "prepare the text with the model's own"),
-        ("BOS", *(_said(r.tokens.bos is not None) for r in (mine, other)), "prepare with --bos or --no-bos"),
+        ("BOS", *(_said(r.tokens.bos is not None) for r in (mine, other)), f"prepare with --{_no(mine.tokens.bos)}bos"),
         ("markup as special tokens", *(_said(r.tokens.special_tokens) for r in (mine, other)), "--special-tokens"),
-        ("site", mine.site, other.site, f"--site {mine.site}" if mine.site != "mlp" else "--reads mlp"),
-        ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, mine.sites))}"),
-        ("convention", mine.convention, other.convention, "--mlp-path"),
+        ("site", mine.site, other.site, mend_site),
+        ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, dict.fromkeys(mine.sites)))}"),
+        ("MLPs", mine.convention or "none", other.convention or "none", "--reads and --mlp-path"),
         ("first positions left out", mine.skip_positions, other.skip_positions, "harvest again"),
-        ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "--keep-outliers"),
+        ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "with or without --keep-outliers"),
     ):
         if a != b:
             wrong.append(f"{what}: {owner} {a}, {given} {b} ({mend})")
     if wrong:
         raise MismatchError(f"{owner} and {given} do not belong together: {'; '.join(wrong)}")
+
+
+def _no(bos: int | None) -> str:
+    return "" if bos is not None else "no-"
 
 
 def _said(yes: bool) -> str:

@@ -32,13 +32,12 @@ def describe(dictionary: Dictionary, reading: Reading) -> list[str]:
         f"dead {reading.dead_share:.1%}"
     ]
     rule = dictionary.config.sparsity
-    if isinstance(rule, TopK | BatchTopK):
-        asked = rule.k * reading.n_groups
-        if abs(l0 / asked - 1) > L0_TOLERANCE:
-            lines.append(
-                f"L0 is {l0 / asked - 1:+.0%} from the {asked} that training asked for: held-out tokens differ from "
-                "those that set the threshold"
-            )
+    target = rule.k if isinstance(rule, TopK | BatchTopK) else getattr(getattr(rule, "penalty", None), "target", None)
+    if target is not None and abs(l0 / (asked := target * reading.n_groups) - 1) > L0_TOLERANCE:
+        lines.append(
+            f"L0 is {l0 / asked - 1:+.0%} from the {asked:g} that was asked for: the thresholds have not settled "
+            "(train for more steps), or held-out tokens differ from those that set them"
+        )
     if found is not None and found.share:
         worst = int(found.energy_L.argmax())
         lines.append(

@@ -325,6 +325,12 @@ def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: s
         MismatchError: the source holds something else than what the dictionary reads, or is at another scale.
     """
     require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
+    shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
+    if shape != expected:
+        raise MismatchError(
+            f"the activations have {shape[0]} layers of width {shape[1]} (sites {list(source.sites)}), the dictionary "
+            f"reads {expected[0]} of width {expected[1]}; choose its --layers"
+        )
     if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
         raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")
     return read_dictionary(dictionary, marked(source, device))

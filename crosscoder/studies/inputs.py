@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from pathlib import Path
 
 from crosscoder.data.text import DEMO_SOURCE
@@ -43,6 +44,7 @@ def text_hash(source: str) -> str:
         home = Path(spec.submodule_search_locations[0]) / "data"
     if not home.exists():
         return hashlib.sha256(source.encode()).hexdigest()
-    files = [home] if home.is_file() else sorted(path for path in home.rglob("*") if path.is_file())
+    inside = (path for path in home.rglob("*") if not re.search(r"(^|/)\.", path.relative_to(home).as_posix()))
+    files = [home] if home.is_file() else sorted(path for path in inside if path.is_file())
     lines = [f"{path.relative_to(home)} {file_sha256(path)}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

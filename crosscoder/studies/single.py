@@ -14,7 +14,7 @@ from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.sources import are_neighbours
 from crosscoder.data.subject import USUAL_LOADING, Loading, load_subject, model_origin
 from crosscoder.data.subject_training import causal_loss, describe_policies, loss_of_policies
-from crosscoder.data.tokenizer import find_bos
+from crosscoder.data.tokenizer import find_bos, tokenizer_hash
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
@@ -65,10 +65,10 @@ class SubjectStudyConfig:
 def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str = "cpu", workers: int = 2) -> Results:
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
     study = StudyFolder(folder, device=device, workers=workers)
-    how = asdict(config.loading)
-    subject = load_subject(config.subject, **how, device=device)
+    subject = load_subject(config.subject, **asdict(config.loading), device=device)
     origin = model_origin(subject.model, config.subject, config.loading.revision)
-    require_inputs(folder, text=text_hash(config.text), model=origin.weights)
+    tokenizer = tokenizer_hash(subject.tokenizer)
+    require_inputs(folder, text=text_hash(config.text), model=origin.weights, tokenizer=tokenizer)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
     bos = find_bos(subject.tokenizer)

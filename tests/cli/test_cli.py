@@ -208,6 +208,10 @@ def test_a_dictionary_is_not_measured_on_what_it_does_not_read(pipeline, own_mod
     assert re.search(r"model: the dictionary \S*step-62 .*, the activations \S*step-0 ", capsys.readouterr().err)
     assert main([*evaluate, "--subject", str(pipeline / "subject/step-62"), *other, "--layers", "1", "2"]) == 2
     assert "sites: the dictionary [1, 2], the activations [2]" in capsys.readouterr().err
+    for wrong in (["--max-held-out-tokens", "0"], ["--layers", "0"]):  # before anything is replaced
+        again = ["harvest", "--subject", str(pipeline / "subject/step-62"), "--tokens-folder", str(pipeline / "tokens")]
+        assert main([*again, "--out", str(tmp_path / "half"), *wrong]) == 2
+        assert not (tmp_path / "half").exists()
     # Ids of another tokenizer fit this model's vocabulary, and mean other text.
     harvest = ["harvest", "--subject", str(own_model), "--tokens-folder", str(pipeline / "tokens")]
     assert main([*harvest, "--out", str(tmp_path / "acts")]) == 2

@@ -163,6 +163,19 @@ def test_a_store_larger_than_the_disk_is_refused_before_it_is_begun(harvester, b
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_block_that_writes_nothing_leaves_its_residual_stream_to_be_stored(blocks, tmp_path, capsys):
+    model = build_subject(2, 16, vocab_size=40, context=8, head_dim=4, seed=0).eval().requires_grad_(False)
+    for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        projection.weight.zero_()
+    store = write_shards(ResidualHarvester(model), blocks, tmp_path / "s")
+    assert "what blocks write will not be readable" in capsys.readouterr().err
+    assert SiteSource(store, None, "residual").batch(0, 10, 0).shape == (10, 2, 16)
+    with pytest.raises(ValueError, match=r"some block of sites \[0, 1, 2\] writes nothing"):
+        SiteSource(store, None, "write")
+    with pytest.raises(ValueError, match="tokens_per_shard is 0"):
+        write_shards(ResidualHarvester(model), blocks, tmp_path / "t", tokens_per_shard=0)
+
+
 def test_nan_is_named_and_stored_nowhere(blocks, tmp_path):
     model = build_subject(2, 16, vocab_size=40, context=8, head_dim=4, seed=0).eval().requires_grad_(False)
     harvester = ResidualHarvester(model)

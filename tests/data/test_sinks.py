@@ -12,7 +12,7 @@ from crosscoder.data.sources import SiteSource, StackedSource
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import build_subject
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.foundation.origin import TokenOrigin
+from crosscoder.foundation.origin import MismatchError, TokenOrigin
 from crosscoder.measure.health import describe
 from crosscoder.measure.reading import common_tokens, measure_dictionary, read_dictionary
 from crosscoder.training import TrainConfig, train
@@ -106,6 +106,19 @@ def test_stacked_models_lose_the_outliers_of_either(folder):
     stacked = StackedSource([SiteSource(store, store, "residual") for store in stores])
     assert sum(len(x_BLD) for x_BLD in stacked.held_out()) == 3085 - len(SINKS)
     assert sum(len(stacked.batch(index, 617, 0)) for index in range(5)) == 3085 - len(SINKS)
+
+
+def test_a_batch_of_outliers_alone_is_named(folder):
+    source = SiteSource(Spiked.load(folder / "s"), None, "residual")
+    with pytest.raises(ValueError, match=r"all 1 tokens of batch \d+ are outliers"):
+        [source.batch(index, 1, 0) for index in range(3085)]
+
+
+def test_splits_that_do_not_belong_together_are_refused(folder):
+    """As a harvest that was stopped between the two leaves them."""
+    usual, kept = (ActivationShards.load(folder / name) for name in ("s", "kept"))
+    with pytest.raises(MismatchError, match="outliers kept: the training split no, the held-out split yes"):
+        SiteSource(usual, kept, "residual")
 
 
 def test_readings_of_two_models_are_compared_on_the_tokens_of_both(folder):

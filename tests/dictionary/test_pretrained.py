@@ -46,6 +46,13 @@ def test_round_trip(saved):
     assert type(load_dictionary(folder)) is Crosscoder
 
 
+@pytest.mark.parametrize("scale", [[1.0], [1.0, 0.0], [1.0, float("nan")]])
+def test_scales_that_are_none_are_refused(scale):
+    cc = Crosscoder(n_layers=2, d_model=4, n_features=16, sparsity=TopK(k=3))
+    with pytest.raises(ValueError, match="expected 2 positive numbers"):
+        cc.set_input(torch.tensor(scale), None)
+
+
 def test_saving_again_replaces_the_folder(saved):
     cc, folder = saved
     with torch.no_grad():

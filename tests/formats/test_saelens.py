@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
-from crosscoder.formats.saelens import saelens_tensors, save_saelens
+from crosscoder.formats.saelens import n_flat_dictionaries, saelens_tensors, save_saelens
 
 L, D, F, B = 3, 8, 24, 64
 RULES = [TopK(k=4), BatchTopK(k=4), JumpReLU(threshold=0.5), ReLU()]
@@ -125,3 +125,14 @@ def test_saelens_reads_it_and_gives_the_same(kind, group, rule, tmp_path):
         a_BN, ours = (a_BLD[:, group], ours[:, group]) if kind is LayerwiseSAE else (a_BLD.flatten(1), ours.flatten(1))
         theirs = sae.decode(sae.encode(a_BN))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_a_shared_bank_is_written_for_every_layer_at_its_own_scale(layer):
+    dictionary = trained(LayerwiseSAE, sparsity=TopK(k=4), shared=True)
+    assert n_flat_dictionaries(dictionary) == L
+    a_BLD = raw_inputs()
+    with torch.no_grad():
+        out = dictionary(a_BLD * dictionary.input_scale[:, None])
+    _, recon = plain_output(*saelens_tensors(dictionary, layer), a_BLD[:, layer])
+    torch.testing.assert_close(recon, (out.recon / dictionary.input_scale[:, None])[:, layer], rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import write_shards
-from crosscoder.data.sources import StackedSource
+from crosscoder.data.sources import Marked, StackedSource
 from crosscoder.data.subject import build_subject
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import stack_subjects
@@ -25,7 +25,7 @@ class PlantedPair(StackedSource):
 
     n_layers, d_model, layer_counts, widths = 4, 32, (3, 1), (16, 32)
     scale_L = torch.ones(4)
-    held_out_sequences_T = torch.arange(HELD_OUT) // 64
+    context, reads = 64, None
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
@@ -47,8 +47,9 @@ class PlantedPair(StackedSource):
             parts.append(x / usual * math.sqrt(x.shape[2]) * weight)
         return stack_subjects(parts)
 
-    def held_out(self):
-        return iter([self.batch(index, HELD_OUT // 2, 9) for index in range(2)])
+    def marked(self):
+        numbers = torch.arange(HELD_OUT).split(HELD_OUT // 2)
+        return iter([Marked.plain(self.batch(index, HELD_OUT // 2, 9), numbers[index]) for index in range(2)])
 
 
 def pair_cell(budget, **changes):
@@ -76,11 +77,11 @@ def store(folder, n_tokens):
 
 def test_both_subjects_must_hold_the_same_tokens(tmp_path):
     whole, part = store(tmp_path / "whole", None), store(tmp_path / "part", 40)
-    pair = StackedSource([whole.source("write"), whole.source("write")])
+    pair = StackedSource([whole.source("write", "cpu"), whole.source("write", "cpu")])
     x_BLD = pair.batch(0, 16, 0)
     assert x_BLD.shape == (16, 4, 16)
     assert torch.equal(x_BLD[:, :2], x_BLD[:, 2:])
-    with pytest.raises(ValueError, match=r"84 tokens, the other 40.*same tokens in the same order"):
+    with pytest.raises(ValueError, match=r"84 tokens, the other 42.*same tokens in the same order"):
         run_cell(pair_cell(DictionaryBudget()), [whole, part], tmp_path)
 
 

@@ -16,6 +16,7 @@ from crosscoder.measure.probes import measure_functional_spread
 from crosscoder.measure.reading import measure_dictionary, read_dictionary
 from crosscoder.training import TrainConfig, train
 from crosscoder.verdict.decide import Evidence, check_gates
+from crosscoder.verdict.rule import Calibration
 
 SHAPE = {"n_layers": 4, "d_model": 16}
 
@@ -111,7 +112,7 @@ def test_trap_dead_features_are_not_few_features():
         counts[name], dead[name] = len(alive), 1 - len(alive) / 64
         saturated[name] = recovery.is_saturated(len(alive), 64)
         blank = dict.fromkeys(field.name for field in dataclasses.fields(Evidence))
-        evidence = Evidence(**{**blank, "dead_share": dead[name]})
+        evidence = Evidence(**{**blank, "calibration": Calibration(), "dead_share": dead[name]})
         (gates[name],) = (gate for gate in check_gates(evidence) if gate.name == "dead features")
     assert counts["dead"] <= 0.8 * 64, "the naive number: the world seems to have fewer features"
     assert not saturated["dead"], "and the dictionary seems to have room to spare"
