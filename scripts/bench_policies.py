@@ -27,6 +27,7 @@ from typing import Any, get_args
 import torch
 from bench_common import describe_machine, machine_line, markdown_table, write_report
 
+from crosscoder.data import stream
 from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
@@ -175,12 +176,14 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="what `crosscoder prepare --text` takes")
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 11, 12, 13])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    numbers = {"tokens": 40_000, "held-out-tokens": 16_000, "context": 128, "n-features": 1024, "k-crosscoder": 64}
-    for name, value in {**numbers, "k-layerwise": 32, "steps": 300, "loss-blocks": 32, "threads": 1}.items():
+    numbers = {"tokens": 30_000, "held-out-tokens": 16_000, "scale-tokens": 4096, "context": 128, "n-features": 1024}
+    numbers |= {"k-crosscoder": 64, "k-layerwise": 32, "steps": 300, "loss-blocks": 32, "threads": 1}
+    for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    stream.SCALE_TOKENS = given.scale_tokens  # each of the four stores is scaled on so many
     start, machine = time.perf_counter(), describe_machine("cpu", given.threads)
     machine["command"] = None  # it names places on this machine
     with tempfile.TemporaryDirectory() as work:
