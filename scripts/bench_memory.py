@@ -1,4 +1,4 @@
-"""Peak memory of `prepare`, `harvest` and live training, with a tenth of the work and with all of it.
+"""Peak memory of `prepare`, `harvest` and live training, with a quarter of the work and with all of it.
 
 Every command runs as a user runs it, in a process of its own whose peak resident set the kernel gives
 (`ru_maxrss`; of mapped files it holds the pages that were touched). Beside it stands the peak of a process that only
@@ -119,9 +119,9 @@ class Bench:
 
 
 def measure(bench: Bench, part: str) -> dict[str, Any]:
-    """One part: the base, a tenth of the work, and all of it."""
+    """One part: the base, a quarter of the work, and all of it."""
     rows: list[dict[str, Any]] = [{"what": "imports and model alone", **bench.base(part)}]
-    for share in (0.1, 1.0):
+    for share in (0.25, 1.0):
         what, flags = bench.work_of(part, share)
         found = bench.crosscoder(part, *flags, "--out", str(bench.work / f"{part}-{share}"))
         rows.append({"what": what, **found, "above": found["mib"] - rows[0]["mib"]})
