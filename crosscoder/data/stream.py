@@ -90,9 +90,10 @@ class ActivationStream(Activations):
         residual, write = (torch.cat(parts) for parts in zip(*found, strict=True))
         return residual, write, d_model
 
-    @property
+    @functools.cached_property
     def d_model(self) -> int:
-        return self._sample[2]
+        fullest = self.blocks[self.order.count_B.argmax()][None]
+        return next(self.harvest(fullest)).shape[2]
 
     @functools.cached_property
     def fingerprint(self) -> str:
