@@ -183,6 +183,9 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     assert main(arguments) == 2
     assert re.search(r"made from other inputs: text \(now \w+, then \w+\) changed", capsys.readouterr().err)
     (texts / "00.txt").write_text(spare)
+    train_tokenizer(["quite another text"], vocab_size=260).save_pretrained(folder)
+    assert main(arguments) == 2
+    assert "made from other inputs: tokenizer (now" in capsys.readouterr().err
     shutil.rmtree(folder)
     shutil.copytree(pipeline / "subject/step-0", folder)
     shutil.copytree(pipeline / "tokens/tokenizer", folder, ignore=lambda *_: ["MANIFEST.json"], dirs_exist_ok=True)

@@ -145,6 +145,15 @@ def test_ids_that_are_given_are_taken_as_they_are(page, tokenizer, tmp_path):
         prepare_tokens(Documents(str(path), column="input_ids"), tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("rows", [([1, 2], "1234"), ("text", [1, 2])])
+def test_a_column_of_text_and_of_ids_is_refused(rows, tokenizer, tmp_path):
+    """The digits of a text are no token ids."""
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="text in some rows and token ids in others"):
+        prepare_tokens(str(path), tokenizer=tokenizer, sequence_length=4)
+
+
 @pytest.mark.parametrize("given", [{"vocab_size": 290}, {"tokenizer": None}])
 def test_a_text_of_one_document_is_cut_at_its_end(tmp_path, given, capsys):
     (tmp_path / "a.txt").write_text("\n".join(sentences(100)))
