@@ -36,7 +36,7 @@ BUDGETS = {
     "triton_kernels": 4220,
     "crosscoder/foundation": 635,
     "crosscoder/results": 655,
-    "crosscoder/data": 4260,
+    "crosscoder/data": 4270,
     "crosscoder/dictionary": 1215,
     "crosscoder/training": 840,
     "crosscoder/formats": 130,
@@ -44,10 +44,10 @@ BUDGETS = {
     "crosscoder/verdict": 560,
     "crosscoder/report": 1680,
     "crosscoder/studies": 1895,
-    "crosscoder/commands": 470,
+    "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_850, 13_450
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_870, 13_450
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

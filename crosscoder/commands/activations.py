@@ -135,8 +135,11 @@ class Train(Reading):
     def idle(self) -> Idle:
         found = super().idle()
         if self.arm == "layerwise":
+            if self.budget.bank == "warm_chain":
+                found["a chain trains one layer at a time"] = ("held_out_every",)
+            found["that is of a crosscoder; leave out --arm"] = ("budget.k_crosscoder",)
             return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
-        found["only a bank has that; it is --arm layerwise"] = ("budget.bank",)
+        found["only a bank has that; it is --arm layerwise"] = ("budget.bank", "budget.k_layerwise")
         return found if self.budget.structure == "window" else {**found, NO_WINDOW: ("budget.window",)}
 
     def needs(self) -> Needs:
@@ -194,6 +197,9 @@ class Evaluate(Reading):
     site: SiteKind | None = None  # What is read of each block. None: what the dictionary reads
     raw_inputs: Annotated[bool, RAW] = False
     out: Path | None = None  # Write the numbers as JSON here too
+
+    def idle(self) -> Idle:
+        return {**super().idle(), "held-out tokens are read in order": ("refill_tokens",)}
 
     def run(self) -> None:
         from crosscoder.measure.health import describe

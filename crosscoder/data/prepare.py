@@ -170,6 +170,7 @@ class _Reading:
         self._fraction, self._special, self._most, self._quiet = held_out_fraction, special_tokens, max_tokens, quiet
         self._batches: Iterable[Batch] = _batches(documents, seed)
         self._limit: int | None = None
+        self._alone: _Tally | None = None  # of a text that is one document, which is cut in two
         self._tally, self._n_documents = _Tally(), 0
 
     def train_tokenizer(self, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -206,7 +207,13 @@ class _Reading:
         if self._limit is None:
             self._limit, cut = self._choose_limit(self._tally)
             if cut is not None:
-                self._tally = self._write(tokenizer, cut, None)
+                self._write(tokenizer, cut, None)
+        elif self._alone is None and min(self._tally.keys) > self._limit:
+            raise ValueError(
+                f"--max-tokens {self._most} is reached after {self._tally.n_documents} documents, none of which is "
+                "held out; raise it, or --held-out-fraction"
+            )
+        self._tally = self._alone or self._tally
         return self._limit
 
     def origin(self) -> TextOrigin:
@@ -229,6 +236,7 @@ class _Reading:
         keys = np.frombuffer(tally.keys, dtype=np.uint64)
         if (keys == keys[0]).all():
             say("the text is one document; its end is held out")
+            self._alone = tally
             return 0, [([*cut_document(tally.first, self._fraction)], [1, 0])]
         return held_out_limit(keys, self._fraction), None
 

@@ -15,6 +15,7 @@ from crosscoder.data.order import EpochOrder
 from crosscoder.data.residuals import ResidualHarvester, norms, scales_of_norms
 from crosscoder.data.sources import REFILL_TOKENS, Activations, SiteKind, SiteSource, combine_fingerprints
 from crosscoder.data.tokens import TokenBlocks
+from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import Reads, TokenOrigin
 
 HARVEST_TOKENS = 4096
@@ -51,6 +52,8 @@ class ActivationStream(Activations):
         self.harvester, self.tokens, self.sites = harvester, tokens, harvester.sites
         self.context, self.keep_outliers = tokens.sequence_length, harvester.keep_outliers
         self._special_ids = () if self.keep_outliers or tokens.origin is None else tokens.origin.special_ids
+        if tokens.origin is None and not self.keep_outliers:
+            say("these tokens keep no record: special tokens among them are read as text; prepare them again to tell")
         kept = self.context - harvester.skip_positions
         if kept < 1:
             raise ValueError(f"skipping {harvester.skip_positions} of {self.context} tokens leaves nothing")

@@ -259,6 +259,8 @@ def _kind(source: str) -> Kind:
         return "table" if _suffix(path) in TABLE_KINDS else "text"
     if path.is_dir():
         return "saved" if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")) else "folder"
+    if source.startswith(("/", "./", "../", "~")) or _suffix(path) in (*TEXT_KINDS, *TABLE_KINDS):
+        raise FileNotFoundError(f"there is no text at {source}; check the path")
     return "hub"
 
 

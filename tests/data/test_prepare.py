@@ -160,10 +160,20 @@ def test_a_text_of_one_document_is_cut_at_its_end(tmp_path, given, capsys):
     given = given if "vocab_size" in given else {"tokenizer": with_bos()}
     found = prepare_tokens(str(tmp_path / "a.txt"), sequence_length=8, held_out_fraction=0.2, bos=False, **given)
     assert "the text is one document; its end is held out" in capsys.readouterr().err
+    assert found.train.origin.text.n_documents == 1
     texts = [found.tokenizer.decode(blocks[:].flatten().tolist()) for blocks in (found.train, found.held_out)]
     assert texts[0].startswith(sentences(100)[0])
     assert texts[1].split("\n")[0] in sentences(100)[70:90]
     assert sentences(100)[99] not in texts[0]
+
+
+def test_tokens_that_end_before_any_held_out_document_are_said_to(tmp_path):
+    """With a new tokenizer the split is that of all the text that it was trained on."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(sentences(40)) + str(i)}) + "\n" for i in range(40)))
+    given = {"vocab_size": 290, "sequence_length": 8, "held_out_fraction": 0.03}
+    with pytest.raises(ValueError, match="--max-tokens 300 is reached after 1 documents, none of which is held out"):
+        prepare_tokens(str(path), max_tokens=300, **given)
 
 
 def test_max_tokens_stops_reading_with_the_document_that_reaches_it(page, tokenizer):
