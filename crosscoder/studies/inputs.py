@@ -7,7 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from crosscoder.data.text import DEMO_SOURCE
+from crosscoder.data.text import DEMO_SOURCE, unused_settings
 from crosscoder.foundation.artifact import file_sha256, read_json, write_json
 from crosscoder.foundation.origin import MismatchError
 
@@ -15,13 +15,13 @@ INPUTS = "inputs.json"
 
 
 def require_inputs(folder: Path, **hashes: str) -> None:
-    """Keep the hashes of a study's inputs in its folder, or compare them with those that are there.
+    """Keep the hashes of a study's inputs in its folder, or compare them with those that its tokens were made from.
 
     Raises:
         MismatchError: an input was replaced since; names it.
     """
     path = folder / INPUTS
-    if not path.is_file():
+    if not path.is_file() or not (folder / "tokens" / "held_out").is_dir():
         write_json(path, hashes)
         return
     known = read_json(path)
@@ -38,7 +38,12 @@ def require_inputs(folder: Path, **hashes: str) -> None:
 
 
 def text_hash(source: str) -> str:
-    """sha256 of the names and bytes of a text's files; of a data set on the Hub, which is not read here, its name's."""
+    """sha256 of the names and bytes of a text's files; of a data set on the Hub, which is not read here, its name's.
+
+    Raises:
+        FileNotFoundError: a path at which nothing is.
+    """
+    unused_settings(source)
     home = Path(source)
     if source == DEMO_SOURCE and (spec := importlib.util.find_spec(source)) and spec.submodule_search_locations:
         home = Path(spec.submodule_search_locations[0]) / "data"

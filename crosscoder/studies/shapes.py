@@ -49,8 +49,8 @@ def run_study(
         OtherPartsError: `part` is not the whole study, and other parts are not done yet.
     """
     part, subjects = part or Part(), config.subjects
-    study = StudyFolder(folder, device=device, workers=workers)
-    require_inputs(folder, text=text_hash(subjects.text))
+    text, study = text_hash(subjects.text), StudyFolder(folder, device=device, workers=workers)
+    require_inputs(folder, text=text)
     of_text = {"vocab_size": subjects.vocab_size, "sequence_length": subjects.context, "seed": subjects.seed}
     tokens = study.tokens(subjects.text, **of_text)
     study.lap("tokens")

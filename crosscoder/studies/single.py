@@ -64,11 +64,11 @@ class SubjectStudyConfig:
 
 def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str = "cpu", workers: int = 2) -> Results:
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
-    study = StudyFolder(folder, device=device, workers=workers)
+    text, study = text_hash(config.text), StudyFolder(folder, device=device, workers=workers)
     subject = load_subject(config.subject, **asdict(config.loading), device=device)
     origin = model_origin(subject.model, config.subject, config.loading.revision)
     tokenizer = tokenizer_hash(subject.tokenizer)
-    require_inputs(folder, text=text_hash(config.text), model=origin.weights, tokenizer=tokenizer)
+    require_inputs(folder, text=text, model=origin.weights, tokenizer=tokenizer)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
     bos = find_bos(subject.tokenizer)

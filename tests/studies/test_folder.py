@@ -1,6 +1,9 @@
 """Where studies are kept: another version of the code that computes is another folder, another wording is not."""
 
-from crosscoder.studies import folder
+import pytest
+
+from crosscoder.foundation.origin import MismatchError
+from crosscoder.studies import folder, inputs
 
 
 def test_a_study_is_run_again_when_any_file_of_a_computing_room_changes():
@@ -31,3 +34,15 @@ def test_cleaning_up_after_one_part_leaves_the_activations_that_others_read(tmp_
     assert not own.held_out.exists()
     assert other.train.is_dir()
     assert other.held_out.is_dir()
+
+
+def test_inputs_may_change_until_tokens_were_made_of_them(tmp_path):
+    """A study that failed on an empty text goes on once the text is mended."""
+    inputs.require_inputs(tmp_path, text="a")
+    inputs.require_inputs(tmp_path, text="b")
+    (tmp_path / "tokens" / "held_out").mkdir(parents=True)
+    inputs.require_inputs(tmp_path, text="b")
+    with pytest.raises(MismatchError, match=r"text \(now c, then b\) changed since"):
+        inputs.require_inputs(tmp_path, text="c")
+    with pytest.raises(FileNotFoundError, match="there is no text at"):
+        inputs.text_hash(str(tmp_path / "nowhere"))
