@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from crosscoder.data.order import SPREAD
 from crosscoder.data.stream import HARVEST_TOKENS
 from crosscoder.data.subject import load_config
 from crosscoder.data.subject_training import SubjectConfig
@@ -71,15 +72,15 @@ def harvest_needs(
 
 
 def stream_needs(
-    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, tokens_per_refill: int, revision: str | None = None
+    subject: str, layers: Layers, reads: str, tokens: TokenBlocks, window_tokens: int, revision: str | None = None
 ) -> tuple[Needs, int, int]:
     """What harvesting activations as training goes takes beside the dictionary, the number of sites and their width."""
     n_sites, width = _sites_and_width(subject, layers, reads, revision)
-    blocks = min(max(1, tokens_per_refill // tokens.sequence_length), len(tokens))
-    refill = 4 * blocks * tokens.sequence_length * n_sites * width
+    blocks = min(max(1, window_tokens // tokens.sequence_length), len(tokens))
+    window = 4 * blocks * tokens.sequence_length * n_sites * width
     call = 4 * max(HARVEST_TOKENS, tokens.sequence_length) * n_sites * width
     rows = [
-        ("activations in memory: the refill in use, and the next", human_bytes(2 * refill)),
+        ("activations in memory, at most", human_bytes(window + 3 * window // SPREAD)),
         ("one call of the model, all sites", human_bytes(call)),
         ("activations on disk", "none"),
     ]

@@ -5,7 +5,7 @@ In one process, the arms taking turns, on the same tokens in the same order:
 - `stored`: a crosscoder is trained from a store; the model does not run;
 - `harvest`: the model's activations are harvested, refill by refill, and nothing is trained;
 - `live`: the same training, a thread harvesting the next refill beside the step. The clock starts when the first
-  refill is there, as it does once in a run of any length; what is harvested ahead at the end is waited for, so that as
+  window is there, as it does once in a run of any length; what is harvested ahead at the end is waited for, so that as
   many refills are harvested as used.
 
 Both sides of `live` share the machine. Where each could take all of its cores, live training cannot be faster than the
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from bench_common import alternate, describe_machine, machine_line, markdown_table, write_report
 
+from crosscoder.data.order import SPREAD
 from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import write_shards
@@ -58,14 +59,15 @@ def sources(given: argparse.Namespace, work: Path) -> tuple[SiteSource, Callable
         prepared, model = prepare_tokens(given.text, tokenizer=subject.tokenizer, sequence_length=128), subject.model
     harvester = ResidualHarvester(model.eval(), layers=given.layers)
     kept = prepared.train.sequence_length - harvester.skip_positions
-    n_tokens = given.refills * (given.refill_tokens // kept) * kept  # whole blocks, so that no refill is a small rest
+    refill = given.window_tokens // SPREAD // kept * kept
+    n_tokens = max(1, given.tokens // refill) * refill  # whole blocks, so that no refill is a small rest
 
     def stream() -> ActivationStream:
         blocks: TokenBlocks = prepared.train
-        return ActivationStream(harvester, blocks, tokens_per_refill=given.refill_tokens, max_tokens=n_tokens)
+        return ActivationStream(harvester, blocks, window_tokens=given.window_tokens, max_tokens=n_tokens)
 
     store = write_shards(harvester, prepared.train, work / "acts", max_tokens=n_tokens)
-    stored = SiteSource(type(store).load(work / "acts", tokens_per_refill=given.refill_tokens), None, "residual")
+    stored = SiteSource(type(store).load(work / "acts", window_tokens=given.window_tokens), None, "residual")
     return stored, lambda: SiteSource(stream(), None, "residual", scale_L=stored.scale_L)
 
 
@@ -83,7 +85,7 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     def live() -> None:
         source = streamed()
-        source.batch(0, given.batch, 0)  # harvests the first refill, and begins the second
+        source.batch(0, given.batch, 0)  # harvests the first window, and begins the next refill
         start = time.perf_counter()
         fit(source)
         assert isinstance(source.train, ActivationStream)
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--label", default="8 x 64, new weights", help="how the table calls this case")
     parser.add_argument("--subject", help="a model; without one, a Llama of 8 layers x 64 with new weights")
     parser.add_argument("--layers", type=int, nargs="+", help="sites to read; by default all")
-    numbers = {"refills": 6, "refill-tokens": 16_384, "batch": 1024, "n-features": 512, "threads": 1, "repeats": 5}
+    numbers = {"tokens": 98_304, "window-tokens": 49_152, "batch": 1024, "n-features": 512, "threads": 1, "repeats": 5}
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))

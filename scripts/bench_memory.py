@@ -37,8 +37,8 @@ PREDICTIONS = {
         "one call of the model",
     ),
     "train": (
-        200,
-        "two refills of 16,384 tokens x 9 sites x 64 x 4 bytes (72 MiB), one call of the model, batches, and the "
+        370,
+        "15 refills of 8,192 tokens x 9 sites x 64 x 4 bytes (270 MiB), one call of the model, batches, and the "
         "features active on held-out tokens at the end",
     ),
 }

@@ -36,7 +36,7 @@ BUDGETS = {
     "triton_kernels": 4220,
     "crosscoder/foundation": 635,
     "crosscoder/results": 655,
-    "crosscoder/data": 4270,
+    "crosscoder/data": 4330,
     "crosscoder/dictionary": 1215,
     "crosscoder/training": 840,
     "crosscoder/formats": 130,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_870, 13_450
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_925, 13_520
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

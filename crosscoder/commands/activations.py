@@ -15,7 +15,7 @@ import tyro
 from crosscoder import training
 from crosscoder.commands.base import LOADING, NO_WINDOW, RAW, SUBJECT, Command, Idle, ReadsModel
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
-from crosscoder.data.sources import REFILL_TOKENS, Activations, Marked, SiteKind, SiteSource, select_site_numbers
+from crosscoder.data.sources import WINDOW_TOKENS, Activations, Marked, SiteKind, SiteSource, select_site_numbers
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import require_own_tokens
 from crosscoder.data.tokens import TokenBlocks
@@ -74,7 +74,7 @@ class Reading(ReadsModel):
     activations: Path | None = None  # What `crosscoder harvest` wrote
     subject: Annotated[str | None, SUBJECT] = None
     tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
-    refill_tokens: int = REFILL_TOKENS  # Tokens shuffled among themselves; two such refills are held in memory
+    window_tokens: int = WINDOW_TOKENS  # Tokens that batches mix; they are held in memory where there is no store
     max_held_out_tokens: int = 50_000  # Held-out tokens to harvest where there is no store
 
     def idle(self) -> Idle:
@@ -92,7 +92,7 @@ class Reading(ReadsModel):
     def splits(self, *names: str) -> list[Activations]:
         """The activations of some splits, train or held_out."""
         if self.activations is not None:
-            return [ActivationShards.load(self.activations / n, tokens_per_refill=self.refill_tokens) for n in names]
+            return [ActivationShards.load(self.activations / n, window_tokens=self.window_tokens) for n in names]
         subject, folder = self.streamed()
         tokens = {name: TokenBlocks.load(folder / name) for name in names}
         require_own_tokens(subject, tokens[names[0]], revision=self.loading.revision)
@@ -101,7 +101,7 @@ class Reading(ReadsModel):
             ActivationStream(
                 harvester,
                 tokens[name],
-                tokens_per_refill=self.refill_tokens,
+                window_tokens=self.window_tokens,
                 max_tokens=None if name == "train" else self.max_held_out_tokens,
                 ahead=name == "train",
             )
@@ -149,7 +149,7 @@ class Train(Reading):
         subject, folder = self.streamed()
         tokens = TokenBlocks.load(folder / "train")
         rows, n_sites, width = stream_needs(
-            subject, self.layers, self.reads, tokens, self.refill_tokens, self.loading.revision
+            subject, self.layers, self.reads, tokens, self.window_tokens, self.loading.revision
         )
         return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
 
@@ -199,7 +199,7 @@ class Evaluate(Reading):
     out: Path | None = None  # Write the numbers as JSON here too
 
     def idle(self) -> Idle:
-        return {**super().idle(), "held-out tokens are read in order": ("refill_tokens",)}
+        return {**super().idle(), "held-out tokens are read in order": ("window_tokens",)}
 
     def run(self) -> None:
         from crosscoder.measure.health import describe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from crosscoder.data.order import EpochOrder, order_slice
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.sources import (
-    REFILL_TOKENS,
+    WINDOW_TOKENS,
     Activations,
     SiteKind,
     SiteSource,
@@ -149,9 +150,9 @@ class ActivationShards(Activations):
     """A store of activations, read through a memory map in the order of a stream of the same tokens."""
 
     def __init__(
-        self, index: StoreIndex, shards: list[dict[str, Tensor]], *, tokens_per_refill: int = REFILL_TOKENS
+        self, index: StoreIndex, shards: list[dict[str, Tensor]], *, window_tokens: int = WINDOW_TOKENS
     ) -> None:
-        self.index, self.sites, self.fingerprint = index, index.sites, index.fingerprint
+        self.index, self.sites = index, index.sites
         self._shards, self.harvested = shards, index.harvested
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
         self.n_tokens = int(self._ends[-1])
@@ -159,15 +160,14 @@ class ActivationShards(Activations):
         self.context = int(position_T.max()) + 1 if self.harvested is None else self.harvested.tokens.context
         self.keep_outliers = self.harvested is not None and self.harvested.keep_outliers
         self.token_T = sequence_T * self.context + position_T
-        self._order = EpochOrder(sequence_T.unique_consecutive(return_counts=True)[1], tokens_per_refill)
-        if self.harvested is not None and tokens_per_refill != REFILL_TOKENS:  # another order of the same tokens
-            refill = f"{self._order.blocks_per_refill} blocks a refill"
-            self.fingerprint = combine_fingerprints(index.fingerprint, refill)
+        self._order = EpochOrder(sequence_T.unique_consecutive(return_counts=True)[1], window_tokens)
+        self._pool = functools.lru_cache(maxsize=2)(self._order.stored)
+        self.fingerprint = index.fingerprint
+        if self.harvested is not None:
+            self.fingerprint = combine_fingerprints(index.fingerprint, str(self._order))
 
     @classmethod
-    def load(
-        cls, folder: str | Path, *, verify: bool = True, tokens_per_refill: int = REFILL_TOKENS
-    ) -> ActivationShards:
+    def load(cls, folder: str | Path, *, verify: bool = True, window_tokens: int = WINDOW_TOKENS) -> ActivationShards:
         """The store in `folder`. `verify=False` checks names and sizes but not the hashes.
 
         Raises:
@@ -178,7 +178,7 @@ class ActivationShards(Activations):
         verify_directory(folder, schema=SCHEMA, hashes=verify)
         index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
         shards = [_open_shard(folder, shard, index) for shard in index.shards]
-        return cls(index, shards, tokens_per_refill=tokens_per_refill)
+        return cls(index, shards, window_tokens=window_tokens)
 
     @property
     def d_model(self) -> int:
@@ -205,9 +205,8 @@ class ActivationShards(Activations):
         if self.harvested is None:
             return self.gather(order_slice(self.n_tokens, start, stop, seed=seed, epoch=epoch))
         numbers = []
-        for refill, first, last in self._order.pieces(start, stop, seed=seed, epoch=epoch):
-            blocks_b, order_T = self._order.refill(seed, epoch, refill)
-            numbers.append(self._order.stored(blocks_b)[order_T[first:last]])
+        for pool, first, last in self._order.pieces(start, stop, seed=seed, epoch=epoch):
+            numbers.append(self._pool(seed, epoch, pool)[first:last])
         return self.gather(torch.cat(numbers))
 
     def site_scale(self, kind: SiteKind) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crosscoder.data.order import EpochOrder
 from crosscoder.data.residuals import ResidualHarvester, norms, scales_of_norms
-from crosscoder.data.sources import REFILL_TOKENS, Activations, SiteKind, SiteSource, combine_fingerprints
+from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind, SiteSource, combine_fingerprints
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import Reads, TokenOrigin
@@ -23,16 +23,17 @@ HARVEST_TOKENS = 4096
 SCALE_TOKENS = 16_384
 """Tokens, spread evenly over the text, that scales are estimated on."""
 Refill = tuple[int, int, int]  # seed, epoch, number
+Shares = dict[int, Tensor]  # of a refill, by the pool that takes them
 
 
 class ActivationStream(Activations):
     """The activations of token blocks, harvested again whenever they are needed.
 
-    Only the refill in use is kept, and the next one, which a thread harvests meanwhile: reading in order harvests each
-    block once an epoch, and starting anywhere harvests one refill. A store of the same tokens holds the same
-    activations up to the rounding of the model's matrix products.
+    Reading in order harvests each block once an epoch, a refill at a time (see `EpochOrder`), the next one by a thread
+    while this one is used; starting anywhere harvests the window. Tokens are let go as they are used. A store of the
+    same tokens holds the same activations up to the rounding of the model's matrix products.
 
-    tokens_per_refill: tokens that are shuffled among themselves, in whole blocks; memory is twice that.
+    window_tokens: tokens that batches mix, in whole blocks; at most those and three refills are in memory.
     max_tokens: how many tokens to read at least, in whole blocks spread evenly over all; None reads all.
     ahead: whether the next refill is harvested beside the use of this one.
     """
@@ -42,11 +43,11 @@ class ActivationStream(Activations):
         harvester: ResidualHarvester,
         tokens: TokenBlocks,
         *,
-        tokens_per_refill: int = REFILL_TOKENS,
+        window_tokens: int = WINDOW_TOKENS,
         max_tokens: int | None = None,
         ahead: bool = True,
     ) -> None:
-        for name, value in (("tokens_per_refill", tokens_per_refill), ("max_tokens", max_tokens)):
+        for name, value in (("window_tokens", window_tokens), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         self.harvester, self.tokens, self.sites = harvester, tokens, harvester.sites
@@ -59,12 +60,13 @@ class ActivationStream(Activations):
             raise ValueError(f"skipping {harvester.skip_positions} of {self.context} tokens leaves nothing")
         n_blocks = len(tokens) if max_tokens is None else min(len(tokens), -(-max_tokens // kept))
         self.blocks = torch.linspace(0, len(tokens) - 1, n_blocks, dtype=torch.float64).round().long()
-        self.order = EpochOrder(torch.cat([self.kept(part).sum(1) for part in self.parts()]), tokens_per_refill)
+        self.order = EpochOrder(torch.cat([self.kept(part).sum(1) for part in self.parts()]), window_tokens)
         self.n_tokens = self.order.n_tokens
         if self.n_tokens == 0:
             raise ValueError(f"all {len(tokens)} blocks hold special tokens only; give text, or --keep-outliers")
-        self._refill: tuple[Refill, Tensor] | None = None
-        self._next: tuple[Refill, Future[Tensor]] | None = None
+        self._pool: tuple[Refill, Tensor] | None = None
+        self._waiting: dict[Refill, Shares] = {}
+        self._next: tuple[Refill, Future[Shares]] | None = None
         self._thread = ThreadPoolExecutor(1) if ahead else None
 
     def parts(self, numbers: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -101,7 +103,7 @@ class ActivationStream(Activations):
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the model, the sites, the token policy, the tokens and their order."""
-        order = f"{len(self.blocks)} blocks, {self.order.blocks_per_refill} a refill, without {self._special_ids}"
+        order = f"{len(self.blocks)} blocks, {self.order}, without {self._special_ids}"
         return combine_fingerprints(self.harvester.fingerprint, self.tokens.fingerprint, order)
 
     @functools.cached_property
@@ -148,33 +150,59 @@ class ActivationStream(Activations):
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
         pieces = []
-        for refill, first, last in self.order.pieces(start, stop, seed=seed, epoch=epoch):
-            x_TLD, (_, order_T) = self._refilled((seed, epoch, refill)), self.order.refill(seed, epoch, refill)
-            pieces.append(x_TLD[order_T[first:last].to(x_TLD.device)].float())
+        for pool, first, last in self.order.pieces(start, stop, seed=seed, epoch=epoch):
+            pieces.append(self._pooled((seed, epoch, pool))[first:last].float())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _refilled(self, key: Refill) -> Tensor:
-        """The tokens of one refill as they were harvested."""
-        if self._refill is None or self._refill[0] != key:
-            self._refill = None  # the old one goes before another is made
-            ahead, self._next = self._next, None
-            found = None if ahead is None else ahead[1].result()  # waits for the thread, whatever it brings
-            if ahead is None or found is None or ahead[0] != key:
-                found = None
-                found = self._harvest_refill(key)
-            self._refill = key, found
-            if self._thread is not None:
-                seed, epoch, number = key
-                after = (seed, epoch, number + 1) if number + 1 < self.order.n_refills else (seed, epoch + 1, 0)
-                self._next = after, self._thread.submit(self._harvest_beside, after, torch.get_num_threads())
-        return self._refill[1]
+    def _pooled(self, key: Refill) -> Tensor:
+        """The tokens of one pool, in its order, in the model's dtype."""
+        if self._pool is None or self._pool[0] != key:
+            self._pool = None  # the old one goes before another is made
+            seed, epoch, pool = key
+            self._collect(key)
+            places, x_TLD = self.order.places(seed, epoch, pool), None
+            for refill, place_t in zip(self.order.refills(pool), places, strict=True):
+                of_refill = self._waiting.get((seed, epoch, refill), {})
+                if pool not in of_refill:
+                    of_refill = self._waiting[seed, epoch, refill] = self._harvest_shares((seed, epoch, refill), pool)
+                share_TLD = of_refill.pop(pool)
+                if x_TLD is None:
+                    x_TLD = share_TLD.new_empty(sum(map(len, places)), *share_TLD.shape[1:])
+                x_TLD[place_t.to(x_TLD.device)] = share_TLD
+            assert x_TLD is not None
+            self._pool = key, x_TLD
+            self._begin_next(key)
+        return self._pool[1]
 
-    def _harvest_beside(self, key: Refill, n_threads: int) -> Tensor:
+    def _collect(self, key: Refill) -> None:
+        """Take what the thread brought, and let go what `key` and the pools after it do not need."""
+        if self._next is not None:
+            (of, found), self._next = self._next, None
+            self._waiting[of] = found.result()
+        self._waiting = {of: shares for of, shares in self._waiting.items() if self._ahead(key, of) >= 0}
+
+    def _ahead(self, key: Refill, of: Refill) -> int:
+        """How many refills after the first of pool `key` one comes; -1 if no pool that comes soon needs it."""
+        ahead = (of[1] - key[1]) * self.order.n_refills + of[2] - key[2]
+        return ahead if of[0] == key[0] and ahead <= self.order.spread else -1
+
+    def _begin_next(self, key: Refill) -> None:
+        if self._thread is None:
+            return
+        seed, epoch, pool = key
+        more, number = divmod(pool + self.order.spread, self.order.n_refills)
+        if (after := (seed, epoch + more, number)) not in self._waiting:
+            self._next = after, self._thread.submit(self._harvest_beside, after, torch.get_num_threads())
+
+    def _harvest_beside(self, key: Refill, n_threads: int) -> Shares:
         torch.set_num_threads(n_threads)  # a new thread starts with one for every core
-        return self._harvest_refill(key)
+        return self._harvest_shares(key)
 
-    def _harvest_refill(self, key: Refill) -> Tensor:
-        return self._joined(self.blocks[self.order.refill(*key)[0]])
+    def _harvest_shares(self, key: Refill, first_pool: int = 0) -> Shares:
+        """The tokens of a refill, for each pool from `first_pool` on that takes some."""
+        x_TLD = self._joined(self.blocks[self.order.blocks(*key)])
+        shares = self.order.shares(*key)
+        return {pool: x_TLD[place_t.to(x_TLD.device)] for pool, place_t in shares.items() if pool >= first_pool}
 
     def _joined(self, numbers: Tensor) -> Tensor:
         """All tokens of some blocks in one buffer; `harvest`'s parts are gone one by one."""
@@ -201,7 +229,7 @@ def stream_source(
     blocks_path: str | None = None,
     mlp_path: str | None = None,
     keep_outliers: bool = False,
-    tokens_per_refill: int = REFILL_TOKENS,
+    window_tokens: int = WINDOW_TOKENS,
     max_tokens: int | None = None,
     max_held_out_tokens: int | None = 50_000,
 ) -> SiteSource:
@@ -214,5 +242,5 @@ def stream_source(
     )
     train, held_out = (TokenBlocks.load(Path(tokens_folder) / split) for split in ("train", "held_out"))
     other = ActivationStream(harvester, held_out, max_tokens=max_held_out_tokens, ahead=False)
-    stream = ActivationStream(harvester, train, tokens_per_refill=tokens_per_refill, max_tokens=max_tokens)
+    stream = ActivationStream(harvester, train, window_tokens=window_tokens, max_tokens=max_tokens)
     return SiteSource(stream, other, kind)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosscoder.data.order import batch_indices, order_slice
+from crosscoder.data.order import SPREAD, EpochOrder, batch_indices, order_slice
 
 
 def test_order_is_a_pure_function_and_a_permutation():
@@ -36,3 +36,37 @@ def test_batches_run_through_epochs_without_losing_a_sequence(batch):
 def test_bad_batch_arguments(n, batch, index):
     with pytest.raises(ValueError, match="expected n >= 1"):
         batch_indices(n, batch=batch, seed=0, index=index)
+
+
+def pools(order, **of):
+    """The stored numbers of every pool of an epoch."""
+    return [order.stored(of["seed"], of["epoch"], pool) for pool in range(order.n_refills)]
+
+
+@pytest.mark.parametrize("n_blocks", [1, 5, 40, 173])
+@pytest.mark.parametrize("window", [1, 9, 60, 200, 10_000])
+def test_an_epoch_deals_out_every_token_once(n_blocks, window):
+    count_B = torch.arange(n_blocks) % 4 + 2
+    count_B[n_blocks // 2] = 0
+    if not count_B.sum():
+        count_B[0] = 3
+    order = EpochOrder(count_B, window)
+    found = pools(order, seed=1, epoch=0)
+    assert sorted(torch.cat(found).tolist()) == list(range(order.n_tokens))
+    pieces = list(order.pieces(0, order.n_tokens, seed=1, epoch=0))
+    sizes = [len(pool) for pool in found]
+    assert pieces == [(number, 0, size) for number, size in enumerate(sizes) if size]
+    assert order.blocks_per_refill * order.spread <= max(1, window // int(count_B.max())) + order.spread
+
+
+def test_a_batch_holds_few_tokens_of_a_block_from_the_first_to_the_last():
+    n_blocks, size, window = 600, 100, 24_000
+    order = EpochOrder(torch.full((n_blocks,), size), window)
+    assert order.spread == SPREAD
+    epoch = torch.cat(pools(order, seed=0, epoch=0))
+    blocks_of = [len((batch // size).unique()) for batch in epoch.split(200)]
+    # 200 tokens of 240 blocks by chance are of 136; at the end fewer blocks are left
+    assert min(blocks_of[: len(blocks_of) * 2 // 3]) > 100
+    assert blocks_of[0] > 60  # the first pool takes most from the first refill
+    assert min(blocks_of) > 15
+    assert not torch.equal(epoch, torch.cat(pools(order, seed=0, epoch=1)))
