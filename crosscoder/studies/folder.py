@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -59,7 +60,8 @@ class StudyFolder:
         """The result of every job by name, in the order of `jobs`.
 
         On a CPU each job runs in a process of its own kind with one thread, also when `workers` is 1: the number of
-        threads decides the order of sums, and so the last bits. On a GPU jobs run one after the other right here.
+        threads decides the order of sums, and so the last bits. The processes are started once and serve every stage.
+        On a GPU jobs run one after the other right here.
 
         Raises:
             RuntimeError: a job failed; names it, with its error as the cause.
@@ -73,18 +75,25 @@ class StudyFolder:
                     results[name] = job()
                     progress.advance()
                 return results
-            with ProcessPoolExecutor(self.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-                futures = {pool.submit(job): name for name, job in jobs.items()}
+            name = ""
+            try:
+                futures = {self._processes.submit(job): name for name, job in jobs.items()}
                 for future in as_completed(futures):
                     name = futures[future]
-                    try:
-                        results[name] = future.result()
-                    except Exception as error:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        say(f"{label}: {name} failed")
-                        raise RuntimeError(f"{name} failed: {error}") from error
+                    results[name] = future.result()
                     progress.advance()
+            except BaseException as error:
+                self._processes.shutdown(wait=False, cancel_futures=True)
+                del self._processes
+                if isinstance(error, Exception):
+                    say(f"{label}: {name} failed")
+                    raise RuntimeError(f"{name} failed: {error}") from error
+                raise
         return {name: results[name] for name in jobs}
+
+    @functools.cached_property
+    def _processes(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self.workers, get_context("spawn"), torch.set_num_threads, (1,))
 
     def tokens(self, text: str, **settings: Any) -> PreparedTokens:
         """The study's text, prepared at the first call."""

@@ -1,5 +1,9 @@
 """Where studies are kept: another version of the code that computes is another folder, another wording is not."""
 
+import math
+import os
+from functools import partial
+
 import pytest
 
 from crosscoder.foundation.origin import MismatchError
@@ -46,3 +50,12 @@ def test_inputs_may_change_until_tokens_were_made_of_them(tmp_path):
         inputs.require_inputs(tmp_path, text="c")
     with pytest.raises(FileNotFoundError, match="there is no text at"):
         inputs.text_hash(str(tmp_path / "nowhere"))
+
+
+def test_processes_serve_every_stage_and_a_failure_names_its_job(tmp_path):
+    study = folder.StudyFolder(tmp_path, workers=1)
+    first = study.run({"a": os.getpid}, "first")
+    assert study.run({"b": os.getpid}, "second")["b"] == first["a"] != os.getpid()
+    with pytest.raises(RuntimeError, match="c failed: math domain error"):
+        study.run({"c": partial(math.log, -1.0), "d": os.getpid}, "third")
+    assert study.run({"e": os.getpid}, "fourth")["e"] != first["a"]

