@@ -33,21 +33,21 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4220,
+    "triton_kernels": 4240,
     "crosscoder/foundation": 635,
     "crosscoder/results": 655,
     "crosscoder/data": 4330,
     "crosscoder/dictionary": 1215,
-    "crosscoder/training": 840,
+    "crosscoder/training": 845,
     "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
     "crosscoder/report": 1680,
-    "crosscoder/studies": 1900,
+    "crosscoder/studies": 1920,
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_925, 13_520
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_980, 13_520
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -39,14 +39,15 @@ def form_for(tensor: Tensor, code: Code, n_features: int) -> ModuleType:
     return dense if dense.pays(tensor.device, n_pairs, n_rows, n_features) else implementation(tensor)
 
 
-@contextlib.contextmanager
-def on_device_of(tensor: Tensor) -> Generator[None]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Runs an operator as it is told to: autocast rounds nothing in it, and kernels start on the tensor's own GPU."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
-        if tensor.is_cuda:
-            stack.enter_context(torch.cuda.device(tensor.device))
-        yield
+    if not tensor.is_cuda and not torch.is_autocast_enabled(tensor.device.type):
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    if tensor.is_cuda:
+        stack.enter_context(torch.cuda.device(tensor.device))
+    return stack
 
 
 def _code(values_P: Tensor, features_P: Tensor, offsets: Tensor) -> Code:

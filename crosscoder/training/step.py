@@ -81,7 +81,8 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     )
     state.optimizer.param_groups[0]["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-    before = {name: dictionary.state_dict()[name].clone() for name in ("threshold", "decoder_bias")}
+    kept = (dictionary.threshold, dictionary.decoder_bias)
+    before = [tensor.detach().clone() for tensor in kept]
     try:
         if state.step == 0 and not bool(dictionary.decoder_bias.any()):
             initialize_bias(dictionary, x_BLD, method=config.bias_init)
@@ -103,7 +104,9 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
                 "they were before this step. A lower learning_rate is the usual mend."
             )
     except BaseException:
-        dictionary.load_state_dict({**dictionary.state_dict(), **before})
+        with torch.no_grad():
+            for tensor, old in zip(kept, before, strict=True):
+                tensor.copy_(old)
         raise
     clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
     state.optimizer.step(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)

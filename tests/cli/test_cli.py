@@ -101,7 +101,7 @@ HARVEST = ("--subject", "x", "--tokens-folder", "y", "--out", "z")
             [*TRAIN, "--arm", "layerwise", "--budget.bank", "warm_chain", "--held-out-every", "9"],
             "--held-out-every would change nothing here: a chain trains one layer at a time",
         ),
-        (["evaluate", "--dictionary", "x", "--window-tokens", "9"], "--refill-tokens would change nothing here"),
+        (["evaluate", "--dictionary", "x", "--window-tokens", "9"], "--window-tokens would change nothing here"),
         (["prepare", "--text", "nowhere.txt", "--out", "y"], "there is no text at nowhere.txt"),
         (["prepare", "--text", "./nowhere", "--out", "y"], "there is no text at ./nowhere"),
         ([*TRAIN, "--subject", "z", "--layers", "1"], "--subject, --layers would change nothing here"),

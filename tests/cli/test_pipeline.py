@@ -93,7 +93,7 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     arguments += ["--steps", "20", "--n-features", "128", "--tokens", "2000", "--out", str(pipeline / "runs")]
     assert main(arguments) == 2
     assert "blocks of 128 tokens are longer than the 32 positions of the model" in capsys.readouterr().err
-    arguments += ["--context", "32", "--seeds", "0"]
+    arguments += ["--context", "32", "--seeds", "0", "--workers", "1"]
     assert main(arguments) == 0
     report = Path(capsys.readouterr().out.strip().splitlines()[-1])
     results = load_results(report.parent)

@@ -26,7 +26,7 @@ from bench_verdicts import draw_verdicts, verdict_lines
 from bench_verdicts_worlds import PLANTS, Plant, Planted, VerdictConfig, judge, measure_case
 
 FIT = VerdictConfig().fit
-CONFIG = VerdictConfig(fit=replace(FIT, held_out=4096))
+CONFIG = VerdictConfig(fit=replace(FIT, held_out=2048))
 
 
 class WellRead(Planted):
@@ -114,7 +114,7 @@ def test_another_way_to_the_same_answer():
 
 
 def test_a_third_shape_joins_the_slopes():
-    config = replace(CONFIG, sides=("A", "B", "C"), fit=replace(FIT, held_out=2048), training_seeds=2)
+    config = replace(CONFIG, sides=("A", "B", "C"), training_seeds=2)
     found, _ = judge(case_of(PLANTS[2], config=config))
     assert found.gamma.value == pytest.approx(1, abs=0.02)
     assert found.delta.value == pytest.approx(0, abs=0.15)

