@@ -41,6 +41,8 @@ from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
 from crosscoder.training import train
 
+ARMS = ("stored", "harvest", "live")
+RATIOS = ("live / stored", "live / slower", "bound")
 ASKED = 0.85
 PREDICTION = (
     "Written before any run. With one thread for each side (torch's products hold no lock) and both cores free: live "
@@ -77,7 +79,7 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     n_tokens = stored.train.n_tokens
     steps = n_tokens // given.batch
     budget = DictionaryBudget(n_features=given.n_features, k_crosscoder=32, steps=steps, batch=given.batch)
-    seconds: dict[str, list[float]] = {"stored": [], "harvest": [], "live": []}
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
 
     def fit(source: SiteSource) -> None:
         dictionary = new_dictionary("crosscoder", source, budget, seed=0)
@@ -114,7 +116,7 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def ratios(case: dict[str, Any]) -> dict[str, float]:
     """Medians over turns of what is compared within a turn."""
-    turns = list(zip(*(case["seconds"][name] for name in ("stored", "harvest", "live")), strict=True))
+    turns = list(zip(*(case["seconds"][name] for name in ARMS), strict=True))
     return {
         "live / stored": statistics.median(stored / live for stored, _, live in turns),
         "live / slower": statistics.median(max(stored, harvest) / live for stored, harvest, live in turns),
@@ -143,10 +145,10 @@ def main() -> None:
     cases = {**(read_json(path)["cases"] if path.is_file() else {}), given.label: case}
     rows = []
     for label, one in cases.items():
-        rates = [f"{one['tokens'] / statistics.median(one['seconds'][name]):,.0f}" for name in one["seconds"]]
-        found = [f"{value:.2f}" for value in one["ratios"].values()]
+        rates = [f"{one['tokens'] / statistics.median(one['seconds'][name]):,.0f}" for name in ARMS]
+        found = [f"{one['ratios'][name]:.2f}" for name in RATIOS]
         rows.append([f"{label}: {one['shape']}; {one['threads']} thread a side", *rates, *found])
-    header = ["model and dictionary", "stored, tokens/s", "harvest alone", "live", *case["ratios"]]
+    header = ["model and dictionary", *(f"{name}, tokens/s" for name in ARMS), *RATIOS]
     lines = ["# Live training beside stored", "", PREDICTION, "", *markdown_table(header, rows), ""]
     lines += [f"Asked: live / slower at least {ASKED}. Ratios are medians of ratios within a turn.", ""]
     write_report(given.out, "live", [*lines, machine_line(machine)], {"prediction": PREDICTION, "cases": cases})
