@@ -22,7 +22,7 @@ HARVEST_TOKENS = 4096
 """Tokens that a model is given at once."""
 SCALE_TOKENS = 16_384
 """Tokens, spread evenly over the text, that scales are estimated on."""
-Refill = tuple[int, int, int]  # seed, epoch, number
+Key = tuple[int, int, int]  # seed, epoch, and the number of a refill or of a pool
 Shares = dict[int, Tensor]  # of a refill, by the pool that takes them
 
 
@@ -64,9 +64,9 @@ class ActivationStream(Activations):
         self.n_tokens = self.order.n_tokens
         if self.n_tokens == 0:
             raise ValueError(f"all {len(tokens)} blocks hold special tokens only; give text, or --keep-outliers")
-        self._pool: tuple[Refill, Tensor] | None = None
-        self._waiting: dict[Refill, Shares] = {}
-        self._next: tuple[Refill, Future[Shares]] | None = None
+        self._pool: tuple[Key, Tensor] | None = None
+        self._waiting: dict[Key, Shares] = {}
+        self._next: tuple[Key, Future[Shares]] | None = None
         self._thread = ThreadPoolExecutor(1) if ahead else None
 
     def parts(self, numbers: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -154,7 +154,7 @@ class ActivationStream(Activations):
             pieces.append(self._pooled((seed, epoch, pool))[first:last].float())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _pooled(self, key: Refill) -> Tensor:
+    def _pooled(self, key: Key) -> Tensor:
         """The tokens of one pool, in its order, in the model's dtype."""
         if self._pool is None or self._pool[0] != key:
             self._pool = None  # the old one goes before another is made
@@ -174,19 +174,19 @@ class ActivationStream(Activations):
             self._begin_next(key)
         return self._pool[1]
 
-    def _collect(self, key: Refill) -> None:
+    def _collect(self, key: Key) -> None:
         """Take what the thread brought, and let go what `key` and the pools after it do not need."""
         if self._next is not None:
             (of, found), self._next = self._next, None
             self._waiting[of] = found.result()
         self._waiting = {of: shares for of, shares in self._waiting.items() if self._ahead(key, of) >= 0}
 
-    def _ahead(self, key: Refill, of: Refill) -> int:
+    def _ahead(self, key: Key, of: Key) -> int:
         """How many refills after the first of pool `key` one comes; -1 if no pool that comes soon needs it."""
         ahead = (of[1] - key[1]) * self.order.n_refills + of[2] - key[2]
         return ahead if of[0] == key[0] and ahead <= self.order.spread else -1
 
-    def _begin_next(self, key: Refill) -> None:
+    def _begin_next(self, key: Key) -> None:
         if self._thread is None:
             return
         seed, epoch, pool = key
@@ -194,11 +194,11 @@ class ActivationStream(Activations):
         if (after := (seed, epoch + more, number)) not in self._waiting:
             self._next = after, self._thread.submit(self._harvest_beside, after, torch.get_num_threads())
 
-    def _harvest_beside(self, key: Refill, n_threads: int) -> Shares:
+    def _harvest_beside(self, key: Key, n_threads: int) -> Shares:
         torch.set_num_threads(n_threads)  # a new thread starts with one for every core
         return self._harvest_shares(key)
 
-    def _harvest_shares(self, key: Refill, first_pool: int = 0) -> Shares:
+    def _harvest_shares(self, key: Key, first_pool: int = 0) -> Shares:
         """The tokens of a refill, for each pool from `first_pool` on that takes some."""
         x_TLD = self._joined(self.blocks[self.order.blocks(*key)])
         shares = self.order.shares(*key)

@@ -64,8 +64,8 @@ class SubjectStudyConfig:
 
 def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str = "cpu", workers: int = 2) -> Results:
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
-    text, study = text_hash(config.text), StudyFolder(folder, device=device, workers=workers)
-    subject = load_subject(config.subject, **asdict(config.loading), device=device)
+    text, subject = text_hash(config.text), load_subject(config.subject, **asdict(config.loading), device=device)
+    study = StudyFolder(folder, device=device, workers=workers)  # no folder is left where there is no such model
     origin = model_origin(subject.model, config.subject, config.loading.revision)
     tokenizer = tokenizer_hash(subject.tokenizer)
     require_inputs(folder, text=text, model=origin.weights, tokenizer=tokenizer)

@@ -1,5 +1,6 @@
 """A study of one model whose next-token loss says nothing."""
 
+import pytest
 import torch
 
 from crosscoder.data.tokenizer import train_tokenizer
@@ -55,3 +56,10 @@ def test_a_model_that_sees_the_future_has_no_loss_and_is_not_spliced(tmp_path, c
     assert "no loss is measured: not causal: token" in said.out + said.err
     assert [row.value for row in results.rows.select("held_out_loss")] == [None]
     assert not results.rows.select("clean_loss")
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path):
+    config = SubjectStudyConfig(subject=str(tmp_path / "no-model.gguf"))
+    with pytest.raises((OSError, ValueError), match=r"no-model\.gguf"):
+        run_subject_study(config, folder=tmp_path / "runs" / "study")
+    assert not (tmp_path / "runs").exists()
