@@ -6,7 +6,9 @@ In one process, the arms taking turns, on the same tokens in the same order:
 - `harvest`: the model's activations are harvested, refill by refill, and nothing is trained;
 - `live`: the same training, a thread harvesting the next refill beside the step. The clock starts when the first
   window is there, as it does once in a run of any length; what is harvested ahead at the end is waited for, so that as
-  many refills are harvested as used.
+  many refills are harvested as used;
+- `apart`: `stored` here and `harvest` in a process of its own at the same time, until both are done: what the machine
+  gives two programs that share no interpreter.
 
 Both sides of `live` share the machine. Where each could take all of its cores, live training cannot be faster than the
 two times together allow: `bound` is the slower one's time over the sum of both.
@@ -18,6 +20,7 @@ two times together allow: `bound` is the slower one's time over the sum of both.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -41,8 +44,8 @@ from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import new_dictionary
 from crosscoder.training import train
 
-ARMS = ("stored", "harvest", "live")
-RATIOS = ("live / stored", "live / slower", "bound")
+ARMS = ("stored", "harvest", "live", "apart")
+RATIOS = ("live / stored", "live / slower", "apart / slower", "bound")
 ASKED = 0.85
 PREDICTION = (
     "Written before any run. With one thread for each side (torch's products hold no lock) and both cores free: live "
@@ -108,7 +111,16 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         fit(stored)
         seconds["stored"].append(time.perf_counter() - start)
 
-    alternate({"stored": from_store, "harvest": harvest, "live": live}, given.repeats, "cpu")
+    def apart() -> None:
+        start = time.perf_counter()
+        other = multiprocessing.get_context("fork").Process(target=harvest)  # one thread a side: nothing to inherit
+        other.start()
+        fit(stored)
+        other.join()
+        seconds["apart"].append(time.perf_counter() - start)
+
+    arms = {"stored": from_store, "harvest": harvest, "live": live, "apart": apart}
+    alternate(arms, given.repeats, "cpu")
     counted = {name: times[-given.repeats :] for name, times in seconds.items()}
     shape = f"{stored.n_layers} sites x {stored.d_model}, F={given.n_features}, batch {given.batch}"
     return {"seconds": counted, "tokens": n_tokens, "shape": shape}
@@ -118,9 +130,10 @@ def ratios(case: dict[str, Any]) -> dict[str, float]:
     """Medians over turns of what is compared within a turn."""
     turns = list(zip(*(case["seconds"][name] for name in ARMS), strict=True))
     return {
-        "live / stored": statistics.median(stored / live for stored, _, live in turns),
-        "live / slower": statistics.median(max(stored, harvest) / live for stored, harvest, live in turns),
-        "bound": statistics.median(max(stored, harvest) / (stored + harvest) for stored, harvest, _ in turns),
+        "live / stored": statistics.median(stored / live for stored, _, live, _ in turns),
+        "live / slower": statistics.median(max(stored, harvest) / live for stored, harvest, live, _ in turns),
+        "apart / slower": statistics.median(max(stored, harvest) / apart for stored, harvest, _, apart in turns),
+        "bound": statistics.median(max(stored, harvest) / (stored + harvest) for stored, harvest, *_ in turns),
     }
 
 

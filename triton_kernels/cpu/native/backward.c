@@ -17,8 +17,9 @@ static inline void add_four(float *restrict acc, const float *v, const float *co
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         const vec less = c ? load(c + i) : (vec){0};
-        store(acc + i, load(acc + i) + v[0] * (load(x[0] + i) - less) + v[1] * (load(x[1] + i) - less) +
-                           v[2] * (load(x[2] + i) - less) + v[3] * (load(x[3] + i) - less));
+        vec sum = load(acc + i);
+        for (int j = 0; j < 4; j++) sum = plus_scaled(sum, v[j], minus(load(x[j] + i), less));
+        store(acc + i, sum);
     }
     for (; i < n; i++)
         for (int j = 0; j < 4; j++) acc[i] += v[j] * (x[j][i] - (c ? c[i] : 0));
@@ -65,12 +66,12 @@ static inline float dot_and_add(const float *restrict e, const float *restrict w
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
         const vec a = load(e + i), b = load(e + i + LANES);
-        s0 += a * load(w + i);
-        s1 += b * load(w + i + LANES);
-        store(acc + i, load(acc + i) + v * a);
-        store(acc + i + LANES, load(acc + i + LANES) + v * b);
+        s0 = plus_product(s0, a, load(w + i));
+        s1 = plus_product(s1, b, load(w + i + LANES));
+        store(acc + i, plus_scaled(load(acc + i), v, a));
+        store(acc + i + LANES, plus_scaled(load(acc + i + LANES), v, b));
     }
-    float s = sum_lanes(s0 + s1);
+    float s = sum_lanes(plus(s0, s1));
     for (; i < n; i++) {
         s += e[i] * w[i];
         acc[i] += v * e[i];

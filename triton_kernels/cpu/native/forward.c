@@ -14,8 +14,10 @@ static void add_rows(float *restrict out, const float *values, const int32_t *fe
         const float *c = table + features[p + 2] * n, *d = table + features[p + 3] * n;
         const float va = values[p], vb = values[p + 1], vc = values[p + 2], vd = values[p + 3];
         int64_t i = 0;
-        for (; i + LANES <= n; i += LANES)
-            store(out + i, load(out + i) + va * load(a + i) + vb * load(b + i) + vc * load(c + i) + vd * load(d + i));
+        for (; i + LANES <= n; i += LANES) {
+            vec sum = plus_scaled(plus_scaled(load(out + i), va, load(a + i)), vb, load(b + i));
+            store(out + i, plus_scaled(plus_scaled(sum, vc, load(c + i)), vd, load(d + i)));
+        }
         for (; i < n; i++) out[i] = out[i] + va * a[i] + vb * b[i] + vc * c[i] + vd * d[i];
     }
     for (; p < end; p++) add_scaled(out, values[p], table + features[p] * n, n);
