@@ -33,12 +33,12 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4240,
+    "triton_kernels": 4560,
     "crosscoder/foundation": 635,
     "crosscoder/results": 655,
     "crosscoder/data": 4330,
-    "crosscoder/dictionary": 1215,
-    "crosscoder/training": 845,
+    "crosscoder/dictionary": 1330,
+    "crosscoder/training": 1230,
     "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 19_980, 13_520
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 20_790, 13_880
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -6,6 +6,7 @@ device, and `ops` and `encoders` are what the packages above call.
 """
 
 from triton_kernels.cpu.native.build import form as cpu_form
+from triton_kernels.direct import reconstruct
 from triton_kernels.encoders import encode_batch_top_k, encode_threshold, encode_top_k
 from triton_kernels.ops import (
     adam_rows,
@@ -29,6 +30,7 @@ __all__ = [
     "encode_top_k",
     "gather_dot",
     "gather_sum",
+    "reconstruct",
     "row_squares",
     "scatter_outer",
 ]

@@ -17,7 +17,11 @@ class Code(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """The encoders of G dictionaries and the batch that they encode."""
+    """The encoders of G dictionaries and the batch that they encode.
+
+    x may have fewer inputs than there are dictionaries: sets of as many dictionaries as inputs share it then, and the
+    code is that of one set after the other. Within a set row b of dictionary g is row `b * inputs + g`.
+    """
 
     x_BGN: Tensor
     center_GN: Tensor

@@ -38,7 +38,7 @@ def encode_top_k(
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        z_P, features_P = implementation(x_BGN).encode_top_k(encoding, k)
+        z_P, features_P = implementation(x_BGN).encode_top_k(encoding, [k] * len(encoder_GFN))
         return z_P.relu(), features_P, z_P
 
 
@@ -55,7 +55,7 @@ def encode_batch_top_k(
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        pairs, cut_G = implementation(x_BGN).encode_batch_top_k(encoding, k)
+        pairs, cut_G = implementation(x_BGN).encode_batch_top_k(encoding, [k] * len(encoder_GFN))
         return pairs.z.relu(), pairs.features, pairs.offsets, cut_G
 
 

@@ -45,6 +45,15 @@ def stacked(slabs: list[Pairs], like: Tensor) -> Pairs:
     return Pairs(z, score, features, starts(torch.cat([slab.offsets.diff() for slab in slabs])))
 
 
+def joined_sets(parts: list[Pairs], n_inputs: int, n_features: int) -> Pairs:
+    """The pairs of dictionaries as one code, set after set of `n_inputs` of them; see `joined`."""
+    if len(parts) == n_inputs:
+        return joined(parts, n_features)
+    sets = [joined(parts[first : first + n_inputs], n_features) for first in range(0, len(parts), n_inputs)]
+    shifted = [one._replace(features=one.features + s * n_inputs * n_features) for s, one in enumerate(sets)]
+    return stacked(shifted, parts[0].z)
+
+
 def joined(parts: list[Pairs], n_features: int) -> Pairs:
     """The pairs of G dictionaries as one code, in which row b of dictionary g is row b * G + g."""
     if len(parts) == 1:

@@ -50,7 +50,38 @@ class Layout(NamedTuple):
     rows_of_token: tuple[int, ...]
 
 
-class Dictionary(nn.Module, ABC):
+class Weights(nn.Module, ABC):
+    """The weights of G dictionaries side by side, and what a training step asks of them."""
+
+    config: DictionaryConfig
+    encoder: nn.Parameter
+    decoder: nn.Parameter
+    encoder_bias: nn.Parameter
+    decoder_bias: nn.Parameter
+    log_threshold: nn.Parameter | None
+    read_mask: Tensor | None
+    write_mask: Tensor | None
+    threshold: Tensor
+
+    @abstractmethod
+    def grouped(self) -> Grouped:
+        """The parameters as G dictionaries of width N, with 0 outside the masks."""
+
+    @property
+    def n_groups(self) -> int:
+        """G, the dictionaries side by side that have weights of their own."""
+        return self.threshold.numel()
+
+    @torch.no_grad()
+    def follow(self, cut_G: Tensor) -> None:
+        """Move the inference threshold towards a training step's cut: the first counts whole, later 1 - momentum."""
+        assert isinstance(self.config.sparsity, BatchTopK)
+        cut_G = cut_G.to(self.threshold.dtype)
+        mean_G = torch.lerp(cut_G, self.threshold, self.config.sparsity.momentum)
+        self.threshold.copy_(torch.where(self.threshold.isnan(), cut_G, mean_G))
+
+
+class Dictionary(Weights):
     """A map `x_BLD -> recon_BLD` through a sparse code. Keyword arguments are those of `DictionaryConfig`.
 
     Parameters: `encoder`, `decoder`, `encoder_bias`, `decoder_bias`, and with JumpReLU `log_threshold`. Buffers:
@@ -64,9 +95,6 @@ class Dictionary(nn.Module, ABC):
 
     layer_axis: ClassVar[int]
     """The axis of the weights along which layers lie."""
-    read_mask: Tensor | None
-    write_mask: Tensor | None
-    threshold: Tensor
     input_scale: Tensor
     reads: Reads | None = None
 
@@ -96,10 +124,6 @@ class Dictionary(nn.Module, ABC):
     @abstractmethod
     def layout(config: DictionaryConfig) -> Layout:
         """How the weights of this config lie; a ValueError where a setting is for the other form."""
-
-    @abstractmethod
-    def grouped(self) -> Grouped:
-        """The parameters as G dictionaries of width N side by side, with 0 outside the masks."""
 
     @abstractmethod
     def decoder_FLD(self) -> Tensor:
@@ -163,11 +187,6 @@ class Dictionary(nn.Module, ABC):
         size = f"{c.n_layers} layers x {c.d_model}, {c.n_features} features, {c.sparsity}"
         return f"{size}\nreads {self.reads or 'no record of what'}"
 
-    @property
-    def n_groups(self) -> int:
-        """G, the dictionaries side by side that have weights of their own."""
-        return self.threshold.numel()
-
     def encode(self, x: Tensor) -> SparseCode:
         """The code of `x` `[..., L, D]`; a row is a token, or a (token, layer) of a bank.
 
@@ -189,18 +208,10 @@ class Dictionary(nn.Module, ABC):
         )
         # Without gradient this is no training step.
         if cut_G is not None and torch.is_grad_enabled() and not dense:
-            self._follow(cut_G)
+            self.follow(cut_G)
         n_features, rows = self.config.n_features, self.layout(self.config).rows_of_token
         local, by_group = (features, None) if self.n_groups == 1 else (features % n_features, features)
         return SparseCode(values, local, offsets, n_features, (*batch_shape, *rows), by_group)
-
-    @torch.no_grad()
-    def _follow(self, cut_G: Tensor) -> None:
-        """Move the inference threshold towards a training step's cut: the first counts whole, later 1 - momentum."""
-        assert isinstance(self.config.sparsity, BatchTopK)
-        cut_G = cut_G.to(self.threshold.dtype)
-        mean_G = torch.lerp(cut_G, self.threshold, self.config.sparsity.momentum)
-        self.threshold.copy_(torch.where(self.threshold.isnan(), cut_G, mean_G))
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction `[..., L, D]` of a code."""

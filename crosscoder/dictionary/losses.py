@@ -43,7 +43,7 @@ def loss_terms(
 
     `recon_prefixes`: errors of `config.prefixes` alone. With the whole dictionary they are M nested ones, each counts
     1 / M, and `recon` holds the whole one's share (Bussmann et al. 2025, arXiv 2503.17547, section 3, as a mean).
-    `penalty`: what the sparsity rule charges. `aux_k`: where features are dead, see `_auxiliary_loss`.
+    `penalty`: what the sparsity rule charges. `aux_k`: where features are dead, see `auxiliary_term`.
 
     Decoding and error are one operator, so the reconstruction itself is never stored.
 
@@ -66,7 +66,7 @@ def loss_terms(
     if isinstance(config.sparsity, ReLU | JumpReLU):
         terms["penalty"] = penalty_factor * _penalty(code, grouped, config.sparsity, config.d_model, n_written)
     if dead_GF is not None and config.aux_k != 0 and bool(dead_GF.any()):
-        terms["aux_k"] = AUX_COEFFICIENT * _auxiliary_loss(dictionary, x_BLD, -error_BLD, dead_GF)
+        terms["aux_k"] = auxiliary_term(dictionary, x_BLD, -error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
 
 
@@ -117,8 +117,8 @@ def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, spar
     return totals_G / max(1, code.n_rows // n_groups)
 
 
-def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor, dead_GF: Tensor) -> Tensor:
-    """Error of the residual's reconstruction by dead features alone, relative to the residual's own size.
+def auxiliary_term(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor, dead_GF: Tensor) -> Tensor:
+    """Error of the residual's reconstruction by dead features alone, relative to the residual's own size, times 1 / 32.
 
     The residual already excludes the decoder bias, so none is added. Gradient reaches encoder, encoder bias and
     decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
@@ -142,7 +142,7 @@ def _auxiliary_loss(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor,
         code_GBD = torch.zeros_like(code_GBD).scatter(2, chosen.indices, chosen.values)
     error_G = (torch.bmm(code_GBD, decoder_GFN[rows]) - residual_GBN).square().sum((1, 2))
     relative_G = error_G / residual_GBN.square().sum((1, 2)).clamp_min(torch.finfo(x_BLD.dtype).tiny)
-    return relative_G.masked_fill(~is_dead_GD.any(1), 0).mean()
+    return AUX_COEFFICIENT * relative_G.masked_fill(~is_dead_GD.any(1), 0).mean()
 
 
 def _dead_features(dead_GF: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:

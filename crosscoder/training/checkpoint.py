@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,14 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + 9 * "[0-9]"))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file verifies; damaged ones are named and passed over."""
+def latest_checkpoint(folder: Path, *, among: set[int] | None = None) -> Path | None:
+    """The newest checkpoint whose every file verifies; damaged ones are named and passed over.
+
+    among: steps, where not every checkpoint will do.
+    """
     for path in reversed(_checkpoints(folder)):
+        if among is not None and _step(path) not in among:
+            continue
         try:
             verify_directory(path, schema=SCHEMA, required=FILES)
         except (DamagedArtifactError, FileNotFoundError) as error:
@@ -60,6 +66,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path, state: TrainState, *, settings: dict[str, Any]) -> None:
@@ -103,16 +113,16 @@ class RunLog:
         self._folder, self._settings = folder, settings
         self.metrics: list[Entry] = []
 
-    def open(self, state: TrainState, *, resume: bool) -> None:
-        """Load the newest checkpoint into `state`, and the metrics up to its step, if asked to and there is one."""
+    def newest(self, *, among: set[int] | None = None) -> Path | None:
+        """The newest verified checkpoint, of those of certain steps if they are given."""
+        return None if self._folder is None else latest_checkpoint(self._folder / "checkpoints", among=among)
+
+    def begin(self, state: TrainState, newest: Path | None) -> None:
+        """Load a checkpoint into `state`, and the metrics up to its step, if there is one, and begin to log."""
         if self._folder is None:
             return
-        newest, path = latest_checkpoint(self._folder / "checkpoints"), self._folder / "metrics.jsonl"
+        path = self._folder / "metrics.jsonl"
         if newest is not None:
-            if not resume:
-                raise ValueError(
-                    f"{self._folder} already holds {newest.name}; pass resume=True, or choose a new folder"
-                )
             load_checkpoint(newest, state, settings=self._settings)
             self.metrics = [entry for entry in _read_metrics(path) if (entry["step"] or 0) <= state.step]
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +144,22 @@ class RunLog:
             if not (self._folder / "checkpoints" / f"step-{state.step:09d}").exists():
                 self.checkpoint(state)
             state.dictionary.save_pretrained(self._folder / "dictionary")
+
+
+def open_together(runs: Sequence[RunLog], states: Sequence[TrainState], *, resume: bool) -> None:
+    """Begin the runs of dictionaries that are trained together, all from the newest step that all can begin from.
+
+    Raises:
+        ValueError: there are checkpoints, and nobody asked to resume.
+    """
+    newest = [run.newest() for run in runs]
+    if not resume and (found := next((path for path in newest if path is not None), None)):
+        raise ValueError(f"{found.parents[1]} already holds {found.name}; pass resume=True, or choose a new folder")
+    while len(steps := {0 if path is None else _step(path) for path in newest}) > 1:  # killed between two saves
+        among = set(range(1, min(steps) + 1))
+        newest = [run.newest(among=among) for run in runs]
+    for run, state, path in zip(runs, states, newest, strict=True):
+        run.begin(state, path)
 
 
 def _read_metrics(path: Path) -> list[Entry]:

@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.dictionary import Weights
+from crosscoder.dictionary.stack import OF_FEATURES
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -22,7 +23,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        dictionary: Dictionary,
+        dictionary: Weights,
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -40,8 +41,10 @@ class RowAdam(torch.optim.Optimizer):
                 )
         self._dictionary = dictionary
         self._unit = "decoder" if dictionary.config.decoder == "unit" else None
-        self._keep_working_copy = keep_working_copy
-        self._working_RN: Tensor | None = None
+        self.sizes = [dictionary.config.n_features]
+        """Features that exist, of each set of dictionaries in a `Stack`."""
+        self.keep_working_copy = keep_working_copy
+        self.working_RN: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)  # torch's own leaves out what a subclass adds, so that a copy could not go on
@@ -49,9 +52,9 @@ class RowAdam(torch.optim.Optimizer):
     @property
     def working_GFN(self) -> Tensor | None:
         """The encoder rounded to bf16 for the next product, from the first step on, where this optimiser keeps it."""
-        if self._working_RN is None:
+        if self.working_RN is None:
             return None
-        return rearrange(self._working_RN, "(g f) n -> g f n", g=self._dictionary.n_groups)
+        return rearrange(self.working_RN, "(g f) n -> g f n", g=self._dictionary.n_groups)
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as rows: one a feature for encoder and decoder, one number each for biases; never a copy."""
@@ -64,13 +67,16 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
         """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself."""
-        squares = [self._dictionary.decoder_bias.new_zeros(self._dictionary.n_groups)]
+        n_sets, n_own = len(self.sizes), self._dictionary.n_groups // len(self.sizes)
+        squares = [[self._dictionary.decoder_bias.new_zeros(n_own)] for _ in self.sizes]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is not None:
                 unit = self._rows(name, parameter) if name == self._unit else None
                 rows = triton_kernels.row_squares(self._rows(name, parameter.grad.contiguous()), unit)
-                squares.append(rows.view(self._dictionary.n_groups, -1).sum(1))
-        return torch.stack(squares).sum(0).sqrt()
+                for found, own_GR, size in zip(squares, rows.view(n_sets, n_own, -1), self.sizes, strict=True):
+                    found.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1))
+        sums = [torch.stack(found).sum(0) for found in squares]
+        return (sums[0] if n_sets == 1 else torch.cat(sums)).sqrt()
 
     @torch.no_grad()
     def step(self, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[incompatible-method-override]
@@ -116,8 +122,8 @@ class RowAdam(torch.optim.Optimizer):
                 working_RN[features] = new_RN.to(working_RN.dtype)
 
     def _working_copy(self, name: str, parameter: Tensor) -> Tensor | None:
-        if name != "encoder" or not self._keep_working_copy:
+        if name != "encoder" or not self.keep_working_copy:
             return None
-        if self._working_RN is None:
-            self._working_RN = torch.empty_like(self._rows(name, parameter), dtype=torch.bfloat16)
-        return self._working_RN
+        if self.working_RN is None:
+            self.working_RN = torch.empty_like(self._rows(name, parameter), dtype=torch.bfloat16)
+        return self.working_RN

@@ -12,9 +12,12 @@ from torch import Tensor
 from crosscoder.data.order import seeded_generator
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
-from crosscoder.dictionary.sparsity import JumpReLU
+from crosscoder.dictionary.dictionary import Weights
+from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, TopK
+from crosscoder.dictionary.stack import Stack
 from crosscoder.training.optimizer import RowAdam
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 ENCODER_SHARE = 0.2  # of the alive encoder rows' mean norm (Bricken et al. 2023)
 
 
@@ -51,12 +54,107 @@ class TrainState:
     tokens: int = 0
     first_batch: str = ""
 
+    @property
+    def weights(self) -> Weights:
+        """What a step changes."""
+        return self.dictionary
+
+    @property
+    def members(self) -> list[TrainState]:
+        """The state of each dictionary that a step trains."""
+        return [self]
+
+    @property
+    def k_G(self) -> list[int]:
+        """How many features a row keeps in each dictionary, where the rule sets it."""
+        rule = self.dictionary.config.sparsity
+        return [rule.k] * self.dictionary.n_groups if isinstance(rule, TopK | BatchTopK) else []
+
+    def advance(self, n_tokens: int) -> None:
+        """Count a step."""
+        self.step, self.tokens = self.step + 1, self.tokens + n_tokens
+
+    def release(self) -> None:
+        """Nothing: its memory is its own (see `StackState`)."""
+
     @classmethod
     def start(cls, dictionary: Dictionary, *, learning_rate: float = 1e-3, precision: str = "fp32") -> Self:
         """The state before the first step; on a GPU in bf16 the optimiser keeps the encoder rounded for its product."""
         keep = dictionary.encoder.is_cuda and precision == "bf16"
         firing = FiringTracker(dictionary.n_groups, dictionary.config.n_features, device=dictionary.encoder.device)
         return cls(dictionary, RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep), firing)
+
+
+class StackState:
+    """The states of dictionaries that take their steps together, in one memory; what a `TrainState` is to a step.
+
+    Each of `members` stays a state of its own, whose tensors are views: it can be saved, loaded from and resampled by
+    itself. All must be at the same step. `release` gives them memory of their own again.
+    """
+
+    def __init__(self, members: list[TrainState]) -> None:
+        self.members, self.weights = members, Stack([one.dictionary for one in members])
+        first = members[0].optimizer
+        self.optimizer = RowAdam(self.weights, keep_working_copy=first.keep_working_copy)
+        self.optimizer.sizes = [one.dictionary.config.n_features for one in members]
+        n_groups, n_features = self.weights.n_groups, self.weights.config.n_features
+        self.firing = FiringTracker(n_groups, n_features, device=self.weights.threshold.device)
+        self.k_G = [k for one in members for k in one.k_G]
+        for one, silent_GF in zip(members, self.firing.silent_GF.chunk(len(members)), strict=True):
+            own_GF = silent_GF[:, : one.dictionary.config.n_features]
+            own_GF.copy_(one.firing.silent_GF)
+            one.firing.silent_GF = own_GF
+        for name, parameter in self.weights.named_parameters():
+            self._share_moments(name, parameter)
+        if first.keep_working_copy:
+            working_GFX = self.weights.encoder.detach().to(torch.bfloat16)
+            self.optimizer.working_RN = working_GFX.view(n_groups * n_features, -1)
+            for one, view in zip(members, self.weights.views("encoder", working_GFX), strict=True):
+                one.optimizer.working_RN = view.view(-1, self.optimizer.working_RN.shape[1])
+
+    def _share_moments(self, name: str, parameter: Tensor) -> None:
+        """One tensor of each moment of a weight; every dictionary gets its part, and the common count of steps."""
+        own = [one.optimizer.state[getattr(one.dictionary, name)] for one in self.members]
+        state = self.optimizer.state[parameter]
+        state["step"] = own[0].get("step", torch.zeros((), dtype=torch.float32)).clone()
+        for key in MOMENTS:
+            shapes = [getattr(one.dictionary, name) for one in self.members]
+            tensors = [moments.get(key, torch.zeros_like(shape)) for moments, shape in zip(own, shapes, strict=True)]
+            state[key] = self.weights.joined(name, tensors, fill=0.0)
+            for moments, view in zip(own, self.weights.views(name, state[key]), strict=True):
+                moments |= {"step": state["step"], key: view}
+
+    @property
+    def step(self) -> int:
+        return self.members[0].step
+
+    @property
+    def tokens(self) -> int:
+        return self.members[0].tokens
+
+    def advance(self, n_tokens: int) -> None:
+        """Count a step."""
+        for one in self.members:
+            one.advance(n_tokens)
+
+    def share_gradients(self) -> None:
+        """Let the dictionaries' gradients be their parts of these."""
+        for name, parameter in self.weights.named_parameters():
+            assert parameter.grad is not None
+            for one, view in zip(self.members, self.weights.views(name, parameter.grad), strict=True):
+                getattr(one.dictionary, name).grad = view
+
+    def release(self) -> None:
+        """Give every state memory of its own."""
+        self.weights.release()
+        for one in self.members:
+            one.firing.silent_GF = one.firing.silent_GF.clone()
+            for parameter in one.dictionary.parameters():
+                moments = one.optimizer.state[parameter]
+                moments |= {key: moments[key].clone() for key in moments}
+
+
+State = TrainState | StackState
 
 
 @torch.no_grad()

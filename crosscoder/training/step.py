@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Annotated, Literal
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from crosscoder.dictionary.codec import checked_input, non_finite
 from crosscoder.dictionary.dictionary import Dictionary
-from crosscoder.dictionary.losses import explained_variance, loss_terms
+from crosscoder.dictionary.losses import explained_variance
 from crosscoder.foundation.config import config
 from crosscoder.training.checkpoint import Entry
-from crosscoder.training.state import TrainState, resample_dead
+from crosscoder.training.gradients import accumulate_gradients
+from crosscoder.training.state import State, TrainState, resample_dead
 
 BiasInit = Literal["geometric_median", "mean", "zero"]
 
@@ -72,37 +74,33 @@ def learning_rate_factor(step: int, *, n_steps: int | None, warmup: int, decay_f
     return min(linear_rise(step, warmup=warmup), fall)
 
 
-def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | None) -> Callable[[], Entry]:
-    """Takes one optimiser step and returns a function that computes what to log about it."""
-    dictionary = state.dictionary
+def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None) -> Callable[[], list[Entry]]:
+    """Takes one optimiser step and returns a function that computes what to log of each dictionary of the state."""
+    weights = state.weights
     x_BLD = _checked_batch(x, state)
     rate = config.learning_rate * learning_rate_factor(
         state.step, n_steps=n_steps, warmup=config.warmup_steps, decay_fraction=config.decay_fraction
     )
     state.optimizer.param_groups[0]["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-    kept = (dictionary.threshold, dictionary.decoder_bias)
+    kept = (weights.threshold, weights.decoder_bias)
     before = [tensor.detach().clone() for tensor in kept]
     try:
-        if state.step == 0 and not bool(dictionary.decoder_bias.any()):
-            initialize_bias(dictionary, x_BLD, method=config.bias_init)
-        with torch.autocast(x_BLD.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            out = loss_terms(
-                dictionary,
-                x_BLD,
-                dead_GF=state.firing.dead(config.dead_after_tokens),
-                penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
-                working_GFN=state.optimizer.working_GFN,
-            )
-        loss = torch.stack(list(out.terms.values())).sum()
-        loss.backward()
-        norm_G = state.optimizer.gradient_norms()
-        norm = norm_G.norm()
-        if not bool(torch.isfinite(loss + norm)):
-            raise NonFiniteError(
-                f"step {state.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; the parameters are as "
-                "they were before this step. A lower learning_rate is the usual mend."
-            )
+        if state.step == 0:
+            for member in state.members:
+                if not bool(member.dictionary.decoder_bias.any()):
+                    initialize_bias(member.dictionary, x_BLD, method=config.bias_init)
+        out = accumulate_gradients(
+            state,
+            x_BLD,
+            dead_GF=state.firing.dead(config.dead_after_tokens),
+            penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
+            precision=config.precision,
+        )
+        loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms()
+        norm_S = norm_G.view(len(loss_S), -1).norm(dim=1)
+        if not bool(torch.isfinite(loss_S + norm_S).all()):
+            raise NonFiniteError(_diverged(state, loss_S, norm_S))
     except BaseException:
         with torch.no_grad():
             for tensor, old in zip(kept, before, strict=True):
@@ -111,27 +109,38 @@ def take_step(state: TrainState, x: Tensor, config: TrainConfig, n_steps: int | 
     clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
     state.optimizer.step(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
     state.firing.update(out.code, x_BLD.shape[0])
-    state.step += 1
-    state.tokens += x_BLD.shape[0]
-    resampled = _resample_if_due(state, x_BLD, out.error_BLD, config, n_steps)
-    written = dictionary.config.written()
+    state.advance(x_BLD.shape[0])
+    resampled = [_resample_if_due(*one, config, n_steps) for one in zip(state.members, repeat(x_BLD), out.errors)]
+    written = weights.config.written()
 
-    def numbers() -> Entry:
-        values = {f"loss/{name}": term.item() for name, term in out.terms.items()}
-        return {
-            "step": state.step,
-            "tokens": state.tokens,
-            "loss": loss.item(),
-            **values,
-            "explained_variance": _mean_explained(x_BLD[:, written], (x_BLD + out.error_BLD)[:, written]),
-            "l0": out.code.l0().float().mean().item(),
-            "silent_features": int(state.firing.dead(config.dead_after_tokens).sum()),
-            "gradient_norm": norm.item(),
-            "learning_rate": rate,
-            **resampled,
-        }
+    def numbers() -> list[Entry]:
+        l0_S = out.code.l0().float().view(len(loss_S), -1).mean(1).tolist()
+        return [
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": loss_S[place].item(),
+                **{f"loss/{name}": term.item() for name, term in out.terms[place].items()},
+                "explained_variance": _mean_explained(x_BLD[:, written], (x_BLD + out.errors[place])[:, written]),
+                "l0": l0_S[place],
+                "silent_features": int(member.firing.dead(config.dead_after_tokens).sum()),
+                "gradient_norm": norm_S[place].item(),
+                "learning_rate": rate,
+                **resampled[place],
+            }
+            for place, member in enumerate(state.members)
+        ]
 
     return numbers
+
+
+def _diverged(state: State, loss_S: Tensor, norm_S: Tensor) -> str:
+    place = int((~torch.isfinite(loss_S + norm_S)).nonzero()[0])
+    which = f", dictionary {place}" if len(loss_S) > 1 else ""
+    return (
+        f"step {state.step}{which}: loss {loss_S[place].item():.4g}, gradient norm {norm_S[place].item():.4g}; the "
+        "parameters are as they were before this step. A lower learning_rate is the usual mend."
+    )
 
 
 @torch.no_grad()
@@ -188,8 +197,8 @@ def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
         return None
 
 
-def _checked_batch(x: Tensor, state: TrainState) -> Tensor:
-    x_BLD = checked_input(x.detach(), state.dictionary.config).to(state.dictionary.encoder.dtype)
+def _checked_batch(x: Tensor, state: State) -> Tensor:
+    x_BLD = checked_input(x.detach(), state.weights.config).to(state.weights.encoder.dtype)
     if x_BLD.numel() == 0:
         raise ValueError(f"step {state.step}: the batch has shape {tuple(x_BLD.shape)}, no token to learn from")
     if where := non_finite(x_BLD):

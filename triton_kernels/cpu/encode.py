@@ -12,6 +12,8 @@ The CPU rounds the encoder anew at each call and leaves a given `working` copy u
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor
 from triton_kernels.arguments import Encoding
 from triton_kernels.cpu import native, prefilter, rounded, selection, sparse
 from triton_kernels.cpu.lists import Candidates
-from triton_kernels.cpu.problem import Problem, problems
-from triton_kernels.pairs import Pairs, joined, stacked
+from triton_kernels.cpu.problem import Problem, affine, problems
+from triton_kernels.pairs import Pairs, joined, joined_sets, stacked
 
 SLAB_ELEMENTS = 2**21  # 8 MiB in fp32: stays in the last-level cache between the product and the selection
 
@@ -44,13 +46,15 @@ def _scored_again(problem: Problem, found: Candidates) -> Pairs:
     return Pairs(z, score, features, offsets)
 
 
-def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
-    """z and features of `reference.encode_top_k`."""
-    n_features = encoding.encoder_GFN.shape[1]
-    parts = [_top_k(problem, k) for problem in problems(encoding)]
-    z_BGK = torch.stack([z_RK for z_RK, _ in parts], dim=1)
-    features_BGK = torch.stack([columns_RK + g * n_features for g, (_, columns_RK) in enumerate(parts)], dim=1)
-    return z_BGK.view(-1), features_BGK.view(-1).to(torch.int32)
+def encode_top_k(encoding: Encoding, k_G: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """z and features of `reference.encode_top_k`, k of each dictionary."""
+    n_inputs, n_features = encoding.x_BGN.shape[1], encoding.encoder_GFN.shape[1]
+    parts = [_top_k(problem, k) for problem, k in zip(problems(encoding), k_G, strict=True)]
+    z = [z_RK for z_RK, _ in parts]
+    features = [columns_RK + g * n_features for g, (_, columns_RK) in enumerate(parts)]
+    sets = [slice(first, first + n_inputs) for first in range(0, len(parts), n_inputs)]
+    z_P, features_P = (torch.cat([torch.cat(one[own], dim=1).view(-1) for own in sets]) for one in (z, features))
+    return z_P, features_P.to(torch.int32)
 
 
 def _top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
@@ -88,12 +92,41 @@ def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(z_parts), torch.cat(column_parts)
 
 
-def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Pairs, Tensor]:
+def encode_batch_top_k(encoding: Encoding, k_G: Sequence[int]) -> tuple[Pairs, Tensor]:
     """Pairs and cut of `reference.encode_batch_top_k`: a sampled bound lets some through, and is given up if high."""
-    wanted = encoding.x_BGN.shape[0] * k
-    parts = [_batch_top_k(problem, wanted) for problem in problems(encoding)]
+    n_rows, n_features = encoding.x_BGN.shape[0], encoding.encoder_GFN.shape[1]
+    if _is_one_slab(encoding, max(k_G)):
+        return _batch_top_k_in_c(encoding, k_G)
+    parts = [_batch_top_k(problem, n_rows * k) for problem, k in zip(problems(encoding), k_G, strict=True)]
     cuts = [part.score.amin() if part.score.numel() else part.score.new_zeros(()) for part in parts]
-    return joined(parts, encoding.encoder_GFN.shape[1]), torch.stack(cuts)
+    return joined_sets(parts, encoding.x_BGN.shape[1], n_features), torch.stack(cuts)
+
+
+def _is_one_slab(encoding: Encoding, k: int) -> bool:
+    """Whether C chooses from all scores of a dictionary at once: they fit a slab, unscaled and not rounded."""
+    tensors = (encoding.x_BGN, encoding.center_GN, encoding.encoder_GFN, encoding.bias_GF)
+    n_scores = encoding.x_BGN.shape[0] * encoding.encoder_GFN.shape[1]
+    fits = 0 < n_scores <= SLAB_ELEMENTS and encoding.scale_GF is None and not encoding.is_rounded
+    return fits and native.serves(*tensors) and not prefilter.pays(encoding.encoder_GFN[0], k)
+
+
+def _batch_top_k_in_c(encoding: Encoding, k_G: Sequence[int]) -> tuple[Pairs, Tensor]:
+    """Pairs and cut of dictionaries whose scores fit a slab: one call chooses, one puts all codes together."""
+    (n_rows, n_inputs, _), (n_groups, n_features, _) = encoding.x_BGN.shape, encoding.encoder_GFN.shape
+    most = [min(n_rows * k, n_rows * n_features) for k in k_G]
+    begins = [0, *itertools.accumulate(most)]
+    z_P, columns_P = torch.empty(begins[-1]), torch.empty(begins[-1], dtype=torch.int32)
+    counts_GB, cut_G = torch.empty(n_groups, n_rows, dtype=torch.int64), torch.empty(n_groups)
+    for g, problem in enumerate(problems(encoding)):
+        z_RF, own = affine(problem.x_RN, problem.encoder_FN, problem.bias_F), slice(begins[g], begins[g + 1])
+        chosen = (counts_GB[g], z_P[own], columns_P[own], cut_G[g])
+        native.call("batch_top_k", n_rows, n_features, most[g], z_RF, *chosen)
+    n_pairs = int(counts_GB.sum())
+    offsets = torch.empty(n_rows * n_groups + 1, dtype=torch.int64)
+    out_P, features_P = torch.empty(n_pairs), torch.empty(n_pairs, dtype=torch.int32)
+    given = (counts_GB, torch.tensor(begins), z_P, columns_P)
+    native.call("join_codes", n_rows, n_groups, n_inputs, n_features, *given, offsets, out_P, features_P)
+    return Pairs(out_P, out_P, features_P, offsets), cut_G
 
 
 def _batch_top_k(problem: Problem, wanted: int) -> Pairs:

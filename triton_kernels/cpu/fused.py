@@ -22,17 +22,21 @@ gradient_squares = SquaresCache(size=4)
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`."""
     n_groups, n_features, width = decoder_GFN.shape
+    n_sets, own_shape = n_groups // x_BGN.shape[1], x_BGN.shape
     if native.serves(code.values_P, decoder_GFN, bias_GN, x_BGN):
         native.check_code(code.features_P, code.offsets, n_groups * n_features)
-        error_BGN = torch.empty_like(x_BGN, memory_format=torch.contiguous_format)
-        squares_BGL = error_BGN.new_empty(*x_BGN.shape[:2], n_parts, dtype=torch.float64)
-        progress_R = torch.empty(x_BGN.shape[0] * n_groups, dtype=torch.int64)
-        sizes = (progress_R.numel(), n_groups, n_groups * n_features, width, n_parts)
-        native.call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_BGN, squares_BGL, progress_R)
-        return error_BGN, squares_BGL.sum(0).float()
-    error_BGN = sparse.gather_sum(code, decoder_GFN.reshape(-1, width)).view(-1, n_groups, width)
-    error_BGN.add_(bias_GN).sub_(x_BGN)
-    return error_BGN, squares_of_parts(error_BGN, n_parts)
+        error_SBGN = decoder_GFN.new_empty(n_sets, *own_shape)
+        squares_SBGL = error_SBGN.new_empty(*error_SBGN.shape[:3], n_parts, dtype=torch.float64)
+        n_rows = n_sets * own_shape[0] * own_shape[1]
+        progress_R = torch.empty(n_rows, dtype=torch.int64)
+        sizes = (n_rows, n_sets, own_shape[1], n_groups * n_features, width, n_parts)
+        native.call("decode_loss", *sizes, *code, decoder_GFN, bias_GN, x_BGN, error_SBGN, squares_SBGL, progress_R)
+        squares_GL = torch.cat([squares_BGL.sum(0) for squares_BGL in squares_SBGL]).float()
+        return error_SBGN.flatten(0, 1), squares_GL
+    error_SBGN = sparse.gather_sum(code, decoder_GFN.reshape(-1, width)).view(n_sets, *own_shape)
+    error_SBGN.add_(bias_GN.view(n_sets, 1, -1, width)).sub_(x_BGN)
+    squares = [squares_of_parts(error_BGN, n_parts) for error_BGN in error_SBGN]
+    return error_SBGN.flatten(0, 1), torch.cat(squares)
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +51,8 @@ def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_G
         native.call("backward_decoder", *sizes, *inputs, d_values, d_decoder, squares_F)
         gradient_squares.note(d_decoder, squares_F)
         return d_values, d_decoder
-    grad_RN = reconstruction_gradient(error_BGN, weight_GL).reshape(-1, width)
+    sets = zip(error_BGN.chunk(n_groups // error_BGN.shape[1]), weight_GL.split(error_BGN.shape[1]), strict=True)
+    grad_RN = torch.cat([reconstruction_gradient(*one).reshape(-1, width) for one in sets])
     d_values = sparse.gather_dot(grad_RN, code.features_P, code.offsets, decoder_GFN.reshape(-1, width))
     d_table = sparse.scatter_outer(code, grad_RN, n_groups * n_features)
     return d_values, d_table.view(decoder_GFN.shape)
@@ -66,6 +71,7 @@ def backward_encoder(code: Code, x_BGN: Tensor, center_GN: Tensor, n_features: i
     wide = sum_dtype(d_z_P.dtype)
     sums_F = torch.zeros(n_groups * n_features, dtype=wide).index_add_(0, features_P, d_z_P.to(wide))
     d_bias = sums_F.to(d_z_P.dtype).view(n_groups, n_features)
-    rows_RN = (x_BGN - center_GN).to(d_z_P.dtype).reshape(-1, width)
+    center_SGN = center_GN.view(-1, *x_BGN.shape[1:])
+    rows_RN = (x_BGN - center_SGN[:, None]).to(d_z_P.dtype).reshape(-1, width)
     d_encoder = sparse.scatter_outer(code, rows_RN, n_groups * n_features)
     return d_encoder.view(n_groups, n_features, width), d_bias

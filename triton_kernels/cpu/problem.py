@@ -40,8 +40,9 @@ def problems(encoding: Encoding) -> Iterator[Problem]:
         ValueError: some number of x or of the center is not finite.
     """
     x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, _ = encoding
-    for group in range(x_BGN.shape[1]):
-        x_RN = (x_BGN[:, group] - center_GN[group]).to(encoder_GFN.dtype)
+    n_inputs = x_BGN.shape[1]
+    for group in range(len(encoder_GFN)):
+        x_RN = (x_BGN[:, group % n_inputs] - center_GN[group]).to(encoder_GFN.dtype)
         _require_finite(x_RN)
         scale_F = None if scale_GF is None else scale_GF[group]
         yield Problem(x_RN, encoder_GFN[group], bias_GF[group], scale_F, product)

@@ -112,11 +112,14 @@ def scatter_outer(code: Code, x_RN: Tensor, n_features: int) -> Tensor:
 def scatter_in_c(
     values_P: Tensor, major: Transpose, x_RN: Tensor, center_GN: Tensor | None = None, sums_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`scatter_outer` of `x - center` `[F, N]`, and its rows' squared norms `[F]`; `sums_F` gets the sums of values."""
+    """`scatter_outer` of `x - center` `[F, N]`, and its rows' squared norms `[F]`; `sums_F` gets the sums of values.
+
+    Sets of dictionaries, one after the other in the code, may share the rows of x.
+    """
     n_features, n_groups = major.starts.numel() - 1, 1 if center_GN is None else center_GN.shape[0]
     out_FN = workspace.empty((n_features, x_RN.shape[-1]), dtype=torch.float32)
     squares_F = torch.empty(n_features)
-    sizes = (n_features, n_groups, out_FN.shape[1])
+    sizes = (n_features, n_groups, x_RN.numel() // out_FN.shape[1], out_FN.shape[1])
     native.call("scatter_outer", *sizes, *major, values_P, x_RN, center_GN, out_FN, sums_F, squares_F)
     return out_FN, squares_F
 

@@ -20,7 +20,7 @@ from triton_kernels.reference import sum_dtype
 
 @jit
 def decode_loss_kernel(
-    values, features, offsets, decoder, bias, x, error, squares,
+    values, features, offsets, decoder, bias, x, error, squares, n_inputs,
     N: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (PART + COLUMNS - 1) // COLUMNS
@@ -28,8 +28,9 @@ def decode_loss_kernel(
     within = (tile % TILES) * COLUMNS + tl.arange(0, COLUMNS)
     inside = within < PART
     columns = (tile // TILES) * PART + within
-    row = token.to(tl.int64) * tl.num_programs(2) + dictionary
-    wanted = tl.load(x + row * N + columns, inside, other=0, eviction_policy="evict_first").to(ACCUMULATE)
+    given = token.to(tl.int64) * n_inputs + dictionary % n_inputs
+    row = dictionary // n_inputs * tl.num_programs(0).to(tl.int64) * n_inputs + given
+    wanted = tl.load(x + given * N + columns, inside, other=0, eviction_policy="evict_first").to(ACCUMULATE)
     shift = tl.load(bias + dictionary * N + columns, inside, other=0).to(ACCUMULATE)
     total = weighted_rows(values, features, offsets, row, decoder, columns, inside, N, PAIRS, ACCUMULATE)
     difference = total + shift - wanted
@@ -40,9 +41,10 @@ def decode_loss_kernel(
 
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
     """See `reference.decode_loss`; squares are those of the error before it is rounded to the decoder's dtype."""
-    (n_tokens, n_groups, width), n_features = x_BGN.shape, decoder_GFN.shape[1]
-    dtype = decoder_GFN.dtype
-    error_BGN = torch.empty(n_tokens, n_groups, width, dtype=dtype, device=x_BGN.device)
+    n_groups, n_features, width = decoder_GFN.shape
+    (n_tokens, n_inputs, _), dtype = x_BGN.shape, decoder_GFN.dtype
+    n_sets = n_groups // n_inputs
+    error_BGN = torch.empty(n_sets * n_tokens, n_inputs, width, dtype=dtype, device=x_BGN.device)
     part = width // n_parts
     tile = gather_tile(part, decoder_GFN.itemsize, n_features)
     n_tiles = tile_count(part, tile.columns)
@@ -50,7 +52,7 @@ def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor,
     if error_BGN.numel() > 0:
         decode_loss_kernel[(n_tokens, n_parts * n_tiles, n_groups)](
             *(one.contiguous() for one in code), decoder_GFN.contiguous(),
-            bias_GN.contiguous(), x_BGN.contiguous(), error_BGN, squares,
+            bias_GN.contiguous(), x_BGN.contiguous(), error_BGN, squares, n_inputs,
             width, part, tile.columns, tile.pairs, accumulator(dtype), num_warps=1,
         )  # fmt: skip
     return error_BGN, squares.sum(-1)

@@ -12,7 +12,7 @@ choices are (see `select_topk`, `select_threshold`, `batch_threshold`), the GEMM
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,19 +23,19 @@ from triton_kernels.gpu.gather_dot import gather_dot
 from triton_kernels.gpu.group_max import group_max
 from triton_kernels.gpu.select_threshold import group_bounds, kept_pairs
 from triton_kernels.gpu.select_topk import select_top_k
-from triton_kernels.pairs import Pairs, above, joined, stacked
+from triton_kernels.pairs import Pairs, above, joined_sets, stacked
 
 SLAB_BYTES = 256 * 2**20
 
 
 def _slabs(encoding: Encoding, working_FN: Tensor, group: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row, centred rows and scores of one dictionary's slabs of rows; the next slab overwrites the scores."""
-    (n_rows, _, _), n_features, dtype = encoding.x_BGN.shape, working_FN.shape[0], encoding.product
+    (n_rows, n_inputs, _), n_features, dtype = encoding.x_BGN.shape, working_FN.shape[0], encoding.product
     step = max(1, min(n_rows, SLAB_BYTES // (n_features * dtype.itemsize)))
     slab = torch.empty(step if n_rows else 0, n_features, dtype=dtype, device=working_FN.device)
     bias_F = encoding.bias_GF[group].to(dtype)
     for start in range(0, n_rows, step):
-        centred_RN = encoding.x_BGN[start : start + step, group] - encoding.center_GN[group]
+        centred_RN = encoding.x_BGN[start : start + step, group % n_inputs] - encoding.center_GN[group]
         z_RF = slab[: centred_RN.shape[0]]
         torch.addmm(bias_F, centred_RN.to(dtype), working_FN.t(), out=z_RF)
         yield start, centred_RN, z_RF
@@ -56,22 +56,25 @@ def _dictionaries(encoding: Encoding) -> Iterator[tuple[Tensor | None, Iterator[
         yield scale_F, _slabs(encoding, working_FN, group)
 
 
-def encode_top_k(encoding: Encoding, k: int) -> tuple[Tensor, Tensor]:
-    """z and features of `reference.encode_top_k`."""
-    (n_rows, n_groups, _), device = encoding.x_BGN.shape, encoding.x_BGN.device
-    n_features = encoding.encoder_GFN.shape[1]
-    z_BGK = torch.empty(n_rows, n_groups, k, dtype=encoding.encoder_GFN.dtype, device=device)
-    features_BGK = torch.empty(n_rows, n_groups, k, dtype=torch.int32, device=device)
+def encode_top_k(encoding: Encoding, k_G: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """z and features of `reference.encode_top_k`, k of each dictionary."""
+    (n_rows, n_inputs, _), device = encoding.x_BGN.shape, encoding.x_BGN.device
+    n_features, dtype = encoding.encoder_GFN.shape[1], encoding.encoder_GFN.dtype
+    z_P = torch.empty(n_rows * sum(k_G), dtype=dtype, device=device)
+    features_P = torch.empty_like(z_P, dtype=torch.int32)
     for group, (scale_F, slabs) in enumerate(_dictionaries(encoding)):
+        k, first = k_G[group], group // n_inputs * n_inputs
+        before, width = sum(k_G[first:group]), sum(k_G[first : first + n_inputs])  # columns of a row of the set
+        own_set = slice(n_rows * sum(k_G[:first]), n_rows * sum(k_G[: first + n_inputs]))
         for start, centred_RN, z_RF in slabs:
-            rows = slice(start, start + z_RF.shape[0])
-            z_RK, features_RK = z_BGK[rows, group], features_BGK[rows, group]
+            rows, own = slice(start, start + z_RF.shape[0]), slice(before, before + k)
+            z_RK, features_RK = (one[own_set].view(n_rows, width)[rows, own] for one in (z_P, features_P))
             chosen_RK = torch.empty(z_RK.shape, dtype=encoding.product, device=device) if encoding.is_rounded else z_RK
             select_top_k(z_RF, scale_F, k, group * n_features, chosen_RK, features_RK)
             if encoding.is_rounded:
                 offsets = torch.arange(0, z_RK.numel() + 1, k, device=device)
                 z_RK.copy_(_rescored(encoding, centred_RN, features_RK.reshape(-1), offsets).view(-1, k))
-    return z_BGK.view(-1), features_BGK.view(-1)
+    return z_P, features_P
 
 
 def _kept(z_RF: Tensor, scale_F: Tensor | None, lower_F: Tensor | None, bound: Tensor | RunningBound) -> Pairs:
@@ -85,17 +88,19 @@ def _kept(z_RF: Tensor, scale_F: Tensor | None, lower_F: Tensor | None, bound: T
 
 def _code_of(encoding: Encoding, parts: list[Pairs]) -> Pairs:
     """The pairs of all dictionaries, with z in the encoder's dtype."""
-    pairs = joined(parts, encoding.encoder_GFN.shape[1])
+    pairs = joined_sets(parts, encoding.x_BGN.shape[1], encoding.encoder_GFN.shape[1])
     if not encoding.is_rounded:
         return pairs
-    centred_RN = (encoding.x_BGN - encoding.center_GN).flatten(0, 1)
+    center_SGN = encoding.center_GN.view(-1, *encoding.x_BGN.shape[1:])
+    centred_RN = (encoding.x_BGN - center_SGN[:, None]).flatten(0, 2)
     return pairs._replace(z=_rescored(encoding, centred_RN, pairs.features, pairs.offsets))
 
 
-def encode_batch_top_k(encoding: Encoding, k: int) -> tuple[Pairs, Tensor]:
+def encode_batch_top_k(encoding: Encoding, k_G: Sequence[int]) -> tuple[Pairs, Tensor]:
     """Pairs and cut of `reference.encode_batch_top_k`; the cut is one of the scores that chose."""
-    wanted, parts, cuts = encoding.x_BGN.shape[0] * k, [], []
-    for scale_F, slabs in _dictionaries(encoding):
+    parts, cuts = [], []
+    for k, (scale_F, slabs) in zip(k_G, _dictionaries(encoding), strict=True):
+        wanted = encoding.x_BGN.shape[0] * k
         running = RunningBound(wanted, encoding.x_BGN.device)
         kept = [_kept(z_RF, scale_F, None, running) for _, _, z_RF in slabs]
         best, cut = largest_pairs(stacked(kept, encoding.encoder_GFN), wanted)

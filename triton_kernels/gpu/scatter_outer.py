@@ -22,7 +22,7 @@ from triton_kernels.reference import sum_dtype
 
 @jit
 def scatter_outer_kernel(
-    chunks, rows, values, x, center, out, scratch, sums, scratch_sums, n_features, features_each,
+    chunks, rows, values, x, center, out, scratch, sums, scratch_sums, n_features, features_each, n_own,
     CENTERED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
@@ -38,7 +38,7 @@ def scatter_outer_kernel(
         if CENTERED:
             own = tl.load(center + (feature // features_each) * N + columns, inside, other=0).to(ACCUMULATE)
         for _ in range(begin, end, PAIRS):
-            source = x + row.to(tl.int64)[:, None] * N + columns[None, :]
+            source = x + (row % n_own).to(tl.int64)[:, None] * N + columns[None, :]
             gathered = tl.load(source, (at < end)[:, None] & inside[None, :], other=0).to(ACCUMULATE)
             weight = value
             at += PAIRS
@@ -63,7 +63,7 @@ def scatter_outer_kernel(
 def scatter_rows(code: Code, x_RN: Tensor, center_GN: Tensor | None, n_features: int) -> tuple[Tensor, Tensor]:
     """`scatter_outer` of the rows less their centre `[F, N]`, and each feature's sum of values `[F]` if one is given.
 
-    In the centre's dtype; x may be narrower.
+    In the centre's dtype; x may be narrower. Sets of dictionaries, one after the other, may share the rows of x.
     """
     values_P, features_P, offsets = code
     x = x_RN.contiguous()
@@ -75,10 +75,10 @@ def scatter_rows(code: Code, x_RN: Tensor, center_GN: Tensor | None, n_features:
     out_FN, sums_F = center.new_empty(n_features, width), center.new_empty(n_features)
     n_scratch, wide = transpose.scratch_features.numel(), sum_dtype(center.dtype)
     scratch, scratch_sums = (center.new_empty(n_scratch, columns, dtype=wide) for columns in (width, 1))
-    tile = gather_tile(width, x.itemsize, x.shape[0] // n_groups, most_row_bytes=1024)
+    tile = gather_tile(width, x.itemsize, (offsets.numel() - 1) // n_groups, most_row_bytes=1024)
     scatter_outer_kernel[(transpose.chunks.shape[0], tile_count(width, tile.columns))](
         transpose.chunks, transpose.rows_P, values_P[transpose.order_P], x, center,
-        out_FN, scratch, sums_F, scratch_sums, n_features, n_features // n_groups,
+        out_FN, scratch, sums_F, scratch_sums, n_features, n_features // n_groups, x.shape[0],
         center_GN is not None, width, tile.columns, tile.pairs, accumulator(center.dtype), num_warps=1,
     )  # fmt: skip
     add_scratch(out_FN, scratch, transpose)

@@ -34,8 +34,8 @@ def specs_of(width, n_parts, data):
     code = {"values": "*fp32", "features": "*i32", "offsets": "*i64"}
     major = {"chunks": "*i32", "rows": "*i32", "values": "*fp32"}
     result = {"out": "*fp32", "scratch": "*fp32"}
-    of_sums = {"sums": "*fp32", "scratch_sums": "*fp32", "n_features": "i32", "features_each": "i32"}
-    decode = {"decoder": data, "bias": "*fp32", "x": data, "error": data, "squares": "*fp32"}
+    of_sums = {"sums": "*fp32", "scratch_sums": "*fp32", "n_features": "i32", "features_each": "i32", "n_own": "i32"}
+    decode = {"decoder": data, "bias": "*fp32", "x": data, "error": data, "squares": "*fp32", "n_inputs": "i32"}
     decoder = {"error": data, "scales": "*fp32", "decoder": data, "d_decoder": data, "scratch": "*fp32"}
     counts = {"partials": "*fp32", "n_pairs": "i32", "n_features": "i32", "features_each": "i32"}
     dots = {"offsets": "*i64", "table": data, "partials": "*fp32", "n_pairs": "i32"}

@@ -26,10 +26,10 @@ static inline void add_four(float *restrict acc, const float *v, const float *co
 }
 
 /* out[f] = sum over the feature's pairs of values * (x[row] - center), sums[f] that of the values, and squares[f] the
-   square of the row's norm. Rows of dictionary g are g, n_groups + g, ...; `center` and `sums` may be NULL. */
-void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n, const int32_t *starts, const int32_t *rows,
-                   const int64_t *order, const float *values, const float *x, const float *center, float *out,
-                   float *sums, float *squares)
+   square of the row's norm. Row r reads row r % n_own of x; `center` and `sums` may be NULL. */
+void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n_own, int64_t n, const int32_t *starts,
+                   const int32_t *rows, const int64_t *order, const float *values, const float *x, const float *center,
+                   float *out, float *sums, float *squares)
 {
     const int64_t per_group = n_features / n_groups;
 #pragma omp parallel
@@ -45,7 +45,8 @@ void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n, const int32_
                 const float *four[4];
                 float v[4];
                 for (int64_t j = 0; j < 4; j++) {
-                    four[j] = x + rows[p + j < last ? p + j : last] * n;
+                    const int64_t r = rows[p + j < last ? p + j : last];
+                    four[j] = x + (r < n_own ? r : r % n_own) * n;
                     v[j] = p + j <= last ? values[order[p + j]] : 0;
                     sum += v[j];
                 }

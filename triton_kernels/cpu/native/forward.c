@@ -34,14 +34,15 @@ void gather_sum(int64_t n_rows, int64_t n, const float *values, const int32_t *f
     }
 }
 
-/* error[r] = sum of values[p] * table[features[p]] + bias - x[r], and the squares of its parts, [R, n_parts].
+/* error[r] = sum of values[p] * table[features[p]] + bias - x of r, and the squares of its parts, [R, n_parts]. Rows are
+   n_sets times those of x, which has n_inputs rows a token, one for each dictionary of a set.
    A row's features are taken block by block of the table; they need not be sorted, but then more is read twice. */
-void decode_loss(int64_t n_rows, int64_t n_groups, int64_t n_features, int64_t n, int64_t n_parts, const float *values,
-                 const int32_t *features, const int64_t *offsets, const float *table, const float *bias,
-                 const float *x, float *error, double *squares, int64_t *next)
+void decode_loss(int64_t n_rows, int64_t n_sets, int64_t n_inputs, int64_t n_features, int64_t n, int64_t n_parts,
+                 const float *values, const int32_t *features, const int64_t *offsets, const float *table,
+                 const float *bias, const float *x, float *error, double *squares, int64_t *next)
 {
     const int64_t width = n / n_parts, wanted = BLOCK_BYTES / (4 * n);
-    const int64_t block = wanted < 1 ? 1 : wanted;
+    const int64_t block = wanted < 1 ? 1 : wanted, n_own = n_rows / n_sets;
     memcpy(next, offsets, n_rows * sizeof *next);
 #pragma omp parallel
     for (int64_t first = 0; first < n_features; first += block) {
@@ -55,8 +56,8 @@ void decode_loss(int64_t n_rows, int64_t n_groups, int64_t n_features, int64_t n
             add_rows(e, values, features, next[r], end, table, n);
             next[r] = end;
             if (!is_last) continue;
-            const float *c = bias + (r % n_groups) * n;
-            for (int64_t i = 0; i < n; i++) e[i] = e[i] + c[i] - x[r * n + i];
+            const float *c = bias + (r / n_own * n_inputs + r % n_inputs) * n, *given = x + r % n_own * n;
+            for (int64_t i = 0; i < n; i++) e[i] = e[i] + c[i] - given[i];
             for (int64_t l = 0; l < n_parts; l++)
                 squares[r * n_parts + l] = dot(e + l * width, e + l * width, width);
         }

@@ -1,0 +1,118 @@
+"""The gradients of one batch: by the operators themselves where the loss is the error alone, else by autograd.
+
+Several dictionaries may stand side by side in one state (`side_by_side`); each has its own terms and its own error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton_kernels
+from crosscoder.dictionary import BatchTopK, DictionaryConfig, SparseCode, TopK
+from crosscoder.dictionary.codec import selection_scale
+from crosscoder.dictionary.losses import auxiliary_term, loss_terms
+from crosscoder.training.state import StackState, State
+from triton_kernels.arguments import Encoding
+
+
+class Gradients(NamedTuple):
+    """What a step needs to know beside the gradients, which the parameters hold."""
+
+    terms: list[dict[str, Tensor]]
+    """Of each dictionary: the terms of its loss."""
+    code: SparseCode
+    """Of all dictionaries."""
+    errors: list[Tensor]
+    """Of each dictionary: reconstruction minus input, `[B, L, D]`."""
+
+    def losses(self) -> Tensor:
+        """The whole loss of each dictionary, `[S]`."""
+        return torch.stack([torch.stack(list(terms.values())).sum() for terms in self.terms])
+
+
+def is_direct(config: DictionaryConfig) -> bool:
+    """Whether the loss is the error of one reconstruction, but for the auxiliary term."""
+    return isinstance(config.sparsity, TopK | BatchTopK) and not config.prefixes
+
+
+def accumulate_gradients(
+    state: State, x_BLD: Tensor, *, dead_GF: Tensor, penalty_factor: float, precision: str
+) -> Gradients:
+    """The gradients of a batch, in the parameters' `grad`, and the terms of the loss.
+
+    dead_GF: features for the auxiliary term. penalty_factor: of a sparsity rule's penalty. precision: as in
+    `TrainConfig`.
+    """
+    rounded, autocast = precision == "bf16", torch.autocast(x_BLD.device.type, torch.bfloat16)
+    with autocast if rounded else contextlib.nullcontext():
+        if is_direct(state.weights.config):
+            found = _directly(state, x_BLD, rounded=rounded)
+            _add_auxiliary(state, x_BLD, dead_GF, found)
+            left = [terms["aux_k"] for terms in found.terms if "aux_k" in terms]
+        else:
+            working_GFN = state.optimizer.working_GFN
+            (alone,) = state.members
+            out = loss_terms(
+                alone.dictionary, x_BLD, dead_GF=dead_GF, penalty_factor=penalty_factor, working_GFN=working_GFN
+            )
+            found = Gradients([out.terms], out.code, [out.error_BLD])
+            left = [found.losses().sum()]
+    for loss in left:
+        loss.backward()
+    return found
+
+
+def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
+    """The gradients of the error, written over what `grad` holds."""
+    weights, members = state.weights, state.members
+    config, grouped = weights.config, weights.grouped()
+    encoder_GFN, decoder_GFN, bias_GF, center_GN = (tensor.detach() for tensor in grouped[:4])
+    n_groups, n_members, n_parts = len(center_GN), len(members), center_GN.shape[1] // config.d_model
+    x_BGN = members[0].dictionary.grouped().split(x_BLD)
+    n_written = x_BLD.shape[0] * config.n_written()
+    weight_GL = center_GN.new_zeros(n_groups, n_parts)
+    weight_GL.view(n_members, -1)[:, config.written()] = weight_GL.new_ones(()) / n_written
+    scale_GF = selection_scale(grouped, config)
+    working_GFN = state.optimizer.working_GFN if scale_GF is None else None
+    product = torch.bfloat16 if rounded else encoder_GFN.dtype
+    found = triton_kernels.reconstruct(
+        Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN),
+        decoder_GFN,
+        weight_GL,
+        k_G=state.k_G,
+        by_batch=isinstance(config.sparsity, BatchTopK),
+        sizes=[one.dictionary.config.n_features for one in members],
+    )
+    if found.cut_G is not None:
+        weights.follow(found.cut_G)
+    for parameter, gradient, mask in (
+        (weights.encoder, found.d_encoder_GFN, weights.read_mask),
+        (weights.decoder, found.d_decoder_GFN, weights.write_mask),
+        (weights.encoder_bias, found.d_bias_GF, None),
+        (weights.decoder_bias, found.d_center_GN, None),
+    ):
+        gradient = gradient.view(parameter.shape)
+        parameter.grad = gradient if mask is None else gradient.mul_(mask)
+    if isinstance(state, StackState):
+        state.share_gradients()
+    values, features, offsets = found.code
+    code = SparseCode(values, features, offsets, n_groups * config.n_features, (offsets.numel() - 1,), features)
+    errors = [error_BGN.view(x_BLD.shape) for error_BGN in found.error_SBGN]
+    squares = [one.flatten()[config.written()].sum() for one in found.squares_GL.chunk(n_members)]
+    return Gradients([{"recon": square / n_written} for square in squares], code, errors)
+
+
+def _add_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradients) -> None:
+    """The auxiliary term of each dictionary that has dead features; its gradients are added by its backward pass."""
+    if state.weights.config.aux_k == 0:
+        return
+    for member, dead, terms, error in zip(
+        state.members, dead_GF.chunk(len(state.members)), found.terms, found.errors, strict=True
+    ):
+        own_GF = dead[:, : member.dictionary.config.n_features]
+        if bool(own_GF.any()):
+            terms["aux_k"] = auxiliary_term(member.dictionary, x_BLD, -error, own_GF)

@@ -1,0 +1,99 @@
+"""A training step's forward and backward pass where the loss is the reconstruction's error, without autograd.
+
+The forms for a device are called one after the other, with the same numbers as through the differentiable operators,
+bit for bit; what is saved is their Python, the larger part of a step of a small dictionary. Sets of dictionaries that
+read the same batch run side by side, each dictionary with its own k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_kernels import dense
+from triton_kernels.arguments import Code, Encoding
+from triton_kernels.encoders import sum_of_rows
+from triton_kernels.ops import form_for, implementation, on_device_of
+from triton_kernels.reference import starts
+
+
+class Reconstruction(NamedTuple):
+    """The code of a batch, its error, and the gradients of the weighted squared error."""
+
+    code: Code
+    cut_G: Tensor | None  # of a choice over the batch
+    error_SBGN: Tensor
+    squares_GL: Tensor
+    d_encoder_GFN: Tensor
+    d_decoder_GFN: Tensor
+    d_bias_GF: Tensor
+    d_center_GN: Tensor
+
+
+@torch.no_grad()
+def reconstruct(
+    encoding: Encoding,
+    decoder_GFN: Tensor,
+    weight_GL: Tensor,
+    *,
+    k_G: Sequence[int],
+    by_batch: bool,
+    sizes: Sequence[int] | None = None,
+) -> Reconstruction:
+    """Encode by TopK, or BatchTopK (`by_batch`), decode, and differentiate `sum(weight_GL * squares_GL)`.
+
+    Squares are summed by part of a row as in `decode_loss`. x has fewer inputs than there are dictionaries where S sets
+    of them share it. sizes: the features of each set's dictionaries that exist, where they are padded.
+    """
+    n_sets = len(encoding.encoder_GFN) // encoding.x_BGN.shape[1]
+    sizes = sizes or [encoding.encoder_GFN.shape[1]] * n_sets
+    with on_device_of(encoding.x_BGN):
+        code, cut_G = _encoded(encoding, k_G, by_batch=by_batch)
+        return _differentiated(encoding, code, cut_G, decoder_GFN, weight_GL, sizes)
+
+
+def _encoded(encoding: Encoding, k_G: Sequence[int], *, by_batch: bool) -> tuple[Code, Tensor | None]:
+    own, x_BGN = implementation(encoding.x_BGN), encoding.x_BGN
+    if by_batch:
+        pairs, cut_G = own.encode_batch_top_k(encoding, k_G)
+        return Code(pairs.z.relu(), pairs.features, pairs.offsets), cut_G
+    z_P, features_P = own.encode_top_k(encoding, k_G)
+    return Code(z_P.relu(), features_P, _offsets(k_G, x_BGN)), None
+
+
+def _differentiated(
+    encoding: Encoding,
+    code: Code,
+    cut_G: Tensor | None,
+    decoder_GFN: Tensor,
+    weight_GL: Tensor,
+    sizes: Sequence[int],
+) -> Reconstruction:
+    x_BGN, center_GN, encoder_GFN = encoding[:3]
+    n_sets, n_features = len(sizes), encoder_GFN.shape[1]
+    # What is written out densely has no sets: a code that is not sparse takes the sparse forms if it has company.
+    form = form_for(x_BGN, code, n_features) if n_sets == 1 else implementation(x_BGN)
+    error_BGN, squares_GL = form.decode_loss(code, decoder_GFN, center_GN, x_BGN, weight_GL.shape[1])
+    d_values, d_decoder = form.backward_decoder(code, error_BGN, weight_GL, decoder_GFN)
+    d_z = torch.where(code.values_P > 0, d_values, 0)
+    d_encoder, d_bias = form.backward_encoder(code._replace(values_P=d_z), x_BGN, center_GN, n_features)
+    error_SBGN = error_BGN.view(n_sets, *x_BGN.shape)
+    sets = zip(error_SBGN, *(one.chunk(n_sets) for one in (weight_GL, d_bias, encoder_GFN)), sizes, strict=True)
+    d_center = [
+        dense.reconstruction_gradient(error.sum(0, keepdim=True), weight)[0] - sum_of_rows(bias[:, :n], encoder[:, :n])
+        for error, weight, bias, encoder, n in sets
+    ]
+    d_center_GN = d_center[0] if n_sets == 1 else torch.cat(d_center)
+    return Reconstruction(code, cut_G, error_SBGN, squares_GL, d_encoder, d_decoder, d_bias, d_center_GN)
+
+
+def _offsets(k_G: Sequence[int], x_BGN: Tensor) -> Tensor:
+    """Where the pairs of each row begin, if every row of dictionary g has k_G[g]."""
+    n_rows, n_inputs, _ = x_BGN.shape
+    if len(set(k_G)) == 1:
+        return torch.arange(0, n_rows * sum(k_G) + 1, k_G[0], device=x_BGN.device)
+    sets = torch.tensor(k_G, device=x_BGN.device).view(-1, 1, n_inputs)
+    return starts(sets.expand(-1, n_rows, -1).flatten())
