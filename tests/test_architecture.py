@@ -43,7 +43,7 @@ BUDGETS = {
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
     "crosscoder/report": 1680,
-    "crosscoder/studies": 1920,
+    "crosscoder/studies": 1935,
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }

@@ -34,7 +34,7 @@ from crosscoder.measure.splice import splice_losses
 from crosscoder.results.table import Place, Role, Row, Site, State, finite, rows_at
 from crosscoder.studies.budget import CLASSES, SPANNING, Arm, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.presets import Run
-from crosscoder.training import TrainConfig
+from crosscoder.training import TrainConfig, train_many, train_warm_chain
 
 SHUFFLE_SEED = 1
 MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
@@ -183,9 +183,10 @@ def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str 
     source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
     rows: list[Row] = []
     readings: list[Reading] = []
-    for seed in cell.seeds:
+    label = file_name(cell.place)
+    dictionaries = fit_seeds(cell.arm, source, cell.budget, seeds=cell.seeds, label=label, device=device)
+    for seed, dictionary in zip(cell.seeds, dictionaries, strict=True):
         at = replace(cell.place, seed=seed)
-        dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
         reading = read_dictionary(dictionary, marked(source, device))
         rows += dictionary_rows(at, dictionary, reading)
         main = cell.role == "main" and cell.state != "shuffled"
@@ -196,7 +197,7 @@ def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str 
         if cell.compared:
             kept = reading.distinct
             if cell.probed and len(kept) and source.n_layers > 1:
-                found = probe(dictionary, held_out, len(kept))
+                found = probe(dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out()), len(kept))
                 rows += rows_at(at, found.summary())
                 if len(found.feature_n) == found.n_alive:
                     kept = replace(kept, genuine_F=found.genuine_F()[kept.index_F])
@@ -231,11 +232,30 @@ def fit(
 
     training: the trainer's settings where they are not the budget's.
     """
-    dictionary = new_dictionary(arm, source, budget, seed=seed)
-    config = training or budget.train_config()
-    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
-    budget.trainer(arm)(dictionary, batches, config=config, device=device, label=label, quiet=True)
+    (dictionary,) = fit_seeds(arm, source, budget, seeds=(seed,), training=training, label=label, device=device)
     return dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out())
+
+
+def fit_seeds(
+    arm: Arm,
+    source: Source,
+    budget: DictionaryBudget,
+    *,
+    seeds: Sequence[int],
+    training: TrainConfig | None = None,
+    label: str = "",
+    device: str = "cpu",
+) -> list[Dictionary]:
+    """A dictionary of each seed, trained on the same batches side by side; the same numbers as one by one."""
+    dictionaries = [new_dictionary(arm, source, budget, seed=seed) for seed in seeds]
+    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
+    given: dict[str, Any] = {"config": training or budget.train_config(), "device": device, "quiet": True}
+    if budget.trainer(arm) is train_warm_chain:
+        for dictionary in dictionaries:
+            train_warm_chain(dictionary, batches, label=label, **given)
+    else:
+        train_many(dictionaries, batches, label=label, **given)
+    return dictionaries
 
 
 def marked(source: Source, device: str) -> Iterator[Marked]:
