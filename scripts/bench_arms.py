@@ -8,6 +8,7 @@ family.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.sparsity import TargetL0Penalty
 
 KINDS: dict[str, type[Dictionary]] = {"crosscoder": Crosscoder, "bank": LayerwiseSAE}
-SAMPLED_SCORES = 2**23
+SAMPLED_SCORES = 2**20
 """Scores of x that say where JumpReLU's threshold starts."""
 
 
@@ -197,6 +198,7 @@ def peak_extra_bytes(shape: Shape, name: str, device: str) -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # what making the arm took and freed is no part of its steps
         before = _status_kib("VmRSS:") * 1024
     for _ in range(3):
         step()
