@@ -349,6 +349,11 @@ def number(value: float | None, form: str = ".3g", missing: str = "-") -> str:
     return missing if value is None else format(value, form)
 
 
+def met(verdict: object) -> str:
+    """Whether a target was reached, as a table shows it; None where it was not measured."""
+    return "not measured" if verdict is None else "yes" if verdict else "no"
+
+
 def write_report(folder: Path, stem: str, lines: Sequence[str], record: Mapping[str, Any]) -> None:
     """Print the table, and write it with its JSON under `folder`."""
     print("\n".join(lines), flush=True)

@@ -46,8 +46,11 @@ class Operator:
     truth: Callable[[Problem], tuple[Tensor, ...]] | None = None
 
 
-def passes(problem: Problem, product: str, k: int) -> list[Operator]:
-    """The passes of one step; together they are the step, apart from what is done per token."""
+def passes(problem: Problem, product: str, k: int, encoder: str = "encode_top_k") -> list[Operator]:
+    """The passes of one step; together they are the step, apart from what is done per token.
+
+    encoder: whose selection; `encode_threshold` selects by the score above which k a row lie.
+    """
     (B, G, N), F = problem.x_BGN.shape, problem.bias_GF.shape[1]
     code, x, center, decoder = problem.code, problem.x_BGN, problem.center_GN, problem.decoder_GFN
     R, table, gathered = B * G, G * F * N, problem.values_P.numel() * N
@@ -56,11 +59,15 @@ def passes(problem: Problem, product: str, k: int) -> list[Operator]:
     narrow = [t[..., :NARROW].to(DTYPES[product]).contiguous() for t in (x, center, problem.encoder_GFN)]
     narrow.append(problem.bias_GF.to(DTYPES[product]))
     once = min(gathered, table) * size
+    # On the CPU oneDNN has no fast bf16 product this narrow, and the choice is what is measured.
+    chosen_by = DTYPES[product] if x.is_cuda else torch.float32
+    rule: tuple[Any, ...] = (k,)
+    if encoder == "encode_threshold":
+        cut_G = triton_kernels.encode_batch_top_k(*narrow, None, k, chosen_by, None)[3]
+        rule = (cut_G[:, None].expand(G, F).contiguous(), 0.0)
 
     def select() -> Any:
-        # On the CPU oneDNN has no fast bf16 product this narrow, and the choice is what is measured.
-        dtype = DTYPES[product] if x.is_cuda else torch.float32
-        return triton_kernels.encode_top_k(*narrow, None, k, dtype, None)
+        return getattr(triton_kernels, encoder)(*narrow, None, *rule, chosen_by, None)
 
     def decode() -> Any:
         return triton_kernels.decode_loss(*code, decoder, center, x, weight.shape[1])

@@ -6,6 +6,7 @@ An arm that cannot run here has its reason in the table. fp32 is true fp32 on bo
 
     python scripts/bench_step.py                     # the shape of the README's claim
     python scripts/bench_step.py --sweep F           # scaling, with the passes' own times beside the step
+    python scripts/bench_step.py --grid              # many shapes, every rule, crosscoders and banks
     python scripts/bench_step.py --arms "dense eager" "library fp32" --threads 1
     python scripts/bench_step.py --device cuda --batch 8192 --n-layers 12 --d-model 768 --n-features 32768 --targets
 """
@@ -14,22 +15,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import bench_common as common
+import bench_grid
 import bench_kernels
 import bench_peers
 import bench_plots
 import torch
-from bench_common import Shape, Step, UnavailableError, number
+from bench_arms import ARMS, library_step, memory_in_fresh_process, peak_extra_bytes, start_dictionary, time_arms
+from bench_common import Shape, met, number
 
-from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
+from crosscoder import BatchTopK, TopK
 
 SLAB_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 """Scores that the library holds at once."""
@@ -37,170 +37,7 @@ SWEEP_FACTORS = {"B": (0.25, 0.5, 1, 2), "F": (0.125, 0.25, 0.5, 1, 2, 4), "K": 
 SWEEP_ARMS = ("dense eager", "library fp32", "library bf16")
 FLOOR_MS = 13.3
 """Floor of a step at `bench_peers.PREDICTED_SHAPE` on an H200, bf16, by arithmetic."""
-
-
-def dense_step(shape: Shape, x_BLD: torch.Tensor, dtype: str, *, bank: bool = False, compiled: bool = False) -> Step:
-    """The dictionary written densely, with autograd and the default Adam; compiled, with the fused one."""
-    groups = shape.n_layers if bank else 1
-    width, device = shape.width // groups, x_BLD.device
-    x_GBN = x_BLD.flatten(1).view(shape.batch, groups, width).transpose(0, 1).contiguous()
-    generator = torch.Generator(device).manual_seed(0)
-    table = torch.randn(groups, shape.n_features, width, device=device, generator=generator) / width**0.5
-    encoder, decoder = torch.nn.Parameter(table), torch.nn.Parameter(table.clone())
-    encoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, shape.n_features, device=device))
-    decoder_bias = torch.nn.Parameter(torch.zeros(groups, 1, width, device=device))
-    parameters = [encoder, decoder, encoder_bias, decoder_bias]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True if compiled else None)
-
-    def loss_of(x_GBN: torch.Tensor) -> torch.Tensor:
-        z = torch.baddbmm(encoder_bias, x_GBN - decoder_bias, encoder.transpose(1, 2)).relu()
-        top = z.topk(shape.k, dim=2, sorted=False)
-        code = torch.zeros_like(z).scatter(2, top.indices, top.values)
-        return torch.nn.functional.mse_loss(torch.baddbmm(decoder_bias, code, decoder).float(), x_GBN)
-
-    if compiled and device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        raise UnavailableError("torch.compile finds no C++ compiler")
-    forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = forward(x_GBN)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def library_step(
-    x_BLD: torch.Tensor,
-    dtype: str,
-    shape: Shape,
-    kind: type = Crosscoder,
-    *,
-    rule: type = TopK,
-    decoder: str = "free",
-    keep: list[torch.nn.Module] | None = None,
-) -> Step:
-    """One step as the trainer takes it, without logging and without dead features; `keep` receives the dictionary."""
-    from crosscoder.training.state import TrainState
-    from crosscoder.training.step import TrainConfig, take_step
-
-    settings = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
-    dictionary = kind(**settings, aux_k=0, decoder=decoder, sparsity=rule(k=shape.k)).to(x_BLD.device)
-    config = TrainConfig(dead_after_tokens=10**12, precision=dtype)  # ty: ignore[invalid-argument-type]
-    state = TrainState.start(dictionary, learning_rate=config.learning_rate, precision=dtype)
-    if keep is not None:
-        keep.append(dictionary)
-
-    def step() -> None:
-        take_step(state, x_BLD, config, None)
-
-    return step
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of doing the job. `family` is the arms that are compared with one another."""
-
-    family: str
-    dtype: str
-    make: Callable[[Shape, torch.Tensor], Step]
-    by_default: bool = True
-
-
-def _peer(name: str, dtype: str, *, by_default: bool = True) -> Arm:
-    return Arm("crosscoder", dtype, lambda s, x: bench_peers.STEPS[name](s, x.flatten(1), dtype), by_default)
-
-
-def _dense(family: str, dtype: str, *, compiled: bool = False, by_default: bool = True) -> Arm:
-    bank = family == "bank"
-    return Arm(family, dtype, lambda s, x: dense_step(s, x, dtype, bank=bank, compiled=compiled), by_default)
-
-
-ARMS = {
-    "dense eager": _dense("crosscoder", "fp32"),
-    "dense torch.compile": _dense("crosscoder", "fp32", compiled=True),
-    "dense eager bf16": _dense("crosscoder", "bf16", by_default=False),
-    "dense torch.compile bf16": _dense("crosscoder", "bf16", compiled=True, by_default=False),
-    "library fp32": Arm("crosscoder", "fp32", lambda s, x: library_step(x, "fp32", s)),
-    "library bf16": Arm("crosscoder", "bf16", lambda s, x: library_step(x, "bf16", s)),
-    "library, unit decoder": Arm("crosscoder", "fp32", lambda s, x: library_step(x, "fp32", s, decoder="unit")),
-    "library, BatchTopK": Arm("crosscoder", "fp32", lambda s, x: library_step(x, "fp32", s, rule=BatchTopK)),
-    "sparsify": _peer("sparsify", "fp32"),
-    "dictionary_learning": _peer("dictionary_learning", "fp32"),
-    "SAELens": _peer("SAELens", "fp32"),
-    "sparsify bf16": _peer("sparsify", "bf16", by_default=False),
-    "SAELens bf16": _peer("SAELens", "bf16", by_default=False),
-    "whole-row kernels": _peer("whole-row kernels", "fp32", by_default=False),
-    "whole-row kernels bf16": _peer("whole-row kernels", "bf16", by_default=False),
-    "bank, dense eager": _dense("bank", "fp32"),
-    "bank, dense torch.compile": _dense("bank", "fp32", compiled=True),
-    "bank, library fp32": Arm("bank", "fp32", lambda s, x: library_step(x, "fp32", s, LayerwiseSAE)),
-    "bank, library bf16": Arm("bank", "bf16", lambda s, x: library_step(x, "bf16", s, LayerwiseSAE)),
-}
 TARGET_ARMS = ("dense torch.compile bf16", "library bf16", "sparsify bf16", "whole-row kernels bf16")
-
-
-def time_arms(shape: Shape, names: Sequence[str], repeats: int, device: str) -> tuple[dict[str, list[float]], dict]:
-    """Milliseconds of each arm's steps, family by family, and the reasons of the arms that cannot run.
-
-    Peers come last: what dictionary-learning imports changes torch so that nothing can be compiled after it.
-    """
-    times: dict[str, list[float]] = {}
-    reasons: dict[str, str] = {}
-    x_BLD = common.random_x(shape, device)
-    for family in ("bank", "crosscoder"):
-        steps: dict[str, Step] = {}
-        for name in (name for name in ARMS if name in names and ARMS[name].family == family):
-            step, reason = common.attempt(lambda name=name: _checked(ARMS[name].make(shape, x_BLD)))
-            if step is None:
-                reasons[name] = reason
-                print(f"{name}: skipped, {reason}", flush=True)
-            else:
-                steps[name] = step
-        times |= common.alternate(steps, repeats, device)
-    return {name: times[name] for name in ARMS if name in times}, reasons
-
-
-def _checked(step: Step) -> Step:
-    """The step, after one: what cannot run fails here and not among the arms' turns."""
-    step()
-    return step
-
-
-def peak_extra_bytes(shape: Shape, name: str, device: str) -> int:
-    """Peak memory of three steps, above the process with its parameters, gradients and moments."""
-    step = ARMS[name].make(shape, common.random_x(shape, device))
-    tables = 2 * shape.n_features * shape.width * 4
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        before = _status_kib("VmRSS:") * 1024
-    for _ in range(3):
-        step()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status_kib("VmHWM:") * 1024
-    return peak - before - 3 * tables
-
-
-def _status_kib(field_name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field_name))
-
-
-def memory_in_fresh_process(shape: Shape, name: str, given: argparse.Namespace) -> int | None:
-    """What `peak_extra_bytes` finds; None for compiled arms on the CPU, where the compiler shares the process."""
-    if given.no_memory or ("compile" in name and given.device == "cpu"):
-        return None
-    letters = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(shape).items()]
-    command = [sys.executable, __file__, *letters, f"--threads={given.threads}", f"--device={given.device}"]
-    done = subprocess.run([*command, f"--memory-of={name}"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{name}: memory not measured, {done.stderr.strip().splitlines()[-1:]}")
-        return None
-    return int(done.stdout.split()[-1])
 
 
 def memory_columns(shape: Shape, family: str, extra: int | None, device: str) -> list[str]:
@@ -289,26 +126,23 @@ def target_table(shape: Shape, times: Mapping[str, list[float]]) -> list[str]:
     rows = []
     if shape == bench_peers.PREDICTED_SHAPE:
         limit = 1.4 * FLOOR_MS
-        rows.append([f"whole step <= 1.4 x {FLOOR_MS} ms", number(mine, ".1f"), _met(mine and mine <= limit)])
+        rows.append([f"whole step <= 1.4 x {FLOOR_MS} ms", number(mine, ".1f"), met(mine and mine <= limit)])
     wanted = {"dense torch.compile bf16": 2.5, "whole-row kernels bf16": 1.5, "sparsify bf16": 1.5}
     for name, least in wanted.items():
         other = median.get(name)
         ratio = other / mine if other and mine else None
-        rows.append([f">= {least} times faster than {name}", number(ratio, ".2f"), _met(ratio and ratio >= least)])
+        rows.append([f">= {least} times faster than {name}", number(ratio, ".2f"), met(ratio and ratio >= least)])
     return common.markdown_table(["target", "measured", "met?"], rows)
-
-
-def _met(verdict: object) -> str:
-    return "not measured" if verdict is None else "yes" if verdict else "no"
 
 
 def digest(shape: Shape, dtype: str, device: str, *, rule: type = TopK, decoder: str = "free") -> str:
     """sha256 of the library's dictionary after three steps from its start."""
-    kept: list[torch.nn.Module] = []
-    step = library_step(common.random_x(shape, device), dtype, shape, rule=rule, decoder=decoder, keep=kept)
+    x_BLD = common.random_x(shape, device)
+    dictionary = start_dictionary(shape, x_BLD, rule=rule, decoder=decoder)
+    step = library_step(dictionary, x_BLD, dtype)
     for _ in range(3):
         step()
-    parts = [tensor.cpu().contiguous().numpy().tobytes() for tensor in kept[0].state_dict().values()]
+    parts = [tensor.cpu().contiguous().numpy().tobytes() for tensor in dictionary.state_dict().values()]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -347,10 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", action="store_true", help="bf16 arms, and what a step must reach on an H200")
     parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
+    bench_grid.add_arguments(parser)
     shape, given = common.parse_shape(parser, arguments)
     if given.memory_of:
         print(peak_extra_bytes(shape, given.memory_of, given.device))
         return 0
+    if given.grid:
+        return bench_grid.measure_grid(given)
     if given.sweep:
         return sweep(given.sweep, shape, given)
     names = given.arms or (

