@@ -103,6 +103,25 @@ def library_step(dictionary: Dictionary, x_BLD: torch.Tensor, dtype: str) -> Ste
     return step
 
 
+def together_step(shape: Shape, x_BLD: torch.Tensor, dtype: str, *, family: str, n_together: int) -> Step:
+    """One step of several dictionaries of BatchTopK that differ in their seed, side by side."""
+    from crosscoder.training.state import StackState, TrainState
+    from crosscoder.training.step import TrainConfig, take_step
+
+    settings = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
+    config = TrainConfig(dead_after_tokens=10**12, precision=dtype)  # ty: ignore[invalid-argument-type]
+    states = []
+    for seed in range(n_together):
+        dictionary = KINDS[family](**settings, aux_k=0, decoder="free", sparsity=BatchTopK(k=shape.k), seed=seed)
+        states.append(TrainState.start(dictionary.to(x_BLD.device), precision=dtype))
+    stack = StackState(states)
+
+    def step() -> None:
+        take_step(stack, x_BLD, config, None)
+
+    return step
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of doing the job. `family` is the arms that are compared with one another; `rule` is the library's."""
@@ -112,6 +131,8 @@ class Arm:
     make: Callable[[Shape, torch.Tensor], Step]
     by_default: bool = True
     rule: type | None = None
+    n_together: int = 1
+    """Dictionaries that a step trains; its time is divided by them."""
 
 
 def _peer(name: str, dtype: str, *, by_default: bool = True) -> Arm:
@@ -130,6 +151,13 @@ def _ours(family: str, dtype: str, rule: type = TopK, *, decoder: str = "free", 
     return Arm(family, dtype, make, by_default, rule)
 
 
+def _together(family: str, dtype: str, n_together: int) -> Arm:
+    def make(shape: Shape, x_BLD: torch.Tensor) -> Step:
+        return together_step(shape, x_BLD, dtype, family=family, n_together=n_together)
+
+    return Arm(family, dtype, make, by_default=False, n_together=n_together)
+
+
 ARMS = {
     "dense eager": _dense("crosscoder", "fp32"),
     "dense torch.compile": _dense("crosscoder", "fp32", compiled=True),
@@ -142,6 +170,8 @@ ARMS = {
     "library, BatchTopK bf16": _ours("crosscoder", "bf16", BatchTopK, by_default=False),
     "library, JumpReLU": _ours("crosscoder", "fp32", JumpReLU, by_default=False),
     "library, JumpReLU bf16": _ours("crosscoder", "bf16", JumpReLU, by_default=False),
+    "library, 4 together": _together("crosscoder", "fp32", 4),
+    "library, 4 together bf16": _together("crosscoder", "bf16", 4),
     "sparsify": _peer("sparsify", "fp32"),
     "dictionary_learning": _peer("dictionary_learning", "fp32"),
     "SAELens": _peer("SAELens", "fp32"),
@@ -159,6 +189,8 @@ ARMS = {
     "bank, library, BatchTopK bf16": _ours("bank", "bf16", BatchTopK, by_default=False),
     "bank, library, JumpReLU": _ours("bank", "fp32", JumpReLU, by_default=False),
     "bank, library, JumpReLU bf16": _ours("bank", "bf16", JumpReLU, by_default=False),
+    "bank, library, 4 together": _together("bank", "fp32", 4),
+    "bank, library, 4 together bf16": _together("bank", "bf16", 4),
 }
 
 
@@ -180,7 +212,7 @@ def time_arms(shape: Shape, names: Sequence[str], repeats: int, device: str) -> 
             else:
                 steps[name] = step
         times |= common.alternate(steps, repeats, device)
-    return {name: times[name] for name in ARMS if name in times}, reasons
+    return {name: [ms / ARMS[name].n_together for ms in times[name]] for name in ARMS if name in times}, reasons
 
 
 def _checked(step: Step) -> Step:

@@ -91,14 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", choices=LABELS, default=LABELS[-1], help="the case that a grid adds to its table")
 
 
-def grid_arms(families: Sequence[str], device: str) -> list[str]:
-    """Dense, the library by rule, and the peers; on a GPU in bf16 too."""
+def grid_arms(families: Sequence[str], device: str, *, is_small: bool) -> list[str]:
+    """Dense, the library by rule, small dictionaries also side by side, and the peers; on a GPU in bf16 too."""
     ends = ("", " bf16") if device == "cuda" else ("",)
     names = []
     for family in families:
         start = "bank, " if family == "bank" else ""
         plain = [f"{start}dense eager", f"{start}dense torch.compile", f"{start}library, BatchTopK"]
         plain += [f"{start}library, JumpReLU", *(PEERS if family == "crosscoder" else [])]
+        if is_small:
+            plain.append(f"{start}library, 4 together")
         names += [f"{start}library {dtype}" for dtype in ("fp32", "bf16")[: len(ends)]]
         names += [name + end for name in plain for end in ends]
     return [name for name in ARMS if name in names]
@@ -133,7 +135,7 @@ def beside_passes(shape: Shape, name: str, repeats: int, device: str) -> dict[st
 def measure_shape(text: str, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """One record for each family of a shape; an arm that cannot run has its reason there."""
     shape, families = read_shape(text)
-    asked = given.arms or grid_arms(families, given.device)
+    asked = given.arms or grid_arms(families, given.device, is_small=shape.n_features < LARGE)
     names = [name for name in ARMS if name in asked and ARMS[name].family in families]
     machine = {**common.describe_machine(given.device, given.threads), "command": None}  # it names places here
     load = os.getloadavg()[0]
@@ -242,7 +244,7 @@ def arm_row(name: str, label: str, by_label: dict[str, dict[str, Any]]) -> list[
     total = passes.get("sum_ms")
     in_passes = total and passes["step_ms"] / total
     sizes = f"{passes['active']:.1f} ({passes['stored']:.1f})" if total else passes.get("failed", "-")
-    if arm.rule is not None:
+    if "library" in name:
         is_large = record["shape"]["n_features"] >= LARGE
         cells[0] += against(ratios[0], DENSE_GOAL if is_large else SMALL_DENSE_GOAL)
         if is_large and arm.family == "crosscoder":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -206,7 +207,7 @@ def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
 
 def non_finite(x_BLD: Tensor) -> str:
     """Where the first NaN or infinity is and how many tokens hold one; empty where all numbers are finite."""
-    if not x_BLD.numel() or bool(torch.isfinite(x_BLD.abs().amax())):
+    if not x_BLD.numel() or all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(x_BLD)).tolist()):
         return ""
     bad_BLD = ~torch.isfinite(x_BLD)
     token, layer, _ = bad_BLD.nonzero()[0].tolist()

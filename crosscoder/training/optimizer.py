@@ -81,6 +81,11 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[incompatible-method-override]
         """One step; gradients are multiplied by `scale_G`, one number for each dictionary of a bank."""
+        self.update(scale_G=scale_G)
+
+    @torch.no_grad()
+    def update(self, *, scale_G: Tensor | None = None) -> None:
+        """`step` without torch's hooks, which cost a small dictionary more than its arithmetic."""
         settings = self.param_groups[0]
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is None:

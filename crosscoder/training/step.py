@@ -107,7 +107,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
                 tensor.copy_(old)
         raise
     clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
-    state.optimizer.step(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
+    state.optimizer.update(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
     state.firing.update(out.code, x_BLD.shape[0])
     state.advance(x_BLD.shape[0])
     resampled = [_resample_if_due(*one, config, n_steps) for one in zip(state.members, repeat(x_BLD), out.errors)]

@@ -14,6 +14,7 @@ TOY = "2,16,256,64,8+bank"
 KEYS = [f"{family}, B=64 L=2 D=16 F=256 K=8" for family in ("crosscoder", "bank")]
 SMALL = ["--grid", "--threads=1", "--repeats=2"]
 OURS = {"library fp32", "library, BatchTopK", "library, JumpReLU"}
+TOGETHER = "library, 4 together"
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_every_arm_is_measured_or_gives_its_reason(grid, tmp_path, monkeypatch):
         peers = {"sparsify", "SAELens", "dictionary_learning"} if family == "crosscoder" else set()
         ours = {start + name for name in OURS}
         record = cases["after"][key]
-        assert record["ms"].keys() == {f"{start}dense eager", *ours}
+        assert record["ms"].keys() == {f"{start}dense eager", f"{start}{TOGETHER}", *ours}
         assert record["skipped"].keys() == {f"{start}dense torch.compile", *peers}
         assert {name for found, name, _ in table if found == key} == record["ms"].keys() | record["skipped"].keys()
         for name in record["skipped"]:
@@ -117,11 +118,13 @@ def test_a_shape_whose_process_dies_leaves_a_line_and_the_others(grid, tmp_path,
 
 
 def test_on_a_gpu_bf16_comes_too(grid):
-    here, there = (set(grid.grid.grid_arms(("crosscoder", "bank"), device)) for device in ("cpu", "cuda"))
-    assert len(here) == 13
+    both = ("crosscoder", "bank")
+    here, there = (set(grid.grid.grid_arms(both, device, is_small=True)) for device in ("cpu", "cuda"))
+    assert here - set(grid.grid.grid_arms(both, "cpu", is_small=False)) == {TOGETHER, f"bank, {TOGETHER}"}
+    assert len(here) == 15
     assert here < there
     assert {grid.arms.ARMS[name].dtype for name in here} == {"fp32"}
-    for name in OURS - {"library fp32"} | {"dense eager", "sparsify", "bank, library, JumpReLU"}:
+    for name in OURS - {"library fp32"} | {TOGETHER, "dense eager", "sparsify", "bank, library, JumpReLU"}:
         assert f"{name} bf16" in there
     assert {"library bf16", "bank, library bf16"} <= there
 
@@ -131,3 +134,10 @@ def test_a_shape_that_is_none_is_refused(grid, text, capsys):
     with pytest.raises(SystemExit):
         grid.step.main(["--grid", "--shapes", text])
     assert "--shapes" in capsys.readouterr().err
+
+
+def test_the_time_of_dictionaries_together_is_that_of_one(grid, monkeypatch):
+    monkeypatch.setattr(grid.arms.common, "alternate", lambda steps, repeats, device: dict.fromkeys(steps, [8.0]))
+    monkeypatch.setattr(grid.arms, "_checked", lambda step: step)
+    times, _ = grid.arms.time_arms(grid.grid.read_shape(TOY)[0], ["library, BatchTopK", TOGETHER], 1, "cpu")
+    assert times == {"library, BatchTopK": [8.0], TOGETHER: [2.0]}
