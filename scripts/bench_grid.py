@@ -52,7 +52,18 @@ PEERS = ("sparsify", "SAELens", "dictionary_learning")
 ENCODERS = {"TopK": "encode_top_k", "BatchTopK": "encode_batch_top_k", "JumpReLU": "encode_threshold"}
 LARGE, DENSE_GOAL, SMALL_DENSE_GOAL, SPARSIFY_GOAL, PASSES_GOAL = 2048, 8, 3, 3, 1.3
 """From LARGE features on a step must be so many times faster than dense and than sparsify; below, than dense alone."""
-PREDICTION: str = ""
+PREDICTION: str = """\
+Written before the runs, for a CPU without bf16 units. A dense step makes five products of one size (scores,
+reconstruction, and the gradients of code, decoder and encoder), ours makes one: where the product is most of a step
+the ratio cannot pass 5 plus what dense loses elsewhere, so 8x dense is out of reach here, and 3x sparsify (two or
+three products) nearly so; with bf16 units our product costs half, and dense's does not.
+
+- F >= 8,192: 4.5 to 5.5x dense, step / sum at most 1.15. K = 64 of 2,048 (7 x 576): 3 to 4x.
+- 8 x 64: 2x dense alone and 3x four together for the crosscoder, 1.5x and 2x for the bank, whose eight products are
+  small; step / sum 1.5 alone.
+- Before / after (sixteen floats as registers instead of memory where there is no AVX-512; gradients without autograd;
+  one call for a choice over a batch): 1.1 to 1.2 from F = 8,192 on, 1.4 at 7 x 576, 1.8 for the small crosscoder, 2
+  for the small bank."""
 """What was expected, written before the runs."""
 HEADER = ["shape", "arm", "dtype", "run", "ms a step", "least", "dense eager / this", "sparsify / this"]
 HEADER += ["sum of passes, ms", "step / sum", "active (stored) a row", "peak MiB above parameters, gradients, moments"]
