@@ -41,7 +41,7 @@ class Stack(Weights):
             if name == "threshold":
                 self.register_buffer(name, tensor)
             else:
-                setattr(self, name, nn.Parameter(tensor))
+                setattr(self, name, nn.Parameter(tensor, requires_grad=getattr(largest, name).requires_grad))
             for member, view in zip(self.members, self.views(name, tensor), strict=True):
                 getattr(member, name).data = view
 
@@ -83,7 +83,8 @@ def kind(dictionary: Dictionary) -> str:
         settings["sparsity"] = replace(config.sparsity, k=1)
     if dictionary.n_groups == 1 and isinstance(config.structure, Acausal) and not config.shared:
         settings["n_features"] = 1
-    return f"{type(dictionary).__name__} {settings} {weight.dtype} {weight.device}"
+    trained = [name for name, parameter in dictionary.named_parameters() if parameter.requires_grad]
+    return f"{type(dictionary).__name__} {settings} {weight.dtype} {weight.device} {trained}"
 
 
 def fits(dictionary: Dictionary, largest: Dictionary) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary import BatchTopK, DictionaryConfig, SparseCode, TopK
+from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE, SparseCode, TopK
 from crosscoder.dictionary.codec import selection_scale
 from crosscoder.dictionary.losses import auxiliary_term, loss_terms
 from crosscoder.training.state import StackState, State
@@ -34,9 +34,14 @@ class Gradients(NamedTuple):
         return torch.stack([torch.stack(list(terms.values())).sum() for terms in self.terms])
 
 
-def is_direct(config: DictionaryConfig) -> bool:
-    """Whether the loss is the error of one reconstruction, but for the auxiliary term."""
-    return isinstance(config.sparsity, TopK | BatchTopK) and not config.prefixes
+def is_direct(dictionary: Dictionary) -> bool:
+    """Whether the loss is the error of one reconstruction, but for the auxiliary term, of weights as they are.
+
+    A subclass, a parametrised weight or a hook on a gradient may change what autograd would find.
+    """
+    plain = type(dictionary) in (Crosscoder, LayerwiseSAE) and not dictionary.config.prefixes
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in dictionary.parameters())
+    return plain and not hooked and isinstance(dictionary.config.sparsity, TopK | BatchTopK)
 
 
 def accumulate_gradients(
@@ -49,7 +54,7 @@ def accumulate_gradients(
     """
     rounded, autocast = precision == "bf16", torch.autocast(x_BLD.device.type, torch.bfloat16)
     with autocast if rounded else contextlib.nullcontext():
-        if is_direct(state.weights.config):
+        if isinstance(state, StackState) or is_direct(state.dictionary):
             found = _directly(state, x_BLD, rounded=rounded)
             _add_auxiliary(state, x_BLD, dead_GF, found)
             left = [terms["aux_k"] for terms in found.terms if "aux_k" in terms]
@@ -95,8 +100,9 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
         (weights.encoder_bias, found.d_bias_GF, None),
         (weights.decoder_bias, found.d_center_GN, None),
     ):
-        gradient = gradient.view(parameter.shape)
-        parameter.grad = gradient if mask is None else gradient.mul_(mask)
+        if parameter.requires_grad:
+            gradient = gradient.view(parameter.shape)
+            parameter.grad = gradient if mask is None else gradient.mul_(mask)
     if isinstance(state, StackState):
         state.share_gradients()
     values, features, offsets = found.code

@@ -140,9 +140,9 @@ class StackState:
     def share_gradients(self) -> None:
         """Let the dictionaries' gradients be their parts of these."""
         for name, parameter in self.weights.named_parameters():
-            assert parameter.grad is not None
-            for one, view in zip(self.members, self.weights.views(name, parameter.grad), strict=True):
-                getattr(one.dictionary, name).grad = view
+            if parameter.grad is not None:
+                for one, view in zip(self.members, self.weights.views(name, parameter.grad), strict=True):
+                    getattr(one.dictionary, name).grad = view
 
     def release(self) -> None:
         """Give every state memory of its own."""

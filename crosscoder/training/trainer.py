@@ -185,8 +185,8 @@ def _train(
 
 def side_by_side(states: Sequence[TrainState]) -> list[State]:
     """The states in as few as can take their steps: those that fit one another in one, largest first."""
-    alone = [state for state in states if not is_direct(state.dictionary.config)]
-    left = [state for state in states if is_direct(state.dictionary.config)]
+    alone = [state for state in states if not is_direct(state.dictionary)]
+    left = [state for state in states if is_direct(state.dictionary)]
     left.sort(key=lambda state: -state.dictionary.config.n_features)
     stacks: list[list[TrainState]] = []
     for state in left:

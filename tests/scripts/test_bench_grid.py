@@ -137,7 +137,7 @@ def test_a_shape_that_is_none_is_refused(grid, text, capsys):
 
 
 def test_the_time_of_dictionaries_together_is_that_of_one(grid, monkeypatch):
-    monkeypatch.setattr(grid.arms.common, "alternate", lambda steps, repeats, device: dict.fromkeys(steps, [8.0]))
+    monkeypatch.setattr(grid.arms.common, "alternate", lambda steps, *_: {key: [8.0] for key in steps})
     monkeypatch.setattr(grid.arms, "_checked", lambda step: step)
     times, _ = grid.arms.time_arms(grid.grid.read_shape(TOY)[0], ["library, BatchTopK", TOGETHER], 1, "cpu")
     assert times == {"library, BatchTopK": [8.0], TOGETHER: [2.0]}

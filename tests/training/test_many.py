@@ -83,7 +83,7 @@ def test_direct_gradients_are_those_of_autograd(settings, precision, monkeypatch
     config = TrainConfig(**{**vars(CONFIG), "precision": precision})
     direct = train(make(**settings), batches(), config=config, quiet=True)
     asked = []
-    monkeypatch.setattr(gradients, "is_direct", lambda config: bool(asked.append(config)))
+    monkeypatch.setattr(gradients, "is_direct", lambda dictionary: bool(asked.append(dictionary)))
     assert_same([direct], [train(make(**settings), batches(), config=config, quiet=True)])
     assert asked
 
@@ -169,3 +169,31 @@ def test_the_one_that_diverges_is_named_and_nobody_took_the_step():
 def test_wrong_groups_are_refused(dictionaries, settings, message):
     with pytest.raises(ValueError, match=message):
         train_many(dictionaries, batches(), config=CONFIG, quiet=True, **settings)
+
+
+class Tied(Crosscoder):
+    """A subclass whose decoder is not what it writes with."""
+
+    def grouped(self):
+        grouped = super().grouped()
+        return grouped._replace(decoder_GFN=grouped.encoder_GFN)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_frozen_weights_stay_and_what_autograd_would_find_differently_goes_by_autograd(together):
+    def trained(*dictionaries):
+        config = TrainConfig(steps=3, log_every=1, dead_after_tokens=10)
+        if together:
+            return train_many(dictionaries, batches(), config=config, quiet=True)
+        return [train(one, batches(), config=config, quiet=True) for one in dictionaries]
+
+    frozen, tied, hooked = make(decoder="free"), Tied(n_layers=L, d_model=D, n_features=F, decoder="free"), make(seed=2)
+    frozen.decoder.requires_grad_(False)
+    before, tied_before, seen = frozen.decoder.clone(), tied.decoder.clone(), []
+    hooked.encoder.register_hook(lambda gradient: seen.append(gradient) or 0 * gradient)
+    hooked_before = hooked.encoder.clone()
+    trained(frozen, make(seed=1, decoder="free"), tied, hooked)
+    assert torch.equal(frozen.decoder, before)
+    assert torch.equal(tied.decoder, tied_before)
+    assert len(seen) == 3
+    assert torch.equal(hooked.encoder, hooked_before)
