@@ -34,7 +34,7 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4560,
-    "crosscoder/foundation": 635,
+    "crosscoder/foundation": 645,
     "crosscoder/results": 655,
     "crosscoder/data": 4330,
     "crosscoder/dictionary": 1330,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 20_790, 13_880
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 20_800, 14_040
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from crosscoder.foundation.config import config
+from crosscoder.foundation.console import say
 
 Kind = Literal["residual", "write", "mlp"]
 KINDS: dict[Kind, str] = {
@@ -108,6 +109,8 @@ class Reads:
 def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: str) -> None:
     """Refuse to join two artifacts that read different things; one that keeps no record is let through.
 
+    Blocks of another length are said, and let through.
+
     Raises:
         MismatchError: names both sides and what would be right.
     """
@@ -131,6 +134,11 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
             wrong.append(f"{what}: {owner} {a}, {given} {b} ({mend})")
     if wrong:
         raise MismatchError(f"{owner} and {given} do not belong together: {'; '.join(wrong)}")
+    if mine.tokens.context != other.tokens.context:
+        say(
+            f"note: {owner} comes from blocks of {mine.tokens.context} tokens, {given} from blocks of "
+            f"{other.tokens.context}: later positions are other inputs, and scores are not those of its own context"
+        )
 
 
 def _no(bos: int | None) -> str:

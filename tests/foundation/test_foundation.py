@@ -20,6 +20,7 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress
+from crosscoder.foundation.origin import ModelOrigin, Reads, TokenOrigin, require_same
 
 SCHEMA = "test/1"
 
@@ -188,3 +189,16 @@ def test_progress_writes_plain_lines_without_a_terminal(capsys, monkeypatch):
     assert "work: 2/3 step" in (text := capsys.readouterr().err)
     assert "loss 0.5" in text
     assert "\r" not in text
+
+
+def test_blocks_of_another_length_are_said_and_let_through(capsys):
+    def reads(context):
+        tokens = TokenOrigin(tokenizer="a" * 64, context=context)
+        return Reads(model=ModelOrigin(name="tiny", weights="b" * 64), tokens=tokens, site="residual", sites=(1,))
+
+    require_same(reads(128), reads(128), owner="the dictionary", given="the activations")
+    assert not capsys.readouterr().err
+    require_same(reads(128), reads(512), owner="the dictionary", given="the activations")
+    assert (
+        "the dictionary comes from blocks of 128 tokens, the activations from blocks of 512" in capsys.readouterr().err
+    )
