@@ -143,7 +143,10 @@ def encode_forms(shape: Shape, device: str) -> dict[str, Step]:
             with mock.patch.object(select_topk, "group_max", return_value=maxima):
                 select_topk.select_top_k(z_RF, None, shape.k, group * shape.n_features, *chosen)
 
-    return {"apart": lambda: gpu.encode_top_k(encoding, [shape.k]), "one kernel": one_kernel}
+    return {
+        "apart": lambda: gpu.encode_top_k(encoding, [shape.k] * len(encoding.encoder_GFN)),
+        "one kernel": one_kernel,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
