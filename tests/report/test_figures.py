@@ -63,9 +63,8 @@ def runs_of(subject: str) -> list[tuple[int, float]]:
 
 
 def test_a_model_without_training_seeds_has_the_mark_of_its_one_checkpoint():
-    one = with_rows(SINGLE, [*SINGLE.rows, Row(Place(subject="S"), "curve_step", [])])
-    assert figures.subject_runs(one, "S") == []  # tokens unknown
-    known = change(SINGLE, "training_tokens", 1000)
+    assert figures.subject_runs(SINGLE, "S") == []  # tokens unknown
+    known = with_rows(SINGLE, [*SINGLE.rows, Row(Place(subject="S"), "training_tokens", 1000)])
     assert figures.subject_runs(known, "S") == [(1000, SINGLE.of("S", "held_out_loss"))]
 
 
