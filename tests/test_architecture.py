@@ -38,7 +38,7 @@ BUDGETS = {
     "crosscoder/results": 655,
     "crosscoder/data": 4330,
     "crosscoder/dictionary": 1330,
-    "crosscoder/training": 1230,
+    "crosscoder/training": 1400,
     "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 20_800, 14_040
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_000, 14_160
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -146,10 +146,16 @@ class Dictionary(Weights):
         return shapes
 
     def set_input(self, scale_L: Tensor, reads: Reads | None) -> None:
-        """Take over the scale of the inputs, and the record of what they are.
+        """Take over the scale of the inputs, and the record of what they are; raises as `require_input`."""
+        self.require_input(scale_L, reads)
+        self.input_scale.copy_(scale_L)
+        self.reads = reads or self.reads
+
+    def require_input(self, scale_L: Tensor, reads: Reads | None) -> None:
+        """Refuse inputs of another scale or record than were set before.
 
         Raises:
-            MismatchError: a record or scale was set before, and is another.
+            MismatchError: as said.
         """
         if scale_L.shape != self.input_scale.shape or not bool((scale_L > 0).all()):
             raise ValueError(f"scales are {scale_L.tolist()}; expected {len(self.input_scale)} positive numbers")
@@ -160,8 +166,6 @@ class Dictionary(Weights):
                 f"the batches were multiplied by {_numbers(scale_L)}, the dictionary's input_scale is "
                 f"{_numbers(self.input_scale)}; give the scale of the batches, or batches of the dictionary's"
             )
-        self.input_scale.copy_(scale_L)
-        self.reads = reads or self.reads
 
     def require_input_scale(self, use: str, *, raw_inputs: bool = False) -> None:
         """Refuse a use that needs the scale of the inputs where nobody told it.

@@ -16,8 +16,8 @@ from crosscoder.dictionary.structure import Acausal
 SHARED = ("encoder", "decoder", "encoder_bias", "decoder_bias", "threshold")
 """The tensors that lie together."""
 OF_FEATURES = ("encoder", "decoder", "encoder_bias")
-NEVER_ACTIVE = -1e30
-"""Bias of a feature that does not exist; finite, so that times a norm of 0 it is a number."""
+NEVER_ACTIVE = -(2.0**100)
+"""Bias of a feature that does not exist; a number of every format, so that rounding it costs no bound its hold."""
 LEAST_FILLED = 0.5
 """A crosscoder is padded with features that do not exist up to twice its size."""
 
@@ -25,9 +25,9 @@ LEAST_FILLED = 0.5
 class Stack(Weights):
     """The weights of S dictionaries that read the same inputs, `[S * G, F, ...]`, of which each one's are views.
 
-    Dictionaries of one kind (`kind`) may differ in seed, in k, and, where a `Crosscoder` has all layers, in size:
-    smaller ones are padded with features whose bias is so low that they are never active. `release` gives every
-    dictionary memory of its own again.
+    Dictionaries of one kind (`kind`) may differ in seed, in k, and, where a `Crosscoder` has all layers and selects by
+    bare scores, in size: smaller ones are padded with features whose bias is so low that they are never active.
+    `release` gives every dictionary memory of its own again.
     """
 
     def __init__(self, members: Sequence[Dictionary]) -> None:
@@ -81,7 +81,8 @@ def kind(dictionary: Dictionary) -> str:
     settings = config.settings() | {"seed": 0, "initial": "independent"}
     if isinstance(config.sparsity, TopK | BatchTopK):
         settings["sparsity"] = replace(config.sparsity, k=1)
-    if dictionary.n_groups == 1 and isinstance(config.structure, Acausal) and not config.shared:
+    is_plain = isinstance(config.structure, Acausal) and config.selection_weight == "none" and not config.shared
+    if dictionary.n_groups == 1 and is_plain:  # a score times a norm of 0 would be 0, and no padding any more
         settings["n_features"] = 1
     trained = [name for name, parameter in dictionary.named_parameters() if parameter.requires_grad]
     return f"{type(dictionary).__name__} {settings} {weight.dtype} {weight.device} {trained}"

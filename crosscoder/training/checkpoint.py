@@ -32,7 +32,10 @@ Entry = dict[str, float | None]
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]) -> None:
-    """Write `state` to `step-N` under `folder`, and remove all but the newest two."""
+    """Write `state` to `step-N` under `folder`, and remove all but the newest two up to this step.
+
+    One of a later step is left of a run that could not go on from it.
+    """
     tensors = {"firing.silent": state.firing.silent_GF.cpu()}
     for name, parameter in state.dictionary.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
@@ -42,11 +45,13 @@ def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]
         save_file(tensors, temporary / "optimizer.safetensors")
         cursor = {"step": state.step, "tokens": state.tokens, "first_batch": state.first_batch}
         write_json(temporary / "state.json", {**cursor, "settings": settings})
-    for old in _checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [path for path in checkpoints_in(folder) if step_of(path) <= state.step][-KEEP:]
+    for old in checkpoints_in(folder):
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     return sorted(folder.glob("step-" + 9 * "[0-9]"))
 
@@ -56,8 +61,8 @@ def latest_checkpoint(folder: Path, *, among: set[int] | None = None) -> Path | 
 
     among: steps, where not every checkpoint will do.
     """
-    for path in reversed(_checkpoints(folder)):
-        if among is not None and _step(path) not in among:
+    for path in reversed(checkpoints_in(folder)):
+        if among is not None and step_of(path) not in among:
             continue
         try:
             verify_directory(path, schema=SCHEMA, required=FILES)
@@ -68,18 +73,23 @@ def latest_checkpoint(folder: Path, *, among: set[int] | None = None) -> Path | 
     return None
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(checkpoint: Path | None) -> int:
+    """After how many steps a checkpoint was written; 0 where there is none."""
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
 
 
-def load_checkpoint(path: Path, state: TrainState, *, settings: dict[str, Any]) -> None:
-    """Fill `state` from a verified checkpoint.
+def read_cursor(checkpoint: Path | None) -> dict[str, Any]:
+    """Where a checkpoint's run was: `step`, `tokens`, the hash of its `first_batch`, and its settings."""
+    return {} if checkpoint is None else read_json(checkpoint / "state.json")
+
+
+def require_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was written under other settings; every differing one is named.
 
     Raises:
-        ValueError: the checkpoint was written under other settings; every differing one is named.
+        ValueError: as said.
     """
-    saved = read_json(path / "state.json")
-    old, new = _flatten(saved["settings"]), _flatten(settings)
+    old, new = _flatten(read_cursor(checkpoint)["settings"]), _flatten(settings)
     differing = [
         f"{key}: checkpoint {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -87,9 +97,14 @@ def load_checkpoint(path: Path, state: TrainState, *, settings: dict[str, Any]) 
     ]
     if differing:
         raise ValueError(
-            f"{path} was written under other settings, and continuing would mix two runs: {'; '.join(differing)}. "
-            "Restore the settings, or start in a new folder."
+            f"{checkpoint} was written under other settings, and continuing would mix two runs: {'; '.join(differing)}."
+            " Restore the settings, or start in a new folder."
         )
+
+
+def load_checkpoint(path: Path, state: TrainState) -> None:
+    """Fill `state` from a verified checkpoint of the same settings."""
+    saved = read_cursor(path)
     state.dictionary.load_state_dict(load_file(path / "model.safetensors"))
     tensors, parameters = load_file(path / "optimizer.safetensors"), dict(state.dictionary.named_parameters())
     state.firing.silent_GF.copy_(tensors.pop("firing.silent"))
@@ -114,8 +129,22 @@ class RunLog:
         self.metrics: list[Entry] = []
 
     def newest(self, *, among: set[int] | None = None) -> Path | None:
-        """The newest verified checkpoint, of those of certain steps if they are given."""
-        return None if self._folder is None else latest_checkpoint(self._folder / "checkpoints", among=among)
+        """The newest verified checkpoint, of those of certain steps if they are given.
+
+        Raises:
+            ValueError: it was written under other settings.
+        """
+        if self._folder is None:
+            return None
+        if (path := latest_checkpoint(self._folder / "checkpoints", among=among)) is not None:
+            require_settings(path, self._settings)
+        return path
+
+    def is_past_first_checkpoint(self) -> bool:
+        """Whether more would be lost by beginning again than what one checkpoint holds."""
+        if self._folder is None:
+            return False
+        return len(checkpoints_in(self._folder / "checkpoints")) > 1 or (self._folder / "dictionary").is_dir()
 
     def begin(self, state: TrainState, newest: Path | None) -> None:
         """Load a checkpoint into `state`, and the metrics up to its step, if there is one, and begin to log."""
@@ -123,7 +152,7 @@ class RunLog:
             return
         path = self._folder / "metrics.jsonl"
         if newest is not None:
-            load_checkpoint(newest, state, settings=self._settings)
+            load_checkpoint(newest, state)
             self.metrics = [entry for entry in _read_metrics(path) if (entry["step"] or 0) <= state.step]
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / "run.json", describe_run(self._settings))
@@ -146,20 +175,31 @@ class RunLog:
             state.dictionary.save_pretrained(self._folder / "dictionary")
 
 
-def open_together(runs: Sequence[RunLog], states: Sequence[TrainState], *, resume: bool) -> None:
-    """Begin the runs of dictionaries that are trained together, all from the newest step that all can begin from.
+def find_checkpoints(runs: Sequence[RunLog], *, resume: bool) -> list[Path | None]:
+    """What runs of dictionaries that are trained together begin from: checkpoints of the newest step that all have.
 
     Raises:
-        ValueError: there are checkpoints, and nobody asked to resume.
+        ValueError: there are checkpoints, and nobody asked to resume; they are of other settings; or no step is common
+            to all, and more than one checkpoint of work would be lost by beginning again.
     """
     newest = [run.newest() for run in runs]
-    if not resume and (found := next((path for path in newest if path is not None), None)):
-        raise ValueError(f"{found.parents[1]} already holds {found.name}; pass resume=True, or choose a new folder")
-    while len(steps := {0 if path is None else _step(path) for path in newest}) > 1:  # killed between two saves
+    furthest = max(newest, key=step_of)
+    if not resume and furthest is not None:
+        raise ValueError(
+            f"{furthest.parents[1]} already holds {furthest.name}; pass resume=True, or choose a new folder"
+        )
+    while len(steps := {step_of(path) for path in newest}) > 1:  # killed between two saves
         among = set(range(1, min(steps) + 1))
         newest = [run.newest(among=among) for run in runs]
-    for run, state, path in zip(runs, states, newest, strict=True):
-        run.begin(state, path)
+    if furthest is not None and (common := step_of(newest[0])) < step_of(furthest):
+        if common == 0 and any(run.is_past_first_checkpoint() for run in runs):
+            raise ValueError(
+                f"{furthest.parents[1]} holds {furthest.name}, and another of the dictionaries has no checkpoint of a "
+                "step that all have, so all would begin again; train those that have none in a folder of their own, or "
+                "all in a new one"
+            )
+        say(f"{furthest.parents[1]} was at step {step_of(furthest)}; all go on together from step {common}")
+    return newest
 
 
 def _read_metrics(path: Path) -> list[Entry]:

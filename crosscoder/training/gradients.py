@@ -28,6 +28,8 @@ class Gradients(NamedTuple):
     """Of all dictionaries."""
     errors: list[Tensor]
     """Of each dictionary: reconstruction minus input, `[B, L, D]`."""
+    squares: dict[str, Tensor] | None = None
+    """Of the gradients' rows (`RowAdam.row_squares`), where they were taken on the way."""
 
     def losses(self) -> Tensor:
         """The whole loss of each dictionary, `[S]`."""
@@ -53,11 +55,11 @@ def accumulate_gradients(
     `TrainConfig`.
     """
     rounded, autocast = precision == "bf16", torch.autocast(x_BLD.device.type, torch.bfloat16)
+    directly = isinstance(state, StackState) or is_direct(state.dictionary)
     with autocast if rounded else contextlib.nullcontext():
-        if isinstance(state, StackState) or is_direct(state.dictionary):
+        if directly:
             found = _directly(state, x_BLD, rounded=rounded)
             _add_auxiliary(state, x_BLD, dead_GF, found)
-            left = [terms["aux_k"] for terms in found.terms if "aux_k" in terms]
         else:
             working_GFN = state.optimizer.working_GFN
             (alone,) = state.members
@@ -65,10 +67,10 @@ def accumulate_gradients(
                 alone.dictionary, x_BLD, dead_GF=dead_GF, penalty_factor=penalty_factor, working_GFN=working_GFN
             )
             found = Gradients([out.terms], out.code, [out.error_BLD])
-            left = [found.losses().sum()]
-    for loss in left:
-        loss.backward()
-    return found
+    if not directly:
+        found.losses().sum().backward()
+        return found
+    return found._replace(squares=_back_through_auxiliary(state, found))
 
 
 def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
@@ -113,7 +115,7 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
 
 
 def _add_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradients) -> None:
-    """The auxiliary term of each dictionary that has dead features; its gradients are added by its backward pass."""
+    """Adds the auxiliary term of each dictionary that has dead features to its terms."""
     if state.weights.config.aux_k == 0:
         return
     for member, dead, terms, error in zip(
@@ -122,3 +124,25 @@ def _add_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradient
         own_GF = dead[:, : member.dictionary.config.n_features]
         if bool(own_GF.any()):
             terms["aux_k"] = auxiliary_term(member.dictionary, x_BLD, -error, own_GF)
+
+
+def _back_through_auxiliary(state: State, found: Gradients) -> dict[str, Tensor] | None:
+    """Adds the auxiliary terms' gradients, and gives the squares of all rows where only some dictionaries had a term.
+
+    The kernels noted the squares of the gradients that they wrote, which torch holds to be outdated once any part was
+    written to. For the dictionaries without a term they are not, and anew they would differ in the last bit.
+    """
+    places = [place for place, terms in enumerate(found.terms) if "aux_k" in terms]
+    if not places:
+        return None
+    some = isinstance(state, StackState) and len(places) < len(state.members)
+    squares = {name: rows.clone() for name, rows in state.optimizer.row_squares().items()} if some else None
+    for place in places:
+        if (term := found.terms[place]["aux_k"]).requires_grad:
+            term.backward()
+        if squares is not None:
+            for name, own in state.members[place].optimizer.row_squares().items():
+                part = squares[name].view(state.weights.n_groups, -1).chunk(len(state.members))[place]
+                own = own.view(len(part), -1)
+                part[:, : own.shape[1]] = own
+    return squares

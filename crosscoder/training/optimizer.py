@@ -65,17 +65,27 @@ class RowAdam(torch.optim.Optimizer):
         return tensor.view(self._dictionary.n_groups * self._dictionary.config.n_features, -1)
 
     @torch.no_grad()
-    def gradient_norms(self) -> Tensor:
-        """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself."""
-        n_sets, n_own = len(self.sizes), self._dictionary.n_groups // len(self.sizes)
-        squares = [[self._dictionary.decoder_bias.new_zeros(n_own)] for _ in self.sizes]
+    def row_squares(self) -> dict[str, Tensor]:
+        """Squared norms of what the step would follow, by row of each parameter that has a gradient."""
+        found = {}
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is not None:
                 unit = self._rows(name, parameter) if name == self._unit else None
-                rows = triton_kernels.row_squares(self._rows(name, parameter.grad.contiguous()), unit)
-                for found, own_GR, size in zip(squares, rows.view(n_sets, n_own, -1), self.sizes, strict=True):
-                    found.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1))
-        sums = [torch.stack(found).sum(0) for found in squares]
+                found[name] = triton_kernels.row_squares(self._rows(name, parameter.grad.contiguous()), unit)
+        return found
+
+    @torch.no_grad()
+    def gradient_norms(self, squares: dict[str, Tensor] | None = None) -> Tensor:
+        """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself.
+
+        squares: of the rows, where they are known (`row_squares`).
+        """
+        n_sets, n_own = len(self.sizes), self._dictionary.n_groups // len(self.sizes)
+        found = [[self._dictionary.decoder_bias.new_zeros(n_own)] for _ in self.sizes]
+        for name, rows in (self.row_squares() if squares is None else squares).items():
+            for own, own_GR, size in zip(found, rows.view(n_sets, n_own, -1), self.sizes, strict=True):
+                own.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1))
+        sums = [torch.stack(own).sum(0) for own in found]
         return (sums[0] if n_sets == 1 else torch.cat(sums)).sqrt()
 
     @torch.no_grad()

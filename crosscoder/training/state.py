@@ -53,6 +53,8 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     first_batch: str = ""
+    name: str = ""
+    """Of several dictionaries in training."""
 
     @property
     def weights(self) -> Weights:
@@ -77,12 +79,19 @@ class TrainState:
     def release(self) -> None:
         """Nothing: its memory is its own (see `StackState`)."""
 
+    @property
+    def called(self) -> str:
+        """What an error says of which dictionary it is."""
+        return f", dictionary {self.name!r}" if self.name else ""
+
     @classmethod
-    def start(cls, dictionary: Dictionary, *, learning_rate: float = 1e-3, precision: str = "fp32") -> Self:
+    def start(
+        cls, dictionary: Dictionary, learning_rate: float = 1e-3, *, precision: str = "fp32", name: str = ""
+    ) -> Self:
         """The state before the first step; on a GPU in bf16 the optimiser keeps the encoder rounded for its product."""
         keep = dictionary.encoder.is_cuda and precision == "bf16"
         firing = FiringTracker(dictionary.n_groups, dictionary.config.n_features, device=dictionary.encoder.device)
-        return cls(dictionary, RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep), firing)
+        return cls(dictionary, RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep), firing, name=name)
 
 
 class StackState:

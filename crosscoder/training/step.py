@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import repeat
 from typing import Annotated, Literal
@@ -97,7 +98,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
             penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
             precision=config.precision,
         )
-        loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms()
+        loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms(out.squares)
         norm_S = norm_G.view(len(loss_S), -1).norm(dim=1)
         if not bool(torch.isfinite(loss_S + norm_S).all()):
             raise NonFiniteError(_diverged(state, loss_S, norm_S))
@@ -136,11 +137,25 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
 
 def _diverged(state: State, loss_S: Tensor, norm_S: Tensor) -> str:
     place = int((~torch.isfinite(loss_S + norm_S)).nonzero()[0])
-    which = f", dictionary {place}" if len(loss_S) > 1 else ""
     return (
-        f"step {state.step}{which}: loss {loss_S[place].item():.4g}, gradient norm {norm_S[place].item():.4g}; the "
-        "parameters are as they were before this step. A lower learning_rate is the usual mend."
+        f"step {state.step}{state.members[place].called}: loss {loss_S[place].item():.4g}, gradient norm "
+        f"{norm_S[place].item():.4g}; the parameters are as they were before this step. A lower learning_rate is the "
+        "usual mend."
     )
+
+
+def require_finite(state: TrainState) -> None:
+    """Refuse a dictionary whose parameters hold NaN or infinity: a choice of features may hide them for ever.
+
+    Raises:
+        NonFiniteError: names the parameter.
+    """
+    for name, parameter in state.dictionary.named_parameters():
+        if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(parameter.detach())).tolist()):
+            raise NonFiniteError(
+                f"step {state.step}{state.called}: {name} holds NaN or infinity before the step; start from a sound "
+                "dictionary or checkpoint"
+            )
 
 
 @torch.no_grad()

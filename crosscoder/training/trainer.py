@@ -8,8 +8,9 @@ killed continues from its newest verified checkpoint to the same bits, metrics i
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,15 +23,14 @@ from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.stack import fits
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress
-from crosscoder.training.checkpoint import Entry, RunLog, open_together
+from crosscoder.training.checkpoint import Entry, RunLog, find_checkpoints, read_cursor, step_of
 from crosscoder.training.gradients import is_direct
 from crosscoder.training.state import StackState, State, TrainState
-from crosscoder.training.step import TrainConfig, take_step
+from crosscoder.training.step import TrainConfig, require_finite, take_step
 
 Batches = Iterable[Tensor] | Callable[[int], Iterable[Tensor]]
-SMOOTHING = 0.8
-"""Weight of the past in the explained variance that is shown."""
-Repeatable = Sequence[Tensor] | Callable[[int], Iterable[Tensor]]
+SMOOTHING = 0.8  # weight of the past in the explained variance that is shown
+MAX_NAME = 200  # bytes of a dictionary's name: file systems take 255, some for what is written beside it
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def train(
         NonFiniteError: a batch, loss or gradient is not finite; the parameters are as before that step.
     """
     (result,) = _train(
-        [dictionary], batches, [None if folder is None else Path(folder)], config or TrainConfig(), resume=resume,
+        [dictionary], [""], batches, [None if folder is None else Path(folder)], config or TrainConfig(), resume=resume,
         device=device, data_fingerprint=data_fingerprint, monitor=monitor, monitor_every=monitor_every, label=label,
         quiet=quiet,
     )  # fmt: skip
@@ -83,12 +83,12 @@ def train(
 
 
 def train_many(
-    dictionaries: Sequence[Dictionary],
+    dictionaries: Iterable[Dictionary],
     batches: Batches,
     *,
     config: TrainConfig | None = None,
     folder: str | Path | None = None,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     resume: bool = False,
     device: torch.device | str | None = None,
     data_fingerprint: str | None = None,
@@ -99,36 +99,59 @@ def train_many(
 ) -> list[TrainResult]:
     """Trains dictionaries that read the same batches, each as `train` would by itself, and returns their results.
 
-    Those that differ in seed, in k, or (crosscoders over all layers) in size by up to a factor of 2 take their steps
-    together where their rule is `TopK` or `BatchTopK` without `prefixes`: one encoding, one decoding, one update for
-    all (`StackState`). Others take turns on each batch. Choices, products and sums are those of a dictionary alone, so
-    weights are equal to the bit on a CPU but for codes that are nearly dense in one of them (F <= 2 k), where they
-    agree to rounding.
+    `TopK` and `BatchTopK` dictionaries in float32, without `prefixes`, that differ in seed, in k, or (crosscoders over
+    all layers that select by bare scores) in size by up to a factor of 2 take their steps together: one encoding, one
+    decoding, one update for all (`StackState`). All else in their configs must agree, and what of them is frozen.
+    Others take turns on each batch. Choices, products and sums are those of a dictionary alone, so weights are equal to
+    the bit on a CPU but for codes that are nearly dense in one of them (F <= 2 k), where they agree to rounding.
 
-    folder: each dictionary's run goes to `folder/name` and is what `train` writes; with `resume` all continue from the
-        newest step that all have a verified checkpoint of.
-    names: of the dictionaries; `0`, `1`, ... by default.
+    folder: each dictionary's run goes to `folder/name` and is what `train` writes. With `resume` all continue from the
+        newest step that all have a verified checkpoint of; a dictionary that is new to a folder has none, and is
+        refused beside those that have gone further than their first.
+    names: of the dictionaries, for folders and errors; `0`, `1`, ... by default.
 
     The other arguments are those of `train`.
 
     Raises:
         ValueError: as `train`; no dictionary, one twice, or names that are not one for each.
-        NonFiniteError: as `train`, for the first dictionary that is not finite; none took that step.
+        NonFiniteError: as `train`, naming the dictionary; those it takes its steps with did not take that step, others
+            may have.
     """
-    names = [str(place) for place in range(len(dictionaries))] if names is None else list(names)
-    if not dictionaries or len({id(one) for one in dictionaries}) < len(dictionaries):
-        raise ValueError(f"{len(dictionaries)} dictionaries, some given twice or none at all; give each one once")
-    if len(set(names)) != len(dictionaries) or not all(names) or any(Path(name).name != name for name in names):
-        raise ValueError(f"names are {names} for {len(dictionaries)} dictionaries; give each a file name of its own")
+    dictionaries = _checked_dictionaries(dictionaries)
+    names = [str(place) for place in range(len(dictionaries))] if names is None else _checked_names(names)
+    if len(set(names)) < len(names) or len(names) != len(dictionaries):
+        raise ValueError(f"names are {names} for {len(dictionaries)} dictionaries; give each a name of its own")
     folders = [None if folder is None else Path(folder) / name for name in names]
     return _train(
-        list(dictionaries), batches, folders, config or TrainConfig(), resume=resume, device=device,
+        dictionaries, names, batches, folders, config or TrainConfig(), resume=resume, device=device,
         data_fingerprint=data_fingerprint, monitor=monitor, monitor_every=monitor_every, label=label, quiet=quiet,
     )  # fmt: skip
 
 
+def _checked_dictionaries(dictionaries: Iterable[Dictionary]) -> list[Dictionary]:
+    given = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
+    if wrong := [type(one).__name__ for one in given if not isinstance(one, Dictionary)]:
+        raise ValueError(f"among the dictionaries is a {wrong[0]}; give a list of Crosscoder or LayerwiseSAE")
+    if not given or len({id(one) for one in given}) < len(given):
+        raise ValueError(f"{len(given)} dictionaries, some given twice or none at all; give each one once")
+    return given
+
+
+def _checked_names(names: Iterable[str]) -> list[str]:
+    """The names, each of which can be a folder's."""
+    found = list(names)
+    for name in found:
+        is_plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+        if not is_plain or len(os.fsencode(name)) > MAX_NAME:
+            raise ValueError(f"{name!r:.80} is no name for a dictionary; give a string that can be a folder's name")
+    return found
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _train(
     dictionaries: list[Dictionary],
+    names: list[str],
     batches: Batches,
     folders: list[Path | None],
     config: TrainConfig,
@@ -145,25 +168,22 @@ def _train(
         raise ValueError(f"batches is one tensor of shape {tuple(batches.shape)}; give an iterable of batches, as [x]")
     n_steps = len(batches) if config.steps is None and isinstance(batches, Sized) else config.steps
     were_training = [dictionary.training for dictionary in dictionaries]
-    states, runs = [], []
-    for dictionary, folder in zip(dictionaries, folders, strict=True):
-        if (scale_L := getattr(batches, "scale_L", None)) is not None:
-            dictionary.set_input(scale_L, getattr(batches, "reads", None))
-        dictionary.to(device).train()
-        settings = {
-            "class": type(dictionary).__name__,
-            "dictionary": to_mapping(dictionary.config),
-            "training": to_mapping(config),
-            "data": data_fingerprint,
-            "steps": n_steps,
-        }
-        states.append(TrainState.start(dictionary, learning_rate=config.learning_rate, precision=config.precision))
-        runs.append(RunLog(folder, settings))
-    open_together(runs, states, resume=resume)
-    stacked = side_by_side(states)
+    stacked: list[State] = []
     try:
+        _take_inputs(dictionaries, batches)
+        states, runs = [], []
+        for dictionary, name, folder in zip(dictionaries, names, folders, strict=True):
+            dictionary.to(device).train()
+            states.append(TrainState.start(dictionary, config.learning_rate, precision=config.precision, name=name))
+            runs.append(RunLog(folder, _settings(dictionary, config, data_fingerprint, n_steps)))
+        found = find_checkpoints(runs, resume=resume)
+        every = _batches_from(batches, states, found, n_steps)
+        for run, state, checkpoint in zip(runs, states, found, strict=True):
+            run.begin(state, checkpoint)
+            require_finite(state)
+        stacked = side_by_side(states)
         progress = Progress(label, n_steps, unit="step", quiet=quiet)
-        _take_steps(stacked, states, batches, config, n_steps, runs, progress, monitor, monitor_every)
+        _take_steps(stacked, states, every, config, n_steps, runs, progress, monitor, monitor_every)
         if states[0].step == 0 or (config.steps is not None and states[0].step < config.steps):
             raise ValueError(
                 f"the batches ended after {states[0].step} of {config.steps or 'at least 1'} steps; "
@@ -176,6 +196,8 @@ def _train(
     finally:
         for state in stacked:
             state.release()
+        for dictionary in dictionaries:
+            dictionary.zero_grad(set_to_none=True)
     for state, run in zip(states, runs, strict=True):
         state.dictionary.eval()
         run.finish(state)
@@ -183,10 +205,37 @@ def _train(
     return [TrainResult(state.dictionary, run.metrics, state.step, state.tokens) for state, run in pairs]
 
 
+def _settings(
+    dictionary: Dictionary, config: TrainConfig, data_fingerprint: str | None, n_steps: int | None
+) -> dict[str, Any]:
+    """What must not change from one part of a run to the next."""
+    return {
+        "class": type(dictionary).__name__,
+        "dictionary": to_mapping(dictionary.config),
+        "training": to_mapping(config),
+        "data": data_fingerprint,
+        "steps": n_steps,
+    }
+
+
+def _take_inputs(dictionaries: list[Dictionary], batches: Batches) -> None:
+    """Take over what the batches say of themselves, into all dictionaries or none."""
+    if (scale_L := getattr(batches, "scale_L", None)) is not None:
+        reads = getattr(batches, "reads", None)
+        for dictionary in dictionaries:
+            dictionary.require_input(scale_L, reads)
+        for dictionary in dictionaries:
+            dictionary.set_input(scale_L, reads)
+
+
 def side_by_side(states: Sequence[TrainState]) -> list[State]:
     """The states in as few as can take their steps: those that fit one another in one, largest first."""
-    alone = [state for state in states if not is_direct(state.dictionary)]
-    left = [state for state in states if is_direct(state.dictionary)]
+
+    def may_stack(state: TrainState) -> bool:
+        return is_direct(state.dictionary) and state.dictionary.encoder.dtype == torch.float32
+
+    alone = [state for state in states if not may_stack(state)]
+    left = [state for state in states if may_stack(state)]
     left.sort(key=lambda state: -state.dictionary.config.n_features)
     stacks: list[list[TrainState]] = []
     for state in left:
@@ -198,76 +247,10 @@ def side_by_side(states: Sequence[TrainState]) -> list[State]:
     return [*alone, *(StackState(stack) if len(stack) > 1 else stack[0] for stack in stacks)]
 
 
-def train_warm_chain(
-    bank: Dictionary, batches: Repeatable, *, folder: str | Path | None = None, label: str = "training", **options: Any
-) -> TrainResult:
-    """Trains the SAEs of `bank` in place, layer l from the trained weights of layer l - 1, as `train` would.
-
-    Layer 0 starts as the bank does. Every layer has all of `config.steps` on the same batches of `[..., L, D]`, a fresh
-    optimiser and its own centre, so a chain costs what the bank costs. Features keep their number from layer to layer
-    far more often than in SAEs from independent starts: the chain is the upper estimate of how many survive.
-
-    batches: a list, or a function that gives the batches from a step number on; they are read once a layer.
-    folder: each layer's run is in `layer-l`, the bank at the end in `dictionary`. With `resume` finished layers are
-        read again, not trained again.
-    options: the other keyword arguments of `train`.
-
-    Metrics are those of the layers one after the other, each with its `layer`; steps are summed, tokens are those of
-    one layer.
-
-    Raises:
-        ValueError: `bank` is no bank of separate layers, `batches` could be read only once, or as `train`.
-    """
-    n_groups, n_layers = bank.n_groups, bank.config.n_layers
-    if n_groups != n_layers:
-        raise ValueError(
-            f"a {type(bank).__name__} of {n_layers} layers has {n_groups} dictionary; a chain needs a LayerwiseSAE "
-            "with one for each layer"
-        )
-    if not (isinstance(batches, Sequence) or callable(batches)):
-        kind = type(batches).__name__
-        raise ValueError(f"batches is a {kind}, and a chain reads its batches once a layer; give a list or a function")
-    if (scale_L := getattr(batches, "scale_L", None)) is not None:
-        bank.set_input(scale_L, getattr(batches, "reads", None))
-    metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)
-    for layer in range(n_layers):
-        single = type(bank)(**{**bank.config.settings(), "n_layers": 1})
-        single.load_state_dict({**state, "input_scale": bank.input_scale[layer : layer + 1]})
-        result = train(
-            single,
-            _one_layer(batches, layer),
-            folder=None if folder is None else Path(folder) / f"layer-{layer}",
-            label=f"{label}, layer {layer}",
-            **options,
-        )
-        metrics += [{"layer": float(layer), **entry} for entry in result.metrics]
-        steps, tokens = steps + result.steps, result.tokens
-        with torch.no_grad():
-            for name, tensor in bank.state_dict().items():
-                tensor[layer] = single.state_dict()[name][0].to(tensor)
-        state = _layer_state(single, 0)
-        state["decoder_bias"].zero_()  # a centre and an inference threshold are each layer's own
-        state["threshold"].fill_(torch.nan)
-    bank.to(next(single.parameters()).device).eval()
-    if folder is not None:
-        bank.save_pretrained(Path(folder) / "dictionary")
-    return TrainResult(bank, metrics, steps, tokens)
-
-
-def _layer_state(bank: Dictionary, layer: int) -> dict[str, Tensor]:
-    return {name: tensor[layer : layer + 1].clone() for name, tensor in bank.state_dict().items()}
-
-
-def _one_layer(batches: Repeatable, layer: int) -> Batches:
-    if isinstance(batches, Sequence):
-        return [x[..., layer : layer + 1, :] for x in batches]
-    return lambda start: (x[..., layer : layer + 1, :] for x in batches(start))
-
-
 def _take_steps(
     stacked: list[State],
     states: list[TrainState],
-    batches: Batches,
+    batches: Iterator[Tensor],
     config: TrainConfig,
     n_steps: int | None,
     runs: list[RunLog],
@@ -291,7 +274,7 @@ def _take_steps(
     with progress:
         step = states[0].step
         progress.advance(step)
-        for x in _batches_from(batches, states, n_steps):
+        for x in batches:
             x = x.to(device, non_blocking=True)
             numbers[:] = [take_step(state, x, config, n_steps) for state in stacked]
             step += 1
@@ -321,24 +304,31 @@ def _to_show(entries: list[Entry], before: dict[str, float], states: list[TrainS
 
 
 def _monitor(states: list[TrainState], monitor: Callable[[Dictionary], Entry], runs: list[RunLog]) -> dict[str, float]:
-    """What to show of what the monitor found, the mean over all dictionaries."""
+    """What to show of what the monitor found, the mean over all dictionaries; what is logged of a step stays."""
     every = []
     for state, run in zip(states, runs, strict=True):
+        if any(entry["step"] == state.step and "loss" not in entry for entry in run.metrics[-1:]):
+            continue  # a run that had been finished
         state.dictionary.eval()
-        every.append(monitor(state.dictionary))
+        found = monitor(state.dictionary)
         state.dictionary.train()
-        run.log({"step": state.step, "tokens": state.tokens, **every[-1]})
-    known = {name: [value for one in every if (value := one.get(name)) is not None] for name in every[0]}
+        if not isinstance(found, Mapping):
+            raise ValueError(f"monitor returned a {type(found).__name__}; expected numbers by name, as {{'ev': 0.8}}")
+        every.append(found)
+        run.log({"step": state.step, "tokens": state.tokens, **found})
+    known = {name: [value for one in every if (value := one.get(name)) is not None] for one in every for name in one}
     return {name: statistics.fmean(values) for name, values in known.items() if values}
 
 
-def _batches_from(batches: Batches, states: list[TrainState], n_steps: int | None) -> Iterator[Tensor]:
-    """The batches from the states' step on, after checking that the run's first batch is the one it began with."""
-    start = states[0].step
+def _batches_from(
+    batches: Batches, states: list[TrainState], found: list[Path | None], n_steps: int | None
+) -> Iterator[Tensor]:
+    """The batches from the checkpoints' step on, after checking that the first is the one that the runs began with."""
+    start = step_of(found[0])
     every = (_only_tensor(x) for x in (batches if isinstance(batches, Iterable) else batches(0)))
     if start > 0:
         first = next(every, None)
-        if first is None or any(batch_hash(first) != state.first_batch for state in states):
+        if first is None or any(batch_hash(first) != read_cursor(path)["first_batch"] for path in found):
             raise ValueError(
                 "the first batch differs from the one this run began with, so continuing would mix two runs; give the "
                 "same batches in the same order, or start in a new folder"
@@ -347,7 +337,11 @@ def _batches_from(batches: Batches, states: list[TrainState], n_steps: int | Non
             every = islice(every, start - 1, None)
         else:
             every = (_only_tensor(x) for x in batches(start))
-    for x in islice(every, None if n_steps is None else n_steps - start):
+    return _remembering_first(islice(every, None if n_steps is None else n_steps - start), states)
+
+
+def _remembering_first(batches: Iterator[Tensor], states: list[TrainState]) -> Iterator[Tensor]:
+    for x in batches:
         if states[0].step == 0:
             first_batch = batch_hash(x)
             for state in states:

@@ -43,7 +43,8 @@ SETS = {
     "k": [{"sparsity": TopK(k)} for k in (2, 9, 4)],
     "k of a batch": [{"sparsity": BatchTopK(k), "seed": k} for k in (2, 9, 4)],
     "sizes": [{"n_features": n, "sparsity": BatchTopK(3)} for n in (40, 64, 33)],
-    "sizes, free": [{"n_features": n, "decoder": "free", "selection_weight": "l1"} for n in (40, 64)],
+    "sizes, free": [{"n_features": n, "decoder": "free"} for n in (40, 64)],
+    "seeds, by norm": [{"seed": n, "decoder": "free", "selection_weight": "l1"} for n in (40, 64)],
     "banks": [{"cls": LayerwiseSAE, "sparsity": BatchTopK(k), "seed": k} for k in (2, 3)],
     "banks, TopK": [{"cls": LayerwiseSAE, "sparsity": TopK(k), "seed": k} for k in (2, 3)],
     "shared banks": [{"cls": LayerwiseSAE, "shared": True, "seed": seed} for seed in (0, 1)],
@@ -63,13 +64,34 @@ def test_side_by_side_is_alone_to_the_bit(settings, precision):
     assert_same(train_many([make(**one) for one in settings], batches(), config=config, quiet=True), alone)
 
 
+def test_one_with_dead_features_leaves_the_others_norms_to_the_bit():
+    config = TrainConfig(dead_after_tokens=40, grad_clip=1e-3)
+
+    def revived(*dictionaries):
+        results = train_many(dictionaries, batches(6), config=config, quiet=True)
+        return [bits(result.dictionary) for result in results]
+
+    def pair():
+        first, second = make(decoder="free", n_features=20), make(decoder="free", n_features=20, seed=1)
+        with torch.no_grad():
+            first.encoder_bias[:5] = -50
+            second.encoder_bias.fill_(0.5)
+        return first, second
+
+    together, alone = revived(*pair()), [revived(one)[0] for one in pair()]
+    for one, other in zip(together, alone, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one if name != "threshold")
+
+
 def test_what_does_not_fit_takes_turns():
     settings = [
+        {"decoder": "free", "selection_weight": "l1"},
+        {"decoder": "free", "selection_weight": "l1", "n_features": F + 1},
         {"sparsity": JumpReLU()}, {"seed": 1}, {"cls": LayerwiseSAE}, {"prefixes": (0.5,)}, {"seed": 2, "aux_k": 0},
         {"n_features": 2 * F + 1}, {"sparsity": BatchTopK(4)}, {"seed": 3}, {"decoder": "free"},
     ]  # fmt: skip
     groups = side_by_side([TrainState.start(make(**one)) for one in settings])
-    assert sorted(len(group.members) for group in groups) == [1] * 7 + [2]
+    assert sorted(len(group.members) for group in groups) == [1] * 9 + [2]
     alone = [train(make(**one), batches(), config=CONFIG, quiet=True) for one in settings]
     assert_same(train_many([make(**one) for one in settings], batches(), config=CONFIG, quiet=True), alone)
 
@@ -99,6 +121,9 @@ def test_dictionaries_have_memory_of_their_own_afterwards():
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(second).items() if name != "threshold")
     assert first.encoder.untyped_storage().nbytes() == first.encoder.nbytes
     assert not first.training
+
+
+BAD_NAMES = ("b/c", "..", ".", "", "a\0", "x" * 300, 7)
 
 
 class KilledError(Exception):
@@ -145,13 +170,13 @@ def test_one_of_a_group_can_be_trained_on_alone(tmp_path):
 
 
 def test_the_one_that_diverges_is_named_and_nobody_took_the_step():
-    second = make(seed=1)
+    second = make(seed=1, n_features=F + 8)  # the stack has the larger one first
     with torch.no_grad():
-        second.decoder[3] = torch.inf
+        second.decoder[3] = 1e30
     first = make()
-    before = bits(first)
-    with pytest.raises(NonFiniteError, match="dictionary 1: loss"):
-        train_many([first, second], batches(), config=TrainConfig(steps=2, bias_init="zero"), quiet=True)
+    before, config = bits(first), TrainConfig(steps=2, bias_init="zero")
+    with pytest.raises(NonFiniteError, match="dictionary 'two': loss"):
+        train_many([first, second], batches(), config=config, names=["one", "two"], quiet=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(first).items() if name != "threshold")
     assert first.training
 
@@ -161,14 +186,97 @@ def test_the_one_that_diverges_is_named_and_nobody_took_the_step():
     [
         ([], {}, "0 dictionaries"),
         ([make()] * 2, {}, "given twice"),
-        ([make(), make()], {"names": ["a", "a"]}, "a file name of its own"),
-        ([make(), make()], {"names": ["a", "b/c"]}, "a file name of its own"),
+        ([make(), make()], {"names": ["a", "a"]}, "a name of its own"),
         ([make(), make()], {"names": ["a"]}, "for 2 dictionaries"),
+        *([[make()], {"names": [name]}, "can be a folder's name"] for name in BAD_NAMES),
+        ([make(), "model"], {}, "among the dictionaries is a str"),
+        ([make()], {"monitor": lambda dictionary: None}, "monitor returned a NoneType"),
     ],
 )
 def test_wrong_groups_are_refused(dictionaries, settings, message):
     with pytest.raises(ValueError, match=message):
         train_many(dictionaries, batches(), config=CONFIG, quiet=True, **settings)
+
+
+def finished(folder, *dictionaries, x=None, n_steps=12, **settings):
+    config = TrainConfig(**{**vars(CONFIG), "steps": n_steps})
+    return train_many(dictionaries, x or batches(), config=config, folder=folder, quiet=True, **settings)
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    finished(tmp_path, make(), make(seed=1))
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    first, second = make(), make(seed=2)
+    for wrong, x in (((first, second), batches()), ((first, make(seed=1)), batches(seed=9))):
+        with pytest.raises(ValueError, match=r"other settings.*seed|the first batch differs"):
+            finished(tmp_path, *wrong, x=x, resume=True)
+        assert first.training
+        assert all(
+            torch.equal(tensor, bits(make())[name]) for name, tensor in bits(first).items() if name != "threshold"
+        )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
+
+
+def test_one_that_is_new_beside_finished_ones_is_refused_and_nothing_is_trained_again(tmp_path):
+    finished(tmp_path, make(), names=["0"])
+    with pytest.raises(ValueError, match=r"holds step-000000012, and another of the dictionaries has no checkpoint"):
+        finished(tmp_path, make(), make(seed=1), resume=True)
+
+
+def test_checkpoints_of_steps_that_not_all_reached_are_replaced(tmp_path, capsys):
+    with pytest.raises(KilledError):
+        finished(tmp_path, make(), make(seed=1), x=killed(batches(), 5))
+    (only,) = (tmp_path / "1" / "checkpoints").iterdir()
+    (only / "state.json").write_text("{}")  # as if the second had not been saved
+    with pytest.raises(KilledError):
+        finished(tmp_path, make(), make(seed=1), x=killed(batches(), 9), resume=True)
+    assert "was at step 4; all go on together from step 0" in capsys.readouterr().err
+    for name in "01":
+        assert [path.name for path in sorted((tmp_path / name / "checkpoints").iterdir())] == [
+            "step-000000004",
+            "step-000000008",
+        ]
+
+
+def test_what_a_monitor_found_of_a_finished_run_is_logged_once(tmp_path):
+    seen = []
+    for resume in (False, True):
+        monitor = lambda dictionary: {"seen": float(len(seen) or seen.append(1) or 1)}
+        results = finished(tmp_path, make(), make(seed=1), resume=resume, monitor=monitor)
+        assert [[entry["step"] for entry in one.metrics if "seen" in entry] for one in results] == [[12], [12]]
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder_bias", "decoder_bias"])
+def test_a_dictionary_that_is_not_finite_is_refused_before_the_first_step(name):
+    broken = make(sparsity=BatchTopK(3))
+    with torch.no_grad():
+        getattr(broken, name).view(-1)[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf"dictionary '1': {name} holds NaN"):
+        train_many([make(sparsity=BatchTopK(3)), broken], batches(), config=CONFIG, quiet=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_and_keeps_none(mode):
+    (expected,) = train_many([make()], batches(), config=CONFIG, quiet=True)
+    dictionary, frozen = make(), make()
+    for parameter in (frozen.encoder, frozen.decoder, frozen.encoder_bias):
+        parameter.requires_grad_(False)
+    with mode():
+        result = train(dictionary, batches(), config=CONFIG, quiet=True)
+        train(frozen, batches(), config=CONFIG, quiet=True)  # its auxiliary term reaches nothing
+    assert_same([result], [expected])
+    assert all(parameter.grad is None for parameter in dictionary.parameters())
+
+
+def test_the_default_dtype_of_the_caller_does_not_matter():
+    pairs, x = [[make(sparsity=BatchTopK(3), seed=seed) for seed in (0, 1)] for _ in range(2)], batches()
+    expected = train_many(pairs[0], x, config=CONFIG, quiet=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = train_many(pairs[1], x, config=CONFIG, quiet=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, expected)
 
 
 class Tied(Crosscoder):

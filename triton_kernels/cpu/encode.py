@@ -115,15 +115,16 @@ def _batch_top_k_in_c(encoding: Encoding, k_G: Sequence[int]) -> tuple[Pairs, Te
     (n_rows, n_inputs, _), (n_groups, n_features, _) = encoding.x_BGN.shape, encoding.encoder_GFN.shape
     most = [min(n_rows * k, n_rows * n_features) for k in k_G]
     begins = [0, *itertools.accumulate(most)]
-    z_P, columns_P = torch.empty(begins[-1]), torch.empty(begins[-1], dtype=torch.int32)
-    counts_GB, cut_G = torch.empty(n_groups, n_rows, dtype=torch.int64), torch.empty(n_groups)
+    new = encoding.encoder_GFN.new_empty
+    z_P, columns_P = new(begins[-1]), new(begins[-1], dtype=torch.int32)
+    counts_GB, cut_G = new(n_groups, n_rows, dtype=torch.int64), new(n_groups)
     for g, problem in enumerate(problems(encoding)):
         z_RF, own = affine(problem.x_RN, problem.encoder_FN, problem.bias_F), slice(begins[g], begins[g + 1])
         chosen = (counts_GB[g], z_P[own], columns_P[own], cut_G[g])
         native.call("batch_top_k", n_rows, n_features, most[g], z_RF, *chosen)
     n_pairs = int(counts_GB.sum())
-    offsets = torch.empty(n_rows * n_groups + 1, dtype=torch.int64)
-    out_P, features_P = torch.empty(n_pairs), torch.empty(n_pairs, dtype=torch.int32)
+    offsets = new(n_rows * n_groups + 1, dtype=torch.int64)
+    out_P, features_P = new(n_pairs), new(n_pairs, dtype=torch.int32)
     given = (counts_GB, torch.tensor(begins), z_P, columns_P)
     native.call("join_codes", n_rows, n_groups, n_inputs, n_features, *given, offsets, out_P, features_P)
     return Pairs(out_P, out_P, features_P, offsets), cut_G

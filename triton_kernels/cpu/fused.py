@@ -44,8 +44,8 @@ def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_G
     n_groups, n_features, width = decoder_GFN.shape
     if native.serves(code.values_P, error_BGN, weight_GL, decoder_GFN):
         major = sparse.feature_major(code.features_P, code.offsets, n_groups * n_features)
-        d_values, d_decoder = torch.empty(code.values_P.shape), workspace.empty(decoder_GFN.shape, dtype=torch.float32)
-        squares_F = torch.empty(n_groups * n_features)
+        d_values, d_decoder = torch.empty_like(code.values_P), workspace.empty(decoder_GFN.shape, dtype=torch.float32)
+        squares_F = error_BGN.new_empty(n_groups * n_features)
         sizes = (n_groups * n_features, n_groups, width, weight_GL.shape[1])
         inputs = (*major, code.values_P, error_BGN, weight_GL, decoder_GFN)
         native.call("backward_decoder", *sizes, *inputs, d_values, d_decoder, squares_F)

@@ -118,7 +118,7 @@ def scatter_in_c(
     """
     n_features, n_groups = major.starts.numel() - 1, 1 if center_GN is None else center_GN.shape[0]
     out_FN = workspace.empty((n_features, x_RN.shape[-1]), dtype=torch.float32)
-    squares_F = torch.empty(n_features)
+    squares_F = x_RN.new_empty(n_features)
     sizes = (n_features, n_groups, x_RN.numel() // out_FN.shape[1], out_FN.shape[1])
     native.call("scatter_outer", *sizes, *major, values_P, x_RN, center_GN, out_FN, sums_F, squares_F)
     return out_FN, squares_F
