@@ -68,7 +68,7 @@ def test_one_with_dead_features_leaves_the_others_norms_to_the_bit():
     config = TrainConfig(dead_after_tokens=40, grad_clip=1e-3)
 
     def revived(*dictionaries):
-        results = train_many(dictionaries, batches(6), config=config, quiet=True)
+        results = train_many(dictionaries, batches(), config=config, quiet=True)
         return [bits(result.dictionary) for result in results]
 
     def pair():
