@@ -169,3 +169,11 @@ def test_both_ways_to_the_maxima_are_timed_and_checked(tmp_path):
 @pytest.mark.parametrize("name", ["gpu_check.sh", "install_peers.sh"])
 def test_shell_scripts_parse(name):
     subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
+
+
+def test_an_update_block_by_block_leaves_the_same_and_is_timed(tmp_path):
+    done = run_script("bench_update.py", "--shapes", "2,16,700,32,4", "--repeats", "1", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "update_cpu.json").read_text())["shapes"]
+    assert min(found["ms"].values()) > 0
+    assert "| 2,16,700,32,4 | " in (tmp_path / "update_cpu.md").read_text()
