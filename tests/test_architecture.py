@@ -41,13 +41,13 @@ BUDGETS = {
     "crosscoder/training": 1400,
     "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
-    "crosscoder/verdict": 560,
+    "crosscoder/verdict": 740,
     "crosscoder/report": 1680,
     "crosscoder/studies": 1935,
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_000, 14_160
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_200, 14_300
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
