@@ -41,7 +41,7 @@ BUDGETS = {
     "crosscoder/training": 1400,
     "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
-    "crosscoder/verdict": 740,
+    "crosscoder/verdict": 760,
     "crosscoder/report": 1680,
     "crosscoder/studies": 1935,
     "crosscoder/commands": 475,
