@@ -37,8 +37,8 @@ BUDGETS = {
     "crosscoder/foundation": 645,
     "crosscoder/results": 655,
     "crosscoder/data": 4330,
-    "crosscoder/dictionary": 1330,
-    "crosscoder/training": 1400,
+    "crosscoder/dictionary": 1385,
+    "crosscoder/training": 1410,
     "crosscoder/formats": 130,
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 760,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_200, 14_300
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_300, 14_300
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

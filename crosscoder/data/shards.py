@@ -196,9 +196,9 @@ class ActivationShards(Activations):
         x_TLD = torch.empty(len(tokens_T), len(self.sites), self.d_model)
         shard_T = torch.bucketize(tokens_T, self._ends, right=True)
         for number in shard_T.unique().tolist():
-            here, end = shard_T == number, self._ends[number]
-            within_t = tokens_T[here] - (end - self.index.shards[number].tokens)
-            x_TLD[here] = self._shards[number]["x_TLD"].index_select(0, within_t).float()
+            here_t, end = (shard_T == number).nonzero().squeeze(1), self._ends[number]
+            within_t = tokens_T[here_t] - (end - self.index.shards[number].tokens)
+            x_TLD.index_copy_(0, here_t, self._shards[number]["x_TLD"].index_select(0, within_t).float())
         return x_TLD
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:

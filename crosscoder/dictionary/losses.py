@@ -66,7 +66,7 @@ def loss_terms(
     if isinstance(config.sparsity, ReLU | JumpReLU):
         terms["penalty"] = penalty_factor * _penalty(code, grouped, config.sparsity, config.d_model, n_written)
     if dead_GF is not None and config.aux_k != 0 and bool(dead_GF.any()):
-        terms["aux_k"] = auxiliary_term(dictionary, x_BLD, -error_BLD, dead_GF)
+        terms["aux_k"] = auxiliary_term(dictionary, x_BLD, error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
 
 
@@ -117,17 +117,69 @@ def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, spar
     return totals_G / max(1, code.n_rows // n_groups)
 
 
-def auxiliary_term(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor, dead_GF: Tensor) -> Tensor:
+class _Revival(NamedTuple):
+    """What dead features alone make of the error that a batch was left with."""
+
+    term: Tensor
+    features_GD: Tensor
+    is_dead_GD: Tensor
+    x_GBN: Tensor
+    decoder_GDN: Tensor
+    code_GDB: Tensor
+    left_GBN: Tensor
+    """Their reconstruction less the residual, which is the negative error."""
+    factor_G: Tensor
+    """Of the squares of what is left, in the term."""
+
+
+def auxiliary_term(dictionary: Dictionary, x_BLD: Tensor, error_BLD: Tensor, dead_GF: Tensor) -> Tensor:
     """Error of the residual's reconstruction by dead features alone, relative to the residual's own size, times 1 / 32.
 
-    The residual already excludes the decoder bias, so none is added. Gradient reaches encoder, encoder bias and
-    decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
+    The residual, input minus reconstruction, already excludes the decoder bias, so none is added. Gradient reaches
+    encoder, encoder bias and decoder of the dead features that were chosen (Gao et al. 2024, section A.2).
+
+    error_BLD: the reconstruction minus the input, without gradient.
     """
+    return _revive(dictionary, x_BLD, error_BLD, dead_GF).term
+
+
+@torch.no_grad()
+def add_auxiliary_gradients(dictionary: Dictionary, x_BLD: Tensor, error_BLD: Tensor, dead_GF: Tensor) -> Tensor:
+    """`auxiliary_term`, whose gradients are added to what the parameters' `grad` holds: the same bits as by autograd.
+
+    Autograd would make a table of zeros to put a few rows of gradients into, and add all of it.
+    """
+    found = _revive(dictionary, x_BLD, error_BLD, dead_GF)
+    d_recon_GBN = found.left_GBN.mul_((2 * found.factor_G)[:, None, None])
+    d_decoder_GDN = torch.bmm(found.code_GDB, d_recon_GBN)
+    d_code_GDB = torch.bmm(d_recon_GBN, found.decoder_GDN.transpose(1, 2)).transpose(1, 2)
+    d_z_GDB = torch.where(found.code_GDB > 0, d_code_GDB, 0)
+    d_encoder_GDN = torch.bmm(d_z_GDB, found.x_GBN)
+    n_features = dead_GF.shape[1]
+    groups_G1 = torch.arange(len(dead_GF), device=dead_GF.device)[:, None]
+    rows_R = (found.features_GD + n_features * groups_G1)[found.is_dead_GD]
+    for parameter, gradient_GDN, mask in (
+        (dictionary.encoder, d_encoder_GDN, dictionary.read_mask),
+        (dictionary.decoder, d_decoder_GDN, dictionary.write_mask),
+        (dictionary.encoder_bias, d_z_GDB.sum(2, keepdim=True), None),
+    ):
+        if parameter.grad is not None:
+            table_RN = parameter.grad.view(dead_GF.numel(), -1)
+            new_RN = gradient_GDN[found.is_dead_GD]
+            if mask is not None:
+                new_RN = new_RN * mask.expand_as(parameter).reshape(table_RN.shape)[rows_R]
+            table_RN[rows_R] += new_RN
+    return found.term
+
+
+def _revive(dictionary: Dictionary, x_BLD: Tensor, error_BLD: Tensor, dead_GF: Tensor) -> _Revival:
     grouped = dictionary.grouped()
     encoder_GFN, decoder_GFN, bias_GF, center_GN = grouped[:4]
     x_GBN = rearrange(grouped.split(x_BLD) - center_GN.detach(), "b g n -> g b n")
-    residual_BLD[:, : dictionary.config.written().start] = 0
-    residual_GBN = rearrange(grouped.split(residual_BLD), "b g n -> g b n")
+    if (start := dictionary.config.written().start) > 0:
+        error_BLD = error_BLD.clone()
+        error_BLD[:, :start] = 0
+    error_GBN = rearrange(grouped.split(error_BLD), "b g n -> g b n")
     k_aux = dictionary.config.aux_k
     if k_aux is None:
         n_read = min(center_GN.shape[1], dictionary.config.n_read())
@@ -135,14 +187,18 @@ def auxiliary_term(dictionary: Dictionary, x_BLD: Tensor, residual_BLD: Tensor, 
     features_GD, is_dead_GD = _dead_features(dead_GF, limit=max(k_aux, dead_GF.shape[1] // 4))
     rows = torch.arange(len(dead_GF), device=dead_GF.device)[:, None], features_GD
     # Dense on purpose: a sparse gather is slower than a product once k_aux > F / 181.
-    z_GBD = torch.baddbmm(bias_GF[rows][:, None], x_GBN, rearrange(encoder_GFN[rows], "g d n -> g n d"))
-    code_GBD = z_GBD.relu() * is_dead_GD[:, None]
-    if k_aux < code_GBD.shape[2]:
-        chosen = code_GBD.topk(k_aux, dim=2, sorted=False)
-        code_GBD = torch.zeros_like(code_GBD).scatter(2, chosen.indices, chosen.values)
-    error_G = (torch.bmm(code_GBD, decoder_GFN[rows]) - residual_GBN).square().sum((1, 2))
-    relative_G = error_G / residual_GBN.square().sum((1, 2)).clamp_min(torch.finfo(x_BLD.dtype).tiny)
-    return AUX_COEFFICIENT * relative_G.masked_fill(~is_dead_GD.any(1), 0).mean()
+    encoder_GDN, decoder_GDN = encoder_GFN[rows], decoder_GFN[rows]
+    z_GDB = torch.baddbmm(bias_GF[rows][..., None], encoder_GDN, x_GBN.transpose(1, 2))
+    code_GDB = z_GDB.relu() * is_dead_GD[..., None]
+    if k_aux < code_GDB.shape[1]:
+        chosen = code_GDB.topk(k_aux, dim=1, sorted=False)
+        code_GDB = torch.zeros_like(code_GDB).scatter(1, chosen.indices, chosen.values)
+    left_GBN = torch.bmm(code_GDB.transpose(1, 2), decoder_GDN) + error_GBN
+    size_G = torch.linalg.vector_norm(error_GBN, dim=(1, 2)).square().clamp_min(torch.finfo(x_BLD.dtype).tiny)
+    relative_G = (left_GBN.square().sum((1, 2)) / size_G).masked_fill(~is_dead_GD.any(1), 0)
+    term = AUX_COEFFICIENT * relative_G.mean()
+    factor_G = (torch.full_like(size_G, AUX_COEFFICIENT) / len(size_G)).masked_fill(~is_dead_GD.any(1), 0) / size_G
+    return _Revival(term, features_GD, is_dead_GD, x_GBN, decoder_GDN, code_GDB, left_GBN, factor_G)
 
 
 def _dead_features(dead_GF: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:
@@ -153,6 +209,8 @@ def _dead_features(dead_GF: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:
     lists = [dead_F.nonzero().squeeze(1) for dead_F in dead_GF]
     spread = torch.arange(limit, device=dead_GF.device)
     lists = [one if len(one) <= limit else one[spread * len(one) // limit] for one in lists]
+    if len(lists) == 1:
+        return lists[0][None], torch.ones_like(lists[0][None], dtype=torch.bool)
     padded_GD = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     counts_G = torch.tensor([len(one) for one in lists], device=dead_GF.device)
     return padded_GD, torch.arange(padded_GD.shape[1], device=dead_GF.device) < counts_G[:, None]

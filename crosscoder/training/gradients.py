@@ -14,7 +14,7 @@ from torch import Tensor
 import triton_kernels
 from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE, SparseCode, TopK
 from crosscoder.dictionary.codec import selection_scale
-from crosscoder.dictionary.losses import auxiliary_term, loss_terms
+from crosscoder.dictionary.losses import add_auxiliary_gradients, loss_terms
 from crosscoder.training.state import StackState, State
 from triton_kernels.arguments import Encoding
 
@@ -55,22 +55,17 @@ def accumulate_gradients(
     `TrainConfig`.
     """
     rounded, autocast = precision == "bf16", torch.autocast(x_BLD.device.type, torch.bfloat16)
-    directly = isinstance(state, StackState) or is_direct(state.dictionary)
     with autocast if rounded else contextlib.nullcontext():
-        if directly:
-            found = _directly(state, x_BLD, rounded=rounded)
-            _add_auxiliary(state, x_BLD, dead_GF, found)
-        else:
-            working_GFN = state.optimizer.working_GFN
-            (alone,) = state.members
-            out = loss_terms(
-                alone.dictionary, x_BLD, dead_GF=dead_GF, penalty_factor=penalty_factor, working_GFN=working_GFN
-            )
-            found = Gradients([out.terms], out.code, [out.error_BLD])
-    if not directly:
-        found.losses().sum().backward()
-        return found
-    return found._replace(squares=_back_through_auxiliary(state, found))
+        if isinstance(state, StackState) or is_direct(state.dictionary):
+            return _with_auxiliary(state, x_BLD, dead_GF, _directly(state, x_BLD, rounded=rounded))
+        working_GFN = state.optimizer.working_GFN
+        (alone,) = state.members
+        out = loss_terms(
+            alone.dictionary, x_BLD, dead_GF=dead_GF, penalty_factor=penalty_factor, working_GFN=working_GFN
+        )
+    found = Gradients([out.terms], out.code, [out.error_BLD])
+    found.losses().sum().backward()
+    return found
 
 
 def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
@@ -114,35 +109,31 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     return Gradients([{"recon": square / n_written} for square in squares], code, errors)
 
 
-def _add_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradients) -> None:
-    """Adds the auxiliary term of each dictionary that has dead features to its terms."""
-    if state.weights.config.aux_k == 0:
-        return
-    for member, dead, terms, error in zip(
-        state.members, dead_GF.chunk(len(state.members)), found.terms, found.errors, strict=True
-    ):
-        own_GF = dead[:, : member.dictionary.config.n_features]
-        if bool(own_GF.any()):
-            terms["aux_k"] = auxiliary_term(member.dictionary, x_BLD, -error, own_GF)
+def _with_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradients) -> Gradients:
+    """With the auxiliary term of each dictionary that has dead features, its gradients added.
 
-
-def _back_through_auxiliary(state: State, found: Gradients) -> dict[str, Tensor] | None:
-    """Adds the auxiliary terms' gradients, and gives the squares of all rows where only some dictionaries had a term.
-
-    The kernels noted the squares of the gradients that they wrote, which torch holds to be outdated once any part was
-    written to. For the dictionaries without a term they are not, and anew they would differ in the last bit.
+    The kernels noted the squares of the gradients that they wrote, which are held to be outdated once any part of them
+    was written to. For the dictionaries without a term they are not, and anew they would differ in the last bit.
     """
-    places = [place for place, terms in enumerate(found.terms) if "aux_k" in terms]
+    if state.weights.config.aux_k == 0:
+        return found
+    members = state.members
+    dead = [
+        part_GF[:, : one.dictionary.config.n_features]
+        for one, part_GF in zip(members, dead_GF.chunk(len(members)), strict=True)
+    ]
+    places = [place for place, own_GF in enumerate(dead) if bool(own_GF.any())]
     if not places:
-        return None
-    some = isinstance(state, StackState) and len(places) < len(state.members)
-    squares = {name: rows.clone() for name, rows in state.optimizer.row_squares().items()} if some else None
+        return found
+    squares: dict[str, Tensor] = {}
+    if len(places) < len(members):
+        squares = {name: rows.clone() for name, rows in state.optimizer.row_squares().items()}
     for place in places:
-        if (term := found.terms[place]["aux_k"]).requires_grad:
-            term.backward()
-        if squares is not None:
-            for name, own in state.members[place].optimizer.row_squares().items():
-                part = squares[name].view(state.weights.n_groups, -1).chunk(len(state.members))[place]
-                own = own.view(len(part), -1)
-                part[:, : own.shape[1]] = own
-    return squares
+        one = members[place]
+        term = add_auxiliary_gradients(one.dictionary, x_BLD, found.errors[place], dead[place])
+        found.terms[place]["aux_k"] = term
+        for name, own in one.optimizer.row_squares().items() if squares else ():
+            part = squares[name].view(state.weights.n_groups, -1).chunk(len(members))[place]
+            own = own.view(len(part), -1)
+            part[:, : own.shape[1]] = own
+    return found._replace(squares=squares or None)

@@ -83,7 +83,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
         state.step, n_steps=n_steps, warmup=config.warmup_steps, decay_fraction=config.decay_fraction
     )
     state.optimizer.param_groups[0]["lr"] = rate
-    state.optimizer.zero_grad(set_to_none=True)
+    state.clear_gradients()
     kept = (weights.threshold, weights.decoder_bias)
     before = [tensor.detach().clone() for tensor in kept]
     try:

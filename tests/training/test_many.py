@@ -8,6 +8,7 @@ import torch
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, LocalWindow, TopK
 from crosscoder.training import NonFiniteError, TrainConfig, gradients, train, train_many
 from crosscoder.training.state import StackState, TrainState
+from crosscoder.training.step import take_step
 from crosscoder.training.trainer import side_by_side
 
 L, D, F, B = 3, 16, 48, 32
@@ -124,6 +125,16 @@ def test_dictionaries_have_memory_of_their_own_afterwards():
 
 
 BAD_NAMES = ("b/c", "..", ".", "", "a\0", "x" * 300, 7)
+
+
+def test_a_stack_holds_each_gradient_once_and_lets_go_of_it():
+    stack = StackState([TrainState.start(make(seed=seed)) for seed in (0, 1)])
+    take_step(stack, batches()[0], CONFIG, None)
+    whole, parts = stack.weights.encoder.grad, [one.dictionary.encoder.grad for one in stack.members]
+    assert {part.untyped_storage().data_ptr() for part in parts} == {whole.untyped_storage().data_ptr()}
+    stack.clear_gradients()
+    every = [stack.weights, *(one.dictionary for one in stack.members)]
+    assert all(parameter.grad is None for weights in every for parameter in weights.parameters())
 
 
 class KilledError(Exception):
