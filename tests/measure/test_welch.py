@@ -1,0 +1,128 @@
+"""Welch intervals against simulated coverage, hand-worked cases, and what must never have an interval."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from crosscoder.measure import welch
+from crosscoder.measure.statistics import document_sums
+from crosscoder.measure.welch import GroupMean, Variance
+
+N_CASES = 2500
+BINOMIAL = 3 * math.sqrt(0.9 * 0.1 / N_CASES)
+WELCH = {(3, 3, 1, 1): 0.921, (3, 3, 1, 3): 0.899, (5, 5, 1, 1): 0.907, (5, 5, 1, 3): 0.898}
+WELCH |= {(3, 5, 1, 3): 0.905, (3, 5, 3, 1): 0.888}
+"""How often Welch's own formula, asked for 90 %, covers normal differences: 400,000 draws, n and sd of both groups."""
+
+
+@pytest.mark.parametrize("case", WELCH)
+def test_nine_in_ten_differences_cover_the_truth(case):
+    n_first, n_second, sd_first, sd_second = case
+    rng, covered = np.random.default_rng([0, *case]), 0
+    for _ in range(N_CASES):
+        first = 1 + sd_first * rng.standard_normal(n_first)
+        second = 3 + sd_second * rng.standard_normal(n_second)
+        covered += welch.difference(welch.group_mean(second), welch.group_mean(first)).covers(2)
+    assert abs(covered / N_CASES - WELCH[case]) <= BINOMIAL
+
+
+def test_the_difference_is_scipy_s_welch_interval():
+    first, second = [0.1, 0.4, 0.2, 0.9], [1.0, 1.4, 3.0]
+    found = welch.difference(welch.group_mean(second), welch.group_mean(first))
+    theirs = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.9)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_dictionaries_are_averaged_on_logs_before_anything_else():
+    logs = welch.training_logs([[1.0, 4.0], [8.0]])
+    assert np.exp(logs) == pytest.approx([2, 8])
+    with pytest.raises(ValueError, match=r"training 1 has \[0.0\]"):
+        welch.training_logs([[1.0], [0.0]])
+    with pytest.raises(ValueError, match="training 0"):
+        welch.training_logs([[]])
+
+
+def loads(rng, n, truth):
+    """ln joint load and ln bank load of n trainings, the banks' far better known."""
+    return 0.2 * rng.standard_normal(n), truth + 0.05 * rng.standard_normal(n)
+
+
+def test_r_from_parts_of_the_same_trainings_is_combined_within_them():
+    """r = ln 2 + q - g ln 4, where q and g hold the same joint loads: these cancel, and only the banks' remain."""
+    rng, n, covered, apart = np.random.default_rng(3), 5, 0, 0
+    truth = math.log(2) - 0.8
+    for _ in range(N_CASES):
+        (joint_a, bank_a), (joint_b, bank_b) = loads(rng, n, 0.8), loads(rng, n, 0.0)
+        within = [
+            welch.group_mean(welch.combine_within([(1, joint), (1, bank), (-1, joint)]))
+            for joint, bank in ((joint_a, bank_a), (joint_b, bank_b))
+        ]
+        found = welch.contrast([(1, within[1]), (-1, within[0])], math.log(2))
+        plain = welch.difference(welch.group_mean(bank_b), welch.group_mean(bank_a))
+        assert found.value == pytest.approx(plain.value + math.log(2))
+        covered += found.covers(truth)
+        parts = [welch.group_mean(one) for one in (joint_b, joint_a, bank_a - joint_a, bank_b - joint_b)]
+        naive = welch.contrast(list(zip((1, -1, -1, 1), parts, strict=True)), math.log(2))
+        assert naive.value == pytest.approx(found.value)
+        apart += naive.covers(truth)
+    assert abs(covered / N_CASES - 0.9) <= BINOMIAL
+    assert apart == N_CASES  # the parts taken as independent: an interval many times too wide
+    with pytest.raises(ValueError, match=r"of \[2, 3\] trainings"):
+        welch.combine_within([(1, [0, 1]), (1, [0, 1, 2])])
+
+
+def test_a_combination_of_groups_with_a_known_second_variance():
+    groups = [GroupMean(2.0, (Variance(0.04, 4), Variance(0.01, 29))), GroupMean(1.0, (Variance(0.09, 2),))]
+    found = welch.contrast([(1, groups[0]), (-2, groups[1])], 0.5, text=Variance(0.02, 30))
+    total = 0.04 + 0.01 + 4 * 0.09 + 0.02
+    freedom = total**2 / (0.04**2 / 4 + 0.01**2 / 29 + (4 * 0.09) ** 2 / 2 + 0.02**2 / 30)
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.95, freedom) * math.sqrt(total))
+
+
+def test_no_interval_of_no_replicates():
+    good = welch.group_mean([1.0, 2.0])
+    alone, copies = welch.group_mean([1.0]), welch.group_mean([2.0, 2.0, 2.0])
+    assert alone == "1 training; an interval over trainings needs two"
+    assert "copies" in copies
+    assert welch.difference(good, alone) == alone
+    assert welch.difference(good, good, text="no documents") == "no documents"
+    assert welch.group_mean([1.0, 2.0], text="no documents") == "no documents"
+    assert "not every" in welch.group_mean([1.0, math.nan])
+
+
+def log_share(totals):
+    return np.log(totals[:, 0] / totals[:, 1])
+
+
+def test_the_jackknife_of_a_ratio_of_sums_covers_the_truth_over_documents():
+    """Documents of unequal length whose tokens share a rate; the truth is the rate of all text, 1/4."""
+    covered, cases = 0, 600
+    for case in range(cases):
+        rng = np.random.default_rng([case, 7])
+        length = rng.integers(20, 60, size=40)
+        document = np.repeat(np.arange(40), length)
+        fires = rng.random(len(document)) < np.repeat(rng.beta(4, 12, size=40), length)
+        sums = document_sums(np.stack([fires, np.ones(len(fires))], axis=1), document)
+        text = welch.document_jackknife(sums, log_share)
+        covered += welch.interval(float(log_share(sums.sum(0)[None])[0]), [text]).covers(math.log(0.25))
+    assert abs(covered / cases - 0.9) <= 3 * math.sqrt(0.09 / cases)
+
+
+def test_the_jackknife_of_a_mean_is_its_squared_standard_error():
+    values = np.random.default_rng(0).standard_normal(35)
+    sums = np.stack([values, np.ones(35)], axis=1)
+    found = welch.document_jackknife(sums, lambda totals: totals[:, 0] / totals[:, 1])
+    assert found == pytest.approx((values.var(ddof=1) / 35, 34))
+
+
+def test_the_jackknife_refuses_few_documents_and_one_that_holds_all():
+    assert welch.document_jackknife(np.ones((29, 2)), log_share).startswith("29 documents, of which")
+    alone = np.ones((30, 2))
+    alone[1:, 0] = 0
+    with np.errstate(divide="ignore"):
+        assert "without document 0" in welch.document_jackknife(alone, log_share)
+    with pytest.raises(ValueError, match="expected"):
+        welch.document_jackknife(np.ones((30, 2)), lambda totals: totals)
