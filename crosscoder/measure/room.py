@@ -1,0 +1,230 @@
+"""How many dimensions writes fill, from their covariance alone and no dictionary; and how that grows with shape.
+
+The room is the participation ratio of the joint covariance C of all layers' writes, `tr(C)^2 / tr(C^2)`: N for equal
+variance in N dimensions, 1 for one direction. It weights dimensions by variance, so its units matter: in the model's
+own, a layer that writes much more than the others is nearly all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+
+from crosscoder.results.table import CONFIDENCE, Estimate
+
+MOMENT_BYTES = 2**30
+"""Of the second moments of all layers together, as float64: 11,585 dimensions."""
+LARGEST_CORRECTION = 2.0
+"""Times the plain ratio that the corrected one may be."""
+LARGEST_INFLATION = 100.0
+"""Of the variance of an exponent for widths and depths that vary together; above it, rounding of shapes decides."""
+
+
+class WriteMoments:
+    """Moments of writes that come some tokens at a time, in float64, about the mean of the first batch.
+
+    Raises:
+        ValueError: the second moments would be larger than `MOMENT_BYTES`.
+    """
+
+    def __init__(self, n_layers: int, d_model: int) -> None:
+        n_joint = n_layers * d_model
+        if 8 * n_joint**2 > MOMENT_BYTES:
+            raise ValueError(
+                f"{n_layers} layers of {d_model} have second moments of {8 * n_joint**2 / 2**30:.1f} GiB, more than "
+                f"the {MOMENT_BYTES / 2**30:.1f} GiB that may be held; give fewer layers"
+            )
+        self.n_layers, self.d_model, self.n_tokens = n_layers, d_model, 0
+        self.origin_N = np.zeros(n_joint)
+        self.sum_N, self.square_NN = np.zeros(n_joint), np.zeros((n_joint, n_joint))
+        # Of each layer's squared norm, for the fourth moment: with itself, and with every dimension.
+        self.norms_LL, self.norms_LN = np.zeros((n_layers, n_layers)), np.zeros((n_layers, n_joint))
+
+    def add(self, x_TLD: np.ndarray | Tensor) -> None:
+        """Add tokens in the model's own units, of usual norm: outliers would be most of the covariance.
+
+        Raises:
+            ValueError: another shape than `[T, n_layers, d_model]`, or a value that is not finite.
+        """
+        x = x_TLD.detach().cpu().double().numpy() if isinstance(x_TLD, Tensor) else np.asarray(x_TLD, np.float64)
+        if x.ndim != 3 or x.shape[1:] != (self.n_layers, self.d_model):
+            raise ValueError(f"writes have shape {list(x.shape)}, expected [T, {self.n_layers}, {self.d_model}]")
+        if not np.isfinite(x).all():
+            raise ValueError("a write is not finite; check the model's weights")
+        x_TN = x.reshape(len(x), -1)
+        if self.n_tokens == 0 and len(x):
+            self.origin_N = x_TN.mean(0)
+        x_TN = x_TN - self.origin_N
+        norm_TL = np.square(x_TN).reshape(x.shape).sum(2)
+        self.n_tokens += len(x)
+        self.sum_N += x_TN.sum(0)
+        self.square_NN += x_TN.T @ x_TN
+        self.norms_LL += norm_TL.T @ norm_TL
+        self.norms_LN += norm_TL.T @ x_TN
+
+
+@dataclass(frozen=True)
+class ParticipationRatio:
+    """The room of writes.
+
+    units: `model`, or `scaled` where each layer was multiplied by its scale. plain: without the correction for finite
+    T. energy_L: each layer's share of tr(C).
+    """
+
+    value: float
+    units: Literal["model", "scaled"]
+    plain: float
+    n_tokens: int
+    energy_L: np.ndarray
+
+
+def participation_ratio(
+    moments: WriteMoments, scale_L: Sequence[float] | np.ndarray | None = None
+) -> ParticipationRatio | str:
+    """`tr(C)^2 / tr(C^2)` of the joint covariance, in model units or with each layer multiplied by its scale.
+
+    The sample covariance of T tokens has too large a `tr(C^2)`, by about `tr(C)^2 / T`, so the plain ratio is too small
+    by a share of about ratio / T. Here `tr(C)^2` and `tr(C^2)` are each unbiased whatever the distribution, from the
+    second and fourth moments (Himeno and Yamada 2014, the U-statistics of Chen, Zhang and Zhong 2010); what is left in
+    their ratio is of order 1 / T. Tokens are taken as independent: where neighbours are alike T counts for less, and a
+    part of the shortfall stays.
+
+    Where variance is equal in all L D dimensions the value may come out a little above L D.
+
+    There is a reason where writes are constant, or T is so small (about the ratio itself) that the correction would be
+    more than `LARGEST_CORRECTION` times.
+
+    Raises:
+        ValueError: a scale is not positive, or there is not one for each layer.
+    """
+    n_layers, n_joint, n = moments.n_layers, len(moments.sum_N), moments.n_tokens
+    scales = np.ones(n_layers) if scale_L is None else np.asarray(scale_L, dtype=np.float64)
+    if scales.shape != (n_layers,) or not (np.isfinite(scales) & (scales > 0)).all():
+        raise ValueError(f"the scales are {scales.tolist()}, expected {n_layers} above 0")
+    if n < 4:
+        return f"{n} tokens; an unbiased covariance needs four"
+    scale_N = np.repeat(scales, moments.d_model)
+    mean_N = scale_N * moments.sum_N / n
+    square_NN = scale_N[:, None] * moments.square_NN * scale_N
+    covariance_NN = (square_NN - n * np.outer(mean_N, mean_N)) / (n - 1)
+    energy_L = np.diag(covariance_NN).reshape(n_layers, -1).sum(1)
+    trace, trace_square = float(energy_L.sum()), float(np.square(covariance_NN).sum())
+    if not trace_square > 0:
+        return "the writes are constant, so they fill no room"
+    fourth = _fourth_moment(moments, scales, mean_N, square_NN) / (n - 1)
+    # Both times n (n - 2) (n - 3) / (n - 1).
+    above = 2 * trace_square + (n**2 - 3 * n + 1) * trace**2 - n * fourth
+    below = (n - 1) * (n - 2) * trace_square + trace**2 - n * fourth
+    plain = trace**2 / trace_square
+    if not below * plain * LARGEST_CORRECTION > above:
+        return f"{n} tokens are too few for {n_joint} dimensions: most of the plain ratio, {plain:.3g}, is their number"
+    units = "model" if scale_L is None else "scaled"
+    return ParticipationRatio(float(above / below), units, plain, n, energy_L / trace)
+
+
+def _fourth_moment(moments: WriteMoments, scale_L: np.ndarray, mean_N: np.ndarray, square_NN: np.ndarray) -> float:
+    """Sum over tokens of `|x - mean|^4` of scaled writes."""
+    n, weight_L, centre = moments.n_tokens, np.square(scale_L), float(mean_N @ mean_N)
+    with_norm_N = np.repeat(scale_L, moments.d_model) * (weight_L @ moments.norms_LN)
+    norms = weight_L @ moments.norms_LL @ weight_L
+    crossed = 4 * (mean_N @ square_NN @ mean_N) - 4 * (mean_N @ with_norm_N)
+    return float(norms + crossed + 2 * centre * np.trace(square_NN) - 3 * n * centre**2)
+
+
+class ShapeRoom(NamedTuple):
+    """The room of one training of a shape; dictionaries have no part in it."""
+
+    n_layers: int
+    d_model: int
+    room: float
+
+
+@dataclass(frozen=True)
+class RoomLaw:
+    """`ln room = c + beta ln D + delta ln L`, fitted to trainings.
+
+    misfit: the probability of deviations of the shapes from the law as large as these if only trainings vary (the F
+    test for lack of fit); None without two trainings of a shape, or without a fourth shape. Where it is small the law
+    does not hold, and intervals are too narrow: trainings of a shape share its deviation.
+    """
+
+    coefficient_3: np.ndarray  # c, beta, delta
+    covariance_33: np.ndarray
+    freedom: int
+    misfit: float | None
+
+    def contrast(self, beta: float, delta: float) -> Estimate:
+        """`beta * (exponent of D) + delta * (exponent of L)` with its t interval."""
+        weight = np.array([0.0, beta, delta])
+        value = float(weight @ self.coefficient_3)
+        error = float(np.sqrt(weight @ self.covariance_33 @ weight))
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * error
+        return Estimate(value, value - reach, value + reach)
+
+    @property
+    def beta(self) -> Estimate:
+        """Exponent of width."""
+        return self.contrast(1, 0)
+
+    @property
+    def delta(self) -> Estimate:
+        """Exponent of depth."""
+        return self.contrast(0, 1)
+
+    @property
+    def excess_depth(self) -> Estimate:
+        """`delta - beta / 2`: 0 exactly if room is a function of the parameters, which go as `L D^2`."""
+        return self.contrast(-0.5, 1)
+
+
+def fit_room(runs: Sequence[ShapeRoom]) -> RoomLaw | str:
+    """The law of rooms by ordinary least squares over trainings, or why the grid cannot say it.
+
+    A grid where depth is fixed by width, such as shapes of equal `L D^2` alone, holds one exponent and not two; it is
+    refused where the variance of an exponent is inflated more than `LARGEST_INFLATION` times by it, since widths are
+    rounded and no such grid is exactly degenerate.
+
+    Raises:
+        ValueError: a size or room is not positive and finite.
+    """
+    table = np.array([tuple(run) for run in runs], dtype=np.float64).reshape(-1, 3)
+    if not (np.isfinite(table) & (table > 0)).all():
+        raise ValueError(f"expected depths, widths and rooms above 0, got {[tuple(run) for run in runs]}")
+    shapes, shape_T = np.unique(table[:, :2], axis=0, return_inverse=True)
+    if len(shapes) < 3 or len(table) < 4:
+        return f"{len(table)} trainings of {len(shapes)} shapes; two exponents need four of three"
+    depth_T, width_T, y_T = np.log(table).T
+    if np.ptp(depth_T) == 0 or np.ptp(width_T) == 0:
+        return f"all shapes have one {'depth' if np.ptp(depth_T) == 0 else 'width'}, so its exponent is unknown"
+    kept = 1 - np.corrcoef(depth_T, width_T)[0, 1] ** 2
+    if not kept * LARGEST_INFLATION > 1:
+        return (
+            f"depth is fixed by width in the shapes {_listed(shapes)} (of ln L all but {kept:.1g} goes with ln D): "
+            "their exponents cannot be told apart; add shapes of another size"
+        )
+    design_T3 = np.stack([np.ones(len(y_T)), width_T, depth_T], axis=1)
+    coefficient_3 = np.linalg.lstsq(design_T3, y_T, rcond=None)[0]
+    residual = float(np.square(y_T - design_T3 @ coefficient_3).sum())
+    freedom = len(y_T) - 3
+    if not residual > 1e-20 * float(np.square(y_T).sum()):
+        return "the trainings lie on the law exactly: copies, which have no interval"
+    mean_S = np.bincount(shape_T, y_T) / np.bincount(shape_T)
+    pure = float(np.square(y_T - mean_S[shape_T]).sum())
+    covariance_33 = residual / freedom * np.linalg.inv(design_T3.T @ design_T3)
+    return RoomLaw(coefficient_3, covariance_33, freedom, _misfit(residual, pure, len(y_T), len(shapes)))
+
+
+def _misfit(residual: float, pure: float, n_runs: int, n_shapes: int) -> float | None:
+    if n_shapes < 4 or n_runs == n_shapes or not pure > 0:
+        return None
+    ratio = (residual - pure) / (n_shapes - 3) / (pure / (n_runs - n_shapes))
+    return float(stats.f.sf(ratio, n_shapes - 3, n_runs - n_shapes))
+
+
+def _listed(shapes: np.ndarray) -> str:
+    return ", ".join(f"{depth:g}x{width:g}" for depth, width in shapes)
