@@ -1,0 +1,297 @@
+"""What a subject has to beat: n-gram tables counted on the text that it saw, and its own writes as a table of tokens.
+
+A subject that does not predict better than a trigram, or that loses little when every write becomes a function of the
+current token, has features of tokens: they say nothing of how features share a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosscoder.data.blocks import input_device, run_model
+from crosscoder.data.hooks import ModuleEnd, reading, replacing
+from crosscoder.data.order import batch_indices
+from crosscoder.data.tokens import TokenBlocks
+from crosscoder.foundation.origin import MismatchError
+from crosscoder.measure.splice import LOGIT_BYTES, SMALLEST_HARM
+
+ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
+DISCOUNT = 0.5
+"""Where counts of one and of two do not both occur, so that they cannot say it."""
+TABLE_BYTES = 2**30
+"""Of the mean writes of all tokens, as float64."""
+
+
+def seen_blocks(n_blocks: int, *, batch: int, seed: int, steps: int) -> np.ndarray:
+    """The training blocks that a subject has read after `steps` steps, each once, as `train_subject` orders them."""
+    chosen = [batch_indices(n_blocks, batch=batch, seed=seed, index=index).numpy() for index in range(steps)]
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *chosen]))
+
+
+class _Level:
+    """Counts of n-grams of one order, numbered in base V, and the interpolation with a lower order."""
+
+    def __init__(self, key_G: np.ndarray, count_G: np.ndarray, vocab_size: int) -> None:
+        self.key_G, self.count_G, self.vocab_size = key_G, count_G, vocab_size
+        self.context_H, starts_H = np.unique(key_G // vocab_size, return_index=True)
+        self.total_H = np.add.reduceat(count_G, starts_H)
+        self.types_H = np.diff(np.append(starts_H, len(key_G)))
+        once, twice = int((count_G == 1).sum()), int((count_G == 2).sum())
+        self.discount = once / (once + 2 * twice) if once and twice else DISCOUNT
+
+    def probability(self, key_T: np.ndarray, lower_T: np.ndarray | float) -> np.ndarray:
+        """Of the last token of each n-gram after those before it; that of the lower order after what never came."""
+        count_T = _looked_up(self.key_G, self.count_G, key_T)
+        context_T = key_T // self.vocab_size
+        total_T = _looked_up(self.context_H, self.total_H, context_T)
+        kept_T = np.maximum(count_T - self.discount, 0.0)
+        spread_T = self.discount * _looked_up(self.context_H, self.types_H, context_T) * lower_T
+        return np.where(total_T > 0, (kept_T + spread_T) / np.maximum(total_T, 1), lower_T)
+
+
+def _looked_up(key_G: np.ndarray, value_G: np.ndarray, key_T: np.ndarray) -> np.ndarray:
+    """The value of each key, 0 for one that is not there."""
+    at_T = np.minimum(np.searchsorted(key_G, key_T), len(key_G) - 1)
+    return np.where(key_G[at_T] == key_T, value_G[at_T], 0)
+
+
+class KneserNey:
+    """Interpolated Kneser-Ney models of all orders up to `highest`, of the predictions within blocks.
+
+    Kneser and Ney (1995) in the interpolated form of Chen and Goodman (1999, section 2.7), one discount an order,
+    `n1 / (n1 + 2 n2)` of its counts of one and two: the order asked for has counts of n-grams, lower ones count the
+    tokens that precede an n-gram, and below unigrams is 1 / V. The first token of a block is never predicted, nor
+    counted as one, and no n-gram crosses from a block to the next: the subject cannot see across either.
+
+    Raises:
+        ValueError: ids are not `[blocks, S]` within the vocabulary, S is below `highest`, or n-grams have too many
+            numbers.
+    """
+
+    def __init__(self, ids_BS: np.ndarray, *, vocab_size: int, highest: int = max(ORDERS)) -> None:
+        self.vocab_size, self.highest = vocab_size, highest
+        if vocab_size**highest >= 2**63:
+            raise ValueError(f"{highest}-grams of {vocab_size} tokens have no 64-bit numbers; ask for a lower order")
+        self._check(ids_BS, max(2, highest))
+        self._counted, self._continued = {}, {}
+        for order in range(1, highest + 1):
+            key_G, count_G = np.unique(self._keys(ids_BS, order), return_counts=True)
+            self._counted[order] = _Level(key_G, count_G, vocab_size)
+            if order > 1:
+                ends = np.unique(key_G % vocab_size ** (order - 1), return_counts=True)
+                self._continued[order - 1] = _Level(*ends, vocab_size)
+
+    def nats(self, ids_BS: np.ndarray, order: int) -> np.ndarray:
+        """-ln of the probability of every token but each block's first, `[B, S - 1]`.
+
+        The first tokens have fewer before them than the order asks, and are predicted by the model of that lower order.
+        """
+        if not 1 <= order <= self.highest:
+            raise ValueError(f"order is {order}, expected 1 to {self.highest}")
+        self._check(ids_BS, 2)
+        return -np.log(self._probability(np.asarray(ids_BS, dtype=np.int64), order))
+
+    def _probability(self, ids_BS: np.ndarray, order: int) -> np.ndarray:
+        first = max(1, order - 1)  # the first position that the whole context comes before
+        n_positions = ids_BS.shape[1] - first
+        if n_positions < 1:
+            return self._probability(ids_BS, order - 1)
+        lower: np.ndarray | float = 1 / self.vocab_size
+        for below in range(1, order):
+            keys = self._keys(ids_BS, below)[:, -n_positions:]
+            lower = self._continued[below].probability(keys, lower)
+        found = self._counted[order].probability(self._keys(ids_BS, order), lower)
+        if first == 1:
+            return found
+        return np.concatenate([self._probability(ids_BS[:, :first], order - 1), found], axis=1)
+
+    def _keys(self, ids_BS: np.ndarray, order: int) -> np.ndarray:
+        """The numbers of the n-grams that end at each predicted position, `[B, S - max(1, order - 1)]`."""
+        ids, first = np.asarray(ids_BS, dtype=np.int64), max(1, order - 1)
+        keys = np.zeros((len(ids), ids.shape[1] - first), dtype=np.int64)
+        for back in reversed(range(order)):
+            keys = keys * self.vocab_size + ids[:, first - back : ids.shape[1] - back]
+        return keys
+
+    def _check(self, ids_BS: np.ndarray, shortest: int) -> None:
+        if ids_BS.ndim != 2 or len(ids_BS) == 0 or ids_BS.shape[1] < shortest:
+            raise ValueError(f"ids have shape {list(ids_BS.shape)}, expected [blocks, {shortest} or more]")
+        if ids_BS.min() < 0 or ids_BS.max() >= self.vocab_size:
+            raise ValueError(f"ids run from {ids_BS.min()} to {ids_BS.max()}, expected 0 to {self.vocab_size - 1}")
+
+
+def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray | None = None) -> dict[str, float]:
+    """Held-out loss in nats a token of the tables of `ORDERS`, by name: what `held_out_loss` is of the subject.
+
+    seen: which of `train` the subject has read (`seen_blocks`); None: all. Compare with the subject's loss on the same
+    held-out blocks.
+
+    Raises:
+        MismatchError: the two were made by different tokenizers.
+    """
+    _require_one_tokenizer(train, held_out)
+    model = KneserNey(
+        train[slice(None) if seen is None else torch.as_tensor(seen)].numpy(), vocab_size=train.vocab_size
+    )
+    parts = [held_out[start : start + 1024].numpy() for start in range(0, len(held_out), 1024)]
+    n_predicted = len(held_out) * (held_out.sequence_length - 1)
+    return {
+        name: float(sum(model.nats(part, order).sum() for part in parts)) / n_predicted
+        for order, name in ORDERS.items()
+    }
+
+
+def _require_one_tokenizer(train: TokenBlocks, held_out: TokenBlocks) -> None:
+    made = [(blocks.vocab_size, blocks.tokenizer_hash) for blocks in (train, held_out)]
+    if made[0] != made[1]:
+        raise MismatchError(f"training and held-out tokens are of different tokenizers, {made}; prepare them together")
+
+
+@dataclass(frozen=True)
+class TokenLookup:
+    """What is left of a subject whose blocks write a function of the current token.
+
+    Losses in nats a token: as it is; with every block's write replaced by its mean for the current token; and by its
+    mean over all tokens. share_kept: `(ablated - lookup) / (ablated - clean)`, how much of what the writes bring a
+    table of tokens brings too, or why there is none. error_L, variance_L: mean squared difference of held-out writes
+    from their token's mean, and from their own mean. unseen_share: of held-out tokens, those whose id the training text
+    does not have; they are given the mean over all tokens.
+    """
+
+    clean_loss: float
+    lookup_loss: float
+    ablated_loss: float
+    share_kept: float | str
+    error_L: np.ndarray
+    variance_L: np.ndarray
+    unseen_share: float
+
+    def unexplained(self, scale_L: Sequence[float] | np.ndarray | None = None) -> float:
+        """Share of the variance of writes that the token does not explain, all layers together.
+
+        In model units, or with each layer multiplied by its scale, as explained variance of dictionaries is.
+        """
+        weight_L = np.ones(len(self.error_L)) if scale_L is None else np.square(np.asarray(scale_L, dtype=np.float64))
+        return float(weight_L @ self.error_L / (weight_L @ self.variance_L))
+
+
+class _TokenMeans(NamedTuple):
+    """Mean write of each token, `[V, L, D]` (of all tokens for one that never came), that of all, and which came."""
+
+    mean_VLD: Tensor
+    overall_LD: Tensor
+    known_V: Tensor
+
+
+@torch.no_grad()
+def token_lookup(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    train: TokenBlocks,
+    held_out: TokenBlocks,
+    *,
+    seen: np.ndarray | None = None,
+    skip_positions: int = 1,
+) -> TokenLookup:
+    """The subject with every block's write replaced by its mean for the current token, all blocks at once.
+
+    Means are over the tokens of `train` (of its blocks `seen`), losses over those of `held_out`. As in
+    `splice.splice_losses`, a write is what a block returns less what it is given, the first `skip_positions` tokens of
+    each block keep their own and are in no mean, and losses count every prediction from there on.
+
+    Raises:
+        MismatchError: the two sets of tokens were made by different tokenizers.
+        ValueError: the model is in training mode, no token is left, or the mean writes would be larger than
+            `TABLE_BYTES`.
+    """
+    _require_one_tokenizer(train, held_out)
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout would be measured; call model.eval()")
+    if not 0 <= skip_positions <= train.sequence_length - 2:
+        raise ValueError(f"blocks of {train.sequence_length} tokens hold no prediction after {skip_positions} skipped")
+    ids = train[slice(None) if seen is None else torch.as_tensor(seen)]
+    rows = _rows_at_once(model, train)
+    means = _token_means(model, blocks, ids.split(rows), train.vocab_size, skip_positions)
+    sums, n_predicted, n_unseen = np.zeros(3), 0, 0
+    error_L, square_L, sum_LD = (np.zeros(shape) for shape in (len(blocks), len(blocks), means.overall_LD.shape))
+    for ids_BS in held_out[:].split(rows):
+        clean, write_BSLD = _run(model, blocks, ids_BS)
+        write_TLD, token_T = write_BSLD[:, skip_positions:].flatten(0, 1).double(), ids_BS[:, skip_positions:].flatten()
+        error_L += np.square((write_TLD - means.mean_VLD[token_T]).numpy()).sum((0, 2))
+        square_L, sum_LD = square_L + np.square(write_TLD.numpy()).sum((0, 2)), sum_LD + write_TLD.sum(0).numpy()
+        n_unseen += int((~means.known_V[token_T]).sum())
+        for number, new_BSLD in enumerate((None, means.mean_VLD[ids_BS], means.overall_LD.expand_as(write_BSLD))):
+            logits = clean if new_BSLD is None else _with_writes(model, blocks, ids_BS, new_BSLD, skip_positions)
+            sums[number] += _summed_loss(logits, ids_BS, skip_positions)
+        n_predicted += ids_BS[:, skip_positions + 1 :].numel()
+    n_tokens = len(held_out) * (held_out.sequence_length - skip_positions)
+    clean_loss, lookup_loss, ablated_loss = (sums / n_predicted).tolist()
+    harm = ablated_loss - clean_loss
+    return TokenLookup(
+        clean_loss,
+        lookup_loss,
+        ablated_loss,
+        (ablated_loss - lookup_loss) / harm if harm > SMALLEST_HARM else f"ablation costs {harm:.2g} nats a token",
+        error_L / n_tokens,
+        square_L / n_tokens - np.square(sum_LD / n_tokens).sum(1),
+        n_unseen / n_tokens,
+    )
+
+
+def _rows_at_once(model: nn.Module, blocks: TokenBlocks) -> int:
+    ids_BS = blocks[:1][:, :1].to(input_device(model))
+    return max(1, LOGIT_BYTES // (4 * blocks.sequence_length * run_model(model, ids_BS).logits.shape[-1]))
+
+
+def _run(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `[B, S, V]`, and what each block writes, `[B, S, L, D]`, on the CPU."""
+    stream: dict[int, Tensor] = {}
+    ends = [ModuleEnd(blocks[0], "input"), *(ModuleEnd(block, "output") for block in blocks)]
+    with reading(ends, lambda number, hidden: stream.update({number: hidden.float().cpu()})):
+        logits = run_model(model, ids_BS.to(input_device(model))).logits
+    site_BSLD = torch.stack([stream[number] for number in range(len(ends))], dim=2)
+    return logits, site_BSLD[:, :, 1:] - site_BSLD[:, :, :-1]
+
+
+def _token_means(
+    model: nn.Module, blocks: Sequence[nn.Module], parts: Sequence[Tensor], vocab_size: int, skip: int
+) -> _TokenMeans:
+    n_layers, d_model = _run(model, blocks, parts[0][:1, :2])[1].shape[2:]
+    if 8 * vocab_size * n_layers * d_model > TABLE_BYTES:
+        raise ValueError(
+            f"mean writes of {vocab_size:,} tokens, {n_layers} layers and {d_model} dimensions are more than the "
+            f"{TABLE_BYTES / 2**30:.0f} GiB that may be held; token lookup is for small subjects"
+        )
+    sum_VLD = torch.zeros(vocab_size, n_layers, d_model, dtype=torch.float64)
+    count_V = torch.zeros(vocab_size, dtype=torch.int64)
+    for ids_BS in parts:
+        token_T = ids_BS[:, skip:].flatten()
+        write_TLD = _run(model, blocks, ids_BS)[1][:, skip:].flatten(0, 1)
+        sum_VLD.index_add_(0, token_T, write_TLD.double())
+        count_V += token_T.bincount(minlength=vocab_size)
+    overall_LD, known_V = sum_VLD.sum(0) / count_V.sum(), count_V > 0
+    mean_VLD = sum_VLD / count_V.clamp(min=1)[:, None, None]
+    return _TokenMeans(torch.where(known_V[:, None, None], mean_VLD, overall_LD), overall_LD, known_V)
+
+
+def _with_writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor, new_BSLD: Tensor, skip: int) -> Tensor:
+    """The logits where every block adds `new_BSLD` to what it is given, but at the first positions."""
+
+    def put(number: int, given: Tensor, returned: Tensor) -> Tensor:
+        new = given + new_BSLD[:, :, number].to(given.device, given.dtype)
+        return torch.cat([returned[:, :skip], new[:, skip:].to(returned.dtype)], dim=1)
+
+    with replacing(blocks, put):
+        return run_model(model, ids_BS.to(input_device(model))).logits
+
+
+def _summed_loss(logits: Tensor, ids_BS: Tensor, skip: int) -> float:
+    target = ids_BS[:, skip + 1 :].flatten().to(logits.device)
+    return float(F.cross_entropy(logits[:, skip:-1].float().flatten(0, 1), target, reduction="sum"))
