@@ -203,8 +203,9 @@ def token_lookup(
     """The subject with every block's write replaced by its mean for the current token, all blocks at once.
 
     Means are over the tokens of `train` (of its blocks `seen`), losses over those of `held_out`. As in
-    `splice.splice_losses`, a write is what a block returns less what it is given, the first `skip_positions` tokens of
-    each block keep their own and are in no mean, and losses count every prediction from there on.
+    `splice.splice_losses`, a write is what a block returns less what the one before returned, and losses count every
+    prediction from position `skip_positions` on; tokens before it are in no mean. With all writes replaced a prediction
+    depends on its own token alone, so what the first positions are given changes nothing.
 
     Raises:
         MismatchError: the two sets of tokens were made by different tokenizers.
@@ -228,7 +229,7 @@ def token_lookup(
         square_L, sum_LD = square_L + np.square(write_TLD.numpy()).sum((0, 2)), sum_LD + write_TLD.sum(0).numpy()
         n_unseen += int((~means.known_V[token_T]).sum())
         for number, new_BSLD in enumerate((None, means.mean_VLD[ids_BS], means.overall_LD.expand_as(write_BSLD))):
-            logits = clean if new_BSLD is None else _with_writes(model, blocks, ids_BS, new_BSLD, skip_positions)
+            logits = clean if new_BSLD is None else _with_writes(model, blocks, ids_BS, new_BSLD)
             sums[number] += _summed_loss(logits, ids_BS, skip_positions)
         n_predicted += ids_BS[:, skip_positions + 1 :].numel()
     n_tokens = len(held_out) * (held_out.sequence_length - skip_positions)
@@ -281,12 +282,11 @@ def _token_means(
     return _TokenMeans(torch.where(known_V[:, None, None], mean_VLD, overall_LD), overall_LD, known_V)
 
 
-def _with_writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor, new_BSLD: Tensor, skip: int) -> Tensor:
-    """The logits where every block adds `new_BSLD` to what it is given, but at the first positions."""
+def _with_writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor, new_BSLD: Tensor) -> Tensor:
+    """The logits where every block adds `new_BSLD` to what it is given."""
 
     def put(number: int, given: Tensor, returned: Tensor) -> Tensor:
-        new = given + new_BSLD[:, :, number].to(given.device, given.dtype)
-        return torch.cat([returned[:, :skip], new[:, skip:].to(returned.dtype)], dim=1)
+        return (given + new_BSLD[:, :, number].to(given.device, given.dtype)).to(returned.dtype)
 
     with replacing(blocks, put):
         return run_model(model, ids_BS.to(input_device(model))).logits

@@ -9,6 +9,7 @@ from scipy import sparse
 from crosscoder.measure import rates
 from crosscoder.measure.matching import activation_correlation, mutual_nearest_pairs
 from crosscoder.measure.rates import RateSpread
+from crosscoder.measure.welch import Variance, interval
 
 CASES = 300
 BINOMIAL = 3 * math.sqrt(0.09 / CASES)
@@ -16,11 +17,14 @@ BINOMIAL = 3 * math.sqrt(0.09 / CASES)
 
 def test_median_and_sd_of_matched_features_only():
     p_first, p_second = np.full(50, 0.1), np.concatenate([np.full(20, 0.05), np.full(20, 0.2), [0.4]])
-    pairs = np.stack([np.arange(41), np.arange(41)], axis=1)
+    p_first[45:] = 0.7  # unmatched
+    order = np.random.default_rng(0).permutation(41)
+    pairs = np.stack([np.arange(41), order], axis=1)
     found = rates.rate_spread(p_first, p_second, pairs)
     logs = np.repeat(np.log([0.5, 2, 4]), [20, 20, 1])
     assert found == pytest.approx((41, math.log(2), logs.std(ddof=1)))
-    assert rates.rate_spread(p_second, p_first, pairs[:, ::-1]).median == pytest.approx(-math.log(2))
+    uneven = rates.rate_spread(np.arange(1, 42) / 100, p_second, pairs)
+    assert uneven.sd == pytest.approx(np.log(p_second[order] / np.arange(1, 42)).std(ddof=1))
     assert rates.rate_spread(p_first, p_second, pairs[:29]).startswith("29 features match")
     with pytest.raises(ValueError, match="rate of 0"):
         rates.rate_spread(p_first * 0, p_second, pairs)
@@ -80,6 +84,27 @@ def test_a_scatter_of_the_shape_widens_the_dispersion():
     found = rates.dispersion_ratio(between, within)
     assert found.low > 1.25
     assert found.value == pytest.approx(math.hypot(0.3, 0.3, 0.6) / math.hypot(0.3, 0.3), rel=0.25)
+
+
+def test_a_training_is_left_out_with_all_its_pairs():
+    rng = np.random.default_rng(4)
+    between, within = (
+        np.exp(rng.normal(size=(3, 2))),
+        {(i, j): np.exp(rng.normal()) for i, j in ((0, 1), (0, 2), (1, 2))},
+    )
+
+    def log_ratio(a, b):
+        own = [math.log(sd) for pair, sd in within.items() if set(pair) <= set(a)]
+        return np.log(between[np.ix_(a, b)]).mean() - np.mean(own)
+
+    left = [log_ratio([i for i in range(3) if i != out], [0, 1]) for out in range(3)]
+    left_b = [log_ratio([0, 1, 2], [out]) for out in range(2)]
+    parts = [Variance(2 * np.var(left), 2), Variance(np.var(left_b), 1)]
+    wanted = interval(log_ratio([0, 1, 2], [0, 1]), parts)
+    spreads = [[RateSpread(40, 0.0, sd) for sd in row] for row in between]
+    own = [[RateSpread(40, 0.0, within[i, j]) for j in range(i + 1, 3)] for i in range(3)]
+    found = rates.dispersion_ratio(spreads, own)
+    assert np.log([found.value, found.low, found.high]) == pytest.approx([wanted.value, wanted.low, wanted.high])
 
 
 def test_what_is_missing_is_said():
