@@ -47,11 +47,11 @@ def rate_spread(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarray)
 Spreads = Sequence[Sequence[RateSpread | str]]
 
 
-def median_rate_ratio(between_AB: Spreads) -> Estimate | str:
-    """The median rate of the second shape's features over their matches', and its interval over trainings.
+def median_log_rate(between_AB: Spreads) -> Estimate | str:
+    """Median ln(rate of a feature of the second shape / of its match), the mean over pairs of trainings.
 
-    `between_AB[i][j]` compares training i of the first shape with training j of the second; the mean of their medians
-    is taken on logs. See `dispersion_ratio` for the interval.
+    `between_AB[i][j]` compares training i of the first shape with training j of the second. See `dispersion_ratio` for
+    the interval.
     """
     if isinstance(missing := _first_reason(between_AB), str):
         return missing
@@ -60,9 +60,9 @@ def median_rate_ratio(between_AB: Spreads) -> Estimate | str:
 
 
 def dispersion_ratio(between_AB: Spreads, within_A: Spreads) -> Estimate | str:
-    """Dispersion of rates between two shapes over that between two trainings of the first, with its interval.
+    """Dispersion of rates between two shapes over that between two trainings of the first: a ratio, with its interval.
 
-    `between_AB` as in `median_rate_ratio`; `within_A[i]` compares training i of the first shape with each later one, so
+    `between_AB` as in `median_log_rate`; `within_A[i]` compares training i of the first shape with each later one, so
     that its last row is empty. Mean of ln sd over pairs less mean of ln sd over pairs. Pairs that share a training are
     not independent, so the interval leaves out one training at a time with all its pairs, those of each shape giving a
     variance with one degree of freedom fewer than trainings (`welch.interval`). The features count as given.
@@ -84,7 +84,8 @@ def dispersion_ratio(between_AB: Spreads, within_A: Spreads) -> Estimate | str:
     def contrast(a: np.ndarray, b: np.ndarray) -> float:
         return float(log_AB[np.ix_(a, b)].mean() - np.nanmean(log_AA[np.ix_(a, a)]))
 
-    return _over_trainings(contrast, log_AB.shape, (3, 2))
+    found = _over_trainings(contrast, log_AB.shape, (3, 2))
+    return found if isinstance(found, str) else exponentiate(found)
 
 
 def _first_reason(spreads: Spreads) -> str | None:
@@ -96,7 +97,7 @@ def _first_reason(spreads: Spreads) -> str | None:
 def _over_trainings(
     statistic: Callable[[np.ndarray, np.ndarray], float], shape: tuple[int, ...], fewest: tuple[int, int]
 ) -> Estimate | str:
-    """exp of a statistic of the trainings of two shapes, with its interval by a jackknife over those of each."""
+    """A statistic of the trainings of two shapes, with its interval by a jackknife over those of each."""
     if shape[0] < fewest[0] or shape[1] < fewest[1]:
         return f"{shape[0]} and {shape[1]} trainings; an interval needs {fewest[0]} and {fewest[1]}"
     all_A, all_B = (np.arange(n) for n in shape)
@@ -105,5 +106,4 @@ def _over_trainings(
         np.array([statistic(all_A, np.delete(all_B, j)) for j in all_B]),
     )
     variances = [Variance(float((len(x) - 1) * x.var()), len(x) - 1) for x in left]
-    found = interval(statistic(all_A, all_B), variances)
-    return found if isinstance(found, str) else exponentiate(found)
+    return interval(statistic(all_A, all_B), variances)
