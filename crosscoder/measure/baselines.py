@@ -65,7 +65,7 @@ def _looked_up(key_G: np.ndarray, value_G: np.ndarray, key_T: np.ndarray) -> np.
 class KneserNey:
     """Interpolated Kneser-Ney models of all orders up to `highest`, of the predictions within blocks.
 
-    Kneser and Ney (1995) in the interpolated form of Chen and Goodman (1999, section 2.7), one discount an order,
+    Kneser and Ney (1995) in the interpolated form of Chen and Goodman (1999), one discount an order,
     `n1 / (n1 + 2 n2)` of its counts of one and two: the order asked for has counts of n-grams, lower ones count the
     tokens that precede an n-gram, and below unigrams is 1 / V. The first token of a block is never predicted, nor
     counted as one, and no n-gram crosses from a block to the next: the subject cannot see across either.

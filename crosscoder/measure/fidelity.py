@@ -58,7 +58,7 @@ def read_at(points: Sequence[SweepPoint], target: float) -> AtFidelity | str:
 
     Definition: with points in the order of k, the one pair of neighbours whose fidelities enclose the target, and
     between them ln quantity linear in ln fidelity. Never beyond the points. A target that a point has exactly is read
-    there, with the slope on its side of larger k. The cubic of `bend` is Fritsch and Carlson's (1980), in the same
+    there, with the slope on its side of larger k. The cubic of `bend` is Fritsch and Butland's (1984), in the same
     logarithms, through the points around the target whose fidelities fall.
 
     There is a reason instead where fewer than `FEWEST_POINTS` k were run, where the points do not enclose the target,

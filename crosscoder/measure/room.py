@@ -1,8 +1,9 @@
 """How many dimensions writes fill, from their covariance alone and no dictionary; and how that grows with shape.
 
 The room is the participation ratio of the joint covariance C of all layers' writes, `tr(C)^2 / tr(C^2)`: N for equal
-variance in N dimensions, 1 for one direction. It weights dimensions by variance, so its units matter: in the model's
-own, a layer that writes much more than the others is nearly all of it.
+variance in N dimensions, 1 for one direction. It weights dimensions by variance, so its units matter: of 8 layers of 64
+trained on 500,000 tokens block 1 has 83 % of the variance, and the room is 10.5 in model units, 8.0 of block 1 alone,
+and 32 with each layer at its scale.
 """
 
 from __future__ import annotations
@@ -146,11 +147,11 @@ class ShapeRoom(NamedTuple):
 
 @dataclass(frozen=True)
 class RoomLaw:
-    """`ln room = c + beta ln D + delta ln L`, fitted to trainings.
+    """`ln room = c + beta ln D + delta ln L`, fitted to trainings or shapes.
 
     misfit: the probability of deviations of the shapes from the law as large as these if only trainings vary (the F
-    test for lack of fit); None without two trainings of a shape, or without a fourth shape. Where it is small the law
-    does not hold, and intervals are too narrow: trainings of a shape share its deviation.
+    test for lack of fit); None without two trainings of a shape, without a fourth shape, or where shapes were fitted.
+    Where it is small the law does not hold, and intervals over trainings are too narrow.
     """
 
     coefficient_3: np.ndarray  # c, beta, delta
@@ -182,8 +183,13 @@ class RoomLaw:
         return self.contrast(-0.5, 1)
 
 
-def fit_room(runs: Sequence[ShapeRoom]) -> RoomLaw | str:
-    """The law of rooms by ordinary least squares over trainings, or why the grid cannot say it.
+def fit_room(runs: Sequence[ShapeRoom], *, unit: Literal["training", "shape"] = "training") -> RoomLaw | str:
+    """The law of rooms by ordinary least squares, over trainings or over shapes, or why the grid cannot say it.
+
+    Over trainings its intervals hold if every shape lies on the law and trainings of all vary alike. On a grid of 8
+    shapes and 36 trainings they cover 90 % so; 84 to 87 % if shapes of two layers vary .12 and others .05; and 52 to
+    66 % if each shape is 10 % off the law. Over shapes the mean log of each shape's trainings is one point, deviations
+    are part of the scatter, and the last case is covered too; that needs four shapes, and is wide with few.
 
     A grid where depth is fixed by width, such as shapes of equal `L D^2` alone, holds one exponent and not two; it is
     refused where the variance of an exponent is inflated more than `LARGEST_INFLATION` times by it, since widths are
@@ -196,8 +202,11 @@ def fit_room(runs: Sequence[ShapeRoom]) -> RoomLaw | str:
     if not (np.isfinite(table) & (table > 0)).all():
         raise ValueError(f"expected depths, widths and rooms above 0, got {[tuple(run) for run in runs]}")
     shapes, shape_T = np.unique(table[:, :2], axis=0, return_inverse=True)
+    if unit == "shape":
+        log_S = np.bincount(shape_T, np.log(table[:, 2])) / np.bincount(shape_T)
+        table, shape_T = np.column_stack([shapes, np.exp(log_S)]), np.arange(len(shapes))
     if len(shapes) < 3 or len(table) < 4:
-        return f"{len(table)} trainings of {len(shapes)} shapes; two exponents need four of three"
+        return f"{len(table)} {unit}s, of {len(shapes)} shapes; two exponents need four, of three"
     depth_T, width_T, y_T = np.log(table).T
     if np.ptp(depth_T) == 0 or np.ptp(width_T) == 0:
         return f"all shapes have one {'depth' if np.ptp(depth_T) == 0 else 'width'}, so its exponent is unknown"

@@ -125,6 +125,19 @@ def test_shapes_off_the_law_are_a_misfit():
     assert fit_room(planted(np.random.default_rng(8), 0.5, 0.7, n=1)).misfit is None
 
 
+def test_over_shapes_intervals_hold_where_shapes_are_off_the_law():
+    rng, covered, cases = np.random.default_rng(10), np.zeros((2, 2)), 400
+    for _ in range(cases):
+        runs = planted(rng, 0.5, 0.7, n=4, sd=0.05, shape_sd=0.2)
+        for row, unit in zip(covered, ("training", "shape"), strict=True):
+            law = fit_room(runs, unit=unit)
+            row += law.delta.covers(0.7), law.excess_depth.covers(0.45)
+    assert (np.abs(covered[1] / cases - 0.9) <= 3 * math.sqrt(0.09 / cases)).all()
+    assert (covered[0] / cases < 0.75).all()
+    assert law.misfit is None
+    assert "3 shapes, of 3 shapes" in fit_room(planted(rng, 0.5, 0.5, shapes=GRID[:2] + GRID[4:5]), unit="shape")
+
+
 def test_a_grid_that_cannot_tell_depth_from_width_is_refused():
     rng = np.random.default_rng(9)
     iso = [(2, 128), (4, 90), (8, 64), (14, 48)]  # of equal parameters but for rounding
