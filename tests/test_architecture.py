@@ -37,7 +37,7 @@ BUDGETS = {
     "crosscoder/foundation": 645,
     "crosscoder/results": 655,
     "crosscoder/data": 4330,
-    "crosscoder/dictionary": 1385,
+    "crosscoder/dictionary": 1390,
     "crosscoder/training": 1410,
     "crosscoder/formats": 130,
     "crosscoder/measure": 3830,
