@@ -42,8 +42,8 @@ BUDGETS = {
     "crosscoder/formats": 130,
     "crosscoder/measure": 3830,
     "crosscoder/verdict": 760,
-    "crosscoder/report": 1680,
-    "crosscoder/studies": 1935,
+    "crosscoder/report": 1705,
+    "crosscoder/studies": 1990,
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }

@@ -74,12 +74,27 @@ def answer(results: Results) -> list[str]:
         f"Models of {results.of('A', 'parameters_non_embedding'):,} parameters in A's blocks ({', '.join(shapes)}) "
         f"with held-out losses of {', '.join(losses)} nats a token"
     )
+    second += _beside_tables(results)
     by_load, by_count = (_spread(results, kind) for kind in ("load", "count"))
     if by_load:
         second += f"; on what blocks write, R (B's density over A's) is {by_load} by the entropy load of the features"
     if by_count:
         second += f" and {by_count} by their number, which full dictionaries of one size all but fix"
     return [results.verdict.sentence, second + "; 2 would be the paradox and 1 reconciliation."]
+
+
+def _beside_tables(results: Results) -> str:
+    """How the subjects' losses stand to n-gram tables of the text that they read; empty where nobody counted them."""
+    tables = {
+        key: [known_of(results, name, key) for name in results.subjects] for key in ("bigram_loss", "trigram_loss")
+    }
+    losses = [known_of(results, name, "held_out_loss") for name in results.subjects]
+    if None in (*losses, *tables["bigram_loss"], *tables["trigram_loss"]):
+        return ""
+    said = " and ".join(f"{min(found):.2f} to {max(found):.2f} ({key[:-5]})" for key, found in tables.items())
+    better = sum(loss < table for loss, table in zip(losses, tables["trigram_loss"], strict=True))
+    worth = "all are better" if better == len(losses) else "none is better" if better == 0 else f"{better} are better"
+    return f", where tables counted on what they read have {said}: {worth} than a trigram table"
 
 
 def _spread(results: Results, kind: str) -> str:

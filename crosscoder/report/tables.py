@@ -51,9 +51,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "splice": ("clean_loss", "spliced_loss", "ablated_loss", "loss_recovered", "kl"),
 }
 """A line for each dictionary that has the first quantity; spread and read are of main crosscoders alone."""
+BASELINES = ("bigram_loss", "trigram_loss", "lookup_share")
+"""Of models that the study trained on a text that it knows."""
 OF_MODELS = (
     *("name", "n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms"),
-    *("neurons", "held_out_loss", "untrained_loss", "training_tokens", "epochs", "description"),
+    *("neurons", "held_out_loss", *BASELINES, "untrained_loss", "training_tokens", "epochs", "description"),
 )
 
 
@@ -232,6 +234,8 @@ def subject_table(results: Results) -> Table:
     """The models: shape, parameters, neurons, loss, training; the value of each training where they differ."""
     lines = []
     for key in OF_MODELS:
+        if key in BASELINES and not results.rows.select(key):
+            continue
         cells = []
         for name in results.subjects:
             runs = [] if key == "neurons" else results.rows.values(key, subject=name, role=None)

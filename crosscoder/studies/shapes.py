@@ -31,6 +31,7 @@ from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
+from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
 from crosscoder.studies.budget import SPANNING, with_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores, Streamed
@@ -67,6 +68,8 @@ def run_study(
     if left := study.left(cells):
         raise OtherPartsError(f"this part is done; {len(left)} of {len(cells)} cells are left for other parts")
     rows = [row for name in subjects.shapes() for row in subject_rows(name, config, runs, chosen, tokens)]
+    rows += baseline_rows(study, runs, chosen.index)
+    study.lap("baselines")
     gap = relative_gap(LongTable(tuple(rows)).values("held_out_loss"))
     further = {"vocabulary": tokens.train.vocab_size, "text_tokens": tokens.train.n_tokens}
     rows += rows_at(Place(), {"loss_gap": gap, "chosen_loss_gap": chosen.gap, **further})
@@ -256,12 +259,12 @@ def subject_rows(
 ) -> list[Row]:
     """One shape: its sizes, and the losses of all its training runs; curve and text of the first."""
     run, checkpoint = runs[name, 0], chosen.checkpoints[name, 0]
-    stride = max(1, len(tokens.held_out) // 256)
+    compared = evenly(tokens.held_out, LOSS_BLOCKS)
     rows: list[Row] = []
     for t, seed in enumerate(config.subjects.seeds):
         model = runs[name, t].load_model(chosen.index[name, t])
         values = {
-            "held_out_loss": held_out_loss(model, tokens.held_out[::stride]),
+            "held_out_loss": held_out_loss(model, compared[:]),
             "untrained_loss": runs[name, t].checkpoints[0].held_out_loss,
             "training_tokens": chosen.checkpoints[name, t].tokens,
             "training_seed_value": seed,

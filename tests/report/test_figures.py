@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from committed import PAIR, SINGLE, change, keep, with_rows
 from matplotlib.text import Text
 
 from crosscoder.report import figures
+from crosscoder.report.answer import answer, known_of
 from crosscoder.report.panels import make_panels, plot_points
 from crosscoder.report.tables import TABLES, subject_table
 from crosscoder.report.verdict_figures import draw_verdict
@@ -75,6 +77,20 @@ def test_the_models_table_shows_every_run():
     assert rows["training tokens"][2].detail == ""  # B's runs agree
     assert rows["held-out loss (nats/token)"][1].detail == "seeds 3.641; 3.622"
     assert rows["epochs"][1].detail == ""
+
+
+@pytest.mark.parametrize(("trigram", "said"), [(3.0, "none is"), (3.7, "1 are"), (9.0, "all are")])
+def test_losses_are_said_beside_tables_of_the_text_where_those_were_counted(trigram, said):
+    losses = sorted(known_of(PAIR, name, "held_out_loss") for name in PAIR.subjects)
+    tables = {"bigram_loss": 9.5, "trigram_loss": trigram if trigram != 3.7 else math.nextafter(losses[0], 9)}
+    counted = [
+        Row(Place(subject=name, training_seed=0), key, value) for name in PAIR.subjects for key, value in tables.items()
+    ]
+    known = [row for row in PAIR.rows if row.key not in tables]
+    assert "table" not in answer(with_rows(PAIR, known))[1]
+    found = with_rows(PAIR, [*known, *counted])
+    assert f"{said} better than a trigram table" in answer(found)[1]
+    assert "loss of a bigram table (nats/token)" in {row.cells[0].text for row in subject_table(found).rows}
 
 
 def with_points(*points: tuple[Any, str, float | None]) -> Results:

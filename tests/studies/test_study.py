@@ -10,6 +10,7 @@ import pytest
 from crosscoder.cli import main
 from crosscoder.data.subject_training import SubjectCheckpoint
 from crosscoder.data.text import Documents
+from crosscoder.report.answer import answer
 from crosscoder.results.file import document, load_results
 from crosscoder.studies.presets import PRESETS
 from crosscoder.studies.shapes import Part, match_losses, study_cells
@@ -85,6 +86,16 @@ def test_subjects_have_equal_parameters_and_the_deep_one_twice_the_neurons(studi
     assert abs(n["A"] - n["B"]) / n["A"] < 0.02
     neurons = {name: results.of(name, "n_layers") * results.of(name, "d_model") for name in results.subjects}
     assert neurons["A"] == 2 * neurons["B"]
+
+
+def test_every_subject_stands_beside_tables_of_what_it_read(studies):
+    results = load_results(studies[0])
+    bigram, trigram, loss = (results.rows.select(key) for key in ("bigram_loss", "trigram_loss", "held_out_loss"))
+    assert [row.at for row in bigram] == [row.at for row in trigram]
+    assert {(row.at.subject, row.at.training_seed) for row in bigram} == {(name, t) for name in "ABC" for t in (0, 1)}
+    assert all(table.value < one.value for table, one in zip(bigram, loss, strict=True))  # after 30,000 tokens
+    assert "none is better than a trigram table" in answer(results)[1]
+    assert all(row.value is not None or row.missing for row in results.rows.select("lookup_share"))
 
 
 def test_a_finished_study_is_not_run_again(studies, capsys):

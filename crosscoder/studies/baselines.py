@@ -1,0 +1,48 @@
+"""What each subject of a study has to beat, measured at the checkpoint that the study uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from crosscoder.data.residuals import find_blocks
+from crosscoder.data.subject_training import SubjectConfig, SubjectRun, load_checkpoint
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
+from crosscoder.measure.baselines import ngram_losses, seen_blocks, token_lookup
+from crosscoder.results.table import Place, Row, rows_at
+from crosscoder.studies.folder import StudyFolder
+from crosscoder.studies.presets import Run
+
+LOSS_BLOCKS = 256  # held-out blocks on which losses are compared, about
+LOOKUP_BLOCKS = (512, 64)  # of training, for the means of each token, and held out: a table of 512 tokens needs no more
+
+
+def evenly(blocks: TokenBlocks, most: int) -> TokenBlocks:
+    """Evenly spread blocks, at least `most` where there are as many."""
+    ids_BS = blocks[:: max(1, len(blocks) // most)]
+    return TokenBlocks(ids_BS, vocab_size=blocks.vocab_size, tokenizer_hash=blocks.tokenizer_hash)
+
+
+def baseline_rows(study: StudyFolder, runs: Mapping[Run, SubjectRun], index: Mapping[Run, int]) -> list[Row]:
+    """N-gram tables counted on what each run had read at its checkpoint, and its writes as a table of tokens."""
+    jobs = {}
+    for (name, t), run in runs.items():
+        checkpoint = run.checkpoints[index[name, t]]
+        at, folder = Place(subject=name, training_seed=t), run.folder / checkpoint.folder
+        job = partial(_measure, at, run.config, checkpoint.step, folder, study.root / "tokens", study.device)
+        jobs[study.root / "baselines" / f"{name}{t}.json"] = job
+    return [row for rows in study.measure(jobs, "baselines").values() for row in rows]
+
+
+def _measure(at: Place, config: SubjectConfig, steps: int, checkpoint: Path, tokens: Path, device: str) -> list[Row]:
+    prepared = PreparedTokens.load(tokens)
+    train, held_out = prepared.train, prepared.held_out
+    seen = seen_blocks(len(train), batch=config.batch, seed=config.seed, steps=steps)
+    losses = ngram_losses(train, evenly(held_out, LOSS_BLOCKS), seen=seen)
+    model, some = load_checkpoint(checkpoint, device=device), seen[:: max(1, len(seen) // LOOKUP_BLOCKS[0])]
+    lookup = token_lookup(model, list(find_blocks(model)), train, evenly(held_out, LOOKUP_BLOCKS[1]), seen=some)
+    rows = rows_at(at, {f"{name}_loss": losses[name] for name in ("bigram", "trigram")})
+    kept = lookup.share_kept
+    missing = kept if isinstance(kept, str) else None
+    return [*rows, Row(at, "lookup_share", None if missing else kept, missing)]
