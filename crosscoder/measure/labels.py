@@ -123,6 +123,7 @@ class LabelReading:
     feature_P: np.ndarray  # their numbers in the dictionary
     label_P: np.ndarray  # columns of `labels`
     layer_P: np.ndarray  # the best one
+    by_joint_P: np.ndarray  # true where the joint reading predicts the label, false where only a layer's does
     joint_P: np.ndarray
     best_P: np.ndarray
     base_P: np.ndarray  # share of tokens that have the label: the precision of knowing nothing
@@ -133,19 +134,26 @@ class LabelReading:
         return self.joint_P - self.best_P
 
     def of_kind(self, kind: str) -> np.ndarray:
-        """Gains of the pairs with labels of one of `KINDS`."""
-        return self.gain_P[np.array([self.labels.kinds[label] == kind for label in self.label_P], dtype=bool)]
+        """True for the pairs with labels of one of `KINDS`."""
+        return np.array([self.labels.kinds[label] == kind for label in self.label_P], dtype=bool)
 
     def summary(self) -> dict[str, Value]:
-        """Means over pairs, nan where there is none."""
+        """Means over the pairs that the joint reading predicts, and the gain over all; nan where there is none.
+
+        The former favour the joint reading, which chose them. `label_gain_any` favours single layers: with L of them a
+        pair has L chances to be chosen, and with it shapes of many layers. A sign means something where both have it.
+        """
+        chosen = self.by_joint_P
         return {
-            "label_pairs": len(self.feature_P),
-            "label_features": len(np.unique(self.feature_P)),
-            "labels_predicted": len(np.unique(self.label_P)),
-            "label_base_rate": known_mean(self.base_P),
-            "label_joint_precision": known_mean(self.joint_P),
-            "label_best_layer_precision": known_mean(self.best_P),
-            "label_gain": known_mean(self.gain_P),
+            "label_pairs": int(chosen.sum()),
+            "label_features": len(np.unique(self.feature_P[chosen])),
+            "labels_predicted": len(np.unique(self.label_P[chosen])),
+            "label_base_rate": known_mean(self.base_P[chosen]),
+            "label_joint_precision": known_mean(self.joint_P[chosen]),
+            "label_best_layer_precision": known_mean(self.best_P[chosen]),
+            "label_gain": known_mean(self.gain_P[chosen]),
+            "label_pairs_any": len(self.gain_P),
+            "label_gain_any": known_mean(self.gain_P),
         }
 
 
@@ -165,9 +173,10 @@ def measure_labels(
     all layers is their sum: each is the best detector of the feature there under white noise. An encoder's part on one
     layer is not, as it was only trained to be right in the sum.
 
-    Documents of even number choose, those of odd number measure (`split_documents`). A label is predicted by a feature
-    if for the joint reading or some layer's `(precision - base rate) / (1 - base rate) >= .2` at recall .9. Such pairs
-    are measured, with the layer of the largest precision where they were chosen; the first of equals.
+    Documents of even number choose, those of odd number measure (`split_documents`). A reading predicts a label if its
+    `(precision - base rate) / (1 - base rate)` at recall .9 is at least .2. Pairs of a feature and a label are measured
+    which the joint reading or some layer's predicts where they were chosen, with the layer whose precision was largest
+    there; the first of equals.
 
     batches: gives the stream `x_BLD` whose tokens `labels` are of, from its beginning, the same each time.
 
@@ -186,8 +195,8 @@ def measure_labels(
             scores_2 = _read(dictionary, batches, document_T, chosen_n, n_tokens)
             pairs += [one._replace(feature=chosen_n[one.feature]) for one in _pairs(*scores_2, labels.value_TQ)]
             progress.advance(len(chosen_n))
-    columns = np.array(pairs, dtype=np.float64).reshape(-1, 6).T
-    return LabelReading(labels, *columns[:3].astype(np.int64), *columns[3:])
+    columns = np.array(pairs, dtype=np.float64).reshape(-1, len(_Pair._fields)).T
+    return LabelReading(labels, *columns[:3].astype(np.int64), columns[3] > 0, *columns[4:])
 
 
 def _read(
@@ -210,6 +219,7 @@ class _Pair(NamedTuple):
     feature: int
     label: int
     layer: int
+    by_joint: bool
     joint: float
     best: float
     base: float
@@ -222,15 +232,18 @@ def _pairs(score_TnS: np.ndarray, measures_T: np.ndarray, value_TQ: np.ndarray) 
         if min((value_T[half] == 1).sum() for half in halves) < MIN_LABELLED:
             continue
         has_t = value_T[halves[0]] == 1
+        least = has_t.mean() + PREDICTED * (1 - has_t.mean())
+        if least >= 1:  # every token has it
+            continue
         precision_nS = precision_at_recall(score_TnS[halves[0]], has_t)
-        predicted_n = (precision_nS.max(1) - has_t.mean()) >= PREDICTED * (1 - has_t.mean())
-        kept_k = np.flatnonzero(predicted_n & (has_t.mean() < 1))
+        kept_k = np.flatnonzero(precision_nS.max(1) >= least)
+        by_joint_k = precision_nS[kept_k, -1] >= least
         best_k = precision_nS[kept_k, :-1].argmax(1)
         has_t, score_tkS = value_T[halves[1]] == 1, score_TnS[halves[1]][:, kept_k]
         pair_tk2 = np.stack([score_tkS[:, :, -1], score_tkS[:, np.arange(len(kept_k)), best_k]], axis=2)
         found_k2 = precision_at_recall(pair_tk2, has_t)
-        for index, layer, (joint, best) in zip(kept_k, best_k, found_k2, strict=True):
-            yield _Pair(index, label, layer, joint, best, has_t.mean())
+        for index, layer, by_joint, (joint, best) in zip(kept_k, best_k, by_joint_k, found_k2, strict=True):
+            yield _Pair(index, label, layer, by_joint, joint, best, has_t.mean())
 
 
 def precision_at_recall(score_TX: np.ndarray, has_T: np.ndarray, recall: float = RECALL) -> np.ndarray:
