@@ -99,8 +99,8 @@ def planted():
     """Two layers, four labels. A feature's direction is one axis of each layer; noise has variance 1.
 
     0: told by either layer alike, with noises of their own. 1: by layer 2 alone. 2: in the documents of even number
-    only. 3: by layer 1 a little better in those, by layer 2 alone in the others. Feature 4 tells nothing; feature 5
-    tells label 1 a little by layer 1, and its layer 2 is loud. Label 4 is everywhere.
+    only. 3: by layer 1 a little better in those, by layer 2 alone in the others. Feature 4 hardly tells label 0;
+    feature 5 tells label 1 a little by layer 1, and its layer 2 is loud. Label 4 is everywhere.
     """
     rng = np.random.default_rng(0)
     document = np.arange(N_TOKENS) // 100
@@ -108,7 +108,7 @@ def planted():
     has = rng.random((N_TOKENS, 4)) < 0.1
     signal = np.zeros((N_TOKENS, 2, 5))
     signal[:, :, 0] = 3 * has[:, [0]]
-    signal[:, 1, 1] = 6 * has[:, 1]
+    signal[:, 1, 1], signal[:, 0, 4] = 6 * has[:, 1], has[:, 0]
     signal[:, :, 2] = 6 * (has[:, [2]] & ~is_odd[:, None])
     signal[:, 0, 3], signal[:, 1, 3] = 6 * (has[:, 3] & ~is_odd), 5 * has[:, 3]
     x = np.zeros((N_TOKENS, 2, WIDTH), dtype=np.float32)
