@@ -40,14 +40,14 @@ BUDGETS = {
     "crosscoder/dictionary": 1390,
     "crosscoder/training": 1410,
     "crosscoder/formats": 130,
-    "crosscoder/measure": 3830,
+    "crosscoder/measure": 4540,
     "crosscoder/verdict": 760,
     "crosscoder/report": 1705,
     "crosscoder/studies": 1990,
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 22_200, 14_970
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 22_920, 15_610
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

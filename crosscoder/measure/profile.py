@@ -17,10 +17,10 @@ def layer_profile(decoder_FLD: np.ndarray) -> np.ndarray:
     """
     parts = np.array_split(decoder_FLD, 1 + len(decoder_FLD) // 4096)  # a bank's rows are L times those of its SAEs
     energy_FL = np.concatenate([np.square(part.astype(np.float64)).sum(2) for part in parts])
-    return _shares(energy_FL)
+    return shares(energy_FL)
 
 
-def _shares(values_FL: np.ndarray) -> np.ndarray:
+def shares(values_FL: np.ndarray) -> np.ndarray:
     """Rows divided by their sums; zero rows stay zero."""
     total_F1 = values_FL.sum(1, keepdims=True)
     return np.divide(values_FL, total_F1, out=np.zeros_like(values_FL), where=total_F1 > 0)
@@ -95,7 +95,7 @@ def profile_of_totals(total_FL: np.ndarray) -> np.ndarray:
     `total_FL` are contributions summed over each feature's active tokens, of centred activations. Negative sums become
     0: a layer that lowers the pre-activation on average is not one that the feature is read from.
     """
-    return _shares(np.maximum(total_FL, 0.0))
+    return shares(np.maximum(total_FL, 0.0))
 
 
 def latent_scaling(error_FLD: np.ndarray, square_F: np.ndarray, decoder_FLD: np.ndarray) -> np.ndarray:
@@ -128,4 +128,4 @@ def corrected_profile(decoder_FLD: np.ndarray, nu_error_FL: np.ndarray) -> np.nd
     peak = norm_FL.max(1, keepdims=True)
     relative = np.divide(norm_FL, peak, out=np.zeros_like(norm_FL), where=peak > 0)
     amplitude = np.maximum(relative, np.clip(np.nan_to_num(nu_error_FL, nan=0.0), 0.0, 1.0))
-    return _shares(np.square(np.where(peak > 0, amplitude, 0.0)))
+    return shares(np.square(np.where(peak > 0, amplitude, 0.0)))

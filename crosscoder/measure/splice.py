@@ -42,19 +42,20 @@ class Spliced(NamedTuple):
     """With one layer's site replaced, by layer, or `all`."""
 
 
-class _Subject:
+class BoundedModel:
     """A model that is run without ever making logits beyond `LOGIT_BYTES`.
 
-    Where those of a single row are larger, the output head is given one position, and later the others block by block,
-    in runs of a single token: whatever the model does to logits behind the head, such as capping them, it does itself.
-    A model that does not work so, as a few tokens tell, makes the logits of a row at once.
+    Where those of `n_rows` rows, which are run together, are larger, the output head is given one position, and later
+    the others block by block, in runs of a single token: whatever the model does to logits behind the head, such as
+    capping them, it does itself. A model that does not work so, as a few tokens tell, makes the logits of those rows at
+    once.
     """
 
-    def __init__(self, model: nn.Module, ids_BS: Tensor) -> None:
+    def __init__(self, model: nn.Module, ids_BS: Tensor, n_rows: int = 1) -> None:
         self.model = model
         self.token_bytes = 4 * run_model(model, ids_BS[:1, :1]).logits.shape[-1]
-        row_fits = ids_BS.shape[1] * self.token_bytes <= LOGIT_BYTES
-        self.head = None if row_fits else self._find_head(ids_BS[:1, :8])
+        rows_fit = n_rows * ids_BS.shape[1] * self.token_bytes <= LOGIT_BYTES
+        self.head = None if rows_fit else self._find_head(ids_BS[:1, :8])
 
     def run(self, ids_BS: Tensor) -> Logits:
         """The model's logits of token ids."""
@@ -91,20 +92,39 @@ class _Subject:
         return head if same else None
 
 
-class _Sites:
-    """The sites of a dictionary in a model."""
+class Sites:
+    """The sites of a dictionary in a model; see `splice_losses` for the arguments and for what is refused.
+
+    ids_BS: some token ids, of rows as long as any that are to be run; `n_rows` of them at a time.
+    """
 
     def __init__(
         self,
         dictionary: Dictionary,
-        subject: _Subject,
+        model: nn.Module,
         blocks: Sequence[nn.Module],
+        ids_BS: Tensor,
+        *,
         layers: Sequence[int],
-        kind: str,
-        skip: int,
+        kind: Literal["residual", "write"],
+        skip_positions: int | None = None,
+        n_rows: int = 1,
     ) -> None:
-        self.dictionary, self.subject, self.blocks = dictionary, subject, blocks
-        self.layers, self.kind, self.skip = list(layers), kind, skip
+        if len(layers) != dictionary.config.n_layers:
+            raise ValueError(f"{len(layers)} layers named for a dictionary of {dictionary.config.n_layers}")
+        if (reads := dictionary.reads) is not None:
+            origin = model_origin(model, reads.model.name)
+            there = replace(reads, site=kind, sites=tuple(layers), model=origin)
+            require_same(reads, there, owner="the dictionary", given="what is spliced")
+        usual = 1 if reads is None else reads.skip_positions
+        self.skip = usual if skip_positions is None else skip_positions
+        if ids_BS.shape[1] < self.skip + 2:
+            raise ValueError(
+                f"blocks of {ids_BS.shape[1]} tokens hold no prediction after {self.skip} skipped positions"
+            )
+        self.dictionary, self.blocks = dictionary.eval(), blocks
+        self.layers, self.kind = list(layers), kind
+        self.subject = BoundedModel(model, ids_BS, n_rows)
         self.scale_L1 = dictionary.input_scale[:, None]
 
     def record(self, ids_BS: Tensor) -> tuple[Logits, Tensor]:
@@ -190,19 +210,9 @@ def splice_losses(
         MismatchError: the dictionary reads other sites, or another model.
         ValueError: `layers` does not name one block for each layer of the dictionary, or no token is left.
     """
-    if len(layers) != dictionary.config.n_layers:
-        raise ValueError(f"{len(layers)} layers named for a dictionary of {dictionary.config.n_layers}")
-    if (reads := dictionary.reads) is not None:
-        origin = model_origin(model, reads.model.name)
-        there = replace(reads, site=kind, sites=tuple(layers), model=origin)
-        require_same(reads, there, owner="the dictionary", given="what is spliced")
-    skip = skip_positions if skip_positions is not None else 1 if reads is None else reads.skip_positions
-    if max(ids_BS.shape[1] for ids_BS in ids) < skip + 2:
-        raise ValueError(f"blocks of {ids[0].shape[1]} tokens hold no prediction after {skip} skipped positions")
-    dictionary.eval()
     longest = max(ids, key=lambda ids_BS: ids_BS.shape[1])
-    subject = _Subject(model, longest)
-    sites = _Sites(dictionary, subject, blocks, layers, kind, skip)
+    sites = Sites(dictionary, model, blocks, longest, layers=layers, kind=kind, skip_positions=skip_positions)
+    subject, skip = sites.subject, sites.skip
     bytes_each = longest.shape[1] * max(subject.token_bytes, 4 * len(layers) * dictionary.config.d_model)
     parts = [part for ids_BS in ids for part in ids_BS.split(max(1, LOGIT_BYTES // bytes_each))]
     mean_LD = sites.mean(parts) if ablation == "mean" else None

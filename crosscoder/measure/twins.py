@@ -1,0 +1,50 @@
+"""Twins: features that share what they write on every layer with others, and are only together unlike any."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from crosscoder.measure.matching import decoder_cosine
+from crosscoder.measure.profile import known_mean, layer_profile, occupied_layers
+
+ALIKE = 0.9  # cosine on one layer from which two features share a direction there
+JOINT = 0.5  # joint cosine from which they are alike as a whole
+
+
+def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float = JOINT) -> np.ndarray:
+    """True for twins, `[F]`: at each layer that they occupy another feature writes in their direction, none in all.
+
+    A layer counts as occupied where it holds at least half the feature's largest share (`profile.occupied_layers`), and
+    a neighbour on a layer must occupy it too: the direction of a row that is next to nothing is noise. Neighbours of
+    different layers may be different features.
+
+    scale_L: the dictionary's `input_scale`, for shares and joint cosines in the subject's own units; None takes the
+        decoder as it is. Which layers are occupied, and joint cosines, depend on the units; cosines on a layer do not.
+    joint: a feature with a joint cosine of so much with another is no twin. Two features of two layers each, of equal
+        norms, that share one of them, have a joint cosine of .5 to rounding: a dictionary of two layers shows its
+        product codes only where this is set above, at .7.
+    """
+    rows_FLD = np.asarray(decoder_FLD, dtype=np.float64)
+    if scale_L is not None:
+        rows_FLD = rows_FLD / np.asarray(scale_L, dtype=np.float64)[:, None]
+    occupied_FL = occupied_layers(layer_profile(rows_FLD))
+    near_FL, alone_F = ~occupied_FL, np.zeros(len(rows_FLD), dtype=bool)
+    for start, block in decoder_cosine(rows_FLD, rows_FLD).blocks():
+        alone_F[start : start + len(block)] = ~(_others(start, block) >= joint).any(1)
+    for layer in range(rows_FLD.shape[1]):
+        rows_F1D, occupied_F = rows_FLD[:, [layer]], occupied_FL[:, layer]
+        for start, block in decoder_cosine(rows_F1D, rows_F1D).blocks():
+            near_FL[start : start + len(block), layer] |= (_others(start, block) >= ALIKE)[:, occupied_F].any(1)
+    return np.asarray(alone_F & near_FL.all(1) & occupied_FL.any(1))
+
+
+def twin_share(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float = JOINT) -> float:
+    """Share of features with a decoder that are twins, see `find_twins`; nan where there is none."""
+    return known_mean(find_twins(decoder_FLD, scale_L, joint=joint)[np.asarray(decoder_FLD).any((1, 2))])
+
+
+def _others(start: int, block: np.ndarray) -> np.ndarray:
+    """Cosines with each feature but itself, for features from `start` on."""
+    rows = np.arange(len(block))
+    block[rows, start + rows] = -np.inf
+    return block
