@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 475,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 22_920, 15_610
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_000, 15_700
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

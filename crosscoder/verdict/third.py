@@ -81,7 +81,8 @@ LABELS: dict[str, tuple[Leg, ...]] = {
     "H2: partial": (EQUAL_LOADS, Leg("r", EQUAL, CROWDED)),
     "H2: denser": (EQUAL_LOADS, Leg("r", low=COMPLETE)),
 }
-"""Of a label every leg is asked. `room` is ln R_J; excesses are over the highest null; the removal share is how far
+"""Of a label every leg is asked. `room` is ln R_J; excesses are over the highest null, of the share of conjunctive
+features (`causal.CausalLayers`: losing one layer is as bad as losing all) or of twins; the removal share is how far
 ln R_J moves towards ln 2 without the conjunctive features."""
 KINDS_OF_R = {name: leg for name in LABELS for leg in LABELS[name] if leg.statistic == "r"}
 
