@@ -34,20 +34,20 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4560,
-    "crosscoder/foundation": 645,
+    "crosscoder/foundation": 665,
     "crosscoder/results": 655,
-    "crosscoder/data": 4330,
-    "crosscoder/dictionary": 1330,
-    "crosscoder/training": 1400,
-    "crosscoder/formats": 130,
+    "crosscoder/data": 4490,
+    "crosscoder/dictionary": 1335,
+    "crosscoder/training": 1525,
+    "crosscoder/formats": 132,
     "crosscoder/measure": 2860,
     "crosscoder/verdict": 560,
     "crosscoder/report": 1680,
-    "crosscoder/studies": 1935,
-    "crosscoder/commands": 475,
+    "crosscoder/studies": 1940,
+    "crosscoder/commands": 500,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_000, 14_160
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 21_320, 14_480
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -187,14 +187,14 @@ def splice_losses(
         or 1. Special tokens and outliers are known where there is a record.
 
     Raises:
-        MismatchError: the dictionary reads other sites, or another model.
+        MismatchError: the dictionary reads other sites, another model, or a null.
         ValueError: `layers` does not name one block for each layer of the dictionary, or no token is left.
     """
     if len(layers) != dictionary.config.n_layers:
         raise ValueError(f"{len(layers)} layers named for a dictionary of {dictionary.config.n_layers}")
     if (reads := dictionary.reads) is not None:
         origin = model_origin(model, reads.model.name)
-        there = replace(reads, site=kind, sites=tuple(layers), model=origin)
+        there = replace(reads, site=kind, sites=tuple(layers), model=origin, null=None)
         require_same(reads, there, owner="the dictionary", given="what is spliced")
     skip = skip_positions if skip_positions is not None else 1 if reads is None else reads.skip_positions
     if max(ids_BS.shape[1] for ids_BS in ids) < skip + 2:
