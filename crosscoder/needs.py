@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from crosscoder.data.nulls import covariance_bytes
 from crosscoder.data.order import SPREAD
 from crosscoder.data.stream import HARVEST_TOKENS
 from crosscoder.data.subject import load_config
@@ -85,6 +86,11 @@ def stream_needs(
         ("activations on disk", "none"),
     ]
     return rows, n_sites, width
+
+
+def gaussian_needs(n_layers: int, d_model: int) -> Needs:
+    """What a Gaussian in the place of the activations takes, once; a ValueError where that is too much."""
+    return [("covariance and its root, at most", human_bytes(covariance_bytes(n_layers, d_model)))]
 
 
 def single_needs(config: SubjectStudyConfig) -> Needs:

@@ -34,20 +34,20 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4560,
-    "crosscoder/foundation": 645,
+    "crosscoder/foundation": 665,
     "crosscoder/results": 655,
-    "crosscoder/data": 4330,
-    "crosscoder/dictionary": 1390,
-    "crosscoder/training": 1410,
-    "crosscoder/formats": 130,
+    "crosscoder/data": 4490,
+    "crosscoder/dictionary": 1395,
+    "crosscoder/training": 1545,
+    "crosscoder/formats": 132,
     "crosscoder/measure": 4540,
     "crosscoder/verdict": 760,
     "crosscoder/report": 1705,
-    "crosscoder/studies": 1990,
-    "crosscoder/commands": 475,
+    "crosscoder/studies": 1995,
+    "crosscoder/commands": 500,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_000, 15_700
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_480, 16_200
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from crosscoder import training
-from crosscoder.commands.base import LOADING, NO_WINDOW, RAW, SUBJECT, Command, Idle, ReadsModel
+from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Command, Idle, ReadsModel
+from crosscoder.data.nulls import make_null
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import WINDOW_TOKENS, Activations, Marked, SiteKind, SiteSource, select_site_numbers
 from crosscoder.data.stream import ActivationStream
@@ -23,7 +24,8 @@ from crosscoder.dictionary import load_dictionary
 from crosscoder.formats.saelens import n_flat_dictionaries, save_saelens
 from crosscoder.foundation.artifact import write_json
 from crosscoder.foundation.console import say
-from crosscoder.needs import Needs, dictionary_needs, harvest_needs, stream_needs
+from crosscoder.foundation.origin import Null
+from crosscoder.needs import Needs, dictionary_needs, gaussian_needs, harvest_needs, stream_needs
 from crosscoder.results.table import Place
 from crosscoder.studies.budget import Arm, DictionaryBudget
 
@@ -76,6 +78,7 @@ class Reading(ReadsModel):
     tokens_folder: Path | None = None  # What `crosscoder prepare` wrote, with the subject's own tokenizer
     window_tokens: int = WINDOW_TOKENS  # Tokens that batches mix; they are held in memory where there is no store
     max_held_out_tokens: int = 50_000  # Held-out tokens to harvest where there is no store
+    null: Annotated[Null | None, NULL] = None
 
     def idle(self) -> Idle:
         if self.activations is None:
@@ -121,6 +124,12 @@ class Train(Reading):
     $ crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
     $ crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
     $ crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
+
+    Nulls, to see what a number is where there is nothing to find: --null takes what is read, --budget.frozen what is
+    learnt.
+
+    $ crosscoder train --activations runs/acts --out runs/gaussian --null gaussian
+    $ crosscoder train --activations runs/acts --out runs/random --budget.frozen decoder
     """
 
     out: Path  # Folder for metrics.jsonl, checkpoints/ and the finished dictionary/
@@ -138,20 +147,26 @@ class Train(Reading):
             if self.budget.bank == "warm_chain":
                 found["a chain trains one layer at a time"] = ("held_out_every",)
             found["that is of a crosscoder; leave out --arm"] = ("budget.k_crosscoder",)
+            if self.null == "shuffled":
+                found["each SAE of a bank reads one layer, and in any order the same tokens"] = ("null",)
             return {**found, "a bank's SAEs each have one layer": ("budget.structure", "budget.window")}
         found["only a bank has that; it is --arm layerwise"] = ("budget.bank", "budget.k_layerwise")
         return found if self.budget.structure == "window" else {**found, NO_WINDOW: ("budget.window",)}
 
     def needs(self) -> Needs:
+        rows: Needs = []
         if self.activations is not None:
             source = stored_source(self.activations / "train", None, self.site, verify=False)
-            return dictionary_needs(self.arm, source.n_layers, source.d_model, self.budget)
-        subject, folder = self.streamed()
-        tokens = TokenBlocks.load(folder / "train")
-        rows, n_sites, width = stream_needs(
-            subject, self.layers, self.reads, tokens, self.window_tokens, self.loading.revision
-        )
-        return rows + dictionary_needs(self.arm, n_sites - (self.site == "write"), width, self.budget)
+            n_layers, width = source.n_layers, source.d_model
+        else:
+            subject, folder = self.streamed()
+            tokens = TokenBlocks.load(folder / "train")
+            rows, n_sites, width = stream_needs(
+                subject, self.layers, self.reads, tokens, self.window_tokens, self.loading.revision
+            )
+            n_layers = n_sites - (self.site == "write")
+        rows += gaussian_needs(n_layers, width) if self.null == "gaussian" else []
+        return rows + dictionary_needs(self.arm, n_layers, width, self.budget)
 
     def run(self) -> None:
         from crosscoder.measure.health import describe, watch
@@ -159,7 +174,7 @@ class Train(Reading):
         from crosscoder.studies.cells import marked, new_dictionary
 
         train, held_out = self.splits("train", "held_out")
-        source, budget = SiteSource(train, held_out, self.site), self.budget
+        source, budget = make_null(self.null, SiteSource(train, held_out, self.site)), self.budget
         options: dict[str, Any] = {}
         if budget.trainer(self.arm) is training.train:  # a chain trains one layer at a time
 
@@ -191,6 +206,7 @@ class Evaluate(Reading):
 
     $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
     $ crosscoder evaluate --dictionary runs/cc/dictionary --subject runs/A/step-488 --tokens-folder runs/tokens
+    $ crosscoder evaluate --dictionary runs/gaussian/dictionary --activations runs/acts --null gaussian
     """
 
     dictionary: Path  # What `crosscoder train` wrote: a folder with config.json and model.safetensors
@@ -210,12 +226,13 @@ class Evaluate(Reading):
         site = self.site or (
             "write" if dictionary.reads is not None and dictionary.reads.site == "write" else "residual"
         )
-        (held_out,) = self.splits("held_out")
+        # A Gaussian's mean and covariance are those of the training tokens.
+        *others, held_out = self.splits(*(["train"] if self.null == "gaussian" else []), "held_out")
         for record, owner in ((dictionary.reads, "the dictionary"), (held_out.harvested, "the store")):
             if record is None:
                 say(f"warning: {owner} keeps no record of what it reads, so nobody checks that both belong together")
-        source = SiteSource(held_out, held_out, site, scale_L=dictionary.input_scale)
-        reading = evaluate_dictionary(dictionary, source, device=self.device)
+        source = SiteSource((others or [held_out])[0], held_out, site, scale_L=dictionary.input_scale)
+        reading = evaluate_dictionary(dictionary, make_null(self.null, source), device=self.device)
         for line in describe(dictionary, reading):
             say(line)
         numbers = {row.key: row.value for row in dictionary_rows(Place(site=site), dictionary, reading)}

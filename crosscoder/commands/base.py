@@ -22,6 +22,12 @@ TEXT = tyro.conf.arg(
 )
 KEEP = tyro.conf.arg(help="Keep the first token of each block, special tokens, and tokens of huge norm (sinks).")
 RAW = tyro.conf.arg(help="The dictionary, which keeps no record, was trained on activations as the model gives them.")
+NULL = tyro.conf.arg(
+    help="Read a null in the place of the activations. shuffled: each layer's tokens in an order of its own: what is "
+    "found all the same is not cross-layer. gaussian: tokens drawn with the same mean and covariance over all layers, "
+    "and no features: what is found all the same follows from the covariance; it reads the training tokens first. A "
+    "dictionary of a null is measured on the same null alone."
+)
 BLOCKS_PATH = tyro.conf.arg(help="Where the blocks are if they are not found, for example model.layers.")
 MLP_PATH = tyro.conf.arg(help="With --reads mlp: where a block's MLP is inside it. None: mlp, or what can only be it.")
 LOADING = tuple(f"loading.{one.name}" for one in fields(Loading))  # flags without a prefix

@@ -37,15 +37,14 @@ class ModuleRun:
 @contextlib.contextmanager
 def reading(ends: Sequence[ModuleEnd], read: Callable[[int, Tensor], None]) -> Generator[None]:
     """While active, every run of the model calls `read(i, hidden)` for each of `ends`, in the model's order."""
-    owner = threading.get_ident()
 
+    @_in_this_thread
     def before(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == owner:
-            read(number, _tensor(module, given(args, kwargs), "is given"))
+        read(number, _tensor(module, given(args, kwargs), "is given"))
 
+    @_in_this_thread
     def after(number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == owner:
-            read(number, _tensor(module, returned(output), "returns"))
+        read(number, _tensor(module, returned(output), "returns"))
 
     with contextlib.ExitStack() as hooks:
         for number, (module, end) in enumerate(ends):
@@ -61,19 +60,16 @@ def recording(modules: Iterable[nn.Module]) -> Generator[list[ModuleRun]]:
     """A list that holds, while active, every run of `modules` in the order in which they begin."""
     runs: list[ModuleRun] = []
     open_runs: list[ModuleRun] = []
-    owner = threading.get_ident()
 
+    @_in_this_thread
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != owner:
-            return
         hidden = given(args, kwargs)
         run = ModuleRun(module, None if hidden is None else hidden.detach().clone(), args, kwargs)
         runs.append(run)
         open_runs.append(run)
 
+    @_in_this_thread
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() != owner:
-            return
         hidden = returned(output)
         open_runs.pop().returned = None if hidden is None else hidden.detach().clone()
 
@@ -87,11 +83,9 @@ def recording(modules: Iterable[nn.Module]) -> Generator[list[ModuleRun]]:
 @contextlib.contextmanager
 def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tensor], Tensor]) -> Generator[None]:
     """While active, `modules[i]` returns `replace(i, given, returned)` as its hidden states; its other outputs stay."""
-    owner = threading.get_ident()
 
+    @_in_this_thread
     def after(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if threading.get_ident() != owner:
-            return output
         ends = _tensor(module, given(args, kwargs), "is given"), _tensor(module, returned(output), "returns")
         hidden = replace(number, *ends)
         if isinstance(output, Tensor):
@@ -112,11 +106,8 @@ def replacing(modules: Sequence[nn.Module], replace: Callable[[int, Tensor, Tens
 def replacing_input(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Generator[None]:
     """While active, `module` is given `replace(hidden)` for its hidden states."""
 
-    owner = threading.get_ident()
-
+    @_in_this_thread
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != owner:
-            return None
         hidden = _tensor(module, given(args, kwargs), "is given")
         new = replace(hidden)
         changed = {name: new if one is hidden else one for name, one in kwargs.items()}
@@ -124,6 +115,12 @@ def replacing_input(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> G
 
     with module.register_forward_pre_hook(before, with_kwargs=True):
         yield
+
+
+def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, which other threads' runs pass by: they may call it before torch has noted that it takes keywords."""
+    owner = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == owner else None
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -44,6 +44,10 @@ class Source(abc.ABC):
 
     reads: Reads | None = None
     """What the activations are of; None where nothing is known, or nothing real was read."""
+    sites: tuple[int, ...] = ()
+    """The blocks that the layers are of, where they are one model's."""
+    fingerprint: str = ""
+    """Sources of one fingerprint give the same batches; empty where nobody keeps them apart."""
 
     @abc.abstractmethod
     def marked(self) -> Iterator[Marked]:
@@ -236,7 +240,8 @@ class ShuffledSource(Source):
     def __init__(self, source: Source, seed: int) -> None:
         self._source, self._seed = source, seed
         self.n_layers, self.d_model, self.scale_L = source.n_layers, source.d_model, source.scale_L
-        self.reads = source.reads
+        self.reads = None if source.reads is None else source.reads.as_null("shuffled")
+        self.sites, self.fingerprint = source.sites, f"{source.fingerprint}/shuffled {seed}"
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         return self._shuffle(self._source.batch(index, size, seed), "shuffled layers", self._seed, seed, index)

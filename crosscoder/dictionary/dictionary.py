@@ -87,7 +87,7 @@ class Dictionary(Weights):
     Parameters: `encoder`, `decoder`, `encoder_bias`, `decoder_bias`, and with JumpReLU `log_threshold`. Buffers:
     `threshold` `[G]` (BatchTopK at inference; nan until trained) and `input_scale` `[L]` (what raw activations were
     multiplied by to become this dictionary's inputs). `reads` is the record of those activations, kept with the
-    weights; None where nobody told it.
+    weights; None where nobody told it. `frozen` is what of it was not trained (`TrainConfig.frozen`), kept too.
 
     Raises:
         ValueError: a setting is out of range, does not fit the others, or is for the other form.
@@ -97,6 +97,7 @@ class Dictionary(Weights):
     """The axis of the weights along which layers lie."""
     input_scale: Tensor
     reads: Reads | None = None
+    frozen: str = "none"
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -189,7 +190,8 @@ class Dictionary(Weights):
     def extra_repr(self) -> str:
         c = self.config
         size = f"{c.n_layers} layers x {c.d_model}, {c.n_features} features, {c.sparsity}"
-        return f"{size}\nreads {self.reads or 'no record of what'}"
+        frozen = "" if self.frozen == "none" else f", {self.frozen} frozen at its start"
+        return f"{size}{frozen}\nreads {self.reads or 'no record of what'}"
 
     def encode(self, x: Tensor) -> SparseCode:
         """The code of `x` `[..., L, D]`; a row is a token, or a (token, layer) of a bank.
@@ -266,6 +268,7 @@ class Dictionary(Weights):
         dictionary.load_state_dict(tensors)
         if saved.get("reads") is not None:
             dictionary.reads = from_mapping(Reads, saved["reads"], where=f"{folder / CONFIG}.reads")
+        dictionary.frozen = str(saved.get("frozen", "none"))
         return dictionary.eval()
 
 
@@ -342,7 +345,7 @@ def write_dictionary(dictionary: Dictionary, folder: Path) -> None:
     """Write config and weights as plain files into `folder`, which the caller commits."""
     reads = None if dictionary.reads is None else to_mapping(dictionary.reads)
     config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config), "reads": reads}
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, {**config, "frozen": dictionary.frozen})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
 

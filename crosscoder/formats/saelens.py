@@ -114,9 +114,11 @@ def save_saelens(
 
 
 def _recorded(reads: Reads | None, group: int) -> dict[str, Any]:
-    """What a dictionary's record says, in SAELens' words; only a residual stream has a hook there."""
+    """What a dictionary's record says, in SAELens' words; only a residual stream has a hook there, a null no model."""
     if reads is None:
         return {}
+    if reads.null is not None:
+        return {"reads": str(reads)}
     known = {
         "model_name": reads.model.name,
         "context_size": reads.tokens.context,

@@ -6,7 +6,7 @@ artifacts compares their records first, so that numbers are never taken of thing
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -21,6 +21,12 @@ KINDS: dict[Kind, str] = {
     "mlp": "what MLPs are given, after the norm before them, and what they return, before any norm behind them",
 }
 """What is read, by what a user calls it."""
+Null = Literal["shuffled", "gaussian"]
+NULLS: dict[Null, str] = {
+    "shuffled": "every layer's tokens in an order of its own",
+    "gaussian": "tokens of a Gaussian of the same mean and covariance over all layers",
+}
+"""What is put in the place of the activations, to see what a measurement finds where there is nothing of the kind."""
 
 
 class MismatchError(ValueError):
@@ -83,6 +89,7 @@ class Reads:
     skip_positions: tokens left out at the start of every block. keep_outliers: whether tokens of unusual norm and
         special tokens are kept. dropped: tokens that were not harvested, by reason. scale: the factor of each layer
         that made its usual norm sqrt(D).
+    null: what stands in the place of these activations; None where they are the model's own.
     """
 
     model: ModelOrigin
@@ -94,6 +101,15 @@ class Reads:
     keep_outliers: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
     scale: tuple[PositiveFloat, ...] = ()
+    null: Null | None = None
+
+    def as_null(self, null: Null) -> Reads:
+        """The record of a null made of these activations; a ValueError if they are one already."""
+        if self.null is not None:
+            raise ValueError(
+                f"these activations are the {self.null} null already; make the {null} one of the model's own"
+            )
+        return replace(self, null=null)
 
     def __str__(self) -> str:
         """One line for people."""
@@ -103,7 +119,8 @@ class Reads:
         kept = "all tokens" if self.keep_outliers else left_out
         revision = f"@{self.model.revision[:12]}" if self.model.revision else ""
         model = f"{self.model.name}{revision} ({self.model.weights[:8]})"
-        return f"{KINDS[self.site]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
+        null = "" if self.null is None else f"the {self.null} null ({NULLS[self.null]}) of "
+        return f"{null}{KINDS[self.site]}, sites {numbers}, of {model}; blocks of {self.tokens.context}, {bos}, {kept}"
 
 
 def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: str) -> None:
@@ -128,6 +145,11 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
         ("sites", *(list(r.sites) for r in (mine, other)), f"--layers {' '.join(map(str, dict.fromkeys(mine.sites)))}"),
         ("MLPs", mine.convention or "none", other.convention or "none", "--reads and --mlp-path"),
         ("first positions left out", mine.skip_positions, other.skip_positions, "harvest again"),
+        (
+            "null",
+            *(r.null or "none" for r in (mine, other)),
+            f"--null {mine.null}" if mine.null else "leave out --null",
+        ),
         ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "with or without --keep-outliers"),
     ):
         if a != b:

@@ -114,7 +114,7 @@ class Sites:
             raise ValueError(f"{len(layers)} layers named for a dictionary of {dictionary.config.n_layers}")
         if (reads := dictionary.reads) is not None:
             origin = model_origin(model, reads.model.name)
-            there = replace(reads, site=kind, sites=tuple(layers), model=origin)
+            there = replace(reads, site=kind, sites=tuple(layers), model=origin, null=None)
             require_same(reads, there, owner="the dictionary", given="what is spliced")
         usual = 1 if reads is None else reads.skip_positions
         self.skip = usual if skip_positions is None else skip_positions
@@ -207,7 +207,7 @@ def splice_losses(
         or 1. Special tokens and outliers are known where there is a record.
 
     Raises:
-        MismatchError: the dictionary reads other sites, or another model.
+        MismatchError: the dictionary reads other sites, another model, or a null.
         ValueError: `layers` does not name one block for each layer of the dictionary, or no token is left.
     """
     longest = max(ids, key=lambda ids_BS: ids_BS.shape[1])

@@ -24,7 +24,7 @@ from crosscoder.dictionary import (
     WeaklyCausal,
 )
 from crosscoder.foundation.config import config
-from crosscoder.training import TrainConfig, TrainResult, train, train_warm_chain
+from crosscoder.training import Frozen, TrainConfig, TrainResult, train, train_warm_chain
 
 Arm = Literal["crosscoder", "layerwise"]
 Selection = Literal["batch_topk", "topk", "jumprelu", "l1_of_norms", "l2_of_norms"]
@@ -84,6 +84,10 @@ class DictionaryBudget:
     one before it. shared: there is one, for all layers (MLSAE)."""
     resample_every: NonNegativeInt = 0
     """Steps between two resamplings of dead features, 0 for none; for l1_of_norms and l2_of_norms."""
+    frozen: Frozen = "none"
+    """Nulls whose features are not learnt. encoder, decoder: it stays at its random start. soft_decoder: its rows stay
+    within cosine .8 of theirs. What these show too, learnt features do not explain. Not with resample_every or
+    warm_chain."""
     steps: PositiveInt = 540
     batch: PositiveInt = 512
     learning_rate: float = 3.5e-3
@@ -97,6 +101,7 @@ class DictionaryBudget:
             raise ValueError(f"k = {most} is more than n_features = {self.n_features}; lower k or raise n_features")
         if self.penalty is not None and self.selection not in HAS_PENALTY:
             raise ValueError(f"penalty is {self.penalty}, but {self.selection} has none; try one of {HAS_PENALTY}")
+        self.train_config()
 
     def k(self, arm: Arm) -> int:
         """Features active per row of one arm, by construction or as the aim."""
@@ -144,6 +149,7 @@ class DictionaryBudget:
             penalty_warmup_steps=max(1, self.steps // 5),
             dead_after_tokens=self.dead_after_tokens,
             resample_every=self.resample_every,
+            frozen=self.frozen,
             precision=self.precision,
             log_every=max(1, self.steps // 20),
         )

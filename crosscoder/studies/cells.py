@@ -336,7 +336,7 @@ def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "c
     return rows_at(at, values)
 
 
-def evaluate_dictionary(dictionary: Dictionary, source: SiteSource, *, device: str = "cpu") -> Reading:
+def evaluate_dictionary(dictionary: Dictionary, source: Source, *, device: str = "cpu") -> Reading:
     """The reading of a trained dictionary on the held-out tokens of a source.
 
     The source is to be at the dictionary's own scale: `SiteSource(..., scale_L=dictionary.input_scale)`.

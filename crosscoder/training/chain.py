@@ -33,7 +33,8 @@ def train_warm_chain(
     one layer.
 
     Raises:
-        ValueError: `bank` is no bank of separate layers, `batches` could be read only once, or as `train`.
+        ValueError: `bank` is no bank of separate layers, `batches` could be read only once, weights are frozen, or as
+            `train`.
     """
     n_groups, n_layers = bank.n_groups, bank.config.n_layers
     if n_groups != n_layers:
@@ -44,6 +45,11 @@ def train_warm_chain(
     if not (isinstance(batches, Sequence) or callable(batches)):
         kind = type(batches).__name__
         raise ValueError(f"batches is a {kind}, and a chain reads its batches once a layer; give a list or a function")
+    if (config := options.get("config")) is not None and config.frozen != "none":
+        raise ValueError(
+            f"frozen is {config.frozen!r}, and a chain starts each layer from the trained weights of the one before, "
+            "which are not random; train a bank whose layers start by themselves"
+        )
     if (scale_L := getattr(batches, "scale_L", None)) is not None:
         bank.set_input(scale_L, getattr(batches, "reads", None))
     metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)

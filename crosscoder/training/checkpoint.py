@@ -37,6 +37,8 @@ def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]
     One of a later step is left of a run that could not go on from it.
     """
     tensors = {"firing.silent": state.firing.silent_GF.cpu()}
+    if state.start_RN is not None:
+        tensors["frozen.start"] = state.start_RN.cpu()
     for name, parameter in state.dictionary.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"adam.{key}.{name}"] = value.detach().cpu().contiguous()
@@ -108,6 +110,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.dictionary.load_state_dict(load_file(path / "model.safetensors"))
     tensors, parameters = load_file(path / "optimizer.safetensors"), dict(state.dictionary.named_parameters())
     state.firing.silent_GF.copy_(tensors.pop("firing.silent"))
+    if state.start_RN is not None:
+        state.start_RN.copy_(tensors.pop("frozen.start"))
     for key, value in tensors.items():
         _, moment, name = key.split(".", 2)
         device = "cpu" if moment == "step" else parameters[name].device

@@ -15,6 +15,7 @@ from crosscoder.dictionary.codec import to_global
 from crosscoder.dictionary.dictionary import Weights
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, TopK
 from crosscoder.dictionary.stack import Stack
+from crosscoder.training.frozen import Frozen, decoder_start, hold_near
 from crosscoder.training.optimizer import RowAdam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,6 +56,8 @@ class TrainState:
     first_batch: str = ""
     name: str = ""
     """Of several dictionaries in training."""
+    start_RN: Tensor | None = None
+    """The directions that a soft-frozen decoder's rows stay near to, see `decoder_start`."""
 
     @property
     def weights(self) -> Weights:
@@ -84,6 +87,11 @@ class TrainState:
     def release(self) -> None:
         """Nothing: its memory is its own (see `StackState`)."""
 
+    def hold_decoder(self) -> None:
+        """Turn back rows that a step took too far from their start, where that is asked for."""
+        if self.start_RN is not None:
+            hold_near(self.dictionary.decoder.view(self.start_RN.shape), self.start_RN)
+
     @property
     def called(self) -> str:
         """What an error says of which dictionary it is."""
@@ -91,12 +99,20 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, dictionary: Dictionary, learning_rate: float = 1e-3, *, precision: str = "fp32", name: str = ""
+        cls,
+        dictionary: Dictionary,
+        learning_rate: float = 1e-3,
+        *,
+        precision: str = "fp32",
+        frozen: Frozen = "none",
+        name: str = "",
     ) -> Self:
         """The state before the first step; on a GPU in bf16 the optimiser keeps the encoder rounded for its product."""
         keep = dictionary.encoder.is_cuda and precision == "bf16"
         firing = FiringTracker(dictionary.n_groups, dictionary.config.n_features, device=dictionary.encoder.device)
-        return cls(dictionary, RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep), firing, name=name)
+        optimizer = RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep)
+        start_RN = decoder_start(dictionary) if frozen == "soft_decoder" else None
+        return cls(dictionary, optimizer, firing, name=name, start_RN=start_RN)
 
 
 class StackState:

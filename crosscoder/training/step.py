@@ -16,6 +16,7 @@ from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.losses import explained_variance
 from crosscoder.foundation.config import config
 from crosscoder.training.checkpoint import Entry
+from crosscoder.training.frozen import Frozen
 from crosscoder.training.gradients import accumulate_gradients
 from crosscoder.training.state import State, TrainState, resample_dead
 
@@ -42,6 +43,11 @@ class TrainConfig:
     log_every, checkpoint_every: in steps; 0 turns checkpoints off.
     resample_every: steps between two resamplings of the dead features (`resample_dead`), 0 for none. The last one is
         before the rate begins to fall, so that every feature is trained to the end.
+    frozen: what stays as the dictionary begins: of a new one, random directions, the same for encoder and decoder
+        (`DictionaryConfig.seed`). `encoder` or `decoder` stays to the bit; the rows of a `soft_decoder` move within
+        cosine .8 of their start, as nearest projections after each step. Biases and thresholds are trained always. What
+        these baselines show without learnt features is no finding (Korznikov et al. 2026, arXiv 2602.14111). Refused
+        with `resample_every`, which writes new rows into both, and for a warm chain, which begins from trained ones.
     """
 
     steps: PositiveInt | None = None
@@ -56,6 +62,14 @@ class TrainConfig:
     log_every: PositiveInt = 50
     checkpoint_every: NonNegativeInt = 0
     resample_every: NonNegativeInt = 0
+    frozen: Frozen = "none"
+
+    def __post_init__(self) -> None:
+        if self.resample_every and self.frozen != "none":
+            raise ValueError(
+                f"resample_every is {self.resample_every} and frozen {self.frozen!r}: resampling would write new rows "
+                "where they must stay; set one of them to 0 or 'none'"
+            )
 
 
 def linear_rise(step: int, *, warmup: int) -> float:
@@ -109,6 +123,8 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
         raise
     clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
     state.optimizer.update(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
+    for member in state.members:
+        member.hold_decoder()
     state.firing.update(out.code, x_BLD.shape[0])
     state.advance(x_BLD.shape[0])
     resampled = [_resample_if_due(*one, config, n_steps) for one in zip(state.members, repeat(x_BLD), out.errors)]

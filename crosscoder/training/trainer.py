@@ -24,6 +24,7 @@ from crosscoder.dictionary.stack import fits
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress
 from crosscoder.training.checkpoint import Entry, RunLog, find_checkpoints, read_cursor, step_of
+from crosscoder.training.frozen import frozen_parts, require_resampling
 from crosscoder.training.gradients import is_direct
 from crosscoder.training.state import StackState, State, TrainState
 from crosscoder.training.step import TrainConfig, require_finite, take_step
@@ -170,25 +171,27 @@ def _train(
     were_training = [dictionary.training for dictionary in dictionaries]
     stacked: list[State] = []
     try:
-        _take_inputs(dictionaries, batches)
-        states, runs = [], []
-        for dictionary, name, folder in zip(dictionaries, names, folders, strict=True):
-            dictionary.to(device).train()
-            states.append(TrainState.start(dictionary, config.learning_rate, precision=config.precision, name=name))
-            runs.append(RunLog(folder, _settings(dictionary, config, data_fingerprint, n_steps)))
-        found = find_checkpoints(runs, resume=resume)
-        every = _batches_from(batches, states, found, n_steps)
-        for run, state, checkpoint in zip(runs, states, found, strict=True):
-            run.begin(state, checkpoint)
-            require_finite(state)
-        stacked = side_by_side(states)
-        progress = Progress(label, n_steps, unit="step", quiet=quiet)
-        _take_steps(stacked, states, every, config, n_steps, runs, progress, monitor, monitor_every)
-        if states[0].step == 0 or (config.steps is not None and states[0].step < config.steps):
-            raise ValueError(
-                f"the batches ended after {states[0].step} of {config.steps or 'at least 1'} steps; "
-                "give more data or fewer steps"
-            )
+        with frozen_parts(dictionaries, config.frozen):
+            _take_inputs(dictionaries, batches)
+            states, runs = [], []
+            for dictionary, name, folder in zip(dictionaries, names, folders, strict=True):
+                dictionary.to(device).train()
+                states.append(_first_state(dictionary, config, name))
+                runs.append(RunLog(folder, _settings(dictionary, config, data_fingerprint, n_steps)))
+            found = find_checkpoints(runs, resume=resume)
+            every = _batches_from(batches, states, found, n_steps)
+            for run, state, checkpoint in zip(runs, states, found, strict=True):
+                run.begin(state, checkpoint)
+                require_finite(state)
+                state.dictionary.frozen = config.frozen
+            stacked = side_by_side(states)
+            progress = Progress(label, n_steps, unit="step", quiet=quiet)
+            _take_steps(stacked, states, every, config, n_steps, runs, progress, monitor, monitor_every)
+            if states[0].step == 0 or (config.steps is not None and states[0].step < config.steps):
+                raise ValueError(
+                    f"the batches ended after {states[0].step} of {config.steps or 'at least 1'} steps; "
+                    "give more data or fewer steps"
+                )
     except BaseException:
         for dictionary, was_training in zip(dictionaries, were_training, strict=True):
             dictionary.train(was_training)
@@ -203,6 +206,13 @@ def _train(
         run.finish(state)
     pairs = zip(states, runs, strict=True)
     return [TrainResult(state.dictionary, run.metrics, state.step, state.tokens) for state, run in pairs]
+
+
+def _first_state(dictionary: Dictionary, config: TrainConfig, name: str) -> TrainState:
+    if config.resample_every:
+        require_resampling(dictionary)
+    rate, precision, frozen = config.learning_rate, config.precision, config.frozen
+    return TrainState.start(dictionary, rate, precision=precision, frozen=frozen, name=name)
 
 
 def _settings(

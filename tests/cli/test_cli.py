@@ -111,6 +111,7 @@ HARVEST = ("--subject", "x", "--tokens-folder", "y", "--out", "z")
         (["harvest", *HARVEST, "--mlp-path", "ffn"], "--mlp-path would change nothing here: only --reads mlp"),
         (["train", "--subject", "z", "--out", "y"], "give --activations, or --subject and --tokens-folder"),
         ([*TRAIN, "--budget.window", "3"], "--budget.window would change nothing here"),
+        ([*TRAIN, "--arm", "layerwise", "--null", "shuffled"], "--null would change nothing here: each SAE of a bank"),
         ([*TRAIN, "--arm", "layerwise", "--budget.structure", "window"], "--budget.structure would change nothing"),
         (
             ["train-subject", "--tokens-folder", "x", "--out", "y", "--context", "9"],

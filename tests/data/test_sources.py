@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from crosscoder.data.hooks import ModuleEnd, reading, replacing
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
 from crosscoder.data.shards import ActivationShards, stored_source, write_shards
 from crosscoder.data.sources import Marked, PlantedSource, ShuffledSource, SiteSource, Source, StackedSource
@@ -157,20 +158,28 @@ def test_a_thread_reads_a_model_while_another_runs_it(harvester, blocks):
     """Hooks of one thread leave the runs of another alone."""
     ids = blocks[:4]
     alone = harvester.model(ids).logits
-    reading = threading.Event()
+    begun = threading.Event()
 
     def read():
-        reading.set()
+        begun.set()
         for _ in range(20):
             torch.testing.assert_close(harvester.harvest(ids), truth)
 
     truth = harvester.harvest(ids)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(read)
-        reading.wait()
+        begun.wait()
         while not done.done():
             assert torch.equal(harvester.model(ids).logits, alone)
         done.result()
+
+
+def test_another_thread_passes_a_hook_by_before_torch_knows_of_its_keywords(harvester):
+    module = harvester.blocks[0]
+    with reading([ModuleEnd(module, "input")], pytest.fail), replacing([module], pytest.fail):
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        with ThreadPoolExecutor(1) as pool:
+            assert [pool.submit(hook, module, ()).result() for hook in hooks] == [None, None]
 
 
 def test_a_stream_mixes_sequences(harvester, blocks):

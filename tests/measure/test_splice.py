@@ -202,6 +202,7 @@ def test_a_dictionary_of_other_sites_or_another_model_is_refused(model, ids):
         (reads_of(model, site="write"), "--site write"),
         (reads_of(model, sites=(1,)), "--layers 1"),
         (reads_of(other), "--subject"),
+        (reads_of(model, null="gaussian"), "null: the dictionary gaussian, what is spliced none"),
     ):
         dictionary = Fixed(1, lambda x: x)
         dictionary.set_input(torch.ones(1), reads)
