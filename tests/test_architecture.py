@@ -41,7 +41,7 @@ BUDGETS = {
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
     "crosscoder/measure": 4540,
-    "crosscoder/verdict": 890,
+    "crosscoder/verdict": 895,
     "crosscoder/report": 1705,
     "crosscoder/studies": 1995,
     "crosscoder/commands": 500,
