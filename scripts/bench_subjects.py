@@ -2,8 +2,8 @@
 
 In one process with one thread, as a study trains each subject, the arms taking turns, a step each; what is counted is
 processor time, since other programs may run beside. Every arm begins with the same weights and reads the same text in
-the same order, so that its held-out loss after the same number of tokens stands beside today's; today's step and the
-step kept are then taken to the end of the whole run.
+the same order, so that its held-out loss after the same number of tokens stands beside today's; today's step and our
+own are then taken to the end of the whole run, if that is asked for.
 
 The floor is every matrix product of a step by itself, forward and backward, as plain `torch.mm` and `torch.bmm` of the
 same shapes, which is an arm too, and the optimiser's memory traffic at the bandwidth measured here. Attention counts in
@@ -11,7 +11,8 @@ full, not its causal half.
 
 Two threads for one subject are set beside two subjects in two processes by the clock, also in turns.
 
-    python scripts/bench_subjects.py
+    python scripts/bench_subjects.py --steps 50 --no-whole
+    python scripts/bench_subjects.py --steps 20 --arms "own forward" --turns 0 --label whole
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from crosscoder.studies.presets import SubjectsConfig
 
 Loss = Callable[[Any, Tensor], Tensor]
 STUDY = SubjectsConfig()
-TODAY, KEPT, COMPILED, FLOOR = "today", "own forward", "torch.compile", "products alone"
+TODAY, KEPT, FLOOR = "today", "own forward", "products alone"
+COMPILED, COMPILED_BLOCKS = "torch.compile", "torch.compile, each block"
 OPTIMISERS = ("fused", "foreach")
 OPTIMISER_BYTES = 4 * 7
 """Of a parameter: weight, gradient and both moments are read, all but the gradient written."""
@@ -66,6 +68,7 @@ Written before each was first tried, the ones of our own forward after a profile
 products, a fifth in attention, 22 of 75 ms in everything else). As today / arm:
 
 - `torch.compile` of the loss: 1.1 to 1.15 by the step, 30 s or more to compile: does not pay in 400 to 540 steps.
+  Each block by itself: the same by the step, 10 s to compile: pays by a little for A.
 - eager attention: slower, .9: it writes the scores to memory four times.
 - fused RMS norm: 1.02 to 1.03; the cross-entropy in chunks: 1.02, its logits are 2 MB and leave the cache.
 - our own forward: 1.25 on A, 1.1 on B, 1.15 on C; with queries, keys and values in one product, and gate and up, a
@@ -105,6 +108,12 @@ def use_fused_norms(model: Any) -> None:
             module.forward = partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=1e-6)
 
 
+def compile_blocks(model: Any) -> None:
+    """Every block by `torch.compile`, which compiles the first and takes its code for all."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
 class Arm(NamedTuple):
     """One way to train: its loss, what is done to the model first, and what is not as in the study."""
 
@@ -121,6 +130,7 @@ ARMS = {
     "fused RMS norm": Arm(prepare=use_fused_norms),
     "cross-entropy in chunks": Arm(chunked_loss),
     COMPILED: Arm(torch.compile(next_token_loss, dynamic=False)),
+    COMPILED_BLOCKS: Arm(prepare=compile_blocks),
     KEPT: Arm(own.own_loss),
     "own forward, fused products": Arm(fused_loss),
     "bfloat16 products": Arm(precision="bfloat16"),
@@ -277,8 +287,8 @@ def table_of(name: str, case: dict[str, Any]) -> list[str]:
     lines = [f"## {name}: {case['shape']}, {case['steps']} steps", "", *markdown_table(header, rows), ""]
     shares = [f"{kind} {ratios(ms[kind], ms[TODAY])}" for kind in OPTIMISERS]
     lines.append(f"Clipping and AdamW, share of today's step: {'; '.join(shares)}.")
-    if COMPILED in case["losses"]:
-        lines.append(f"The compiled arm's first step took {case['first_step_s'][COMPILED]:.0f} s.")
+    compiled = [arm for arm in case["losses"] if arm.startswith(COMPILED)]
+    lines += [f"The first step of {arm} took {case['first_step_s'][arm]:.0f} s by the clock." for arm in compiled]
     if whole := case["losses_of_whole_run"]:
         lines.append(
             "Held-out loss of the whole run: " + ", ".join(f"{a} {loss:.5f}" for a, loss in whole.items()) + "."
@@ -299,6 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=5, help="in which processes and threads are compared")
     parser.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="go on to the last step")
     parser.add_argument("--tiny-limits", action="store_true", help="for tests: small arrays, whose limits mean nothing")
+    parser.add_argument("--label", default="", help="what file names end with")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     given = parser.parse_args(arguments)
     given.arms = list(dict.fromkeys([TODAY, *given.arms]))
@@ -323,7 +334,8 @@ def main(arguments: list[str] | None = None) -> None:
     lines += [line for name, case in cases.items() for line in table_of(name, case)]
     lines += [HOW_TO_READ, "", str(limits), "", machine_line(machine)]
     record = {"predictions": PREDICTIONS, "cases": cases, "machine": machine, "limits": vars(limits)}
-    write_report(given.out, f"subjects_{device_label('cpu', cores)}", lines, record)
+    stem = "_".join(filter(None, ("subjects", device_label("cpu", cores), given.label)))
+    write_report(given.out, stem, lines, record)
 
 
 if __name__ == "__main__":
