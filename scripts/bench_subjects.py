@@ -64,8 +64,9 @@ HOW_TO_READ = """\
 Tokens a second are of one thread's processor time, and medians; of two ratios the first is of medians and the second of
 least times. Losses are of 64 held-out sequences, after the same number of tokens of the same text."""
 PREDICTIONS = """\
-Written before each was first tried, the ones of our own forward after a profile of today's step (A: half the time in
-products, a fifth in attention, 22 of 75 ms in everything else). As today / arm:
+Set down before the first run of this script. Of `torch.compile`, the fused norm, fused products, our own forward and
+larger batches there had been trial runs by then; what stands here is what was expected before those, from a profile of
+today's step (A: half the time in products, a fifth in attention, 22 of 75 ms in everything else). As today / arm:
 
 - `torch.compile` of the loss: 1.1 to 1.15 by the step, 30 s or more to compile: does not pay in 400 to 540 steps.
   Each block by itself: the same by the step, 10 s to compile: pays by a little for A.
