@@ -67,8 +67,8 @@ three products) nearly so; with bf16 units our product costs half, and dense's d
 
 Written before the runs on a CPU with bf16 units: 8 to 10x dense and 3 to 4x sparsify at 6 x 256 and 4 x 640, 7x and
 2.7x at one layer of 768 and of 2,048, 6x and 2.7x at 12 x 768 (Adam and the tables of gradients are a third of the
-step), 5x at 7 x 576, 2x alone and 4x four together at 8 x 64; step / sum at most 1.15 from F = 2,048 on. Before / after:
-1.0 to 1.05 from F = 8,192 on, 1.1 at 7 x 576, 1.6 for the small crosscoders, 2 for the small banks."""
+step), 5x at 7 x 576, 2x alone and 4x four together at 8 x 64; step / sum at most 1.15 from F = 2,048 on.
+Before / after: 1.0 to 1.05 from F = 8,192 on, 1.1 at 7 x 576, 1.6 for the small crosscoders, 2 for the small banks."""
 """What was expected, written before the runs."""
 HEADER = ["shape", "arm", "dtype", "run", "ms a step", "least", "dense eager / this", "sparsify / this"]
 HEADER += ["sum of passes, ms", "step / sum", "active (stored) a row", "peak MiB above parameters, gradients, moments"]
