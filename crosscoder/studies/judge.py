@@ -22,6 +22,7 @@ from crosscoder.studies.presets import StudyConfig
 from crosscoder.verdict import evidence
 from crosscoder.verdict.decide import decide
 from crosscoder.verdict.evidence import PRIMARY_SITE, GateInputs
+from crosscoder.verdict.loads import load_legs, load_rows
 
 PRIMARY = Place(site=PRIMARY_SITE)
 
@@ -36,13 +37,14 @@ def judge(
     """
     sites = {site: read_site(config, table, folder, site) for site in SITES}
     measured = [row for readings in sites.values() for row in measure_site(readings)]
-    primary, n_seeds = sites[PRIMARY_SITE], len(config.subjects.seeds)
+    primary, n_seeds, shapes = sites[PRIMARY_SITE], len(config.subjects.seeds), config.subjects.shapes()
     measured += [
         cross_layer(table, n_seeds),
         count_gain(table, n_seeds),
         evidence.removal_shift(primary),
         headroom(primary),
         equal_variance(table),
+        *load_rows(load_legs(table, {name: (shapes[name].n_layers, shapes[name].d_model) for name in COMPARED})),
         *(row for name in COMPARED for row in feature_counts(table, primary.trained[name])),
         *exclusive_shares(table),
     ]
