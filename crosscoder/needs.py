@@ -119,7 +119,7 @@ def study_needs(config: StudyConfig) -> Needs:
         ("text", config.subjects.text),
         ("training runs", str(len(config.subjects.runs()))),
         ("cells", str(len(cells))),
-        ("dictionaries", str(sum(len(cell.seeds) for cell in cells))),
+        ("dictionaries", str(sum(cell.n_dictionaries for cell in cells))),
         ("steps of each, and tokens a step", f"{config.dictionaries.steps} x {config.dictionaries.batch}"),
     ]
     disk, shapes = 0, config.subjects.shapes()

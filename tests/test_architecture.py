@@ -40,14 +40,14 @@ BUDGETS = {
     "crosscoder/dictionary": 1395,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
-    "crosscoder/measure": 4540,
-    "crosscoder/verdict": 895,
+    "crosscoder/measure": 4545,
+    "crosscoder/verdict": 905,
     "crosscoder/report": 1705,
-    "crosscoder/studies": 1995,
+    "crosscoder/studies": 2030,
     "crosscoder/commands": 500,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_600, 16_300
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_650, 16_320
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -23,6 +23,8 @@ from crosscoder.data.subject import model_origin
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.origin import require_same
 
+ALL_LAYERS = "all"
+"""The name of splicing every layer of several."""
 SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
 LOGIT_BYTES = 2**28
 """Of the logits of one call of the model, as float32; those of the clean and of one spliced run are held at once."""
@@ -195,6 +197,7 @@ def splice_losses(
     kind: Literal["residual", "write"],
     ablation: Literal["mean", "zero"] = "mean",
     skip_positions: int | None = None,
+    each: bool = True,
 ) -> Spliced:
     """Clean loss, and loss, KL and loss recovered with each of `layers` (and all of them) replaced.
 
@@ -205,6 +208,7 @@ def splice_losses(
     ids: batches of token ids `[B, S]`; the dictionary's `input_scale` maps raw activations to its inputs.
     skip_positions: the first tokens of each row that are never replaced. None: as many as the dictionary's record says,
         or 1. Special tokens and outliers are known where there is a record.
+    each: False replaces only all of several layers at once.
 
     Raises:
         MismatchError: the dictionary reads other sites, another model, or a null.
@@ -216,9 +220,9 @@ def splice_losses(
     bytes_each = longest.shape[1] * max(subject.token_bytes, 4 * len(layers) * dictionary.config.d_model)
     parts = [part for ids_BS in ids for part in ids_BS.split(max(1, LOGIT_BYTES // bytes_each))]
     mean_LD = sites.mean(parts) if ablation == "mean" else None
-    choices = {str(layer): [i] for i, layer in enumerate(layers)}
+    choices = {str(layer): [i] for i, layer in enumerate(layers)} if each or len(layers) == 1 else {}
     if len(layers) > 1:
-        choices["all"] = list(range(len(layers)))
+        choices[ALL_LAYERS] = list(range(len(layers)))
     clean_loss, n_tokens = 0.0, 0
     spliced, ablated = ({name: np.zeros(2) for name in choices} for _ in range(2))
     for ids_BS in parts:

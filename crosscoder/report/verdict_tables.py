@@ -16,7 +16,9 @@ NO_VERDICT = WORDS["absent"]["verdict"]
 RATIO_WORDS = {"trained": "R, density of B over A (primary estimator)", "untrained": "R of the untrained pair"}
 STATISTICS = ("trained_difference", "alpha", "gamma", "gamma_excess", "delta", "universality", "cross_layer")
 STATISTICS += ("count_gain", "removal_shift", "equal_variance", "chapman", "chao2", "stable_features", "F_inf")
-STATISTICS += ("exclusive_share", "identity_residual", "headroom")
+STATISTICS += ("load_log_ratio", "sharing", "bank_log_ratio", "exclusive_share", "identity_residual", "headroom")
+EQUALLY: dict[str | None, str] = {"fvu": "variance unexplained", "loss": "spliced loss"}
+"""Currencies of fidelity."""
 AGREEMENT = ("u", "u_null", "u_ceiling", "u_floor", "universality")
 AGREEMENT += ("share_forward_7", "share_backward_7", "rate_median_ratio", "rate_pairs")
 JOINT = ("alive", "explained_variance_first", "explained_variance_second", "exclusive_first", "exclusive_second")
@@ -65,6 +67,8 @@ def statistic_table(results: Results) -> Table:
 
 def _statistic(row: Row, said: str | None = None) -> Line:
     first = named(row.key, said)
+    if row.at.estimator in EQUALLY and said is None:
+        first = named(row.key, f"{first.text}, at equal {EQUALLY[row.at.estimator]}")
     if row.at.subject is not None:
         first = named(row.key, f"{row.at.subject}: {first.text}")
     note = row.missing or ("" if row.value is not None else "not measured")

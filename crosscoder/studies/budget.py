@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -161,5 +161,13 @@ def with_size(budget: DictionaryBudget, n_features: int) -> DictionaryBudget:
 
 
 def with_k(budget: DictionaryBudget, factor: float) -> DictionaryBudget:
-    """The budget with both k multiplied by `factor`."""
-    return replace(budget, **{f"k_{arm}": max(1, round(budget.k(arm) * factor)) for arm in CLASSES})
+    """The budget with both k multiplied by `factor`, as far as the dictionary has features."""
+    return replace(
+        budget, **{f"k_{arm}": max(1, min(round(budget.k(arm) * factor), budget.n_features)) for arm in CLASSES}
+    )
+
+
+def of_other_k(budget: DictionaryBudget, factors: Sequence[float], arm: Arm) -> tuple[DictionaryBudget, ...]:
+    """The budgets with k multiplied by each factor: once for each k of one arm, the budget's own left out."""
+    found = {one.k(arm): one for one in (with_k(budget, factor) for factor in factors)}
+    return tuple(one for k, one in found.items() if k != budget.k(arm))

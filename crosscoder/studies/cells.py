@@ -116,6 +116,8 @@ class Cell:
     """The second subject of a joint crosscoder."""
     probed: bool = False
     """Measure from which layers features are read, and whether a single layer tells when they are active."""
+    beside: tuple[DictionaryBudget, ...] = ()
+    """Of other k: a dictionary of the first seed for each, trained on the same batches side by side."""
 
     def __post_init__(self) -> None:
         if self.budget.structure in get_args(PartialStructure):
@@ -125,8 +127,20 @@ class Cell:
             )
 
     @property
+    def sweep(self) -> list[Cell]:
+        """What is trained together, as cells of one k each: the cell's own, and those beside it."""
+        main = replace(self, beside=())
+        one = replace(main, role="k", seeds=self.seeds[:1], probed=False)
+        return [main, *(replace(one, budget=budget) for budget in self.beside)]
+
+    @property
+    def n_dictionaries(self) -> int:
+        """How many are trained."""
+        return len(self.seeds) + len(self.beside)
+
+    @property
     def place(self) -> Place:
-        """Where its numbers are measured."""
+        """Where its numbers are measured; those beside it have places of their own (`sweep`)."""
         return Place(
             subject=self.subject,
             training_seed=self.training_seed,
@@ -181,18 +195,26 @@ def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str 
     (store,) = stores
     stored = store.source(cell.site, device)
     source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
-    rows: list[Row] = []
-    readings: list[Reading] = []
-    label = file_name(cell.place)
-    dictionaries = fit_seeds(cell.arm, source, cell.budget, seeds=cell.seeds, label=label, device=device)
-    for seed, dictionary in zip(cell.seeds, dictionaries, strict=True):
-        at = replace(cell.place, seed=seed)
+    parts = cell.sweep
+    plans = [(part.budget, seed) for part in parts for seed in part.seeds]
+    trained = iter(fit_many(cell.arm, source, plans, label=file_name(cell.place), device=device))
+    return [row for part in parts for row in _part_rows(part, store, stored, source, trained, folder, device)]
+
+
+def _part_rows(
+    cell: Cell, store: Stores, stored: SiteSource, source: Source, dictionaries: Iterator[Dictionary], folder: Path,
+    device: str,
+) -> list[Row]:  # fmt: skip
+    """Measure and count every seed of a cell of one k, whose dictionaries come next."""
+    rows, readings = list[Row](), list[Reading]()
+    for seed in cell.seeds:
+        dictionary, at = next(dictionaries), replace(cell.place, seed=seed)
         reading = read_dictionary(dictionary, marked(source, device))
         rows += dictionary_rows(at, dictionary, reading)
-        main = cell.role == "main" and cell.state != "shuffled"
-        if main and store.subject is not None and seed == cell.seeds[0]:
-            rows += _splice(at, dictionary, stored.sites, store, device)
-        if main and cell.state == "trained":
+        if cell.state != "shuffled" and store.subject is not None:
+            each = cell.role == "main" and cell.training_seed == 0 and seed == cell.seeds[0]
+            rows += _splice(at, dictionary, stored.sites, store, device, each=each)
+        if cell.role == "main" and cell.state == "trained":
             dictionary.save_pretrained(folder / "dictionaries" / file_name(at))
         if cell.compared:
             kept = reading.distinct
@@ -232,25 +254,28 @@ def fit(
 
     training: the trainer's settings where they are not the budget's.
     """
-    (dictionary,) = fit_seeds(arm, source, budget, seeds=(seed,), training=training, label=label, device=device)
+    (dictionary,) = fit_many(arm, source, [(budget, seed)], training=training, label=label, device=device)
     return dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out())
 
 
-def fit_seeds(
+def fit_many(
     arm: Arm,
     source: Source,
-    budget: DictionaryBudget,
+    plans: Sequence[tuple[DictionaryBudget, int]],
     *,
-    seeds: Sequence[int],
     training: TrainConfig | None = None,
     label: str = "",
     device: str = "cpu",
 ) -> list[Dictionary]:
-    """A dictionary of each seed, trained on the same batches side by side; the same numbers as one by one."""
-    dictionaries = [new_dictionary(arm, source, budget, seed=seed) for seed in seeds]
-    batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
-    given: dict[str, Any] = {"config": training or budget.train_config(), "device": device, "quiet": True}
-    if budget.trainer(arm) is train_warm_chain:
+    """A dictionary of each budget and seed, trained on the same batches side by side; the same numbers as one by one.
+
+    Budgets may differ in size and k alone: the first says how all are trained.
+    """
+    first = plans[0][0]
+    dictionaries = [new_dictionary(arm, source, budget, seed=seed) for budget, seed in plans]
+    batches = source.batches(first.batch, seed=first.data_seed, steps=first.steps)
+    given: dict[str, Any] = {"config": training or first.train_config(), "device": device, "quiet": True}
+    if first.trainer(arm) is train_warm_chain:
         for dictionary in dictionaries:
             train_warm_chain(dictionary, batches, label=label, **given)
     else:
@@ -356,7 +381,9 @@ def evaluate_dictionary(dictionary: Dictionary, source: Source, *, device: str =
     return read_dictionary(dictionary, marked(source, device))
 
 
-def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: Stores, device: str) -> list[Row]:
+def _splice(
+    at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: Stores, device: str, *, each: bool
+) -> list[Row]:
     from safetensors.torch import load_file
 
     assert stores.subject is not None
@@ -365,6 +392,6 @@ def _splice(at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: S
     model = load_model(stores.subject, **asdict(stores.loading), device=device)
     ids = load_file(stores.held_out_ids)["ids"].long().to(input_device(model)).split(16)
     blocks = list(find_blocks(model, stores.blocks_path))
-    found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site)
-    each = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]
-    return rows_at(at, found.clean) + each
+    found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site, each=each)
+    spliced = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]
+    return rows_at(at, found.clean) + spliced

@@ -129,7 +129,7 @@ class StudyFolder:
         if left := self.left(cells):
             stores = harvest()
             self.lap("activations")
-            say(f"training {sum(len(cell.seeds) for cell in left)} dictionaries in {len(left)} cells")
+            say(f"training {sum(cell.n_dictionaries for cell in left)} dictionaries in {len(left)} cells")
             self.measure({self._rows_of(cell): self._job(cell, stores) for cell in left}, "dictionaries")
             if not keep_activations:
                 drop_activations(stores.values())

@@ -19,9 +19,10 @@ from crosscoder.results.verdict import Verdict
 from crosscoder.studies.calibration import worst_calibration
 from crosscoder.studies.cells import reading_path
 from crosscoder.studies.presets import StudyConfig
-from crosscoder.verdict import evidence
+from crosscoder.verdict import evidence, third
 from crosscoder.verdict.decide import decide
 from crosscoder.verdict.evidence import PRIMARY_SITE, GateInputs
+from crosscoder.verdict.loads import load_legs, load_rows
 
 PRIMARY = Place(site=PRIMARY_SITE)
 
@@ -35,6 +36,8 @@ def judge(
     are those that the cells left in `folder`.
     """
     sites = {site: read_site(config, table, folder, site) for site in SITES}
+    shapes = config.subjects.shapes()
+    legs = load_legs(table, {name: (shapes[name].n_layers, shapes[name].d_model) for name in COMPARED})
     measured = [row for readings in sites.values() for row in measure_site(readings)]
     primary, n_seeds = sites[PRIMARY_SITE], len(config.subjects.seeds)
     measured += [
@@ -43,6 +46,7 @@ def judge(
         evidence.removal_shift(primary),
         headroom(primary),
         equal_variance(table),
+        *load_rows(legs),
         *(row for name in COMPARED for row in feature_counts(table, primary.trained[name])),
         *exclusive_shares(table),
     ]
@@ -52,6 +56,7 @@ def judge(
     measured.append(Row(PRIMARY, "identity_residual", residual, "alpha or gamma was not measured"))
     verdict = decide(found)
     notes = evidence.reading_notes(LongTable(tuple(measured)), inputs)
+    notes += third.notes(legs, {name: len(primary.trained[name].seeds) for name in COMPARED})
     return [_finite_row(row) for row in measured], replace(verdict, notes=(*verdict.notes, *notes))
 
 

@@ -98,9 +98,9 @@ class StudyConfig:
     """Dictionary seeds of every cell that is compared; the debiased dimension needs two."""
     sizes: tuple[PositiveInt, ...] = (20, 40, 80)
     """Further dictionary sizes, on the trained block writes, one seed."""
-    k_factors: tuple[PositiveFloat, ...] = (0.5, 2.0)
-    """Further sparsities, as multiples of k, on the trained block writes, one seed. Banks of several k also say how
-    many active features equal explained variance costs a bank."""
+    k_factors: tuple[PositiveFloat, ...] = (0.5, 2.0, 4.0)
+    """Further sparsities, as multiples of k, on the trained block writes of every training of A and B, crosscoders and
+    banks, one seed. With k itself there are to be four or more, so that loads can be read at common fidelity."""
     tokens_train: PositiveInt = 120_000
     """Tokens whose activations the dictionaries are trained on, over and over."""
     tokens_held_out: Annotated[int, Field(ge=MIN_HELD_OUT)] = 30_000

@@ -32,7 +32,7 @@ from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
 from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
-from crosscoder.studies.budget import SPANNING, with_k, with_size
+from crosscoder.studies.budget import CLASSES, SPANNING, of_other_k, with_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import Cell, Stores, Streamed
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
@@ -86,40 +86,37 @@ def run_study(
 def study_cells(config: StudyConfig) -> list[Cell]:
     """Every cell of the study, the ones that take longest first.
 
-    Crosscoders of every training run decide; banks are trained on the first run of A and B, and with several k on the
-    block writes of every run of A, for the count gain. The shuffled control is A's, on the block writes. Joint
-    crosscoders, if there are to be any, come last.
+    Crosscoders of every training run decide; on the trained block writes of A and B each has others of several k beside
+    it, and so have the banks there, so that loads can be read at common fidelity. Banks of the residual stream and
+    sizes are those of the first run. The shuffled control is A's, on the block writes. Joint crosscoders, if there are
+    to be any, come last.
     """
     budgets = {name: shape.budget(config.dictionaries) for name, shape in config.subjects.shapes().items()}
     where: dict[str, Any] = {"state": "trained", "site": "write", "role": "main", "seeds": config.seeds}
     mains = {name: Cell(subject=name, arm="crosscoder", budget=budgets[name], **where) for name in budgets}
-    every, first, factors, cells = range(len(config.subjects.seeds)), config.seeds[:1], {*config.k_factors}, []
+    every, first, cells = range(len(config.subjects.seeds)), config.seeds[:1], []
     for name, main in mains.items():
+        others = {arm: of_other_k(main.budget, config.k_factors, arm) for arm in CLASSES}
         for t in every:
             for site in SITES:
                 here = replace(main, training_seed=t, site=site)
-                cells.append(here)
+                swept = others if name in COMPARED and site == "write" else dict.fromkeys(CLASSES, ())
+                cells.append(replace(here, beside=swept["crosscoder"]))
                 if name in COMPARED:
                     cells.append(replace(here, state="untrained"))
-                if name in COMPARED and t == 0:
-                    cells.append(replace(here, arm="layerwise"))
+                if name in COMPARED and (t == 0 or site == "write"):
+                    seeds = config.seeds if t == 0 else first
+                    cells.append(replace(here, arm="layerwise", seeds=seeds, beside=swept["layerwise"]))
             if name == "A":
                 cells.append(replace(main, training_seed=t, state="shuffled", seeds=first))
         if name in COMPARED:
             sizes = [with_size(main.budget, size) for size in config.sizes if size != main.budget.n_features]
-            ks = [with_k(main.budget, factor) for factor in config.k_factors if factor != 1]
             cells += [replace(main, role="size", budget=budget, seeds=first) for budget in sizes]
-            cells += [replace(main, role="k", budget=budget, seeds=first) for budget in ks]
-    bank = replace(mains["A"], arm="layerwise", role="k", seeds=first)
-    for t in every:
-        # k itself is the main bank's on the first run.
-        of_run = sorted(factors - {1.0} if t == 0 else factors | {1.0})
-        cells += [replace(bank, training_seed=t, budget=with_k(bank.budget, factor)) for factor in of_run]
     layers = {name: shape.n_layers for name, shape in config.subjects.shapes().items()}
 
     def cost(cell: Cell) -> int:
         longer = 1 if cell.arm in SPANNING else 2
-        return len(cell.seeds) * cell.budget.n_features * layers[cell.subject] * longer
+        return cell.n_dictionaries * cell.budget.n_features * layers[cell.subject] * longer
 
     cells = [replace(cell, probed=_is_probed(cell)) for cell in sorted(cells, key=cost, reverse=True)]
     return [*cells, *(_joint_cells(mains["A"], len(every)) if config.joint else ())]
@@ -236,7 +233,7 @@ def _harvest(
         for state in STATES if name in COMPARED else STATES[:1]:
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            spliced = checkpoint if state == "trained" and t == 0 and config.splice_blocks else None
+            spliced = checkpoint if state == "trained" and name in COMPARED and config.splice_blocks else None
             here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
             if config.stream:
                 most = config.tokens_train, config.tokens_held_out

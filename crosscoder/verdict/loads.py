@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from crosscoder.measure.fidelity import TARGETS, Currency, SweepPoint, lost_share, read_at
+from crosscoder.measure.splice import ALL_LAYERS
+from crosscoder.measure.statistics import statistic_row
 from crosscoder.measure.welch import Group, combine_within, contrast, difference, group_mean
-from crosscoder.results.table import COMPARED, Estimate, LongTable, Site
+from crosscoder.results.table import COMPARED, Estimate, LongTable, Place, Row, Site
 
-ALL_LAYERS = "all"
-"""The layer of rows of a splice of every layer."""
 Logs = np.ndarray | str
 """ln of a load for each training, or why it cannot be read for one of them."""
 
@@ -56,6 +56,15 @@ def load_legs(
         }
         found[currency] = _legs(joint, banks, shapes)
     return found
+
+
+def load_rows(legs: Mapping[Currency, LoadLegs], *, site: Site = "write") -> list[Row]:
+    """q, g and r as rows, the currency as their estimator."""
+    return [
+        statistic_row(Place(site=site, estimator=currency), key, value)
+        for currency, found in legs.items()
+        for key, value in (("load_log_ratio", found.q), ("sharing", found.g), ("bank_log_ratio", found.r))
+    ]
 
 
 def _legs(joint: Mapping[str, Logs], banks: Mapping[str, Logs], shapes: Mapping[str, tuple[int, int]]) -> LoadLegs:
@@ -128,7 +137,9 @@ def _fidelity(rows: LongTable, currency: Currency) -> float | str:
     if currency == "fvu":
         explained = rows.one("explained_variance", layer=None)
         return "explained variance is not known" if explained is None else 1 - explained
-    keys = {"spliced_loss": ALL_LAYERS, "ablated_loss": ALL_LAYERS, "clean_loss": None}
+    layers = {row.at.layer for row in rows.select("spliced_loss")}
+    (spliced,) = layers if len(layers) == 1 else (ALL_LAYERS,)  # a dictionary of one layer has no other
+    keys = {"spliced_loss": spliced, "ablated_loss": spliced, "clean_loss": None}
     losses = {key: rows.one(key, layer=layer) for key, layer in keys.items()}
     if None in losses.values():
         return "its reconstructions were not spliced into the subject"

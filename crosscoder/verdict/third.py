@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from crosscoder.measure.fidelity import Currency
 from crosscoder.results.table import Estimate
+from crosscoder.verdict.loads import LoadLegs
 
 VERSION = "crosscoder.verdict/3"
 CURRENCIES = ("fvu", "loss")
@@ -152,6 +154,19 @@ def decide(evidence: Evidence) -> Decision:
     if missing:
         return decision("undecided", tuple(f"{found}, but no null of {name} was measured" for name in missing))
     return decision(found, tuple(str(leg) for leg in legs[found] if leg.met == "met"), explained)
+
+
+def notes(legs: Mapping[Currency, LoadLegs], n_trainings: Mapping[str, int]) -> tuple[str, ...]:
+    """What this version says of a study that has its load legs alone: never a conclusion, which takes nulls."""
+    values = {f"{name}/{one}": value for one, found in legs.items() for name, value in (("q", found.q), ("r", found.r))}
+    known = {name: value for name, value in values.items() if isinstance(value, Estimate)}
+    decision = decide(Evidence(values=known, gates={}, nulls={}, n_trainings=n_trainings))
+    kinds = {name: kind_of_r(value) for name, value in known.items() if name.startswith("r/")}
+    said = [
+        f"rule version 3, of which the load legs alone are measured: {decision.label} ({'; '.join(decision.reasons)})"
+    ]
+    said += [f"{name} is {known[name]:.3g}, in the range of {kind}" for name, kind in kinds.items() if kind]
+    return tuple(said)
 
 
 def check_legs(evidence: Evidence, label: str) -> tuple[Checked, ...]:

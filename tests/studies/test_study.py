@@ -63,8 +63,9 @@ def test_what_was_lost_is_made_again_to_the_same_bytes(studies):
 
 def test_both_arms_are_given_the_same_budget(studies):
     rows = load_results(studies[0]).rows.select("tokens_train", role="main")
-    # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks: 2 shapes x 2 sites
-    assert len(rows) == 12 + 8 + 2 + 4
+    # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks of 2 shapes: writes x 2
+    # trainings, and the residual stream of the first
+    assert len(rows) == 12 + 8 + 2 + 4 + 2
     assert {row.at.n_features for row in rows} == {96}
     assert {row.value for row in rows} == {20 * 256}
 
@@ -78,6 +79,21 @@ def test_outliers_are_counted_beside_both_explained_variances(studies):
     assert len(shares) == len(every) == len(kept) > 0
     for one, with_outliers, share in zip(kept, every, shares, strict=True):
         assert one == with_outliers or share > 0
+
+
+def test_every_training_of_both_has_four_k_and_loads_at_common_fidelity_or_a_reason(studies):
+    rows = load_results(studies[0]).rows
+    for name in ("A", "B"):
+        for t in (0, 1):
+            for arm in ("crosscoder", "layerwise"):
+                where = {"subject": name, "training_seed": t, "state": "trained", "site": "write", "arm": arm}
+                cells = rows.cells("entropy_load", **where, role=("main", "k"))
+                assert len({at.k for at in cells}) == 4
+                assert all(cell.values("spliced_loss") for cell in cells.values())
+    for key in ("load_log_ratio", "sharing", "bank_log_ratio"):
+        found = rows.select(key)
+        assert [row.at.estimator for row in found] == ["fvu", "loss"]
+        assert all(row.value is not None or "spliced into" not in row.missing for row in found)
 
 
 def test_subjects_have_equal_parameters_and_the_deep_one_twice_the_neurons(studies):

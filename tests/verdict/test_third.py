@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 
 from crosscoder.results.table import Estimate
-from crosscoder.verdict.third import BY_CURRENCY, CURRENCIES, LABELS, NULLS, PREMISES, Evidence, Leg, decide, kind_of_r
+from crosscoder.verdict.loads import LoadLegs
+from crosscoder.verdict.third import (
+    BY_CURRENCY,
+    CURRENCIES,
+    LABELS,
+    NULLS,
+    PREMISES,
+    Evidence,
+    Leg,
+    decide,
+    kind_of_r,
+    notes,
+)
 
 PLENTY = {"A": 6, "B": 5}
 OPEN = Estimate(0.0, -50.0, 50.0)
@@ -114,3 +126,14 @@ def test_the_kind_of_r_is_printed_beside_a_failed_premise():
         "H2: denser",
     ]
     assert kind_of_r(around(math.log(1.6))) is None
+
+
+def test_load_legs_alone_conclude_nothing_and_say_where_r_lies():
+    legs = {one: LoadLegs(q=around(-0.6), g=around(0.3), r=around(-0.5), joint={}, banks={}) for one in ("fvu", "loss")}
+    pilot, *kinds = notes(legs, {"A": 2, "B": 2})
+    assert "pilot (2 of 5 trainings of A; 2 of 5 trainings of B)" in pilot
+    assert kinds == [f"r/{one} is -0.5 [-0.52, -0.48], in the range of H2: over" for one in ("fvu", "loss")]
+    enough, *_ = notes(legs, {"A": 5, "B": 5})
+    assert "undecided (premise fails: load, but no null of q/fvu was measured" in enough
+    (missing,) = notes({"fvu": LoadLegs("none", "none", "none", {}, {})}, {"A": 5, "B": 5})
+    assert "undecided" in missing
