@@ -73,7 +73,7 @@ class Compare(Study):
     """
 
     preset: Literal["smoke", "quick", "full"] = "quick"
-    """smoke: a minute, to see that all works. quick: 10 to 18 minutes on two cores. full: for one GPU."""
+    """smoke: a minute, to see that all works. quick: 8 to 18 minutes on two cores. full: for one GPU."""
     subject: Annotated[str | None, SUBJECT] = None
     text: Annotated[str | None, TEXT] = None
     layers: tuple[int, ...] | None = None

@@ -41,7 +41,7 @@ BUDGETS = {
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
     "crosscoder/measure": 4545,
-    "crosscoder/verdict": 905,
+    "crosscoder/verdict": 920,
     "crosscoder/report": 1705,
     "crosscoder/studies": 2030,
     "crosscoder/commands": 500,

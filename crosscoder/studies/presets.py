@@ -98,7 +98,7 @@ class StudyConfig:
     """Dictionary seeds of every cell that is compared; the debiased dimension needs two."""
     sizes: tuple[PositiveInt, ...] = (20, 40, 80)
     """Further dictionary sizes, on the trained block writes, one seed."""
-    k_factors: tuple[PositiveFloat, ...] = (0.5, 2.0, 4.0)
+    k_factors: tuple[PositiveFloat, ...] = (0.25, 0.5, 2.0, 4.0)
     """Further sparsities, as multiples of k, on the trained block writes of every training of A and B, crosscoders and
     banks, one seed. With k itself there are to be four or more, so that loads can be read at common fidelity."""
     tokens_train: PositiveInt = 120_000
