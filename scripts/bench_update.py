@@ -43,6 +43,8 @@ from triton_kernels.cpu import native, sparse
 SHAPES = ("6,256,8192,1024,32", "1,768,24576,1024,32", "12,768,4096,512,32", "8,64,1024,512,8")
 BLOCK_BYTES = 2**19
 """Of a block's gradient; with its weights and moments it takes four times as much of a cache."""
+LEAST_BLOCK = 128
+"""Features: threads take 64 at a time."""
 PREDICTED = """\
 Predicted before the runs, by bytes: apart, a decoder's number is read and its gradient written (8), then weight,
 gradient and moments are read and all but the gradient written (28); fused 28 of these 36 are left, 1.25 times fewer.
@@ -74,7 +76,7 @@ class Table:
         """The same, block by block."""
         _, n_features, width = self.tables[0].shape
         starts, rows, order = sparse.feature_major(self.code.features_P, self.code.offsets, n_features)
-        d_values, n_block = torch.empty_like(self.code.values_P), max(1, BLOCK_BYTES // (4 * width))
+        d_values, n_block = torch.empty_like(self.code.values_P), max(LEAST_BLOCK, BLOCK_BYTES // (4 * width))
         gradient, squares = torch.empty(n_block, width), torch.empty(n_block)
         given = (self.code.values_P, self.error_BGN, self.weight_GL)
         for first in range(0, n_features, n_block):
