@@ -339,8 +339,8 @@ def _layer_bars(ax: Axes, cell: LongTable, arm: str, color: str) -> None:
 
 
 def draw_splice(results: Results) -> Figure | None:
-    """Loss recovered when a site is replaced by its reconstruction, one panel a subject."""
-    cells = results.rows.cells("spliced_loss", state="trained", role="main")
+    """Loss recovered when a site is replaced by its reconstruction, one panel a subject; of the first training."""
+    cells = first_trainings(results.rows.cells("spliced_loss", state="trained", role="main"))
     if not cells:
         return None
     figure, drawn = subject_panels(results, cells, "spliced layer", "loss recovered", only_known=True, sharey="row")

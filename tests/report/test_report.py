@@ -112,8 +112,9 @@ BY_ITSELF += ("identity_residual", "exclusive_share")
 def expected_numbers(results: Results) -> set[str]:
     rows = [row for group in WORDS["groups"] for row in tables.paper_rows(results, group)]
     shown = [format_range(value) for row in rows for value in row.values.values()]
-    for cell in results.rows.cells("alive").values():
-        shown += [format_range(cell.known_range(key)) for key in PRINTED]
+    for at, cell in results.rows.cells("alive").items():
+        keys = [key for key in PRINTED if at.role == "main" or key not in tables.COLUMNS["spread"]]
+        shown += [format_range(cell.known_range(key)) for key in keys]
     shown += [format_range(row.value) for key in BY_ITSELF for row in results.rows.select(key)]
     return {text for value in shown for text in (value.text, value.detail)} - {""}
 
@@ -147,9 +148,9 @@ def test_each_group_says_over_which_seeds_it_is():
     notes = {group: tables.measured_table(results, group).note for group in WORDS["groups"]}
     assert "not a unit of an MLP" in notes["subject"]
     assert notes["cross-layer"] == "Over 2 training seeds, 2 dictionary seeds each."
-    one = "1 training seed, {} each"
+    both = "2 training seeds, {} each"
     assert notes["per-layer"] == (
-        f"A over {one.format('2 dictionary seeds')}; B over {one.format('1 dictionary seed')}."
+        f"A over {both.format('1 to 2 dictionary seeds')}; B over {both.format('1 dictionary seed')}."
     )
     nothing = keep(PAIR, lambda row: row.at.arm is None)
     assert tables.measured_table(nothing, "control").note == ""
