@@ -43,11 +43,11 @@ BUDGETS = {
     "crosscoder/measure": 4545,
     "crosscoder/verdict": 920,
     "crosscoder/report": 1705,
-    "crosscoder/studies": 2030,
+    "crosscoder/studies": 2045,
     "crosscoder/commands": 500,
     "crosscoder": 530,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_650, 16_320
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_670, 16_350
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

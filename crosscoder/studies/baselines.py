@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from crosscoder.data.residuals import find_blocks
 from crosscoder.data.subject_training import SubjectConfig, SubjectRun, load_checkpoint
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.measure.baselines import ngram_losses, seen_blocks, token_lookup
-from crosscoder.results.table import Place, Row, rows_at
+from crosscoder.results.table import Place, Row
 from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.presets import Run
 
@@ -39,10 +39,27 @@ def _measure(at: Place, config: SubjectConfig, steps: int, checkpoint: Path, tok
     prepared = PreparedTokens.load(tokens)
     train, held_out = prepared.train, prepared.held_out
     seen = seen_blocks(len(train), batch=config.batch, seed=config.seed, steps=steps)
-    losses = ngram_losses(train, evenly(held_out, LOSS_BLOCKS), seen=seen)
-    model, some = load_checkpoint(checkpoint, device=device), seen[:: max(1, len(seen) // LOOKUP_BLOCKS[0])]
-    lookup = token_lookup(model, list(find_blocks(model)), train, evenly(held_out, LOOKUP_BLOCKS[1]), seen=some)
-    rows = rows_at(at, {f"{name}_loss": losses[name] for name in ("bigram", "trigram")})
-    kept = lookup.share_kept
-    missing = kept if isinstance(kept, str) else None
-    return [*rows, Row(at, "lookup_share", None if missing else kept, missing)]
+
+    def losses() -> dict[str, float | str]:
+        found = ngram_losses(train, evenly(held_out, LOSS_BLOCKS), seen=seen)
+        return {f"{name}_loss": found[name] for name in ("bigram", "trigram")}
+
+    def lookup() -> dict[str, float | str]:
+        model, some = load_checkpoint(checkpoint, device=device), seen[:: max(1, len(seen) // LOOKUP_BLOCKS[0])]
+        blocks = list(find_blocks(model))
+        return {
+            "lookup_share": token_lookup(model, blocks, train, evenly(held_out, LOOKUP_BLOCKS[1]), seen=some).share_kept
+        }
+
+    values = _known(losses, "bigram_loss", "trigram_loss") | _known(lookup, "lookup_share")
+    return [
+        Row(at, key, None, value) if isinstance(value, str) else Row(at, key, value) for key, value in values.items()
+    ]
+
+
+def _known(measure: Callable[[], dict[str, float | str]], *keys: str) -> dict[str, float | str]:
+    """What is measured, or why it cannot be: a vocabulary or a model that is too large must not end a whole study."""
+    try:
+        return measure()
+    except ValueError as error:
+        return dict.fromkeys(keys, str(error))

@@ -233,7 +233,8 @@ def _harvest(
         for state in STATES if name in COMPARED else STATES[:1]:
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            spliced = checkpoint if state == "trained" and name in COMPARED and config.splice_blocks else None
+            read = state == "trained" and (t == 0 or name in COMPARED)
+            spliced = checkpoint if read and config.splice_blocks else None
             here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
             if config.stream:
                 most = config.tokens_train, config.tokens_held_out

@@ -72,10 +72,11 @@ def _legs(joint: Mapping[str, Logs], banks: Mapping[str, Logs], shapes: Mapping[
     joint_mean, bank_mean = ({name: _mean(logs) for name, logs in one.items()} for one in (joint, banks))
     excess = {name: _excess(banks[name], joint[name], name) for name in COMPARED}
     (deep, narrow), (shallow, wide) = shapes[a], shapes[b]
-    per_depth, neurons = 1 / math.log(deep / shallow), math.log(deep * narrow / (shallow * wide))
+    neurons, depth = math.log(deep * narrow / (shallow * wide)), math.log(deep / shallow)
+    sharing = "A and B have equally many layers, so that depth says nothing of sharing"
     return LoadLegs(
         q=difference(joint_mean[b], joint_mean[a]),
-        g=contrast([(per_depth, excess[a]), (-per_depth, excess[b])]),
+        g=contrast([(1 / depth, excess[a]), (-1 / depth, excess[b])]) if depth else sharing,
         r=contrast([(1.0, bank_mean[b]), (-1.0, bank_mean[a])], constant=neurons),
         joint=joint,
         banks=banks,

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 
 from crosscoder.cli import main
-from crosscoder.data.subject_training import SubjectCheckpoint
+from crosscoder.data.subject_training import SubjectCheckpoint, SubjectRun
 from crosscoder.data.text import Documents
 from crosscoder.report.answer import answer
 from crosscoder.results.file import document, load_results
+from crosscoder.results.table import Place
+from crosscoder.studies import baselines
 from crosscoder.studies.presets import PRESETS
 from crosscoder.studies.shapes import Part, match_losses, study_cells
 from crosscoder.studies.single import SubjectStudyConfig
@@ -90,6 +92,7 @@ def test_every_training_of_both_has_four_k_and_loads_at_common_fidelity_or_a_rea
                 cells = rows.cells("entropy_load", **where, role=("main", "k"))
                 assert len({at.k for at in cells}) == 4
                 assert all(cell.values("spliced_loss") for cell in cells.values())
+    assert {row.at.subject for row in rows.select("clean_loss")} == {"A", "B", "C"}
     for key in ("load_log_ratio", "sharing", "bank_log_ratio"):
         found = rows.select(key)
         assert [row.at.estimator for row in found] == ["fvu", "loss"]
@@ -112,6 +115,18 @@ def test_every_subject_stands_beside_tables_of_what_it_read(studies):
     assert all(table.value < one.value for table, one in zip(bigram, loss, strict=True))  # after 30,000 tokens
     assert "none is better than a trigram table" in answer(results)[1]
     assert all(row.value is not None or row.missing for row in results.rows.select("lookup_share"))
+
+
+def test_a_model_too_large_for_a_table_of_tokens_has_a_reason_and_the_study_goes_on(studies, monkeypatch):
+    monkeypatch.setattr("crosscoder.measure.baselines.TABLE_BYTES", 1)
+    run = SubjectRun.load(studies[0] / "subjects" / "A0")
+    checkpoint = run.folder / run.checkpoints[-1].folder
+    at = Place(subject="A", training_seed=0)
+    rows = baselines._measure(at, run.config, run.checkpoints[-1].step, checkpoint, studies[0] / "tokens", "cpu")
+    found = {row.key: row for row in rows}
+    assert found["bigram_loss"].value > 0
+    assert found["lookup_share"].value is None
+    assert "token lookup is for small subjects" in found["lookup_share"].missing
 
 
 def test_a_finished_study_is_not_run_again(studies, capsys):

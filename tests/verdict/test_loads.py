@@ -78,3 +78,9 @@ def test_what_cannot_be_read_has_a_reason_and_leaves_the_rest(changed, reason):
     assert isinstance(legs.g, str)
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(legs.g)
+
+
+def test_shapes_of_one_depth_have_no_sharing():
+    legs = load_legs(table(), {"A": (8, 64), "B": (8, 128)})["fvu"]
+    assert isinstance(legs.q, Estimate)
+    assert "equally many layers" in legs.g
