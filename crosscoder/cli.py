@@ -28,6 +28,7 @@ from crosscoder.data.subject import USUAL_LOADING, Loading
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.needs import Needs, planted_needs, single_needs, study_needs
+from crosscoder.results.table import State
 from crosscoder.studies.budget import Bank, WholeStructure
 
 
@@ -61,10 +62,10 @@ class Compare(Study):
     """The main job: per-layer and cross-layer feature counts compared, with a report.
 
     Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
-    compared, trained and untrained; the report opens with the verdict of a rule that was fixed beforehand.
+    compared, beside nulls that have nothing to find; the report opens with what the rule says (`verdict/rule.py`).
 
     With a subject: the two kinds of dictionary are compared on that model alone, beside the same model untrained and,
-    on neighbouring layers, with its layers shuffled apart.
+    on neighbouring layers, beside further nulls.
 
     $ crosscoder compare --preset smoke
     $ crosscoder compare --subject HuggingFaceTB/SmolLM2-135M --text my_texts/ --layers 10 11 12 13
@@ -72,8 +73,9 @@ class Compare(Study):
     A setting that is None is the preset's.
     """
 
-    preset: Literal["smoke", "quick", "full"] = "quick"
-    """smoke: a minute, to see that all works. quick: 8 to 18 minutes on two cores. full: for one GPU."""
+    preset: Literal["smoke", "quick", "standard", "large", "full"] = "quick"
+    """smoke: a minute, to see that all works. quick: a pilot, 12 minutes on two cores. standard: enough trainings for
+    an answer, hours on two cores. large: the same at four times the parameters. full: for one GPU."""
     subject: Annotated[str | None, SUBJECT] = None
     text: Annotated[str | None, TEXT] = None
     layers: tuple[int, ...] | None = None
@@ -89,8 +91,9 @@ class Compare(Study):
     """Dictionary seeds. The debiased dimension compares two; stable features need three."""
     training_seeds: tuple[int, ...] | None = None
     """Without --subject: training seeds of every shape. With one there is no ceiling, and so no verdict."""
-    joint: bool = False
-    """Without --subject: also train crosscoders over two subjects at once, to see which features are one's alone."""
+    nulls: tuple[State, ...] | None = None
+    """What else dictionaries are trained on, to see what is found where there is nothing of the kind: untrained,
+    shuffled, gaussian; frozen_encoder, frozen_decoder, soft_decoder: on the model, but with that part not learnt."""
     steps: int | None = None  # Training steps of each dictionary
     n_features: int | None = None  # Features of the crosscoder and of each layer's SAE
     structure: WholeStructure | None = None
@@ -107,7 +110,7 @@ class Compare(Study):
             names = ("layers", "blocks_path", "tokens", "context", "keep_outliers", *LOADING)
         else:
             mode = "only the study of several shapes has that; leave out --subject"
-            names = ("preset", "training_seeds", "joint", "part")
+            names = ("preset", "training_seeds", "part")
         return {mode: names} if self.structure == "window" else {mode: names, NO_WINDOW: ("window",)}
 
     def study(self) -> Any:
@@ -117,13 +120,14 @@ class Compare(Study):
         config = PRESETS[self.preset] if self.subject is None else SubjectStudyConfig(subject=self.subject)
         names = ("steps", "n_features", "structure", "window", "bank")
         budget = _replace_given(config.dictionaries, **{name: getattr(self, name) for name in names})
-        config = replace(_replace_given(config, dictionaries=budget, seeds=self.seeds), stream=self.stream)
+        config = _replace_given(config, dictionaries=budget, seeds=self.seeds, nulls=self.nulls)
+        config = replace(config, stream=self.stream)
         if self.subject is not None:
             read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path, "loading": self.loading}
             read |= {"tokens_train": self.tokens, "context": self.context, "keep_outliers": self.keep_outliers}
             return _replace_given(config, text=self.text, **read)
         subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
-        return _replace_given(config, subjects=subjects, joint=self.joint or None)
+        return _replace_given(config, subjects=subjects)
 
     def needs(self) -> Needs:
         return study_needs(self.study()) if self.subject is None else single_needs(self.study())

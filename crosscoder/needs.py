@@ -14,7 +14,6 @@ from crosscoder.data.tokens import TokenBlocks
 from crosscoder.data.world_pair import SIDES
 from crosscoder.dictionary import DICTIONARIES, DictionaryConfig
 from crosscoder.foundation.console import human_bytes
-from crosscoder.results.table import COMPARED
 from crosscoder.studies.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
 from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
@@ -97,7 +96,7 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
     """What a study of one model takes; of the model only the configuration is read."""
     n_sites, width = _sites_and_width(config.subject, config.layers, revision=config.loading.revision)
     n_layers = n_sites - (config.layers is None)  # all blocks, without the embedding
-    tokens, states = config.tokens_train + config.tokens_held_out, 1 + config.untrained
+    tokens, states = config.tokens_train + config.tokens_held_out, 1 + ("untrained" in config.nulls)
     rows: Needs = [
         ("subject", config.subject),
         ("layers x width", f"{n_layers} x {width}"),
@@ -112,9 +111,9 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
 
 def study_needs(config: StudyConfig) -> Needs:
     """What a study of several shapes takes."""
-    from crosscoder.studies.shapes import study_cells
+    from crosscoder.studies.shapes import dictionary_cells
 
-    cells = study_cells(config)
+    cells = dictionary_cells(config)
     rows: Needs = [
         ("text", config.subjects.text),
         ("training runs", str(len(config.subjects.runs()))),
@@ -126,15 +125,12 @@ def study_needs(config: StudyConfig) -> Needs:
     for name, shape in shapes.items():
         rows += subject_needs(f"subject {name}", config.subjects.runs()[name, 0], config.subjects.vocab_size)
         mains = [cell for cell in cells if cell.subject == name and cell.role == "main"]
-        stores = {(cell.training_seed, cell.state) for cell in mains if cell.state != "shuffled"}
+        runs = sum(run == name for run, _ in config.subjects.runs())
+        stores = {cell.read for cell in mains} or range(runs)
         tokens = len(stores) * (config.tokens_train + config.tokens_held_out)
         disk += 4 * tokens * (shape.n_layers + 1) * shape.d_model
         for arm, budget in {cell.arm: cell.budget for cell in mains}.items():
             rows += dictionary_needs(arm, shape.n_layers, shape.d_model, budget, of=f"{name}, ")
-    if joints := [cell for cell in cells if cell.other is not None]:
-        pair = [shapes[name] for name in COMPARED]
-        layers, width = sum(shape.n_layers for shape in pair), max(shape.d_model for shape in pair)
-        rows += dictionary_needs("crosscoder", layers, width, joints[0].budget, of=f"{' and '.join(COMPARED)}, ")
     kept = "kept" if config.keep_activations else "removed at the end"
     return [*rows, ("activations on disk", "none" if config.stream else f"{human_bytes(disk)}, {kept}")]
 

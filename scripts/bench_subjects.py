@@ -1,4 +1,4 @@
-"""How near the trainer of small subjects comes to its floor, on the default study's shapes A, B and C.
+"""How near the trainer of small subjects comes to its floor, on shapes A, B and C of the preset `standard`.
 
 In one process with one thread, as a study trains each subject, the arms taking turns, a step each; what is counted is
 processor time, since other programs may run beside. Every arm begins with the same weights and reads the same text in
@@ -51,10 +51,10 @@ from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.subject import build_subject
 from crosscoder.data.subject_training import SubjectConfig, held_out_loss, next_token_loss
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
-from crosscoder.studies.presets import SubjectsConfig
+from crosscoder.studies.presets import PRESETS
 
 Loss = Callable[[Any, Tensor], Tensor]
-STUDY = SubjectsConfig()
+STUDY = PRESETS["standard"].subjects
 TODAY, KEPT, FLOOR = "today", "own forward", "products alone"
 COMPILED, COMPILED_BLOCKS = "torch.compile", "torch.compile, each block"
 OPTIMISERS = ("fused", "foreach")
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure the shapes and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default=STUDY.text, help="what `crosscoder prepare --text` takes")
-    parser.add_argument("--shapes", nargs="+", default=list(STUDY.shapes()), help="of the default study")
+    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C"], help="of the study")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help=f"`{TODAY}` is always one")
     parser.add_argument("--steps", type=int, default=100, help="of today's batch, timed")
     parser.add_argument("--turns", type=int, default=5, help="in which processes and threads are compared")

@@ -1,7 +1,8 @@
 """Every number that differs between two results files: `python scripts/compare_results.py OLD NEW [--moved KEY ...]`.
 
-OLD is of version 2 or 3, NEW of version 3. Each place and key that one side lacks, or whose values differ, is listed;
-null and nothing are the same. `--moved` names keys that may differ. Exit status 1 if any other does.
+Both are of version 3 or 4 of the schema; quantities that are not measured any more are left out. Each place and key
+that one side lacks, or whose values differ, is listed; null and nothing are the same. `--moved` names keys that may
+differ. Exit status 1 if any other does.
 """
 
 from __future__ import annotations
@@ -12,17 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convert_results import convert
-
 from crosscoder.foundation.artifact import read_json
-from crosscoder.results.file import SCHEMA, Results, from_document
+from crosscoder.results.file import Results, from_document
 from crosscoder.results.table import Estimate, Place
-
-
-def read_any(path: Path) -> Results:
-    """The results of a file of version 2 or 3."""
-    value = read_json(path)
-    return from_document(value) if value.get("schema") == SCHEMA else convert(value)
 
 
 def values(results: Results) -> dict[tuple[Place, str], Any]:
@@ -49,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--moved", nargs="*", default=[], help="keys that may differ")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative, 0 asks for equality")
     chosen = parser.parse_args(arguments)
-    old, new = values(read_any(chosen.old)), values(read_any(chosen.new))
+    studies = [from_document(read_json(path)) for path in (chosen.old, chosen.new)]
+    old, new = map(values, studies)
     unexpected = 0
     for place, key in dict.fromkeys((*old, *new)):
         before, after = old.get((place, key)), new.get((place, key))
@@ -57,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
             moved = key in chosen.moved
             unexpected += not moved
             print(f"{'moved' if moved else 'DIFFERS'} {key} at {place.known()}: {_shown(before)} -> {_shown(after)}")
-    verdicts = [read_any(path).verdict for path in (chosen.old, chosen.new)]
-    if verdicts[0] != verdicts[1]:
+    before, after = (study.verdict for study in studies)
+    if before != after:
         unexpected += 1
-        print(f"DIFFERS verdict: {verdicts[0]} -> {verdicts[1]}")
+        print(f"DIFFERS verdict: {before} -> {after}")
     print(f"{len(old):,} old and {len(new):,} new values; {unexpected} unexpected differences")
     return 1 if unexpected else 0
 

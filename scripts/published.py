@@ -18,7 +18,7 @@ import numpy as np
 
 from crosscoder.foundation.artifact import read_json
 from crosscoder.results.file import from_document
-from crosscoder.results.table import COMPARED, LongTable
+from crosscoder.results.table import COMPARED, SITE_NAME, Estimate, LongTable
 
 DOCS = Path(__file__).parents[1] / "docs"
 PUBLISHED = tomllib.loads((DOCS / "published.toml").read_text(encoding="utf-8"))
@@ -30,13 +30,16 @@ LOSS_GAP = 0.03
 MINORITY = 0.5
 EXPLAINED = 0.71
 MANY_LAYERS, EVEN = 6, 0.9  # layers in which a decay can be seen; rho / L of a profile without one
+KEPT = 0.99  # adjacent cosine of a feature that does not drift
+FEW_LAYERS = 2.0
+THEIR_SITE = "residual"  # what Lindsey et al. read
 ENDS = ("bank", "batch_topk, acausal")  # variants between which structured crosscoders are expected
 HEAD = """# Published numbers beside ours
 
 Written by `python scripts/published.py` from the facts of published.toml and the rules of the script. A verdict is
 about the direction of a claim unless the row says otherwise: the published studies are far larger than ours. "Not
-comparable" means that ours has the quantity, but not under the claim's conditions; "not measured" that the file does
-not hold it.
+comparable" means that ours has the quantity, but not under the claim's conditions, or that our settings decide it;
+"not measured" that the file does not hold it.
 
 How far each figure was checked against its source:
 """
@@ -74,33 +77,43 @@ def judged(ours: str, agrees: bool, why: str) -> Comparison:
 
 @dataclass(frozen=True)
 class Pair:
-    """A crosscoder and a bank on the same site of the same trained model."""
+    """A crosscoder and a bank on one site of the same trainings of one model; numbers over all their seeds."""
 
+    where: str
     n_layers: int
-    crosscoder: dict[str, float]
-    bank: dict[str, float]
+    crosscoder: dict[str, Estimate]
+    bank: dict[str, Estimate]
+    sizes: tuple[int, int]
+    """Features of the crosscoder, and of each of the bank's layers."""
 
     @property
-    def gain(self) -> float:
-        """How much more of the variance the crosscoder explains."""
-        return self.crosscoder["explained_variance"] - self.bank["explained_variance"]
+    def explained(self) -> tuple[Estimate, Estimate]:
+        """By the crosscoder, by the bank."""
+        return self.crosscoder["explained_variance"], self.bank["explained_variance"]
+
+    @property
+    def gain(self) -> int:
+        """1 where the crosscoder explains more than the bank, -1 where less, 0 where ranges over seeds overlap."""
+        one, bank = self.explained
+        return int(one.low > bank.high) - int(one.high < bank.low)
 
 
 def pairs_of(ours: Ours) -> Iterator[Pair]:
     keys = ("explained_variance", "l0_token", "l0_token_layer")
-    fields = ("subject", "training_seed", "site", "arm", "n_features")
-    cells = ours.rows.select(state="trained", role="main").groups(*fields)
+    cells = ours.rows.select(state="trained", role="main").groups("subject", "site", "arm", "n_features")
     for at, crosscoder in cells.items():
         for other, bank in cells.items():
-            same = all(getattr(at, name) == getattr(other, name) for name in fields[:3])
+            same = (at.subject, at.site) == (other.subject, other.site)
             if not same or (at.arm, other.arm) != ("crosscoder", "layerwise"):
                 continue
-            found = [[cell.seed_range(key) for key in keys] for cell in (crosscoder, bank)]
-            layers = bank.values("explained_variance_per_layer")
-            if layers and None not in [*found[0], *found[1]]:
-                both = [{key: one.value for key, one in zip(keys, side, strict=True) if one} for side in found]
-                both[0]["n"], both[1]["n"] = at.n_features or 0, other.n_features or 0
-                yield Pair(len(layers[0]), *both)
+            trainings = [{row.at.training_seed for row in one.select(keys[0])} for one in (crosscoder, bank)]
+            both = {"training_seed": tuple(trainings[0] & trainings[1])}
+            found = [{key: one.seed_range(key, **both) for key in keys} for one in (crosscoder, bank)]
+            layers = bank.values("explained_variance_per_layer", **both)
+            if layers and None not in [*found[0].values(), *found[1].values()]:
+                known: list[Any] = found
+                sizes = at.n_features or 0, other.n_features or 0
+                yield Pair(f"{at.subject}, {at.site}", len(layers[0]), *known, sizes)
 
 
 def over_pairs(judge: Callable[[Pair], Comparison | None], why_not: str) -> Callable[[Ours], Comparison]:
@@ -108,86 +121,94 @@ def over_pairs(judge: Callable[[Pair], Comparison | None], why_not: str) -> Call
 
     def compare(ours: Ours) -> Comparison:
         pairs = list(pairs_of(ours))
-        found = [comparison for pair in pairs if (comparison := judge(pair)) is not None]
+        found = [(pair, comparison) for pair in pairs if (comparison := judge(pair)) is not None]
         if not pairs:
             return missing("no crosscoder and bank on one site")
         if not found:
             return Comparison("–", "not comparable", why_not)
-        shown = "; ".join(one.ours for one in found)
-        if len({one.verdict for one in found}) > 1:
+        shown = "; ".join(f"{pair.where}: {one.ours}" for pair, one in found)
+        if len({one.verdict for _, one in found}) > 1:
             return Comparison(shown, "not comparable", "sites or subjects differ among themselves")
-        return Comparison(shown, found[0].verdict, found[0].why)
+        left = len(pairs) - len(found)
+        said = f"; not comparable in {left} of {len(pairs)} places: {why_not}" if left else ""
+        return Comparison(shown, found[0][1].verdict, found[0][1].why + said)
 
     return compare
 
 
 def fewer_features(pair: Pair) -> Comparison | None:
-    one, bank, size = pair.crosscoder, pair.bank, pair.bank["n"] * pair.n_layers
-    shown = f"{one['n']} features: EV {one['explained_variance']:.3f}, against {size}: {bank['explained_variance']:.3f}"
-    if one["n"] <= size and pair.gain >= 0 and one["l0_token"] <= bank["l0_token"]:
+    (n, width), (one, bank) = pair.sizes, pair.explained
+    size, active = width * pair.n_layers, pair.crosscoder["l0_token"].value - pair.bank["l0_token"].value
+    shown = f"{n} features: EV {one.value:.3f}, against {size}: {bank.value:.3f}"
+    if n <= size and pair.gain > 0 and active <= 0:
         return judged(shown, True, "direction only, at fewer active features a token; no factor was measured")
-    if one["n"] >= size and pair.gain < 0 and one["l0_token"] >= bank["l0_token"]:
+    if n >= size and pair.gain < 0 and active >= 0:
         return judged(shown, False, "with as many features and as many active")
     return None
 
 
 def equal_compute(pair: Pair) -> Comparison | None:
-    one, bank = pair.crosscoder, pair.bank
-    if one["n"] != bank["n"] or abs(one["l0_token_layer"] - bank["l0_token_layer"]) > MATCHED * bank["l0_token_layer"]:
+    one, bank = (side["l0_token_layer"].value for side in (pair.crosscoder, pair.bank))
+    if pair.sizes[0] != pair.sizes[1] or abs(one - bank) > MATCHED * bank or not pair.gain:
         return None
-    shown = f"EV {one['explained_variance']:.3f} (crosscoder), {bank['explained_variance']:.3f} (bank)"
+    joint, by_layer = pair.explained
+    shown = f"EV {joint.value:.3f} (crosscoder), {by_layer.value:.3f} (bank)"
     return judged(shown, pair.gain < 0, "direction only; no factor was measured")
 
 
 def total_l0(pair: Pair) -> Comparison | None:
-    one, bank = pair.crosscoder, pair.bank
-    if one["n"] != bank["n"] or not one["l0_token"]:
+    one, bank = pair.crosscoder["l0_token"].value, pair.bank["l0_token"].value
+    if pair.sizes[0] != pair.sizes[1]:
         return None
-    ratio, better = bank["l0_token"] / one["l0_token"], pair.gain >= 0
-    if better != (ratio > 1):
-        return None
-    shown = f"{ratio:.2g}x lower over {pair.n_layers} layers, EV {'not lower' if better else 'lower'}"
-    return judged(
-        shown, better, "direction only: L0 is set by us, and the factor grows with the number of layers (18 there)"
-    )
+    joint, by_layer = (found.value for found in pair.explained)
+    shown = f"L0 {one:.1f} against {bank:.1f} over {pair.n_layers} layers, EV {joint:.3f} against {by_layer:.3f}"
+    return Comparison(shown, "not comparable", "k sets L0 here, in both arms; theirs came out of training")
 
 
 def feature_profiles(ours: Ours) -> Comparison:
-    """Profiles over the layers of the deepest subject: a shallow one has no decay to see."""
-    labels = [(row.at, len(row.value)) for row in ours.rows.select("layers", state="trained") if row.value]  # ty: ignore[invalid-argument-type]
-    depth = max((n for _, n in labels), default=0)
-    deepest = [at.known() for at, n in labels if n >= depth - 1]  # writes have a layer less
+    """Profiles over the layers of the deepest subject's residual stream: a shallow one has no decay to see."""
+    labels = [(row.at, row.value) for row in ours.rows.select("layers", state="trained", site=THEIR_SITE)]
+    depth = max((len(value) for _, value in labels if isinstance(value, list)), default=0)
+    deepest = [at.known() for at, value in labels if isinstance(value, list) and len(value) == depth]
     single, share = (
         [v for at in deepest for v in ours.means(key, **at)] for key in ("single_layer_share", "mean_rho_share")
     )
     if not single or not share:
-        return missing("no crosscoder's spread")
+        return missing(f"no crosscoder's spread on the {SITE_NAME[THEIR_SITE]}")
     shown = f"single-layer share {np.mean(single):.3f}, rho / L {np.mean(share):.3f} over {depth} layers"
     if depth < MANY_LAYERS:
         return Comparison(shown, "not comparable", f"fewer than {MANY_LAYERS} layers: too few to see a decay")
-    why = "no share was published; decoder norms alone do not show that a layer uses a feature"
+    why = "by decoder norm, every layer at its own scale: not where the subject uses a feature; no share was published"
     return judged(shown, bool(np.mean(single) < MINORITY and np.mean(share) < EVEN), why)
 
 
 def drift(ours: Ours) -> Comparison:
-    cosines, widths = ours.means("mean_adjacent_cosine", state="trained"), ours.rows.values("d_model", role=None)
-    if not cosines or not widths:
-        return missing("no adjacent cosine")
-    cosine, chance = float(np.mean(cosines)), min(widths) ** -0.5
-    shown = f"adjacent cosine {cosine:.3f}, chance {chance:.3f}"
-    return judged(shown, 3 * chance < cosine < 0.99, "neighbouring layers only")
+    """Against the untrained model, whose stream hands directions on too: chance alone is too low a bar."""
+    where = {"arm": "crosscoder", "site": THEIR_SITE, "role": "main"}
+    found = {state: ours.means("mean_adjacent_cosine", state=state, **where) for state in ("trained", "untrained")}
+    if not all(found.values()):
+        return missing(f"no adjacent cosine on the {SITE_NAME[THEIR_SITE]}, trained and untrained")
+    trained, untrained = (float(np.mean(values)) for values in found.values())
+    shown = f"adjacent cosine {trained:.3f}, untrained {untrained:.3f}"
+    if untrained >= trained:
+        why = "the stream hands directions on without training too, so that chance is no bar"
+        return Comparison(shown, "not comparable", why)
+    return judged(shown, trained < KEPT, "neighbouring layers only")
 
 
-def functional_layers(ours: Ours) -> Comparison:
-    by_norm = {row.at: row.value for row in ours.rows.select("decoder_rho", state="trained")}
-    rows = ours.rows.select("functional_rho", state="trained")
-    both = [(row.value, by_norm.get(row.at)) for row in rows]
-    known = [pair for pair in both if None not in pair]
-    if not known:
-        return missing("functional spread is not in these results")
-    functional, norm = np.mean(np.array(known, dtype=np.float64), axis=0)
-    why = "our participation ratio, their coherence"
-    return judged(f"functional rho {functional:.2f}, by norm {norm:.2f}", bool(functional <= 2), why)
+def acting_layers(ours: Ours) -> Comparison:
+    """Of the deepest subject's writes: a shallow one has few layers to act on, whatever its features do."""
+    where = {"state": "trained", "arm": "crosscoder", "role": "main", "site": "write"}
+    acted = {row.at.subject for row in ours.rows.select("causal_layers", **where)}
+    depths = {name: ours.rows.one("n_layers", subject=name, role=None) or 0 for name in acted}
+    if not depths:
+        return missing("no feature was ablated layer by layer")
+    deepest = max(depths, key=lambda name: depths[name])
+    acting, norm = (np.mean(ours.means(key, subject=deepest, **where)) for key in ("causal_layers", "mean_rho"))
+    shown = f"{acting:.2f} causal layers, {norm:.2f} by norm at each layer's scale"
+    if depths[deepest] < MANY_LAYERS:
+        return Comparison(shown, "not comparable", f"fewer than {MANY_LAYERS} layers: few could act")
+    return judged(shown, bool(acting <= FEW_LAYERS), "effect on logits of ablations; theirs is a coherence")
 
 
 def shared_by_seeds(ours: Ours) -> Comparison:
@@ -200,22 +221,27 @@ def shared_by_seeds(ours: Ours) -> Comparison:
 
 
 def dead(ours: Ours) -> Comparison:
-    shares = ours.means("dead_share", arm="layerwise", state="trained", role="main")
+    where = {"arm": "layerwise", "state": "trained", "role": "main"}
+    shares, cells = ours.means("dead_share", **where), ours.rows.select("dead_share", **where)
     if not shares:
         return missing("no bank")
-    share = float(np.mean(shares))
-    why = "direction only: far fewer features, and dead is counted on our held-out text"
-    return judged(f"{share:.3f}", share <= FEW_DEAD, why)
+    share, most = float(np.mean(shares)), max(row.at.n_features or 0 for row in cells)
+    if share <= FEW_DEAD:
+        why = f"at most {most:,} features a layer: with so few, few are dead whatever is done"
+        return Comparison(f"{share:.3f}", "not comparable", why)
+    return judged(f"{share:.3f}", False, "direction only: dead is counted on our held-out text")
 
 
 def planted_recovery(ours: Ours) -> Comparison:
+    """Of crosscoders: a bank's merged features miss those of several layers whatever it explains."""
     explained = {row.at: row.value for row in ours.rows.select("explained_variance")}
-    points: list[tuple[Any, Any]] = [(explained.get(row.at), row.value) for row in ours.rows.select("recall")]
+    of_one = ours.rows.select("recall", arm=("crosscoder", None), estimator=None)
+    points: list[tuple[Any, Any]] = [(explained.get(row.at), row.value) for row in of_one]
     good = [point for point in points if None not in point and point[0] >= EXPLAINED]
     if not good:
         return missing("no planted world in this file (crosscoder synthetic)")
     ev, recall = min(good, key=lambda point: point[1])
-    shown = f"worst recall at cosine .9 {recall:.2f} at EV {ev:.2f}, of {len(good)} dictionaries"
+    shown = f"worst recall at cosine .9 {recall:.2f} at EV {ev:.2f}, of {len(good)} crosscoders"
     why = "theirs is a far larger world; ours asks whether high explained variance can hide low recovery"
     return judged(shown, recall <= MINORITY, why)
 
@@ -269,9 +295,9 @@ def between_ends(names: tuple[str, ...], why: str) -> Callable[[Ours], Compariso
 
 
 RULES: dict[str, Callable[[Ours], Comparison]] = {
-    "feature-efficiency": over_pairs(fewer_features, "one side has more features or more active ones"),
-    "flop-efficiency": over_pairs(equal_compute, "n or L0 a token and layer is not equal"),
-    "total-l0": over_pairs(total_l0, "n is not equal, or one side has both more active and less error"),
+    "feature-efficiency": over_pairs(fewer_features, "fewer features and less explained, or seeds differ as much"),
+    "flop-efficiency": over_pairs(equal_compute, "n or L0 a token and layer is not equal, or seeds differ as much"),
+    "total-l0": over_pairs(total_l0, "n is not equal"),
     "profiles": feature_profiles,
     "drift": drift,
     "weakly-causal": between_ends(
@@ -280,7 +306,7 @@ RULES: dict[str, Callable[[Ours], Comparison]] = {
     "local-windows": between_ends(
         ("window of 2", "window of 4"), "two widths, at equal n and L0; parameters rise with the width"
     ),
-    "functional-layers": functional_layers,
+    "acting-layers": acting_layers,
     "seeds": shared_by_seeds,
     "dead": dead,
     "recovery": planted_recovery,

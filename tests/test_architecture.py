@@ -35,19 +35,19 @@ FLOORS = {
 BUDGETS = {
     "triton_kernels": 4560,
     "crosscoder/foundation": 665,
-    "crosscoder/results": 655,
+    "crosscoder/results": 690,
     "crosscoder/data": 4490,
     "crosscoder/dictionary": 1395,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
-    "crosscoder/measure": 4545,
-    "crosscoder/verdict": 920,
-    "crosscoder/report": 1705,
-    "crosscoder/studies": 2045,
+    "crosscoder/measure": 3620,
+    "crosscoder/verdict": 1065,
+    "crosscoder/report": 1640,
+    "crosscoder/studies": 2225,
     "crosscoder/commands": 500,
-    "crosscoder": 530,  # the modules beside the rooms
+    "crosscoder": 470,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_670, 16_350
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 22_950, 15_600
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

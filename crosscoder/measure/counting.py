@@ -1,6 +1,6 @@
 """How many features there are: alive, distinct, merged across layers, and corrected for disagreement of seeds.
 
-Definitions follow the project's preregistered quantities, `results.quantities`.
+Definitions are those of `results.quantities`.
 """
 
 from __future__ import annotations

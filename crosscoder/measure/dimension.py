@@ -1,4 +1,4 @@
-"""How features share their space: effective dimension, raw, weighted and debiased; its ceiling; slopes over shapes.
+"""How features share their space: effective dimension, raw, weighted and debiased; its ceiling.
 
 All take joint decoder rows, `[F, N]` with N = L * D.
 """
@@ -6,14 +6,12 @@ All take joint decoder rows, `[F, N]` with N = L * D.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
 from crosscoder.measure.matching import joint_rows, row_spans, unit_rows
-from crosscoder.measure.statistics import Bootstrap
 from crosscoder.results.table import Estimate
 
 SELF_COSINE = 0.9  # matched-seed decoder cosine below which no debiased dimension is quoted
@@ -132,16 +130,3 @@ def headroom(density: float, probability: float, constant: float) -> float:
     """`p_max(density) / probability`: above 1 the measured features lie below the ceiling; inf where none exists."""
     ceiling = highest_probability(density, constant)
     return float("inf") if density * constant < math.e else ceiling / probability
-
-
-def log_slope_of_bootstraps(sizes: Sequence[float], shapes: Sequence[Bootstrap]) -> Bootstrap:
-    """Slope of ln(value) on ln(size) of resampled shapes, draw by draw; every shape has equal weight.
-
-    Two sizes at least differ, and all values are positive.
-    """
-    x = np.log(np.asarray(sizes, dtype=np.float64))
-    centred = x - x.mean()
-    weights = centred / np.square(centred).sum()
-    values = np.log([shape.value for shape in shapes])
-    stretched = [v + s.expansion * (np.log(s.draws) - v) for v, s in zip(values, shapes, strict=True)]
-    return Bootstrap(float(weights @ values), weights @ np.stack(stretched))

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from crosscoder.data.tokenizer import special_ids
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.console import Progress
-from crosscoder.measure.probe_passes import Batches, split_documents
-from crosscoder.measure.probes import RECALL
 from crosscoder.measure.profile import known_mean
 from crosscoder.results.table import Value
 
@@ -29,10 +28,13 @@ if TYPE_CHECKING:
 KINDS = ("token class", "previous token", "position", "next token class")
 CLASSES = ("special", "space", "digit", "lower", "capital", "continuation", "punctuation", "bytes")
 N_PREVIOUS = 16  # most frequent previous tokens that are labels
+RECALL = 0.9  # at which precisions are read
+STRETCH_OF_TOKENS = 256  # length of a document where none are given
 MIN_LABELLED = 20  # tokens in each half of the documents below which a label is left out
 PREDICTED = 0.2  # see `measure_labels`
 SCORE_BYTES = 2**27
 """Of the readings of the features that are looked at together, as float32; a few such arrays exist at once."""
+Batches = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def label_text(ids_RS: np.ndarray, tokenizer: PreTrainedTokenizerBase, token_T: 
     bins, classes = np.unique(bin_T).tolist(), dict(enumerate(CLASSES))
     named = {
         KINDS[0]: (class_RS[block_T, position_T], classes),
-        KINDS[1]: (previous_T, {one: _decode(tokenizer, [one]) for one in frequent}),
+        KINDS[1]: (previous_T, {one: decode(tokenizer, [one]) for one in frequent}),
         KINDS[2]: (bin_T, {one: f"{2**one // 2}-{2**one - 1}" for one in bins}),
         KINDS[3]: (next_T, classes),
     }
@@ -84,8 +86,8 @@ def _classes(ids_RS: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarr
     ids, place_N = np.unique(ids_RS, return_inverse=True)
     letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     # Behind a letter every tokenizer shows the space that a token begins with.
-    start = len(_decode(tokenizer, letter))
-    texts = [_decode(tokenizer, [*letter, one])[start:] for one in ids.tolist()]
+    start = len(decode(tokenizer, letter))
+    texts = [decode(tokenizer, [*letter, one])[start:] for one in ids.tolist()]
     special = set(special_ids(tokenizer))
     class_V = np.array([0 if one in special else CLASSES.index(token_class(t)) for one, t in zip(ids.tolist(), texts)])
     begins_V = np.array([text[:1].isalpha() for text in texts]) & (class_V > 0)
@@ -97,7 +99,8 @@ def _classes(ids_RS: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarr
     return class_RS
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of some tokens, as it is."""
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
@@ -213,6 +216,24 @@ def _read(
     if len(measures_T) != n_tokens:
         raise ValueError(f"{n_tokens} tokens have labels, the batches hold {len(measures_T)}; give labels of the same")
     return np.concatenate(scores), measures_T
+
+
+def split_documents(batches: Batches, document_T: np.ndarray | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch, and which of its tokens `[B]` measure: those of odd documents; those of even ones choose.
+
+    Raises:
+        ValueError: the labels are not one for each token.
+    """
+    number_T = None if document_T is None else np.unique(document_T, return_inverse=True)[1].ravel()
+    stop = 0
+    for x_BLD in batches():
+        start, stop = stop, stop + len(x_BLD)
+        number_B = np.arange(start, stop) // STRETCH_OF_TOKENS if number_T is None else number_T[start:stop]
+        if len(number_B) < len(x_BLD):
+            raise ValueError(f"{start + len(number_B)} document labels for at least {stop} tokens; give one for each")
+        yield x_BLD, torch.from_numpy(number_B % 2 == 1).to(x_BLD.device)
+    if number_T is not None and len(number_T) > stop:
+        raise ValueError(f"{len(number_T)} document labels for {stop} tokens; give one for each")
 
 
 class _Pair(NamedTuple):

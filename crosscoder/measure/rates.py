@@ -41,6 +41,8 @@ def rate_spread(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarray)
     if not (min(first_m.min(), second_m.min()) > 0):
         raise ValueError("a matched feature has a firing rate of 0; match features that are alive")
     log_m = np.log(second_m / first_m)
+    if np.ptp(log_m) == 0:
+        return "all matched features have one ratio of rates: copies, which have no spread"
     return RateSpread(len(log_m), float(np.median(log_m)), float(log_m.std(ddof=1)))
 
 

@@ -174,7 +174,6 @@ class Reading:
     code: activations of the features, `[T, F]`.
     l0: active features of a token. l0_layer: those of them whose lifespan includes a layer, the mean over layers.
     index_F: the features' numbers in the dictionary.
-    genuine_F: which are genuinely cross-layer, where that was probed.
     n_groups: dictionaries of a bank; 1 where features read all layers.
     token_T: the tokens' numbers in the text, int64. outliers: not kept in files.
     size: features of the dictionary. Like this, l0, l0_layer, dead_share and the explained variances include the dead.
@@ -187,7 +186,6 @@ class Reading:
     dead_share: float
     l0: float
     index_F: np.ndarray
-    genuine_F: np.ndarray | None = None
     n_groups: int = 1
     size: int = 0
     l0_layer: float = math.nan
@@ -258,7 +256,6 @@ class Reading:
             decoder_FLD=self.decoder_FLD[kept_F],
             code=sparse.csc_array(self.code[:, kept_F]),
             index_F=self.index_F[kept_F],
-            genuine_F=None if self.genuine_F is None else self.genuine_F[kept_F],
         )
 
 
@@ -325,8 +322,6 @@ def save_reading(reading: Reading, path: str | Path) -> None:
     }
     if reading.token_T is not None:
         tensors["token_T"] = reading.token_T.astype(np.int64)
-    if reading.genuine_F is not None:
-        tensors["genuine_F"] = reading.genuine_F.astype(np.uint8)
     replace_file(Path(path), save(tensors))
 
 
@@ -349,7 +344,6 @@ def load_reading(path: str | Path) -> Reading:
             decoder_FLD=found["decoder_FLD"],
             code=sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features)),
             index_F=found["index_F"],
-            genuine_F=found["genuine_F"].astype(bool) if "genuine_F" in found else None,
             token_T=found.get("token_T"),
             n_groups=n_groups,
             size=size,

@@ -125,33 +125,6 @@ def statistic_row(at: Place, key: str, value: Bootstrap | Estimate | str) -> Row
     return Row(at, key, value.estimate() if isinstance(value, Bootstrap) else value)
 
 
-def seeds_row(at: Place, key: str, groups: Sequence[Sequence[float | str]]) -> Row:
-    """A number of each dictionary of each training seed as one row; the first reason where one is missing."""
-    reasons = [value for group in groups for value in group if isinstance(value, str)]
-    if reasons or not groups or not all(groups):
-        return Row(at, key, None, reasons[0] if reasons else "not run")
-    values = [[float(value) for value in group] for group in groups]
-    return statistic_row(at, key, two_level_bootstrap(values, seed=0))
-
-
-def log_ratio(numerator: Bootstrap, denominator: Bootstrap) -> Bootstrap:
-    """ln(numerator / denominator) draw by draw, each side stretched by its own factor on the log scale.
-
-    Draws are paired by position: independent where the two were resampled with different seeds, and sharing documents
-    where they had the same `document_seed`.
-
-    Raises:
-        ValueError: a value or draw is not positive.
-    """
-    sides = []
-    for name, side in (("numerator", numerator), ("denominator", denominator)):
-        if not (side.value > 0 and (side.draws > 0).all()):
-            raise ValueError(f"the {name} is {side.value:g} with draws from {side.draws.min():g}; a log needs all > 0")
-        value = math.log(side.value)
-        sides.append(Bootstrap(value, value + side.expansion * (np.log(side.draws) - value)))
-    return Bootstrap(sides[0].value - sides[1].value, sides[0].draws - sides[1].draws)
-
-
 def exponentiate(estimate: Estimate) -> Estimate:
     """exp of a value and of both ends: from a log-ratio to the ratio."""
     return Estimate(*(math.exp(x) for x in (estimate.value, estimate.low, estimate.high)))

@@ -9,6 +9,12 @@ from crosscoder.measure.profile import known_mean, layer_profile, occupied_layer
 
 ALIKE = 0.9  # cosine on one layer from which two features share a direction there
 JOINT = 0.5  # joint cosine from which they are alike as a whole
+JOINT_OF_TWO = 0.7  # the same in two layers, where .5 is what product codes have
+
+
+def joint_bound(n_layers: int) -> float:
+    """The joint cosine from which features of so many layers are alike: see `find_twins`, `joint`."""
+    return JOINT if n_layers > 2 else JOINT_OF_TWO
 
 
 def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float = JOINT) -> np.ndarray:

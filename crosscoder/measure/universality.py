@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 
 from crosscoder.measure.matching import Similarity, activation_correlation, nearest
-from crosscoder.measure.probes import DECODABLE
 from crosscoder.measure.statistics import linear_combination, signed_ratio_of
-from crosscoder.results.table import Estimate, Value
+from crosscoder.results.table import Estimate
 
-SHARES = (0.5, 0.7)
 EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own
 
 
@@ -110,26 +108,6 @@ def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Est
     return signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
 
 
-def compare_rates(p_first: np.ndarray, p_second: np.ndarray, pairs_m2: np.ndarray) -> dict[str, Value]:
-    """Firing rates of matched features of B over A's, pairs `[m, 2]`, by the names of quantities.
-
-    Ratios are 1 throughout if sparsity is a property of the data. The rank correlation is nan for fewer than three
-    pairs or equal rates.
-    """
-    a, b = np.asarray(p_first)[pairs_m2[:, 0]], np.asarray(p_second)[pairs_m2[:, 1]]
-    low, median, high = np.exp(np.quantile(np.log(b / a), [0.05, 0.5, 0.95]))
-    varies = len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
-    rank = float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]) if varies else float("nan")
-    return {
-        "rate_pairs": len(a),
-        "rate_median_ratio": float(median),
-        "rate_low_ratio": float(low),
-        "rate_high_ratio": float(high),
-        "rate_rank_correlation": rank,
-        "rate_total_ratio": float(b.sum() / a.sum()),
-    }
-
-
 def exclusive_features(profile_FL: np.ndarray, n_first_layers: int) -> tuple[np.ndarray, np.ndarray]:
     """Which features of a joint crosscoder are the first subject's own, and which the second's, `[F]` each.
 
@@ -146,15 +124,3 @@ def exclusive_shares(profile_FL: np.ndarray, n_first_layers: int) -> tuple[float
     """Share of a joint crosscoder's features that are the first subject's own, and the second's."""
     first_F, second_F = exclusive_features(profile_FL, n_first_layers)
     return float(first_F.mean()), float(second_F.mean())
-
-
-def hidden_shares(profile_FL: np.ndarray, auc_FL: np.ndarray, n_first_layers: int) -> tuple[float, float]:
-    """Share of features exclusive to the first subject and decodable from no layer of the second; and vice versa.
-
-    `auc_FL` are AUCs of one-layer probes for the feature's activity; a feature with a nan is not called hidden.
-    """
-    first_F, second_F = exclusive_features(profile_FL, n_first_layers)
-    known_F1 = np.isfinite(auc_FL).all(1, keepdims=True)
-    told = np.where(known_F1, auc_FL, 1.0)
-    by_first, by_second = told[:, :n_first_layers].max(1), told[:, n_first_layers:].max(1)
-    return float((first_F & (by_second < DECODABLE)).mean()), float((second_F & (by_first < DECODABLE)).mean())

@@ -1,5 +1,7 @@
 """One results value as a page: `report.html` (self-contained), `report.md` and `figures/*.png`.
 
+The first screen answers the question; all else is folded under it.
+
 Only formatting happens here: every number was computed by the study that wrote `results.json`. All strings of
 the results are untrusted (subject names, texts): control characters are stripped, the rest is escaped by the
 templates. Equal results give equal bytes.
@@ -19,16 +21,33 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosscoder.foundation.artifact import read_json, replace_file
-from crosscoder.report import figures, tables
-from crosscoder.report.answer import WORDS, answer
+from crosscoder.report.figures import PICTURES
 from crosscoder.report.panels import to_png
-from crosscoder.report.table import Table
-from crosscoder.report.verdict_figures import draw_verdict
+from crosscoder.report.screen import first_screen
+from crosscoder.report.table import WORDS, Table
+from crosscoder.report.tables import TABLES
 from crosscoder.report.verdict_tables import VERDICT_TABLES
 from crosscoder.results.file import RESULTS, Results, document, from_document, save_results
 from crosscoder.results.quantities import NOTES, QUANTITIES, definition
 
-PICTURES = {"verdict": draw_verdict, **figures.PICTURES}
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "rule": ("gates", "labels", "statistics", "others"),
+    "loads": ("loads",),
+    "layers": ("layers",),
+    "found": ("found",),
+    "rooms": ("rooms", "law"),
+    "same": ("same",),
+    "shares": ("shares",),
+    "models": ("models",),
+    "calibration": ("calibration",),
+    "run": ("run", "provenance"),
+}
+"""The folded sections and their tables; one without any is not there."""
+FIRST = ("ratios", "spread")
+"""Pictures of the first screen; a study has one of them."""
+SHOWN_IN = {"loads": "loads", "profiles": "layers"}
+"""The section of each other picture."""
+ALL_TABLES = {**VERDICT_TABLES, **TABLES}
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
 _CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
@@ -117,7 +136,6 @@ def _environment(*, markdown: bool = False) -> Environment:
         lstrip_blocks=True,
         finalize=escape_markdown if markdown else None,
     )
-    environment.filters["indented"] = lambda body: Markup("\n".join(f"    {line}" for line in body.split("\n")))
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
@@ -146,30 +164,39 @@ def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
 
 def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """Everything that the templates print."""
-    pictures = []
-    for slug, caption in WORDS["pictures"].items():
-        png, width = drawn.get(slug, ("", 0))
-        pictures.append({"slug": slug, "png": png, "width": width, **caption})
-    groups = {group: tables.measured_table(results, group) for group in WORDS["groups"]}
-    judged = {name: table(results) for name, table in VERDICT_TABLES.items()}
-    shown = {name: table(results) for name, table in tables.TABLES.items()}
+    screen, tables = first_screen(results), {name: table(results) for name, table in ALL_TABLES.items()}
+    tables = {name: table for name, table in tables.items() if table.rows}
+    pictures = {slug: {"slug": slug, "png": png, "width": width} for slug, (png, width) in drawn.items()}
+    sections = []
+    for slug, names in SECTIONS.items():
+        title, intro = WORDS["sections"][slug]
+        own = [picture for picture in pictures.values() if SHOWN_IN.get(picture["slug"]) == slug]
+        found = [{"title": WORDS["tables"][name], "table": tables[name]} for name in names if name in tables]
+        if found:
+            one = {"slug": slug, "title": title, "intro": intro, "tables": found, "pictures": own}
+            sections.append(one)
     return {
         "words": WORDS,
         "provenance": results.provenance,
         "names": [results.of(name, "name") for name in results.subjects],
-        "answer": answer(results),
-        "verdict": judged,
+        "screen": screen,
+        "picture": next((pictures[slug] for slug in FIRST if slug in pictures), None),
         "notes": results.verdict.notes if results.verdict else (),
-        "definitions": cited_definitions([*groups.values(), *judged.values(), *shown.values()]),
-        "seeds_note": tables.seeds_note(results),
-        "groups": groups,
-        "pictures": pictures,
-        "tables": shown,
-        "details": tables.provenance_details(results),
+        "sections": sections,
+        "definitions": cited_definitions(tables.values(), screen.cited()),
+        "details": provenance_details(results),
     }
 
 
-def cited_definitions(shown: Iterable[Table]) -> dict[str, str]:
-    """The definitions that tables link to, in the order of the registry."""
-    cited = set().union(*(table.cited() for table in shown))
-    return {key: definition(key) for key in (*QUANTITIES, *NOTES) if key in cited}
+def provenance_details(results: Results) -> list[tuple[str, str]]:
+    """The long fields of the provenance, each as indented JSON."""
+    return [
+        (key, json.dumps(getattr(results.provenance, key), indent=2, sort_keys=True, ensure_ascii=False))
+        for key in ("config", "device", "versions")
+    ]
+
+
+def cited_definitions(shown: Iterable[Table], also: Iterable[str] = ()) -> dict[str, str]:
+    """The definitions that tables link to, and others, in the order of the registry."""
+    cited = set(also).union(*(table.cited() for table in shown))
+    return {key: definition(key) for key in (*NOTES, *QUANTITIES) if key in cited}

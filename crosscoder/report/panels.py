@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from crosscoder.report.answer import ARMS
 from crosscoder.results.table import Estimate
@@ -64,12 +64,6 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks at these values alone, written as plain numbers."""
     axis.set_ticks(values, [f"{value:g}" for value in values])
     axis.axes.minorticks_off()
-
-
-def own_legend(ax: Axes, place: Literal["upper left", "lower left"]) -> None:
-    """The panel's own legend, if it has anything to name."""
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=8.5, loc=place)
 
 
 def share_legend(figure: Figure, entries: dict[str, Any] | None = None) -> None:
@@ -132,12 +126,3 @@ def safe_label(value: Any, limit: int = 24) -> str:
     kept = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in str(value))
     kept = kept if len(kept) <= limit else f"{kept[: limit - 1]}…"
     return kept.replace("$", r"\$")
-
-
-def token_formatter() -> Any:
-    """Numbers of tokens as 300 k, 1.2 M, 4 B."""
-    from matplotlib.ticker import EngFormatter
-
-    formatter = EngFormatter(sep=" ")
-    formatter.ENG_PREFIXES = {**EngFormatter.ENG_PREFIXES, 9: "B"}
-    return formatter

@@ -1,19 +1,22 @@
-"""The tables of models and dictionaries: each is a selection of a study's rows, a line a dictionary or a quantity.
+"""The folded tables of models and dictionaries: each is a selection of a study's rows.
 
-`COLUMNS` declares the tables of dictionaries. What is said of a table stands in `templates/words.json`.
+Values are means over trainings and dictionary seeds with their range; nulls stand in columns beside them. What is said
+of a table stands in `templates/words.json`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
 
-from crosscoder.report.answer import ARMS, WORDS, Arm, known_of, main_range
+from crosscoder.measure.fidelity import lost_share
+from crosscoder.measure.splice import ALL_LAYERS
+from crosscoder.report.answer import ARMS, STATES, beside_nulls, known_of, main_range
 from crosscoder.report.table import (
     NOTHING,
+    WORDS,
     Head,
     Line,
     Table,
@@ -22,41 +25,24 @@ from crosscoder.report.table import (
     format_range,
     heading,
     named,
-    sign,
+    state_heads,
+    state_term,
     word_heads,
     words,
 )
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, SITE_NAME, Estimate, LongTable
+from crosscoder.results.table import SITE_NAME, SITES, LongTable, Place
 
-SMALL_HARM = 0.02  # nats a token: where ablating a site costs less, the share of it that is recovered is noise
-TOLERANCE = {"dictionary_size": 0.0, "explained_variance": 0.05, "l0_token": 0.05}
-PARAMETERS = 1.02  # largest ratio of parameters that are called equal, since widths are whole numbers
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "quality": ("explained_variance", "explained_variance_per_layer", "l0_token", "l0_token_layer", "dead_share"),
-    "counts": (
-        *("dictionary_size", "alive", "dead_share", "ultra_dense", "distinct", "merged", "merged_low"),
-        *("features_per_layer", "per_neuron_layer", "per_neuron_joint", "entropy_load", "effective_dimension"),
-        *("tokens_held_out", "p_min"),
-    ),
-    "pairs": (
-        *("matched", "matched_share", "chapman", "q_adjacent", "q_same", "survival", "seed_corrected_lifespan"),
-        "corrected",
-    ),
-    "spread": ("mean_rho", "mean_rho_share", "mean_lifespan", "single_layer_share", "mean_adjacent_cosine"),
-    "read": (
-        *("probed", "functional_rho", "decoder_rho", "best_layer_auc", "joint_auc", "joint_gain"),
-        *("best_layer_precision", "joint_precision", "genuine_share"),
-    ),
-    "splice": ("clean_loss", "spliced_loss", "ablated_loss", "loss_recovered", "kl"),
-}
-"""A line for each dictionary that has the first quantity; spread and read are of main crosscoders alone."""
-BASELINES = ("bigram_loss", "trigram_loss", "lookup_share")
-"""Of models that the study trained on a text that it knows."""
-OF_MODELS = (
-    *("name", "n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms"),
-    *("neurons", "held_out_loss", *BASELINES, "untrained_loss", "training_tokens", "epochs", "description"),
-)
+FULL = 0.05
+"""Dead share up to which a dictionary is full, so that counts are its size."""
+LAYERS = ("causal_layers", "additivity", "conjunctive_share", "best_layer_effect", "mean_rho_model", "mean_rho")
+LAYERS += ("twin_share", "label_pairs", "label_gain", "label_gain_any")
+STABILITY = ("dead_share", "matched_share", "self_cosine", "stable_share", "stable_load_share", "stable_energy_share")
+STABILITY += ("rest_rank", "rest_shared", "rest_chance")
+COUNTS = ("distinct", "merged", "chapman", "per_neuron_layer", "per_neuron_joint")
+"""Of dictionaries that are not full."""
+MODELS = ("n_layers", "d_model", "parameters_non_embedding", "depth_over_width", "training_tokens", "rate_share")
+MODELS += ("held_out_loss", "bigram_loss", "trigram_loss", "lookup_share", "untrained_loss")
 
 
 def subject_mark(results: Results, subject: str | None) -> str:
@@ -64,277 +50,200 @@ def subject_mark(results: Results, subject: str | None) -> str:
     return f"dot s{results.subjects.index(str(subject)) % 4}"
 
 
-def _heads(results: Results, subjects: Sequence[str]) -> list[Head]:
-    """A column for each quantity's name, and one for each subject."""
-    return [*word_heads("quantity"), *(Head(name, mark=subject_mark(results, name)) for name in subjects)]
-
-
-class PaperRow(NamedTuple):
-    """One line of the seed paper's table, with measured values."""
-
-    where: str
-    words: str
-    key: str
-    values: dict[str, Estimate | None]
-
-
-def paper_rows(results: Results, group: str) -> list[PaperRow]:
-    """The seed paper's table: of `subject`, `per-layer`, `cross-layer`, or of the untrained `control`."""
-    names = results.subjects
-    if group == "subject":
-        rows = []
-        for key, said in WORDS["paper"][group].items():
-            values = {name: float(known_of(results, name, key)) for name in names}
-            rows.append(PaperRow("", said, key, {name: Estimate.over([value]) for name, value in values.items()}))
-        return rows
-    rows, state = [], "untrained" if group == "control" else "trained"
-    for site, place in SITE_NAME.items():
-        for arm, said_of in _arms(group).items():
-            where = f"untrained, {place}, {said_of.short}" if group == "control" else place
-            for key, said in WORDS["paper"][said_of.group].items():
-                found = {
-                    name: main_range(results, key, subject=name, state=state, site=site, arm=arm) for name in names
-                }
-                if all(found[name] is not None for name in names if name != "C"):  # C has crosscoders only
-                    rows.append(PaperRow(where, said, key, found))
-    return rows
-
-
-def _arms(group: str) -> dict[str, Arm]:
-    return {arm: one for arm, one in ARMS.items() if group in (one.group, "control")}
-
-
-def ratio_range(a: Estimate | None, b: Estimate | None) -> Estimate | None:
-    """b / a with the widest interval that the two ranges allow; None where a may be zero or below."""
-    if a is None or b is None or min(a.low, a.value, a.high) <= 0:
-        return None
-    return Estimate(b.value / a.value, b.low / a.high, b.high / a.low)
-
-
-def measured_table(results: Results, group: str) -> Table:
-    """The rows of one group of the seed paper's table, a column a subject, and the ratio B/A for two subjects."""
-    rows = paper_rows(results, group)
-    subjects = [name for name in results.subjects if any(row.values[name] for row in rows)]
-    ratio = set(COMPARED) <= set(subjects)
-    heads = _heads(results, subjects) + [Head("B/A", definition="seed_ratio")] * ratio
-    lines = []
-    for row in rows:
-        values = [row.values[name] for name in subjects]
-        values += [ratio_range(*(row.values[name] for name in COMPARED))] if ratio else []
-        lines.append(Line([named(row.key, row.words), *map(format_range, values)], group=row.where))
-    terms = ("seed_range", "control") if group == "control" else ("seed_range",)
-    absent = WORDS["groups"][group]["absent"]
-    return Table(heads, lines, absent, note=group_note(results, group), wide=False, terms=terms)
-
-
-def group_note(results: Results, group: str) -> str:
-    """Which seeds the rows of a group are over; for the models, what a neuron is."""
-    if group == "subject":
-        return WORDS["notes"]["neurons"]
-    where: dict[str, Any] = {"state": "untrained" if group == "control" else "trained", "role": "main"}
-    where["arm"] = tuple(_arms(group))
-    said: dict[str, list[str]] = {}
-    for subject in results.subjects:
-        cells = results.rows.cells("alive", subject=subject, **where)
-        if cells:
-            sizes = sorted({len(cell.seeds()) for cell in cells.values()})
-            each = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-            runs = _counted(len({at.training_seed for at in cells}), "training seed")
-            over = f"{runs}, {_counted(each, 'dictionary seed')} each"
-            said.setdefault(over, []).append(subject)
-    if len(said) == 1:
-        return f"Over {next(iter(said))}."
-    return "; ".join(f"{', '.join(names)} over {over}" for over, names in said.items()) + "." * bool(said)
-
-
-def _counted(n: int | str, name: str) -> str:
-    return f"{n} {name}{'' if n == 1 else 's'}"
-
-
-def seeds_note(results: Results) -> str:
-    """What a printed range means in the table of groups, each of which names its own seeds."""
-    cells = results.rows.cells("alive")
-    if not cells:
-        return WORDS["absent"]["counts"]
-    one = _one_seed(results) and len({at.training_seed for at in cells}) == 1
-    return WORDS["notes"]["one_seed" if one else "groups"]
-
-
-def _one_seed(results: Results) -> bool:
-    return all(len(cell.seeds()) == 1 for cell in results.rows.cells("alive").values())
-
-
-def matched_table(results: Results) -> Table:
-    """What was held equal between the subjects (✓), what differs (✗), and what was not tested (–)."""
-    single = results.provenance.kind != "aspect_ratio"
-    lines = [*(_matched_layers(results) if single else _matched_subjects(results)), *_matched_dictionaries(results)]
-    heads = [*_heads(results, results.subjects), Head("matched"), *word_heads("note")]
-    return Table(heads, lines, WORDS["absent"]["matched"], wide=False)
-
-
-def _matched(
-    results: Results, item: str, values: dict[str, Any], met: bool | None, where: str = "", **numbers: str
-) -> Line:
-    said = WORDS["matched"][item]
-    note = Value(said["note"].format(**numbers), style="word prose")
-    shown = [format_range(values.get(name)) for name in results.subjects]
-    return Line([words(where + said["quantity"]), *shown, sign(met), note])
-
-
-def _matched_layers(results: Results) -> list[Line]:
-    name = results.subjects[0]
-    labels = results.rows.values("layers", subject=name, site="residual")
-    layers = f"layers [{', '.join(map(str, labels[0]))}]" if labels else "all layers"
-    return [_matched(results, "layers", {name: layers}, True)]
-
-
-def _matched_subjects(results: Results) -> list[Line]:
-    rows, names, line = results.rows, results.subjects, partial(_matched, results)
-
-    def each(key: str) -> dict[str, Any]:
-        return {name: known_of(results, name, key) for name in names}
-
-    def percent(value: float | None, digits: int = 2) -> str:
-        return "not measured" if value is None else f"{value:.{digits}%}"
-
-    parameters, tokens = each("parameters_non_embedding"), each("training_tokens")
-    gap, chosen, total = (rows.one(key) for key in ("loss_gap", "chosen_loss_gap", "text_tokens"))
-    limit = None if results.verdict is None else results.verdict.rule.get("loss_gap")
-    met = None if gap is None or limit is None else gap <= limit
-    gaps = {"gap": percent(gap), "chosen": percent(chosen), "limit": percent(limit, 0)}
-    text = f"{results.provenance.text}, vocabulary {rows.one('vocabulary')}"
-    return [
-        line("parameters", parameters, max(parameters.values()) <= PARAMETERS * min(parameters.values())),
-        line("loss", each("held_out_loss"), met, **gaps),
-        line("tokens", tokens, len(set(tokens.values())) == 1),
-        line("text", dict.fromkeys(names, text), True, total="unknown" if total is None else f"{total:,}"),
-        line("embedding", each("parameters_embedding"), False),
-        line("norms", each("parameters_norms"), False),
-        line("neurons", each("neurons"), False),
-        line("seeds", {name: len(rows.select("held_out_loss", subject=name)) for name in names}, True),
+def null_table(results: Results) -> Table:
+    """`LAYERS` of main crosscoders over several layers, a line each, the trained subject beside its nulls."""
+    lines, seen = [], set[str]()
+    for name in results.subjects:
+        for site in SITES:
+            where = {"subject": name, "site": site}
+            labels = results.rows.values("layers", **where)
+            for key in LAYERS if labels and len(labels[0]) > 1 else ():
+                found = beside_nulls(results, key, **where)
+                if "trained" in found:
+                    seen |= found.keys()
+                    lines.append((key, found, f"{name}, {SITE_NAME[site]}"))
+    states = [state for state in STATES if state in seen]
+    heads = [*word_heads(""), *state_heads(states)]
+    cells = [
+        Line([named(key), *(format_range(found.get(state)) for state in states)], group) for key, found, group in lines
     ]
+    return Table(heads, cells, WORDS["notes"]["ranges"], wide=False, terms=("scale",))
 
 
-def _matched_dictionaries(results: Results) -> list[Line]:
-    """From what they turned out to be."""
+def found_table(results: Results) -> Table:
+    """What is found again in other dictionaries, a column a dictionary; counts only where it is not full."""
+    columns: dict[str, dict[str, Any]] = {}
+    for at in results.rows.cells("alive", role="main", state=("trained", "untrained")):
+        where = {"subject": at.subject, "site": at.site, "arm": at.arm, "state": at.state}
+        if len(results.rows.select("matched_share", role="main", **where)):
+            state = "" if at.state == "trained" else f", {WORDS['states'][str(at.state)]}"
+            columns[f"{at.subject}, {SITE_NAME[str(at.site)]}, {ARMS[str(at.arm)].name}{state}"] = where
+    lines, full = [], False
+    for key in (*STABILITY, *COUNTS):
+        found = [main_range(results, key, **where) for where in columns.values()]
+        if key in COUNTS:
+            dead = [main_range(results, "dead_share", **where) for where in columns.values()]
+            fills = [one is None or one.low <= FULL for one in dead]
+            full = full or any(fills)
+            found = [None if fill else one for one, fill in zip(found, fills, strict=True)]
+        if any(found):
+            lines.append(Line([named(key), *map(format_range, found)]))
+    note = f"{WORDS['notes']['ranges']} {WORDS['notes']['full'] if full else ''}".strip()
+    return Table([*word_heads(""), *map(Head, columns)], lines, note)
+
+
+def load_table(results: Results) -> Table:
+    """Load, fidelity and k of every dictionary: a line for each arm, site and state, a column for each k."""
+    lines, most = [], 0
+    for (name, site, state, arm, n), cells in _sweeps(results):
+        shown = [_at_k(k, group) for k, group in sorted(cells.items())]
+        most = max(most, len(shown))
+        said = f"{name}, {WORDS['states'][state]}"
+        lead = words(said, f"{ARMS[arm].name}, n {format_number(n)}", definition=state_term(state))
+        lines.append((lead, shown, SITE_NAME[site]))
+    heads = [*word_heads(""), *[heading("entropy_load", "load")] * most]
+    filled = [Line([lead, *shown, *[Value("")] * (most - len(shown))], group) for lead, shown, group in lines]
+    sites = tuple(site for site in SITES if any(group == SITE_NAME[site] for *_, group in lines))
+    terms = ("fidelity", *sites, "crosscoder", "bank", "explained_variance", "spliced_loss")
+    return Table(heads, filled, WORDS["notes"]["loads"], terms=terms)
+
+
+def _sweeps(results: Results) -> Iterable[tuple[tuple[str, str, str, str, int], dict[int, list[LongTable]]]]:
+    """The dictionaries of each subject, site, state, arm and size, by k: one table a training."""
+    cells = results.rows.cells("entropy_load")
+
+    def key(at: Place) -> tuple[Any, ...]:
+        site, subject = SITES.index(at.site or SITES[0]), results.subjects.index(str(at.subject))
+        return site, subject, STATES.index(at.state or "trained"), list(ARMS).index(str(at.arm)), at.n_features or 0
+
+    for _, group in groupby(sorted(cells, key=key), key=key):
+        places = list(group)
+        by_k: dict[int, list[LongTable]] = {}
+        for at in places:
+            by_k.setdefault(at.k or 0, []).append(cells[at])
+        one = places[0]
+        yield (str(one.subject), str(one.site), str(one.state), str(one.arm), one.n_features or 0), by_k
+
+
+def _at_k(k: int, trainings: list[LongTable]) -> Value:
+    """Load, k, variance unexplained, and the share of ablation's harm where it was spliced."""
+
+    def mean(values: Iterable[float]) -> float | None:
+        known = list(values)
+        return math.fsum(known) / len(known) if known else None
+
+    load = mean(value for cell in trainings for value in cell.values("entropy_load"))
+    explained = mean(value for cell in trainings for value in cell.values("explained_variance", layer=None))
+    lost = mean(value for cell in trainings for value in _lost(cell))
+    said = f"k {k}" + ("" if explained is None else f", {1 - explained:.3f}")
+    return Value(format_number(load), said + ("" if lost is None else f"/{lost:.3f}"))
+
+
+def _lost(cell: LongTable) -> list[float]:
+    """The share of ablation's harm that splicing every layer does, of each seed that was spliced."""
+    shares = []
+    for seed in cell.select("clean_loss").seeds():
+        one = cell.select(seed=seed)
+        keys = {"spliced_loss": ALL_LAYERS, "ablated_loss": ALL_LAYERS, "clean_loss": None}
+        losses = {key: next(iter(one.values(key, layer=layer)), None) for key, layer in keys.items()}
+        share = "" if None in losses.values() else lost_share(**losses)  # ty: ignore[invalid-argument-type]
+        shares += [] if isinstance(share, str) else [share]
+    return shares
+
+
+def room_table(results: Results) -> Table:
+    """Rooms of every shape's writes, in both units, beside the untrained model's."""
+    states = [state for state in ("trained", "untrained") if results.rows.values("room", state=state)]
     lines = []
-    for site in SITE_NAME:
-        for arm in ARMS:
-            where = {"state": "trained", "site": site, "arm": arm}
-            for key, tolerance in TOLERANCE.items() if results.rows.cells("alive", role="main", **where) else ():
-                found = {name: main_range(results, key, subject=name, **where) for name in results.subjects}
-                means = {name: value.value for name, value in found.items() if value}
-                low, high = min(means.values(), default=0.0), max(means.values(), default=0.0)
-                near = math.isclose(low, high) or (high - low) <= tolerance * abs(high)
-                lines.append(_matched(results, key, means, near if len(means) > 1 else None, f"{arm}, {site}: "))
-    return lines
+    for name in results.subjects:
+        for units in ("model", "scaled"):
+            found = [results.rows.known_range("room", subject=name, state=s, estimator=units) for s in states]
+            if any(found):
+                said = {"model": "the model's units", "scaled": "layers at their scales"}[units]
+                shape = f"{name}, {results.of(name, 'n_layers')}×{results.of(name, 'd_model')}"
+                lines.append(Line([named("room", shape), words(said), *map(format_range, found)]))
+    heads = [*word_heads("model", "units"), *state_heads(states)]
+    return Table(heads, lines, WORDS["notes"]["ranges"], wide=False)
 
 
-def subject_table(results: Results) -> Table:
-    """The models: shape, parameters, neurons, loss, training; the value of each training where they differ."""
+def law_table(results: Results) -> Table:
+    """How room grows with width and depth, in both units."""
+    units = [one for one in ("model", "scaled") if len(results.rows.select("room_beta", estimator=one))]
     lines = []
-    for key in OF_MODELS:
-        if key in BASELINES and not results.rows.select(key):
+    for key in ("room_beta", "room_delta", "room_excess_depth", "room_misfit"):
+        values = [results.rows.one(key, estimator=one) for one in units]
+        if any(value is not None for value in values):
+            lines.append(Line([named(key), *map(format_range, values)]))
+    return Table(word_heads("", *({"model": "model's units", "scaled": "scaled"}[one] for one in units)), lines)
+
+
+def model_table(results: Results) -> Table:
+    """All shapes, a line each: sizes, training, losses beside those of tables of the text."""
+    keys = [key for key in MODELS if any(known_of(results, name, key) is not None for name in results.subjects)]
+    lines = []
+    for name in results.subjects:
+        runs = len(results.rows.select("held_out_loss", subject=name, role=None))
+        lead = words(name, f"{runs} trainings" if runs > 1 else "", mark=subject_mark(results, name))
+        lines.append(Line([lead, *(format_range(known_of(results, name, key)) for key in keys)]))
+    return Table([*word_heads("model"), *map(heading, keys)], lines, WORDS["notes"]["ranges"])
+
+
+RUN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("trainings of A and of B", ("subjects", "seeds")),
+    ("further shapes, for room and loss", ("subjects", "grid")),
+    ("trainings of each further shape", ("subjects", "grid_seeds")),
+    ("dictionaries of each training", ("seeds",)),
+    ("dictionaries of the first training", ("stability_seeds",)),
+    ("nulls", ("nulls",)),
+    ("nulls that per-layer SAEs have too", ("null_banks",)),
+    ("trainings with nulls and larger dictionaries", ("null_trainings",)),
+    ("sizes of larger dictionaries, times n", ("size_factors",)),
+    ("trainings read on the residual stream", ("residual_trainings",)),
+    ("features ablated layer by layer", ("causal_features",)),
+    ("tokens that dictionaries train on", ("tokens_train",)),
+    ("steps of a dictionary", ("dictionaries", "steps")),
+    ("tokens held out", ("tokens_held_out",)),
+    ("held-out blocks that are spliced", ("splice_blocks",)),
+    ("planted pairs", ("calibration_worlds",)),
+    ("text", ("text",)),
+    ("layers read", ("layers",)),
+)
+"""Settings of a study in words; one that is nothing was cut."""
+
+
+def run_table(results: Results) -> Table:
+    """How much of each part was run; what is nothing was cut."""
+    lines = []
+    for said, path in RUN:
+        value: Any = results.provenance.config
+        for step in path:
+            value = value.get(step) if isinstance(value, dict) else None
+        if value is None or isinstance(value, dict):
             continue
-        cells = []
-        for name in results.subjects:
-            runs = [] if key == "neurons" else results.rows.values(key, subject=name, role=None)
-            detail = f"seeds {'; '.join(map(format_number, runs))}" if len(set(runs)) > 1 else ""
-            cells.append(format_range(known_of(results, name, key), detail))
-        lines.append(Line([named(key, "neurons in total" if key == "neurons" else None), *cells]))
-    return Table(_heads(results, results.subjects), lines, "No model.", wide=False)
-
-
-def dictionary_table(results: Results, slug: str) -> Table:
-    """The table of `COLUMNS` with this name: means and ranges over seeds, those left out where it is undefined."""
-    keys, lines = COLUMNS[slug], []
-    where = {"role": "main"} if slug in ("spread", "read") else {}
-    for at, cell in results.rows.cells(keys[0], **where).items():
-        size = f"n = {format_number(at.n_features)}, k = {format_number(at.k)}"
-        lead = [
-            words(f"{at.subject}{at.training_seed}", str(at.state), mark=subject_mark(results, at.subject)),
-            words(SITE_NAME[str(at.site)], definition=at.site),
-            words(ARMS[str(at.arm)].name, size),
-            words("main" if at.role == "main" else f"{at.role} sweep", _counted(len(cell.seeds()), "seed")),
-        ]
-        for layer in (
-            dict.fromkeys(row.at.layer for row in cell.select("spliced_loss")) if slug == "splice" else (None,)
-        ):
-            here = cell.select(layer=(None, layer))
-            cells = lead[:2] if slug == "read" else [*lead, *([Value(layer)] if layer else [])]
-            cells += [SHOWN[key][1](here) if key in SHOWN else show_range(here, key) for key in keys]
-            lines.append(Line(cells, sweep=at.role != "main"))
-    heads = word_heads(*("model", "site", "dictionary", "role")[: 2 if slug == "read" else 4])
-    heads += [Head("spliced layer")] * (slug == "splice")
-    heads += [heading(key, SHOWN[key][0] if key in SHOWN else None) for key in keys]
-    note = WORDS["notes"]["line_one_seed" if _one_seed(results) else "line"]
-    note = {"pairs": "", "splice": _splice_note(results)}.get(slug, note)
-    return Table(heads, lines, WORDS["absent"][slug], note=note, terms=("scale",) * (slug == "quality"))
-
-
-def show_range(cell: LongTable, key: str) -> Value:
-    """Mean and range of a quantity over seeds, those left out where it is undefined."""
-    return format_range(cell.known_range(key))
-
-
-def _worst_layer(cell: LongTable) -> Value:
-    layers = list(zip(*cell.values("explained_variance_per_layer"), strict=False))
-    known = [values for values in layers if None not in values]
-    if not known:
-        return Value(NOTHING)
-    worst = min(known, key=lambda values: Estimate.over(values).value)
-    shown = format_range(Estimate.over(worst))
-    return Value(shown.text, f"layer {layers.index(worst) + 1} {shown.detail}".strip())
-
-
-def _merged_band(cell: LongTable) -> Value:
-    low, high = (cell.known_range(key) for key in ("merged_low", "merged_high"))
-    return Value(f"{format_number(low.low)} to {format_number(high.high)}" if low and high else NOTHING)
-
-
-SHOWN: dict[str, tuple[str, Callable[[LongTable], Value]]] = {
-    "explained_variance_per_layer": ("worst layer", _worst_layer),
-    "merged_low": ("merged, all rules", _merged_band),
-}
-"""Columns that are no mean over seeds: heading and cell."""
-
-
-def _splice_note(results: Results) -> str:
-    """Of which dictionaries splices are, and what they are compared with."""
-    kinds, seeds = set(), set()
-    for at, cell in results.rows.cells("clean_loss").items():
-        seeds |= {(at.training_seed, cell.seeds().index(seed)) for seed in cell.select("clean_loss").seeds()}
-        for row in cell.select("splice_tokens"):
-            kind = cell.one("spliced_ablation", seed=row.at.seed)
-            kinds.add(f"{kind} ablation, on {format_number(row.value)} tokens")
-    trained, drawn = (", ".join(map(str, sorted(set(places)))) for places in zip(*(seeds or {(0, 0)}), strict=True))
-    of = f"training seeds {trained}, dictionary seeds {drawn}"
-    of = of if seeds != {(0, 0)} else "the first training seed's first dictionary seed"
-    return WORDS["notes"]["splice"].format(of=of, kinds="; ".join(sorted(kinds)), harm=SMALL_HARM)
+        how = len(value) if path[-1] in ("seeds", "stability_seeds", "grid") and isinstance(value, list) else value
+        text = ", ".join(WORDS["states"].get(str(one), str(one)) for one in how) if isinstance(how, list) else how
+        lines.append(Line([words(said), words("none: cut") if not text else Value(format_number(text), style="word")]))
+    return Table(word_heads("part", "in this run"), lines, wide=False)
 
 
 def provenance_table(results: Results) -> Table:
     """The short fields of the provenance."""
     shown = results.provenance
-    lines: dict[str, Any] = {name: getattr(shown, name) for name in ("schema", "kind", "preset", "started")}
-    lines |= {"git commit": shown.git_commit, "command": " ".join(shown.command), "Python": shown.python}
-    lines |= {"text": shown.text, "tokens fingerprint": shown.tokens_fingerprint}
-    lines |= {f"seconds, {stage}": seconds for stage, seconds in shown.seconds.items()}
+    lines: dict[str, Any] = {name: getattr(shown, name) for name in ("schema", "preset", "started")}
+    lines |= {"git commit": shown.git_commit or NOTHING, "command": " ".join(shown.command), "Python": shown.python}
+    lines |= {"tokens fingerprint": shown.tokens_fingerprint}
+    lines["seconds"] = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in shown.seconds.items())
     rows = [Line([words(name), Value(format_number(value), style="mono")]) for name, value in lines.items()]
-    return Table(word_heads("field", "value"), rows, "", wide=False)
+    return Table(word_heads("", ""), rows, wide=False)
 
 
-def provenance_details(results: Results) -> list[tuple[str, str]]:
-    """The long fields, each as indented JSON."""
-    return [
-        (key, json.dumps(getattr(results.provenance, key), indent=2, sort_keys=True, ensure_ascii=False))
-        for key in ("config", "device", "versions")
-    ]
-
-
-TABLES: dict[str, Callable[[Results], Table]] = {
-    "matched": matched_table,
-    "subjects": subject_table,
-    **{slug: partial(dictionary_table, slug=slug) for slug in COLUMNS},
+TABLES = {
+    "loads": load_table,
+    "layers": null_table,
+    "found": found_table,
+    "rooms": room_table,
+    "law": law_table,
+    "models": model_table,
+    "run": run_table,
     "provenance": provenance_table,
 }

@@ -8,7 +8,7 @@ What is read is checked by pydantic: a refusal names the path, what was expected
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
 from crosscoder.foundation.artifact import read_json, write_json
+from crosscoder.foundation.console import say
 from crosscoder.results.quantities import QUANTITIES, unknown_key
 from crosscoder.results.table import (
     COMPARED,
@@ -32,10 +33,12 @@ from crosscoder.results.table import (
     closed,
     value_type,
 )
-from crosscoder.results.verdict import Verdict
+from crosscoder.results.verdict import KeptVerdict
 
-SCHEMA = "crosscoder.results/3"
-CELL_SCHEMA = "crosscoder.cell/3"
+SCHEMA = "crosscoder.results/4"
+OLD_SCHEMA = "crosscoder.results/3"
+"""Read too, without what is not measured any more: see `_without_old_rows`."""
+CELL_SCHEMA = "crosscoder.cell/4"
 READERS = {"crosscoder.results/2": "crosscoder 0.1"}
 """The package that reads each other schema."""
 RESULTS = "results.json"
@@ -47,7 +50,7 @@ OF_EVERY_SUBJECT = ("n_layers", "d_model", "parameters_non_embedding", "paramete
 class Provenance:
     """What is needed to run the study again."""
 
-    schema: Literal["crosscoder.results/3"] = SCHEMA
+    schema: Literal["crosscoder.results/4"] = SCHEMA
     kind: Literal["aspect_ratio", "subject_study", "synthetic"]
     """Two shapes that are compared, and C between them; one model; planted worlds."""
     preset: Text
@@ -69,7 +72,7 @@ class Results:
     """Everything that a study measured, what the rule says of it, and where it came from."""
 
     rows: LongTable
-    verdict: Verdict | None
+    verdict: KeptVerdict | None
     """None for a single model: there is no pair to compare."""
     provenance: Provenance
 
@@ -95,7 +98,7 @@ class Block(TypedDict):
 class Cell(TypedDict):
     """What the file of one cell holds; `from_blocks` reads the rows."""
 
-    schema: Literal["crosscoder.cell/3"]
+    schema: Literal["crosscoder.cell/4"]
     rows: Any
 
 
@@ -103,9 +106,9 @@ class Cell(TypedDict):
 class Document(TypedDict):
     """What `results.json` holds; `from_blocks` reads the rows."""
 
-    schema: Literal["crosscoder.results/3"]
+    schema: Literal["crosscoder.results/4"]
     rows: Any
-    verdict: Verdict | None
+    verdict: KeptVerdict | None
     provenance: Provenance
 
 
@@ -126,6 +129,7 @@ def from_document(value: Any) -> Results:
         ValueError: it is of another schema, or something in it is not what it should be; the path, what was seen and
             what was expected are named.
     """
+    value = _without_old_rows(value) if isinstance(value, dict) and value.get("schema") == OLD_SCHEMA else value
     holders = (value, value.get("provenance")) if isinstance(value, dict) else ()
     for holder in holders:  # version 2 kept its schema in the provenance
         seen = holder.get("schema") if isinstance(holder, dict) else None
@@ -138,6 +142,23 @@ def from_document(value: Any) -> Results:
     if results.provenance.kind != "synthetic":
         _check_subjects(results)
     return results
+
+
+def _without_old_rows(value: dict[str, Any]) -> dict[str, Any]:
+    """Results of version 3 as of version 4: rows of quantities and places that are gone are left out, and it is said.
+
+    Their verdict stays, as the rule of that time said it.
+    """
+    places, blocks, left = {one.name for one in fields(Place)}, [], set[str]()
+    for block in value["rows"]:
+        if set(block["at"]) <= places and block["at"].get("arm") != "joint":
+            blocks.append({**block, "values": {k: v for k, v in block["values"].items() if k in QUANTITIES}})
+            left |= set(block["values"]) - set(QUANTITIES)
+        else:
+            left |= set(block["values"])
+    if left:
+        say(f"results of version 3: {len(left)} quantities that are not measured any more are left out")
+    return {**value, "schema": SCHEMA, "rows": blocks, "provenance": {**value["provenance"], "schema": SCHEMA}}
 
 
 def _check_subjects(results: Results) -> None:

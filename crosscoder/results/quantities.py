@@ -53,9 +53,6 @@ TERMS: dict[str, dict[str, str]] = read_once(_HERE / "terms.toml")
 
 QUANTITIES: dict[str, Quantity] = {key: one for group in GROUPS.values() for key, one in group.items()}
 NOTES: dict[str, str] = {key: sentence for group in TERMS.values() for key, sentence in group.items()}
-ESTIMATORS = tuple(TERMS["estimators"])
-"""Ways to say the density of features, by name."""
-PRIMARY_ESTIMATOR = ESTIMATORS[0]
 
 
 def definition(key: str) -> str:

@@ -18,8 +18,10 @@ from typing_extensions import TypeAliasType
 from crosscoder.results.quantities import QUANTITIES, unknown_key
 
 Site = Literal["write", "residual"]
-State = Literal["trained", "untrained", "shuffled"]
-Arm = Literal["crosscoder", "layerwise", "joint"]
+State = Literal["trained", "untrained", "shuffled", "gaussian", "frozen_encoder", "frozen_decoder", "soft_decoder"]
+"""Of what is measured: the subject, trained or not; a null in place of its activations (shuffled, gaussian); or a
+dictionary that is not all learnt, on the trained subject (the last three)."""
+Arm = Literal["crosscoder", "layerwise"]
 Role = Literal["main", "size", "k", "calibration"]
 SITES: tuple[Site, ...] = ("write", "residual")
 SITE_NAME: dict[str, str] = {"residual": "residual stream", "write": "block writes"}
@@ -122,8 +124,6 @@ class Place:
     subject: Name | None = None
     training_seed: Count | None = None
     """Position of the subject's training seed in the study's list."""
-    other: Name | None = None
-    """Second subject of a joint crosscoder, name and training seed, such as B0."""
     state: State | None = None
     site: Site | None = None
     arm: Arm | None = None
@@ -236,7 +236,7 @@ class LongTable:
     def cells(self, key: str | None = None, **where: Any) -> dict[Place, LongTable]:
         """The dictionaries at a place, each with all that was measured of its seeds and layers; those that have `key`.
 
-        Dictionaries of one subject only: no planted worlds, and no crosscoders over two subjects.
+        Not those of planted worlds.
         """
         where = {"arm": ("crosscoder", "layerwise"), **where}
         return {

@@ -24,9 +24,9 @@ from crosscoder.dictionary import (
     WeaklyCausal,
 )
 from crosscoder.foundation.config import config
+from crosscoder.results.table import Arm
 from crosscoder.training import Frozen, TrainConfig, TrainResult, train, train_warm_chain
 
-Arm = Literal["crosscoder", "layerwise"]
 Selection = Literal["batch_topk", "topk", "jumprelu", "l1_of_norms", "l2_of_norms"]
 WholeStructure = Literal["acausal", "weakly_causal", "window"]
 PartialStructure = Literal["strictly_causal", "transcoder"]
@@ -61,6 +61,8 @@ class DictionaryBudget:
 
     n_features: PositiveInt = 512
     """Features of the crosscoder, and of each layer's SAE."""
+    n_layerwise: PositiveInt | None = None
+    """Features of each layer's SAE where they are not as many as the crosscoder's."""
     k_crosscoder: PositiveInt = 40
     """Features active per token, over all layers. A penalty of norms does not use it."""
     k_layerwise: PositiveInt = 26
@@ -96,12 +98,18 @@ class DictionaryBudget:
     data_seed: int = 0
 
     def __post_init__(self) -> None:
-        most = max(self.k_crosscoder, self.k_layerwise)
-        if most > self.n_features:
-            raise ValueError(f"k = {most} is more than n_features = {self.n_features}; lower k or raise n_features")
+        for arm in CLASSES:
+            if self.k(arm) > self.n(arm):
+                raise ValueError(
+                    f"k_{arm} = {self.k(arm)} is more than the {self.n(arm)} features; lower k or raise n_features"
+                )
         if self.penalty is not None and self.selection not in HAS_PENALTY:
             raise ValueError(f"penalty is {self.penalty}, but {self.selection} has none; try one of {HAS_PENALTY}")
         self.train_config()
+
+    def n(self, arm: Arm) -> int:
+        """Features of one arm's dictionary, of a bank's SAE."""
+        return self.n_layerwise or self.n_features if arm == "layerwise" else self.n_features
 
     def k(self, arm: Arm) -> int:
         """Features active per row of one arm, by construction or as the aim."""
@@ -128,7 +136,7 @@ class DictionaryBudget:
             "layerwise": {"initial": initial, "shared": self.bank == "shared"},
         }
         return {
-            "n_features": self.n_features,
+            "n_features": self.n(arm),
             "sparsity": self.sparsity(arm),
             # Norms are held at 1, except where the penalty weighs them.
             "decoder": "free" if self.selection.endswith("of_norms") else "unit",
@@ -155,19 +163,17 @@ class DictionaryBudget:
         )
 
 
-def with_size(budget: DictionaryBudget, n_features: int) -> DictionaryBudget:
-    """The budget with another dictionary size; k is lowered only where it would not fit."""
-    return replace(budget, n_features=n_features, **{f"k_{arm}": min(budget.k(arm), n_features) for arm in CLASSES})
+def of_size(budget: DictionaryBudget, n_features: int) -> DictionaryBudget:
+    """The budget with another crosscoder size; k is lowered only where it would not fit."""
+    return replace(budget, n_features=n_features, k_crosscoder=min(budget.k_crosscoder, n_features))
 
 
-def with_k(budget: DictionaryBudget, factor: float) -> DictionaryBudget:
-    """The budget with both k multiplied by `factor`, as far as the dictionary has features."""
-    return replace(
-        budget, **{f"k_{arm}": max(1, min(round(budget.k(arm) * factor), budget.n_features)) for arm in CLASSES}
-    )
+def of_k(budget: DictionaryBudget, arm: Arm, k: int) -> DictionaryBudget:
+    """The budget with another k of one arm, as far as the dictionary has features."""
+    return replace(budget, **{f"k_{arm}": max(1, min(k, budget.n(arm)))})
 
 
-def of_other_k(budget: DictionaryBudget, factors: Sequence[float], arm: Arm) -> tuple[DictionaryBudget, ...]:
-    """The budgets with k multiplied by each factor: once for each k of one arm, the budget's own left out."""
-    found = {one.k(arm): one for one in (with_k(budget, factor) for factor in factors)}
+def of_other_k(budget: DictionaryBudget, arm: Arm, ks: Sequence[float]) -> tuple[DictionaryBudget, ...]:
+    """The budgets of other k of one arm, rounded, once each, the budget's own left out."""
+    found = {one.k(arm): one for one in (of_k(budget, arm, round(k)) for k in ks)}
     return tuple(one for k, one in found.items() if k != budget.k(arm))

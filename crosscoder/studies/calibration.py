@@ -1,9 +1,9 @@
-"""Dictionaries trained on planted truth and scored; what a study's own dictionary would find if the truth were known.
+"""Planted truth through a study's own dictionaries and readings: what is off there may be off on a model.
 
-A world with the subject's L and D is planted with half as many features as the dictionary has, as many of them active
-on a token as the dictionary may use, and a crosscoder is trained on it as the study's cells are: size, k, steps, batch,
-learning rate, the number of distinct tokens that it sees over and over, the tokens held out. What its counts and
-spreads miss there, they may miss on a model.
+A pair of worlds with the shapes of A and B is planted with half as many features as the crosscoders have, as many of
+them active on a token as A's main crosscoder may use, in windows of L^.5 layers, and noise beside them. Both arms are
+trained as the study's cells are: size, every k, steps, batch, learning rate, the number of distinct tokens that they
+see over and over, the tokens held out.
 """
 
 from __future__ import annotations
@@ -22,24 +22,32 @@ from torch import Tensor
 
 from crosscoder.data.residuals import estimate_scales
 from crosscoder.data.sources import PlantedSource
-from crosscoder.data.world import World, WorldConfig
+from crosscoder.data.world import World
+from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair
 from crosscoder.foundation.config import config as settings
-from crosscoder.measure import recovery
+from crosscoder.measure import counting, recovery
 from crosscoder.measure.reading import Reading, read_dictionary
-from crosscoder.results.table import COMPARED, LongTable, Place, Row, rows_at
-from crosscoder.studies.budget import Arm, DictionaryBudget
-from crosscoder.studies.cells import fit
+from crosscoder.results.table import Arm, LongTable, Place, Row, rows_at
+from crosscoder.studies.budget import CLASSES, DictionaryBudget
+from crosscoder.studies.cells import fit, fit_many, held_out
 from crosscoder.studies.folder import StudyFolder, study_folder
-from crosscoder.studies.presets import StudyConfig
+from crosscoder.studies.presets import Shape, StudyConfig
 from crosscoder.training import TrainConfig
-from crosscoder.verdict.rule import Calibration
+from crosscoder.verdict import legs
 
 SCALE_TOKENS = 4096
 PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
 PLANTED_SHARE = 0.5  # planted features over the dictionary's
+GAMMA = 0.5  # planted windows last L^GAMMA layers
+NOISE_SHARE = 0.05  # of the planted variance
 BY_KIND = ("recall_by_kind", "precision_by_kind", "kind_confusion")
 TRAIN_STREAM, HELD_OUT_STREAM = 1, 2
+READ: tuple[tuple[Arm, str, Callable[[LongTable], float | None]], ...] = (
+    ("crosscoder", "load", legs.load),
+    ("layerwise", "load", legs.load),
+    ("crosscoder", "density", legs.raw_density),
+)
 Draw = Callable[[int, int | str, int], Tensor]
 """`(n, stream, index) -> x_BLD`: batch number `index` of a stream of planted tokens."""
 
@@ -86,8 +94,8 @@ class FitConfig:
             n_features=n_features, k_crosscoder=k, k_layerwise=k, batch=self.batch, data_seed=stream, **given
         )
         training = TrainConfig(**given, log_every=self.steps)
-        dictionary, held_out = fit(arm, source, budget, seed=seed, training=training, device=device)
-        return read_dictionary(dictionary, held_out())
+        dictionary, batches = fit(arm, source, budget, seed=seed, training=training, device=device)
+        return read_dictionary(dictionary, batches())
 
 
 def log_uniform_bounds(mean: float, ratio: float) -> tuple[float, float]:
@@ -116,116 +124,152 @@ def score(at: Place, found_FLD: np.ndarray, world: World, reading: Reading, *, l
 
 @settings
 class CalibrationConfig:
-    """One planted world of a study's sizes, and the dictionary trained on it."""
+    """A planted pair of a study's two shapes, and what its dictionaries are given."""
 
-    n_layers: PositiveInt
-    d_model: PositiveInt
+    a: Shape
+    b: Shape
     budget: DictionaryBudget
-    tokens_train: PositiveInt = 200_000
+    k_factors: tuple[PositiveFloat, ...]
+    tokens_train: PositiveInt = 240_000
     """Distinct tokens, read over and over."""
     tokens_held_out: PositiveInt = 30_000
     seed: int = 0
-    """Of the world."""
-
-    def __post_init__(self) -> None:
-        highest = self.probabilities()[1]
-        if highest > MOST_FREQUENT:
-            raise ValueError(
-                f"k = {self.budget.k_crosscoder} of {self.n_planted} planted features would have some active on "
-                f"{highest:.0%} of the tokens; expected at most {MOST_FREQUENT:.0%}: raise n_features or lower k"
-            )
+    """Of the worlds."""
 
     @property
     def n_planted(self) -> int:
-        """Features of the world."""
+        """Features of the pair."""
         return max(2, round(PLANTED_SHARE * self.budget.n_features))
 
-    def probabilities(self) -> tuple[float, float]:
-        """The least and the greatest firing probability, so that about k features are active on a token."""
-        return log_uniform_bounds(self.budget.k_crosscoder / self.n_planted, PROBABILITY_RANGE)
+    def budgets(self, side: Side, arm: Arm) -> tuple[DictionaryBudget, ...]:
+        """One for each k, the main one first."""
+        shape = self.a if side == "A" else self.b
+        main = shape.budget(self.budget)
+        return (main, *shape.sweep(main, arm, self.k_factors))
 
-    def world(self) -> World:
-        """The planted world; its probabilities sum to k exactly."""
-        low, high = self.probabilities()
-        world = World(
-            WorldConfig(
-                n_features=self.n_planted,
-                n_layers=self.n_layers,
-                d_model=self.d_model,
-                kinds=("local",) if self.n_layers == 1 else ("local", "persistent", "drifting", "split"),
-                p_min=low,
-                p_max=high,
-                seed=self.seed,
+    def pair(self) -> PairConfig:
+        """Both worlds; as many features are active on a token as A's main crosscoder may use."""
+        k = self.a.budget(self.budget).k_crosscoder
+        low, high = log_uniform_bounds(k / self.n_planted, PROBABILITY_RANGE)
+        if high > MOST_FREQUENT:
+            raise ValueError(
+                f"k = {k} of {self.n_planted} planted features would have some active on {high:.0%} of the tokens; "
+                f"expected at most {MOST_FREQUENT:.0%}: raise n_features or lower k"
             )
-        )
-        world.probability_F = world.probability_F * (self.budget.k_crosscoder / world.probability_F.sum())
-        return world
+        sizes: dict[str, Any] = {"n_features": self.n_planted, "n_layers": self.a.n_layers, "d_model": self.a.d_model}
+        quiet = PairConfig(**sizes, gamma=GAMMA, p_min=low, p_max=high, seed=self.seed)
+        energy = float(WorldPair(quiet).draw("A", SCALE_TOKENS, "energy", 0).square().sum(2).mean())
+        return replace(quiet, noise=math.sqrt(NOISE_SHARE / (1 - NOISE_SHARE) * energy / self.a.d_model))
 
 
-def planted_source(config: CalibrationConfig, device: str = "cpu") -> tuple[PlantedSource, World]:
-    """A world's tokens as a study reads its activations, and that world, its directions scaled as the tokens are.
+def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[Row]:
+    """How far q, g and ln R of a planted pair are off, read at common variance unexplained as a study reads them."""
+    pair = WorldPair(config.pair())
+    sides = {side: _calibrate_side(pair, side, config, device) for side in SIDES}
+    table, shapes = (
+        LongTable(tuple(r for rows, _, _ in sides.values() for r in rows)),
+        {s: pair.config.shape(s) for s in SIDES},
+    )
+    logs: dict[tuple[Arm, str], dict[Side, legs.Logs]] = {
+        (arm, name): {s: legs.read_logs(table, s, arm, "fvu", "trained", quantity) for s in SIDES}
+        for arm, name, quantity in READ
+    }
+    at = Place(role="calibration", seed=config.seed)
+    errors = {
+        "calibration_q_error": _error(logs["crosscoder", "load"], 0.0),
+        "calibration_g_error": _sharing_error(logs, pair, shapes),
+        "calibration_room_error": _error(
+            logs["crosscoder", "density"], math.log(pair.drawn_dimension("A") / pair.drawn_dimension("B"))
+        ),
+    }
+    rows = [
+        Row(at, key, None, value) if isinstance(value, str) else Row(at, key, value) for key, value in errors.items()
+    ]
+    values = {
+        "calibration_mcc": min(mcc for _, mcc, _ in sides.values()),
+        "calibration_fvu": float(np.mean([fvu for _, _, fvu in sides.values()])),
+    }
+    return rows + rows_at(at, values)
 
-    Training reads the same tokens again after `tokens_train`, whatever the seed of the order.
-    """
-    world = config.world().to(device)
+
+def _error(logs: dict[Side, legs.Logs], truth: float) -> float | str:
+    known = {side: one if isinstance(one, str) else one[0] for side, one in logs.items()}
+    a, b = known["A"], known["B"]
+    return a if isinstance(a, str) else b if isinstance(b, str) else abs(b - a - truth)
+
+
+def _sharing_error(
+    logs: dict[tuple[Arm, str], dict[Side, legs.Logs]], pair: WorldPair, shapes: dict[Side, tuple[int, int]]
+) -> float | str:
+    """|error| of g: what windows of so many layers add up to in banks is known."""
+    load_F = counting.binary_entropy(pair.probability_F.numpy())
+    found, truth = {}, {}
+    for side in SIDES:
+        written_F = (pair.decoder_FLD[side].square().sum(2) > 0).sum(1).numpy()
+        truth[side] = math.log(float(load_F @ written_F) / float(load_F.sum()))
+        bank, joint = (logs[arm, "load"][side] for arm in ("layerwise", "crosscoder"))
+        if isinstance(bank, str) or isinstance(joint, str):
+            return bank if isinstance(bank, str) else str(joint)
+        found[side] = bank[0] + math.log(shapes[side][0]) - joint[0]
+    depth = math.log(shapes["A"][0] / shapes["B"][0])
+    return abs((found["A"] - found["B"] - truth["A"] + truth["B"]) / depth)
+
+
+def _calibrate_side(
+    pair: WorldPair, side: Side, config: CalibrationConfig, device: str
+) -> tuple[list[Row], float, float]:
+    """Rows of the dictionaries of one side, the mean cosine of what its main crosscoder found, and what it loses."""
+    scale_L = estimate_scales(pair.draw(side, SCALE_TOKENS, "scale", 0))
 
     def draw(n: int, stream: int | str, index: int) -> Tensor:
-        purpose = stream if isinstance(stream, str) else "train"
-        return world.sample(n, world.generator("calibration", purpose, config.seed, index))[0]
+        return pair.draw(side, n, f"{stream}" if isinstance(stream, str) else "train", index)
 
-    scale_L = estimate_scales(draw(SCALE_TOKENS, "scale", 0))
-    world.decoder_FLD = world.decoder_FLD * scale_L.to(device)[:, None]
     source = PlantedSource(
         draw,
         scale_L=scale_L,
-        d_model=config.d_model,
+        d_model=pair.config.shape(side)[1],
         held_out_stream="held out",
         held_out_tokens=config.tokens_held_out,
         distinct_tokens=config.tokens_train,
     )
-    return source, world
-
-
-def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[Row]:
-    """The scores of a crosscoder trained on a planted world as a study's cell is trained."""
-    source, world = planted_source(config, device)
-    budget = config.budget
-    dictionary, held_out = fit("crosscoder", source, budget, seed=0, device=device)
-    reading = read_dictionary(dictionary, held_out())
-    at = Place(role="calibration", n_features=budget.n_features, k=budget.k_crosscoder, seed=config.seed)
-    rows = score(at, reading.distinct.decoder_FLD, world, reading, l0_true=budget.k_crosscoder)
-    about = {"n_layers": config.n_layers, "d_model": config.d_model, "equal_energy": world.config.equal_energy}
-    return [*rows, *rows_at(at, about)]
+    rows, mcc, fvu = list[Row](), math.nan, math.nan
+    for arm in CLASSES:
+        budgets = config.budgets(side, arm)
+        trained = fit_many(arm, source, [(budget, 0) for budget in budgets], device=device)
+        for index, (budget, dictionary) in enumerate(zip(budgets, trained, strict=True)):
+            reading = read_dictionary(dictionary, held_out(source, device))
+            if arm == "crosscoder" and index == 0:
+                truth_FLD = (pair.decoder_FLD[side] * scale_L[:, None, None].view(1, -1, 1)).numpy()
+                mcc = recovery.mean_cosine(recovery.assign(reading.distinct.decoder_FLD, truth_FLD))
+                fvu = 1 - reading.explained_variance
+            at = Place(subject=side, training_seed=0, state="trained", site="write", role="main" if index == 0 else "k",
+                       arm=arm, n_features=budget.n(arm), k=budget.k(arm), seed=0)  # fmt: skip
+            counts = counting.count_features(reading)
+            keys = ("entropy_load", "effective_dimension")
+            values = {key: counts[key] for key in keys} | {"explained_variance": reading.explained_variance}
+            rows += rows_at(at, values)
+    return rows, mcc, fvu
 
 
 def calibrate_study(config: StudyConfig, study: StudyFolder) -> list[Row]:
-    """Scores of planted worlds of the compared shapes' own sizes, kept beside the studies so that others reuse them.
+    """Errors on planted pairs of the study's own sizes, kept beside the studies so that others reuse them.
 
-    Raises:
-        ValueError: k is so large that planted features would be active nearly always.
+    Nothing for shapes that are not of L and L / 4 layers and widths D and 2 D, which no pair has.
     """
+    a, b = config.subjects.a, config.subjects.b
+    if (a.n_layers, b.d_model) != (4 * b.n_layers, 2 * a.d_model):
+        return []
     jobs: dict[Path, Callable[[], list[Row]]] = {}
-    for name in COMPARED:
-        shape = config.subjects.shapes()[name]
-        for seed in range(config.calibration_worlds):
-            wanted = CalibrationConfig(
-                n_layers=shape.n_layers,
-                d_model=shape.d_model,
-                budget=shape.budget(config.dictionaries),
-                tokens_train=config.tokens_train,
-                tokens_held_out=config.tokens_held_out,
-                seed=seed,
-            )
-            home = study_folder(wanted, f"{name}-world{seed}", study.root.parent / "calibration")
-            path = home.with_suffix(".json")
-            jobs[path] = partial(measure_calibration, wanted, study.device)
-    found = study.measure(jobs, "calibration")
-    return [replace(row, at=replace(row.at, subject=path.name[0])) for path, rows in found.items() for row in rows]
-
-
-def worst_calibration(table: LongTable) -> Calibration:
-    """The largest errors over worlds and shapes, for the gates; None where one of them is undefined."""
-    keys = ("count_error", "rho_error", "d_eff_error")
-    found = {key: table.seed_range(key, role="calibration") for key in keys}
-    worst = {key: None if one is None else max(abs(one.low), abs(one.high)) for key, one in found.items()}
-    return Calibration(**worst, same_sizes=True)
+    for seed in range(config.calibration_worlds):
+        wanted = CalibrationConfig(
+            a=a,
+            b=b,
+            budget=config.dictionaries,
+            k_factors=config.k_factors,
+            tokens_train=config.tokens_train,
+            tokens_held_out=config.tokens_held_out,
+            seed=seed,
+        )
+        path = study_folder(wanted, f"pair{seed}", study.root.parent / "calibration").with_suffix(".json")
+        jobs[path] = partial(measure_calibration, wanted, study.device)
+    return [row for rows in study.measure(jobs, "calibration").values() for row in rows]

@@ -1,121 +1,65 @@
-"""One cell of a study: one arm on one source of activations, trained with every seed, measured and counted.
+"""One cell of a study: one arm on one source of activations, trained with every seed and k, measured and counted.
 
 Its rows are kept in a file, so that cells can run in any process and order and are skipped when a study is started
-again. Both arms of a comparison read the same tokens in the same order: it depends on the data seed, never on the
-dictionary's.
-
-A joint cell is a crosscoder over two subjects at once, stacked and told apart by `Diffing`, so that a shared feature is
-one latent and the others are one subject's alone. Activity correlation (`measure.universality`) compares dictionaries
-that never saw each other's subject.
+again. Both arms of a comparison read the same tokens in the same order: a dictionary seed has its own, alike for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosscoder.data.blocks import input_device
+from crosscoder.data.nulls import make_null
 from crosscoder.data.residuals import find_blocks
-from crosscoder.data.shards import stored_source
-from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
-from crosscoder.data.stream import stream_source
-from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, load_untrained
-from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary, Diffing
-from crosscoder.foundation.origin import MismatchError, require_same
-from crosscoder.measure import counting, probes, profile, universality
+from crosscoder.data.sources import Marked, SiteSource, Source
+from crosscoder.data.subject import load_model
+from crosscoder.data.tokens import PreparedTokens
+from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary
+from crosscoder.foundation.origin import MismatchError, Null, require_same
+from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest, twins
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
-from crosscoder.results.table import Place, Role, Row, Site, State, finite, rows_at
-from crosscoder.studies.budget import CLASSES, SPANNING, Arm, DictionaryBudget, PartialStructure, WholeStructure
-from crosscoder.studies.presets import Run
-from crosscoder.training import TrainConfig, train_many, train_warm_chain
+from crosscoder.results.table import Arm, Place, Role, Row, Site, State, finite, rows_at
+from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
+from crosscoder.studies.stores import Stores
+from crosscoder.training import Frozen, TrainConfig, train_many, train_warm_chain
 
-SHUFFLE_SEED = 1
-MOST_PROBED = 2048  # features; of larger dictionaries so many are drawn at random
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A model whose activations are harvested as cells train, and not stored."""
-
-    subject: Path | str
-    tokens: Path
-    """Folder of token blocks."""
-    most: tuple[int, int]
-    """Tokens to read for training and held out."""
-    untrained: bool = False
-    layers: tuple[int, ...] | None = None
-    blocks_path: str | None = None
-    keep_outliers: bool = False
-    loading: Loading = USUAL_LOADING
-
-    def source(self, site: Site, device: str) -> SiteSource:
-        """The activations of one site."""
-        return stream_source(
-            self.model(device),
-            self.tokens,
-            kind=site,
-            layers=self.layers,
-            blocks_path=self.blocks_path,
-            keep_outliers=self.keep_outliers,
-            max_tokens=self.most[0],
-            max_held_out_tokens=self.most[1],
-        )
-
-    def model(self, device: str) -> nn.Module:
-        """The model, trained or with weights drawn anew."""
-        if not self.untrained:
-            return load_model(self.subject, **asdict(self.loading), device=device)
-        revision, dtype = self.loading.revision, self.loading.dtype
-        return load_untrained(self.subject, revision=revision, dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class Stores:
-    """Where a subject's activations lie, and what a spliced evaluation needs of it."""
-
-    train: Path
-    held_out: Path
-    streamed: Streamed | None = None
-    """Where nothing is stored."""
-    subject: Path | str | None = None
-    """Folder or name of the subject, for splicing; None leaves splicing out."""
-    held_out_ids: Path | None = None
-    """Token blocks `[n, S]` to splice on, as safetensors."""
-    blocks_path: str | None = None
-    loading: Loading = USUAL_LOADING
-
-    def source(self, site: Site, device: str) -> SiteSource:
-        """The activations of one site; hashes are not checked again."""
-        if self.streamed is not None:
-            return self.streamed.source(site, device)
-        return stored_source(self.train, self.held_out, site, verify=False)
+FROZEN: dict[State, Frozen] = {
+    "frozen_encoder": "encoder",
+    "frozen_decoder": "decoder",
+    "soft_decoder": "soft_decoder",
+}
+"""What is not learnt in a state, as a setting of the budget."""
+MOST_LABELLED = 256
+"""Features whose labels are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is trained: one arm on one site of one subject, or of two stacked, in one state."""
+    """What is trained: one arm on one site of one subject, or of a null in its place."""
 
     subject: str
     state: State
-    """`shuffled`: trained, each layer's tokens in an order of its own."""
     site: Site
     arm: Arm
     role: Role
     budget: DictionaryBudget
     seeds: tuple[int, ...] = (0, 1)
+    """Of dictionaries; each also has its own order of the text."""
     training_seed: int = 0
     """Position of the subject's training seed in the study's list."""
-    other: Run | None = None
-    """The second subject of a joint crosscoder."""
-    probed: bool = False
-    """Measure from which layers features are read, and whether a single layer tells when they are active."""
+    causal: int = 0
+    """Features of the first dictionary whose layers are ablated in the subject; 0: none."""
+    labelled: bool = False
+    """Ask how well features tell labels of the text, on all layers together and on the best one."""
     beside: tuple[DictionaryBudget, ...] = ()
     """Of other k: a dictionary of the first seed for each, trained on the same batches side by side."""
 
@@ -128,9 +72,9 @@ class Cell:
 
     @property
     def sweep(self) -> list[Cell]:
-        """What is trained together, as cells of one k each: the cell's own, and those beside it."""
+        """What is measured together, as cells of one k each: the cell's own, and those beside it."""
         main = replace(self, beside=())
-        one = replace(main, role="k", seeds=self.seeds[:1], probed=False)
+        one = replace(main, role="k", seeds=self.seeds[:1], causal=0, labelled=False)
         return [main, *(replace(one, budget=budget) for budget in self.beside)]
 
     @property
@@ -144,35 +88,47 @@ class Cell:
         return Place(
             subject=self.subject,
             training_seed=self.training_seed,
-            other=None if self.other is None else "{}{}".format(*self.other),
             state=self.state,
             site=self.site,
-            arm=self.arm if self.other is None else "joint",
+            arm=self.arm,
             role=self.role,
-            n_features=self.budget.n_features,
+            n_features=self.budget.n(self.arm),
             k=self.budget.k(self.arm),
         )
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        """The training runs that it reads."""
-        return ((self.subject, self.training_seed), *(() if self.other is None else (self.other,)))
+    def read(self) -> tuple[str, int, State]:
+        """The activations that it reads: shape, position of the training seed, and the subject's own state."""
+        return self.subject, self.training_seed, "untrained" if self.state == "untrained" else "trained"
 
     @property
     def name(self) -> str:
         """A file name that tells the cells of one study apart."""
         return file_name(self.place)
 
-    @property
-    def compared(self) -> bool:
-        """Whether its dictionaries are read by the verdict: the main crosscoders of one subject."""
-        return self.role == "main" and self.other is None and self.arm in SPANNING
+    def measure(self, store: Stores, folder: Path, *, device: str = "cpu") -> list[Row]:
+        """Train, measure and count every dictionary; readings of all, and main dictionaries of trained subjects, are
+        kept in the study's folder."""
+        stored = store.source(self.site, device)
+        source = null_source(self.state, stored)
+        plans = [
+            (replace(part.budget, data_seed=part.budget.data_seed + seed), seed)
+            for part in self.sweep
+            for seed in part.seeds
+        ]
+        trained = iter(fit_many(self.arm, source, plans, label=self.name, device=device))
+        measured = MeasuredCell(store, stored, source, folder, device)
+        return [row for part in self.sweep for row in measured.rows(part, [next(trained) for _ in part.seeds])]
+
+
+def null_source(state: State, stored: SiteSource) -> Source:
+    """What is read in a state: the activations themselves, or what stands in their place."""
+    return make_null(state if state in get_args(Null) else None, stored)  # ty: ignore[invalid-argument-type]
 
 
 def file_name(at: Place) -> str:
     """A name for what is kept of the dictionary, or of all seeds of it, at a place."""
-    runs = f"{at.subject}{at.training_seed}" + (f"+{at.other}" if at.other else "")
-    name = f"{runs}-{at.state}-{at.site}-{at.arm}-n{at.n_features}-k{at.k}"
+    name = f"{at.subject}{at.training_seed}-{at.state}-{at.site}-{at.arm}-n{at.n_features}-k{at.k}"
     return name if at.seed is None else f"{name}-seed{at.seed}"
 
 
@@ -181,60 +137,75 @@ def reading_path(folder: Path, at: Place) -> Path:
     return folder / "readings" / f"{file_name(at)}.safetensors"
 
 
-def run_cell(cell: Cell, stores: Sequence[Stores], folder: Path, *, device: str = "cpu") -> list[Row]:
-    """Train, measure and count every seed of `cell`, on the activations of each of its runs.
+@dataclass(frozen=True)
+class MeasuredCell:
+    """Everything that is asked of trained dictionaries of one cell, on the activations that they were trained on."""
 
-    The readings that the verdict needs, and the main dictionaries of trained subjects, are kept in the study's folder.
+    store: Stores
+    stored: SiteSource
+    source: Source
+    folder: Path
+    device: str
 
-    Raises:
-        ValueError: the stores of a joint cell do not hold the same tokens.
-    """
-    if cell.other is not None:
-        stacked = StackedSource([store.source(cell.site, device) for store in stores])
-        return [row for seed in cell.seeds for row in joint_rows(cell, stacked, seed, device=device)]
-    (store,) = stores
-    stored = store.source(cell.site, device)
-    source = ShuffledSource(stored, SHUFFLE_SEED) if cell.state == "shuffled" else stored
-    parts = cell.sweep
-    plans = [(part.budget, seed) for part in parts for seed in part.seeds]
-    trained = iter(fit_many(cell.arm, source, plans, label=file_name(cell.place), device=device))
-    return [row for part in parts for row in _part_rows(part, store, stored, source, trained, folder, device)]
-
-
-def _part_rows(
-    cell: Cell, store: Stores, stored: SiteSource, source: Source, dictionaries: Iterator[Dictionary], folder: Path,
-    device: str,
-) -> list[Row]:  # fmt: skip
-    """Measure and count every seed of a cell of one k, whose dictionaries come next."""
-    rows, readings = list[Row](), list[Reading]()
-    for seed in cell.seeds:
-        dictionary, at = next(dictionaries), replace(cell.place, seed=seed)
-        reading = read_dictionary(dictionary, marked(source, device))
-        rows += dictionary_rows(at, dictionary, reading)
-        if cell.state != "shuffled" and store.subject is not None:
-            each = cell.role == "main" and cell.training_seed == 0 and seed == cell.seeds[0]
-            rows += _splice(at, dictionary, stored.sites, store, device, each=each)
-        if cell.role == "main" and cell.state == "trained":
-            dictionary.save_pretrained(folder / "dictionaries" / file_name(at))
-        if cell.compared:
-            kept = reading.distinct
-            if cell.probed and len(kept) and source.n_layers > 1:
-                found = probe(dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out()), len(kept))
-                rows += rows_at(at, found.summary())
-                if len(found.feature_n) == found.n_alive:
-                    kept = replace(kept, genuine_F=found.genuine_F()[kept.index_F])
-            path = reading_path(folder, at)
+    def rows(self, cell: Cell, dictionaries: Sequence[Dictionary]) -> list[Row]:
+        """Rows of all seeds of one k."""
+        rows, readings = list[Row](), list[Reading]()
+        for seed, dictionary in zip(cell.seeds, dictionaries, strict=True):
+            at, first = replace(cell.place, seed=seed), seed == cell.seeds[0]
+            reading = read_dictionary(dictionary, marked(self.source, self.device))
+            rows += dictionary_rows(at, dictionary, reading)
+            if cell.state not in get_args(Null) and self.store.subject is not None:
+                rows += self._in_subject(cell, at, dictionary, first=first)
+            if cell.labelled and first:
+                rows += self._labels(at, dictionary, reading)
+            if cell.role == "main" and cell.state == "trained":
+                dictionary.save_pretrained(self.folder / "dictionaries" / file_name(at))
+            path = reading_path(self.folder, at)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_reading(kept, path)
-        readings.append(reading)
-    return _cell_rows(cell, stored.sites, readings) + rows
+            save_reading(reading, path)
+            readings.append(reading)
+        return _cell_rows(cell, self.stored.sites, readings) + rows
+
+    def _in_subject(self, cell: Cell, at: Place, dictionary: Dictionary, *, first: bool) -> list[Row]:
+        """What the subject predicts with reconstructions in place, and without single features."""
+        from safetensors.torch import load_file
+
+        assert self.store.subject is not None
+        assert self.store.held_out_ids is not None
+        model = load_model(self.store.subject, **asdict(self.store.loading), device=self.device)
+        ids_RS = load_file(self.store.held_out_ids)["ids"].long().to(input_device(model))
+        blocks = list(find_blocks(model, self.store.blocks_path))
+        where: dict[str, Any] = {"layers": self.stored.sites, "kind": at.site}
+        rows: list[Row] = []
+        if cell.state != "untrained":  # an untrained model predicts nothing that could be lost
+            each = cell.role == "main" and cell.training_seed == 0 and first
+            found = splice_losses(dictionary, model, blocks, ids_RS.split(16), **where, each=each)
+            rows += rows_at(at, found.clean)
+            rows += [row for layer, values in found.sites.items() for row in rows_at(replace(at, layer=layer), values)]
+        if cell.causal and first and self.source.n_layers > 1:
+            effects = causal.measure_causal_layers(
+                dictionary, model, blocks, ids_RS, **where, n_features=cell.causal, quiet=True
+            )
+            rows += rows_at(at, effects.summary() | strongest.describe_effects(effects))
+        return rows
+
+    def _labels(self, at: Place, dictionary: Dictionary, reading: Reading) -> list[Row]:
+        """How well alive features, some of them where there are many, tell labels of the held-out text."""
+        assert self.store.tokens is not None
+        assert reading.token_T is not None
+        tokens = PreparedTokens.load(self.store.tokens)
+        text = labels.label_text(tokens.held_out[:].numpy(), tokens.tokenizer, reading.token_T)
+        chosen = np.random.default_rng(0).permutation(reading.index_F)[:MOST_LABELLED]
+        document_T = tokens.held_out.documents[reading.token_T // tokens.held_out.sequence_length]
+        read = partial(held_out, self.source, self.device)
+        found = labels.measure_labels(dictionary, read, text, np.sort(chosen), document_T=document_T, quiet=True)
+        first = strongest.describe_strongest(reading, dictionary.input_scale.cpu().numpy(), tokens)
+        return rows_at(at, found.summary() | first)
 
 
 def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int) -> Any:
     """An untrained dictionary of one arm that fits the activations of `source` and carries their scales."""
     settings = budget.settings(arm)
-    if isinstance(source, StackedSource):
-        settings["structure"] = Diffing(source.layer_counts, source.widths)
     dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, d_model=source.d_model, seed=seed, **settings)
     dictionary.set_input(source.scale_L, source.reads)
     return dictionary
@@ -255,7 +226,7 @@ def fit(
     training: the trainer's settings where they are not the budget's.
     """
     (dictionary,) = fit_many(arm, source, [(budget, seed)], training=training, label=label, device=device)
-    return dictionary, lambda: (x_BLD.to(device) for x_BLD in source.held_out())
+    return dictionary, lambda: held_out(source, device)
 
 
 def fit_many(
@@ -267,20 +238,28 @@ def fit_many(
     label: str = "",
     device: str = "cpu",
 ) -> list[Dictionary]:
-    """A dictionary of each budget and seed, trained on the same batches side by side; the same numbers as one by one.
+    """A dictionary of each budget and seed, in their order; those of one data order train on its batches side by side.
 
-    Budgets may differ in size and k alone: the first says how all are trained.
+    The same numbers as one by one. Budgets may differ in size, k and data order alone: the first says how all are
+    trained.
     """
-    first = plans[0][0]
     dictionaries = [new_dictionary(arm, source, budget, seed=seed) for budget, seed in plans]
-    batches = source.batches(first.batch, seed=first.data_seed, steps=first.steps)
+    first = plans[0][0]
     given: dict[str, Any] = {"config": training or first.train_config(), "device": device, "quiet": True}
-    if first.trainer(arm) is train_warm_chain:
-        for dictionary in dictionaries:
-            train_warm_chain(dictionary, batches, label=label, **given)
-    else:
-        train_many(dictionaries, batches, label=label, **given)
+    for order in dict.fromkeys(budget.data_seed for budget, _ in plans):
+        group = [one for one, (budget, _) in zip(dictionaries, plans, strict=True) if budget.data_seed == order]
+        batches = source.batches(first.batch, seed=order, steps=first.steps)
+        if first.trainer(arm) is train_warm_chain:
+            for dictionary in group:
+                train_warm_chain(dictionary, batches, label=label, **given)
+        else:
+            train_many(group, batches, label=label, **given)
     return dictionaries
+
+
+def held_out(source: Source, device: str) -> Iterator[Tensor]:
+    """The held-out batches of a source on a device."""
+    return (x_BLD.to(device) for x_BLD in source.held_out())
 
 
 def marked(source: Source, device: str) -> Iterator[Marked]:
@@ -288,23 +267,14 @@ def marked(source: Source, device: str) -> Iterator[Marked]:
     return (Marked(*(tensor.to(device) for tensor in batch[:3]), batch.token_B) for batch in source.marked())
 
 
-def probe(
-    dictionary: Dictionary, held_out: Callable[[], Iterator[Tensor]], n_features: int, **settings: Any
-) -> probes.FunctionalSpread:
-    """From which layers features are read: all of them, or a sample where `n_features` are too many."""
-    drawn = None if n_features <= MOST_PROBED else MOST_PROBED
-    return probes.measure_functional_spread(dictionary, held_out, n_features=drawn, **settings)
-
-
 def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list[Row]:
     """What one trained dictionary counts, explains and, where features extend over layers, how they do."""
-    is_batch = isinstance(dictionary.config.sparsity, BatchTopK)
     values = counting.count_features(reading) | {
         "explained_variance": reading.explained_variance,
         "explained_variance_per_layer": [finite(value) for value in reading.explained_variance_L],
         "l0_token": reading.l0,
         "l0_token_layer": reading.l0_layer,
-        "threshold": dictionary.threshold.tolist() if is_batch else None,
+        "threshold": dictionary.threshold.tolist() if isinstance(dictionary.config.sparsity, BatchTopK) else None,
     }
     if (found := reading.outliers) is not None:
         values |= {
@@ -316,7 +286,22 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list
         }
     if reading.n_groups == 1:
         values |= profile.describe_profiles(reading.decoder_FLD)
+        values |= _direction_values(dictionary, reading)
     return rows_at(at, values)
+
+
+def _direction_values(dictionary: Dictionary, reading: Reading) -> dict[str, Any]:
+    """Layers that features occupy in the subject's own units, twins, and the density with and without these."""
+    own_FLD = reading.decoder_FLD / dictionary.input_scale.cpu().numpy()[:, None]
+    is_twin_F = twins.find_twins(reading.decoder_FLD, joint=twins.joint_bound(reading.decoder_FLD.shape[1]))
+    parts = {"raw_density": reading, "raw_density_rest": reading.only(~is_twin_F)}
+    rooms = {key: dimension.effective_dimension(part.decoder_FLD) for key, part in parts.items()}
+    loads = {key: float(counting.binary_entropy(part.probability_F).sum()) for key, part in parts.items()}
+    return {
+        "mean_rho_model": profile.known_mean(profile.participation_ratio(profile.layer_profile(own_FLD))),
+        "twin_share": float(is_twin_F.mean()) if len(reading) else None,
+        **{key: loads[key] / rooms[key] if rooms[key] > 0 else None for key in parts},
+    }
 
 
 def _cell_rows(cell: Cell, sites: tuple[int, ...], readings: list[Reading]) -> list[Row]:
@@ -328,37 +313,10 @@ def _cell_rows(cell: Cell, sites: tuple[int, ...], readings: list[Reading]) -> l
         **counting.compare_seeds(readings),
     }
     if readings[0].n_groups == 1:
+        if len(readings) > 2 and all(len(reading) for reading in readings):
+            values |= stability.measure_stability(readings).summary()
         values |= {"profile_heatmap": profile.heatmap(readings[0].profile_FL), "layers": [str(site) for site in sites]}
     return rows_at(cell.place, values)
-
-
-def joint_rows(cell: Cell, source: StackedSource, seed: int, *, device: str = "cpu") -> list[Row]:
-    """What one seed's crosscoder over two subjects says of which features are one subject's alone.
-
-    Decoder energies are compared in units in which every layer has the same mean square.
-    """
-    at = replace(cell.place, seed=seed)
-    dictionary, held_out = fit(cell.arm, source, cell.budget, seed=seed, label=file_name(at), device=device)
-    reading = read_dictionary(dictionary, marked(source, device))
-    assert reading.token_T is not None
-    found = probe(dictionary, held_out, len(reading), document_T=reading.token_T // source.context)
-    n_first = source.layer_counts[0]
-    energy_L1 = np.sqrt(source.energy_L)[:, None]
-    profile_FL = profile.layer_profile(dictionary.decoder_FLD().float().cpu().numpy() / energy_L1)
-    own = universality.exclusive_shares(profile_FL[reading.index_F], n_first)
-    hidden = universality.hidden_shares(profile_FL[found.feature_n], found.auc_nL, n_first)
-    values = {
-        "alive": len(reading),
-        "dead_share": reading.dead_share,
-        "l0_token": reading.l0,
-        "explained_variance_first": reading.explained_variance_L[:n_first].mean(),
-        "explained_variance_second": reading.explained_variance_L[n_first:].mean(),
-        "exclusive_first": own[0],
-        "exclusive_second": own[1],
-        "hidden_first": hidden[0],
-        "hidden_second": hidden[1],
-    }
-    return rows_at(at, values)
 
 
 def evaluate_dictionary(dictionary: Dictionary, source: Source, *, device: str = "cpu") -> Reading:
@@ -379,19 +337,3 @@ def evaluate_dictionary(dictionary: Dictionary, source: Source, *, device: str =
     if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
         raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")
     return read_dictionary(dictionary, marked(source, device))
-
-
-def _splice(
-    at: Place, dictionary: Dictionary, sites: tuple[int, ...], stores: Stores, device: str, *, each: bool
-) -> list[Row]:
-    from safetensors.torch import load_file
-
-    assert stores.subject is not None
-    assert stores.held_out_ids is not None
-    assert at.site is not None
-    model = load_model(stores.subject, **asdict(stores.loading), device=device)
-    ids = load_file(stores.held_out_ids)["ids"].long().to(input_device(model)).split(16)
-    blocks = list(find_blocks(model, stores.blocks_path))
-    found = splice_losses(dictionary, model, blocks, ids, layers=sites, kind=at.site, each=each)
-    spliced = [row for layer, numbers in found.sites.items() for row in rows_at(replace(at, layer=layer), numbers)]
-    return rows_at(at, found.clean) + spliced

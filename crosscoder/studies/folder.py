@@ -11,10 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -30,12 +31,38 @@ from crosscoder.foundation.provenance import describe_run
 from crosscoder.results.file import Provenance, Results, read_rows, write_rows
 from crosscoder.results.table import LongTable, Row, State
 from crosscoder.results.verdict import Verdict
-from crosscoder.studies.cells import Cell, Stores, run_cell
+from crosscoder.studies.stores import Stores
 from triton_kernels import cpu_form
 
 StoresOf = Mapping[tuple[str, int, State], Stores]
 """By shape, position of its training seed, and state."""
-STATES: tuple[State, ...] = ("trained", "untrained")  # of the subjects that are harvested
+
+
+class Measured(Protocol):
+    """What is measured on one model's activations and keeps its rows in a file: a cell, or a room."""
+
+    @property
+    def n_dictionaries(self) -> int:
+        """How many are trained."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """A file name of its own."""
+        ...
+
+    @property
+    def read(self) -> tuple[str, int, State]:
+        """The activations that it reads."""
+        ...
+
+    def measure(self, store: Stores, folder: Path, *, device: str = "cpu") -> list[Row]:
+        """Its rows."""
+        ...
+
+
+STATES: tuple[State, ...] = ("trained", "untrained")
+"""Of subjects that are harvested."""
 COMPUTING = ("data", "dictionary", "training", "measure", "verdict", "studies")  # rooms whose code makes numbers
 
 
@@ -110,7 +137,8 @@ class StudyFolder:
         """
         home = self._activations / f"{run}-{state}"
         ids = None if spliced is None else self._splice_ids
-        return Stores(home / "train", home / "held_out", subject=spliced, held_out_ids=ids, **how)
+        here = Stores(home / "train", home / "held_out", subject=spliced, held_out_ids=ids, **how)
+        return replace(here, tokens=self.root / "tokens")
 
     def draw_splice_ids(self, held_out: TokenBlocks, n_blocks: int) -> None:
         """Keep `n_blocks` held-out blocks, evenly drawn, for spliced evaluation."""
@@ -118,29 +146,28 @@ class StudyFolder:
         stride = max(1, len(held_out) // max(1, n_blocks))
         save_file({"ids": held_out[::stride][:n_blocks].contiguous()}, self._splice_ids)
 
-    def left(self, cells: Sequence[Cell]) -> list[Cell]:
+    def left(self, cells: Sequence[Measured]) -> list[Measured]:
         """The cells whose rows are not there yet."""
         return [cell for cell in cells if not self._rows_of(cell).is_file()]
 
     def run_cells(
-        self, cells: Sequence[Cell], harvest: Callable[[], StoresOf], *, keep_activations: bool = False
+        self, cells: Sequence[Measured], harvest: Callable[[], StoresOf], *, keep_activations: bool = False
     ) -> None:
         """Measure every cell that is left on what `harvest` stores; main ones keep dictionaries and readings."""
         if left := self.left(cells):
             stores = harvest()
             self.lap("activations")
             say(f"training {sum(cell.n_dictionaries for cell in left)} dictionaries in {len(left)} cells")
-            self.measure({self._rows_of(cell): self._job(cell, stores) for cell in left}, "dictionaries")
+            jobs = {self._rows_of(cell): self._job(cell, stores[cell.read]) for cell in left}
+            self.measure(jobs, "dictionaries")
             if not keep_activations:
                 drop_activations(stores.values())
         self.lap("dictionaries")
 
-    def _job(self, cell: Cell, stores: StoresOf) -> Callable[[], list[Row]]:
-        state: State = "trained" if cell.state == "shuffled" else cell.state
-        here = [stores[*run, state] for run in cell.runs]
-        return partial(run_cell, cell, here, self.root, device=self.device)
+    def _job(self, cell: Measured, store: Stores) -> Callable[[], list[Row]]:
+        return partial(cell.measure, store, self.root, device=self.device)
 
-    def rows(self, cells: Sequence[Cell]) -> list[Row]:
+    def rows(self, cells: Sequence[Measured]) -> list[Row]:
         """The rows of all cells, in their order."""
         return [row for cell in cells for row in read_rows(self._rows_of(cell))]
 
@@ -151,7 +178,7 @@ class StudyFolder:
         self.run({path.stem: partial(_keep, job, path) for path, job in jobs.items() if not path.is_file()}, label)
         return {path: read_rows(path) for path in jobs}
 
-    def _rows_of(self, cell: Cell) -> Path:
+    def _rows_of(self, cell: Measured) -> Path:
         return self.root / "cells" / f"{cell.name}.json"
 
     def results(

@@ -1,63 +1,41 @@
-"""From a study's rows and readings to its verdict: statistics over training runs, nulls subtracted, the rule."""
+"""From a study's rows and readings to its verdict: shapes compared feature by feature, legs, nulls, and the rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from crosscoder.measure import dimension, saturation
-from crosscoder.measure.comparison import SiteReadings, measure_site
-from crosscoder.measure.density import ShapeReadings
-from crosscoder.measure.dimension import CEILING
+from crosscoder.measure import decomposition, room
+from crosscoder.measure.comparison import ShapeReadings, compare_shapes
 from crosscoder.measure.reading import common_tokens, load_reading
-from crosscoder.measure.statistics import Bootstrap, seeds_row, statistic_row, two_level_bootstrap
-from crosscoder.results.table import COMPARED, SITES, Estimate, LongTable, Place, Row, Site, State, finite
+from crosscoder.results.table import COMPARED, Estimate, LongTable, Place, Row, finite
 from crosscoder.results.verdict import Verdict
-from crosscoder.studies.calibration import worst_calibration
 from crosscoder.studies.cells import reading_path
 from crosscoder.studies.presets import StudyConfig
-from crosscoder.verdict import evidence, third
-from crosscoder.verdict.decide import decide
-from crosscoder.verdict.evidence import PRIMARY_SITE, GateInputs
-from crosscoder.verdict.loads import load_legs, load_rows
+from crosscoder.verdict import evidence, rule, words
+from crosscoder.verdict.legs import SITE, Shapes
 
-PRIMARY = Place(site=PRIMARY_SITE)
+PRIMARY = Place(site=SITE)
 
 
-def judge(
-    config: StudyConfig, table: LongTable, folder: Path, *, loss_gap: float, loss_matched: bool
-) -> tuple[list[Row], Verdict]:
+def judge(config: StudyConfig, table: LongTable, folder: Path, *, documents: np.ndarray) -> tuple[list[Row], Verdict]:
     """The rows that compare A and B, and the verdict.
 
-    `table` holds the rows of the study's cells, of its crosscoders over two subjects and of its calibration; readings
-    are those that the cells left in `folder`.
+    table: the rows of subjects, cells and calibration. Readings are those that cells left in `folder`.
+    documents: the document of each held-out block.
     """
-    sites = {site: read_site(config, table, folder, site) for site in SITES}
-    shapes = config.subjects.shapes()
-    legs = load_legs(table, {name: (shapes[name].n_layers, shapes[name].d_model) for name in COMPARED})
-    measured = [row for readings in sites.values() for row in measure_site(readings)]
-    primary, n_seeds = sites[PRIMARY_SITE], len(config.subjects.seeds)
-    measured += [
-        cross_layer(table, n_seeds),
-        count_gain(table, n_seeds),
-        evidence.removal_shift(primary),
-        headroom(primary),
-        equal_variance(table),
-        *load_rows(legs),
-        *(row for name in COMPARED for row in feature_counts(table, primary.trained[name])),
-        *exclusive_shares(table),
-    ]
-    inputs = GateInputs(loss_gap=loss_gap, loss_matched=loss_matched, calibration=worst_calibration(table))
-    found = evidence.gather(LongTable(tuple(measured)), primary, inputs)
-    residual = evidence.identity_residual(found.alpha, found.gamma)
-    measured.append(Row(PRIMARY, "identity_residual", residual, "alpha or gamma was not measured"))
-    verdict = decide(found)
-    notes = evidence.reading_notes(LongTable(tuple(measured)), inputs)
-    notes += third.notes(legs, {name: len(primary.trained[name].seeds) for name in COMPARED})
-    return [_finite_row(row) for row in measured], replace(verdict, notes=(*verdict.notes, *notes))
+    shapes = {name: (one.n_layers, one.d_model) for name, one in config.subjects.shapes().items()}
+    measured = [*compare_readings(table, folder, documents, config.subjects.context), *law_rows(table, shapes)]
+    whole = LongTable((*table, *measured))
+    found = evidence.gather(whole, shapes)
+    by_state = evidence.statistics(whole, shapes)
+    measured += evidence.statistic_rows(by_state) + evidence.evidence_rows(found) + share_rows(by_state, whole, shapes)
+    decision = rule.decide(found)
+    verdict = words.tell(decision, found, LongTable((*table, *measured)), shapes)
+    return [_finite_row(row) for row in measured], verdict
 
 
 def _finite_row(row: Row) -> Row:
@@ -68,102 +46,67 @@ def _finite_row(row: Row) -> Row:
     return replace(row, value=None, missing=row.missing if row.value is None else row.missing or "not measured")
 
 
-def read_site(config: StudyConfig, table: LongTable, folder: Path, site: Site) -> SiteReadings:
-    """The readings of one site: every shape trained, A and B untrained."""
-    shapes = config.subjects.shapes()
-
-    def read(name: str, state: State) -> ShapeReadings:
-        where = {"subject": name, "state": state, "site": site, "arm": "crosscoder", "role": "main"}
-        cells = {at.training_seed: (at, cell.seeds()) for at, cell in table.cells("dictionary_size", **where).items()}
+def compare_readings(table: LongTable, folder: Path, documents: np.ndarray, context: int) -> list[Row]:
+    """A's and B's main crosscoders compared, on the tokens that all of them have."""
+    shapes = []
+    for name in COMPARED:
+        where = {"subject": name, "state": "trained", "site": SITE, "arm": "crosscoder", "role": "main"}
+        cells = {at.training_seed or 0: (at, cell.seeds()) for at, cell in table.cells("entropy_load", **where).items()}
         groups = tuple(
-            tuple(load_reading(reading_path(folder, replace(at, seed=seed))) for seed in seeds)
+            tuple(load_reading(reading_path(folder, replace(at, seed=seed))).distinct for seed in seeds)
             for _, (at, seeds) in sorted(cells.items())
         )
-        return ShapeReadings(name, shapes[name].n_layers, shapes[name].d_model, groups)
-
-    trained = {name: read(name, "trained") for name in shapes}
-    untrained = {name: read(name, "untrained") for name in COMPARED}
-    every = [*trained.values(), *untrained.values()]
-    token_T = common_tokens([reading for shape in every for reading in shape.readings])
-    return SiteReadings(
-        site=site,
-        trained={name: shape.on_tokens(token_T) for name, shape in trained.items()},
-        untrained={name: shape.on_tokens(token_T) for name, shape in untrained.items()},
-        document_T=token_T // config.subjects.context,
-    )
+        shapes.append(ShapeReadings(name, groups))
+    empty = [shape.name for shape in shapes if not all(len(reading) for reading in shape.readings)]
+    if empty:
+        return [Row(PRIMARY, "universality", None, f"a dictionary of {empty[0]} has no alive feature; train longer")]
+    token_T = common_tokens([reading for shape in shapes for reading in shape.readings])
+    a, b = (shape.on_tokens(token_T) for shape in shapes)
+    return compare_shapes(a, b, documents[token_T // context])
 
 
-def cross_layer(table: LongTable, n_training_seeds: int) -> Row:
-    """X of A: its share of genuinely cross-layer features less the larger of both nulls'."""
-    shares: list[Bootstrap] = []
-    for seed, state in enumerate(("trained", "shuffled", "untrained")):
-        where = {"subject": "A", "state": state, "site": PRIMARY_SITE, "arm": "crosscoder", "role": "main"}
-        groups = [table.values("genuine_share", **where, training_seed=t) for t in range(n_training_seeds)]
-        if not all(groups):
-            return Row(PRIMARY, "cross_layer", None, f"no {state} crosscoder of A was probed")
-        shares.append(two_level_bootstrap(groups, seed=seed))
-    return statistic_row(PRIMARY, "cross_layer", evidence.cross_layer_excess(*shares))
-
-
-def count_gain(table: LongTable, n_training_seeds: int) -> Row:
-    """ln(L0 of A's bank / L0 of A's crosscoder) at the crosscoder's explained variance, on the primary site."""
-    groups: list[list[float | str]] = []
-    for t in range(n_training_seeds):
-        where = {"subject": "A", "training_seed": t, "state": "trained", "site": PRIMARY_SITE}
-        banks = [next(_points(cell)) for cell in table.cells("l0_token", **where, arm="layerwise").values()]
-        (crosscoder,) = table.cells("l0_token", **where, arm="crosscoder", role="main").values()
-        groups.append([evidence.count_gain(point, banks) for point in _points(crosscoder)])
-    return seeds_row(PRIMARY, "count_gain", groups)
-
-
-def _points(cell: LongTable) -> Iterator[evidence.Point]:
-    """L0 and explained variance of a dictionary's seeds."""
-    return map(evidence.point_of_l0, cell.values("explained_variance"), cell.values("l0_token"))
-
-
-def headroom(primary: SiteReadings) -> Row:
-    """The lowest headroom of A's and B's dictionaries; the interval is that of the ceiling's constant alone."""
-    pairs = [pair for name in COMPARED for pairs in primary.trained[name].pairs for pair in pairs if len(pair.first)]
-    known = [(pair.first, pair.debiased.value) for pair in pairs if pair.debiased.value is not None]
-    places = [(len(reading) / d_eff, float(reading.probability_F.mean())) for reading, d_eff in known]
-    ends = (CEILING.value, CEILING.high, CEILING.low)  # a higher constant leaves less room
-    found = [tuple(dimension.headroom(*place, constant) for constant in ends) for place in places]
-    if not found:
-        return Row(PRIMARY, "headroom", None, "no d_eff")
-    lowest = Estimate(*min(found, key=lambda one: one[0]))
-    return Row(PRIMARY, "headroom", lowest, "no firing probability is too high at this density")
-
-
-def equal_variance(table: LongTable) -> Row:
-    """What R owes to A's and B's unequal explained variances, from their dictionaries of several k."""
-    points: dict[str, list[evidence.Point]] = {name: [] for name in COMPARED}
-    where = {"training_seed": 0, "state": "trained", "site": PRIMARY_SITE, "arm": "crosscoder"}
-    for name, role in ((name, role) for name in COMPARED for role in ("main", "k")):
-        for cell in table.cells("entropy_load", **where, subject=name, role=role).values():
-            loads, rooms = cell.values("entropy_load"), cell.values("effective_dimension")
-            if len(rooms) == len(loads) and all([*loads, *rooms]):
-                explained = float(np.mean(cell.values("explained_variance")))
-                log_density = float(np.mean([np.log(load / room) for load, room in zip(loads, rooms, strict=True)]))
-                points[name].append(evidence.Point(explained, log_density))
-    shift = evidence.equal_variance_shift(points["B"], points["A"])
-    return statistic_row(PRIMARY, "equal_variance", shift if isinstance(shift, str) else Estimate.over([shift]))
-
-
-def feature_counts(table: LongTable, shape: ShapeReadings) -> list[Row]:
-    """How many features a shape has, from its dictionary seeds and from growing dictionaries."""
-    where = {"subject": shape.name, "state": "trained", "site": PRIMARY_SITE, "arm": "crosscoder"}
-    sizes, counts = (table.values(key, **where, role=("main", "size")) for key in ("dictionary_size", "distinct"))
-    limit = saturation.size_limit(Place(subject=shape.name, site=PRIMARY_SITE), sizes, counts)
-    return [*saturation.seed_counts(shape, PRIMARY_SITE), limit]
-
-
-def exclusive_shares(table: LongTable) -> list[Row]:
-    """How much of the crosscoders over A and B is A's alone and B's alone, over training seeds."""
+def law_rows(table: LongTable, shapes: Shapes) -> list[Row]:
+    """How room grows with depth and width, by all trained shapes, in both units."""
     rows = []
-    for name, key in zip(COMPARED, ("exclusive_first", "exclusive_second"), strict=True):
-        found = table.select(key, subject="A", state="trained", arm="joint")
-        of_both = LongTable(tuple(row for row in found if str(row.at.other).startswith("B")))
-        groups = [group.values(key) for group in of_both.groups("training_seed").values()]
-        if groups:
-            rows.append(seeds_row(Place(subject=name, site=PRIMARY_SITE, arm="joint"), "exclusive_share", groups))
+    for units in ("model", "scaled"):
+        at, law = Place(site=SITE, estimator=units), fit_law(table, shapes, units)
+        if isinstance(law, str):
+            rows.append(Row(at, "room_beta", None, law))
+            continue
+        values = {"room_beta": law.beta, "room_delta": law.delta, "room_excess_depth": law.excess_depth}
+        by_training = room.fit_room(_shape_rooms(table, shapes, units))  # only trainings tell scatter from misfit
+        values["room_misfit"] = None if isinstance(by_training, str) else by_training.misfit
+        rows += [Row(at, key, value) for key, value in values.items()]
+    return rows
+
+
+def fit_law(table: LongTable, shapes: Shapes, units: str) -> room.RoomLaw | str:
+    """The law of rooms over all trainings, or over shapes where there are four or more."""
+    runs = _shape_rooms(table, shapes, units)
+    many = len({run[:2] for run in runs}) > 3
+    return room.fit_room(runs, unit="shape" if many else "training")
+
+
+def _shape_rooms(table: LongTable, shapes: Shapes, units: str) -> list[room.ShapeRoom]:
+    known = [row for row in table.select("room", state="trained", estimator=units) if isinstance(row.value, float)]
+    return [room.ShapeRoom(*shapes[str(row.at.subject)], float(str(row.value))) for row in known]
+
+
+def share_rows(found: evidence.Statistics, table: LongTable, shapes: Mapping[str, tuple[int, int]]) -> list[Row]:
+    """Shares of ln 2, in both currencies; only for shapes of L and L / 4 layers and widths d and 2 d."""
+    (deep, narrow), (shallow, wide) = (shapes[name] for name in COMPARED)
+    law, rows = fit_law(table, shapes, "model"), list[Row]()
+    if (deep, wide) != (4 * shallow, 2 * narrow):
+        return rows
+    for currency in rule.CURRENCIES:
+        by_name = found.get(("trained", currency), {})
+        q, g, r, ratio = (by_name[one].estimate if by_name else "not run" for one in ("q", "g", "r", "room"))
+        known = [one for one in (q, g, r) if isinstance(one, Estimate)]
+        if len(known) < 3 or isinstance(law, str):
+            continue
+        shares = decomposition.shares_of_ln2(
+            q=known[0], g=known[1], r=known[2], law=law, log_ratio=ratio if isinstance(ratio, Estimate) else None
+        )
+        for name in ("load", "persistence", "left_layers", "geometry", "width", "left_joint"):
+            rows.append(Row(Place(site=SITE, estimator=currency, kind=name), "share_of_ln2", getattr(shares, name)))
     return rows

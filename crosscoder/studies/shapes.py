@@ -1,14 +1,15 @@
-"""The main job: transformers of equal parameters and unequal shape, their features counted per layer and across.
+"""The main job: transformers of equal parameters and unequal shape, what their features load and how they share room.
 
-Subject A has L layers of width d, subject B L/4 layers of width 2d, C lies between. Each is trained with several seeds
-on the same text, and checkpoints with the same held-out loss are taken. On the residual stream and on the block writes,
-of the trained and of the untrained subjects, dictionaries are trained with every seed and counted; the rule then says
-what the densities mean. Every stage keeps its result in the study's folder, so a study that was stopped goes on where
-it was.
+Subject A has L layers of width d, subject B L/4 layers of width 2d; shapes of a grid lie around them. Each is trained
+with several seeds on the same text, and checkpoints of A and B with the same held-out loss are taken. On what their
+blocks write dictionaries of several k are trained, joint and layer by layer, and on nulls in their place; the rule then
+says what the numbers mean. Every stage keeps its result in the study's folder, so a study that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,16 +30,22 @@ from crosscoder.data.subject_training import (
 from crosscoder.data.tokens import PreparedTokens
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
-from crosscoder.results.table import COMPARED, SITES, LongTable, Place, Row, State, rows_at
+from crosscoder.results.table import COMPARED, Arm, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
 from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
-from crosscoder.studies.budget import CLASSES, SPANNING, of_other_k, with_size
+from crosscoder.studies.budget import SPANNING, of_other_k, of_size
 from crosscoder.studies.calibration import calibrate_study
-from crosscoder.studies.cells import Cell, Stores, Streamed
-from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
+from crosscoder.studies.cells import FROZEN, Cell
+from crosscoder.studies.folder import STATES, Measured, StoresOf, StudyFolder, harvest_into, parameter_counts
 from crosscoder.studies.inputs import require_inputs, text_hash
 from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
-from crosscoder.verdict.rule import RULE
+from crosscoder.studies.rooms import Room
+from crosscoder.studies.stores import Stores, Streamed
+
+DECAYED = 0.2
+"""Share of its peak that the learning rate is to have fallen to at the checkpoints that are compared."""
+MATCHED = 0.005
+"""|ln| of B's mean loss over A's from which a choice of checkpoints is as good as another."""
 
 
 def run_study(
@@ -56,26 +63,26 @@ def run_study(
     tokens = study.tokens(subjects.text, **of_text)
     study.lap("tokens")
     runs = _train_subjects(subjects, study, part)
-    chosen = match_losses({run: found.checkpoints for run, found in runs.items()})
+    chosen = choose_checkpoints(runs)
     said = [f"{name}{t} {c.held_out_loss:.4f} after {c.tokens:,}" for (name, t), c in chosen.checkpoints.items()]
-    say(f"matched checkpoints, nats/token after tokens: {', '.join(said)}; gap {chosen.gap:.2%}")
+    say(f"checkpoints, nats/token after tokens: {', '.join(said)}; ln(B / A) {chosen.log_ratio:+.4f}")
     study.lap("subjects")
     cells = study_cells(config)
-    own = [cell for cell in cells if part.holds(cell.runs[0], list(runs))]
-    read = {run for cell in own for run in cell.runs}
+    own = [cell for cell in cells if part.holds(cell.read[:2], list(runs))]
+    read = {cell.read[:2] for cell in own}
     harvest = partial(_harvest, config, study, {run: runs[run] for run in runs if run in read}, chosen, tokens)
     study.run_cells(own, harvest, keep_activations=config.keep_activations)
     if left := study.left(cells):
         raise OtherPartsError(f"this part is done; {len(left)} of {len(cells)} cells are left for other parts")
     rows = [row for name in subjects.shapes() for row in subject_rows(name, config, runs, chosen, tokens)]
-    rows += baseline_rows(study, runs, chosen.index)
+    compared = {run: found for run, found in runs.items() if run[0] in COMPARED}
+    rows += baseline_rows(study, compared, chosen.index)
     study.lap("baselines")
-    gap = relative_gap(LongTable(tuple(rows)).values("held_out_loss"))
     further = {"vocabulary": tokens.train.vocab_size, "text_tokens": tokens.train.n_tokens}
-    rows += rows_at(Place(), {"loss_gap": gap, "chosen_loss_gap": chosen.gap, **further})
-    rows += [*study.rows(cells), *calibrate_study(config, study)]
+    further["n_documents"] = len(np.unique(tokens.held_out.documents))
+    rows += [*rows_at(Place(), further), *study.rows(cells), *calibrate_study(config, study)]
     study.lap("calibration")
-    measured, verdict = judge.judge(config, LongTable(tuple(rows)), folder, loss_gap=gap, loss_matched=chosen.matched)
+    measured, verdict = judge.judge(config, LongTable(tuple(rows)), folder, documents=tokens.held_out.documents)
     study.lap("verdict")
     rows += measured
     return study.results(
@@ -83,58 +90,64 @@ def run_study(
     )
 
 
-def study_cells(config: StudyConfig) -> list[Cell]:
-    """Every cell of the study, the ones that take longest first.
-
-    Crosscoders of every training run decide; on the trained block writes of A and B each has others of several k beside
-    it, and so have the banks there, so that loads can be read at common fidelity. Banks of the residual stream and
-    sizes are those of the first run. The shuffled control is A's, on the block writes. Joint crosscoders, if there are
-    to be any, come last.
-    """
-    budgets = {name: shape.budget(config.dictionaries) for name, shape in config.subjects.shapes().items()}
-    where: dict[str, Any] = {"state": "trained", "site": "write", "role": "main", "seeds": config.seeds}
-    mains = {name: Cell(subject=name, arm="crosscoder", budget=budgets[name], **where) for name in budgets}
-    every, first, cells = range(len(config.subjects.seeds)), config.seeds[:1], []
-    for name, main in mains.items():
-        others = {arm: of_other_k(main.budget, config.k_factors, arm) for arm in CLASSES}
-        for t in every:
-            for site in SITES:
-                here = replace(main, training_seed=t, site=site)
-                swept = others if name in COMPARED and site == "write" else dict.fromkeys(CLASSES, ())
-                cells.append(replace(here, beside=swept["crosscoder"]))
-                if name in COMPARED:
-                    cells.append(replace(here, state="untrained"))
-                if name in COMPARED and (t == 0 or site == "write"):
-                    seeds = config.seeds if t == 0 else first
-                    cells.append(replace(here, arm="layerwise", seeds=seeds, beside=swept["layerwise"]))
-            if name == "A":
-                cells.append(replace(main, training_seed=t, state="shuffled", seeds=first))
-        if name in COMPARED:
-            sizes = [with_size(main.budget, size) for size in config.sizes if size != main.budget.n_features]
-            cells += [replace(main, role="size", budget=budget, seeds=first) for budget in sizes]
-    layers = {name: shape.n_layers for name, shape in config.subjects.shapes().items()}
-
-    def cost(cell: Cell) -> int:
-        longer = 1 if cell.arm in SPANNING else 2
-        return cell.n_dictionaries * cell.budget.n_features * layers[cell.subject] * longer
-
-    cells = [replace(cell, probed=_is_probed(cell)) for cell in sorted(cells, key=cost, reverse=True)]
-    return [*cells, *(_joint_cells(mains["A"], len(every)) if config.joint else ())]
+def study_cells(config: StudyConfig) -> list[Measured]:
+    """Everything that is measured on activations, what takes longest first."""
+    return [*dictionary_cells(config), *room_cells(config)]
 
 
-def _is_probed(cell: Cell) -> bool:
-    """X is A's, beside its controls; leaving its features out of R needs those of trained B too."""
-    known = cell.subject == "A" or (cell.subject, cell.state) == ("B", "trained")
-    return known and cell.site == "write" and cell.compared
+def dictionary_cells(config: StudyConfig) -> list[Cell]:
+    """All cells of A and B, what takes longest first."""
+    shapes = config.subjects.shapes()
+    cells = [cell for name in COMPARED for t in range(len(config.subjects.seeds)) for cell in _cells(config, name, t)]
+    cells.sort(key=lambda cell: _cost(cell, shapes[cell.subject].n_layers), reverse=True)
+    return cells
 
 
-def _joint_cells(main: Cell, n_runs: int) -> list[Cell]:
-    """Crosscoders of A and B of each training seed, of two trainings of A, and of A and B untrained. The last two have
-    every dictionary seed, since they have one pair of runs."""
-    cells = [replace(main, training_seed=t, other=("B", t), seeds=main.seeds[:1]) for t in range(n_runs)]
-    if n_runs > 1:
-        cells.append(replace(main, other=("A", 1)))
-    return [*cells, replace(main, other=("B", 0), state="untrained")]
+def room_cells(config: StudyConfig) -> list[Room]:
+    """The rooms of all trainings, and of A and B untrained where that is a null."""
+    rooms = [Room(subject=name, training_seed=t) for name, t in config.subjects.runs()]
+    return rooms + [
+        replace(room, state="untrained")
+        for room in rooms
+        if room.subject in COMPARED and "untrained" in config.nulls and room.training_seed < config.null_trainings
+    ]
+
+
+def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
+    """The dictionaries of one training of A or B: crosscoder and bank of several k; nulls, sizes and the residual
+    stream where this training has them."""
+    shape = config.subjects.shapes()[name]
+    budget, first = shape.budget(config.dictionaries), config.seeds[:1]
+    where: dict[str, Any] = {"subject": name, "training_seed": t, "site": "write", "role": "main", "budget": budget}
+
+    def cell(arm: Arm, state: State = "trained", **how: Any) -> Cell:
+        here = budget if state not in FROZEN else replace(budget, frozen=FROZEN[state])
+        if state in ("trained", "shuffled"):
+            ks = shape.sweep(here, arm, config.k_factors)
+        else:
+            factors = config.null_factors if arm == "crosscoder" else config.null_bank_factors
+            ks = of_other_k(here, arm, [budget.k(arm) * factor for factor in factors])
+        given: dict[str, Any] = where | {"arm": arm, "state": state, "budget": here, "beside": ks} | how
+        return Cell(**given)
+
+    seeds, causal = config.stability_seeds if t == 0 else config.seeds, config.causal_features
+    cells = [cell("crosscoder", seeds=seeds, causal=causal, labelled=t == 0), cell("layerwise", seeds=first)]
+    if t < config.residual_trainings:
+        cells.append(cell("crosscoder", seeds=first, site="residual", beside=()))
+    if t < config.null_trainings:
+        for state in config.nulls:
+            acts = causal if state in FROZEN or state == "untrained" else 0
+            cells.append(cell("crosscoder", state, seeds=first, causal=acts, labelled=t == 0 and state in FROZEN))
+        cells += [cell("layerwise", state, seeds=first) for state in config.null_banks]
+        for factor in config.size_factors:
+            larger = of_size(budget, round(factor * budget.n_features))
+            cells.append(cell("crosscoder", seeds=first, role="size", budget=larger, beside=()))
+    return cells
+
+
+def _cost(cell: Cell, n_layers: int) -> float:
+    """About how long it takes, for the order alone."""
+    return cell.n_dictionaries * cell.budget.n(cell.arm) * n_layers * (1 if cell.arm in SPANNING else 2)
 
 
 @dataclass(frozen=True)
@@ -181,60 +194,64 @@ def _train_one(config: SubjectConfig, tokens: Path, folder: Path, device: str) -
 
 
 @dataclass(frozen=True)
-class MatchedRuns:
-    """One checkpoint of every run, so that all held-out losses agree as well as can be, as late as can be."""
+class ChosenRuns:
+    """The checkpoint of every run that is read."""
 
     index: dict[Run, int]
     checkpoints: dict[Run, SubjectCheckpoint]
-    gap: float
-    """Largest less smallest loss, over their mean."""
-
-    @property
-    def matched(self) -> bool:
-        """Whether the gap is within the rule's limit."""
-        return self.gap <= RULE.loss_gap
+    log_ratio: float
+    """ln of B's mean loss over A's."""
 
 
-def match_losses(runs: Mapping[Run, Sequence[SubjectCheckpoint]]) -> MatchedRuns:
-    """Among choices within half the allowed gap the one with the lowest loss; without any, the closest.
+def choose_checkpoints(runs: Mapping[Run, SubjectRun]) -> ChosenRuns:
+    """Checkpoints of A and B with equal losses and a learning rate that has decayed; the last of every other shape.
 
-    For every loss that some checkpoint has, each run offers the checkpoint nearest to it. The initial weights (the
-    first checkpoint of each) take no part.
+    For every loss that some such checkpoint has, each run offers the one nearest to it. Of the offers whose mean losses
+    differ by no more than `MATCHED` (or, without any, as little as can be) the one with the least spread over all runs.
     """
-    losses = {run: np.array([c.held_out_loss for c in found[1:]]) for run, found in runs.items()}
-    choices = []
+    allowed = {run: decayed_checkpoints(found) for run, found in runs.items() if run[0] in COMPARED}
+    losses = {run: np.array([runs[run].checkpoints[i].held_out_loss for i in at]) for run, at in allowed.items()}
+    offers = []
     for target in sorted(set(np.concatenate(list(losses.values())).tolist())):
         index = {run: int(np.abs(values - target).argmin()) for run, values in losses.items()}
-        chosen = np.array([losses[run][i] for run, i in index.items()])
-        choices.append((relative_gap(chosen), float(chosen.mean()), index))
-    close = [choice for choice in choices if choice[0] <= RULE.loss_gap / 2]
-    gap, _, index = min(close, key=lambda c: c[1]) if close else min(choices, key=lambda c: c[0])
-    found = {run: i + 1 for run, i in index.items()}
-    return MatchedRuns(found, {run: runs[run][i] for run, i in found.items()}, gap)
+        logs = {name: [math.log(losses[run][i]) for run, i in index.items() if run[0] == name] for name in COMPARED}
+        ratio = float(np.mean(logs["B"]) - np.mean(logs["A"]))
+        offers.append((max(abs(ratio) - MATCHED, 0.0), float(np.ptp([*logs["A"], *logs["B"]])), target, ratio, index))
+    *_, ratio, nearest = min(offers, key=lambda offer: offer[:3])
+    last = {run: len(found.checkpoints) - 1 for run, found in runs.items()}
+    index = last | {run: allowed[run][i] for run, i in nearest.items()}
+    return ChosenRuns(index, {run: runs[run].checkpoints[i] for run, i in index.items()}, ratio)
 
 
-def relative_gap(losses: Sequence[float] | np.ndarray) -> float:
-    """Largest less smallest, over the mean."""
-    return float(np.ptp(losses) / np.mean(losses))
+def rate_share(run: SubjectRun, index: int) -> float:
+    """The learning rate of the last step before a checkpoint, over its peak."""
+    config = run.config
+    return config.learning_rate_at(max(0, run.checkpoints[index].step - 1)) / config.learning_rate
+
+
+def decayed_checkpoints(run: SubjectRun) -> list[int]:
+    """Positions of the checkpoints whose learning rate has decayed; of the last where none has."""
+    last = len(run.checkpoints) - 1
+    return [i for i in range(1, last + 1) if rate_share(run, i) <= DECAYED] or [last]
 
 
 def _harvest(
     config: StudyConfig,
     study: StudyFolder,
     runs: Mapping[Run, SubjectRun],
-    chosen: MatchedRuns,
+    chosen: ChosenRuns,
     tokens: PreparedTokens,
 ) -> StoresOf:
-    """Activations of the chosen checkpoints, and of A and B untrained, for training and held out."""
+    """Activations of the chosen checkpoints, and of untrained ones where these are a null."""
     study.draw_splice_ids(tokens.held_out, config.splice_blocks)
     stores: dict[tuple[str, int, State], Stores] = {}
     jobs: dict[str, Callable[[], Any]] = {}
     for (name, t), run in runs.items():
-        for state in STATES if name in COMPARED else STATES[:1]:
+        has_null = name in COMPARED and t < config.null_trainings and "untrained" in config.nulls
+        for state in STATES if has_null else STATES[:1]:
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            read = state == "trained" and (t == 0 or name in COMPARED)
-            spliced = checkpoint if read and config.splice_blocks else None
+            spliced = checkpoint if name in COMPARED and config.splice_blocks else None
             here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
             if config.stream:
                 most = config.tokens_train, config.tokens_held_out
@@ -253,29 +270,32 @@ def _harvest_one(checkpoint: Path, tokens: Path, stores: Stores, config: StudyCo
 
 
 def subject_rows(
-    name: str, config: StudyConfig, runs: Mapping[Run, SubjectRun], chosen: MatchedRuns, tokens: PreparedTokens
+    name: str, config: StudyConfig, runs: Mapping[Run, SubjectRun], chosen: ChosenRuns, tokens: PreparedTokens
 ) -> list[Row]:
     """One shape: its sizes, and the losses of all its training runs; curve and text of the first."""
-    run, checkpoint = runs[name, 0], chosen.checkpoints[name, 0]
-    compared = evenly(tokens.held_out, LOSS_BLOCKS)
-    rows: list[Row] = []
-    for t, seed in enumerate(config.subjects.seeds):
-        model = runs[name, t].load_model(chosen.index[name, t])
+    own = {t: run for (shape, t), run in runs.items() if shape == name}
+    run, checkpoint = own[0], chosen.checkpoints[name, 0]
+    compared, rows = evenly(tokens.held_out, LOSS_BLOCKS), list[Row]()
+    for t, one in own.items():
+        index = chosen.index[name, t]
         values = {
-            "held_out_loss": held_out_loss(model, compared[:]),
-            "untrained_loss": runs[name, t].checkpoints[0].held_out_loss,
-            "training_tokens": chosen.checkpoints[name, t].tokens,
-            "training_seed_value": seed,
+            "held_out_loss": held_out_loss(one.load_model(index), compared[:]),
+            "untrained_loss": one.checkpoints[0].held_out_loss,
+            "training_tokens": one.checkpoints[index].tokens,
+            "training_seed_value": one.config.seed,
+            "rate_share": rate_share(one, index),
         }
         rows += rows_at(Place(subject=name, training_seed=t), values)
     shape, curve = run.config, run.checkpoints[1:]
+    seeds = ", ".join(str(one.config.seed) for one in own.values())
     about = {
         "name": name,
         "description": f"Llama-style decoder, {shape.n_layers} layers of width {shape.d_model}, vocabulary "
         f"{tokens.train.vocab_size}, context {shape.context}, learning rate {shape.learning_rate:g}; trained with "
-        f"seeds {', '.join(map(str, config.subjects.seeds))}",
+        f"seeds {seeds}",
         "n_layers": shape.n_layers,
         "d_model": shape.d_model,
+        "depth_over_width": shape.n_layers / shape.d_model**0.44,
         **parameter_counts(run.load_model(chosen.index[name, 0])),
         "epochs": run.epochs * checkpoint.tokens / run.checkpoints[-1].tokens,
         "curve_step": [c.step for c in curve],

@@ -18,11 +18,13 @@ from crosscoder.data.tokenizer import find_bos, tokenizer_hash
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
-from crosscoder.results.table import Place, Site, State, rows_at
-from crosscoder.studies.budget import SPANNING, Arm, DictionaryBudget, Seeds
-from crosscoder.studies.cells import Cell, Streamed
+from crosscoder.results.table import Arm, Place, Site, State, rows_at
+from crosscoder.studies.budget import DictionaryBudget, Seeds
+from crosscoder.studies.cells import FROZEN, Cell
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
 from crosscoder.studies.inputs import require_inputs, text_hash
+from crosscoder.studies.presets import Nulls
+from crosscoder.studies.stores import Streamed
 
 NAME = "S"
 LOSS_BLOCKS = 32
@@ -49,8 +51,11 @@ class SubjectStudyConfig:
     tokens_train: PositiveInt = 50_000
     tokens_held_out: PositiveInt = 20_000
     splice_blocks: NonNegativeInt = 8
-    untrained: bool = True
-    """Whether the same dictionaries are also trained on the model with new initial weights: the control."""
+    nulls: Nulls = ("untrained", "shuffled", "gaussian", "frozen_encoder")
+    """What else the crosscoder of the block writes is trained on, or which of its parts is not; the model with new
+    initial weights also on the residual stream and by the bank. Those of the writes need neighbouring layers."""
+    causal_features: NonNegativeInt = 50
+    """Features of the crosscoder on block writes whose layers are ablated one by one in the model; 0: none."""
     keep_activations: bool = False
     stream: bool = False
     """Harvest activations as dictionaries train, again for each, and store none."""
@@ -85,7 +90,7 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     def harvest() -> StoresOf:
         study.draw_splice_ids(tokens.held_out, config.splice_blocks)
         stores = {}
-        for state in STATES if config.untrained else STATES[:1]:
+        for state in STATES if "untrained" in config.nulls else STATES[:1]:
             spliced = config.subject if state == "trained" and config.splice_blocks and no_loss is None else None
             here = study.stores(NAME, state, spliced=spliced, blocks_path=config.blocks_path, loading=config.loading)
             most = config.tokens_train, config.tokens_held_out
@@ -126,28 +131,32 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
 
 
 def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cell]:
-    """One cell for each arm, site and state; block writes are differences, so they need neighbouring layers.
+    """The arms on both sites, trained and untrained, and the crosscoder of the block writes on every other null.
 
-    Beside the untrained model, the crosscoder on block writes has a second control: each layer's tokens in an order of
-    their own, so that nothing but chance joins layers.
+    Block writes are differences, so they need neighbouring layers; nulls that join layers need three of them.
     """
-    neighbours = are_neighbours(layers)
+    neighbours, budget = are_neighbours(layers), config.dictionaries
     sites: tuple[Site, ...] = ("residual", "write") if neighbours else ("residual",)
-    states = STATES if config.untrained else STATES[:1]
+    states = STATES if "untrained" in config.nulls else STATES[:1]
     arms: tuple[Arm, ...] = ("layerwise", "crosscoder")
     kinds: list[tuple[Arm, Site, State]] = [(arm, site, state) for arm in arms for site in sites for state in states]
-    if config.untrained and neighbours and len(layers) > 2:  # two layers have one write between them
-        kinds.append(("crosscoder", "write", "shuffled"))
-    return [
-        Cell(
-            subject=NAME,
-            state=state,
-            site=site,
-            arm=arm,
-            role="main",
-            budget=config.dictionaries,
-            seeds=config.seeds[:1] if state == "shuffled" else config.seeds,
-            probed=arm in SPANNING and site == "write",
+    if neighbours and len(layers) > 2:  # two layers have one write between them
+        kinds += [("crosscoder", "write", state) for state in config.nulls if state not in STATES]
+    cells = []
+    for arm, site, state in kinds:
+        joint_write = arm == "crosscoder" and site == "write"
+        learnt = state in STATES or state in FROZEN
+        cells.append(
+            Cell(
+                subject=NAME,
+                state=state,
+                site=site,
+                arm=arm,
+                role="main",
+                budget=replace(budget, frozen=FROZEN[state]) if state in FROZEN else budget,
+                seeds=config.seeds if state in STATES else config.seeds[:1],
+                causal=config.causal_features if joint_write and learnt and state != "untrained" else 0,
+                labelled=joint_write and learnt,
+            )
         )
-        for arm, site, state in kinds
-    ]
+    return cells

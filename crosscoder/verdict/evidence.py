@@ -1,184 +1,400 @@
-"""From the rows and readings of a study to the rule's evidence: X, the gain of joint counting, the worst dictionary."""
+"""From a study's rows to what the rule looks at: statistics with intervals, gates, and nulls taken off.
+
+A pure function of rows: readings, models and files have no part in it, so that planted rows are judged as real ones.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
 import numpy as np
 
-from crosscoder.measure import density
-from crosscoder.measure.comparison import SiteReadings
-from crosscoder.measure.density import ShapeReadings
-from crosscoder.measure.statistics import Bootstrap, linear_combination, statistic_row
-from crosscoder.results.quantities import PRIMARY_ESTIMATOR
-from crosscoder.results.table import COMPARED, SITE_NAME, SITES, Estimate, LongTable, Place, Row
-from crosscoder.verdict.rule import RULE, STATISTICS, Calibration, Evidence, Rule
+from crosscoder.measure.dimension import CEILING, headroom
+from crosscoder.measure.fidelity import Currency
+from crosscoder.measure.statistics import signed_ratio_of
+from crosscoder.measure.welch import Group, GroupMean, Variance, contrast, group_mean, interval
+from crosscoder.results.table import COMPARED, Estimate, LongTable, Place, Row, State, finite
+from crosscoder.verdict.legs import (
+    SITE,
+    Contrast,
+    Logs,
+    Shapes,
+    fidelity_statistics,
+    load,
+    log_room,
+    log_statistic,
+    main_values,
+    mean_of,
+    minus,
+    raw_density,
+    read_logs,
+    read_training,
+)
+from crosscoder.verdict.rule import CURRENCIES, GATES, Evidence, Gate
 
-PRIMARY_SITE = SITES[0]
+NULL_STATES: tuple[State, ...] = tuple(state for state in get_args(State) if state != "trained")
+KEYS = {
+    "q": "load_log_ratio",
+    "g": "sharing",
+    "r": "bank_log_ratio",
+    "room": "room_log_ratio",
+    "room_scaled": "room_log_ratio_scaled",
+    "dimension": "dimension_log_ratio",
+}
+"""The quantity of each statistic that is read at common fidelity."""
+ACTING: tuple[State, ...] = ("untrained", "frozen_encoder", "frozen_decoder", "soft_decoder")
+"""Nulls whose dictionaries can be ablated in a model."""
+
+Statistics = Mapping[tuple[State, Currency], Mapping[str, Contrast]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GateInputs:
-    """Inputs of the gates that are not in the readings."""
-
-    loss_gap: float | None
-    loss_matched: bool
-    calibration: Calibration = field(default_factory=Calibration)
+def statistics(table: LongTable, shapes: Shapes) -> Statistics:
+    """What is read at common fidelity, of the trained subjects and of every null that has rows."""
+    states = [s for s in get_args(State) if len(table.select("entropy_load", state=s, site=SITE, arm="crosscoder"))]
+    return {(s, one): fidelity_statistics(table, shapes, s, one) for s in states for one in CURRENCIES}
 
 
-def gather(table: LongTable, readings: SiteReadings, inputs: GateInputs) -> Evidence:
-    """The rule's evidence: the statistics of `table`, the worst dictionary of the primary site, and the inputs.
+def statistic_rows(found: Statistics) -> list[Row]:
+    """Statistics as rows: at a null, the null's own; and `null_excess`, the trained subjects' less the null's."""
+    rows = []
+    for (state, currency), by_name in found.items():
+        for name, one in by_name.items():
+            at = Place(state=state, site=SITE, estimator=currency)
+            rows.append(_row(at, KEYS[name], one.estimate))
+            if state != "trained":
+                excess = found["trained", currency][name].less(one)
+                beside = Place(state=state, site=SITE, estimator=f"{name}-{currency}")
+                rows.append(_row(beside, "null_excess", excess.estimate))
+    return rows
 
-    `table` holds the rows of `measure_site` for every site, and X, the count gain, the removal shift and the headroom
-    where they were measured; `readings` are those of the primary site.
+
+def gather(table: LongTable, shapes: Shapes) -> Evidence:
+    """Everything that the rule looks at; what was not measured is a text that says why."""
+    found = statistics(table, shapes)
+    values: dict[str, Estimate | str] = {}
+    nulls: dict[tuple[str, str], Estimate | str] = {}
+    for (state, currency), by_name in found.items():
+        for name in ("q", "r", "room"):
+            if state == "trained":
+                values[f"{name}/{currency}"] = by_name[name].estimate
+            else:
+                nulls[f"{name}/{currency}", state] = found["trained", currency][name].less(by_name[name]).estimate
+    depth = math.log(shapes["A"][0] / shapes["B"][0])
+    values |= _layer_values(table, depth)
+    for name in ("universality", "rate_dispersion", "median_log_rate"):
+        values[name.replace("_", " ")] = _site_value(table, name)
+    values["headroom of B"] = headroom_of(table, "B")
+    values["removal share"] = removal_share(table)
+    return Evidence(values=values, gates=gates(table, shapes, found), nulls=nulls, n_trainings=n_trainings(table))
+
+
+def n_trainings(table: LongTable) -> dict[str, int]:
+    """Trainings of A and of B whose crosscoders were read."""
+    where = {"state": "trained", "site": SITE, "arm": "crosscoder", "role": "main"}
+    return {name: len(table.select("entropy_load", subject=name, **where).groups("training_seed")) for name in COMPARED}
+
+
+def _layer_values(table: LongTable, depth: float) -> dict[str, Estimate | str]:
+    """kappa, and how far conjunctive and twin shares of A exceed the highest null."""
+    causal = log_statistic(table, "causal_layers")
+    kappa = Contrast(tuple((-c / depth, group) for c, group in causal.terms)) if depth else None
+    conjunctive = _least_excess(table, "conjunctive_share", ACTING)
+    twins = _least_excess(table, "twin_share", NULL_STATES)
+    known = [one for one in (conjunctive, twins) if isinstance(one, Estimate)]
+    return {
+        "kappa": "A and B have equally many layers" if kappa is None else kappa.estimate,
+        "conjunctive excess": conjunctive,
+        "conjunctive or twin excess": max(known, key=lambda one: one.low) if known else conjunctive,
+    }
+
+
+def _least_excess(table: LongTable, key: str, states: Sequence[State]) -> Estimate | str:
+    """A's share less each null's that was measured; the one that reaches lowest."""
+    real, found = main_values(table, "A", key), []
+    for state in states:
+        null = main_values(table, "A", key, state)
+        if not isinstance(null, str):
+            found.append(_share_difference(real, null))
+    if missing := [one for one in found if isinstance(one, str)]:
+        return missing[0]
+    known = [one for one in found if isinstance(one, Estimate)]
+    return min(known, key=lambda one: one.low) if known else f"no null of {key} was measured"
+
+
+def _share_difference(real: Logs, null: Logs) -> Estimate | str:
+    """The difference of two means over trainings; a share that all trainings have alike, such as none, is exact."""
+    terms, constant = [], 0.0
+    for sign, values in ((1.0, real), (-1.0, null)):
+        if isinstance(values, str):
+            return values
+        if len(values) > 1 and np.ptp(list(values.values())) == 0:
+            constant += sign * next(iter(values.values()))
+        else:
+            terms.append((sign, mean_of(values)))
+    return contrast(terms, constant) if terms else Estimate(constant, constant, constant)
+
+
+def _site_value(table: LongTable, key: str) -> Estimate | str:
+    rows = table.select(key, site=SITE, state=None)
+    for row in rows:
+        return row.value if isinstance(row.value, Estimate) else row.missing or f"{key} has no interval"
+    return f"{key} was not measured"
+
+
+def headroom_of(table: LongTable, subject: str) -> Estimate | str:
+    """The lowest headroom of a subject's main dictionaries; the interval is that of the ceiling's constant alone."""
+    where = {"subject": subject, "state": "trained", "site": SITE, "arm": "crosscoder", "role": "main"}
+    found = []
+    for cell in table.cells("entropy_load", **where).values():
+        for seed in cell.seeds():
+            one = cell.select(seed=seed)
+            alive, room, active = one.one("alive"), one.one("effective_dimension"), one.one("l0_token")
+            if alive and room:
+                place = alive / room, active / alive
+                found.append([headroom(*place, constant) for constant in (CEILING.value, CEILING.high, CEILING.low)])
+    if not found:
+        return f"no effective dimension of {subject} is known"
+    lowest = min(found)
+    return Estimate(*lowest) if math.isfinite(lowest[0]) else "no firing probability is too high at this density"
+
+
+def removal_share(table: LongTable) -> Estimate | str:
+    """How far ln R (load over raw dimension, at the main k) moves towards ln 2 once twins are left out."""
+    moved, whole = [], []
+    for name in COMPARED:
+        logs = [main_values(table, name, key, log=True) for key in ("raw_density", "raw_density_rest")]
+        moved.append(mean_of(minus(logs[1], logs[0])))
+        whole.append(mean_of(logs[0]))
+    shift = contrast([(1.0, moved[1]), (-1.0, moved[0])])
+    left = contrast([(-1.0, whole[1]), (1.0, whole[0])], math.log(2))
+    if isinstance(shift, str) or isinstance(left, str):
+        return shift if isinstance(shift, str) else str(left)
+    try:
+        return signed_ratio_of(shift, left)
+    except ValueError as error:
+        return str(error)
+
+
+def gates(table: LongTable, shapes: Shapes, found: Statistics) -> dict[str, Gate]:
+    """Every gate of `rule.GATES` with what was measured."""
+    measured = {
+        "loss over a trigram table's": _worst(_loss_over(table, "trigram_loss"), highest=True),
+        "share that token lookup keeps": _worst(_subject_means(table, "lookup_share"), highest=True),
+        "loss, B over A": _loss_log_ratio(table),
+        "what unequal losses may move q": loss_effect(table),
+        "learning rate at the checkpoints": _exact_row(table, "rate_share", max, subject=COMPARED),
+        "what interpolation may move fidelity": fidelity_error(table),
+        "features a dimension": _features_a_dimension(table, shapes),
+        "load of another order of the text": _spread_of_load(table),
+        "same direction in another order": _worst(_cell_means(table, "self_cosine"), highest=False),
+        "found in another order": _worst(_cell_means(table, "point_matched_share"), highest=False),
+        "two rooms agree": _rooms_agree(table),
+        "room at twice the size": _room_at_twice(table),
+        **{f"{name}, planted": _exact_row(table, key, pick) for name, key, pick in CALIBRATION},
+    }
+    return {name: Gate(measured[name], leg, labels) for name, (leg, labels) in GATES.items()}
+
+
+CALIBRATION = (
+    ("features found", "calibration_mcc", min),
+    ("error of q", "calibration_q_error", max),
+    ("error of g", "calibration_g_error", max),
+    ("error of ln R", "calibration_room_error", max),
+)
+
+
+def _loss_log_ratio(table: LongTable) -> Estimate | str:
+    """ln of B's mean loss over A's; without an interval, since checkpoints are chosen to make it small."""
+    logs = {name: np.log(table.values("held_out_loss", subject=name, role=None)) for name in COMPARED}
+    if not all(len(one) for one in logs.values()):
+        return "losses were not measured"
+    return _exact([float(logs["B"].mean() - logs["A"].mean())], max)
+
+
+def loss_effect(table: LongTable) -> Estimate | str:
+    """What the difference of A's and B's losses may move q: at most |difference| times |slope| of ln load on ln loss.
+
+    Slopes are within shapes, over trainings of both (analysis of covariance); the ends of both 90 % intervals count.
+    Losses of trainings vary by some hundredths, so that a few trainings cannot have means within .01 for certain; what
+    matters is what that does to the loads.
     """
-    ratios = (table.one("ratio", site=site, state="trained", estimator=PRIMARY_ESTIMATOR) for site in SITES)
-    ratio, ratio_residual = ratios
-    keys = (*STATISTICS, "trained_difference", "removal_shift", "headroom")
-    shapes = list(readings.trained.values())
-    (difference,) = table.select("trained_difference", site=PRIMARY_SITE)
-    return Evidence(
-        loss_gap=inputs.loss_gap,
-        loss_matched=inputs.loss_matched,
-        explained_variance=_explained(readings),
-        dead_share=max(reading.dead_share for shape in shapes for reading in shape.readings),
-        self_cosine=worst_self_cosine(shapes),
-        calibration=inputs.calibration,
-        trained_difference_by=difference.at.estimator,
-        ratio=ratio,
-        ratio_residual=ratio_residual,
-        n_training_seeds=min(len(shape.seeds) for shape in shapes),
-        **{key: table.one(key, site=PRIMARY_SITE) for key in keys},
+    losses: dict[str, dict[int, float]] = {}
+    loads: dict[str, dict[int, float]] = {}
+    for name in COMPARED:
+        rows: list[Any] = list(table.select("held_out_loss", subject=name, role=None))
+        losses[name] = {row.at.training_seed or 0: math.log(row.value) for row in rows if row.value}
+        known = read_logs(table, name, "crosscoder", "fvu")
+        if isinstance(known, str):
+            return known
+        if missing := set(known) - set(losses[name]):
+            return f"trainings {sorted(missing)} of {name} have no loss"
+        loads[name] = known
+    gap = contrast(
+        [(c, group_mean(list(losses[name].values()))) for c, name in zip((-1.0, 1.0), COMPARED, strict=True)]
     )
-
-
-def _explained(readings: SiteReadings) -> tuple[float, float] | None:
-    """Mean explained variance of A's and of B's dictionaries."""
-    pair = readings.pair()
-    if pair is None:
-        return None
-    first, second = (float(np.mean([r.explained_variance for r in shape.readings])) for shape in pair)
-    return first, second
-
-
-def worst_self_cosine(shapes: Sequence[ShapeReadings]) -> float | None:
-    """The lowest mean decoder cosine of matched features of two seeds over all shapes; None without pairs."""
-    found = [pair.debiased.self_cosine for shape in shapes for pairs in shape.pairs for pair in pairs]
-    return min((value for value in found if not math.isnan(value)), default=None)
-
-
-def reading_notes(table: LongTable, inputs: GateInputs, rule: Rule = RULE) -> tuple[str, ...]:
-    """Cautions for a reader of R that no statistic of the rule expresses."""
-    notes = []
-    error = inputs.calibration.d_eff_error
-    if error is not None:
-        notes.append(f"no gate asks for it: d_eff is up to {error:.1%} off in the planted worlds, and R with it")
-    where = {"state": "trained", "site": PRIMARY_SITE}
-    a, b = (table.values("point_load", subject=name, **where) for name in COMPARED)
-    if a and b:
-        share = float(np.mean(b) / np.mean(a))
-        low, high = (math.log(2 * bound / share) / math.log(4) for bound in rule.equal)
-        notes.append(
-            f"R = (load of B over A) 4^delta / 2 for L and L / 4 layers; at the loads measured ({share:.3g}) an R in "
-            f"[{rule.equal[0]:g}, {rule.equal[1]:g}] goes with delta from {low:.2f} to {high:.2f}, and H1 asks for "
-            f"[{rule.delta[0]:g}, {rule.delta[1]:g}]"
-        )
-    for site in SITES:
-        floor, ceiling = table.one("u_floor", site=site), table.one("u_ceiling", site=site)
-        if floor is not None and ceiling is not None and floor >= ceiling.value:
-            notes.append(
-                f"on the {SITE_NAME[site]} untrained subjects are as alike (u {floor:.3g}) as two trainings of one "
-                f"shape ({ceiling.value:.3g}): U says nothing there"
-            )
-    return tuple(notes)
-
-
-def removal_shift(readings: SiteReadings) -> Row:
-    """ln R without the features marked genuinely cross-layer in the readings of A and B, less ln R with them."""
-    at = Place(site=readings.site)
-    with_all = [readings.trained[name] for name in COMPARED]
-    if any(reading.genuine_F is None for shape in with_all for reading in shape.readings):
-        return Row(at, "removal_shift", None, "not every dictionary of A and B was probed")
-
-    without = [shape.only(lambda reading: ~np.asarray(reading.genuine_F)) for shape in with_all]
-    logs = [density.density_ratio(b, a, PRIMARY_ESTIMATOR, readings.document_T) for a, b in (without, with_all)]
-    for log in logs:
-        if isinstance(log, str):
-            return Row(at, "removal_shift", None, log)
-    first, second = (log for log in logs if isinstance(log, Bootstrap))
-    return statistic_row(at, "removal_shift", Bootstrap(first.value - second.value, first.draws - second.draws))
-
-
-def cross_layer_excess(trained: Bootstrap, shuffled: Bootstrap, untrained: Bootstrap) -> Bootstrap:
-    """X = share - larger of both nulls, draw by draw, each share stretched by its own small-sample factor.
-
-    The larger of two noisy nulls is too large on average, so X errs on the low side, and below 0 where nothing differs.
-    """
-    null = np.maximum(shuffled.stretched(), untrained.stretched())
-    return Bootstrap(trained.value - max(shuffled.value, untrained.value), trained.stretched() - null)
-
-
-def identity_residual(alpha: Estimate | None, gamma: Estimate | None) -> Estimate | None:
-    """`alpha + 2 gamma - 2` with its interval, alpha and gamma taken as independent; None where one is missing."""
-    if alpha is None or gamma is None or not (alpha.finite and gamma.finite):
-        return None
-    return linear_combination([(1.0, alpha), (2.0, gamma)], constant=-2.0)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One dictionary of a sweep over k: explained variance, and ln of what is compared at equal variance."""
-
-    explained_variance: float
-    log_value: float
-
-
-def point_of_l0(explained_variance: float, l0: float) -> Point:
-    """The point of a dictionary whose value is L0; ln is minus infinity where nothing is active."""
-    return Point(explained_variance, math.log(l0) if l0 > 0 else -math.inf)
-
-
-def log_value_at(explained_variance: float, points: Sequence[Point]) -> float | str:
-    """ln of the compared value between dictionaries of several k; what they explain where that does not enclose it."""
-    known = sorted(points, key=lambda point: point.explained_variance)
-    if not known or not known[0].explained_variance <= explained_variance <= known[-1].explained_variance:
-        return ", ".join(f"{point.explained_variance:.3f}" for point in known) or "nothing"
-    x, y = zip(*((point.explained_variance, point.log_value) for point in known), strict=True)
-    return float(np.interp(explained_variance, x, y))
-
-
-def count_gain(crosscoder: Point, bank: Sequence[Point]) -> float | str:
-    """ln(L0 of the bank / L0 of the crosscoder) at the crosscoder's explained variance, or why there is none.
-
-    The value of a point is L0: active features of a token over the whole model. With planted features of one layer each
-    the gain is 0; with features that last all L layers it is ln L. Explained variance is interpolated as it is. On a
-    scale of ln(1 - explained variance), a bank that has just enough features would be far to the right, because nothing
-    is left to explain, and the line to it would give too small an L0 at every point before.
-    """
-    if not all(math.isfinite(point.log_value) for point in (crosscoder, *bank)):
-        return "a dictionary without active features"
-    target = crosscoder.explained_variance
-    found = log_value_at(target, bank)
+    x, y = (
+        np.concatenate([_centred([of[name][t] for t in loads[name]]) for name in COMPARED]) for of in (losses, loads)
+    )
+    freedom = len(x) - len(COMPARED) - 1
+    if isinstance(gap, str) or freedom < 1 or not x.any():
+        return gap if isinstance(gap, str) else f"{len(x)} trainings, too few for a slope of load on loss"
+    slope = float(x @ y / (x @ x))
+    error = math.sqrt(float(np.square(y - slope * x).sum()) / freedom / float(x @ x))
+    found = interval(slope, [Variance(error**2, freedom)])
     if isinstance(found, str):
-        return f"the crosscoder explains {target:.3f}, outside what the banks do ({found}); train banks of other k"
-    return found - crosscoder.log_value
+        return found
+    most = max(abs(gap.low), abs(gap.high)) * max(abs(found.low), abs(found.high))
+    return Estimate(abs(gap.value * slope), 0.0, most)
 
 
-def equal_variance_shift(b: Sequence[Point], a: Sequence[Point]) -> float | str:
-    """ln R at equal explained variance less ln R as it was run, or why it cannot be said.
+def _centred(values: Sequence[float]) -> np.ndarray:
+    return np.asarray(values) - np.mean(values)
 
-    The value of a point is a density: entropy load over effective dimension. The first of either sequence is the
-    dictionary that R was read from, the others have other k.
-    """
-    if not a or not b:
+
+def _loss_over(table: LongTable, key: str) -> list[Estimate | str]:
+    """ln of each subject's loss over its own table's."""
+    found: list[Estimate | str] = []
+    for name in COMPARED:
+        losses, tables = (table.values(one, subject=name, role=None) for one in ("held_out_loss", key))
+        if not losses or len(losses) != len(tables):
+            return [f"{key} of {name} was not measured for every training"]
+        found.append(_interval(group_mean(np.log(losses) - np.log(tables))))
+    return found
+
+
+def _subject_means(table: LongTable, key: str) -> list[Estimate | str]:
+    found: list[Estimate | str] = []
+    for name in COMPARED:
+        values = table.values(key, subject=name, role=None)
+        found.append(_interval(group_mean(values)) if values else f"{key} of {name} was not measured")
+    return found
+
+
+def _cell_means(table: LongTable, key: str) -> list[Estimate | str]:
+    """Over trainings, of each subject's main crosscoders."""
+    return [_interval(mean_of(main_values(table, name, key))) for name in COMPARED]
+
+
+def _interval(group: Group) -> Estimate | str:
+    return interval(group.value, group.variances) if isinstance(group, GroupMean) else group
+
+
+def _worst(found: Sequence[Estimate | str], *, highest: bool) -> Estimate | str:
+    if missing := [one for one in found if isinstance(one, str)]:
+        return missing[0]
+    known = [one for one in found if isinstance(one, Estimate)]
+    return max(known, key=lambda one: one.high) if highest else min(known, key=lambda one: one.low)
+
+
+def _exact(values: Sequence[float], pick: Callable[[Sequence[float]], float]) -> Estimate | str:
+    """One of several numbers that have no interval."""
+    if not values:
         return "not run"
-    target = (a[0].explained_variance + b[0].explained_variance) / 2
-    moved = []
-    for name, points in (("B", b), ("A", a)):
-        found = log_value_at(target, points)
-        if isinstance(found, str):
-            return f"{name}'s dictionaries of several k explain {found}, and {target:.3f} is asked"
-        moved.append(found - points[0].log_value)
-    return moved[0] - moved[1]
+    value = float(pick(values))
+    return Estimate(value, value, value)
+
+
+def _exact_row(table: LongTable, key: str, pick: Callable[[Sequence[float]], float], **where: object) -> Estimate | str:
+    """`_exact` of a quantity's values, or the reason why one of them is missing."""
+    rows = table.select(key, **where)
+    missing = next((row.missing or f"{key} is not known" for row in rows if row.value is None), None)
+    return missing or _exact(table.values(key, **where), pick)
+
+
+def fidelity_error(table: LongTable) -> Estimate | str:
+    """The largest |d ln fidelity| that a cubic in place of straight lines amounts to, over trainings and arms."""
+    errors = []
+    for name in COMPARED:
+        for arm in ("crosscoder", "layerwise"):
+            where = {"subject": name, "state": "trained", "site": SITE, "arm": arm, "role": ("main", "k")}
+            for at in table.select("entropy_load", **where).groups("training_seed"):
+                read = read_training(table, {**where, "training_seed": at.training_seed}, "fvu")
+                if isinstance(read, str):
+                    return f"{name}{at.training_seed}, {arm}: {read}"
+                errors += [one.fidelity_error for one in read]
+    return _exact(errors, max)
+
+
+def _features_a_dimension(table: LongTable, shapes: Shapes) -> Estimate | str:
+    found = []
+    for name in COMPARED:
+        sizes = table.values("dictionary_size", subject=name, state="trained", site=SITE, arm="crosscoder", role="main")
+        if not sizes:
+            return f"no crosscoder of {name}"
+        found.append(min(sizes) / math.prod(shapes[name]))
+    return _exact(found, min)
+
+
+def _spread_of_load(table: LongTable) -> Estimate | str:
+    """How far |ln| loads of two dictionaries of one training lie apart: means over trainings, the larger of A and B."""
+    found: list[Estimate | str] = []
+    for name in COMPARED:
+        where = {"subject": name, "state": "trained", "site": SITE, "arm": "crosscoder", "role": "main"}
+        groups = table.select("entropy_load", **where).groups("training_seed").values()
+        if not all(len(group) > 1 for group in groups):
+            return f"one dictionary of {name}"
+        # Of the first two: a training with more dictionaries would seem to spread further.
+        spreads = [float(np.ptp(np.log([row.value for row in group.rows[:2]]))) for group in groups]
+        found.append(_interval(group_mean(spreads)))
+    return _worst(found, highest=True)
+
+
+def _rooms_agree(table: LongTable) -> Estimate | str:
+    """ln R by the covariance's room less ln R by the dictionaries' dimension, the larger of both currencies.
+
+    Both are of the same trainings and the load cancels within each, so this is the ratio of the two rooms, B over A.
+    """
+    known: list[Estimate] = []
+    for currency in CURRENCIES:
+        logs = {}
+        for name in COMPARED:
+            joint, dense = (read_logs(table, name, "crosscoder", currency, quantity=one) for one in (load, raw_density))
+            logs[name] = minus(minus(joint, log_room(table, name, "trained", "model")), dense)
+        a, b = COMPARED
+        one = contrast([(1.0, mean_of(logs[b])), (-1.0, mean_of(logs[a]))])
+        if isinstance(one, str):
+            return one
+        known.append(one)
+    return max(known, key=lambda one: abs(one.value))
+
+
+def _room_at_twice(table: LongTable) -> Estimate | str:
+    """|change| of ln R, by the dictionaries' dimension, from n to 2 n features at the main k."""
+    moved = {}
+    for name in COMPARED:
+        where = {"subject": name, "state": "trained", "site": SITE, "arm": "crosscoder"}
+        twice = table.cells("entropy_load", **where, role="size")
+        shifts = []
+        for at, cell in twice.items():
+            mains = table.cells("entropy_load", **where, role="main", training_seed=at.training_seed)
+            for main, known in mains.items():
+                if at.n_features == 2 * (main.n_features or 0) and at.k == main.k:
+                    seeds = cell.seeds()
+                    first, second = (raw_density(one.select(seed=seeds[0])) for one in (known, cell))
+                    shifts += [math.log(second / first)] if first and second else []
+        if not shifts:
+            return f"no dictionary of {name} of twice the size"
+        moved[name] = float(np.mean(shifts))
+    return _exact([abs(moved["B"] - moved["A"])], max)
+
+
+def _row(at: Place, key: str, value: Estimate | str) -> Row:
+    if isinstance(value, str):
+        return Row(at, key, None, value)
+    kept = finite(value)
+    return Row(at, key, kept, None if kept is not None else "not finite")
+
+
+def evidence_rows(evidence: Evidence) -> list[Row]:
+    """The values of the rule that are no row yet."""
+    keys = {
+        "kappa": "kappa",
+        "conjunctive excess": "conjunctive_excess",
+        "conjunctive or twin excess": "conjunctive_or_twin_excess",
+        "removal share": "removal_share",
+        "headroom of B": "headroom",
+    }
+    at = Place(site=SITE)
+    return [_row(at, key, evidence.values.get(name) or "not measured") for name, key in keys.items()]

@@ -84,9 +84,9 @@ HARVEST = ("--subject", "x", "--tokens-folder", "y", "--out", "z")
     [
         (["report", "nowhere"], "nowhere"),
         (["train", "--activations", "nowhere", "--out", "x"], "nowhere"),
-        (["compare", "--preset", "smoke", "--n-features", "4"], "more than n_features = 4"),
+        (["compare", "--preset", "smoke", "--n-features", "4"], "is more than the 4 features"),
         (["compare", "--layers", "1", "2", "--tokens", "9"], "--layers, --tokens would change nothing here"),
-        (["compare", "--subject", "x", "--joint"], "--joint would change nothing here"),
+        (["compare", "--subject", "x", "--training-seeds", "1"], "--training-seeds would change nothing here"),
         (["compare", "--window", "3"], "--window would change nothing here"),
         (["prepare", "--subject", "x", "--vocab-size", "9", "--out", "y"], "--vocab-size would change nothing here"),
         (["prepare", "--split", "x", "--column", "y", "--out", "y"], "--split, --column would change nothing here"),

@@ -8,7 +8,6 @@ from scipy import sparse
 
 from crosscoder.measure import dimension
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.statistics import Bootstrap
 
 
 def test_equal_weights_give_the_raw_dimension():
@@ -99,10 +98,3 @@ def test_highest_probability_solves_the_ceiling():
     p = 0.01  # n / m = 1 / (p ln(1 / p)), with C = 1
     assert dimension.headroom(1 / (p * math.log(1 / p)), p, 1.0) == pytest.approx(1)
     assert dimension.headroom(2.0, 0.5, 1.0) == math.inf
-
-
-def test_slope_of_resampled_shapes():
-    shapes = [Bootstrap(1.0, np.array([1.0, 2.0]), 2.0), Bootstrap(4.0, np.array([4.0, 4.0]))]
-    found = dimension.log_slope_of_bootstraps([2, 8], shapes)
-    assert found.value == pytest.approx(1)
-    np.testing.assert_allclose(found.draws, [1, (math.log(4) - 2 * math.log(2)) / math.log(4)], atol=1e-12)

@@ -7,8 +7,7 @@ import pytest
 from scipy import sparse
 
 from crosscoder.measure import statistics
-from crosscoder.measure.statistics import Bootstrap
-from crosscoder.results.table import Estimate, Place
+from crosscoder.results.table import Estimate
 
 
 def test_the_value_is_the_mean_of_means_and_not_of_dictionaries():
@@ -73,24 +72,6 @@ def test_document_blocks_cover_the_truth_where_single_tokens_do_not():
     assert covered["tokens"] / 200 < 0.75
 
 
-def test_dictionaries_and_subjects_share_their_documents():
-    sums = np.random.default_rng(0).random((30, 2)) + np.array([[0, 1]])
-    both = [
-        statistics.two_level_bootstrap([[sums * scale]], seed=s, document_seed=7, statistic=lambda t: t[:, 0])
-        for s, scale in ((1, 1.0), (2, 3.0))
-    ]
-    np.testing.assert_allclose(statistics.log_ratio(both[1], both[0]).draws, math.log(3))
-
-
-def test_log_ratio_stretches_each_side_on_the_log_scale():
-    top, bottom = Bootstrap(4.0, np.array([2.0, 8.0]), 2.0), Bootstrap(2.0, np.array([2.0, 2.0]))
-    found = statistics.log_ratio(top, bottom)
-    assert found.value == pytest.approx(math.log(2))
-    np.testing.assert_allclose(found.draws, [math.log(2) - 2 * math.log(2), math.log(2) + 2 * math.log(2)])
-    with pytest.raises(ValueError, match="denominator is -1"):
-        statistics.log_ratio(top, Bootstrap(-1.0, np.ones(2)))
-
-
 def test_signed_ratio_by_hand_and_by_coverage():
     found = statistics.signed_ratio_of(Estimate(0.5, -0.5, 2), Estimate(2, 2, 2))
     assert (found.value, found.low, found.high) == (0.25, pytest.approx(-0.25), pytest.approx(1))
@@ -112,10 +93,3 @@ def test_linear_combination_keeps_lopsided_intervals_lopsided():
     assert found.value == 1
     assert found.low == pytest.approx(0.7)
     assert found.high == pytest.approx(1 + math.hypot(2, 0.4))
-
-
-def test_a_statistic_over_seeds_keeps_the_reason_of_what_is_missing():
-    at = Place(site="write")
-    assert statistics.seeds_row(at, "count_gain", [[1.0, 1.2], [0.9]]).value.value == pytest.approx(1.0)
-    assert statistics.seeds_row(at, "count_gain", [[1.0], ["no bank"]]).missing == "no bank"
-    assert statistics.seeds_row(at, "count_gain", []).missing == "not run"

@@ -1,7 +1,5 @@
 """Matches between subjects, and the nulls and scales that they are read against."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy import optimize, sparse
@@ -97,30 +95,6 @@ def test_a_larger_pool_inflates_matches_until_pools_are_equal():
     kept = universality.equal_pools(a, larger, seed=0)
     assert [code.shape for code in kept] == [(1000, 15), (1000, 15)]
     assert (kept[0] != a).nnz == 0
-
-
-def test_rates_of_matched_features():
-    a, b = np.array([0.1, 0.2, 0.4, 0.3]), np.array([0.1, 0.1, 0.2, 0.8])
-    found = universality.compare_rates(a, b, np.array([[0, 1], [1, 2], [2, 3]]))
-    assert (found["rate_pairs"], found["rate_median_ratio"], found["rate_rank_correlation"]) == pytest.approx((3, 1, 1))
-    assert found["rate_total_ratio"] == pytest.approx(1.1 / 0.7)
-    assert found["rate_high_ratio"] == pytest.approx(math.exp(0.9 * math.log(2)))
-    rng = np.random.default_rng(8)
-    p = np.exp(rng.uniform(-6, -2, 300))
-    pairs = np.repeat(np.arange(300)[:, None], 2, axis=1)
-    planted_ratio = universality.compare_rates(p, 1.5 * p * np.exp(rng.normal(0, 0.1, 300)), pairs)
-    assert planted_ratio["rate_median_ratio"] == pytest.approx(1.5, rel=0.03)
-    assert planted_ratio["rate_rank_correlation"] > 0.98
-
-
-def test_hidden_features_are_exclusive_and_told_by_no_layer_of_the_other():
-    alone_first, alone_second, shared = [0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.3, 0.3, 0.4]
-    profile = np.array([alone_first, alone_first, alone_first, alone_second, shared])
-    auc = np.array([[0.99, 0.5, 0.7], [0.99, 0.5, 0.95], [0.99, np.nan, 0.5], [0.95, 0.5, 0.99], [0.5, 0.5, 0.5]])
-    # the first is hidden; the second is told by layer 2; the third has no probe; the fourth is told by layer 0
-    assert universality.hidden_shares(profile, auc, 2) == (0.2, 0.0)
-    auc[1, 2] = auc[3, 0] = 0.89
-    assert universality.hidden_shares(profile, auc, 2) == (0.4, 0.2)
 
 
 def test_exclusive_shares_do_not_depend_on_how_many_layers_a_subject_has():

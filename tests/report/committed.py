@@ -1,4 +1,4 @@
-"""The committed studies, and what a test makes of them: rows changed, rows left out."""
+"""The committed studies, and what a test makes of studies: rows changed, rows left out."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 import pytest
 
 from crosscoder.report.page import clean_strings, escape_markdown
-from crosscoder.report.table import format_number, format_range
+from crosscoder.report.table import asks, brief, format_number, format_range, linked
 from crosscoder.results.table import Estimate
 
 
@@ -14,7 +14,7 @@ from crosscoder.results.table import Estimate
         (0, "0"),
         (393216, "393,216"),
         (12345.6, "12,346"),
-        (0.87345, "0.8734"),
+        (0.87345, "0.873"),
         (-2.0, "-2"),
         (1.5e-4, "0.00015"),
         ("AdamW", "AdamW"),
@@ -27,6 +27,31 @@ def test_numbers_read_well(value, shown):
 def test_a_range_without_width_has_no_brackets():
     assert format_range(Estimate(2.0, 2.0, 2.0)).detail == ""
     assert format_range(Estimate(2.0, 1.5, 2.5)).detail == "[1.5, 2.5]"
+    assert format_range(Estimate(2.0, 1.9999, 2.0001)).detail == ""  # they read alike
+
+
+def test_a_sentence_links_words_and_takes_values_last():
+    assert linked("[A {n}](load) of {n}", n="{x} [y](z)") == [("A {x} [y](z)", "load"), (" of {x} [y](z)", None)]
+
+
+@pytest.mark.parametrize(
+    ("requirement", "said"),
+    [
+        ("ln in [-inf, 0]", "ln at most 0"),
+        ("n / (L D) in [2, inf]", "n / (L D) at least 2"),
+        ("q outside [-0.223, 0.223]", "q outside [-0.223, 0.223]"),
+        ("r in [0.47, 0.916]", "r in [0.47, 0.916]"),
+    ],
+)
+def test_requirements_have_no_infinite_ends(requirement, said):
+    assert asks(requirement) == said
+
+
+def test_reasons_leave_out_the_points_of_a_sweep():
+    points = "0.058 (k 6, quantity 10.61), 0.044 (k 12, quantity 18.5), 0.014 (k 48, quantity 63.8)"
+    reason = f"B0, crosscoder: 0.1 is not enclosed by {points}; train one of smaller k"
+    assert brief(reason) == "B0, crosscoder: 0.1 is not enclosed by dictionaries of k 6 to 48; train one of smaller k"
+    assert brief("not run") == "not run"
 
 
 def test_control_characters_are_stripped():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from crosscoder.results.file import (
+    OLD_SCHEMA,
+    SCHEMA,
     document,
     from_blocks,
     from_document,
@@ -20,21 +22,58 @@ from crosscoder.results.file import (
     write_rows,
 )
 from crosscoder.results.table import Estimate, LongTable, Place, Row, rows_at
+from crosscoder.results.verdict import Asked
 
 STUDIES = [Path(__file__).parents[2] / "benchmarks" / name for name in ("default-study", "smollm2-135m")]
 AT = Place(subject="A", training_seed=0, state="trained", site="write", arm="crosscoder", role="main")
-WRITTEN = json.loads((STUDIES[0] / "results.json").read_text())
+OLD = json.loads((STUDIES[0] / "results.json").read_text())
+WRITTEN = json.loads(json.dumps(document(load_results(STUDIES[0]))))
+"""As of today's schema, whichever it was written in."""
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
 def test_committed_studies_are_read_and_written_alike(folder):
     results = load_results(folder)
-    assert json.loads(json.dumps(document(results))) == json.loads((folder / "results.json").read_text())
+    written = json.loads(json.dumps(document(results)))
+    assert written["schema"] == SCHEMA
+    assert from_document(written) == results
+    if json.loads((folder / "results.json").read_text())["schema"] == SCHEMA:
+        assert written == json.loads((folder / "results.json").read_text())
+
+
+def test_results_of_version_3_lose_what_is_not_measured_any_more_and_say_so(capsys):
+    at = {"subject": "A", "training_seed": 0, "site": "write"}
+    gone = [{"at": at, "values": {"gamma": 0.5, "room": 3.0}}, {"at": {**at, "other": "B0"}, "values": {"alive": 3}}]
+    old = {**WRITTEN, "schema": OLD_SCHEMA, "rows": [*WRITTEN["rows"], *gone]}
+    old["provenance"] = {**WRITTEN["provenance"], "schema": OLD_SCHEMA}
+    rows = from_document(old).rows
+    assert len(rows) == len(from_document(WRITTEN).rows) + 1
+    assert rows.one("room", subject="A", estimator=None) == 3.0
+    assert "2 quantities that are not measured any more are left out" in capsys.readouterr().err
+
+
+def test_a_verdict_of_version_2_has_the_form_of_todays():
+    old = {
+        "version": "crosscoder.verdict/2",
+        "label": "undecided",
+        "sentence": "Undecided.",
+        "kinds": ["split"],
+        "universality": "high",
+        "reasons": ["R crosses"],
+        "notes": ["a note"],
+        "rule": {"loss_gap": 0.01},
+        "gates": [{"name": "loss gap", "requirement": "at most 0.01", "value": None, "passed": None}],
+        "conditions": [{"hypothesis": "H0", "statistic": "R", "requirement": "in", "measured": "1", "met": False}],
+    }
+    verdict = from_document({**WRITTEN, "verdict": old}).verdict
+    assert verdict.legs == {"H0": (Asked("R", "in", "1", "missed"),)}
+    assert verdict.gates == (Asked("loss gap", "at most 0.01", "not measured", "not measured"),)
+    assert verdict.notes == ("a note", "universality: high", "kind: split")
 
 
 def test_rows_of_a_cell_come_back_as_they_were(tmp_path):
     rows = rows_at(AT, {"alive": 3, "chapman": Estimate(1.0, 0.5, 2.0), "dead_share": float("nan")})
-    rows += [Row(AT, "F_inf", None, "not identified"), Row(AT, "layers", ["1", "2"]), Row(AT, "saturated", True)]
+    rows += [Row(AT, "room", None, "not identified"), Row(AT, "layers", ["1", "2"]), Row(AT, "saturated", True)]
     write_rows(tmp_path / "cell.json", rows)
     assert read_rows(tmp_path / "cell.json") == rows
     assert {row.key: row.value for row in rows}["dead_share"] is None
@@ -42,7 +81,8 @@ def test_rows_of_a_cell_come_back_as_they_were(tmp_path):
 
 def test_results_come_back_as_they_were(tmp_path):
     known = load_results(STUDIES[0])
-    rows = rows_at(AT, {"survival": 0.5, "alive": 3, "chapman": Estimate(1.0, 0.5, 2.0)})  # not in alphabetical order
+    in_no_order = {"survival": 0.5, "alive": 3, "chapman": Estimate(1.0, 0.5, 2.0)}
+    rows = rows_at(replace(AT, n_features=7), in_no_order)
     results = replace(known, rows=LongTable((*rows, *known.rows)[::-1]))
     save_results(results, tmp_path)
     assert load_results(tmp_path) == results
@@ -51,7 +91,7 @@ def test_results_come_back_as_they_were(tmp_path):
 def test_a_cell_of_another_schema_is_refused_with_the_mend(tmp_path):
     (tmp_path / "cell.json").write_text('{"schema": "crosscoder.cell/2", "rows": []}')
     with pytest.raises(
-        ValueError, match=r"cell\.schema: expected 'crosscoder.cell/3', got 'crosscoder.cell/2'; delete"
+        ValueError, match=r"cell\.schema: expected 'crosscoder.cell/4', got 'crosscoder.cell/2'; delete"
     ):
         read_rows(tmp_path / "cell.json")
 
@@ -65,13 +105,13 @@ def test_a_cell_of_another_schema_is_refused_with_the_mend(tmp_path):
         ({}, {"alive": 10**400}, r"values\.alive: expected less than 10+, got 10+\.\.\."),
         ({}, {"allive": 3}, "'allive' is no quantity; the nearest is 'alive'"),
         ({}, {"dead_share": 1.5}, r"dead_share: expected less than or equal to 1[.0]+1, got 1\.5"),
-        ({}, {"gamma": float("nan")}, r"gamma: expected a finite number, got nan"),
-        ({}, {"gamma": float("inf")}, r"gamma: expected a finite number, got inf"),
-        ({}, {"gamma": {"value": 1, "low": 2, "high": 3}}, None),
-        ({}, {"gamma": {"value": 1, "low": 3, "high": 2}}, "gamma: the interval runs from 3.0 down to 2.0"),
-        ({}, {"gamma": {"value": 1, "low": "0", "high": 2}}, r"gamma\.low: expected a valid number, got '0'"),
-        ({}, {"gamma": {"value": 1, "low": 1, "high": 1, "confidence": 0.8}}, r"gamma\.confidence: Unexpected"),
-        ({}, {"gamma": {"missing": 3}}, r"gamma\.missing: expected a valid string, got 3"),
+        ({}, {"sharing": float("nan")}, r"sharing: expected a finite number, got nan"),
+        ({}, {"sharing": float("inf")}, r"sharing: expected a finite number, got inf"),
+        ({}, {"sharing": {"value": 1, "low": 2, "high": 3}}, None),
+        ({}, {"sharing": {"value": 1, "low": 3, "high": 2}}, "sharing: the interval runs from 3.0 down to 2.0"),
+        ({}, {"sharing": {"value": 1, "low": "0", "high": 2}}, r"sharing\.low: expected a valid number, got '0'"),
+        ({}, {"sharing": {"value": 1, "low": 1, "high": 1, "confidence": 0.8}}, r"sharing\.confidence: Unexpected"),
+        ({}, {"sharing": {"missing": 3}}, r"sharing\.missing: expected a valid string, got 3"),
         ({}, {"name": 3}, "expected a valid string, got 3"),
         ({}, {"name": "\ud800"}, "unable to parse raw data as a unicode string"),
         ({}, {"saturated": 1}, "expected a valid boolean, got 1"),
@@ -117,8 +157,8 @@ def test_a_key_stands_once_at_a_place():
         (("schema",), "other/1", "no known version of this package reads it"),
         (("opinion",), {}, r"results\.opinion: Extra inputs are not permitted"),
         (("rows",), {}, r"results\.rows: expected a valid list, got {}"),
-        (("verdict", "label"), "H9", r"results\.verdict\.label: .*got 'H9'"),
-        (("verdict", "gates", 0, "passed"), 1, r"results\.verdict\.gates\[0\]\.passed"),
+        (("verdict", "label"), 9, r"results\.verdict\.label: .*got 9"),
+        (("verdict", "gates", 0, "met"), "so-so", r"results\.verdict\.gates\[0\]\.met"),
         (("verdict", "colour"), 1, r"results\.verdict\.colour"),
         (("verdict", "rule", "loss_gap"), float("inf"), r"results\.verdict\.rule\.loss_gap: expected a finite"),
         (("provenance", "kind"), "poem", r"results\.provenance\.kind: .*got 'poem'"),
@@ -149,7 +189,7 @@ def test_version_2_is_named_and_something_else_refused():
 
 
 def test_rows_of_an_unknown_subject_are_refused():
-    stranger = {"at": {"subject": "Z"}, "values": {"F_inf": None}}
+    stranger = {"at": {"subject": "Z"}, "values": {"room": None}}
     with pytest.raises(ValueError, match=r"rows of {'Z'}; expected subjects whose layers are known: \['A', 'B', 'C'\]"):
         from_document({**WRITTEN, "rows": [*WRITTEN["rows"], stranger]})
 
@@ -173,22 +213,19 @@ def test_estimates_refuse_to_be_the_wrong_way_round():
 
 
 def test_ranges_over_seeds_take_every_seed_once_or_say_nothing():
-    table = LongTable(tuple(Row(Place(subject="A", seed=s), "gamma", v) for s, v in enumerate((1.0, 2.0, 6.0))))
-    assert table.seed_range("gamma") == Estimate(3.0, 1.0, 6.0)
-    broken = LongTable((*table, Row(Place(subject="A", seed=3), "gamma", None)))
-    assert broken.seed_range("gamma") is None
-    assert broken.known_range("gamma") == Estimate(3.0, 1.0, 6.0)
-    assert table.seed_range("delta") is None
-    with pytest.raises(ValueError, match="3 values of gamma where one was asked for"):
-        table.one("gamma")
+    table = LongTable(tuple(Row(Place(subject="A", seed=s), "sharing", v) for s, v in enumerate((1.0, 2.0, 6.0))))
+    assert table.seed_range("sharing") == Estimate(3.0, 1.0, 6.0)
+    broken = LongTable((*table, Row(Place(subject="A", seed=3), "sharing", None)))
+    assert broken.seed_range("sharing") is None
+    assert broken.known_range("sharing") == Estimate(3.0, 1.0, 6.0)
+    assert table.seed_range("room") is None
+    with pytest.raises(ValueError, match="3 values of sharing where one was asked for"):
+        table.one("sharing")
 
 
-def test_dictionaries_are_neither_planted_worlds_nor_over_two_subjects():
+def test_dictionaries_are_no_planted_worlds():
     one = Place(**{**AT.known(), "n_features": 8, "k": 2, "seed": 0})
-    others = [
-        Place(subject="A", role="calibration", seed=0, n_features=8, k=2),
-        Place(**{**one.known(), "arm": "joint"}),
-    ]
-    table = LongTable(tuple(Row(at, "alive", 1) for at in (one, Place(**{**one.known(), "seed": 1}), *others)))
+    world = Place(subject="A", role="calibration", seed=0, n_features=8, k=2)
+    table = LongTable(tuple(Row(at, "alive", 1) for at in (one, replace(one, seed=1), world)))
     assert [len(cell) for cell in table.cells().values()] == [2]
     assert table.cells("distinct") == table.cells(site="residual") == {}

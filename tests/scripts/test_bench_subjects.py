@@ -34,7 +34,7 @@ def test_own_loss_and_gradients_are_those_of_transformers(head_dim):
 
 
 def test_trainers_are_held_against_today_and_the_floor(tmp_path, monkeypatch):
-    study = SubjectsConfig(a=SHAPE, b=SHAPE, c=None, vocab_size=290, context=16, batch=4, n_checkpoints=1)
+    study = SubjectsConfig(a=SHAPE, b=SHAPE, vocab_size=290, context=16, batch=4, n_checkpoints=1)
     monkeypatch.setattr(bench_subjects, "STUDY", study)
     texts = tmp_path / "texts"
     texts.mkdir()

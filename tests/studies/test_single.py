@@ -46,7 +46,7 @@ def test_a_model_that_sees_the_future_has_no_loss_and_is_not_spliced(tmp_path, c
         context=16,
         dictionaries=budget,
         seeds=(0,),
-        untrained=False,
+        nulls=(),
         tokens_train=400,
         tokens_held_out=100,
         splice_blocks=2,

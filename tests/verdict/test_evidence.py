@@ -1,116 +1,121 @@
-"""The evidence of a whole comparison, and what a reader is told beside it."""
+"""From rows to evidence and verdict: every gate reads what it says, labels come where their rows are planted."""
 
-from __future__ import annotations
-
-import dataclasses
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
+from planted_rows import SHAPES, study_rows
 
-from crosscoder.measure.comparison import SiteReadings, measure_site
-from crosscoder.results.quantities import PRIMARY_ESTIMATOR
 from crosscoder.results.table import Estimate, LongTable, Place, Row
-from crosscoder.results.verdict import Verdict
-from crosscoder.verdict.decide import decide
-from crosscoder.verdict.evidence import GateInputs, gather, reading_notes, removal_shift
-from crosscoder.verdict.rule import Calibration
-from tests.measure.test_comparison import DOCUMENT_T, F, subject
+from crosscoder.verdict import evidence, rule, words
 
-WRITE = Place(site="write")
-GOOD = Calibration(count_error=0.01, rho_error=0.02, d_eff_error=0.155, same_sizes=True)
-INPUTS = GateInputs(loss_gap=0.001, loss_matched=True, calibration=GOOD)
-
-
-@pytest.fixture(scope="module")
-def readings() -> SiteReadings:
-    """Features of one layer in the trained pair, of all layers in the control: R is 2 and 1/2."""
-    shapes = (("A", 8, 32), ("B", 2, 64))
-    return SiteReadings(
-        site="write",
-        trained={name: subject(name, layers, width, 1) for name, layers, width in shapes},
-        untrained={name: subject(name, layers, width, layers) for name, layers, width in shapes},
-        document_T=DOCUMENT_T,
-    )
+SITE_ROWS = [
+    Row(Place(site="write"), "universality", Estimate(0.9, 0.8, 1.0)),
+    Row(Place(site="write"), "rate_dispersion", Estimate(1.0, 0.9, 1.1)),
+    Row(Place(site="write"), "median_log_rate", Estimate(0.0, -0.05, 0.05)),
+]
+CROWDED = {"joint": {"A": 20.0, "B": 20.4}, "bank": {"A": 3.0, "B": 11.5}}
+DEEP = {"A": {"layers": 2.0}, "B": {"layers": 2.0}}
 
 
-@pytest.fixture(scope="module")
-def table(readings) -> LongTable:
-    """What was measured of it, with X and a count gain of 0."""
-    nothing = (("cross_layer", Estimate(0.0, -0.01, 0.01)), ("count_gain", Estimate(0.0, -0.1, 0.1)))
-    return LongTable((*measure_site(readings), *(Row(WRITE, key, value) for key, value in nothing)))
+def judged(**changes):
+    table = study_rows(extra=SITE_ROWS, **changes)
+    found = evidence.gather(table, SHAPES)
+    return rule.decide(found), found, table
 
 
-def judged(table: LongTable, readings: SiteReadings, inputs: GateInputs = INPUTS) -> Verdict:
-    return decide(gather(table, readings, inputs))
+def test_loads_that_differ_are_the_premise_that_fails_and_nulls_are_asked():
+    decision, found, _ = judged()
+    assert [gate.name for gate in decision.gates if gate.met != "met" and rule.GATES[gate.name][1] is None] == []
+    assert decision.label == "premise fails: load", decision.reasons
+    assert decision.explained == ()
+    assert found.nulls["q/fvu", "gaussian"].high < 0
 
 
-def test_planted_single_layer_features_give_h0(table, readings):
-    assert gather(table, readings, INPUTS).ratio.covers(2)
-    found = judged(table, readings)
-    assert found.label == "H0", found.sentence
-    assert all(gate.passed for gate in found.gates)
+def test_a_null_that_loads_alike_is_said():
+    factor = {"A": 20 / 25, "B": 11 / 24}
+
+    def alike(row):
+        is_load = (row.key, row.at.state) == ("entropy_load", "gaussian")
+        return replace(row, value=row.value * factor[row.at.subject]) if is_load else row
+
+    rows = [alike(row) for row in study_rows(extra=SITE_ROWS)]
+    decision = rule.decide(evidence.gather(LongTable(tuple(rows)), SHAPES))
+    assert decision.label == "premise fails: load"
+    assert decision.explained == ("explained by covariance",)
 
 
-def test_a_broken_gate_is_named(table, readings):
-    broken = dataclasses.replace(INPUTS, calibration=dataclasses.replace(GOOD, count_error=0.2))
-    found = judged(table, readings, broken)
-    assert found.label == "not testable"
-    assert "calibration count" in found.sentence
+def test_a_null_that_was_not_run_leaves_it_undecided():
+    kept = [row for row in study_rows(extra=SITE_ROWS) if row.at.state != "frozen_encoder"]
+    decision = rule.decide(evidence.gather(LongTable(tuple(kept)), SHAPES))
+    assert decision.label == "undecided"
+    assert "no null frozen_encoder of q/fvu" in decision.reasons[0]
 
 
-def test_the_worst_dictionary_stands_for_all(table, readings):
-    first = readings.trained["B"]
-    worse = dataclasses.replace(first.seeds[1][0], dead_share=0.3)
-    seeds = (first.seeds[0], (worse, *first.seeds[1][1:]))
-    other = dataclasses.replace(readings, trained={**readings.trained, "B": dataclasses.replace(first, seeds=seeds)})
-    found = gather(table, other, INPUTS)
-    assert found.dead_share == 0.3
-    assert found.n_training_seeds == 2
-    assert found.self_cosine == min(
-        p.debiased.self_cosine for s in readings.trained.values() for g in s.pairs for p in g
-    )
+def test_equal_loads_and_equal_crowding_of_layers_are_h0_where_rooms_agree():
+    rooms = {"A": {"room": 60.0, "layers": 2.0}, "B": {"room": 30.0, "layers": 2.0}}
+    decision, found, _ = judged(**CROWDED, **rooms)
+    assert found.values["room/fvu"].value == pytest.approx(math.log(2 * 1.02), abs=1e-6)
+    assert decision.label in ("H0", "undecided", "not testable")
+    legs = {leg.name: leg.met for leg in decision.legs["H0"]}
+    assert legs["q/fvu"] == legs["r/fvu"] == legs["kappa"] == legs["room/fvu"] == "met"
 
 
-def test_every_estimator_has_a_row_with_its_reason_if_missing(readings):
-    alone = SiteReadings(site="write", trained=readings.trained, document_T=DOCUMENT_T)
-    rows = LongTable(tuple(measure_site(alone))).select("ratio")
-    assert len(rows) == 2 * 8
-    assert all(row.missing == "not run" for row in rows.select(state="untrained"))
-    assert all(row.value is not None for row in rows.select(state="trained"))
+@pytest.mark.parametrize(
+    ("changes", "gate"),
+    [
+        ({"A": {"trigram": 2.0}}, "loss over a trigram table's"),
+        ({"B": {"lookup": 0.95}}, "share that token lookup keeps"),
+        ({"B": {"loss": 2.7}}, "loss, B over A"),
+    ],
+)
+def test_a_subject_gate_on_the_wrong_side_is_not_testable(changes, gate):
+    decision, _, _ = judged(**changes)
+    assert decision.label == "not testable"
+    assert any(reason.startswith(gate) for reason in decision.reasons)
 
 
-def test_the_gate_names_the_estimator_of_the_control(table, readings):
-    gates = {gate.name: gate for gate in judged(table, readings).gates}
-    assert PRIMARY_ESTIMATOR in gates["trained against untrained"].requirement
+def test_a_gate_on_directions_does_not_keep_loads_from_being_said():
+    rows = [replace(row, value=0.3) if row.key == "self_cosine" else row for row in study_rows(extra=SITE_ROWS)]
+    rows = [
+        replace(row, value=row.value + 0.001 * row.at.training_seed) if row.key == "self_cosine" else row
+        for row in rows
+    ]
+    found = evidence.gather(LongTable(tuple(rows)), SHAPES)
+    decision = rule.decide(found)
+    assert {gate.name: gate.met for gate in decision.gates}["same direction in another order"] == "missed"
+    assert decision.label == "premise fails: load"
 
 
-def marked(readings: SiteReadings, genuine_F: dict[str, np.ndarray]) -> SiteReadings:
-    trained = {
-        name: dataclasses.replace(
-            s, seeds=tuple(tuple(dataclasses.replace(r, genuine_F=genuine_F[name]) for r in g) for g in s.seeds)
-        )
-        for name, s in readings.trained.items()
-    }
-    return dataclasses.replace(readings, trained=trained)
+def test_what_unequal_losses_may_move_grows_with_the_slope():
+    table = study_rows()
+    small = evidence.loss_effect(table)
+    steep = [
+        replace(row, value=row.value * (1 + 3 * (0.97, 1.0, 1.04, 1.01, 0.98)[row.at.training_seed]))
+        if row.key == "entropy_load" else row
+        for row in table
+    ]  # fmt: skip
+    assert evidence.loss_effect(LongTable(tuple(steep))).high > small.high > 0
 
 
-def test_removing_half_of_all_features_moves_no_ratio_but_half_of_one_side_halves_it(readings):
-    half, none = np.random.default_rng(0).random(F) < 0.5, np.zeros(F, dtype=bool)
-    assert abs(removal_shift(marked(readings, {"A": half, "B": half})).value.value) < 0.25
-    one_side = removal_shift(marked(readings, {"A": none, "B": half}))
-    assert one_side.value.value == pytest.approx(-math.log(2), abs=0.25)
-    assert "not every" in removal_shift(readings).missing
+def test_statistics_are_rows_and_nulls_have_their_excess():
+    table = study_rows()
+    rows = LongTable(tuple(evidence.statistic_rows(evidence.statistics(table, SHAPES))))
+    assert rows.one("load_log_ratio", state="trained", estimator="fvu").value < 0
+    excess = rows.one("null_excess", state="gaussian", estimator="q-fvu").value
+    real, null = (rows.one("load_log_ratio", state=s, estimator="fvu").value for s in ("trained", "gaussian"))
+    assert excess == pytest.approx(real - null)
 
 
-def test_notes_say_what_no_gate_asks(table):
-    """R, loads and delta are one equation; an untrained pair as alike as two trainings makes U empty."""
-    notes = reading_notes(table, INPUTS)
-    assert any("d_eff is up to 15.5% off" in note for note in notes)
-    load = next(note for note in notes if "at the loads measured" in note)
-    assert "(1)" in load, load  # the same tokens and rates on both sides
-    assert "delta from 0.34 to 0.66" in load, load  # ln(2 * .8) / ln 4 and ln(2 * 1.25) / ln 4
-    others = [row for row in table if row.key != "u_floor"]
-    for floor, empty in ((0.1, False), (2.0, True)):
-        notes = reading_notes(LongTable((*others, Row(WRITE, "u_floor", floor))), INPUTS)
-        assert any("U says nothing there" in note for note in notes) == empty
+def test_the_verdict_says_in_words_what_was_found_and_what_would_decide():
+    decision, found, table = judged()
+    told = words.tell(decision, found, table, SHAPES)
+    assert "the argument does not start" in told.sentence
+    assert "0.55" in told.sentence
+    assert told.decides == ()
+    assert any("A is deep for its width" in note for note in told.notes)
+    few = LongTable(tuple(row for row in table if (row.at.training_seed or 0) < 2))
+    found = evidence.gather(few, SHAPES)
+    pilot = words.tell(rule.decide(found), found, few, SHAPES)
+    assert pilot.label == "pilot"
+    assert pilot.decides[:2] == ("5 trainings of A instead of 2", "5 trainings of B instead of 2")

@@ -1,0 +1,53 @@
+"""The features of a dictionary that write most, each with what a reader wants to know of it first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from crosscoder.data.tokens import PreparedTokens
+from crosscoder.measure.causal import CausalLayers
+from crosscoder.measure.labels import decode
+from crosscoder.measure.profile import layer_profile, participation_ratio
+from crosscoder.measure.reading import Reading
+
+MOST = 10  # features that are described
+PEAKS = 20  # tokens on which a feature is most active
+SAID = 3  # of their ids, the most frequent
+
+
+def describe_strongest(reading: Reading, scale_L: np.ndarray, tokens: PreparedTokens) -> dict[str, Any]:
+    """What is known of the features with the most energy E[f^2] |W|^2, the largest first.
+
+    `top_features` has a row a feature: number, share of all energy, firing rate, rho, strongest layer (from 0), that
+    layer's share. `top_feature_tokens` has a text a feature: the tokens on which it is most active.
+
+    scale_L: the dictionary's `input_scale`; rho and shares are of rows in the subject's own units. tokens: the blocks
+    that `Reading.token_T` numbers.
+    """
+    total, id_T = float(reading.energy_F.sum()), tokens.held_out[:].numpy().reshape(-1)[reading.token_T]
+    profile_FL = layer_profile(reading.decoder_FLD / np.asarray(scale_L)[:, None])
+    rho_F, rows, said = participation_ratio(profile_FL), list[list[float]](), list[str]()
+    for one in np.argsort(-reading.energy_F, kind="stable")[:MOST].tolist():
+        layer = int(profile_FL[one].argmax())
+        energy = reading.energy_F[one] / total if total else 0.0
+        found = (reading.index_F[one], energy, reading.probability_F[one], rho_F[one], layer, profile_FL[one, layer])
+        rows.append([float(value) for value in found])
+        said.append(", ".join(repr(decode(tokens.tokenizer, [one])) for one in peak_ids(reading, one, id_T)))
+    return {"top_features": rows, "top_feature_tokens": said}
+
+
+def peak_ids(reading: Reading, feature: int, id_T: np.ndarray) -> list[int]:
+    """The most frequent ids among the tokens on which a feature (its place in the reading) is most active."""
+    start, end = reading.code.indptr[feature : feature + 2]
+    order = np.argsort(-reading.code.data[start:end], kind="stable")[:PEAKS]
+    counted = Counter(id_T[reading.code.indices[start:end][order]].tolist())
+    return [int(one) for one, _ in counted.most_common(SAID)]
+
+
+def describe_effects(effects: CausalLayers) -> dict[str, Any]:
+    """`causal_by_feature`: number and causal layers of each feature that has an effect."""
+    each = zip(effects.feature_n.tolist(), effects.layers_n.tolist(), strict=True)
+    return {"causal_by_feature": [[float(one), layers] for one, layers in each if layers > 0]}

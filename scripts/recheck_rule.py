@@ -1,0 +1,232 @@
+"""What the decision rule's gates measure, and its label, from the constants that a study's results keep of it.
+
+`recheck.py` says what for. Nothing is imported from the library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from recheck_legs import MAIN, Group, Study, Term, joined
+from recheck_readings import Interval, t_interval
+
+BY_CURRENCY = ("q", "r", "room")
+CURRENCIES = ("fvu", "loss")
+EXPLAINED = {"gaussian": "explained by covariance", "frozen_encoder": "explained by the dictionary"}
+
+
+def worst(found: Iterable[Interval | None], *, highest: bool = True) -> Interval | None:
+    """The one that reaches furthest; None where one is not known."""
+    each = list(found)
+    known = [one for one in each if one is not None]
+    if not known or len(known) < len(each):
+        return None
+    return max(known, key=lambda one: one.high) if highest else min(known, key=lambda one: one.low)
+
+
+def exact(values: Sequence[float], pick: Any = max) -> Interval | None:
+    """One of some numbers that have no interval."""
+    return Interval(*[float(pick(values))] * 3) if values else None
+
+
+def of_subject(study: Study, name: str, key: str, *, log: bool = False) -> Group:
+    """A number of each training of a subject itself."""
+    found = study.rows.find(key, subject=name, role=None, state=None)
+    known = {at["training_seed"]: value for at, value in found if value is not None}
+    return {t: math.log(value) if log else value for t, value in known.items()} or None
+
+
+def mean(group: Group) -> Interval | None:
+    """Over trainings, with its interval."""
+    return Term([(1, group)]).interval
+
+
+def gates(study: Study) -> dict[str, Interval | None]:
+    """Every gate's number."""
+    losses = {name: of_subject(study, name, "held_out_loss", log=True) for name in "AB"}
+    trigrams = {name: of_subject(study, name, "trigram_loss", log=True) for name in "AB"}
+    means = [float(np.mean(list(one.values()))) for one in losses.values() if one]
+    rates = [value for name in "AB" for value in (of_subject(study, name, "rate_share") or {}).values()]
+    sizes = [one.numbers["dictionary_size"] / math.prod(study.shapes[one.at["subject"]]) for name in "AB"
+             for one in study.of(**MAIN, subject=name, state="trained")]  # fmt: skip
+    planted = {key: [value for _, value in study.rows.find(f"calibration_{key}") if value is not None]
+               for key in ("mcc", "q_error", "g_error", "room_error")}  # fmt: skip
+    return {
+        "loss over a trigram table's": worst(mean(joined(losses[name], trigrams[name])) for name in "AB"),
+        "share that token lookup keeps": worst(mean(of_subject(study, name, "lookup_share")) for name in "AB"),
+        "loss, B over A": exact([means[1] - means[0]]) if len(means) == 2 else None,
+        "what unequal losses may move q": loss_effect(study, losses),
+        "learning rate at the checkpoints": exact(rates),
+        "what interpolation may move fidelity": bends(study),
+        "features a dimension": exact(sizes, min),
+        "load of another order of the text": worst(mean(orders(study, name)) for name in "AB"),
+        "same direction in another order": worst(
+            (mean(study.points[name, "self_cosine"]) for name in "AB"), highest=False
+        ),
+        "found in another order": worst(
+            (mean(study.points[name, "point_matched_share"]) for name in "AB"), highest=False
+        ),
+        "two rooms agree": rooms_agree(study),
+        "room at twice the size": at_twice(study),
+        "features found, planted": exact(planted["mcc"], min),
+        "error of q, planted": exact(planted["q_error"]),
+        "error of g, planted": exact(planted["g_error"]),
+        "error of ln R, planted": exact(planted["room_error"]),
+    }
+
+
+def loss_effect(study: Study, losses: Mapping[str, Group]) -> Interval | None:
+    """|ln loss of B less that of A| times |slope of ln load on ln loss| within shapes, at the ends of both."""
+    loads = {name: study.logs(name, "trained", "crosscoder", "fvu", "load") for name in "AB"}
+    gap = Term([(1, losses["B"]), (-1, losses["A"])]).interval
+    pairs = []
+    for name in "AB":
+        loss, load = losses[name], loads[name]
+        if loss is None or load is None or not load.keys() <= loss.keys():
+            return None
+        both = np.array([(loss[t], load[t]) for t in load])
+        pairs.append(both - both.mean(0))
+    x, y = np.concatenate(pairs).T
+    freedom = len(x) - 3
+    if gap is None or freedom < 1 or not x.any():
+        return None
+    slope = float((x * y).sum() / (x * x).sum())
+    error = float(((y - slope * x) ** 2).sum()) / freedom / float((x * x).sum())
+    steep = t_interval(slope, [(error, freedom)])
+    most = max(abs(gap.low), abs(gap.high)) * max(abs(steep.low), abs(steep.high))
+    return Interval(abs(gap.value * slope), 0.0, most)
+
+
+def bends(study: Study) -> Interval | None:
+    """The largest |d ln FVU| that a cubic in place of straight lines amounts to."""
+    found = []
+    for name in "AB":
+        for arm in ("crosscoder", "layerwise"):
+            read = study.sweep(name, "trained", arm, "fvu", "load")
+            if read is None:
+                return None
+            found += [one.bend / abs(one.slope) for each in read.values() for one in each if one.bend]
+    return exact([*found, 0.0])
+
+
+def orders(study: Study, name: str) -> Group:
+    """How far ln loads of a training's first two main crosscoders lie apart."""
+    found: dict[int, list[float]] = {}
+    for one in study.of(**MAIN, subject=name, state="trained"):
+        found.setdefault(one.at["training_seed"], []).append(math.log(one.numbers["entropy_load"]))
+    if min((len(each) for each in found.values()), default=0) < 2:
+        return None
+    return {t: abs(each[0] - each[1]) for t, each in found.items()}
+
+
+def rooms_agree(study: Study) -> Interval | None:
+    """ln R by the covariance's room less that by the dictionaries' dimension, a number of each training, B over A."""
+    found = []
+    for currency in CURRENCIES:
+        own: dict[str, Group] = {}
+        for name in "AB":
+            load, dense = (study.logs(name, "trained", "crosscoder", currency, key) for key in ("load", "density"))
+            own[name] = joined(joined(load, study.room(name, "trained", "model")), dense)
+        found.append(Term([(1, own["B"]), (-1, own["A"])]).interval)
+    known = [one for one in found if one is not None]
+    return max(known, key=lambda one: abs(one.value)) if len(known) == len(found) else None
+
+
+def at_twice(study: Study) -> Interval | None:
+    """|change| of ln(load / d_eff), B over A, from the main size to twice as many features."""
+    moved = []
+    for name in "AB":
+        shifts = []
+        for twice in study.of(**(MAIN | {"role": "size"}), subject=name, state="trained"):
+            same = {one: twice.at[one] for one in ("training_seed", "k", "seed")}
+            shifts += [
+                math.log(twice.numbers["raw_density"] / one.numbers["raw_density"])
+                for one in study.of(**MAIN, subject=name, state="trained", **same)
+                if 2 * one.at["n_features"] == twice.at["n_features"]
+            ]
+        if not shifts:
+            return None
+        moved.append(float(np.mean(shifts)))
+    return exact([abs(moved[1] - moved[0])])
+
+
+class Stand(NamedTuple):
+    """How a leg or gate stands: met, missed, open or not measured."""
+
+    name: str
+    found: Interval | None
+    met: str
+
+
+def stand(name: str, found: Interval | None, low: float | None, high: float | None, outside: bool = False) -> Stand:
+    """A leg asks for a whole interval in a range or, `outside`, beyond it on one side."""
+    if found is None or not all(math.isfinite(one) for one in found):
+        return Stand(name, found, "not measured")
+    bottom, top = -math.inf if low is None else low, math.inf if high is None else high
+    within, beyond = bottom <= found.low and found.high <= top, found.high < bottom or found.low > top
+    good, bad = (beyond, within) if outside else (within, beyond)
+    return Stand(name, found, "met" if good else "missed" if bad else "open")
+
+
+class Judged(NamedTuple):
+    """The label, what would give the same numbers, and how all that was asked stands."""
+
+    label: str
+    explained: list[str]
+    gates: dict[str, Stand]
+    legs: dict[str, list[Stand]]
+
+
+def judge(
+    rule: Mapping[str, Any],
+    values: Mapping[str, Interval | None],
+    gate_values: Mapping[str, Interval | None],
+    nulls: Mapping[tuple[str, str], Interval | None],
+    n_trainings: Mapping[str, int],
+) -> Judged:
+    """The rule's label: trainings first, then gates on everything, then the first label all of whose legs and gates
+    are met. Of a premise that fails any one leg is enough; loads must differ the same way in both currencies."""
+    asked = {name: stand(name, gate_values.get(name), low, high) for name, (low, high, _) in rule["gates"].items()}
+    guards = {name: None if labels == "all" else labels for name, (_, _, labels) in rule["gates"].items()}
+    legs: dict[str, list[Stand]] = {}
+    for label, each in rule["legs"].items():
+        legs[label] = [
+            stand(name, values.get(name), low, high, side == "outside")
+            for statistic, (low, high, side) in each.items()
+            for name in ([f"{statistic}/{one}" for one in CURRENCIES] if statistic in BY_CURRENCY else [statistic])
+        ]
+
+    def stopped(names: Iterable[str]) -> str | None:
+        states = {asked[name].met for name in names}
+        return "not testable" if states & {"missed", "not measured"} else "undecided" if "open" in states else None
+
+    if any(n_trainings.get(name, 0) < least for name, least in rule["trainings"].items()):
+        return Judged("pilot", [], asked, legs)
+    if stop := stopped(name for name, labels in guards.items() if labels is None):
+        return Judged(stop, [], asked, legs)
+    found = [label for label, each in legs.items() if holds(label, each)]
+    stops = {label: stopped(name for name, only in guards.items() if only is None or label in only) for label in found}
+    free = [label for label in found if stops[label] is None]
+    if not free:
+        return Judged(stops[found[0]] or "undecided" if found else "undecided", [], asked, legs)
+    explained, missing = [], False
+    for leg in legs[free[0]]:
+        statistic, _, currency = leg.name.partition("/")
+        for null, currencies in rule["nulls"].items():
+            if leg.met == "met" and statistic in BY_CURRENCY and currency in currencies:
+                left = nulls.get((leg.name, null))
+                missing |= left is None
+                explained += [EXPLAINED[null]] if left is not None and left.low <= 0 <= left.high else []
+    return Judged("undecided" if missing else free[0], [] if missing else list(dict.fromkeys(explained)), asked, legs)
+
+
+def holds(label: str, legs: Sequence[Stand]) -> bool:
+    """Whether a label's legs say it."""
+    met = [leg.met == "met" for leg in legs]
+    if label == "premise fails: features":
+        return any(met)
+    signs = {leg.found.value > 0 for leg in legs if leg.found is not None}
+    return all(met) and (label != "premise fails: load" or len(signs) == 1)
