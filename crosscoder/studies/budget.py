@@ -42,7 +42,7 @@ STRUCTURES: dict[StructureName, Callable[[int], Structure]] = {
 }
 CLASSES: dict[Arm, str] = {"crosscoder": "Crosscoder", "layerwise": "LayerwiseSAE"}
 SPANNING: tuple[Arm, ...] = ("crosscoder",)
-"""Arms whose features extend over layers: what they read can be probed, and the verdict compares them."""
+"""Arms whose features extend over layers."""
 
 
 def _all_different(seeds: tuple[int, ...]) -> tuple[int, ...]:
