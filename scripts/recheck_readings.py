@@ -123,15 +123,15 @@ def spread(rows_FLD: np.ndarray) -> np.ndarray:
 
 
 def find_twins(rows_FLD: np.ndarray) -> np.ndarray:
-    """True where on every occupied layer another feature that occupies it has cosine .9, and none .5 jointly (.7 where
-    there are two layers or one)."""
+    """True where on every occupied layer another feature that occupies it has cosine .9, and none .5 jointly (.7 of
+    those that occupy two layers, and where there are two or one)."""
     here_FL, n_layers = occupied(rows_FLD), rows_FLD.shape[1]
     norm_FL = np.sqrt((rows_FLD**2).sum(2))
     layers = [rows_FLD[:, i] / np.maximum(norm_FL[:, i, None], 1e-300) for i in range(n_layers)]
     joint_FN = rows_FLD.reshape(len(rows_FLD), -1)
     joint_FN = joint_FN / np.sqrt((joint_FN**2).sum(1, keepdims=True))
     joint_FF = joint_FN @ joint_FN.T - 2 * np.eye(len(joint_FN))
-    twin_F = joint_FF.max(1) < (0.5 if n_layers > 2 else 0.7)
+    twin_F = joint_FF.max(1) < np.where((here_FL.sum(1) == 2) | (n_layers <= 2), 0.7, 0.5)
     for i, unit_FD in enumerate(layers):
         near_FF = (unit_FD @ unit_FD.T - 2 * np.eye(len(unit_FD)) >= 0.9) & here_FL[:, i][None]
         twin_F &= near_FF.any(1) | ~here_FL[:, i]

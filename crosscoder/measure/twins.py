@@ -9,15 +9,10 @@ from crosscoder.measure.profile import known_mean, layer_profile, occupied_layer
 
 ALIKE = 0.9  # cosine on one layer from which two features share a direction there
 JOINT = 0.5  # joint cosine from which they are alike as a whole
-JOINT_OF_TWO = 0.7  # the same in two layers, where .5 is what product codes have
+JOINT_OF_TWO = 0.7  # the same for a feature of two layers, where .5 is what product codes have
 
 
-def joint_bound(n_layers: int) -> float:
-    """The joint cosine from which features of so many layers are alike: see `find_twins`, `joint`."""
-    return JOINT if n_layers > 2 else JOINT_OF_TWO
-
-
-def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float = JOINT) -> np.ndarray:
+def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float | None = None) -> np.ndarray:
     """True for twins, `[F]`: at each layer that they occupy another feature writes in their direction, none in all.
 
     A layer counts as occupied where it holds at least half the feature's largest share (`profile.occupied_layers`), and
@@ -26,17 +21,20 @@ def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, jo
 
     scale_L: the dictionary's `input_scale`, for shares and joint cosines in the subject's own units; None takes the
         decoder as it is. Which layers are occupied, and joint cosines, depend on the units; cosines on a layer do not.
-    joint: a feature with a joint cosine of so much with another is no twin. Two features of two layers each, of equal
-        norms, that share one of them, have a joint cosine of .5 to rounding: a dictionary of two layers shows its
-        product codes only where this is set above, at .7.
+    joint: a feature with a joint cosine of so much with another is no twin; None: .5, or .7 for a feature that occupies
+        two layers, or in a dictionary of two. Two words of two layers each, of equal norms, that share one of them, have
+        a joint cosine of .5 to rounding in a dictionary of any depth, so that a bound of .5 would call none a twin.
     """
     rows_FLD = np.asarray(decoder_FLD, dtype=np.float64)
     if scale_L is not None:
         rows_FLD = rows_FLD / np.asarray(scale_L, dtype=np.float64)[:, None]
     occupied_FL = occupied_layers(layer_profile(rows_FLD))
+    of_two_F = (occupied_FL.sum(1) == 2) | (rows_FLD.shape[1] <= 2)
+    limit_F = np.where(of_two_F, JOINT_OF_TWO, JOINT) if joint is None else np.full(len(rows_FLD), joint)
     near_FL, alone_F = ~occupied_FL, np.zeros(len(rows_FLD), dtype=bool)
     for start, block in decoder_cosine(rows_FLD, rows_FLD).blocks():
-        alone_F[start : start + len(block)] = ~(_others(start, block) >= joint).any(1)
+        here = slice(start, start + len(block))
+        alone_F[here] = ~(_others(start, block) >= limit_F[here, None]).any(1)
     for layer in range(rows_FLD.shape[1]):
         rows_F1D, occupied_F = rows_FLD[:, [layer]], occupied_FL[:, layer]
         for start, block in decoder_cosine(rows_F1D, rows_F1D).blocks():
@@ -44,7 +42,7 @@ def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, jo
     return np.asarray(alone_F & near_FL.all(1) & occupied_FL.any(1))
 
 
-def twin_share(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float = JOINT) -> float:
+def twin_share(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float | None = None) -> float:
     """Share of features with a decoder that are twins, see `find_twins`; nan where there is none."""
     return known_mean(find_twins(decoder_FLD, scale_L, joint=joint)[np.asarray(decoder_FLD).any((1, 2))])
 

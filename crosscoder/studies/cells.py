@@ -293,7 +293,7 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list
 def _direction_values(dictionary: Dictionary, reading: Reading) -> dict[str, Any]:
     """Layers that features occupy in the subject's own units, twins, and the density with and without these."""
     own_FLD = reading.decoder_FLD / dictionary.input_scale.cpu().numpy()[:, None]
-    is_twin_F = twins.find_twins(reading.decoder_FLD, joint=twins.joint_bound(reading.decoder_FLD.shape[1]))
+    is_twin_F = twins.find_twins(reading.decoder_FLD)
     parts = {"raw_density": reading, "raw_density_rest": reading.only(~is_twin_F)}
     rooms = {key: dimension.effective_dimension(part.decoder_FLD) for key, part in parts.items()}
     loads = {key: float(counting.binary_entropy(part.probability_F).sum()) for key, part in parts.items()}

@@ -61,5 +61,12 @@ def test_two_layers_need_a_bound_above_a_half():
     """Words that share one of two layers have a joint cosine of .5 where norms are equal, and around it elsewhere."""
     sizes = np.random.default_rng(0).uniform(0.8, 1.25, (3, 3, 2))
     rows = rows_of([((a, sizes[a - 1, b - 1, 0]), (b, sizes[a - 1, b - 1, 1])) for a in (1, 2, 3) for b in (1, 2, 3)])
-    assert twin_share(rows) == 0
-    assert twin_share(rows, joint=0.7) == 1
+    assert twin_share(rows, joint=0.5) == 0
+    assert twin_share(rows) == 1
+
+
+def test_words_of_two_layers_are_twins_in_dictionaries_of_more():
+    """What counts is how many layers the feature occupies, not how many the dictionary has."""
+    words = rows_of([(a, b, 0, 0) for a in (1, 2, 3) for b in (1, 2, 3)])
+    assert twin_share(words) == 1
+    assert twin_share(words, joint=0.49) == 0  # .5 to rounding
