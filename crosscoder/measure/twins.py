@@ -22,7 +22,7 @@ def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, jo
     scale_L: the dictionary's `input_scale`, for shares and joint cosines in the subject's own units; None takes the
         decoder as it is. Which layers are occupied, and joint cosines, depend on the units; cosines on a layer do not.
     joint: a feature with a joint cosine of so much with another is no twin; None: .5, or .7 for a feature that occupies
-        two layers, or in a dictionary of two. Two words of two layers each, of equal norms, that share one of them, have
+        two layers, or in a dictionary of two. Two words of two layers, of equal norms, that share one of them, have
         a joint cosine of .5 to rounding in a dictionary of any depth, so that a bound of .5 would call none a twin.
     """
     rows_FLD = np.asarray(decoder_FLD, dtype=np.float64)
