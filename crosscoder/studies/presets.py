@@ -146,7 +146,7 @@ class StudyConfig:
     )
     """What else the dictionaries of A and B are trained on, or which of their parts are not."""
     null_banks: tuple[State, ...] = ("gaussian", "frozen_encoder")
-    """Nulls that banks are trained on too; the shuffled one has those of the subject."""
+    """Of the nulls, those that banks are trained on too; the shuffled one has those of the subject."""
     null_factors: tuple[PositiveFloat, ...] = (9.0, 18.0, 36.0)
     """k of the nulls' crosscoders, as multiples of the main one: with nothing to find they need more for the same
     fidelity."""

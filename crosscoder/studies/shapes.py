@@ -138,7 +138,8 @@ def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
         for state in config.nulls:
             acts = causal if state in FROZEN or state == "untrained" else 0
             cells.append(cell("crosscoder", state, seeds=first, causal=acts, labelled=t == 0 and state in FROZEN))
-        cells += [cell("layerwise", state, seeds=first) for state in config.null_banks]
+        banks = [state for state in config.null_banks if state in config.nulls]
+        cells += [cell("layerwise", state, seeds=first) for state in banks]
         for factor in config.size_factors:
             larger = of_size(budget, round(factor * budget.n_features))
             cells.append(cell("crosscoder", seeds=first, role="size", budget=larger, beside=()))

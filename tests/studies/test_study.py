@@ -232,6 +232,11 @@ def test_readings_of_every_dictionary_are_kept(studies):
             assert {f"{part.name}-seed{seed}" for seed in part.seeds} <= kept
 
 
+def test_a_null_that_is_left_out_has_no_bank_either():
+    cells = dictionary_cells(replace(PRESETS["standard"], nulls=("shuffled",)))
+    assert {cell.state for cell in cells} == {"trained", "shuffled"}
+
+
 def test_parts_share_the_runs_and_miss_none():
     runs = [(name, t) for name in "ABC" for t in range(2)]
     held = [[run for run in runs if Part(i, 4).holds(run, runs)] for i in range(4)]
