@@ -380,6 +380,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=1e-6, help="relative difference that may be")
     parser.add_argument("--all", action="store_true", help="print every dictionary's numbers")
     given = parser.parse_args(arguments)
+    if not (given.run / "results.json").is_file():
+        parser.error(f"{given.run} holds no results.json; give the folder of a finished study")
     began = time.perf_counter()
     said, missing = recheck(given.run, given.tolerance)
     print_table(said, every=given.all)
