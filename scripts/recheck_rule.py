@@ -40,7 +40,9 @@ def of_subject(study: Study, name: str, key: str, *, log: bool = False) -> Group
 
 
 def mean(group: Group) -> Interval | None:
-    """Over trainings, with its interval."""
+    """Over trainings, with its interval; what all trainings have alike is exact."""
+    if group is not None and len(group) > 1 and np.ptp(list(group.values())) == 0:
+        return exact(list(group.values()))
     return Term([(1, group)]).interval
 
 

@@ -41,7 +41,7 @@ BUDGETS = {
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
     "crosscoder/measure": 3620,
-    "crosscoder/verdict": 1065,
+    "crosscoder/verdict": 1085,
     "crosscoder/report": 1640,
     "crosscoder/studies": 2225,
     "crosscoder/commands": 500,

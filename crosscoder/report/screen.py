@@ -29,8 +29,8 @@ from crosscoder.results.file import Results
 from crosscoder.results.quantities import QUANTITIES
 from crosscoder.results.table import COMPARED, Estimate
 from crosscoder.results.verdict import Asked, Verdict
-from crosscoder.verdict.evidence import KEYS
 from crosscoder.verdict.legs import SITE
+from crosscoder.verdict.rows import KEYS
 
 MOST_SAID = 4
 """Requirements that are named on the first screen; the others are counted."""

@@ -25,7 +25,7 @@ from crosscoder.results.file import Results
 from crosscoder.results.quantities import NOTES, QUANTITIES
 from crosscoder.results.table import Estimate, LongTable, Row
 from crosscoder.results.verdict import Asked
-from crosscoder.verdict.evidence import KEYS
+from crosscoder.verdict.rows import KEYS
 
 EQUALLY = {"fvu": "at equal variance unexplained", "loss": "at equal loss of prediction"}
 MOST_REASONS = 3

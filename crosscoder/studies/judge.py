@@ -17,6 +17,7 @@ from crosscoder.studies.cells import reading_path
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.verdict import evidence, rule, words
 from crosscoder.verdict.legs import SITE, Shapes
+from crosscoder.verdict.rows import evidence_rows, statistic_rows
 
 PRIMARY = Place(site=SITE)
 
@@ -32,7 +33,7 @@ def judge(config: StudyConfig, table: LongTable, folder: Path, *, documents: np.
     whole = LongTable((*table, *measured))
     found = evidence.gather(whole, shapes)
     by_state = evidence.statistics(whole, shapes)
-    measured += evidence.statistic_rows(by_state) + evidence.evidence_rows(found) + share_rows(by_state, whole, shapes)
+    measured += statistic_rows(by_state) + evidence_rows(found) + share_rows(by_state, whole, shapes)
     decision = rule.decide(found)
     verdict = words.tell(decision, found, LongTable((*table, *measured)), shapes)
     return [_finite_row(row) for row in measured], verdict

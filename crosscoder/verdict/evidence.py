@@ -14,8 +14,8 @@ import numpy as np
 from crosscoder.measure.dimension import CEILING, headroom
 from crosscoder.measure.fidelity import Currency
 from crosscoder.measure.statistics import signed_ratio_of
-from crosscoder.measure.welch import Group, GroupMean, Variance, contrast, group_mean, interval
-from crosscoder.results.table import COMPARED, Estimate, LongTable, Place, Row, State, finite
+from crosscoder.measure.welch import GroupMean, Variance, contrast, group_mean, interval
+from crosscoder.results.table import COMPARED, Estimate, LongTable, State
 from crosscoder.verdict.legs import (
     SITE,
     Contrast,
@@ -35,15 +35,6 @@ from crosscoder.verdict.legs import (
 from crosscoder.verdict.rule import CURRENCIES, GATES, Evidence, Gate
 
 NULL_STATES: tuple[State, ...] = tuple(state for state in get_args(State) if state != "trained")
-KEYS = {
-    "q": "load_log_ratio",
-    "g": "sharing",
-    "r": "bank_log_ratio",
-    "room": "room_log_ratio",
-    "room_scaled": "room_log_ratio_scaled",
-    "dimension": "dimension_log_ratio",
-}
-"""The quantity of each statistic that is read at common fidelity."""
 ACTING: tuple[State, ...] = ("untrained", "frozen_encoder", "frozen_decoder", "soft_decoder")
 """Nulls whose dictionaries can be ablated in a model."""
 
@@ -54,20 +45,6 @@ def statistics(table: LongTable, shapes: Shapes) -> Statistics:
     """What is read at common fidelity, of the trained subjects and of every null that has rows."""
     states = [s for s in get_args(State) if len(table.select("entropy_load", state=s, site=SITE, arm="crosscoder"))]
     return {(s, one): fidelity_statistics(table, shapes, s, one) for s in states for one in CURRENCIES}
-
-
-def statistic_rows(found: Statistics) -> list[Row]:
-    """Statistics as rows: at a null, the null's own; and `null_excess`, the trained subjects' less the null's."""
-    rows = []
-    for (state, currency), by_name in found.items():
-        for name, one in by_name.items():
-            at = Place(state=state, site=SITE, estimator=currency)
-            rows.append(_row(at, KEYS[name], one.estimate))
-            if state != "trained":
-                excess = found["trained", currency][name].less(one)
-                beside = Place(state=state, site=SITE, estimator=f"{name}-{currency}")
-                rows.append(_row(beside, "null_excess", excess.estimate))
-    return rows
 
 
 def gather(table: LongTable, shapes: Shapes) -> Evidence:
@@ -260,7 +237,7 @@ def _loss_over(table: LongTable, key: str) -> list[Estimate | str]:
         losses, tables = (table.values(one, subject=name, role=None) for one in ("held_out_loss", key))
         if not losses or len(losses) != len(tables):
             return [f"{key} of {name} was not measured for every training"]
-        found.append(_interval(group_mean(np.log(losses) - np.log(tables))))
+        found.append(_mean((np.log(losses) - np.log(tables)).tolist()))
     return found
 
 
@@ -268,16 +245,23 @@ def _subject_means(table: LongTable, key: str) -> list[Estimate | str]:
     found: list[Estimate | str] = []
     for name in COMPARED:
         values = table.values(key, subject=name, role=None)
-        found.append(_interval(group_mean(values)) if values else f"{key} of {name} was not measured")
+        found.append(_mean(values) if values else f"{key} of {name} was not measured")
     return found
 
 
 def _cell_means(table: LongTable, key: str) -> list[Estimate | str]:
     """Over trainings, of each subject's main crosscoders."""
-    return [_interval(mean_of(main_values(table, name, key))) for name in COMPARED]
+    return [_mean(main_values(table, name, key)) for name in COMPARED]
 
 
-def _interval(group: Group) -> Estimate | str:
+def _mean(values: Logs | Sequence[float]) -> Estimate | str:
+    """The mean over trainings with its interval; what all trainings have alike, such as full agreement, is exact."""
+    if isinstance(values, str):
+        return values
+    each = list(values.values()) if isinstance(values, dict) else list(values)
+    if len(each) > 1 and np.ptp(each) == 0:
+        return _exact(each, max)
+    group = group_mean(each)
     return interval(group.value, group.variances) if isinstance(group, GroupMean) else group
 
 
@@ -337,7 +321,7 @@ def _spread_of_load(table: LongTable) -> Estimate | str:
             return f"one dictionary of {name}"
         # Of the first two: a training with more dictionaries would seem to spread further.
         spreads = [float(np.ptp(np.log([row.value for row in group.rows[:2]]))) for group in groups]
-        found.append(_interval(group_mean(spreads)))
+        found.append(_mean(spreads))
     return _worst(found, highest=True)
 
 
@@ -352,8 +336,7 @@ def _rooms_agree(table: LongTable) -> Estimate | str:
         for name in COMPARED:
             joint, dense = (read_logs(table, name, "crosscoder", currency, quantity=one) for one in (load, raw_density))
             logs[name] = minus(minus(joint, log_room(table, name, "trained", "model")), dense)
-        a, b = COMPARED
-        one = contrast([(1.0, mean_of(logs[b])), (-1.0, mean_of(logs[a]))])
+        one = contrast([(1.0, mean_of(logs["B"])), (-1.0, mean_of(logs["A"]))])
         if isinstance(one, str):
             return one
         known.append(one)
@@ -378,23 +361,3 @@ def _room_at_twice(table: LongTable) -> Estimate | str:
             return f"no dictionary of {name} of twice the size"
         moved[name] = float(np.mean(shifts))
     return _exact([abs(moved["B"] - moved["A"])], max)
-
-
-def _row(at: Place, key: str, value: Estimate | str) -> Row:
-    if isinstance(value, str):
-        return Row(at, key, None, value)
-    kept = finite(value)
-    return Row(at, key, kept, None if kept is not None else "not finite")
-
-
-def evidence_rows(evidence: Evidence) -> list[Row]:
-    """The values of the rule that are no row yet."""
-    keys = {
-        "kappa": "kappa",
-        "conjunctive excess": "conjunctive_excess",
-        "conjunctive or twin excess": "conjunctive_or_twin_excess",
-        "removal share": "removal_share",
-        "headroom of B": "headroom",
-    }
-    at = Place(site=SITE)
-    return [_row(at, key, evidence.values.get(name) or "not measured") for name, key in keys.items()]

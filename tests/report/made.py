@@ -10,6 +10,7 @@ from crosscoder.results.file import Provenance, Results
 from crosscoder.results.table import Estimate, LongTable, Place, Row, rows_at
 from crosscoder.studies.judge import law_rows, share_rows
 from crosscoder.verdict import evidence, rule, words
+from crosscoder.verdict.rows import evidence_rows, statistic_rows
 
 SHAPES = {"A": (8, 64), "B": (2, 128), "C": (4, 90), "D": (2, 64)}
 KS = (4, 8, 12, 16)
@@ -100,7 +101,7 @@ def made() -> Results:
     table = LongTable(tuple(rows))
     table = LongTable((*table, *law_rows(table, SHAPES)))
     found, by_state = evidence.gather(table, SHAPES), evidence.statistics(table, SHAPES)
-    more = evidence.statistic_rows(by_state) + evidence.evidence_rows(found) + share_rows(by_state, table, SHAPES)
+    more = statistic_rows(by_state) + evidence_rows(found) + share_rows(by_state, table, SHAPES)
     table = LongTable((*table, *more))
     verdict = words.tell(rule.decide(found), found, table, SHAPES)
     subjects = {"seeds": [0, 1, 2, 3, 4], "grid": [{}, {}], "grid_seeds": 5}

@@ -8,6 +8,7 @@ from planted_rows import SHAPES, study_rows
 
 from crosscoder.results.table import Estimate, LongTable, Place, Row
 from crosscoder.verdict import evidence, rule, words
+from crosscoder.verdict.rows import statistic_rows
 
 SITE_ROWS = [
     Row(Place(site="write"), "universality", Estimate(0.9, 0.8, 1.0)),
@@ -87,6 +88,12 @@ def test_a_gate_on_directions_does_not_keep_loads_from_being_said():
     assert decision.label == "premise fails: load"
 
 
+def test_agreement_that_is_full_in_every_training_is_measured():
+    rows = [replace(row, value=1.0) if row.key == "self_cosine" else row for row in study_rows(extra=SITE_ROWS)]
+    gate = evidence.gather(LongTable(tuple(rows)), SHAPES).gates["same direction in another order"]
+    assert gate.measured == Estimate(1.0, 1.0, 1.0)
+
+
 def test_what_unequal_losses_may_move_grows_with_the_slope():
     table = study_rows()
     small = evidence.loss_effect(table)
@@ -100,7 +107,7 @@ def test_what_unequal_losses_may_move_grows_with_the_slope():
 
 def test_statistics_are_rows_and_nulls_have_their_excess():
     table = study_rows()
-    rows = LongTable(tuple(evidence.statistic_rows(evidence.statistics(table, SHAPES))))
+    rows = LongTable(tuple(statistic_rows(evidence.statistics(table, SHAPES))))
     assert rows.one("load_log_ratio", state="trained", estimator="fvu").value < 0
     excess = rows.one("null_excess", state="gaussian", estimator="q-fvu").value
     real, null = (rows.one("load_log_ratio", state=s, estimator="fvu").value for s in ("trained", "gaussian"))
