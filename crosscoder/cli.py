@@ -94,6 +94,9 @@ class Compare(Study):
     nulls: tuple[State, ...] | None = None
     """What else dictionaries are trained on, to see what is found where there is nothing of the kind: untrained,
     shuffled, gaussian; frozen_encoder, frozen_decoder, soft_decoder: on the model, but with that part not learnt."""
+    causal_features: int | None = None
+    """Features that are taken off layer by layer, to see on which they act; 0 leaves that out. Each costs some rows of
+    text times layers through the model."""
     steps: int | None = None  # Training steps of each dictionary
     n_features: int | None = None  # Features of the crosscoder and of each layer's SAE
     structure: WholeStructure | None = None
@@ -121,6 +124,7 @@ class Compare(Study):
         names = ("steps", "n_features", "structure", "window", "bank")
         budget = _replace_given(config.dictionaries, **{name: getattr(self, name) for name in names})
         config = _replace_given(config, dictionaries=budget, seeds=self.seeds, nulls=self.nulls)
+        config = _replace_given(config, causal_features=self.causal_features)
         config = replace(config, stream=self.stream)
         if self.subject is not None:
             read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path, "loading": self.loading}

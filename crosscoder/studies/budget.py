@@ -168,12 +168,7 @@ def of_size(budget: DictionaryBudget, n_features: int) -> DictionaryBudget:
     return replace(budget, n_features=n_features, k_crosscoder=min(budget.k_crosscoder, n_features))
 
 
-def of_k(budget: DictionaryBudget, arm: Arm, k: int) -> DictionaryBudget:
-    """The budget with another k of one arm, as far as the dictionary has features."""
-    return replace(budget, **{f"k_{arm}": max(1, min(k, budget.n(arm)))})
-
-
 def of_other_k(budget: DictionaryBudget, arm: Arm, ks: Sequence[float]) -> tuple[DictionaryBudget, ...]:
-    """The budgets of other k of one arm, rounded, once each, the budget's own left out."""
-    found = {one.k(arm): one for one in (of_k(budget, arm, round(k)) for k in ks)}
-    return tuple(one for k, one in found.items() if k != budget.k(arm))
+    """The budgets of other k of one arm, rounded, as far as there are features, once each, its own left out."""
+    possible = dict.fromkeys(max(1, min(round(k), budget.n(arm))) for k in ks)
+    return tuple(replace(budget, **{f"k_{arm}": k}) for k in possible if k != budget.k(arm))

@@ -183,9 +183,14 @@ class MeasuredCell:
             rows += rows_at(at, found.clean)
             rows += [row for layer, values in found.sites.items() for row in rows_at(replace(at, layer=layer), values)]
         if cell.causal and first and self.source.n_layers > 1:
-            effects = causal.measure_causal_layers(
-                dictionary, model, blocks, ids_RS, **where, n_features=cell.causal, quiet=True
-            )
+            try:
+                effects = causal.measure_causal_layers(
+                    dictionary, model, blocks, ids_RS, **where, n_features=cell.causal, quiet=True
+                )
+            except MismatchError:
+                raise
+            except ValueError as error:  # such as weights too coarse for small effects: not the end of a study
+                return [*rows, Row(at, "causal_layers", None, str(error))]
             rows += rows_at(at, effects.summary() | strongest.describe_effects(effects))
         return rows
 

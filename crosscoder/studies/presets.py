@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.foundation.config import config, from_mapping
 from crosscoder.results.table import Arm, State
-from crosscoder.studies.budget import DictionaryBudget, Seeds, of_k
+from crosscoder.studies.budget import DictionaryBudget, Seeds, of_other_k
 
 T = TypeVar("T")
 Run = tuple[str, int]  # a shape and the position of its training seed
@@ -51,9 +51,7 @@ class Shape:
 
     def sweep(self, budget: DictionaryBudget, arm: Arm, factors: tuple[float, ...]) -> tuple[DictionaryBudget, ...]:
         """The budgets of other k of one arm, of which `budget` is the main one."""
-        ks = self._ks()[arm][1:] or tuple(round(budget.k(arm) * factor) for factor in factors)
-        found = {one.k(arm): one for one in (of_k(budget, arm, k) for k in ks)}
-        return tuple(one for k, one in found.items() if k != budget.k(arm))
+        return of_other_k(budget, arm, self._ks()[arm][1:] or [budget.k(arm) * factor for factor in factors])
 
     def _ks(self) -> dict[Arm, tuple[int, ...]]:
         return {"crosscoder": self.k_crosscoder, "layerwise": self.k_layerwise}
