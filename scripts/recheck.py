@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +40,11 @@ from recheck_readings import (
     Interval,
     Kept,
     compare_shapes,
-    compare_two,
-    dimension,
+    documents,
+    load_left,
     read_kept,
     reading_numbers,
+    training_numbers,
     without_duplicates,
 )
 
@@ -74,6 +74,8 @@ class Comparison:
 
     results: Rows
     tolerance: float
+    context: int
+    """Tokens of a block of text."""
     lines: list[Line] = field(default_factory=list)
     n_kept: int = 0
 
@@ -141,6 +143,15 @@ def kept_blocks(run: Path) -> list[dict[str, Any]]:
     return [block for path in files for block in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
+def left_shares(rows: Rows, at: Place) -> np.ndarray | None:
+    """The share of ablation's harm without each document."""
+    found = [rows.find(f"{key}_left", **at) for key in ("spliced_loss", "clean_loss", "ablated_loss")]
+    if not all(found):
+        return None
+    spliced_E, clean_E, ablated_E = (np.array(one[0][1]) for one in found)
+    return (spliced_E - clean_E) / (ablated_E - clean_E)
+
+
 def lost_shares(rows: Rows, at: Place, explained: float) -> dict[str, float | None]:
     """What a dictionary loses: variance unexplained, and the share of the harm of ablating all layers."""
     by_layer = {key: {place.get("layer"): value for place, value in rows.find(key, **at)} for key in LOST}
@@ -167,20 +178,30 @@ def layer_scales(rows: Rows, at: Place) -> np.ndarray | None:
 
 def recheck_dictionaries(run: Path, rows: Rows, said: Comparison) -> list[Trained]:
     """Numbers of every dictionary."""
-    found = []
+    found, block_document = [], np.unique(documents(run), return_inverse=True)[1]
+    context = said.context
     for at, _ in rows.find("entropy_load"):
         kept = read_kept(reading_file(run, at))
         numbers = reading_numbers(kept, layer_scales(rows, at))
         layers = [None if math.isnan(value) else value for value in kept.explained_L.tolist()]
         stored = {"explained_variance": kept.explained, "explained_variance_per_layer": layers}
+        left: dict[str, Any] = {"load": None, "fvu": None, "loss": None}
+        if kept.explained_left_E is not None:
+            left["load"], left["fvu"] = (
+                load_left(kept, block_document[kept.token_T // context]),
+                1 - kept.explained_left_E,
+            )
+            left["loss"] = left_shares(rows, at)
+            stored["entropy_load_left"] = left["load"].tolist()
+            stored["explained_variance_left"] = kept.explained_left_E.tolist()
         for key, value in (stored | numbers).items():
             said.number(key, at, value, each=True)
         numbers.setdefault("l0_token", kept.l0)
-        found.append(Trained(at, numbers, lost_shares(rows, at, kept.explained)))
+        found.append(Trained(at, numbers, lost_shares(rows, at, kept.explained), left))
     return found
 
 
-def recheck_features(run: Path, results: dict[str, Any], dictionaries: Iterable[Trained], said: Comparison) -> tuple[
+def recheck_features(run: Path, dictionaries: Iterable[Trained], said: Comparison) -> tuple[
     dict[tuple[str, str], legs.Group], dict[str, Interval | None]
 ]:  # fmt: skip
     """What main crosscoders of A and B share: numbers of each training, and values that the rule reads."""
@@ -202,8 +223,7 @@ def recheck_features(run: Path, results: dict[str, Any], dictionaries: Iterable[
             for key, value in training_numbers(each).items():
                 said.number(key, at, value)
                 points[name, key] = (points.get((name, key)) or {}) | ({} if value is None else {t: value})
-    context = results["provenance"]["config"]["subjects"]["context"]
-    found = compare_shapes(firsts, documents(run)[common // context])
+    found = compare_shapes(firsts, documents(run)[common // said.context])
     for key, value in (("u", found.u), ("u_null", found.chance), ("u_ceiling", found.ceiling)):
         said.number(key, SITE, value, ends=False)
     said.number("matched_between", SITE, found.matched)
@@ -216,28 +236,6 @@ def recheck_features(run: Path, results: dict[str, Any], dictionaries: Iterable[
     for name, value in values.items():
         said.number(name.replace(" ", "_"), SITE, value)
     return points, values
-
-
-def training_numbers(each: list[Kept]) -> dict[str, float | None]:
-    """Of the main dictionaries of one training, and of pairs of them."""
-    pairs = [compare_two(*two, one_subject=True) for two in combinations(each, 2)]
-    values: dict[str, list[Any]] = {
-        "d_eff_raw": [dimension(kept.unit_FN) for kept in each],
-        "d_eff_weighted": [dimension(kept.unit_FN, kept.energy_F) for kept in each],
-        "d_eff_debiased": [pair.debiased for pair in pairs],
-        "self_cosine": [pair.cosine for pair in pairs],
-        "point_matched_share": [pair.matched for pair in pairs],
-    }
-    return {key: float(np.mean(found)) if found and None not in found else None for key, found in values.items()}
-
-
-def documents(run: Path) -> np.ndarray:
-    """The document of each held-out block."""
-    import pyarrow as pa  # the text is an Arrow file
-
-    (path,) = (run / "tokens" / "held_out").glob("*.arrow")
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_stream(file).read_all().column("document").to_numpy()
 
 
 def recheck_legs(study: Study, said: Comparison) -> tuple[dict[str, Interval | None], dict[tuple[str, str], Any]]:
@@ -313,7 +311,8 @@ def recheck(run: Path, tolerance: float) -> tuple[Comparison, list[Path]]:
     """Everything compared, and the readings that are missing."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     blocks = kept_blocks(run)
-    said, kept = Comparison(Rows(results["rows"]), tolerance), Rows(blocks)
+    context = results["provenance"]["config"]["subjects"]["context"]
+    said, kept = Comparison(Rows(results["rows"]), tolerance, context), Rows(blocks)
     for key, found in kept.by_key.items():
         for at, value in found.items():
             said.repeated(key, dict(at), value)
@@ -332,7 +331,7 @@ def recheck(run: Path, tolerance: float) -> tuple[Comparison, list[Path]]:
         for name in sizes["n_layers"]
         if name in sizes["d_model"]
     }
-    points, agreement = recheck_features(run, results, dictionaries, said)
+    points, agreement = recheck_features(run, dictionaries, said)
     targets = results["verdict"]["rule"].get("targets", legs.TARGETS)
     study = Study(rows, dictionaries, shapes, points, targets)
     values, beyond = recheck_legs(study, said)

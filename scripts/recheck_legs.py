@@ -26,7 +26,8 @@ MAIN = {"site": "write", "arm": "crosscoder", "role": "main"}
 ACTING = ("untrained", "frozen_encoder", "frozen_decoder", "soft_decoder")
 NULLS = (*ACTING, "shuffled", "gaussian")
 Place = dict[str, Any]
-Group = dict[int, float] | None
+Group = dict[int, Any] | None
+"""A number of each training, or an array: of the whole text, then without each of its documents."""
 LN2, LN4 = math.log(2), math.log(4)
 
 
@@ -53,6 +54,8 @@ class Trained(NamedTuple):
     at: Place
     numbers: dict[str, Any]
     lost: dict[str, float | None]
+    left: dict[str, np.ndarray | None]
+    """Where the text has documents enough: load, and what is lost in each currency, without each of them."""
 
 
 class Term(NamedTuple):
@@ -64,13 +67,18 @@ class Term(NamedTuple):
     @property
     def interval(self) -> Interval | None:
         """Welch's; None where a group has fewer than two trainings, or no spread."""
-        value, variances = self.constant, []
+        value, variances, moved = self.constant, [], np.zeros(0)
         for coefficient, group in self.groups:
-            x = np.array([] if group is None else list(group.values()))
-            if len(x) < 2 or not np.isfinite(x).all() or np.ptp(x) == 0:
+            each = np.array([] if group is None else [np.atleast_1d(one) for one in group.values()])
+            x = each[:, 0] if len(each) else each
+            if len(x) < 2 or not np.isfinite(each).all() or np.ptp(x) == 0:
                 return None
             value += coefficient * float(x.mean())
             variances.append((coefficient**2 * float(x.var(ddof=1)) / len(x), len(x) - 1))
+            if each.shape[1] > 1:  # documents are shared by all groups: their part is that of the whole combination
+                moved = (moved if len(moved) else 0) + coefficient * (each[:, 1:] - each[:, :1]).mean(0)
+        if n := len(moved):
+            variances.append(((n - 1) / n * float(((moved - moved.mean()) ** 2).sum()), n - 1))
         return t_interval(value, variances)
 
     def less(self, other: Term) -> Term:
@@ -92,19 +100,21 @@ def only(group: Group, of: Group) -> Group:
 
 
 class Crossing(NamedTuple):
-    """ln of what is read at a target, its slope on ln fidelity, and what a cubic would give more or less."""
+    """ln of what is read at a target, also without each document; its slope on ln fidelity, and what a cubic would give
+    more or less."""
 
-    log_value: float
+    log_value: np.ndarray
     slope: float
     bend: float
 
 
-def read_at(points_K3: np.ndarray, target: float) -> Crossing | None:
-    """Of rows `(k, ln fidelity, ln quantity)` in the order of k, between the only neighbours that enclose the target.
+def read_at(points_K2E: np.ndarray, target: float) -> Crossing | None:
+    """Of `(ln fidelity, ln quantity)` of each k, of the whole text and without each document, between the only
+    neighbours in the order of k that enclose the target on the whole text.
 
     None where fewer than four k are known, none or several pairs enclose it, or fidelity rises there or next to it.
     """
-    _, x, y = points_K3.T
+    x, y = points_K2E[:, :, 0].T
     aim = math.log(target)
     at = np.flatnonzero((x[:-1] >= aim) != (x[1:] >= aim)) if len(x) > 1 else np.zeros(0, dtype=int)
     at = np.array([len(x) - 2]) if not len(at) and x[-1] == aim else at
@@ -118,7 +128,9 @@ def read_at(points_K3: np.ndarray, target: float) -> Crossing | None:
     slope = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
     value = y[i] + slope * (aim - x[i])
     cubic = PchipInterpolator(x[first : last + 1][::-1], y[first : last + 1][::-1])(aim)
-    return Crossing(float(value), float(slope), abs(float(cubic) - float(value)))
+    (x_E, y_E), (next_x_E, next_y_E) = points_K2E[i : i + 2]
+    every_E = y_E + (next_y_E - y_E) / (next_x_E - x_E) * (aim - x_E)
+    return Crossing(every_E, float(slope), abs(float(cubic) - float(value)))
 
 
 @dataclass(frozen=True)
@@ -139,18 +151,21 @@ class Study:
 
     def sweep(self, subject: str, state: str, arm: str, currency: str, key: str) -> dict[int, list[Crossing]] | None:
         """Each training's readings at the currency's targets; dictionaries of one k are averaged on logs first."""
-        found: dict[int, dict[int, list[tuple[float, float]]]] = {}
+        found: dict[int, dict[int, list[np.ndarray]]] = {}
         for one in self.of(subject=subject, state=state, arm=arm, role=("main", "k")):
             lost, value = one.lost[currency], one.numbers["entropy_load"]
             if key == "density":
                 value = value / one.numbers["effective_dimension"]
             if lost is None or not lost > 0 or not value > 0:
                 return None
-            logs = math.log(lost), math.log(value)
+            left_2E = np.ones((2, 0))
+            if (left := one.left[currency]) is not None:
+                left_2E = np.stack([left, one.left["load"] * value / one.numbers["entropy_load"]])
+            logs = np.log(np.concatenate([[[lost], [value]], left_2E], axis=1))
             found.setdefault(one.at["training_seed"], {}).setdefault(one.at["k"], []).append(logs)
         read: dict[int, list[Crossing]] = {}
         for t, by_k in found.items():
-            points = np.array([(k, *np.mean(logs, axis=0)) for k, logs in sorted(by_k.items())])
+            points = np.array([np.mean(logs, axis=0) for _, logs in sorted(by_k.items())])
             crossings = [read_at(points, target) for target in self.targets[currency]]
             read[t] = [one for one in crossings if one is not None]
             if len(read[t]) < len(crossings):
@@ -162,7 +177,7 @@ class Study:
         read = self.sweep(subject, state, arm, currency, key)
         if read is None:
             return None
-        return {t: float(np.mean([one.log_value for one in each])) for t, each in read.items()}
+        return {t: np.mean([one.log_value for one in each], axis=0) for t, each in read.items()}
 
     def room(self, subject: str, state: str, units: str) -> Group:
         """ln room; nulls but the untrained have that of the subject that they were made from."""

@@ -51,6 +51,7 @@ class Kept:
     l0_layer: float
     explained_L: np.ndarray
     index_F: np.ndarray
+    explained_left_E: np.ndarray | None = None
 
     @cached_property
     def p_F(self) -> np.ndarray:
@@ -94,9 +95,8 @@ def read_kept(path: Path) -> Kept:
     code = sparse.csc_array(parts, shape=(n_tokens, n_features))
     explained, dead, l0, l0_layer = found["numbers"].tolist()
     rows_FLD, layers = found["decoder_FLD"].astype(np.float64), found["explained_variance_L"]
-    return Kept(
-        rows_FLD, code, found["token_T"], n_groups, size, explained, dead, l0, l0_layer, layers, found["index_F"]
-    )
+    numbers = n_groups, size, explained, dead, l0, l0_layer, layers, found["index_F"], found.get("explained_left_E")
+    return Kept(rows_FLD, code, found["token_T"], *numbers)
 
 
 def dimension(unit_FN: np.ndarray, weight_F: np.ndarray | None = None, other_FN: np.ndarray | None = None) -> float:
@@ -174,6 +174,16 @@ def reading_numbers(kept: Kept, scale_L: np.ndarray | None) -> dict[str, Any]:
     if scale_L is not None:
         values["mean_rho_model"] = float(spread(kept.rows_FLD / scale_L[:, None]).mean())
     return values
+
+
+def load_left(kept: Kept, document_T: np.ndarray) -> np.ndarray:
+    """The load of one layer, or of all together, without the tokens of each document."""
+    fires, loads = sparse.csr_array(kept.code > 0), []
+    for document in range(int(document_T.max()) + 1):
+        rest = fires[np.flatnonzero(document_T != document)]
+        p_F = np.asarray(rest.sum(0)).ravel() / rest.shape[0]
+        loads.append(float((special.entr(p_F) + special.entr(1 - p_F)).sum()) / kept.n_groups)
+    return np.array(loads)
 
 
 def correlation(first: sparse.csc_array, second: sparse.csc_array) -> np.ndarray:
@@ -273,6 +283,28 @@ def t_interval(value: float, variances: Sequence[tuple[float, float]]) -> Interv
     freedom = total**2 / sum(v**2 / f for v, f in variances)
     reach = float(stats.t.ppf(0.95, freedom)) * float(np.sqrt(total))
     return Interval(value, value - reach, value + reach)
+
+
+def training_numbers(each: list[Kept]) -> dict[str, float | None]:
+    """Of the main dictionaries of one training, and of pairs of them."""
+    pairs = [compare_two(*two, one_subject=True) for two in combinations(each, 2)]
+    values: dict[str, list[Any]] = {
+        "d_eff_raw": [dimension(kept.unit_FN) for kept in each],
+        "d_eff_weighted": [dimension(kept.unit_FN, kept.energy_F) for kept in each],
+        "d_eff_debiased": [pair.debiased for pair in pairs],
+        "self_cosine": [pair.cosine for pair in pairs],
+        "point_matched_share": [pair.matched for pair in pairs],
+    }
+    return {key: float(np.mean(found)) if found and None not in found else None for key, found in values.items()}
+
+
+def documents(run: Path) -> np.ndarray:
+    """The document of each held-out block."""
+    import pyarrow as pa  # the text is an Arrow file
+
+    (path,) = (run / "tokens" / "held_out").glob("*.arrow")
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all().column("document").to_numpy()
 
 
 class Between(NamedTuple):

@@ -89,7 +89,7 @@ def loss_effect(study: Study, losses: Mapping[str, Group]) -> Interval | None:
         loss, load = losses[name], loads[name]
         if loss is None or load is None or not load.keys() <= loss.keys():
             return None
-        both = np.array([(loss[t], load[t]) for t in load])
+        both = np.array([(loss[t], load[t][0]) for t in load])
         pairs.append(both - both.mean(0))
     x, y = np.concatenate(pairs).T
     freedom = len(x) - 3

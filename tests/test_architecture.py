@@ -36,18 +36,18 @@ BUDGETS = {
     "triton_kernels": 4560,
     "crosscoder/foundation": 665,
     "crosscoder/results": 690,
-    "crosscoder/data": 4490,
+    "crosscoder/data": 4495,
     "crosscoder/dictionary": 1395,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
-    "crosscoder/measure": 3620,
-    "crosscoder/verdict": 1085,
+    "crosscoder/measure": 3655,
+    "crosscoder/verdict": 1125,
     "crosscoder/report": 1640,
-    "crosscoder/studies": 2225,
+    "crosscoder/studies": 2270,
     "crosscoder/commands": 500,
     "crosscoder": 470,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 22_950, 15_600
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_080, 15_660
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

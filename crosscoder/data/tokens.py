@@ -105,6 +105,15 @@ class TokenBlocks:
         return self.n_tokens - len(self) * (self.origin is not None and self.origin.bos is not None)
 
     @functools.cached_property
+    def document_index(self) -> np.ndarray:
+        """For each block the position of its document among all of them, from 0."""
+        return np.unique(self.documents, return_inverse=True)[1]
+
+    @property
+    def n_documents(self) -> int:
+        return int(self.document_index.max()) + 1
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the ids and documents, the tokenizer's hash, the vocabulary size and S."""
         shape = (len(self), self.sequence_length)
@@ -133,7 +142,7 @@ class TokenBlocks:
         state |= {"_format_kwargs": {}, "_output_all_columns": False}
         write_json(folder / "state.json", state)
         known = ("sequence_length", "vocab_size", "n_dropped", "tokenizer_hash", "fingerprint")
-        counts: dict[str, Any] = {"n_blocks": len(self), "n_documents": len(np.unique(self.documents))}
+        counts: dict[str, Any] = {"n_blocks": len(self), "n_documents": self.n_documents}
         origin = {} if self.origin is None else {"origin": to_mapping(self.origin)}
         write_json(folder / _RECORD, {**counts, **origin, **{key: getattr(self, key) for key in known}})
 

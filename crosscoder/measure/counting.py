@@ -11,7 +11,9 @@ from functools import cached_property
 from itertools import combinations, pairwise, product
 
 import numpy as np
+from scipy import sparse
 
+from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.console import say
 from crosscoder.measure import dimension, matching, profile
 from crosscoder.measure.reading import Reading
@@ -148,6 +150,24 @@ def count_features(reading: Reading) -> dict[str, Value]:
         "per_neuron_layer": per_layer / d_model,
         "per_neuron_joint": joint / (n_layers * d_model),
     }
+
+
+def load_left(reading: Reading, text: TokenBlocks) -> np.ndarray:
+    """The entropy load without each document of the text that was read, `[E]`; which features are alive stays.
+
+    Raises:
+        ValueError: the reading keeps no numbers of tokens.
+    """
+    if reading.token_T is None:
+        raise ValueError("the reading does not say which tokens of the text it is of; read the dictionary again")
+    document_T = text.document_index[reading.token_T // text.sequence_length]
+    n_documents, n_features = text.n_documents, reading.code.shape[1]
+    fired = sparse.coo_array(reading.code)
+    at = document_T[fired.row].astype(np.int64) * n_features + fired.col
+    fired_EF = np.bincount(at, minlength=n_documents * n_features).reshape(n_documents, n_features)
+    tokens_E = np.bincount(document_T, minlength=n_documents)
+    left_EF = (fired_EF.sum(0) - fired_EF) / (tokens_E.sum() - tokens_E)[:, None]
+    return binary_entropy(left_EF).sum(1) / len(reading.groups)
 
 
 def compare_seeds(readings: Sequence[Reading]) -> dict[str, Value]:

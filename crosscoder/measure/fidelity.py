@@ -27,6 +27,8 @@ class SweepPoint(NamedTuple):
     k: float
     fidelity: float
     quantity: float
+    left_2E: np.ndarray | None = None
+    """Fidelity and quantity without each document of the text, `[2, documents]`."""
 
 
 class AtFidelity(NamedTuple):
@@ -38,6 +40,8 @@ class AtFidelity(NamedTuple):
     bend: float
     """|ln| of the value that a monotone cubic through the points would give, over the value: what the choice of a
     straight line is worth."""
+    left_E: np.ndarray | None = None
+    """The value without each document of the text, between the same two points; None where a point does not say."""
 
     @property
     def fidelity_error(self) -> float:
@@ -71,10 +75,10 @@ def read_at(points: Sequence[SweepPoint], target: float) -> AtFidelity | str:
     """
     if not target > 0:
         raise ValueError(f"the target is {target:g}, expected a fidelity above 0")
-    known = sorted(points)
+    known = sorted(points, key=lambda point: point.k)
     if len({point.k for point in known}) < len(known):
         raise ValueError(f"k is {[point.k for point in known]}, expected each once; average dictionaries on logs first")
-    if not np.isfinite(np.array(known)).all():
+    if not np.isfinite(np.array([point[:3] for point in known])).all():
         raise ValueError(f"expected finite numbers, got {_listed(known)}")
     if len(known) < FEWEST_POINTS:
         return f"{len(known)} k were run, of which a fidelity needs {FEWEST_POINTS}"
@@ -116,8 +120,18 @@ def _interpolate(known: Sequence[SweepPoint], at: int, first: int, last: int, ta
     left = len(x_K) - 2 - (at - first)
     slope = (y_K[left + 1] - y_K[left]) / (x_K[left + 1] - x_K[left])
     log_value = y_K[left] + slope * (math.log(target) - x_K[left])
+    around = [point.left_2E for point in known[at : at + 2]]
+    both_22E = None if any(one is None for one in around) else np.log(np.array(around))
     bend = abs(float(PchipInterpolator(x_K, y_K)(math.log(target))) - log_value)
-    return AtFidelity(math.exp(log_value), float(slope), bend)
+    left_E = None if both_22E is None else _between(both_22E, math.log(target))
+    return AtFidelity(math.exp(log_value), float(slope), bend, left_E)
+
+
+def _between(log_22E: np.ndarray, at: float) -> np.ndarray:
+    """On the line through two points, by document; ln of fidelity and quantity of each, `[points, 2, documents]`."""
+    (x0_E, y0_E), (x1_E, y1_E) = log_22E
+    with np.errstate(divide="ignore", invalid="ignore"):  # points of one fidelity: nothing is read between them
+        return np.exp(y0_E + (y1_E - y0_E) / (x1_E - x0_E) * (at - x0_E))
 
 
 def _listed(points: Sequence[SweepPoint], between: str = ", ") -> str:

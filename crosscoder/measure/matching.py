@@ -186,11 +186,6 @@ def hungarian_pairs(similarity: Similarity | np.ndarray, minimum: float) -> np.n
     return np.stack([rows[kept], columns[kept]], axis=1)
 
 
-def threshold_pairs(similarity: Similarity | np.ndarray, minimum: float) -> np.ndarray:
-    """Every pair with similarity >= `minimum`, as `[m, 2]`; many-to-many, so chains of it can percolate."""
-    return joined_pairs(marked_pairs(start, block >= minimum) for start, block in _blocks(similarity))
-
-
 def marked_pairs(start: int, block: np.ndarray) -> np.ndarray:
     """Pairs that a mask of the rows from `start` on marks, `[m, 2]`."""
     return np.argwhere(block) + np.array([start, 0])

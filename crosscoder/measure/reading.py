@@ -22,6 +22,7 @@ from scipy import sparse
 from torch import Tensor
 
 from crosscoder.data.sources import Marked, chosen_tokens
+from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
 from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
@@ -57,6 +58,7 @@ class Measured:
     explained_variance: float  # the same ratio of sums over all layers of the scaled activations
     token_T: np.ndarray  # int64, the tokens' numbers in the text
     outliers: Outliers
+    explained_left_E: np.ndarray | None = None  # explained variance without each document of the text
 
     @property
     def probability_F(self) -> np.ndarray:
@@ -70,12 +72,16 @@ class Measured:
 
 
 @torch.no_grad()
-def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked]) -> Measured:
+def measure_dictionary(
+    dictionary: Dictionary, batches: Iterable[Tensor | Marked], text: TokenBlocks | None = None
+) -> Measured:
     """Code and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
 
     Of marked batches (`Source.marked`) the kept tokens are measured, and explained variance with and without outliers.
     Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure never
     writes are left out of the sums. The groups are the layers of a bank, also where they share their weights.
+
+    text: whose tokens the batches are of; then explained variance without each of its documents is measured too.
 
     Raises:
         ValueError: there is no token, or a layer is constant.
@@ -83,7 +89,8 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked
     n_features, n_groups = dictionary.config.n_features, 1
     was_training = dictionary.training
     dictionary.eval()
-    usual, outliers = (_Sums(dictionary) for _ in range(2))
+    n_documents = 1 if text is None else text.n_documents
+    usual, outliers = (_Sums(dictionary, n_documents) for _ in range(2))
     parts, tokens, n_kept, every_kept = [], [], 0, True
     n_outliers_L = np.zeros(dictionary.config.n_layers)
     for batch in batches:
@@ -96,8 +103,11 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked
         tokens.append(batch.token_B[kept_B].numpy())
         n_kept += parts[-1].shape[0]
         every_kept &= bool(kept_B.all())
-        usual.add(batch.x_BLD, out.recon, ~outlier_B)
-        outliers.add(batch.x_BLD, out.recon, outlier_B)
+        document_B = torch.zeros(len(outlier_B), dtype=torch.long)
+        if text is not None:
+            document_B = torch.from_numpy(text.document_index[batch.token_B.numpy() // text.sequence_length])
+        usual.add(batch.x_BLD, out.recon, document_B, ~outlier_B)
+        outliers.add(batch.x_BLD, out.recon, document_B, outlier_B)
         n_outliers_L = n_outliers_L + batch.outlier_BL.sum(0).cpu().numpy()
     dictionary.train(was_training)
     if n_kept == 0:
@@ -109,45 +119,67 @@ def measure_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked
         explained_variance_every=every.explained()[1],
         share=outliers.n_tokens / every.n_tokens,
         share_L=n_outliers_L / every.n_tokens,
-        energy_L=(outliers.square_L / every.square_L).numpy(),
+        energy_L=(outliers.square_EL.sum(0) / every.square_EL.sum(0)).numpy(),
     )
     code = sparse.csr_array(sparse.vstack(parts, format="csr"))
     explained_L, explained = kept.explained()
-    return Measured(code, n_groups, explained_L, explained, np.concatenate(tokens), found)
+    left_E = None if text is None else kept.explained_left()
+    return Measured(code, n_groups, explained_L, explained, np.concatenate(tokens), found, left_E)
 
 
 class _Sums:
-    """Squared errors, squares and sums of tokens, by layer."""
+    """Squared errors, squares and sums of tokens, by document and layer."""
 
-    def __init__(self, dictionary: Dictionary) -> None:
-        n_layers, self.n_tokens = dictionary.config.n_layers, 0
+    def __init__(self, dictionary: Dictionary, n_documents: int) -> None:
+        n_layers = dictionary.config.n_layers
         self.written = dictionary.config.written()
-        self.error_L, self.square_L = (torch.zeros(n_layers, dtype=torch.float64) for _ in range(2))
-        self.sum_LD = torch.zeros(n_layers, dictionary.config.d_model, dtype=torch.float64)
+        self.error_EL, self.square_EL = (torch.zeros(n_documents, n_layers, dtype=torch.float64) for _ in range(2))
+        self.sum_ELD = torch.zeros(n_documents, n_layers, dictionary.config.d_model, dtype=torch.float64)
+        self.tokens_E = torch.zeros(n_documents, dtype=torch.float64)
 
-    def add(self, x_BLD: Tensor, recon_BLD: Tensor, chosen_B: Tensor) -> None:
+    @property
+    def n_tokens(self) -> int:
+        return int(self.tokens_E.sum())
+
+    def add(self, x_BLD: Tensor, recon_BLD: Tensor, document_B: Tensor, chosen_B: Tensor) -> None:
         if not bool(chosen_B.any()):
             return
         x_BLD, recon_BLD = (chosen_tokens(one, chosen_B) for one in (x_BLD, recon_BLD))
-        self.error_L += (x_BLD - recon_BLD).double().square().sum((0, 2)).cpu()
-        self.square_L += x_BLD.double().square().sum((0, 2)).cpu()
-        self.sum_LD += x_BLD.double().sum(0).cpu()
-        self.n_tokens += len(x_BLD)
+        document_B = chosen_tokens(document_B, chosen_B.cpu())
+        self.error_EL.index_add_(0, document_B, (x_BLD - recon_BLD).double().square().sum(2).cpu())
+        self.square_EL.index_add_(0, document_B, x_BLD.double().square().sum(2).cpu())
+        for document in document_B.unique().tolist():  # few in a batch, and rows are large
+            self.sum_ELD[document] += (
+                chosen_tokens(x_BLD, (document_B == document).to(x_BLD.device)).double().sum(0).cpu()
+            )
+        self.tokens_E += torch.bincount(document_B, minlength=len(self.tokens_E))
 
     def joined(self, other: _Sums) -> _Sums:
         joined = copy.copy(self)
-        for name in ("error_L", "square_L", "sum_LD", "n_tokens"):
+        for name in ("error_EL", "square_EL", "sum_ELD", "tokens_E"):
             setattr(joined, name, getattr(self, name) + getattr(other, name))
         return joined
 
     def explained(self) -> tuple[np.ndarray, float]:
         """Explained variance of each layer, nan where none writes, and of all."""
-        variance_L = self.square_L - self.sum_LD.square().sum(1) / self.n_tokens
+        error_L, variance_L = self._error_and_variance()
         if not bool((variance_L[self.written] > 0).all()):
             raise ValueError(f"a layer is constant over the {self.n_tokens} held-out tokens: no variance to explain")
-        explained_L = torch.full_like(self.error_L, torch.nan)
-        explained_L[self.written] = 1 - self.error_L[self.written] / variance_L[self.written]
-        return explained_L.numpy(), float(1 - self.error_L[self.written].sum() / variance_L[self.written].sum())
+        explained_L = torch.full_like(error_L, torch.nan)
+        explained_L[self.written] = 1 - error_L[self.written] / variance_L[self.written]
+        return explained_L.numpy(), float(1 - error_L[self.written].sum() / variance_L[self.written].sum())
+
+    def explained_left(self) -> np.ndarray:
+        """Explained variance of all layers without each document, nan where nothing varies then, `[E]`."""
+        parts = [self._error_and_variance(without=document) for document in range(len(self.tokens_E))]
+        return np.array([float(1 - e[self.written].sum() / v[self.written].sum()) for e, v in parts])
+
+    def _error_and_variance(self, *, without: int | None = None) -> tuple[Tensor, Tensor]:
+        tensors = (self.error_EL, self.square_EL, self.sum_ELD, self.tokens_E)
+        error_L, square_L, sum_LD, n_tokens = (
+            one.sum(0) if without is None else one.sum(0) - one[without] for one in tensors
+        )
+        return error_L, square_L - sum_LD.square().sum(1) / n_tokens
 
 
 def sparse_rows(code: SparseCode, n_tokens: int, n_groups: int, n_features: int) -> sparse.csr_array:
@@ -176,6 +208,7 @@ class Reading:
     index_F: the features' numbers in the dictionary.
     n_groups: dictionaries of a bank; 1 where features read all layers.
     token_T: the tokens' numbers in the text, int64. outliers: not kept in files.
+    explained_left_E: explained variance without each document of the text; None: its documents are not known.
     size: features of the dictionary. Like this, l0, l0_layer, dead_share and the explained variances include the dead.
     """
 
@@ -192,6 +225,7 @@ class Reading:
     explained_variance_L: np.ndarray = field(default_factory=lambda: np.zeros(0))
     token_T: np.ndarray | None = None
     outliers: Outliers | None = None
+    explained_left_E: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.decoder_FLD)
@@ -259,9 +293,14 @@ class Reading:
         )
 
 
-def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked]) -> Reading:
-    """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale."""
-    measured = measure_dictionary(dictionary, batches)
+def read_dictionary(
+    dictionary: Dictionary, batches: Iterable[Tensor | Marked], text: TokenBlocks | None = None
+) -> Reading:
+    """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale.
+
+    text: as of `measure_dictionary`.
+    """
+    measured = measure_dictionary(dictionary, batches, text)
     n_tokens, decoder_FLD = measured.code.shape[0], dictionary.decoder_FLD().float().cpu().numpy()
     alive = measured.alive_GF.ravel().nonzero()[0]
     held_F = profile.lifespan(profile.layer_profile(decoder_FLD))
@@ -280,6 +319,7 @@ def read_dictionary(dictionary: Dictionary, batches: Iterable[Tensor | Marked]) 
         explained_variance_L=measured.explained_variance_L,
         token_T=measured.token_T,
         outliers=measured.outliers,
+        explained_left_E=measured.explained_left_E,
     )
 
 
@@ -322,6 +362,8 @@ def save_reading(reading: Reading, path: str | Path) -> None:
     }
     if reading.token_T is not None:
         tensors["token_T"] = reading.token_T.astype(np.int64)
+    if reading.explained_left_E is not None:
+        tensors["explained_left_E"] = reading.explained_left_E.astype(np.float64)
     replace_file(Path(path), save(tensors))
 
 
@@ -345,6 +387,7 @@ def load_reading(path: str | Path) -> Reading:
             code=sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features)),
             index_F=found["index_F"],
             token_T=found.get("token_T"),
+            explained_left_E=found.get("explained_left_E"),
             n_groups=n_groups,
             size=size,
             explained_variance_L=found["explained_variance_L"],

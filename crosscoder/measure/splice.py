@@ -174,16 +174,19 @@ class Sites:
 
 
 def _loss_and_kl(logits: Logits, clean: Logits, ids_BS: Tensor, skip: int, token_bytes: int) -> np.ndarray:
-    """Cross-entropy of logits, and KL of the clean ones from them, summed over tokens from position `skip` on."""
-    sums, last = np.zeros(2), ids_BS.shape[1] - 1
+    """Cross-entropy of logits, and KL of the clean ones from them, summed over each row's tokens from position `skip`
+    on, `[B, 2]`."""
+    sums_B2, last = np.zeros((len(ids_BS), 2)), ids_BS.shape[1] - 1
     step = max(1, BLOCK_BYTES // (token_bytes * len(ids_BS)))
     for start in range(skip, last, step):
         stop = min(start + step, last)
         log_q = logits(start, stop).float().log_softmax(-1).flatten(0, 1)
         log_p = log_q if clean is logits else clean(start, stop).float().log_softmax(-1).flatten(0, 1)
-        loss = F.nll_loss(log_q, ids_BS[:, start + 1 : stop + 1].flatten().to(log_q.device), reduction="sum")
-        sums += loss.item(), F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
-    return sums
+        loss = F.nll_loss(log_q, ids_BS[:, start + 1 : stop + 1].flatten().to(log_q.device), reduction="none")
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+        both = torch.stack([loss, kl]).double().view(2, len(ids_BS), -1).sum(2)
+        sums_B2 += both.T.cpu().numpy()
+    return sums_B2
 
 
 @torch.no_grad()
@@ -198,6 +201,8 @@ def splice_losses(
     ablation: Literal["mean", "zero"] = "mean",
     skip_positions: int | None = None,
     each: bool = True,
+    document_R: np.ndarray | None = None,
+    n_documents: int = 0,
 ) -> Spliced:
     """Clean loss, and loss, KL and loss recovered with each of `layers` (and all of them) replaced.
 
@@ -209,6 +214,8 @@ def splice_losses(
     skip_positions: the first tokens of each row that are never replaced. None: as many as the dictionary's record says,
         or 1. Special tokens and outliers are known where there is a record.
     each: False replaces only all of several layers at once.
+    document_R: the position of each row's document among `n_documents` or more, from 0; then losses with every layer
+        replaced are given without each document too.
 
     Raises:
         MismatchError: the dictionary reads other sites, another model, or a null.
@@ -223,30 +230,56 @@ def splice_losses(
     choices = {str(layer): [i] for i, layer in enumerate(layers)} if each or len(layers) == 1 else {}
     if len(layers) > 1:
         choices[ALL_LAYERS] = list(range(len(layers)))
-    clean_loss, n_tokens = 0.0, 0
-    spliced, ablated = ({name: np.zeros(2) for name in choices} for _ in range(2))
+    clean, row_tokens = list[np.ndarray](), list[int]()
+    spliced, ablated = ({name: list[np.ndarray]() for name in choices} for _ in range(2))
     for ids_BS in parts:
-        clean, x_BSLD = sites.record(ids_BS)
+        own, x_BSLD = sites.record(ids_BS)
         read_BS11 = sites.read(ids_BS, x_BSLD)[:, :, None, None]
         recon_BSLD = dictionary(x_BSLD * sites.scale_L1).recon / sites.scale_L1
         gone_BSLD = torch.zeros_like(x_BSLD) if mean_LD is None else mean_LD.expand_as(x_BSLD)
-        clean_loss += _loss_and_kl(clean, clean, ids_BS, skip, subject.token_bytes)[0]
-        n_tokens += ids_BS[:, skip + 1 :].numel()
+        clean.append(_loss_and_kl(own, own, ids_BS, skip, subject.token_bytes))
+        row_tokens += [ids_BS.shape[1] - skip - 1] * len(ids_BS)
         for sums, new_BSLD in ((spliced, recon_BSLD), (ablated, gone_BSLD)):
             new_BSLD = torch.where(read_BS11, new_BSLD, x_BSLD)
             for name, chosen in choices.items():
                 logits = sites.spliced(ids_BS, new_BSLD, chosen)
-                sums[name] += _loss_and_kl(logits, clean, ids_BS, skip, subject.token_bytes)
-    return _summary(clean_loss, n_tokens, spliced, ablated, ablation)
+                sums[name].append(_loss_and_kl(logits, own, ids_BS, skip, subject.token_bytes))
+    means = _Means(np.array(row_tokens), document_R, n_documents)
+    clean_R2 = np.concatenate(clean)
+    found = {"splice_tokens": sum(row_tokens), "spliced_ablation": ablation, "clean_loss": means.whole(clean_R2)[0]}
+    joined = {n: (np.concatenate(spliced[n]), np.concatenate(ablated[n])) for n in choices}
+    per_site = {name: _site(*both, found["clean_loss"], means) for name, both in joined.items()}
+    if document_R is not None:
+        found["clean_loss_left"] = means.left(clean_R2)
+        per_site[next(reversed(choices))] |= {
+            f"{key}_left": means.left(one_R2)
+            for key, one_R2 in zip(("spliced_loss", "ablated_loss"), joined[next(reversed(choices))], strict=True)
+        }
+    return Spliced(found, per_site)
 
 
-def _summary(
-    clean_sum: float, n_tokens: int, spliced: dict[str, np.ndarray], ablated: dict[str, np.ndarray], ablation: str
-) -> Spliced:
-    clean_loss, sites = float(clean_sum / n_tokens), {}
-    for name in spliced:
-        (loss, kl), (gone, _) = (spliced[name] / n_tokens).tolist(), (ablated[name] / n_tokens).tolist()
-        # Where removing the site does not hurt there is no loss to recover.
-        recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
-        sites[name] = {"spliced_loss": loss, "ablated_loss": gone, "loss_recovered": recovered, "kl": kl}
-    return Spliced({"splice_tokens": n_tokens, "spliced_ablation": ablation, "clean_loss": clean_loss}, sites)
+class _Means:
+    """Means over tokens of what was summed over rows, and without each document's rows."""
+
+    def __init__(self, tokens_R: np.ndarray, document_R: np.ndarray | None, n_documents: int) -> None:
+        self.tokens_R, self.document_R, self.n_documents = tokens_R, document_R, n_documents
+
+    def whole(self, sums_R2: np.ndarray) -> list[float]:
+        """Loss and KL a token."""
+        return (sums_R2.sum(0) / self.tokens_R.sum()).tolist()
+
+    def left(self, sums_R2: np.ndarray) -> list[float]:
+        """Loss a token without each document."""
+        assert self.document_R is not None
+        sums_E, tokens_E = (
+            np.bincount(self.document_R, weights=one, minlength=self.n_documents)
+            for one in (sums_R2[:, 0], self.tokens_R)
+        )
+        return ((sums_E.sum() - sums_E) / (tokens_E.sum() - tokens_E)).tolist()
+
+
+def _site(spliced_R2: np.ndarray, ablated_R2: np.ndarray, clean_loss: float, means: _Means) -> dict[str, Any]:
+    (loss, kl), (gone, _) = means.whole(spliced_R2), means.whole(ablated_R2)
+    # Where removing the site does not hurt there is no loss to recover.
+    recovered = (gone - loss) / (gone - clean_loss) if gone - clean_loss > SMALLEST_HARM else None
+    return {"spliced_loss": loss, "ablated_loss": gone, "loss_recovered": recovered, "kl": kl}

@@ -1,18 +1,17 @@
-"""Intervals over seeds and documents, and ratios and sums of estimates.
+"""Intervals over seeds, and ratios and sums of estimates.
 
-Every interval covers 90 %. A training seed is the unit of replication: what varies within it (dictionary seeds,
-documents) is averaged, never counted as further replicates.
+Every interval covers 90 %. A training seed is the unit of replication: what varies within it (dictionary
+seeds) is averaged, never counted as further replicates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import sparse, stats
+from scipy import stats
 
 from crosscoder.results.table import CONFIDENCE, Estimate, Place, Row
 
@@ -46,23 +45,6 @@ def percentile_interval(value: float, draws: np.ndarray) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def document_sums(values_TQ: np.ndarray | sparse.csc_array, document_T: np.ndarray) -> np.ndarray:
-    """Sums of Q token quantities over each document, `[documents, Q]`, documents in order of their labels.
-
-    Totals of such sums give every ratio of sums (a firing probability, an explained variance) of a resampled text.
-
-    Raises:
-        ValueError: the labels are not one per token.
-    """
-    n_tokens = values_TQ.shape[0]
-    if n_tokens != len(document_T):
-        raise ValueError(f"{n_tokens} tokens have {len(document_T)} document labels; give one for each token")
-    labels, index_T = np.unique(document_T, return_inverse=True)
-    belongs = sparse.csr_array((np.ones(n_tokens), (index_T, np.arange(n_tokens))), shape=(len(labels), n_tokens))
-    sums = belongs @ values_TQ
-    return sums.toarray() if sparse.issparse(sums) else sums
-
-
 def small_sample_expansion(n_units: int) -> float:
     """`sqrt(n / (n - 1)) t / z` for n independent units, 1 for a single one.
 
@@ -76,46 +58,23 @@ def small_sample_expansion(n_units: int) -> float:
     return math.sqrt(n_units / (n_units - 1)) * float(stats.t.ppf(upper, n_units - 1) / stats.norm.ppf(upper))
 
 
-def two_level_bootstrap(
-    groups: Sequence[Sequence[ArrayLike]],
-    *,
-    seed: int,
-    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
-    document_seed: int | None = None,
-    n_draws: int = N_DRAWS,
-) -> Bootstrap:
-    """Mean over training seeds of the mean over their dictionary seeds, resampled at both levels and by document.
+def two_level_bootstrap(groups: Sequence[Sequence[float]], *, seed: int, n_draws: int = N_DRAWS) -> Bootstrap:
+    """Mean over training seeds of the mean over their dictionary seeds, resampled at both levels.
 
-    `groups[t][d]` belongs to dictionary seed d of training seed t: a number, or with `statistic` an array
-    `[documents, Q]` from `document_sums`. `statistic` maps totals `[R, Q]` over (resampled) documents to `[R]`. All
-    dictionaries of one draw see the same documents; give two subjects the same `document_seed` and they do too. Drawing
-    both levels with replacement counts the variance within a training seed slightly twice (Davison and Hinkley 1997,
-    section 3.8), so intervals err on the wide side.
+    `groups[t][d]` belongs to dictionary seed d of training seed t. Drawing both levels with replacement counts the
+    variance within a training seed slightly twice (Davison and Hinkley 1997, section 3.8), so intervals err on the wide
+    side.
     """
-    if statistic is None:
-        tables = [[np.full(n_draws + 1, float(np.asarray(v))) for v in group] for group in groups]
-    else:
-        n_documents = len(np.asarray(groups[0][0]))
-        weights = _document_weights(n_documents, n_draws, seed if document_seed is None else document_seed)
-        tables = [[statistic(weights @ np.asarray(sums, dtype=np.float64)) for sums in group] for group in groups]
-    stacked = [np.stack(group, axis=1) for group in tables]  # one [1 + R, dictionaries] a training seed
-    value = float(np.mean([table[0].mean() for table in stacked]))
+    tables = [np.array(group, dtype=np.float64) for group in groups]
+    value = float(np.mean([table.mean() for table in tables]))
     rng = np.random.default_rng([seed, 1])
-    rows = np.arange(1, n_draws + 1)
     chosen = rng.integers(len(groups), size=(len(groups), n_draws))
     draws = np.zeros(n_draws)
     for slot in chosen:
-        for t, table in enumerate(stacked):
-            picks = rng.integers(table.shape[1], size=(table.shape[1], n_draws))
-            draws += np.where(slot == t, table[rows, picks].mean(0), 0.0)
+        for t, table in enumerate(tables):
+            picks = rng.integers(len(table), size=(len(table), n_draws))
+            draws += np.where(slot == t, table[picks].mean(0), 0.0)
     return Bootstrap(value, draws / len(groups), small_sample_expansion(len(groups)))
-
-
-def _document_weights(n_documents: int, n_draws: int, seed: int) -> np.ndarray:
-    """How often each document is in each draw, `[1 + R, documents]`; the first row is the text as it is."""
-    shares = np.full(n_documents, 1 / n_documents)
-    drawn = np.random.default_rng([seed, 0]).multinomial(n_documents, shares, size=n_draws)
-    return np.concatenate([np.ones((1, n_documents)), drawn])
 
 
 def statistic_row(at: Place, key: str, value: Bootstrap | Estimate | str) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from crosscoder.measure.matching import decoder_cosine
-from crosscoder.measure.profile import known_mean, layer_profile, occupied_layers
+from crosscoder.measure.profile import layer_profile, occupied_layers
 
 ALIKE = 0.9  # cosine on one layer from which two features share a direction there
 JOINT = 0.5  # joint cosine from which they are alike as a whole
@@ -40,11 +40,6 @@ def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, jo
         for start, block in decoder_cosine(rows_F1D, rows_F1D).blocks():
             near_FL[start : start + len(block), layer] |= (_others(start, block) >= ALIKE)[:, occupied_F].any(1)
     return np.asarray(alone_F & near_FL.all(1) & occupied_FL.any(1))
-
-
-def twin_share(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float | None = None) -> float:
-    """Share of features with a decoder that are twins, see `find_twins`; nan where there is none."""
-    return known_mean(find_twins(decoder_FLD, scale_L, joint=joint)[np.asarray(decoder_FLD).any((1, 2))])
 
 
 def _others(start: int, block: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ training (a load, the loads of its banks) is combined within it: only groups of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,47 +26,24 @@ class Variance(NamedTuple):
 
 
 class GroupMean(NamedTuple):
-    """The mean of a group of trainings, and its independent variances: between trainings, and of the text."""
+    """The mean of a group of trainings with its variance between them, and the mean without each document."""
 
     value: float
     variances: tuple[Variance, ...]
+    left_E: np.ndarray | None = None
+    """Where one of the text's documents is left out, `[documents]`; None: not read on the text, or on too few."""
 
 
 Group = GroupMean | str
 """Or why there is none."""
 
 
-def training_logs(groups: Sequence[Sequence[float]]) -> np.ndarray:
-    """ln of each training, the mean over its dictionaries' logs, `[trainings]`; `groups[t]` are those of training t.
+def group_mean(value_T: Sequence[float] | np.ndarray, left_TE: np.ndarray | None = None) -> Group:
+    """The mean over trainings with its variance `s^2 / n`, n - 1 degrees of freedom.
 
-    Raises:
-        ValueError: a training has no dictionary, or a number is not positive and finite.
-    """
-    for number, values in enumerate(groups):
-        if len(values) == 0 or not all(0 < value < math.inf for value in values):
-            raise ValueError(f"training {number} has {list(values)}, expected one number or more, each above 0")
-    return np.array([np.log(values).mean() for values in groups])
+    left_TE: the same without each of the text's documents, `[trainings, documents]`.
 
-
-def combine_within(terms: Sequence[tuple[float, Sequence[float] | np.ndarray]]) -> np.ndarray:
-    """`sum of coefficient * value` training by training, `[trainings]`, of quantities of the same trainings.
-
-    What is measured of one training varies together, so a sum of such quantities has no interval from those of its
-    parts: combine first, then take the mean of the group.
-
-    Raises:
-        ValueError: the quantities are not of equally many trainings.
-    """
-    if len({len(values) for _, values in terms}) != 1:
-        raise ValueError(f"the quantities are of {[len(values) for _, values in terms]} trainings; give all of each")
-    return sum((c * np.asarray(values, dtype=np.float64) for c, values in terms), np.zeros(len(terms[0][1])))
-
-
-def group_mean(value_T: Sequence[float] | np.ndarray, *, text: Variance | str | None = None) -> Group:
-    """The mean over trainings with its variance `s^2 / n`, n - 1 degrees of freedom; `text` is a further variance.
-
-    A reason where fewer than two trainings were run, where all are equal (copies, not replicates), or where there is
-    one for `text`.
+    A reason where fewer than two trainings were run, or where all are equal (copies, not replicates).
     """
     values = np.asarray(value_T, dtype=np.float64)
     n = len(values)
@@ -76,26 +53,31 @@ def group_mean(value_T: Sequence[float] | np.ndarray, *, text: Variance | str | 
         return f"not every training has a finite value: {values.tolist()}"
     if np.ptp(values) == 0:
         return f"all {n} trainings have the same value, {values[0]:g}: copies say nothing of how trainings vary"
-    if isinstance(text, str):
-        return text
     between = Variance(float(values.var(ddof=1)) / n, n - 1)
-    return GroupMean(float(values.mean()), (between,) if text is None else (between, text))
+    return GroupMean(float(values.mean()), (between,), None if left_TE is None else left_TE.mean(0))
 
 
-def contrast(
-    terms: Sequence[tuple[float, Group]], constant: float = 0.0, *, text: Variance | str | None = None
-) -> Estimate | str:
+def contrast(terms: Sequence[tuple[float, Group]], constant: float = 0.0) -> Estimate | str:
     """`constant + sum of coefficient * mean` of groups of different trainings, or the first reason why there is none.
 
-    The variance is the sum of `coefficient^2 * variance` over all parts, its degrees of freedom Satterthwaite's (1946),
-    `(sum v)^2 / sum (v^2 / freedom)`; for two groups this is Welch's (1947) interval. Groups that were read on the same
-    text share its error: give that of the whole combination as `text`, not that of each group.
+    The variance is the sum of `coefficient^2 * variance` over all groups, its degrees of freedom Satterthwaite's
+    (1946), `(sum v)^2 / sum (v^2 / freedom)`; for two groups this is Welch's (1947) interval. Groups that were read on
+    the same documents share the text's error: its variance is that of the whole combination.
+
+    Raises:
+        ValueError: groups were read on texts of unequally many documents.
     """
-    if missing := [one for one in (*(group for _, group in terms), text) if isinstance(one, str)]:
+    if missing := [group for _, group in terms if isinstance(group, str)]:
         return missing[0]
     known = [(c, group) for c, group in terms if isinstance(group, GroupMean)]
     variances = [Variance(c * c * v, freedom) for c, group in known for v, freedom in group.variances]
-    if isinstance(text, Variance):
+    left = [c * (group.left_E - group.value) for c, group in known if group.left_E is not None]
+    if len({one.shape for one in left}) > 1:
+        raise ValueError(f"groups were read on {[len(one) for one in left]} documents, expected the same text")
+    if left:
+        text = document_jackknife(np.sum(left, axis=0))
+        if isinstance(text, str):
+            return text
         variances.append(text)
     return interval(constant + math.fsum(c * group.value for c, group in known), variances)
 
@@ -110,27 +92,20 @@ def interval(value: float, variances: Sequence[Variance]) -> Estimate | str:
     return Estimate(value, value - reach, value + reach)
 
 
-def difference(second: Group, first: Group, *, text: Variance | str | None = None) -> Estimate | str:
+def difference(second: Group, first: Group) -> Estimate | str:
     """Mean of the second group less that of the first: of logs, the log of a ratio."""
-    return contrast([(1.0, second), (-1.0, first)], text=text)
+    return contrast([(1.0, second), (-1.0, first)])
 
 
-def document_jackknife(sums_EQ: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Variance | str:
-    """The variance that a statistic owes to the documents it was read on, by leaving out one at a time.
+def document_jackknife(left_E: np.ndarray) -> Variance | str:
+    """The variance that a statistic owes to the E documents it was read on; `left_E` is it without each of them.
 
-    `sums_EQ` are sums of Q token quantities over each of E real documents (`statistics.document_sums`; blocks of one
-    document are not documents), and `statistic` maps totals `[R, Q]` to `[R]`, such as ln of a ratio of two. For a mean
-    over trainings, or a difference of two, put the sums of all of them side by side: they share the documents.
-    `(E - 1) / E sum (left_e - mean)^2` with E - 1 degrees of freedom (Efron and Stein 1981). A reason below
-    `FEWEST_DOCUMENTS`, or where the statistic is not known without one of them.
+    `(E - 1) / E sum (left_e - mean)^2` with E - 1 degrees of freedom (Efron and Stein 1981). Documents are real ones:
+    blocks of one are alike. A reason below `FEWEST_DOCUMENTS`, or where the statistic is not known without one of them.
     """
-    sums = np.asarray(sums_EQ, dtype=np.float64)
-    n = len(sums)
+    n = len(left_E)
     if n < FEWEST_DOCUMENTS:
         return f"{n} documents, of which the text's variance needs {FEWEST_DOCUMENTS}"
-    left_E = np.asarray(statistic(sums.sum(0) - sums))
-    if left_E.shape != (n,):
-        raise ValueError(f"the statistic gives {left_E.shape} for totals {sums.shape}, expected {(n,)}")
     if not np.isfinite(left_E).all():
         return f"without document {int(np.flatnonzero(~np.isfinite(left_E))[0])} the statistic is not finite"
     return Variance(float((n - 1) / n * np.square(left_E - left_E.mean()).sum()), n - 1)

@@ -1,9 +1,10 @@
 """Planted truth through a study's own dictionaries and readings: what is off there may be off on a model.
 
-A pair of worlds with the shapes of A and B is planted with half as many features as the crosscoders have, as many of
-them active on a token as A's main crosscoder may use, in windows of L^.5 layers, and noise beside them. Both arms are
-trained as the study's cells are: size, every k, steps, batch, learning rate, the number of distinct tokens that they
-see over and over, the tokens held out.
+A pair of worlds with the shapes of A and B is planted with half as many features as the crosscoders have, equally many
+of them active on a token of both (the geometric mean of what the main crosscoders of A and B may use), in windows of
+L^.5 layers, and noise beside them. Both arms are trained as the study's cells are: size, steps, batch, learning rate,
+the number of distinct tokens that they see over and over, the tokens held out. Their k are multiples of the truth:
+loads are equal here, so that they need others for a fidelity than the dictionaries of real activations.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from crosscoder.foundation.config import config as settings
 from crosscoder.measure import counting, recovery
 from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.results.table import Arm, LongTable, Place, Row, rows_at
-from crosscoder.studies.budget import CLASSES, DictionaryBudget
+from crosscoder.studies.budget import CLASSES, DictionaryBudget, of_other_k
 from crosscoder.studies.cells import fit, fit_many, held_out
 from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import Shape, StudyConfig
@@ -41,6 +42,7 @@ MOST_FREQUENT = 0.9
 PLANTED_SHARE = 0.5  # planted features over the dictionary's
 GAMMA = 0.5  # planted windows last L^GAMMA layers
 NOISE_SHARE = 0.05  # of the planted variance
+K_FACTORS = (1.0, 0.5, 0.75, 1.5, 2.0)  # k of the dictionaries over the features that are active, the main one first
 BY_KIND = ("recall_by_kind", "precision_by_kind", "kind_confusion")
 TRAIN_STREAM, HELD_OUT_STREAM = 1, 2
 READ: tuple[tuple[Arm, str, Callable[[LongTable], float | None]], ...] = (
@@ -129,7 +131,6 @@ class CalibrationConfig:
     a: Shape
     b: Shape
     budget: DictionaryBudget
-    k_factors: tuple[PositiveFloat, ...]
     tokens_train: PositiveInt = 240_000
     """Distinct tokens, read over and over."""
     tokens_held_out: PositiveInt = 30_000
@@ -141,19 +142,25 @@ class CalibrationConfig:
         """Features of the pair."""
         return max(2, round(PLANTED_SHARE * self.budget.n_features))
 
+    @property
+    def n_active(self) -> float:
+        """Planted features that are active on a token."""
+        return math.sqrt(math.prod(shape.budget(self.budget).k_crosscoder for shape in (self.a, self.b)))
+
     def budgets(self, side: Side, arm: Arm) -> tuple[DictionaryBudget, ...]:
-        """One for each k, the main one first."""
+        """One for each k, the main one first; a layer alone has the share of features that write it."""
         shape = self.a if side == "A" else self.b
-        main = shape.budget(self.budget)
-        return (main, *shape.sweep(main, arm, self.k_factors))
+        active = self.n_active * (1.0 if arm == "crosscoder" else shape.n_layers ** (GAMMA - 1))
+        main = replace(shape.budget(self.budget), **{f"k_{arm}": max(1, round(active))})
+        return (main, *of_other_k(main, arm, [active * factor for factor in K_FACTORS]))
 
     def pair(self) -> PairConfig:
-        """Both worlds; as many features are active on a token as A's main crosscoder may use."""
-        k = self.a.budget(self.budget).k_crosscoder
+        """Both worlds."""
+        k = self.n_active
         low, high = log_uniform_bounds(k / self.n_planted, PROBABILITY_RANGE)
         if high > MOST_FREQUENT:
             raise ValueError(
-                f"k = {k} of {self.n_planted} planted features would have some active on {high:.0%} of the tokens; "
+                f"{k:.3g} of {self.n_planted} planted features would have some active on {high:.0%} of the tokens; "
                 f"expected at most {MOST_FREQUENT:.0%}: raise n_features or lower k"
             )
         sizes: dict[str, Any] = {"n_features": self.n_planted, "n_layers": self.a.n_layers, "d_model": self.a.d_model}
@@ -265,7 +272,6 @@ def calibrate_study(config: StudyConfig, study: StudyFolder) -> list[Row]:
             a=a,
             b=b,
             budget=config.dictionaries,
-            k_factors=config.k_factors,
             tokens_train=config.tokens_train,
             tokens_held_out=config.tokens_held_out,
             seed=seed,

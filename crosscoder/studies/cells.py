@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,12 +21,13 @@ from crosscoder.data.nulls import make_null
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.sources import Marked, SiteSource, Source
 from crosscoder.data.subject import load_model
-from crosscoder.data.tokens import PreparedTokens
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary
 from crosscoder.foundation.origin import MismatchError, Null, require_same
 from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest, twins
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
+from crosscoder.measure.welch import FEWEST_DOCUMENTS
 from crosscoder.results.table import Arm, Place, Role, Row, Site, State, finite, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.stores import Stores
@@ -152,8 +153,8 @@ class MeasuredCell:
         rows, readings = list[Row](), list[Reading]()
         for seed, dictionary in zip(cell.seeds, dictionaries, strict=True):
             at, first = replace(cell.place, seed=seed), seed == cell.seeds[0]
-            reading = read_dictionary(dictionary, marked(self.source, self.device))
-            rows += dictionary_rows(at, dictionary, reading)
+            reading = read_dictionary(dictionary, marked(self.source, self.device), self.text(cell))
+            rows += dictionary_rows(at, dictionary, reading, self.text(cell))
             if cell.state not in get_args(Null) and self.store.subject is not None:
                 rows += self._in_subject(cell, at, dictionary, first=first)
             if cell.labelled and first:
@@ -166,6 +167,19 @@ class MeasuredCell:
             readings.append(reading)
         return _cell_rows(cell, self.stored.sites, readings) + rows
 
+    def text(self, cell: Cell) -> TokenBlocks | None:
+        """The held-out text, where it has documents enough to know what of an interval is theirs; tokens of a null that
+        stands in for activations are of no document."""
+        if self.store.tokens is None or cell.state in get_args(Null):
+            return None
+        blocks = self._tokens.held_out
+        return blocks if blocks.n_documents >= FEWEST_DOCUMENTS else None
+
+    @cached_property
+    def _tokens(self) -> PreparedTokens:
+        assert self.store.tokens is not None
+        return PreparedTokens.load(self.store.tokens)
+
     def _in_subject(self, cell: Cell, at: Place, dictionary: Dictionary, *, first: bool) -> list[Row]:
         """What the subject predicts with reconstructions in place, and without single features."""
         from safetensors.torch import load_file
@@ -173,13 +187,27 @@ class MeasuredCell:
         assert self.store.subject is not None
         assert self.store.held_out_ids is not None
         model = load_model(self.store.subject, **asdict(self.store.loading), device=self.device)
-        ids_RS = load_file(self.store.held_out_ids)["ids"].long().to(input_device(model))
+        drawn = load_file(self.store.held_out_ids)
+        ids_RS = drawn["ids"].long().to(input_device(model))
+        document_R, n_documents = None, 0
+        if (text := self.text(cell)) is not None:
+            found_R, n_documents = text.document_index[drawn["blocks"].numpy()], text.n_documents
+            document_R = found_R if len(np.unique(found_R)) >= FEWEST_DOCUMENTS else None
         blocks = list(find_blocks(model, self.store.blocks_path))
         where: dict[str, Any] = {"layers": self.stored.sites, "kind": at.site}
         rows: list[Row] = []
         if cell.state != "untrained":  # an untrained model predicts nothing that could be lost
             each = cell.role == "main" and cell.training_seed == 0 and first
-            found = splice_losses(dictionary, model, blocks, ids_RS.split(16), **where, each=each)
+            found = splice_losses(
+                dictionary,
+                model,
+                blocks,
+                ids_RS.split(16),
+                **where,
+                each=each,
+                document_R=document_R,
+                n_documents=n_documents,
+            )
             rows += rows_at(at, found.clean)
             rows += [row for layer, values in found.sites.items() for row in rows_at(replace(at, layer=layer), values)]
         if cell.causal and first and self.source.n_layers > 1:
@@ -196,9 +224,8 @@ class MeasuredCell:
 
     def _labels(self, at: Place, dictionary: Dictionary, reading: Reading) -> list[Row]:
         """How well alive features, some of them where there are many, tell labels of the held-out text."""
-        assert self.store.tokens is not None
         assert reading.token_T is not None
-        tokens = PreparedTokens.load(self.store.tokens)
+        tokens = self._tokens
         text = labels.label_text(tokens.held_out[:].numpy(), tokens.tokenizer, reading.token_T)
         chosen = np.random.default_rng(0).permutation(reading.index_F)[:MOST_LABELLED]
         document_T = tokens.held_out.documents[reading.token_T // tokens.held_out.sequence_length]
@@ -272,8 +299,11 @@ def marked(source: Source, device: str) -> Iterator[Marked]:
     return (Marked(*(tensor.to(device) for tensor in batch[:3]), batch.token_B) for batch in source.marked())
 
 
-def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list[Row]:
-    """What one trained dictionary counts, explains and, where features extend over layers, how they do."""
+def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: TokenBlocks | None = None) -> list[Row]:
+    """What one trained dictionary counts, explains and, where features extend over layers, how they do.
+
+    text: that it was read on, where loads without each document of it are asked for.
+    """
     values = counting.count_features(reading) | {
         "explained_variance": reading.explained_variance,
         "explained_variance_per_layer": [finite(value) for value in reading.explained_variance_L],
@@ -281,6 +311,10 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading) -> list
         "l0_token_layer": reading.l0_layer,
         "threshold": dictionary.threshold.tolist() if isinstance(dictionary.config.sparsity, BatchTopK) else None,
     }
+    if text is not None:
+        assert reading.explained_left_E is not None
+        left = {"entropy_load": counting.load_left(reading, text), "explained_variance": reading.explained_left_E}
+        values |= {f"{key}_left": [finite(value) for value in left_E.tolist()] for key, left_E in left.items()}
     if (found := reading.outliers) is not None:
         values |= {
             "explained_variance_usual": finite(found.explained_variance_usual),

@@ -144,7 +144,8 @@ class StudyFolder:
         """Keep `n_blocks` held-out blocks, evenly drawn, for spliced evaluation."""
         self._splice_ids.parent.mkdir(exist_ok=True)
         stride = max(1, len(held_out) // max(1, n_blocks))
-        save_file({"ids": held_out[::stride][:n_blocks].contiguous()}, self._splice_ids)
+        blocks = torch.arange(len(held_out))[::stride][:n_blocks].contiguous()
+        save_file({"ids": held_out[blocks].contiguous(), "blocks": blocks}, self._splice_ids)
 
     def left(self, cells: Sequence[Measured]) -> list[Measured]:
         """The cells whose rows are not there yet."""

@@ -77,6 +77,8 @@ class SubjectsConfig:
     n_checkpoints: PositiveInt = 20
     seeds: Seeds = (0, 1)
     """Training seeds: each shape is trained once with each, from other weights and in another order of the text."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents that is never trained on. Their own variance is known from thirty of them on."""
     seed: int = 0
     """Of the text's split."""
 

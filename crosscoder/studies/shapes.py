@@ -60,7 +60,7 @@ def run_study(
     text, study = text_hash(subjects.text), StudyFolder(folder, device=device, workers=workers)
     require_inputs(folder, text=text)
     of_text = {"vocab_size": subjects.vocab_size, "sequence_length": subjects.context, "seed": subjects.seed}
-    tokens = study.tokens(subjects.text, **of_text)
+    tokens = study.tokens(subjects.text, held_out_fraction=subjects.held_out_fraction, **of_text)
     study.lap("tokens")
     runs = _train_subjects(subjects, study, part)
     chosen = choose_checkpoints(runs)
@@ -79,7 +79,7 @@ def run_study(
     rows += baseline_rows(study, compared, chosen.index)
     study.lap("baselines")
     further = {"vocabulary": tokens.train.vocab_size, "text_tokens": tokens.train.n_tokens}
-    further["n_documents"] = len(np.unique(tokens.held_out.documents))
+    further["n_documents"] = tokens.held_out.n_documents
     rows += [*rows_at(Place(), further), *study.rows(cells), *calibrate_study(config, study)]
     study.lap("calibration")
     measured, verdict = judge.judge(config, LongTable(tuple(rows)), folder, documents=tokens.held_out.documents)

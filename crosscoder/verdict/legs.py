@@ -21,6 +21,9 @@ from crosscoder.results.table import COMPARED, Estimate, LongTable, State
 
 Logs = dict[int, float] | str
 """A number of each training by its position, or why one of them has none."""
+TextLogs = dict[int, Any] | str
+"""The same of what was read on the text: of all of it, then without each of its documents where these are known,
+`[1 + documents]`."""
 Shapes = Mapping[str, tuple[int, int]]
 """Layers and width of A and B."""
 SITE = "write"
@@ -56,20 +59,20 @@ def fidelity_statistics(table: LongTable, shapes: Shapes, state: State, currency
     """
     a, b = COMPARED
     of_bank = NO_BANK.get(state, state)
-    joint = {name: read_logs(table, name, "crosscoder", currency, state, load) for name in COMPARED}
-    dense = {name: read_logs(table, name, "crosscoder", currency, state, raw_density) for name in COMPARED}
+    joint = {name: read_text_logs(table, name, "crosscoder", currency, state, load) for name in COMPARED}
+    dense = {name: read_text_logs(table, name, "crosscoder", currency, state, raw_density) for name in COMPARED}
     bank = {
-        name: _plus(read_logs(table, name, "layerwise", currency, of_bank, load), math.log(shapes[name][0]))
+        name: _plus(read_text_logs(table, name, "layerwise", currency, of_bank, load), math.log(shapes[name][0]))
         for name in COMPARED
     }
     rooms = {by: {name: log_room(table, name, state, by) for name in COMPARED} for by in ("model", "scaled")}
     neurons = math.log(math.prod(shapes[a]) / math.prod(shapes[b]))
     depth = math.log(shapes[a][0] / shapes[b][0])
 
-    def over(logs: Mapping[str, Logs]) -> tuple[tuple[float, Group], ...]:
+    def over(logs: Mapping[str, TextLogs]) -> tuple[tuple[float, Group], ...]:
         return (1.0, mean_of(logs[b])), (-1.0, mean_of(logs[a]))
 
-    def less(first: Mapping[str, Logs], second: Mapping[str, Logs]) -> dict[str, Logs]:
+    def less(first: Mapping[str, TextLogs], second: Mapping[str, TextLogs]) -> dict[str, TextLogs]:
         return {name: minus(first[name], second[name]) for name in COMPARED}
 
     own_banks = state not in NO_BANK  # those of another state may be of more trainings
@@ -145,16 +148,30 @@ def read_logs(
 
     Dictionary seeds of one k are averaged on logs first.
     """
+    found = read_text_logs(table, subject, arm, currency, state, quantity)
+    return found if isinstance(found, str) else {t: float(log[0]) for t, log in found.items()}
+
+
+def read_text_logs(
+    table: LongTable,
+    subject: str,
+    arm: str,
+    currency: Currency,
+    state: State,
+    quantity: Callable[[LongTable], float | None],
+) -> TextLogs:
+    """`read_logs`, with what would be read without each of the text's documents; `quantity` is proportional to load."""
     where = {"subject": subject, "state": state, "site": SITE, "arm": arm, "role": ("main", "k")}
     trainings = table.select("entropy_load", **where).groups("training_seed")
     if not trainings:
         return f"no {arm} of {subject} was trained ({state})"
-    logs: dict[int, float] = {}
+    logs: dict[int, np.ndarray] = {}
     for at in trainings:
         read = read_training(table, {**where, "training_seed": at.training_seed}, currency, quantity)
         if isinstance(read, str):
             return f"{subject}{at.training_seed}, {arm}: {read}"
-        logs[at.training_seed or 0] = float(np.mean([math.log(one.value) for one in read]))
+        known = [[one.value, *([] if one.left_E is None else one.left_E)] for one in read]
+        logs[at.training_seed or 0] = np.log(known).mean(0)
     return logs
 
 
@@ -187,10 +204,28 @@ def _sweep(
                 return f"k {at.k}: {fidelity if isinstance(fidelity, str) else 'what is read there is not known'}"
             if not min(fidelity, value) > 0:
                 return f"k {at.k}: a logarithm needs all above 0, and there is {fidelity:.3g} (quantity {value:.3g})"
-            known.append((fidelity, value))
-        fidelity, value = np.exp(np.log(known).mean(0)).tolist()
-        points.append(SweepPoint(float(at.k or 0), fidelity, value))
+            known.append((fidelity, value, _left(one, currency, value)))
+        fidelity, value = np.exp(np.log([pair[:2] for pair in known]).mean(0)).tolist()
+        left = [one for *_, one in known if one is not None]
+        left_2E = np.exp(np.mean(np.log(left), axis=0)) if len(left) == len(known) else None
+        points.append(SweepPoint(float(at.k or 0), fidelity, value, left_2E))
     return points
+
+
+def _left(rows: LongTable, currency: Currency, value: float) -> np.ndarray | None:
+    """What one dictionary loses and a quantity proportional to its load, without each document of the text,
+    `[2, documents]`; None where documents are too few to tell."""
+    load_E, whole = rows.one("entropy_load_left"), rows.one("entropy_load")
+    if currency == "fvu":
+        explained_E = rows.one("explained_variance_left")
+        lost_E = None if explained_E is None else 1 - np.array(explained_E)
+    else:
+        sums = [rows.select(f"{key}_left") for key in ("spliced_loss", "clean_loss", "ablated_loss")]
+        if not all(len(one) for one in sums):
+            return None
+        spliced_E, clean_E, ablated_E = (np.array(one.rows[0].value) for one in sums)
+        lost_E = (spliced_E - clean_E) / (ablated_E - clean_E)
+    return None if load_E is None or lost_E is None else np.stack([lost_E, np.array(load_E) * value / whole])
 
 
 def _fidelity(rows: LongTable, currency: Currency) -> float | str:
@@ -207,16 +242,20 @@ def _fidelity(rows: LongTable, currency: Currency) -> float | str:
     return lost_share(**losses)
 
 
-def mean_of(values: Logs) -> Group:
+def mean_of(values: TextLogs) -> Group:
     """The mean over trainings."""
-    return values if isinstance(values, str) else group_mean(list(values.values()))
+    if isinstance(values, str):
+        return values
+    each = [np.atleast_1d(value) for value in values.values()]
+    left = [value[1:] for value in each if len(value) > 1]
+    return group_mean([value[0] for value in each], np.array(left) if left and len(left) == len(each) else None)
 
 
-def _plus(logs: Logs, constant: float) -> Logs:
+def _plus(logs: TextLogs, constant: float) -> TextLogs:
     return logs if isinstance(logs, str) else {t: value + constant for t, value in logs.items()}
 
 
-def minus(first: Logs, second: Logs) -> Logs:
+def minus(first: TextLogs, second: TextLogs) -> TextLogs:
     """The difference training by training, of those of the first."""
     if isinstance(first, str) or isinstance(second, str):
         return first if isinstance(first, str) else second
@@ -225,7 +264,7 @@ def minus(first: Logs, second: Logs) -> Logs:
     return {t: value - second[t] for t, value in first.items()}
 
 
-def _of_trainings(logs: Logs, those: Logs) -> Logs:
+def _of_trainings(logs: TextLogs, those: TextLogs) -> TextLogs:
     """Only the trainings that another quantity has."""
     if isinstance(logs, str) or isinstance(those, str):
         return logs

@@ -118,6 +118,11 @@ def notes(evidence: Evidence, table: LongTable, shapes: Shapes) -> list[str]:
             f"the held-out text has {n_documents} documents, too few for its own part of the variance: intervals are "
             "over trainings alone"
         )
+    elif n_documents is not None:
+        said.append(
+            f"loads, and what is computed from them, carry the variance of the text's {n_documents} documents beside "
+            "that over trainings; rates, causal layers and shares of features do not"
+        )
     return said
 
 

@@ -58,7 +58,6 @@ SIMILARITY = np.array([[0.9, 0.8, 0.0], [0.85, 0.1, 0.0], [0.0, 0.0, 0.72]])
 def test_matching_rules_differ_as_they_should():
     assert matching.mutual_nearest_pairs(SIMILARITY, 0.7).tolist() == [[0, 0], [2, 2]]
     assert matching.hungarian_pairs(SIMILARITY, 0.7).tolist() == [[0, 1], [1, 0], [2, 2]]
-    assert matching.threshold_pairs(SIMILARITY, 0.7).tolist() == [[0, 0], [0, 1], [1, 0], [2, 2]]
     assert matching.mutual_nearest_pairs(SIMILARITY, 0.75).tolist() == [[0, 0]]
     assert matching.matched_share(matching.mutual_nearest_pairs(SIMILARITY, 0.7), 3, 4) == pytest.approx(2 / 3)
 
@@ -73,19 +72,17 @@ def test_rules_in_blocks_of_rows_find_what_they_find_in_one_piece(monkeypatch):
         matching.decoder_cosine(a.T[:, None], b.T[:, None]),
     ):
         whole = similarity.whole()
-        pairs = [rule(whole, 0.3).tolist() for rule in (matching.mutual_nearest_pairs, matching.threshold_pairs)]
+        pairs = matching.mutual_nearest_pairs(whole, 0.3).tolist()
         monkeypatch.setattr(matching, "BLOCK_BYTES", 8 * 30 * 4)
         starts, blocks = zip(*similarity.blocks(), strict=True)
         assert starts == tuple(range(0, 50, 4))
-        assert [
-            rule(similarity, 0.3).tolist() for rule in (matching.mutual_nearest_pairs, matching.threshold_pairs)
-        ] == pairs
+        assert matching.mutual_nearest_pairs(similarity, 0.3).tolist() == pairs
         found = matching.nearest(similarity)
         np.testing.assert_array_equal(found.index_a, whole.argmax(1))
         np.testing.assert_array_equal(found.index_b, whole.argmax(0))
         np.testing.assert_allclose(np.concatenate(blocks), whole, rtol=1e-12, atol=1e-15)
         monkeypatch.undo()
-    assert [3, 20] in pairs[0]
+    assert [3, 20] in pairs
 
 
 def test_counts_do_not_depend_on_the_blocks(monkeypatch):

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import sparse
 
 from crosscoder.measure import statistics
 from crosscoder.results.table import Estimate
@@ -41,35 +40,6 @@ def test_nine_intervals_in_ten_cover_the_truth(training, dictionaries):
         found = statistics.two_level_bootstrap(groups.tolist(), seed=case, n_draws=400).estimate()
         covered += found.covers(5.0)
     assert 0.80 <= covered / 200 <= 0.97
-
-
-def test_document_sums():
-    values = np.array([[1, 1], [0, 1], [1, 1], [5, 1]])
-    sums = statistics.document_sums(values, np.array([3, 3, 1, 3]))
-    assert sums.tolist() == [[1, 1], [6, 3]]
-    assert statistics.document_sums(sparse.csc_array(values != 0), np.array([3, 3, 1, 3])).tolist() == [[1, 1], [2, 3]]
-    with pytest.raises(ValueError, match="2 document labels"):
-        statistics.document_sums(np.ones((3, 1)), np.array([0, 1]))
-
-
-def share(totals):
-    return totals[:, 0] / totals[:, 1]
-
-
-def test_document_blocks_cover_the_truth_where_single_tokens_do_not():
-    covered = {"documents": 0, "tokens": 0}
-    for case in range(200):
-        rng = np.random.default_rng([case, 1])
-        probability = np.repeat(rng.beta(2, 6, size=40), 25)  # tokens of one document share their rate; mean .25
-        fires = (rng.random(1000) < probability).astype(float)
-        table = np.stack([fires, np.ones(1000)], axis=1)
-        for name, labels in (("documents", np.arange(1000) // 25), ("tokens", np.arange(1000) // 2)):
-            sums = statistics.document_sums(table, labels)
-            found = statistics.two_level_bootstrap([[sums]], seed=case, statistic=share, n_draws=200).estimate()
-            assert found.value == pytest.approx(fires.mean())
-            covered[name] += found.covers(0.25)
-    assert 0.80 <= covered["documents"] / 200 <= 0.97
-    assert covered["tokens"] / 200 < 0.75
 
 
 def test_signed_ratio_by_hand_and_by_coverage():

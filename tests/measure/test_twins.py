@@ -1,10 +1,9 @@
 """Twins, planted: words of a product code, and features that come close."""
 
 import numpy as np
-import pytest
 
 from crosscoder.measure import matching
-from crosscoder.measure.twins import find_twins, twin_share
+from crosscoder.measure.twins import find_twins
 
 WIDTH = 40
 
@@ -25,8 +24,6 @@ def test_words_of_a_product_code_are_twins_and_others_are_not():
     copies = [(11, 12, 13), (11, 12, 13)]  # alike jointly
     local = [(0, 20, 0), (0, 21, 0)]
     assert find_twins(rows_of([*CODE, loner, *copies, *local])).tolist() == [True] * 6 + [False] * 5
-    assert twin_share(rows_of([*CODE, loner, (0, 0, 0)])) == pytest.approx(6 / 7)
-    assert np.isnan(twin_share(np.zeros((2, 3, WIDTH))))
     assert not find_twins(np.zeros((2, 3, WIDTH))).any()
 
 
@@ -61,12 +58,12 @@ def test_two_layers_need_a_bound_above_a_half():
     """Words that share one of two layers have a joint cosine of .5 where norms are equal, and around it elsewhere."""
     sizes = np.random.default_rng(0).uniform(0.8, 1.25, (3, 3, 2))
     rows = rows_of([((a, sizes[a - 1, b - 1, 0]), (b, sizes[a - 1, b - 1, 1])) for a in (1, 2, 3) for b in (1, 2, 3)])
-    assert twin_share(rows, joint=0.5) == 0
-    assert twin_share(rows) == 1
+    assert not find_twins(rows, joint=0.5).any()
+    assert find_twins(rows).all()
 
 
 def test_words_of_two_layers_are_twins_in_dictionaries_of_more():
     """What counts is how many layers the feature occupies, not how many the dictionary has."""
     words = rows_of([(a, b, 0, 0) for a in (1, 2, 3) for b in (1, 2, 3)])
-    assert twin_share(words) == 1
-    assert twin_share(words, joint=0.49) == 0  # .5 to rounding
+    assert find_twins(words).all()
+    assert not find_twins(words, joint=0.49).any()  # .5 to rounding

@@ -30,10 +30,14 @@ from crosscoder.studies.presets import PRESETS
 ROOT = Path(__file__).parents[2]
 SHAPES = {"A": (8, 4), "B": (2, 8), "C": (2, 5), "D": (4, 5)}
 N_TRAININGS, N_FEATURES, CONTEXT = 5, 64, 20
+OF_NO_TEXT = ("gaussian", "shuffled")
 KS = {1: 0.18, 2: 0.11, 4: 0.08, 8: 0.05}
 """Variance unexplained of each k, about; the share of harm is about a third of it."""
 SCALE_L = np.array([2.0, 0.5, 1.0, 3.0, 0.7, 1.5, 1.0, 0.2])
-DOCUMENT_B = np.repeat(np.arange(4), 5)
+DOCUMENT_B = np.arange(31) + 5
+
+
+TEXT = TokenBlocks(torch.zeros(31, CONTEXT, dtype=torch.int64), vocab_size=8, tokenizer_hash="", documents=DOCUMENT_B)
 
 
 def planted_reading(draw, shared_TF, at, fvu):
@@ -70,6 +74,7 @@ def planted_reading(draw, shared_TF, at, fvu):
         size=N_FEATURES,
         explained_variance_L=np.full(n_layers, 1 - fvu),
         token_T=np.arange(len(active)),
+        explained_left_E=None if at.state in OF_NO_TEXT else 1 - fvu * draw.lognormal(0, 0.001, len(TEXT)),
     )
 
 
@@ -82,11 +87,15 @@ def cell_rows(draw, shared_TF, folder, at, *, seeds, varies):
         reading = planted_reading(draw, shared_TF, one, lost)
         n_layers = SHAPES[at.subject][0]
         scale = torch.from_numpy(SCALE_L[:n_layers].copy())
-        rows += dictionary_rows(one, SimpleNamespace(config=SimpleNamespace(sparsity=None), input_scale=scale), reading)
+        planted = SimpleNamespace(config=SimpleNamespace(sparsity=None), input_scale=scale)
+        rows += dictionary_rows(one, planted, reading, None if at.state in OF_NO_TEXT else TEXT)
         if at.state in ("trained", "frozen_encoder"):
             spliced = replace(one, layer="all")
             rows += [Row(one, "clean_loss", 2.5), Row(spliced, "ablated_loss", 4.5)]
             rows.append(Row(spliced, "spliced_loss", 2.5 + 0.7 * lost))
+            for whole in rows[-3:]:
+                without_E = whole.value * draw.lognormal(0, 0.00003, len(TEXT))
+                rows.append(replace(whole, key=f"{whole.key}_left", value=without_E.tolist()))
         if at.arm == "crosscoder" and at.role == "main" and seed == 0 and at.state not in ("gaussian", "shuffled"):
             layers, share = 1 + draw.uniform(0.2, 0.4) * (n_layers - 1) ** 0.5, draw.uniform(0.05, 0.15)
             rows += [Row(one, "causal_layers", layers), Row(one, "conjunctive_share", share)]
@@ -145,7 +154,7 @@ def subject_rows(draw):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A study's folder as the library leaves it, of planted readings; every leg can be read in it."""
-    folder, draw = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
+    folder, draw = tmp_path_factory.mktemp("run"), np.random.default_rng(1)
     cells, rows = planted_cells(draw, folder), subject_rows(draw)
     baselines = {}
     for name, t in product("AB", range(N_TRAININGS)):
@@ -156,8 +165,7 @@ def study(tmp_path_factory):
         for name, found in each.items():
             write_rows(folder / home / f"{name}.json", found)
             rows += found
-    ids = torch.zeros(len(DOCUMENT_B), CONTEXT, dtype=torch.int64)
-    TokenBlocks(ids, vocab_size=8, tokenizer_hash="", documents=DOCUMENT_B).save(folder / "tokens" / "held_out")
+    TEXT.save(folder / "tokens" / "held_out")
     config = PRESETS["smoke"]
     first = config.subjects.a
     shapes = {name: replace(first, n_layers=n_layers, d_model=d_model) for name, (n_layers, d_model) in SHAPES.items()}
@@ -283,9 +291,9 @@ def test_definitions_are_those_of_small_cases_by_hand(recheck):
     assert find_twins(code[:2]).tolist() == [False, False]
     p = highest_probability(5.0)
     assert 5 * p * np.log(1 / p) == pytest.approx(1)
-    law = np.array([(k, np.log(0.4 / k), np.log(k**0.5)) for k in (1, 2, 4, 8)])
+    law = np.array([([np.log(0.4 / k)], [np.log(k**0.5)]) for k in (1, 2, 4, 8)])
     at = read_at(law, 0.15)
-    assert (np.exp(at.log_value), at.slope, at.bend) == pytest.approx(((0.4 / 0.15) ** 0.5, -0.5, 0))
+    assert (np.exp(at.log_value[0]), at.slope, at.bend) == pytest.approx(((0.4 / 0.15) ** 0.5, -0.5, 0))
     assert read_at(law[:3], 0.15) is None
     assert read_at(law, 0.5) is None
     assert read_at(law[[0, 2, 1, 3]], 0.15) is None

@@ -15,9 +15,7 @@ from crosscoder.studies.presets import PRESETS, Shape
 A = Shape(n_layers=4, d_model=16, k_crosscoder=(4, 2, 3, 6), k_layerwise=(2, 1, 3, 5))
 B = Shape(n_layers=1, d_model=32, k_crosscoder=(4, 2, 3, 6), k_layerwise=(4, 2, 3, 6))
 BUDGET = DictionaryBudget(n_features=64, k_crosscoder=4, k_layerwise=2, steps=400, batch=256, learning_rate=1e-2)
-CONFIG = CalibrationConfig(
-    a=A, b=B, budget=BUDGET, k_factors=(0.5, 2.0, 4.0), tokens_train=50_000, tokens_held_out=8000
-)
+CONFIG = CalibrationConfig(a=A, b=B, budget=BUDGET, tokens_train=50_000, tokens_held_out=8000)
 
 
 def plain(rows):
@@ -74,4 +72,4 @@ def test_shapes_that_no_pair_has_are_not_calibrated(tmp_path):
 
 def test_a_k_that_no_world_can_have_is_refused():
     with pytest.raises(ValueError, match="raise n_features or lower k"):
-        replace(CONFIG, a=replace(A, k_crosscoder=(30,))).pair()
+        replace(CONFIG, a=replace(A, k_crosscoder=(40,)), b=replace(B, k_crosscoder=(40,))).pair()

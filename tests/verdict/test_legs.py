@@ -3,10 +3,11 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from planted_rows import BANK, JOINT, SHAPES, dictionary_rows, logs, null_rows, study_rows
 
-from crosscoder.results.table import Estimate, LongTable
+from crosscoder.results.table import Estimate, LongTable, Row
 from crosscoder.verdict import legs
 
 
@@ -21,6 +22,27 @@ def test_planted_laws_come_back_in_both_currencies(currency):
     assert values["g"].high - values["g"].low < 0.1 * (values["q"].high - values["q"].low), (
         "what trainings share cancels"
     )
+
+
+def test_the_text_s_variance_is_that_of_the_whole_combination():
+    """A document that moves all loads alike moves no difference of them, and each of them alone."""
+    moved = np.exp(0.3 * np.random.default_rng(0).standard_normal(31))
+    rows = [
+        Row(row.at, f"{row.key}_left", (row.value * (moved if row.key == "entropy_load" else np.ones(31))).tolist())
+        for row in study_rows()
+        if row.key in ("entropy_load", "explained_variance")
+    ]
+    plain, found = (
+        legs.fidelity_statistics(LongTable(tuple(one)), SHAPES, "trained", "fvu")
+        for one in (study_rows(), [*study_rows(), *rows])
+    )
+    for name in ("q", "r", "g", "room"):
+        assert found[name].estimate.high == pytest.approx(plain[name].estimate.high, rel=1e-3)
+    for (_, group), (_, without) in zip(found["q"].terms, plain["q"].terms, strict=True):
+        assert without.left_E is None
+        assert group.left_E - group.value == pytest.approx(np.log(moved))
+    alone, before = (legs.Contrast(one["q"].terms[:1]).estimate for one in (found, plain))
+    assert alone.high - alone.low > 3 * (before.high - before.low)
 
 
 def test_a_null_subtracts_and_the_shuffled_one_has_the_banks_of_the_subject():
