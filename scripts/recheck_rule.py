@@ -50,7 +50,6 @@ def gates(study: Study) -> dict[str, Interval | None]:
     """Every gate's number."""
     losses = {name: of_subject(study, name, "held_out_loss", log=True) for name in "AB"}
     trigrams = {name: of_subject(study, name, "trigram_loss", log=True) for name in "AB"}
-    means = [float(np.mean(list(one.values()))) for one in losses.values() if one]
     rates = [value for name in "AB" for value in (of_subject(study, name, "rate_share") or {}).values()]
     sizes = [one.numbers["dictionary_size"] / math.prod(study.shapes[one.at["subject"]]) for name in "AB"
              for one in study.of(**MAIN, subject=name, state="trained")]  # fmt: skip
@@ -59,7 +58,7 @@ def gates(study: Study) -> dict[str, Interval | None]:
     return {
         "loss over a trigram table's": worst(mean(joined(losses[name], trigrams[name])) for name in "AB"),
         "share that token lookup keeps": worst(mean(of_subject(study, name, "lookup_share")) for name in "AB"),
-        "loss, B over A": exact([means[1] - means[0]]) if len(means) == 2 else None,
+        "loss, B over A": Term([(1, losses["B"]), (-1, losses["A"])]).interval,
         "what unequal losses may move q": loss_effect(study, losses),
         "learning rate at the checkpoints": exact(rates),
         "what interpolation may move fidelity": bends(study),
@@ -103,15 +102,18 @@ def loss_effect(study: Study, losses: Mapping[str, Group]) -> Interval | None:
 
 
 def bends(study: Study) -> Interval | None:
-    """The largest |d ln FVU| that a cubic in place of straight lines amounts to."""
+    """|d ln FVU| that a cubic in place of straight lines amounts to: the larger target's, means over trainings."""
     found = []
     for name in "AB":
         for arm in ("crosscoder", "layerwise"):
             read = study.sweep(name, "trained", arm, "fvu", "load")
             if read is None:
                 return None
-            found += [one.bend / abs(one.slope) for each in read.values() for one in each if one.bend]
-    return exact([*found, 0.0])
+            errors = {
+                t: max(one.bend / abs(one.slope) if one.bend else 0.0 for one in each) for t, each in read.items()
+            }
+            found.append(mean(errors))
+    return worst(found)
 
 
 def orders(study: Study, name: str) -> Group:
@@ -138,21 +140,18 @@ def rooms_agree(study: Study) -> Interval | None:
 
 
 def at_twice(study: Study) -> Interval | None:
-    """|change| of ln(load / d_eff), B over A, from the main size to twice as many features."""
-    moved = []
+    """Change of ln(load / d_eff), B over A, from the main size to twice as many features."""
+    moved: dict[str, Group] = {}
     for name in "AB":
-        shifts = []
+        shifts: dict[int, float] = {}
         for twice in study.of(**(MAIN | {"role": "size"}), subject=name, state="trained"):
             same = {one: twice.at[one] for one in ("training_seed", "k", "seed")}
-            shifts += [
-                math.log(twice.numbers["raw_density"] / one.numbers["raw_density"])
-                for one in study.of(**MAIN, subject=name, state="trained", **same)
-                if 2 * one.at["n_features"] == twice.at["n_features"]
-            ]
-        if not shifts:
-            return None
-        moved.append(float(np.mean(shifts)))
-    return exact([abs(moved[1] - moved[0])])
+            for one in study.of(**MAIN, subject=name, state="trained", **same):
+                if 2 * one.at["n_features"] == twice.at["n_features"]:
+                    ratio = twice.numbers["raw_density"] / one.numbers["raw_density"]
+                    shifts[twice.at["training_seed"]] = math.log(ratio)
+        moved[name] = shifts or None
+    return Term([(1, moved["B"]), (-1, moved["A"])]).interval
 
 
 class Stand(NamedTuple):

@@ -183,11 +183,11 @@ CALIBRATION = (
 
 
 def _loss_log_ratio(table: LongTable) -> Estimate | str:
-    """ln of B's mean loss over A's; without an interval, since checkpoints are chosen to make it small."""
+    """ln of B's loss over A's."""
     logs = {name: np.log(table.values("held_out_loss", subject=name, role=None)) for name in COMPARED}
     if not all(len(one) for one in logs.values()):
         return "losses were not measured"
-    return _exact([float(logs["B"].mean() - logs["A"].mean())], max)
+    return contrast([(c, group_mean(logs[name])) for c, name in zip((-1.0, 1.0), COMPARED, strict=True)])
 
 
 def loss_effect(table: LongTable) -> Estimate | str:
@@ -288,17 +288,19 @@ def _exact_row(table: LongTable, key: str, pick: Callable[[Sequence[float]], flo
 
 
 def fidelity_error(table: LongTable) -> Estimate | str:
-    """The largest |d ln fidelity| that a cubic in place of straight lines amounts to, over trainings and arms."""
-    errors = []
+    """|d ln fidelity| that a cubic in place of straight lines amounts to: means over trainings, the largest of arms."""
+    found: list[Estimate | str] = []
     for name in COMPARED:
         for arm in ("crosscoder", "layerwise"):
             where = {"subject": name, "state": "trained", "site": SITE, "arm": arm, "role": ("main", "k")}
+            errors = []
             for at in table.select("entropy_load", **where).groups("training_seed"):
                 read = read_training(table, {**where, "training_seed": at.training_seed}, "fvu")
                 if isinstance(read, str):
                     return f"{name}{at.training_seed}, {arm}: {read}"
-                errors += [one.fidelity_error for one in read]
-    return _exact(errors, max)
+                errors.append(max(one.fidelity_error for one in read))
+            found.append(_mean(errors) if errors else f"no {arm} of {name} was trained (trained)")
+    return _worst(found, highest=True)
 
 
 def _features_a_dimension(table: LongTable, shapes: Shapes) -> Estimate | str:
@@ -344,20 +346,18 @@ def _rooms_agree(table: LongTable) -> Estimate | str:
 
 
 def _room_at_twice(table: LongTable) -> Estimate | str:
-    """|change| of ln R, by the dictionaries' dimension, from n to 2 n features at the main k."""
-    moved = {}
+    """Change of ln R, by the dictionaries' dimension, from n to 2 n features at the main k."""
+    moved: dict[str, Logs] = {}
     for name in COMPARED:
         where = {"subject": name, "state": "trained", "site": SITE, "arm": "crosscoder"}
         twice = table.cells("entropy_load", **where, role="size")
-        shifts = []
+        shifts: dict[int, float] = {}
         for at, cell in twice.items():
             mains = table.cells("entropy_load", **where, role="main", training_seed=at.training_seed)
             for main, known in mains.items():
                 if at.n_features == 2 * (main.n_features or 0) and at.k == main.k:
                     seeds = cell.seeds()
                     first, second = (raw_density(one.select(seed=seeds[0])) for one in (known, cell))
-                    shifts += [math.log(second / first)] if first and second else []
-        if not shifts:
-            return f"no dictionary of {name} of twice the size"
-        moved[name] = float(np.mean(shifts))
-    return _exact([abs(moved["B"] - moved["A"])], max)
+                    shifts |= {at.training_seed or 0: math.log(second / first)} if first and second else {}
+        moved[name] = shifts or f"no dictionary of {name} of twice the size"
+    return contrast([(1.0, mean_of(moved["B"])), (-1.0, mean_of(moved["A"]))])

@@ -106,7 +106,7 @@ GATES: dict[str, tuple[Leg, frozenset[str] | None]] = {
     "same direction in another order": (Leg("cosine", low=0.9), DIRECTIONS),
     "found in another order": (Leg("share", low=0.7), FEATURES | DIRECTIONS),
     "two rooms agree": (Leg("ln", -EQUAL, EQUAL), DIRECTIONS),
-    "room at twice the size": (Leg("|ln|", high=0.1), DIRECTIONS),
+    "room at twice the size": (Leg("ln", -0.1, 0.1), DIRECTIONS),
     "features found, planted": (Leg("MCC", low=0.9), FEATURES | DIRECTIONS),
     "error of q, planted": (Leg("|error|", high=0.1), None),
     "error of g, planted": (Leg("|error|", high=0.1), frozenset(LABELS)),
