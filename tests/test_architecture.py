@@ -36,7 +36,7 @@ BUDGETS = {
     "triton_kernels": 4560,
     "crosscoder/foundation": 665,
     "crosscoder/results": 690,
-    "crosscoder/data": 4495,
+    "crosscoder/data": 4520,
     "crosscoder/dictionary": 1395,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 500,
     "crosscoder": 470,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_080, 15_660
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_120, 15_680
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

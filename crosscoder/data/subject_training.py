@@ -58,6 +58,11 @@ class SubjectConfig:
     n_checkpoints: PositiveInt = 20
     """Kept in the last two thirds of training, the end included; the initial weights are kept besides."""
     seed: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the blocks' matrices; all else has AdamW. Muon (Jordan et al. 2024) learns more from a token: 8x64 ends at
+    2.47 nats after 2 M tokens, where AdamW ends at 2.55 to 2.61. A step takes longer where matrices are small."""
+    muon_learning_rate: PositiveFloat = 0.01
+    """Its peak, where `learning_rate` is that of all else; both rise and fall alike."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products in training; weights and optimiser are float32 in both. On a CPU with bfloat16
     instructions `bfloat16` is about 1.5 times as fast; without them it is slower."""
@@ -82,11 +87,15 @@ class SubjectConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to a tenth."""
+        return self.learning_rate * self.rate_share_at(step)
+
+    def rate_share_at(self, step: int) -> float:
+        """The learning rates of a step over their peaks."""
         warmup = math.ceil(self.warmup_fraction * self.n_steps)
         if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
+            return (step + 1) / warmup
         progress = (step - warmup) / max(1, self.n_steps - warmup)
-        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @config
@@ -267,29 +276,40 @@ def describe_policies(losses: dict[bool, float], *, with_bos: bool) -> str:
 
 
 def _training_steps(model: Any, config: SubjectConfig, tokens: TokenBlocks) -> Iterator[tuple[int, float]]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
-    device = matrices[0].device
+    optimizers, device = _optimizers(model, config), next(model.parameters()).device
     half = config.precision == "bfloat16"
     if half and device.type == "cpu":
         model.set_attn_implementation("eager")  # the fused CPU kernel is half as fast in bfloat16
     model.train()
     for index in range(config.n_steps):
         chosen = batch_indices(len(tokens), batch=config.batch, seed=config.seed, index=index)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(index)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * config.rate_share_at(index)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = next_token_loss(model, tokens[chosen].to(device))
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the subject's loss is {value} at step {index}; lower the learning rate")
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([*matrices, *vectors], 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         yield index + 1, value
+
+
+def _optimizers(model: Any, config: SubjectConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers of all parameters; each group keeps the peak of its learning rate."""
+    in_blocks = {id(p) for p in model.model.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"}
+    rest = [p for p in model.parameters() if id(p) not in in_blocks]
+    decay = ((0.1, [p for p in rest if p.ndim >= 2]), (0.0, [p for p in rest if p.ndim < 2]))
+    groups = [{"params": each, "weight_decay": one, "peak": config.learning_rate} for one, each in decay]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+    if in_blocks:
+        matrices = [p for p in model.parameters() if id(p) in in_blocks]
+        found.append(torch.optim.Muon([{"params": matrices, "peak": config.muon_learning_rate}]))
+    return found
 
 
 def _check_tokens(config: SubjectConfig, train: TokenBlocks, held_out: TokenBlocks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -75,6 +75,8 @@ class SubjectsConfig:
     batch: PositiveInt = 8
     """Sequences a step."""
     n_checkpoints: PositiveInt = 20
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """As of `SubjectConfig`; with `muon` a shape's `learning_rate` is that of embeddings, head and norms."""
     seeds: Seeds = (0, 1)
     """Training seeds: each shape is trained once with each, from other weights and in another order of the text."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -105,6 +107,7 @@ class SubjectsConfig:
                 tokens=shape.tokens,
                 batch=self.batch,
                 n_checkpoints=self.n_checkpoints,
+                optimizer=self.optimizer,
                 seed=seed,
             )
             for name, shape in self.shapes().items()

@@ -11,6 +11,7 @@ from crosscoder.data.subject import build_subject
 from crosscoder.data.subject_training import (
     SubjectConfig,
     SubjectRun,
+    _optimizers,
     held_out_loss,
     load_checkpoint,
     next_token_loss,
@@ -50,6 +51,19 @@ def test_bfloat16_products_learn_too_and_weights_stay_float32(tmp_path):
     run = train_subject(config, counting_blocks(480), counting_blocks(16), folder=tmp_path, quiet=True)
     assert run.checkpoints[-1].held_out_loss < 0.3
     assert run.load_model(-1).dtype == torch.float32
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_all_else(tmp_path, run):
+    config = dataclasses.replace(CONFIG, optimizer="muon", muon_learning_rate=0.02)
+    adamw, muon = _optimizers(run.load_model(0), config)
+    shapes = [p.shape for group in muon.param_groups for p in group["params"]]
+    assert len(shapes) == 7  # four of attention, three of the MLP
+    assert {group["peak"] for group in muon.param_groups} == {0.02}
+    n_rest = sum(len(group["params"]) for group in adamw.param_groups)
+    assert len(shapes) + n_rest == len(list(run.load_model(0).parameters()))
+    found = train_subject(config, counting_blocks(480), counting_blocks(16), folder=tmp_path, quiet=True)
+    assert found.checkpoints[-1].held_out_loss < 0.5
+    assert found.checkpoints[-1].held_out_loss != run.checkpoints[-1].held_out_loss
 
 
 def test_record_and_checkpoints_load_again(run):
