@@ -41,6 +41,7 @@ PROBABILITY_RANGE = 7.0  # the most frequent planted feature over the rarest
 MOST_FREQUENT = 0.9
 PLANTED_SHARE = 0.5  # planted features over the dictionary's
 GAMMA = 0.5  # planted windows last L^GAMMA layers
+DELTA = 0.8  # planted d_eff is D L^DELTA: 2 layers can have .77 to 1, 8 layers .56 to .97
 NOISE_SHARE = 0.05  # of the planted variance
 K_FACTORS = (1.0, 0.5, 0.75, 1.5, 2.0)  # k of the dictionaries over the features that are active, the main one first
 BY_KIND = ("recall_by_kind", "precision_by_kind", "kind_confusion")
@@ -164,7 +165,7 @@ class CalibrationConfig:
                 f"expected at most {MOST_FREQUENT:.0%}: raise n_features or lower k"
             )
         sizes: dict[str, Any] = {"n_features": self.n_planted, "n_layers": self.a.n_layers, "d_model": self.a.d_model}
-        quiet = PairConfig(**sizes, gamma=GAMMA, p_min=low, p_max=high, seed=self.seed)
+        quiet = PairConfig(**sizes, gamma=GAMMA, delta=DELTA, p_min=low, p_max=high, seed=self.seed)
         energy = float(WorldPair(quiet).draw("A", SCALE_TOKENS, "energy", 0).square().sum(2).mean())
         return replace(quiet, noise=math.sqrt(NOISE_SHARE / (1 - NOISE_SHARE) * energy / self.a.d_model))
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from crosscoder.data.world_pair import WorldPair
 from crosscoder.results.table import Place, rows_at
 from crosscoder.studies import calibration
 from crosscoder.studies.budget import DictionaryBudget
@@ -68,6 +69,17 @@ def test_shapes_that_no_pair_has_are_not_calibrated(tmp_path):
     smoke = PRESETS["smoke"]
     wide = replace(smoke, subjects=replace(smoke.subjects, b=Shape(n_layers=1, d_model=48)))
     assert calibration.calibrate_study(wide, StudyFolder(tmp_path)) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_pair_of_its_own_sizes(preset):
+    config = PRESETS[preset]
+    shapes = {"a": config.subjects.a, "b": config.subjects.b}
+    wanted = CalibrationConfig(**shapes, budget=config.dictionaries)
+    pair = WorldPair(wanted.pair())
+    assert pair.config.shape("B") == (shapes["b"].n_layers, shapes["b"].d_model)
+    for arm in ("crosscoder", "layerwise"):
+        assert len(wanted.budgets("A", arm)) >= 4  # k, as many as a fidelity is read from
 
 
 def test_a_k_that_no_world_can_have_is_refused():
