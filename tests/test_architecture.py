@@ -45,9 +45,9 @@ BUDGETS = {
     "crosscoder/report": 1640,
     "crosscoder/studies": 2270,
     "crosscoder/commands": 500,
-    "crosscoder": 470,  # the modules beside the rooms
+    "crosscoder": 795,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_120, 15_680
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_440, 15_830
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
