@@ -43,11 +43,11 @@ BUDGETS = {
     "crosscoder/measure": 3655,
     "crosscoder/verdict": 1125,
     "crosscoder/report": 1640,
-    "crosscoder/studies": 2270,
+    "crosscoder/studies": 2290,
     "crosscoder/commands": 500,
     "crosscoder": 795,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_440, 15_830
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_460, 15_930
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +114,7 @@ class StudyFolder:
                     results[name] = future.result()
                     progress.advance()
             except BaseException as error:
+                self._leash.close()  # what runs now ends now
                 self._processes.shutdown(wait=False, cancel_futures=True)
                 del self._processes
                 if isinstance(error, Exception):
@@ -121,7 +125,9 @@ class StudyFolder:
 
     @functools.cached_property
     def _processes(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self.workers, get_context("spawn"), _begin_process)
+        context = get_context("spawn")
+        watched, self._leash = context.Pipe(duplex=False)
+        return ProcessPoolExecutor(self.workers, context, _begin_process, (watched,))
 
     def tokens(self, text: str, **settings: Any) -> PreparedTokens:
         """The study's text, prepared at the first call."""
@@ -203,9 +209,17 @@ def default_workers(device: str) -> int:
     return 1 if device != "cpu" else max(1, os.cpu_count() or 1)
 
 
-def _begin_process() -> None:
+def _begin_process(leash: Connection) -> None:
+    threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays, and is not looked through for garbage at every few steps: a tenth faster
+
+
+def _end_with(leash: Connection) -> None:
+    """End this process when the other end of a pipe is closed: by its owner, or by whatever ends that one."""
+    with contextlib.suppress(EOFError, OSError):
+        leash.recv_bytes()
+    os._exit(1)
 
 
 def _keep(measure: Callable[[], list[Row]], path: Path) -> None:

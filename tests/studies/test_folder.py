@@ -2,7 +2,12 @@
 
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +64,53 @@ def test_processes_serve_every_stage_and_a_failure_names_its_job(tmp_path):
     with pytest.raises(RuntimeError, match="c failed: math domain error"):
         study.run({"c": partial(math.log, -1.0), "d": os.getpid}, "third")
     assert study.run({"e": os.getpid}, "fourth")["e"] != first["a"]
+
+
+STOPPED = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from crosscoder.studies.folder import StudyFolder
+
+def work(path):
+    import os
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(300)
+
+if __name__ == "__main__":
+    StudyFolder(Path(sys.argv[1]) / "study", workers=1).run({"a": partial(work, sys.argv[1] + "/pid")}, "a")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_study_whatever_ends_it(tmp_path, how):
+    script, pid_file = tmp_path / "stopped.py", tmp_path / "pid"
+    script.write_text(STOPPED)
+    root = Path(folder.__file__).parents[2]
+    study = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        start_new_session=True,
+    )
+    assert wait_for(lambda: pid_file.is_file() and pid_file.read_text())
+    worker = int(pid_file.read_text())
+    os.kill(study.pid, how)  # the study alone, not its group
+    assert study.wait(20) != 0
+    assert wait_for(lambda: not is_alive(worker))
+
+
+def wait_for(reached, seconds=30):
+    end = time.monotonic() + seconds
+    while not (found := reached()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended and waits to be asked about does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return state.rsplit(")", 1)[1].split()[0] != "Z"
