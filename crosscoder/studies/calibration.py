@@ -43,7 +43,12 @@ PLANTED_SHARE = 0.5  # planted features over the dictionary's
 GAMMA = 0.5  # planted windows last L^GAMMA layers
 DELTA = 0.8  # planted d_eff is D L^DELTA: 2 layers can have .77 to 1, 8 layers .56 to .97
 NOISE_SHARE = 0.05  # of the planted variance
-K_FACTORS = (1.0, 0.5, 0.75, 1.5, 2.0)  # k of the dictionaries over the features that are active, the main one first
+K_FACTORS: dict[Arm, tuple[float, ...]] = {
+    "crosscoder": (1.0, 0.5, 0.75, 0.87),
+    "layerwise": (2.0, 0.6, 1.0, 3.5, 6.0),
+}
+"""k of the dictionaries over the features that are active, the main one first. With more than the truth a crosscoder
+loses no less; a layer alone, which sees its features through more interference, needs several times as many."""
 BY_KIND = ("recall_by_kind", "precision_by_kind", "kind_confusion")
 TRAIN_STREAM, HELD_OUT_STREAM = 1, 2
 READ: tuple[tuple[Arm, str, Callable[[LongTable], float | None]], ...] = (
@@ -152,8 +157,9 @@ class CalibrationConfig:
         """One for each k, the main one first; a layer alone has the share of features that write it."""
         shape = self.a if side == "A" else self.b
         active = self.n_active * (1.0 if arm == "crosscoder" else shape.n_layers ** (GAMMA - 1))
-        main = replace(shape.budget(self.budget), **{f"k_{arm}": max(1, round(active))})
-        return (main, *of_other_k(main, arm, [active * factor for factor in K_FACTORS]))
+        ks = [active * factor for factor in K_FACTORS[arm]]
+        main = replace(shape.budget(self.budget), **{f"k_{arm}": max(1, round(ks[0]))})
+        return (main, *of_other_k(main, arm, ks[1:]))
 
     def pair(self) -> PairConfig:
         """Both worlds."""

@@ -13,9 +13,9 @@ from crosscoder.studies.calibration import CalibrationConfig, measure_calibratio
 from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.presets import PRESETS, Shape
 
-A = Shape(n_layers=4, d_model=16, k_crosscoder=(4, 2, 3, 6), k_layerwise=(2, 1, 3, 5))
-B = Shape(n_layers=1, d_model=32, k_crosscoder=(4, 2, 3, 6), k_layerwise=(4, 2, 3, 6))
-BUDGET = DictionaryBudget(n_features=64, k_crosscoder=4, k_layerwise=2, steps=400, batch=256, learning_rate=1e-2)
+A = Shape(n_layers=4, d_model=32, k_crosscoder=(6,), k_layerwise=(3,))
+B = Shape(n_layers=1, d_model=64, k_crosscoder=(6,), k_layerwise=(6,))
+BUDGET = DictionaryBudget(n_features=128, k_crosscoder=6, k_layerwise=3, steps=400, batch=256, learning_rate=1e-2)
 CONFIG = CalibrationConfig(a=A, b=B, budget=BUDGET, tokens_train=50_000, tokens_held_out=8000)
 
 
@@ -71,7 +71,7 @@ def test_shapes_that_no_pair_has_are_not_calibrated(tmp_path):
     assert calibration.calibrate_study(wide, StudyFolder(tmp_path)) == []
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"full"}))  # whose world is large
 def test_every_preset_has_a_pair_of_its_own_sizes(preset):
     config = PRESETS[preset]
     shapes = {"a": config.subjects.a, "b": config.subjects.b}
@@ -84,4 +84,4 @@ def test_every_preset_has_a_pair_of_its_own_sizes(preset):
 
 def test_a_k_that_no_world_can_have_is_refused():
     with pytest.raises(ValueError, match="raise n_features or lower k"):
-        replace(CONFIG, a=replace(A, k_crosscoder=(40,)), b=replace(B, k_crosscoder=(40,))).pair()
+        replace(CONFIG, a=replace(A, k_crosscoder=(90,)), b=replace(B, k_crosscoder=(90,))).pair()
