@@ -34,10 +34,10 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4560,
-    "crosscoder/foundation": 665,
+    "crosscoder/foundation": 730,
     "crosscoder/results": 690,
     "crosscoder/data": 4520,
-    "crosscoder/dictionary": 1395,
+    "crosscoder/dictionary": 1410,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
     "crosscoder/measure": 3655,
@@ -47,7 +47,7 @@ BUDGETS = {
     "crosscoder/commands": 500,
     "crosscoder": 795,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_460, 15_930
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_540, 15_990
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -24,6 +24,7 @@ from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU
 from crosscoder.dictionary.structure import Acausal
 from crosscoder.foundation.artifact import (
+    MANIFEST,
     DamagedArtifactError,
     committed_directory,
     read_json,
@@ -31,11 +32,14 @@ from crosscoder.foundation.artifact import (
     write_json,
 )
 from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.console import say
+from crosscoder.foundation.hub import local_folder
 from crosscoder.foundation.origin import MismatchError, Reads, require_same
 
 SCHEMA = "crosscoder.dictionary/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+FILES = (CONFIG, WEIGHTS)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -241,21 +245,32 @@ class Dictionary(Weights):
         return self.encode_checked(x_BLD, self.grouped(), batch_shape=batch_shape, dense=True).to_dense()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights to `folder`, whole or not at all."""
-        with committed_directory(folder, schema=SCHEMA) as temporary:
+        """Write config and weights to `folder`, whole or not at all; other files there, such as a README, stay.
+
+        Raises:
+            FileExistsError: a file of the same name there is not an older dictionary's.
+        """
+        with committed_directory(folder, schema=SCHEMA, files=FILES) as temporary:
             write_dictionary(self, temporary)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """The dictionary saved in `folder`, of this class, in evaluation mode; `Dictionary` itself reads both.
+    def from_pretrained(cls, where: str | Path, *, revision: str | None = None) -> Self:
+        """The dictionary in a folder or a repository on the Hub, in evaluation mode; `Dictionary` itself reads both
+        classes.
+
+        where: a folder, or `organisation/repository`, of which the revision (a branch, tag or commit) is read. One
+            without our manifest is loaded if its files agree with each other, and it is said that nobody checked them.
 
         Raises:
-            FileNotFoundError: there is no dictionary in `folder`.
+            FileNotFoundError: there is no dictionary there.
             DamagedArtifactError: a file fails its check, or a tensor is missing, misshapen or not finite.
             ValueError: the folder holds another class of dictionary.
         """
-        folder = Path(folder)
-        verify_directory(folder, schema=SCHEMA, required=(CONFIG, WEIGHTS))
+        folder = local_folder(where, files=(*FILES, MANIFEST), revision=revision)
+        if all((folder / name).is_file() for name in FILES) and not (folder / MANIFEST).is_file():
+            say(f"note: {where} has no {MANIFEST}, so nobody can tell whether its files are as they were written")
+        else:
+            verify_directory(folder, schema=SCHEMA, required=FILES)
         saved = read_json(folder / CONFIG)
         if not isinstance(saved, dict) or not isinstance(name := saved.get("class"), str):
             raise DamagedArtifactError(f"{folder / CONFIG} does not name a dictionary class")

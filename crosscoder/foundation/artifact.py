@@ -85,9 +85,22 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_replaceable(folder: Path, schema: str) -> bool:
-    """Whether `folder` is empty, or an artifact of the same schema that holds nothing but its own files."""
-    found = {path.name for path in folder.iterdir()}
+def _others(folder: Path, schema: str, files: Sequence[str]) -> list[str]:
+    """What lies in a folder beside an artifact that is to be written there; nothing of it where one of its files is
+    there already and is no artifact's."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if MANIFEST not in found:
+        return [] if found & set(files) else sorted(found)
+    try:
+        manifest = read_json(folder / MANIFEST)
+        return sorted(found - {MANIFEST, *manifest["files"]}) if manifest["schema"] == schema else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _is_replaceable(folder: Path, schema: str, others: Sequence[str]) -> bool:
+    """Whether `folder` is empty, or an artifact of the same schema that holds nothing but its own files and others."""
+    found = {path.name for path in folder.iterdir()} - set(others)
     if not found:
         return True
     try:
@@ -98,23 +111,30 @@ def _is_replaceable(folder: Path, schema: str) -> bool:
 
 
 @contextlib.contextmanager
-def committed_directory(final: str | Path, *, schema: str) -> Generator[Path]:
+def committed_directory(final: str | Path, *, schema: str, files: Sequence[str] = ()) -> Generator[Path]:
     """Yields a temporary folder to fill with plain files; on a clean exit it becomes `final`, whole.
 
     An older artifact at `final` is replaced. If the body raises, the temporary folder is removed and `final` is left
     as it was.
 
+    files: what the body writes, if it may share its folder with others, such as a repository's README; these stay.
+
     Raises:
         FileExistsError: `final` exists and holds anything but an older artifact of the same schema.
         ValueError: the body wrote a file whose name holds anything but letters, digits, '.', '_' and '-'.
     """
-    final = _require_replaceable(Path(final), schema)
+    final = Path(final).resolve()
+    others = _others(final, schema, files) if files else []
+    final = _require_replaceable(final, schema, others)
     temporary = final.with_name(f".tmp-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
         yield temporary
         _seal(temporary, schema)
-        _rename_into_place(temporary, final)
+        if others:
+            _move_into(temporary, final)
+        else:
+            _rename_into_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_path(final.parent)
@@ -147,8 +167,8 @@ def resumed_directory(final: str | Path, *, schema: str, key: str) -> Generator[
     sync_path(final.parent)
 
 
-def _require_replaceable(final: Path, schema: str) -> Path:
-    if final.exists() and not (final.is_dir() and _is_replaceable(final, schema)):
+def _require_replaceable(final: Path, schema: str, others: Sequence[str] = ()) -> Path:
+    if final.exists() and not (final.is_dir() and _is_replaceable(final, schema, others)):
         raise FileExistsError(
             f"{final} exists and is not just an older {schema}, so it is not ours to replace; choose another folder "
             "or move it away"
@@ -169,6 +189,13 @@ def _seal(folder: Path, schema: str) -> None:
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     write_json(folder / MANIFEST, {"schema": schema, "files": files})
     sync_path(folder)
+
+
+def _move_into(temporary: Path, final: Path) -> None:
+    """File by file into a folder that holds others too, the manifest first: what is stopped half-way is refused."""
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name != MANIFEST):
+        path.replace(final / path.name)
+    sync_path(final)
 
 
 def _rename_into_place(temporary: Path, final: Path) -> None:
@@ -212,7 +239,7 @@ def verify_directory(folder: str | Path, *, schema: str, required: Sequence[str]
         raise DamagedArtifactError(f"{path} lists {unsafe[0]!r}, which is not a plain file name")
     for name, entry in files.items():
         file = path.with_name(name)
-        if file.is_symlink() or not file.is_file():
+        if not file.is_file() or (file.is_symlink() and not hashes):  # the Hub's cache is of links to what it holds
             raise DamagedArtifactError(f"{file} is listed in {MANIFEST} but missing; restore the folder from a copy")
         if (size := file.stat().st_size) != entry.get("bytes"):
             raise DamagedArtifactError(f"{file} has {size} bytes, {MANIFEST} says {entry.get('bytes')}: altered")

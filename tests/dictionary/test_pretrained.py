@@ -1,6 +1,7 @@
 """Dictionaries on disk: what goes in comes out, and nothing damaged is read as good."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -109,11 +110,10 @@ def test_a_pickle_named_safetensors_is_never_executed(saved, tmp_path):
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("manifest", [None, '{"name": "my web extension"}'])
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, manifest):
+@pytest.mark.parametrize("theirs", [MANIFEST, "config.json"])
+def test_a_folder_whose_files_would_be_replaced_is_left_alone(tmp_path, theirs):
     (tmp_path / "thesis.txt").write_text("years of work")
-    if manifest is not None:
-        (tmp_path / MANIFEST).write_text(manifest)
+    (tmp_path / theirs).write_text('{"name": "my web extension"}')
     before = sorted(tmp_path.iterdir())
     with pytest.raises(FileExistsError, match="not ours to replace"):
         Crosscoder(n_layers=1, d_model=2, n_features=4, sparsity=TopK(k=1)).save_pretrained(tmp_path)
@@ -126,12 +126,71 @@ def test_a_missing_folder_is_named(tmp_path):
         Crosscoder.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_file_added_to_a_saved_dictionary_is_not_deleted_by_saving_again(saved):
+def test_a_repository_is_saved_into_and_what_else_it_holds_stays(saved, tmp_path, monkeypatch):
+    cc, _ = saved
+    (tmp_path / "repo" / ".git").mkdir(parents=True)
+    for name in ("README.md", ".git/HEAD"):
+        (tmp_path / "repo" / name).write_text("mine")
+    monkeypatch.chdir(tmp_path / "repo")
+    for _ in range(2):
+        cc.save_pretrained(".")
+        assert (tmp_path / "repo" / "README.md").read_text() == (tmp_path / "repo" / ".git/HEAD").read_text() == "mine"
+        assert torch.equal(load_dictionary(tmp_path / "repo").encoder, cc.encoder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cc", "repo"]
+
+
+def test_a_folder_without_a_manifest_is_loaded_and_it_is_said(saved, capsys):
     cc, folder = saved
-    (folder / "notes.md").write_text("mine")
-    with pytest.raises(FileExistsError):
+    (folder / MANIFEST).unlink()
+    assert torch.equal(load_dictionary(folder).encoder, cc.encoder)
+    assert "nobody can tell whether its files are as they were written" in capsys.readouterr().err
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(DamagedArtifactError, match="does not name a dictionary class"):
+        load_dictionary(folder)
+
+
+@pytest.fixture
+def cached(saved, tmp_path, monkeypatch):
+    """The client's cache as it lies after a download of two revisions of a repository; no network."""
+    cc, folder = saved
+    home = tmp_path / "hub" / "models--lab--cc"
+    for commit, scale in (("a" * 40, 1.0), ("b" * 40, 2.0)):
+        cc.input_scale.fill_(scale)
         cc.save_pretrained(folder)
-    assert (folder / "notes.md").exists()
+        snapshot = home / "snapshots" / commit
+        for name in ("blobs", "refs", f"snapshots/{commit}"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            blob = home / "blobs" / file_sha256(path)
+            blob.write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    for name, commit in (("main", "a"), ("v2", "b")):
+        (home / "refs" / name).write_text(commit * 40)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home
+
+
+def test_a_repository_on_the_hub_is_loaded_from_its_cache(cached):
+    assert Crosscoder.from_pretrained("lab/cc").input_scale.tolist() == [1.0, 1.0]
+    for revision in ("v2", "b" * 40):
+        assert load_dictionary("lab/cc", revision=revision).input_scale.tolist() == [2.0, 2.0]
+    blob = next(path for path in (cached / "blobs").iterdir() if path.stat().st_size > 1000)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedArtifactError, match="does not match its sha256"):
+        load_dictionary("lab/cc")
+
+
+@pytest.mark.usefixtures("cached")
+def test_what_is_not_on_the_hub_is_named(saved):
+    with pytest.raises(FileNotFoundError, match="no repository lab/other on the Hub or in its cache"):
+        load_dictionary("lab/other")
+    with pytest.raises(FileNotFoundError, match="no repository lab/cc at v9"):
+        load_dictionary("lab/cc", revision="v9")
+    with pytest.raises(ValueError, match="no repository on the Hub; leave it out"):
+        load_dictionary(saved[1], revision="main")
 
 
 def test_an_empty_manifest_verifies_nothing(saved):

@@ -61,7 +61,7 @@ def test_files_are_flushed_before_the_manifest_and_the_rename(tmp_path, monkeypa
     assert kinds == [("sync", "a.txt"), ("sync", "folder"), ("rename", "x"), ("sync", "folder")]
 
 
-@pytest.mark.parametrize("damage", ["append", "flip", "remove", "symlink"])
+@pytest.mark.parametrize("damage", ["append", "flip", "remove", "dangle", "link"])
 def test_damage_is_named(tmp_path, damage):
     write(tmp_path / "x")
     path = tmp_path / "x" / "a.txt"
@@ -71,11 +71,23 @@ def test_damage_is_named(tmp_path, damage):
         path.write_text("hellp")
     else:
         path.unlink()
-        if damage == "symlink":
-            (tmp_path / "elsewhere").write_text("hello")
+        if damage != "remove":
             path.symlink_to(tmp_path / "elsewhere")
+        if damage == "link":
+            (tmp_path / "elsewhere").write_text("hellp")
     with pytest.raises(DamagedArtifactError, match=r"a\.txt"):
         verify_directory(tmp_path / "x", schema=SCHEMA)
+
+
+def test_a_link_to_what_was_written_is_as_good(tmp_path):
+    """As in the cache of the Hub; where hashes are not checked a link could lead anywhere."""
+    write(tmp_path / "x")
+    path = tmp_path / "x" / "a.txt"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    verify_directory(tmp_path / "x", schema=SCHEMA)
+    with pytest.raises(DamagedArtifactError, match=r"a\.txt"):
+        verify_directory(tmp_path / "x", schema=SCHEMA, hashes=False)
 
 
 def test_another_schema_and_escaping_names_are_refused(tmp_path):
