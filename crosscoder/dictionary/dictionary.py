@@ -245,18 +245,14 @@ class Dictionary(Weights):
         return self.encode_checked(x_BLD, self.grouped(), batch_shape=batch_shape, dense=True).to_dense()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights to `folder`, whole or not at all; other files there, such as a README, stay.
-
-        Raises:
-            FileExistsError: a file of the same name there is not an older dictionary's.
-        """
+        """Write config and weights to `folder`, whole or not at all; other files there, such as a README, stay, and one
+        of the same name that is not an older dictionary's is a FileExistsError."""
         with committed_directory(folder, schema=SCHEMA, files=FILES) as temporary:
             write_dictionary(self, temporary)
 
     @classmethod
     def from_pretrained(cls, where: str | Path, *, revision: str | None = None) -> Self:
-        """The dictionary in a folder or a repository on the Hub, in evaluation mode; `Dictionary` itself reads both
-        classes.
+        """The dictionary in a folder or a repository on the Hub, for evaluation; `Dictionary` itself reads both forms.
 
         where: a folder, or `organisation/repository`, of which the revision (a branch, tag or commit) is read. One
             without our manifest is loaded if its files agree with each other, and it is said that nobody checked them.
