@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from recheck_legs import MAIN, Group, Study, Term, joined
-from recheck_readings import Interval, t_interval
+from recheck_readings import Interval
 
 BY_CURRENCY = ("q", "r", "room")
 CURRENCIES = ("fvu", "loss")
@@ -59,7 +59,6 @@ def gates(study: Study) -> dict[str, Interval | None]:
         "loss over a trigram table's": worst(mean(joined(losses[name], trigrams[name])) for name in "AB"),
         "share that token lookup keeps": worst(mean(of_subject(study, name, "lookup_share")) for name in "AB"),
         "loss, B over A": Term([(1, losses["B"]), (-1, losses["A"])]).interval,
-        "what unequal losses may move q": loss_effect(study, losses),
         "learning rate at the checkpoints": exact(rates),
         "what interpolation may move fidelity": bends(study),
         "features a dimension": exact(sizes, min),
@@ -77,28 +76,6 @@ def gates(study: Study) -> dict[str, Interval | None]:
         "error of g, planted": exact(planted["g_error"]),
         "error of ln R, planted": exact(planted["room_error"]),
     }
-
-
-def loss_effect(study: Study, losses: Mapping[str, Group]) -> Interval | None:
-    """|ln loss of B less that of A| times |slope of ln load on ln loss| within shapes, at the ends of both."""
-    loads = {name: study.logs(name, "trained", "crosscoder", "fvu", "load") for name in "AB"}
-    gap = Term([(1, losses["B"]), (-1, losses["A"])]).interval
-    pairs = []
-    for name in "AB":
-        loss, load = losses[name], loads[name]
-        if loss is None or load is None or not load.keys() <= loss.keys():
-            return None
-        both = np.array([(loss[t], load[t][0]) for t in load])
-        pairs.append(both - both.mean(0))
-    x, y = np.concatenate(pairs).T
-    freedom = len(x) - 3
-    if gap is None or freedom < 1 or not x.any():
-        return None
-    slope = float((x * y).sum() / (x * x).sum())
-    error = float(((y - slope * x) ** 2).sum()) / freedom / float((x * x).sum())
-    steep = t_interval(slope, [(error, freedom)])
-    most = max(abs(gap.low), abs(gap.high)) * max(abs(steep.low), abs(steep.high))
-    return Interval(abs(gap.value * slope), 0.0, most)
 
 
 def bends(study: Study) -> Interval | None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from crosscoder.measure.dimension import CEILING, headroom
 from crosscoder.measure.fidelity import Currency
 from crosscoder.measure.statistics import signed_ratio_of
-from crosscoder.measure.welch import GroupMean, Variance, contrast, group_mean, interval
+from crosscoder.measure.welch import GroupMean, contrast, group_mean, interval
 from crosscoder.results.table import COMPARED, Estimate, LongTable, State
 from crosscoder.verdict.legs import (
     SITE,
@@ -160,7 +160,6 @@ def gates(table: LongTable, shapes: Shapes, found: Statistics) -> dict[str, Gate
         "loss over a trigram table's": _worst(_loss_over(table, "trigram_loss"), highest=True),
         "share that token lookup keeps": _worst(_subject_means(table, "lookup_share"), highest=True),
         "loss, B over A": _loss_log_ratio(table),
-        "what unequal losses may move q": loss_effect(table),
         "learning rate at the checkpoints": _exact_row(table, "rate_share", max, subject=COMPARED),
         "what interpolation may move fidelity": fidelity_error(table),
         "features a dimension": _features_a_dimension(table, shapes),
@@ -188,46 +187,6 @@ def _loss_log_ratio(table: LongTable) -> Estimate | str:
     if not all(len(one) for one in logs.values()):
         return "losses were not measured"
     return contrast([(c, group_mean(logs[name])) for c, name in zip((-1.0, 1.0), COMPARED, strict=True)])
-
-
-def loss_effect(table: LongTable) -> Estimate | str:
-    """What the difference of A's and B's losses may move q: at most |difference| times |slope| of ln load on ln loss.
-
-    Slopes are within shapes, over trainings of both (analysis of covariance); the ends of both 90 % intervals count.
-    Losses of trainings vary by some hundredths, so that a few trainings cannot have means within .01 for certain; what
-    matters is what that does to the loads.
-    """
-    losses: dict[str, dict[int, float]] = {}
-    loads: dict[str, dict[int, float]] = {}
-    for name in COMPARED:
-        rows: list[Any] = list(table.select("held_out_loss", subject=name, role=None))
-        losses[name] = {row.at.training_seed or 0: math.log(row.value) for row in rows if row.value}
-        known = read_logs(table, name, "crosscoder", "fvu")
-        if isinstance(known, str):
-            return known
-        if missing := set(known) - set(losses[name]):
-            return f"trainings {sorted(missing)} of {name} have no loss"
-        loads[name] = known
-    gap = contrast(
-        [(c, group_mean(list(losses[name].values()))) for c, name in zip((-1.0, 1.0), COMPARED, strict=True)]
-    )
-    x, y = (
-        np.concatenate([_centred([of[name][t] for t in loads[name]]) for name in COMPARED]) for of in (losses, loads)
-    )
-    freedom = len(x) - len(COMPARED) - 1
-    if isinstance(gap, str) or freedom < 1 or not x.any():
-        return gap if isinstance(gap, str) else f"{len(x)} trainings, too few for a slope of load on loss"
-    slope = float(x @ y / (x @ x))
-    error = math.sqrt(float(np.square(y - slope * x).sum()) / freedom / float(x @ x))
-    found = interval(slope, [Variance(error**2, freedom)])
-    if isinstance(found, str):
-        return found
-    most = max(abs(gap.low), abs(gap.high)) * max(abs(found.low), abs(found.high))
-    return Estimate(abs(gap.value * slope), 0.0, most)
-
-
-def _centred(values: Sequence[float]) -> np.ndarray:
-    return np.asarray(values) - np.mean(values)
 
 
 def _loss_over(table: LongTable, key: str) -> list[Estimate | str]:

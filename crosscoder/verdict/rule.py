@@ -98,7 +98,6 @@ GATES: dict[str, tuple[Leg, frozenset[str] | None]] = {
     "loss over a trigram table's": (Leg("ln", high=0.0), None),
     "share that token lookup keeps": (Leg("share", high=0.8), None),
     "loss, B over A": (Leg("ln", -0.01, 0.01), None),
-    "what unequal losses may move q": (Leg("|error|", high=0.1), None),
     "learning rate at the checkpoints": (Leg("share of its peak", high=0.2), None),
     "what interpolation may move fidelity": (Leg("|d ln|", high=0.03), None),
     "features a dimension": (Leg("n / (L D)", low=2.0), None),

@@ -94,15 +94,14 @@ def test_agreement_that_is_full_in_every_training_is_measured():
     assert gate.measured == Estimate(1.0, 1.0, 1.0)
 
 
-def test_what_unequal_losses_may_move_grows_with_the_slope():
-    table = study_rows()
-    small = evidence.loss_effect(table)
-    steep = [
-        replace(row, value=row.value * (1 + 3 * (0.97, 1.0, 1.04, 1.01, 0.98)[row.at.training_seed]))
-        if row.key == "entropy_load" else row
-        for row in table
-    ]  # fmt: skip
-    assert evidence.loss_effect(LongTable(tuple(steep))).high > small.high > 0
+def test_equal_losses_have_to_be_known_to_be_equal():
+    """Within .01 in every sample, and not for certain: trainings that vary say so."""
+    apart = [
+        replace(row, value=row.value * (1 + 0.02 * (row.at.training_seed - 2))) if row.key == "held_out_loss" else row
+        for row in study_rows()
+    ]
+    gates = [evidence.gather(LongTable(tuple(rows)), SHAPES).gates["loss, B over A"] for rows in (study_rows(), apart)]
+    assert [gate.leg.check(gate.measured) for gate in gates] == ["met", "open"]
 
 
 def test_statistics_are_rows_and_nulls_have_their_excess():
