@@ -29,7 +29,7 @@ from crosscoder.verdict.legs import (
     mean_of,
     minus,
     raw_density,
-    read_logs,
+    read_text_logs,
     read_training,
 )
 from crosscoder.verdict.rule import CURRENCIES, GATES, Evidence, Gate
@@ -295,7 +295,9 @@ def _rooms_agree(table: LongTable) -> Estimate | str:
     for currency in CURRENCIES:
         logs = {}
         for name in COMPARED:
-            joint, dense = (read_logs(table, name, "crosscoder", currency, quantity=one) for one in (load, raw_density))
+            joint, dense = (
+                read_text_logs(table, name, "crosscoder", currency, "trained", one) for one in (load, raw_density)
+            )
             logs[name] = minus(minus(joint, log_room(table, name, "trained", "model")), dense)
         one = contrast([(1.0, mean_of(logs["B"])), (-1.0, mean_of(logs["A"]))])
         if isinstance(one, str):
