@@ -177,8 +177,8 @@ def test_a_repository_on_the_hub_is_loaded_from_its_cache(cached):
     assert Crosscoder.from_pretrained("lab/cc").input_scale.tolist() == [1.0, 1.0]
     for revision in ("v2", "b" * 40):
         assert load_dictionary("lab/cc", revision=revision).input_scale.tolist() == [2.0, 2.0]
-    blob = next(path for path in (cached / "blobs").iterdir() if path.stat().st_size > 1000)
-    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    blob = (cached / "snapshots" / ("a" * 40) / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + bytes([blob.read_bytes()[-1] ^ 1]))
     with pytest.raises(DamagedArtifactError, match="does not match its sha256"):
         load_dictionary("lab/cc")
 
