@@ -45,7 +45,7 @@ DELTA = 0.8  # planted d_eff is D L^DELTA: 2 layers can have .77 to 1, 8 layers 
 NOISE_SHARE = 0.05  # of the planted variance
 K_FACTORS: dict[Arm, tuple[float, ...]] = {
     "crosscoder": (1.0, 0.5, 0.75, 0.87),
-    "layerwise": (2.0, 0.6, 1.0, 3.5, 6.0),
+    "layerwise": (2.0, 0.6, 1.0, 3.5, 9.0),
 }
 """k of the dictionaries over the features that are active, the main one first. With more than the truth a crosscoder
 loses no less; a layer alone, which sees its features through more interference, needs several times as many."""
