@@ -8,8 +8,8 @@ Context managers over any `transformers` model whose blocks are found; generatio
 What a feature of activation 1 writes at layer l is `W_l / scale_l`, in the model's own units. At sites of kind `write`
 that is added to what block l adds. A residual stream carries on what earlier blocks wrote, so there a layer's share is
 what its row gains since the dictionary's layer before; with all layers moved, every stream has moved by `W_l /
-scale_l`. Tokens that the dictionary was not made to read stay as they are: first positions and special tokens, and,
-where activations are read, outliers.
+scale_l`. A feature of a bank has one layer, and adds there what it writes. Tokens that the dictionary was not made to
+read stay as they are: first positions and special tokens, and, where activations are read, outliers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crosscoder.data.hooks import ModuleEnd, reading, replacing
+from crosscoder.data.hooks import replacing
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.sources import is_outlier
 from crosscoder.data.subject import model_origin
 from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.codec import to_global
 from crosscoder.foundation.origin import require_same
+from crosscoder.measure.splice import feature_shares, recording_sites
 
 CACHE_CHANGES = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
 """What generation does to a cache between calls, and so to the clean one beside it."""
@@ -186,15 +187,12 @@ class _Sites:
         return self.dictionary.input_scale[:, None]
 
     def shares(self, features: Sequence[int] | Mapping[int, float]) -> Tensor:
-        """What each feature adds at each layer for an activation of 1, in the model's units, `[n, L, D]`."""
-        rows_FLD = self.dictionary.decoder_FLD()
-        wrong = [one for one in features if not 0 <= one < len(rows_FLD)]
+        """`feature_shares` of features that there are."""
+        n_features = len(self.dictionary.decoder_FLD())
+        wrong = [one for one in features if not 0 <= one < n_features]
         if wrong or not features:
-            raise ValueError(f"features {wrong or 'none'}; expected numbers from 0 to {len(rows_FLD) - 1}")
-        row_nLD = rows_FLD[torch.tensor(list(features))].float() / self.scale_L1
-        if self.kind == "write":
-            return row_nLD
-        return torch.cat([row_nLD[:, :1], row_nLD.diff(dim=1)], dim=1)
+            raise ValueError(f"features {wrong or 'none'}; expected numbers from 0 to {n_features - 1}")
+        return feature_shares(self.dictionary, list(features), self.kind)
 
     def values(self, x_BSLD: Tensor, wanted_n: Tensor) -> Tensor:
         """Activations of some features, `[B, S, n]`."""
@@ -213,20 +211,6 @@ class _Sites:
         if self.outliers:
             return call.read_BS
         return call.read_BS & ~is_outlier(x_BSLD * self.scale_L1).any(-1).to(call.read_BS.device)
-
-    @contextlib.contextmanager
-    def recording(self) -> Generator[dict[int, Tensor]]:
-        """While active, the streams of a run by block number; 0 is what the first block is given."""
-        before = [one - 1 for one in self.sites] if self.kind == "write" else []
-        numbers, stream = sorted({*self.sites, *before}), dict[int, Tensor]()
-        ends = [ModuleEnd(self.blocks[max(0, one - 1)], "output" if one else "input") for one in numbers]
-        with reading(ends, lambda i, hidden: stream.update({numbers[i]: hidden.to(self.scale_L1.device).float()})):
-            yield stream
-
-    def join(self, stream: Mapping[int, Tensor]) -> Tensor:
-        """What the dictionary reads, `[B, S, L, D]`."""
-        x_BSLD = torch.stack([stream[one] for one in self.sites], dim=2)
-        return x_BSLD if self.kind == "residual" else x_BSLD - torch.stack([stream[one - 1] for one in self.sites], 2)
 
 
 @dataclass
@@ -268,9 +252,10 @@ def _moving(
             cache = kwargs.get("past_key_values")
             beside = clean_of.get(cache) if cache is not None else None
             clean = {} if cache is None else {"past_key_values": copy.deepcopy(cache) if beside is None else beside}
-            with torch.no_grad(), sites.recording() as stream:
+            device = sites.scale_L1.device
+            with torch.no_grad(), recording_sites(sites.blocks, sites.sites, sites.kind, device) as read:
                 output = module.forward(*args, **kwargs | clean)
-            x_BSLD = sites.join(stream)
+            x_BSLD = read()
             call.read_BS = sites.reads_from(call, x_BSLD)
             with torch.no_grad():
                 call.prepared = prepare(call, x_BSLD)
@@ -306,6 +291,8 @@ def _call(sites: _Sites, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _C
     place_BS = torch.arange(n_before, n_before + size_BS[1], device=tokens.device).expand(size_BS)
     if isinstance(mask, Tensor) and mask.shape == (size_BS[0], n_before + size_BS[1]):  # a text may begin with padding
         place_BS = (mask.long().cumsum(1) - 1)[:, -size_BS[1] :]
+    elif isinstance(given := kwargs.get("position_ids"), Tensor) and given.ndim == 2 and given.shape[1] == size_BS[1]:
+        place_BS = given.expand(size_BS)  # a cache of fixed size has a mask of its own form
     read_BS = place_BS >= sites.skip
     if ids is not None and not sites.outliers:
         read_BS = read_BS & ~torch.isin(ids, torch.tensor(sites.special, dtype=ids.dtype, device=ids.device))

@@ -66,6 +66,20 @@ def test_steering_moves_every_stream_by_what_the_features_write(model, kind):
     assert torch.equal(after[3][:, 0], before[3][:, 0])  # the first position is not the dictionary's
 
 
+def test_a_bank_s_feature_is_carried_on_by_the_stream(model):
+    """It has one layer, and nothing of it is taken back at the next one."""
+    bank, before = made(LayerwiseSAE), streams(model, IDS)
+    with steer(model, bank, {24 + 5: 40.0}, where=Where("residual", SITES)):
+        together = streams(model, IDS)
+    with steer(model, bank, {24 + 5: 40.0}, where=Where("residual", SITES), layers=[2]):
+        alone = streams(model, IDS)
+    moved = together[2] - before[2]
+    wanted = (40 * bank.decoder_FLD()[24 + 5, 1] / bank.input_scale[1]).expand(3, 11, 32)
+    torch.testing.assert_close(moved[:, 1:], wanted, atol=1e-5, rtol=1e-4)
+    assert torch.equal(together[3], alone[3])
+    assert torch.nn.functional.cosine_similarity(together[3] - before[3], moved, dim=-1)[:, 1:].min() > 0.5
+
+
 @pytest.mark.parametrize("of", [Crosscoder, LayerwiseSAE])
 def test_ablating_takes_off_what_active_features_write(model, of):
     dictionary, before = made(of), streams(model, IDS)
@@ -118,6 +132,19 @@ def test_padding_before_a_text_changes_nothing(model, name):
         alone = model(IDS).logits
         beside = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 4:]
     torch.testing.assert_close(alone, beside, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["steer", "ablate", "replace"])
+def test_a_cache_of_fixed_size_knows_the_padding_too(model, name):
+    """Its masks have another form, so that positions tell where texts begin."""
+    dictionary, how = made(), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": 63}
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), IDS], dim=1)
+    mask = (torch.arange(16) >= 4).long().expand(3, 16)
+    with editing(name, model, dictionary, "write"):
+        alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), **how)
+        for cache in ("static", "dynamic"):
+            beside = model.generate(padded, attention_mask=mask, cache_implementation=cache, **how)
+            assert torch.equal(beside[:, 4:], alone), cache
 
 
 def test_interventions_can_be_nested(model):

@@ -149,7 +149,7 @@ def measure_causal_layers(
     feature_n, draws_n = _draw(dictionary, code_TF, n_features, seed)
     code_Tn = code_TF[:, feature_n]
     jobs_J2 = _choose_rows(code_Tn, feature_n, ids_RS.shape[1], n_rows, seed)
-    share_nLD = _shares(sites, feature_n)
+    share_nLD = splice.feature_shares(dictionary, feature_n.tolist(), kind)
     sums_nQ, tokens_n = np.zeros((len(feature_n), n_layers + 5)), np.zeros(len(feature_n), dtype=np.int64)
     n_jobs = max(1, splice.LOGIT_BYTES // (row_bytes * (n_layers + 2)))
     with Progress("causal layers", len(jobs_J2), unit="rows", quiet=quiet) as progress:
@@ -199,14 +199,6 @@ def _choose_rows(code_Tn: sparse.csc_array, feature_n: np.ndarray, length: int, 
         drawn = np.random.default_rng([seed, feature]).permutation(rows)[:n_rows]
         jobs += [(index, row) for row in np.sort(drawn)]
     return np.array(jobs)
-
-
-def _shares(sites: Sites, feature_n: np.ndarray) -> Tensor:
-    """What each feature writes on each layer in the subject's units, for an activation of 1, `[n, L, D]`."""
-    row_nLD = sites.dictionary.decoder_FLD()[torch.from_numpy(feature_n)].float() / sites.scale_L1
-    if sites.kind == "write":
-        return row_nLD
-    return torch.cat([row_nLD[:, :1], row_nLD.diff(dim=1)], dim=1)
 
 
 def _values(code_Tn: sparse.csc_array, index_b: np.ndarray, row_b: np.ndarray, length: int) -> Tensor:

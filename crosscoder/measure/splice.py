@@ -7,7 +7,8 @@ not made to read keep their clean values: the first positions, special tokens an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +95,38 @@ class BoundedModel:
         return head if same else None
 
 
+@contextlib.contextmanager
+def recording_sites(
+    blocks: Sequence[nn.Module], layers: Sequence[int], kind: str, device: torch.device
+) -> Generator[Callable[[], Tensor]]:
+    """While active, runs of the model are read; what is yielded gives the last one's sites, float32 `x_BSLD`."""
+    before = [layer - 1 for layer in layers] if kind == "write" else []
+    numbers, stream = sorted({*layers, *before}), dict[int, Tensor]()
+    first = ModuleEnd(blocks[0], "input")
+    ends = [ModuleEnd(blocks[number - 1], "output") if number else first for number in numbers]
+
+    def read() -> Tensor:
+        x_BSLD = torch.stack([stream[layer] for layer in layers], dim=2)
+        return x_BSLD - torch.stack([stream[layer] for layer in before], dim=2) if before else x_BSLD
+
+    with reading(ends, lambda i, hidden: stream.update({numbers[i]: hidden.to(device).float()})):
+        yield read
+
+
+def feature_shares(dictionary: Dictionary, features: Sequence[int], kind: str) -> Tensor:
+    """What each feature adds at each layer for an activation of 1, in the subject's units, `[n, L, D]`.
+
+    At sites of kind `write` its row; of a residual stream, which still holds what earlier blocks wrote, what the row
+    gains since the dictionary's layer before. A feature of a bank has one layer: it adds its row there, and what later
+    layers hold is their own features'.
+    """
+    row_nLD = dictionary.decoder_FLD()[torch.tensor(list(features))].float() / dictionary.input_scale[:, None]
+    reads_all = dictionary.grouped().encoder_GFN.shape[2] == dictionary.config.n_layers * dictionary.config.d_model
+    if kind == "write" or not reads_all:
+        return row_nLD
+    return torch.cat([row_nLD[:, :1], row_nLD.diff(dim=1)], dim=1)
+
+
 class Sites:
     """The sites of a dictionary in a model; see `splice_losses` for the arguments and for what is refused.
 
@@ -131,14 +164,9 @@ class Sites:
 
     def record(self, ids_BS: Tensor) -> tuple[Logits, Tensor]:
         """Clean logits, and what the dictionary reads, float32 `x_BSLD`."""
-        before = [layer - 1 for layer in self.layers] if self.kind == "write" else []
-        numbers, stream = sorted({*self.layers, *before}), {}
-        first = ModuleEnd(self.blocks[0], "input")
-        ends = [ModuleEnd(self.blocks[number - 1], "output") if number else first for number in numbers]
-        with reading(ends, lambda i, hidden: stream.update({numbers[i]: hidden.to(self.scale_L1.device).float()})):
+        with recording_sites(self.blocks, self.layers, self.kind, self.scale_L1.device) as read:
             logits = self.subject.run(ids_BS)
-        x_BSLD = torch.stack([stream[layer] for layer in self.layers], dim=2)
-        return logits, x_BSLD - torch.stack([stream[layer] for layer in before], dim=2) if before else x_BSLD
+        return logits, read()
 
     def read(self, ids_BS: Tensor, x_BSLD: Tensor) -> Tensor:
         """Which tokens the dictionary was made to read, bool `[B, S]`."""
