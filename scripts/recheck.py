@@ -53,6 +53,8 @@ KEYS |= {"room_scaled": "room_log_ratio_scaled", "dimension": "dimension_log_rat
 LOGS = {*KEYS.values(), "null_excess"} - {"sharing"}
 """Logs of ratios, whose difference is the relative difference of the ratios."""
 SMALL = 1e-3
+MOST_GROUPS = 64
+"""Of documents, which are left out one group at a time where there are more."""
 LOST = {"spliced_loss", "ablated_loss", "clean_loss"}
 SITE: Place = {"site": "write"}
 
@@ -178,7 +180,7 @@ def layer_scales(rows: Rows, at: Place) -> np.ndarray | None:
 
 def recheck_dictionaries(run: Path, rows: Rows, said: Comparison) -> list[Trained]:
     """Numbers of every dictionary."""
-    found, block_document = [], np.unique(documents(run), return_inverse=True)[1]
+    found, block_document = [], np.unique(documents(run), return_inverse=True)[1] % MOST_GROUPS
     context = said.context
     for at, _ in rows.find("entropy_load"):
         kept = read_kept(reading_file(run, at))

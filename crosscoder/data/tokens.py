@@ -38,6 +38,9 @@ _RUN = 2**20
 Chunk = tuple[np.ndarray, np.ndarray]
 """Blocks, `[b, S]`, and the document of each one's first token, `[b]`."""
 
+MOST_GROUPS = 64
+"""Of documents, that are left out one at a time."""
+
 
 class TokenBlocks:
     """Blocks of exactly S token ids; `documents` numbers, for each block, the document of its first token.
@@ -105,13 +108,22 @@ class TokenBlocks:
         return self.n_tokens - len(self) * (self.origin is not None and self.origin.bos is not None)
 
     @functools.cached_property
-    def document_index(self) -> np.ndarray:
-        """For each block the position of its document among all of them, from 0."""
-        return np.unique(self.documents, return_inverse=True)[1]
+    def n_documents(self) -> int:
+        return len(np.unique(self.documents))
+
+    @functools.cached_property
+    def document_groups(self) -> np.ndarray:
+        """For each block the group of its document, from 0: whole documents, each its own group where they are few.
+
+        What is left out, a group at a time, to know what of a number's variance is the text's; with thousands of
+        documents that would be as many numbers of everything.
+        """
+        return np.unique(self.documents, return_inverse=True)[1] % MOST_GROUPS
 
     @property
-    def n_documents(self) -> int:
-        return int(self.document_index.max()) + 1
+    def n_groups(self) -> int:
+        """Groups of documents."""
+        return min(self.n_documents, MOST_GROUPS)
 
     @functools.cached_property
     def fingerprint(self) -> str:

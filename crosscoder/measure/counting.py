@@ -153,15 +153,15 @@ def count_features(reading: Reading) -> dict[str, Value]:
 
 
 def load_left(reading: Reading, text: TokenBlocks) -> np.ndarray:
-    """The entropy load without each document of the text that was read, `[E]`; which features are alive stays.
+    """The entropy load without each group of the text's documents, `[E]`; which features are alive stays.
 
     Raises:
         ValueError: the reading keeps no numbers of tokens.
     """
     if reading.token_T is None:
         raise ValueError("the reading does not say which tokens of the text it is of; read the dictionary again")
-    document_T = text.document_index[reading.token_T // text.sequence_length]
-    n_documents, n_features = text.n_documents, reading.code.shape[1]
+    document_T = text.document_groups[reading.token_T // text.sequence_length]
+    n_documents, n_features = text.n_groups, reading.code.shape[1]
     fired = sparse.coo_array(reading.code)
     at = document_T[fired.row].astype(np.int64) * n_features + fired.col
     fired_EF = np.bincount(at, minlength=n_documents * n_features).reshape(n_documents, n_features)

@@ -81,7 +81,8 @@ def measure_dictionary(
     Sums are float64 over all tokens, so the batch size does not matter. Layers that the dictionary's structure never
     writes are left out of the sums. The groups are the layers of a bank, also where they share their weights.
 
-    text: whose tokens the batches are of; then explained variance without each of its documents is measured too.
+    text: whose tokens the batches are of; then explained variance without each of its documents (or groups of them,
+        `TokenBlocks.document_groups`) is measured too.
 
     Raises:
         ValueError: there is no token, or a layer is constant.
@@ -89,7 +90,7 @@ def measure_dictionary(
     n_features, n_groups = dictionary.config.n_features, 1
     was_training = dictionary.training
     dictionary.eval()
-    n_documents = 1 if text is None else text.n_documents
+    n_documents = 1 if text is None else text.n_groups
     usual, outliers = (_Sums(dictionary, n_documents) for _ in range(2))
     parts, tokens, n_kept, every_kept = [], [], 0, True
     n_outliers_L = np.zeros(dictionary.config.n_layers)
@@ -105,7 +106,7 @@ def measure_dictionary(
         every_kept &= bool(kept_B.all())
         document_B = torch.zeros(len(outlier_B), dtype=torch.long)
         if text is not None:
-            document_B = torch.from_numpy(text.document_index[batch.token_B.numpy() // text.sequence_length])
+            document_B = torch.from_numpy(text.document_groups[batch.token_B.numpy() // text.sequence_length])
         usual.add(batch.x_BLD, out.recon, document_B, ~outlier_B)
         outliers.add(batch.x_BLD, out.recon, document_B, outlier_B)
         n_outliers_L = n_outliers_L + batch.outlier_BL.sum(0).cpu().numpy()

@@ -28,7 +28,7 @@ from crosscoder.measure import causal, counting, dimension, labels, profile, sta
 from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.measure.welch import FEWEST_DOCUMENTS
-from crosscoder.results.table import Arm, Place, Role, Row, Site, State, finite, rows_at
+from crosscoder.results.table import COMPARED, Arm, Place, Role, Row, Site, State, finite, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.stores import Stores
 from crosscoder.training import Frozen, TrainConfig, train_many, train_warm_chain
@@ -168,9 +168,9 @@ class MeasuredCell:
         return _cell_rows(cell, self.stored.sites, readings) + rows
 
     def text(self, cell: Cell) -> TokenBlocks | None:
-        """The held-out text, where it has documents enough to know what of an interval is theirs; tokens of a null that
-        stands in for activations are of no document."""
-        if self.store.tokens is None or cell.state in get_args(Null):
+        """The held-out text, where there is to be an interval and documents enough to know what of it is theirs; tokens
+        of a null that stands in for activations are of no document."""
+        if self.store.tokens is None or cell.state in get_args(Null) or cell.subject not in COMPARED:
             return None
         blocks = self._tokens.held_out
         return blocks if blocks.n_documents >= FEWEST_DOCUMENTS else None
@@ -191,7 +191,7 @@ class MeasuredCell:
         ids_RS = drawn["ids"].long().to(input_device(model))
         document_R, n_documents = None, 0
         if (text := self.text(cell)) is not None:
-            found_R, n_documents = text.document_index[drawn["blocks"].numpy()], text.n_documents
+            found_R, n_documents = text.document_groups[drawn["blocks"].numpy()], text.n_groups
             document_R = found_R if len(np.unique(found_R)) >= FEWEST_DOCUMENTS else None
         blocks = list(find_blocks(model, self.store.blocks_path))
         where: dict[str, Any] = {"layers": self.stored.sites, "kind": at.site}

@@ -38,7 +38,7 @@ def batches():
 
 def without(batches, text, document):
     """The same batches without a document's tokens."""
-    kept = [torch.from_numpy(text.document_index[b.token_B.numpy() // 16] != document) for b in batches]
+    kept = [torch.from_numpy(text.document_groups[b.token_B.numpy() // 16] != document) for b in batches]
     return [Marked(*(one[k] for one in batch)) for batch, k in zip(batches, kept, strict=True)]
 
 
@@ -57,15 +57,24 @@ def test_loads_and_explained_variance(text, batches, tmp_path):
         assert load_E[document] == pytest.approx(counting.binary_entropy(alive_F).sum())
 
 
+def test_many_documents_are_left_out_in_groups():
+    """Whole ones, wherever their blocks lie; a text of thousands has as many numbers as one of sixty-four."""
+    documents = np.random.default_rng(0).permutation(np.repeat(np.arange(200) * 3, 2))
+    many = TokenBlocks(torch.zeros(400, 16, dtype=torch.int64), vocab_size=8, documents=documents)
+    assert (many.n_documents, many.n_groups) == (200, 64)
+    assert len(np.unique(many.document_groups)) == 64
+    assert all(len(set(many.document_groups[documents == one])) == 1 for one in np.unique(documents))
+
+
 def test_losses(text):
     model = build_subject(3, 32, vocab_size=64, context=16, seed=0).eval().requires_grad_(False)
     dictionary = Crosscoder(n_layers=2, d_model=32, n_features=12, sparsity=TopK(k=2))
     how = {"layers": [1, 2], "kind": "write", "ablation": "zero"}
     found = splice_losses(
-        dictionary, model, list(find_blocks(model)), text[:].split(2), document_R=text.document_index, **how
+        dictionary, model, list(find_blocks(model)), text[:].split(2), document_R=text.document_groups, **how
     )
     for document in range(3):
-        ids = text[:][torch.from_numpy(text.document_index != document)]
+        ids = text[:][torch.from_numpy(text.document_groups != document)]
         alone = splice_losses(dictionary, model, list(find_blocks(model)), [ids], **how)
         assert found.clean["clean_loss_left"][document] == pytest.approx(alone.clean["clean_loss"])
         for key in ("spliced_loss", "ablated_loss"):
