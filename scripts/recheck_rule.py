@@ -15,6 +15,7 @@ from recheck_readings import Interval
 
 BY_CURRENCY = ("q", "r", "room")
 CURRENCIES = ("fvu", "loss")
+AT = {"fvu": "equal variance unexplained", "loss": "equal loss of prediction"}
 EXPLAINED = {"gaussian": "explained by covariance", "frozen_encoder": "explained by the dictionary"}
 
 
@@ -190,15 +191,21 @@ def judge(
     free = [label for label in found if stops[label] is None]
     if not free:
         return Judged(stops[found[0]] or "undecided" if found else "undecided", [], asked, legs)
-    explained, missing = [], False
+    as_well, missing = {null: set[str]() for null in rule["nulls"]}, False
     for leg in legs[free[0]]:
         statistic, _, currency = leg.name.partition("/")
         for null, currencies in rule["nulls"].items():
             if leg.met == "met" and statistic in BY_CURRENCY and currency in currencies:
                 left = nulls.get((leg.name, null))
                 missing |= left is None
-                explained += [EXPLAINED[null]] if left is not None and left.low <= 0 <= left.high else []
-    return Judged("undecided" if missing else free[0], [] if missing else list(dict.fromkeys(explained)), asked, legs)
+                as_well[null] |= {currency} if left is not None and left.low <= 0 <= left.high else set()
+    if missing:
+        return Judged("undecided", [], asked, legs)
+    explained = []
+    for null, found in as_well.items():
+        where = [f"at {AT[one]}" for one in CURRENCIES if one in found] if found != set(rule["nulls"][null]) else []
+        explained += [" ".join([EXPLAINED[null], " and ".join(where)]).strip()] if found else []
+    return Judged(free[0], explained, asked, legs)
 
 
 def holds(label: str, legs: Sequence[Stand]) -> bool:

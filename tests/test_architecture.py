@@ -35,19 +35,19 @@ FLOORS = {
 BUDGETS = {
     "triton_kernels": 4560,
     "crosscoder/foundation": 730,
-    "crosscoder/results": 690,
-    "crosscoder/data": 4520,
+    "crosscoder/results": 695,
+    "crosscoder/data": 4530,
     "crosscoder/dictionary": 1410,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,
-    "crosscoder/measure": 3655,
+    "crosscoder/measure": 3675,
     "crosscoder/verdict": 1125,
     "crosscoder/report": 1640,
     "crosscoder/studies": 2290,
     "crosscoder/commands": 500,
     "crosscoder": 795,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_540, 15_990
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_560, 16_020
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -26,8 +26,9 @@ from crosscoder.results.quantities import NOTES, QUANTITIES
 from crosscoder.results.table import Estimate, LongTable, Row
 from crosscoder.results.verdict import Asked
 from crosscoder.verdict.rows import KEYS
+from crosscoder.verdict.rule import UNITS
 
-EQUALLY = {"fvu": "at equal variance unexplained", "loss": "at equal loss of prediction"}
+EQUALLY: dict[str, str] = {currency: f"at {words}" for currency, words in UNITS.items()}
 MOST_REASONS = 3
 READ = {name: key for name, key in KEYS.items() if name != "room_scaled"}
 AGREEMENT = ("u", "u_null", "u_ceiling", "universality", "matched_between", "median_log_rate", "rate_dispersion")

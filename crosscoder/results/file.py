@@ -187,7 +187,10 @@ def load_results(folder: str | Path) -> Results:
         ValueError: the file is damaged or of another schema.
         FileNotFoundError: there is none.
     """
-    return from_document(read_json(Path(folder) / RESULTS))
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RESULTS}; give the folder of a finished study")
+    return from_document(read_json(path))
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

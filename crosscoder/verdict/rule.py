@@ -19,6 +19,7 @@ from crosscoder.results.table import Estimate
 
 VERSION = "crosscoder.verdict/3"
 CURRENCIES: tuple[Currency, ...] = ("fvu", "loss")
+UNITS: dict[Currency, str] = {"fvu": "equal variance unexplained", "loss": "equal loss of prediction"}
 """Equal fraction of variance unexplained, and equal increase of the model's loss where reconstructions stand in."""
 N_TRAININGS = {"A": 5, "B": 5}
 EQUAL = math.log(1.25)
@@ -267,21 +268,28 @@ def _open_legs(legs: Mapping[str, tuple[Checked, ...]]) -> tuple[str, ...]:
 
 
 def _explained(evidence: Evidence, legs: tuple[Checked, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """What explains the met legs as well as the models do, and the legs of which a null was not measured.
+    """What explains the met legs as well as the models do, in which currency where not in all, and the legs of which a
+    null was not measured.
 
     Legs of other measurements than those at common fidelity have nulls of their own in their statistic.
     """
-    explained, missing = [], []
+    as_well: dict[str, list[Currency]] = {}
+    missing = []
     for leg in legs:
         statistic, _, currency = leg.name.partition("/")
         if leg.met != "met" or statistic not in BY_CURRENCY:
             continue
-        for null, (words, currencies) in NULLS.items():
+        for null, (_, currencies) in NULLS.items():
             if currency not in currencies:
                 continue
             excess = evidence.nulls.get((leg.name, null))
             if not isinstance(excess, Estimate) or not excess.finite:
                 missing.append(f"no null {null} of {leg.name}: {excess or 'not run'}")
-            elif excess.covers(0) and words not in explained:
-                explained.append(words)
+            elif excess.covers(0):
+                as_well.setdefault(null, []).append(currency)
+    explained = []
+    for null, found in as_well.items():
+        words, currencies = NULLS[null]
+        where = "" if set(found) == set(currencies) else f" {' and '.join(f'at {UNITS[one]}' for one in found)}"
+        explained.append(words + where)
     return tuple(explained), missing

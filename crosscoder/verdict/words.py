@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from crosscoder.measure.fidelity import TARGETS
 from crosscoder.measure.statistics import exponentiate
+from crosscoder.measure.welch import FEWEST_DOCUMENTS
 from crosscoder.results.table import COMPARED, Estimate, LongTable
 from crosscoder.results.verdict import Asked, Verdict
 from crosscoder.verdict.legs import Shapes
@@ -17,6 +18,7 @@ from crosscoder.verdict.rule import (
     N_TRAININGS,
     NULLS,
     PREMISES,
+    UNITS,
     VERSION,
     Checked,
     Decision,
@@ -39,7 +41,6 @@ MEANING = {
     "not testable": "there is no answer: a requirement without which the numbers say nothing is not met",
 }
 """What each label says of the question."""
-UNITS = {"fvu": "equal variance unexplained", "loss": "equal loss of prediction"}
 
 
 def tell(decision: Decision, evidence: Evidence, table: LongTable, shapes: Shapes) -> Verdict:
@@ -112,18 +113,25 @@ def notes(evidence: Evidence, table: LongTable, shapes: Shapes) -> list[str]:
             said.append(
                 f"{name}'s dictionaries use all their features, so that their number says nothing of the model's"
             )
+    return [*said, *_text_variance(table)]
+
+
+def _text_variance(table: LongTable) -> list[str]:
+    """Which intervals carry the variance of the text's documents beside that over trainings."""
     n_documents = table.one("n_documents")
-    if n_documents is not None and n_documents < 30:
-        said.append(
-            f"the held-out text has {n_documents} documents, too few for its own part of the variance: intervals are "
-            "over trainings alone"
-        )
-    elif n_documents is not None:
-        said.append(
-            f"loads, and what is computed from them, carry the variance of the text's {n_documents} documents beside "
-            "that over trainings; rates, causal layers and shares of features do not"
-        )
-    return said
+    keys = {"fvu": "explained_variance_left", "loss": "spliced_loss_left"}
+    carry = [UNITS[one] for one in CURRENCIES if len(table.select(keys[one], subject=COMPARED, state="trained"))]
+    if n_documents is None:
+        return []
+    if not carry:
+        return [
+            f"the held-out text has {n_documents} documents; for its own part of the variance {FEWEST_DOCUMENTS} of "
+            "them have to be read: intervals are over trainings alone"
+        ]
+    return [
+        f"loads at {' and at '.join(carry)}, and what is computed from them, carry the variance of the text's "
+        f"{n_documents} documents beside that over trainings; rates, causal layers and shares of features do not"
+    ]
 
 
 def constants() -> dict[str, object]:

@@ -15,6 +15,7 @@ from crosscoder.verdict.rule import (
     LABELS,
     NULLS,
     PREMISES,
+    UNITS,
     Evidence,
     Gate,
     Leg,
@@ -114,10 +115,17 @@ def test_what_a_null_explains_as_well_is_said_and_a_null_that_is_missing_is_need
     for which, (words, currencies) in NULLS.items():
         for currency in currencies:
             same = decide(replace(whole, nulls={**whole.nulls, (f"r/{currency}", which): around(0)}))
-            assert (same.label, same.explained) == ("H0", (words,))
+            where = f" at {UNITS[currency]}" if len(currencies) > 1 else ""  # not by the other one
+            assert (same.label, same.explained) == ("H0", (words + where,))
             gone = decide(replace(whole, nulls={**whole.nulls, (f"r/{currency}", which): "not reached"}))
             assert gone.label == "undecided"
             assert f"no null {which} of r/{currency}: not reached" in gone.reasons[0]
+
+
+def test_a_null_that_explains_in_every_currency_is_said_without_one():
+    whole = evidence(POINTS["H0"])
+    both = {(f"r/{currency}", "frozen_encoder"): around(0) for currency in NULLS["frozen_encoder"][1]}
+    assert decide(replace(whole, nulls={**whole.nulls, **both})).explained == ("explained by the dictionary",)
 
 
 def test_a_gaussian_has_no_loss_and_none_is_asked():
