@@ -36,7 +36,7 @@ BUDGETS = {
     "triton_kernels": 4560,
     "crosscoder/foundation": 730,
     "crosscoder/results": 695,
-    "crosscoder/data": 4530,
+    "crosscoder/data": 4595,
     "crosscoder/dictionary": 1410,
     "crosscoder/training": 1545,
     "crosscoder/formats": 132,

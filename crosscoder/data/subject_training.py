@@ -17,6 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crosscoder.data.muon import StackedMuon
 from crosscoder.data.order import batch_indices
 from crosscoder.data.subject import build_subject, load_model, without_progress_bars
 from crosscoder.data.tokens import TokenBlocks
@@ -309,7 +310,7 @@ def _optimizers(model: Any, config: SubjectConfig) -> list[torch.optim.Optimizer
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if in_blocks:
         matrices = [p for p in model.parameters() if id(p) in in_blocks]
-        found.append(torch.optim.Muon([{"params": matrices, "peak": config.muon_learning_rate}]))
+        found.append(StackedMuon([{"params": matrices, "peak": config.muon_learning_rate}]))
     return found
 
 
