@@ -104,12 +104,11 @@ def rule_table(record: Mapping[str, Any]) -> list[str]:
         truth = " ".join(number(one["truth"][key], ".2f") for key in KEYS)
         row = [one["plant"], truth, " or ".join(one["right"]), one["label_of_truth"], shares(one["ideal"])]
         if "legs" in one:
-            named = list(one["reasons_but_steep"].items())[:1]
+            named = list(one["reasons"].items())[:1]
             stops = ", ".join(f"{name} {100 * share:.0f} %" for name, share in named)
-            row += [shares(one["legs"]), commonest(one["legs"]), shares(one["gated_but_steep"]), stops or "-"]
-            row.append(shares(one["gated"]))
+            row += [shares(one["legs"]), commonest(one["legs"]), shares(one["gated"]), stops or "-"]
         else:
-            row += ["not run", commonest(one["ideal"]), *["not run"] * 3]
+            row += ["not run", commonest(one["ideal"]), *["not run"] * 2]
         rows.append(row)
     title = [
         "plant",
@@ -119,9 +118,8 @@ def rule_table(record: Mapping[str, Any]) -> list[str]:
         "instruments right: right / wrong / open, %",
         "instruments as measured",
         "commonest labels",
-        "gates but the one of interpolation",
+        "gates asked too",
         "what stops it first",
-        "all gates",
     ]
     return markdown_table(title, rows)
 

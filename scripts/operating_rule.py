@@ -35,8 +35,6 @@ SIMULATED_GATES = (
     "two rooms agree",
 )
 """Gates that follow from what is simulated; the others are those of the study with trained dictionaries."""
-STEEP = "what interpolation may move fidelity"
-"""A gate that smooth curves of planted dictionaries do not meet; labels are counted with it and without."""
 Logs = dict[str, np.ndarray | str]
 """ln of each of `QUANTITIES` and of causal layers, by training."""
 
@@ -116,16 +114,13 @@ def measure_rule(
         return right
     found = _studies(Known(plant, true, record, spread), config)
     gated = [decide(one) for one in found]
-    eased = [decide(replace(one, gates={k: gate for k, gate in one.gates.items() if k != STEEP})) for one in found]
     return right | {
         "instruments": plant.trained_as or plant.name,
         "legs": count_labels(plant, [decide(replace(one, gates={})).label for one in found]),
         "gated": count_labels(plant, [one.label for one in gated]),
-        "gated_but_steep": count_labels(plant, [one.label for one in eased]),
         "coverage": coverage(found, expected),
         "means": mean_legs(found),
         "reasons": common_reasons(gated),
-        "reasons_but_steep": common_reasons(eased),
     }
 
 

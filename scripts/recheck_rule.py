@@ -61,7 +61,7 @@ def gates(study: Study) -> dict[str, Interval | None]:
         "share that token lookup keeps": worst(mean(of_subject(study, name, "lookup_share")) for name in "AB"),
         "loss, B over A": Term([(1, losses["B"]), (-1, losses["A"])]).interval,
         "learning rate at the checkpoints": exact(rates),
-        "what interpolation may move fidelity": bends(study),
+        "what interpolation may move a load": bends(study),
         "features a dimension": exact(sizes, min),
         "load of another order of the text": worst(mean(orders(study, name)) for name in "AB"),
         "same direction in another order": worst(
@@ -80,17 +80,14 @@ def gates(study: Study) -> dict[str, Interval | None]:
 
 
 def bends(study: Study) -> Interval | None:
-    """|d ln FVU| that a cubic in place of straight lines amounts to: the larger target's, means over trainings."""
+    """|d ln load| by a cubic in place of straight lines: the larger target's, means over trainings."""
     found = []
     for name in "AB":
         for arm in ("crosscoder", "layerwise"):
             read = study.sweep(name, "trained", arm, "fvu", "load")
             if read is None:
                 return None
-            errors = {
-                t: max(one.bend / abs(one.slope) if one.bend else 0.0 for one in each) for t, each in read.items()
-            }
-            found.append(mean(errors))
+            found.append(mean({t: max(one.bend for one in each) for t, each in read.items()}))
     return worst(found)
 
 

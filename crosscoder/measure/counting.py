@@ -119,15 +119,17 @@ def adjacent_share(reading: Reading) -> float:
     return profile.known_mean(np.array([SeedPair(a, b).matched_share for a, b in pairwise(reading.groups)]))
 
 
-def count_features(reading: Reading) -> dict[str, Value]:
+def count_features(reading: Reading, *, alike: bool = True) -> dict[str, Value]:
     """Counts of one dictionary by the names of quantities.
 
     A feature counts on every layer that it occupies: features per layer are the distinct ones times mean rho, over L.
     In a bank rho is 1. Features that each have one layer, such as a bank's, are also merged across layers.
+
+    alike: also find features that are alike, which compares each with every other; without it counts that leave out or
+        merge such features are not there.
     """
     n_layers, d_model = reading.decoder_FLD.shape[1:]
     groups = reading.groups
-    distinct = joint = len(reading.distinct)
     load = binary_entropy(reading.probability_F).sum() / len(groups)
     values: dict[str, Value] = {
         "dictionary_size": reading.size,
@@ -135,10 +137,12 @@ def count_features(reading: Reading) -> dict[str, Value]:
         "alive_per_layer": profile.occupied_layers(reading.profile_FL).sum(0).tolist(),
         "dead_share": reading.dead_share,
         "ultra_dense": int((reading.probability_F > ULTRA_DENSE).sum()),
-        "distinct": distinct,
         "entropy_load": float(load),
         "effective_dimension": np.mean([dimension.effective_dimension(group.decoder_FLD) for group in groups]),
     }
+    if not alike:
+        return values
+    distinct = joint = len(reading.distinct)
     if len(groups) == n_layers:
         merged = merged_counts(reading)
         usual = merged["correlation", "mutual nearest"]
@@ -146,6 +150,7 @@ def count_features(reading: Reading) -> dict[str, Value]:
         joint = usual if n_layers > 1 else distinct
     per_layer = distinct * float(reading.rho_F.mean()) / n_layers if len(reading) else 0.0
     return values | {
+        "distinct": distinct,
         "features_per_layer": per_layer,
         "per_neuron_layer": per_layer / d_model,
         "per_neuron_joint": joint / (n_layers * d_model),

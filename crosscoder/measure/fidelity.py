@@ -43,11 +43,6 @@ class AtFidelity(NamedTuple):
     left_E: np.ndarray | None = None
     """The value without each document of the text, between the same two points; None where a point does not say."""
 
-    @property
-    def fidelity_error(self) -> float:
-        """|d ln fidelity| that the bend amounts to; inf for a quantity that does not depend on fidelity."""
-        return 0.0 if self.bend == 0 else self.bend / abs(self.elasticity) if self.elasticity else math.inf
-
 
 def lost_share(*, spliced_loss: float, clean_loss: float, ablated_loss: float) -> float | str:
     """The loss currency, `(spliced - clean) / (ablated - clean)`, or why there is none."""

@@ -304,7 +304,7 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
 
     text: that it was read on, where loads without each document of it are asked for.
     """
-    values = counting.count_features(reading) | {
+    values = counting.count_features(reading, alike=at.role != "k") | {
         "explained_variance": reading.explained_variance,
         "explained_variance_per_layer": [finite(value) for value in reading.explained_variance_L],
         "l0_token": reading.l0,

@@ -150,6 +150,9 @@ class StudyConfig:
     """What else the dictionaries of A and B are trained on, or which of their parts are not."""
     null_banks: tuple[State, ...] = ("gaussian", "frozen_encoder")
     """Of the nulls, those that banks are trained on too; the shuffled one has those of the subject."""
+    null_single_k: tuple[State, ...] = ()
+    """Of the nulls, those of which the main k alone is trained: enough for the layers that features act on, and for
+    nothing that is read at common fidelity."""
     null_factors: tuple[PositiveFloat, ...] = (9.0, 18.0, 36.0)
     """k of the nulls' crosscoders, as multiples of the main one: with nothing to find they need more for the same
     fidelity."""
@@ -171,6 +174,10 @@ class StudyConfig:
     keep_activations: bool = False
     stream: bool = False
     """Harvest activations as dictionaries train, again for each, and store none."""
+
+    def __post_init__(self) -> None:
+        if left := sorted(set(self.null_single_k) - set(self.nulls)):
+            raise ValueError(f"null_single_k names {', '.join(left)}, of which no null is asked; nulls: {self.nulls}")
 
 
 def named_configs(kind: type[T], group: str) -> dict[str, T]:

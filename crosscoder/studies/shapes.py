@@ -33,7 +33,7 @@ from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, Arm, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
 from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
-from crosscoder.studies.budget import SPANNING, of_other_k, of_size
+from crosscoder.studies.budget import SPANNING, DictionaryBudget, of_other_k, of_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import FROZEN, Cell
 from crosscoder.studies.folder import STATES, Measured, StoresOf, StudyFolder, harvest_into, parameter_counts
@@ -122,7 +122,9 @@ def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
 
     def cell(arm: Arm, state: State = "trained", **how: Any) -> Cell:
         here = budget if state not in FROZEN else replace(budget, frozen=FROZEN[state])
-        if state in ("trained", "shuffled"):
+        if state in config.null_single_k:
+            ks: tuple[DictionaryBudget, ...] = ()
+        elif state in ("trained", "shuffled"):
             ks = shape.sweep(here, arm, config.k_factors)
         else:
             factors = config.null_factors if arm == "crosscoder" else config.null_bank_factors

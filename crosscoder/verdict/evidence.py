@@ -161,7 +161,7 @@ def gates(table: LongTable, shapes: Shapes, found: Statistics) -> dict[str, Gate
         "share that token lookup keeps": _worst(_subject_means(table, "lookup_share"), highest=True),
         "loss, B over A": _loss_log_ratio(table),
         "learning rate at the checkpoints": _exact_row(table, "rate_share", max, subject=COMPARED),
-        "what interpolation may move fidelity": fidelity_error(table),
+        "what interpolation may move a load": interpolation_error(table),
         "features a dimension": _features_a_dimension(table, shapes),
         "load of another order of the text": _spread_of_load(table),
         "same direction in another order": _worst(_cell_means(table, "self_cosine"), highest=False),
@@ -246,8 +246,9 @@ def _exact_row(table: LongTable, key: str, pick: Callable[[Sequence[float]], flo
     return missing or _exact(table.values(key, **where), pick)
 
 
-def fidelity_error(table: LongTable) -> Estimate | str:
-    """|d ln fidelity| that a cubic in place of straight lines amounts to: means over trainings, the largest of arms."""
+def interpolation_error(table: LongTable) -> Estimate | str:
+    """|d ln load| by a cubic in place of straight lines, in the currency that every subject has: of each training the
+    larger target's, means over trainings, the largest of arms."""
     found: list[Estimate | str] = []
     for name in COMPARED:
         for arm in ("crosscoder", "layerwise"):
@@ -257,7 +258,7 @@ def fidelity_error(table: LongTable) -> Estimate | str:
                 read = read_training(table, {**where, "training_seed": at.training_seed}, "fvu")
                 if isinstance(read, str):
                     return f"{name}{at.training_seed}, {arm}: {read}"
-                errors.append(max(one.fidelity_error for one in read))
+                errors.append(max(one.bend for one in read))
             found.append(_mean(errors) if errors else f"no {arm} of {name} was trained (trained)")
     return _worst(found, highest=True)
 

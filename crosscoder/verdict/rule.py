@@ -100,7 +100,7 @@ GATES: dict[str, tuple[Leg, frozenset[str] | None]] = {
     "share that token lookup keeps": (Leg("share", high=0.8), None),
     "loss, B over A": (Leg("ln", -0.01, 0.01), None),
     "learning rate at the checkpoints": (Leg("share of its peak", high=0.2), None),
-    "what interpolation may move fidelity": (Leg("|d ln|", high=0.03), None),
+    "what interpolation may move a load": (Leg("|d ln|", high=0.03), None),
     "features a dimension": (Leg("n / (L D)", low=2.0), None),
     "load of another order of the text": (Leg("|ln|", high=0.1), None),
     "same direction in another order": (Leg("cosine", low=0.9), DIRECTIONS),

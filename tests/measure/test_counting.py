@@ -157,6 +157,9 @@ def test_duplicates_of_a_bank_are_those_of_one_layer():
     counts = counting.count_features(bank)
     assert (counts["alive"], counts["distinct"], counts["features_per_layer"]) == (4, 3, 1.5)
     assert counts["alive_per_layer"] == [2, 2]
+    few = counting.count_features(bank, alike=False)
+    assert few == {key: counts[key] for key in few}
+    assert counts.keys() - few.keys() >= {"distinct", "merged", "features_per_layer"}
 
 
 def test_a_dictionary_of_one_layer_is_bank_and_crosscoder_alike():

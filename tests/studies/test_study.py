@@ -234,6 +234,15 @@ def test_readings_of_every_dictionary_are_kept(studies):
             assert {f"{part.name}-seed{seed}" for seed in part.seeds} <= kept
 
 
+def test_a_null_can_be_of_the_main_k_alone():
+    cells = dictionary_cells(PRESETS["quick"])
+    beside = {state: {len(cell.beside) for cell in cells if cell.state == state} for state in PRESETS["quick"].nulls}
+    assert beside == {"gaussian": {3}, "frozen_encoder": {0}}
+    assert all(cell.causal for cell in cells if cell.state == "frozen_encoder")
+    with pytest.raises(ValueError, match="shuffled, of which no null is asked"):
+        replace(PRESETS["quick"], null_single_k=("shuffled",))
+
+
 def test_a_null_that_is_left_out_has_no_bank_either():
     cells = dictionary_cells(replace(PRESETS["standard"], nulls=("shuffled",)))
     assert {cell.state for cell in cells} == {"trained", "shuffled"}
