@@ -1,10 +1,19 @@
 """Sparse dictionaries of a language model's residual stream, per layer and across layers, trained and counted.
 
 Start with `crosscoder compare --preset smoke`, the whole study small, in a minute. Whole studies: compare, synthetic,
-report. Step by step, each from what those before it wrote: prepare, train-subject, harvest, train, evaluate, export.
+report. Step by step, each from what those before it wrote: prepare, train-subject, harvest, train, evaluate. Of what is
+trained: features (what they mean), effects (what the model does without them), compare-dictionaries (whose features are
+whose). To show and to share it: plot, card, push, convert. Whether all is well: verify (what was written), doctor (this
+machine).
 
 Every command takes `--help`, `--print-config` and `--dry-run` (what it would take; no work is done). A setting that
 would change nothing is refused. `crosscoder --version` prints the version.
+
+`torchrun --nproc-per-node R -m crosscoder train ...` divides a dictionary's features over R processes; the other
+commands run in one.
+
+Ctrl-C or SIGTERM stops a command at its next safe point, keeps its work and prints the command that goes on; twice
+stops at once. Status: 0 done, 2 refused or failed, 75 stopped and can be gone on with, 130 stopped at once.
 """
 
 from __future__ import annotations
@@ -24,9 +33,12 @@ import tyro
 
 from crosscoder.commands import STEPS
 from crosscoder.commands.base import BLOCKS_PATH, LOADING, NO_WINDOW, SUBJECT, TEXT, Command, Device, Idle
+from crosscoder.commands.doctor import Doctor
+from crosscoder.commands.verify import DamagedError, Verify
 from crosscoder.data.subject import USUAL_LOADING, Loading
+from crosscoder.foundation import console, ranks, signals
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import give, say
 from crosscoder.needs import Needs, planted_needs, single_needs, study_needs
 from crosscoder.results.table import State
 from crosscoder.studies.budget import Bank, WholeStructure
@@ -87,6 +99,7 @@ class Compare(Study):
     keep_outliers: bool = False
     """With --subject: keep first tokens of blocks, special tokens, and tokens of huge norm (sinks)."""
     stream: bool = False  # Harvest activations as dictionaries train, again for each, and store none
+    browser: bool = True  # With --subject: write what the crosscoder's features mean, and link it from the report
     seeds: tuple[int, ...] | None = None
     """Dictionary seeds. The debiased dimension compares two; stable features need three."""
     training_seeds: tuple[int, ...] | None = None
@@ -110,7 +123,7 @@ class Compare(Study):
     def idle(self) -> Idle:
         if self.subject is None:
             mode = "only a single model has that; name one with --subject"
-            names = ("layers", "blocks_path", "tokens", "context", "keep_outliers", *LOADING)
+            names = ("layers", "blocks_path", "tokens", "context", "keep_outliers", "browser", *LOADING)
         else:
             mode = "only the study of several shapes has that; leave out --subject"
             names = ("preset", "training_seeds", "part")
@@ -129,7 +142,7 @@ class Compare(Study):
         if self.subject is not None:
             read: dict[str, Any] = {"layers": self.layers, "blocks_path": self.blocks_path, "loading": self.loading}
             read |= {"tokens_train": self.tokens, "context": self.context, "keep_outliers": self.keep_outliers}
-            return _replace_given(config, text=self.text, **read)
+            return _replace_given(config, text=self.text, browser=self.browser, **read)
         subjects = _replace_given(config.subjects, text=self.text, seeds=self.training_seeds)
         return _replace_given(config, subjects=subjects)
 
@@ -151,12 +164,13 @@ class Compare(Study):
                 results = run_study(config, preset=self.preset, part=Part(*self.part), **where)
         except OtherPartsError as left:
             say(f"{left}; when all are done, run once more without --part")
-            print(where["folder"])
+            give(where["folder"])
             return
+        signals.safe_point()
         path = render_report(results, where["folder"])
         for sentence in answer(results):
             say(sentence)
-        print(path)
+        give(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +196,7 @@ class Synthetic(Study):
 
         where = self.where(f"synthetic-{self.preset}")
         run_planted(self.study(), preset=self.preset, **where)
-        print(where["folder"] / "report.md")
+        give(where["folder"] / "report.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +212,10 @@ class Report(Command):
         from crosscoder.report.page import render_report
         from crosscoder.results.file import load_results
 
-        print(render_report(load_results(self.folder), self.folder))
+        give(render_report(load_results(self.folder), self.folder))
 
 
-COMMANDS = (*STEPS, Compare, Synthetic, Report)
+COMMANDS = (*STEPS, Compare, Synthetic, Report, Verify, Doctor)
 
 
 def _replace_given(config: Any, **settings: Any) -> Any:
@@ -215,7 +229,10 @@ def _differs(settings: Any, name: str) -> bool:
     return _differs(value, rest) if rest else value != getattr(type(settings), first)
 
 
-def _do(command: Command) -> None:
+def _do(command: Command, job: ranks.Ranks) -> None:
+    if job.size > 1 and not (command.divides or command.print_config or command.dry_run):
+        name = type(command).__name__.lower()
+        raise ValueError(f"{name} runs in one process, and torchrun started {job.size}; `train` alone divides its work")
     for reason, names in command.idle().items():
         # The fields of `shape` and `loading` are flags without a prefix.
         flags = [
@@ -226,11 +243,13 @@ def _do(command: Command) -> None:
         if flags:
             raise ValueError(f"--{', --'.join(flags)} would change nothing here: {reason}")
     require_device(getattr(command, "device", "cpu"))
+    if not job.is_first and (command.print_config or command.dry_run):
+        return
     if command.print_config:
-        print(json.dumps(command.settings(), indent=2, sort_keys=True, default=str))
+        give(json.dumps(command.settings(), indent=2, sort_keys=True, default=str))
     elif command.dry_run:
         for label, value in command.needs():
-            print(f"{label:<54} {value}")
+            give(f"{label:<54} {value}")
     else:
         command.run()
 
@@ -257,22 +276,35 @@ def _parsed(arguments: list[str]) -> Command:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console command; bad input ends with one clear line and status 2."""
+    """Runs a command; bad input ends with one clear line and status 2, damage that `verify` finds with 3, a signal as
+    `--help` says."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
-        print(f"crosscoder {importlib.metadata.version('crosscoder')}")
+        give(f"crosscoder {importlib.metadata.version('crosscoder')}")
         return 0
+    if arguments[:1] == ["export"]:  # what the command was called when it wrote one format
+        arguments = ["convert", "--format", "saelens", *arguments[1:]]
     command = _parsed(arguments)
     try:
-        _do(command)
+        with signals.watching(exits=True):
+            signals.safe_point()
+            with ranks.joined(getattr(command, "device", "cpu")) as job:
+                if not job.is_first:
+                    console.mute()
+                _do(command, job)
+    except signals.Stopped as stop:
+        given = [*arguments, "--resume"] if getattr(command, "resume", None) is False else arguments
+        say(f"crosscoder: {stop}\n{signals.going_on(given)}")
+        return signals.STOPPED
     except KeyboardInterrupt:
-        say("crosscoder: stopped")
-        return 130
+        say("crosscoder: stopped at once")
+        return signals.STOPPED_AT_ONCE
     except Exception as error:
         if os.environ.get("CROSSCODER_TRACEBACK"):
             raise
         known = isinstance(error, ValueError | OSError | ImportError | RuntimeError | ArithmeticError)
-        say(f"crosscoder: {'' if known else f'{type(error).__name__}: '}{error}")
-        say("(CROSSCODER_TRACEBACK=1 shows where)")
-        return 2
+        if ranks.is_first_to_fail(error):
+            say(f"crosscoder: {'' if known else f'{type(error).__name__}: '}{error}", always=True)
+            say("(CROSSCODER_TRACEBACK=1 shows where)", always=True)
+        return 3 if isinstance(error, DamagedError) else 2
     return 0

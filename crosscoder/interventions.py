@@ -179,7 +179,8 @@ class _Sites:
             )
         skip = 1 if reads is None else reads.skip_positions
         special = () if reads is None else reads.tokens.special_ids
-        outliers = reads is not None and reads.keep_outliers
+        # Raw activations, at a scale of 1, say nothing of their usual norm.
+        outliers = bool((dictionary.input_scale == 1).all()) or (reads is not None and reads.keep_outliers)
         return cls(dictionary.eval(), tuple(blocks), kind, tuple(numbers), skip, special, outliers)
 
     @property

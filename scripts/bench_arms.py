@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import bench_common as common
 import bench_peers
@@ -72,8 +73,9 @@ def start_dictionary(
     `SAMPLED_SCORES` allows, in a bank over all layers. Its penalty's target is an L0 of K.
     """
     sparsity = JumpReLU(penalty=TargetL0Penalty(target=shape.k)) if rule is JumpReLU else rule(k=shape.k)
-    settings = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
-    dictionary = KINDS[family](**settings, aux_k=0, decoder=decoder, sparsity=sparsity).to(x_BLD.device)
+    settings: dict[str, Any] = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
+    settings |= {"aux_k": 0, "decoder": decoder}
+    dictionary = KINDS[family](**settings, sparsity=sparsity).to(x_BLD.device)
     if dictionary.log_threshold is not None:
         with torch.no_grad():
             grouped = dictionary.grouped()
@@ -108,7 +110,7 @@ def together_step(shape: Shape, x_BLD: torch.Tensor, dtype: str, *, family: str,
     from crosscoder.training.state import StackState, TrainState
     from crosscoder.training.step import TrainConfig, take_step
 
-    settings = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
+    settings: dict[str, Any] = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_features": shape.n_features}
     config = TrainConfig(dead_after_tokens=10**12, precision=dtype)  # ty: ignore[invalid-argument-type]
     states = []
     for seed in range(n_together):

@@ -28,12 +28,12 @@ import torch
 from bench_common import describe_machine, machine_line, markdown_table, write_report
 
 from crosscoder.data import stream
+from crosscoder.data.model_loss import loss_of_policies
 from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.sources import SiteSource
 from crosscoder.data.subject import load_subject
-from crosscoder.data.subject_training import loss_of_policies
 from crosscoder.data.tokenizer import find_bos
 from crosscoder.foundation.artifact import read_json
 from crosscoder.measure.reading import Measured, measure_dictionary

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from crosscoder.data.order import seeded_generator
-from crosscoder.data.sources import PlantedSource, Source
+from crosscoder.data.planted import PlantedSource
+from crosscoder.data.sources import Source
 from crosscoder.data.world import World, WorldConfig
 from crosscoder.dictionary import (
     DICTIONARIES,
@@ -216,8 +217,8 @@ def fit_variant(
     settings = budget.settings(variant.arm)
     if variant.rule is not None and coefficient is not None:
         settings["sparsity"] = variant.rule(coefficient)
-    shape = {"n_layers": source.n_layers, "d_model": source.d_model}
-    dictionary = DICTIONARIES[CLASSES[variant.arm]](**shape, **settings, seed=seed)
+    settings |= {"n_layers": source.n_layers, "d_model": source.d_model}
+    dictionary = DICTIONARIES[CLASSES[variant.arm]](**settings, seed=seed)
 
     batches = source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps)
     started = time.perf_counter()

@@ -135,7 +135,7 @@ def _harvest(setting: Setting, config: LanguageConfig, ids_BS: Tensor) -> Tensor
 
 
 def _train(config: LanguageConfig, rule: TopK | BatchTopK, x_TLD: Tensor) -> LayerwiseSAE:
-    shape = {"n_layers": x_TLD.shape[1], "d_model": x_TLD.shape[2], "n_features": config.n_features}
+    shape: dict[str, Any] = {"n_layers": x_TLD.shape[1], "d_model": x_TLD.shape[2], "n_features": config.n_features}
     bank = LayerwiseSAE(**shape, sparsity=rule, seed=config.seed)
     bank.input_scale.copy_(estimate_scales(x_TLD))
 

@@ -17,7 +17,7 @@ INPUTS = (
     (
         "loads at equal loss",
         "FVU measured, loss planted",
-        "the share of the harm of ablation lost is .45 of the FVU, .05 (sd of ln) between trainings",
+        "the share of the harm of ablation lost is .3 of the FVU, .05 (sd of ln) between trainings",
     ),
     ("room", "covariance of planted tokens", "the library's unbiased participation ratio"),
     ("effective dimension, twins, self-cosine, matched share", "dictionaries", "two starts, each with its own order"),

@@ -32,6 +32,9 @@ TITLES = {
     "planted": ("Planted worlds", "size and seed of a dictionary, world seed; some an estimator or a kind"),
     "calibration": ("The study's instruments on planted pairs", "role `calibration`, world seed"),
     "subject": ("Subjects", "subject; losses and tokens also a training seed"),
+    "compared": ("Dictionaries that are compared", "dictionary"),
+    "between": ("Two dictionaries of one model and text", "dictionary, against; of both at kind `pair`"),
+    "effects": ("What a feature does to predictions", "feature, layer; shares and sizes of all: no place"),
     "study": ("The study", "no place: they are of everything"),
 }
 HOLDS = {"number": "number", "whole": "whole number", "flag": "true or false", "list": "list", "texts": "texts"}

@@ -17,3 +17,11 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was not tested for want of a browser is said where nobody overlooks it."""
+    skipped = [one for one in terminalreporter.stats.get("skipped", []) if "no browser:" in str(one.longrepr)]
+    if skipped:
+        terminalreporter.section("NOT TESTED", red=True, bold=True)
+        terminalreporter.line(f"{len(skipped)} tests of the feature browser: there is no Chromium here; install it")

@@ -21,10 +21,12 @@ FLOORS = {
     "crosscoder.data": 2,
     "crosscoder.dictionary": 2,
     "crosscoder.training": 3,
-    "crosscoder.formats": 4,
     "crosscoder.measure": 4,
+    "crosscoder.formats": 5,
     "crosscoder.verdict": 5,
+    "crosscoder.browser": 6,
     "crosscoder.report": 6,
+    "crosscoder.features": 7,
     "crosscoder.studies": 7,
     "crosscoder.needs": 8,
     "crosscoder.commands": 9,
@@ -33,21 +35,22 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4560,
-    "crosscoder/foundation": 730,
-    "crosscoder/results": 695,
-    "crosscoder/data": 4595,
-    "crosscoder/dictionary": 1410,
-    "crosscoder/training": 1545,
-    "crosscoder/formats": 132,
-    "crosscoder/measure": 3675,
-    "crosscoder/verdict": 1125,
-    "crosscoder/report": 1640,
-    "crosscoder/studies": 2290,
-    "crosscoder/commands": 500,
-    "crosscoder": 795,  # the modules beside the rooms
+    "triton_kernels": 4765,
+    "crosscoder/foundation": 2120,
+    "crosscoder/results": 800,
+    "crosscoder/data": 5325,
+    "crosscoder/dictionary": 2430,
+    "crosscoder/training": 2480,
+    "crosscoder/formats": 2085,
+    "crosscoder/measure": 5450,
+    "crosscoder/verdict": 1100,
+    "crosscoder/browser": 1000,
+    "crosscoder/report": 2235,
+    "crosscoder/studies": 2835,
+    "crosscoder/commands": 1620,
+    "crosscoder": 1075,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 23_560, 16_020
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_295, 23_155
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
@@ -188,9 +191,15 @@ def test_importing_the_library_does_not_load_what_only_commands_need():
 
 
 def test_no_pickle_anywhere():
+    """But for state dicts of other libraries, of weights alone, and only where somebody allows it."""
     for path in SOURCES:
         tree = parsed(path)
         names = {node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)}
         assert "pickle" not in names
-        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        assert not calls & {"torch.save", "torch.load", "np.load"}
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        found = [call for call in calls if ast.unparse(call.func) in ("torch.save", "torch.load", "np.load")]
+        if path.name == "foreign.py":
+            assert [ast.unparse(call.func) for call in found] == ["torch.load"]
+            assert "weights_only=True" in ast.unparse(found[0])
+        else:
+            assert not found

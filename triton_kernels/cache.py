@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,13 @@ class _Entry(NamedTuple):
     features_P: Tensor  # held, so that its memory is not given to another code
     offsets: Tensor
     offsets_version: tuple[object, ...]
+    copies: tuple[Tensor, Tensor] | None
     transpose: object
+
+    def is_unwritten(self) -> bool:
+        """Whether the code is known to hold the numbers that it was transposed from."""
+        kept = self.copies
+        return kept is not None and torch.equal(self.features_P, kept[0]) and torch.equal(self.offsets, kept[1])
 
     def has_offsets(self, offsets: Tensor) -> bool:
         """Whether the entry was made from these offsets, or from equal ones that nobody has written to since."""
@@ -26,11 +33,26 @@ class _Entry(NamedTuple):
         return offsets.is_cpu and _version(self.offsets) == self.offsets_version and torch.equal(offsets, self.offsets)
 
 
+class _Codes:
+    unwritten = False
+
+
+@contextlib.contextmanager
+def codes_unwritten() -> Generator[None]:
+    """While it lasts codes are made, and nobody else has them to write to: transposes are kept without a check."""
+    before, _Codes.unwritten = _Codes.unwritten, True
+    try:
+        yield
+    finally:
+        _Codes.unwritten = before
+
+
 class TransposeCache(Generic[Transpose]):
     """A function that transposes a code and keeps the last answer: a backward pass needs it several times.
 
     The entry holds its inputs, so their memory cannot be given to another code, and their version counters tell
-    whether they were written to since. Writes that torch does not count, through `.data` or `.numpy()`, go unseen.
+    whether they were written to since. Torch does not count all writes, such as those through `.data`, and those of
+    collectives: the numbers themselves are compared with copies, but where no code is written (`codes_unwritten`).
     Offsets that were made anew may be equal instead: on the CPU that costs nothing to find out.
     """
 
@@ -43,10 +65,16 @@ class TransposeCache(Generic[Transpose]):
         if features_P.is_inference() or offsets.is_inference():  # they have no version counter
             return self._make(features_P, offsets, n_features)
         key, entry = (n_features, *_version(features_P)), self._entry
-        if entry is not None and entry.key == key and entry.has_offsets(offsets):
+        if (
+            entry is not None
+            and entry.key == key
+            and entry.has_offsets(offsets)
+            and (_Codes.unwritten or entry.is_unwritten())
+        ):
             return entry.transpose  # ty: ignore[invalid-explicit-return]
         transpose = self._make(features_P, offsets, n_features)
-        self._entry = _Entry(key, features_P.detach(), offsets.detach(), _version(offsets), transpose)
+        copies = None if _Codes.unwritten else (features_P.detach().clone(), offsets.detach().clone())
+        self._entry = _Entry(key, features_P.detach(), offsets.detach(), _version(offsets), copies, transpose)
         return transpose
 
 
@@ -65,7 +93,8 @@ class SquaresCache:
     """Squared row norms of the last gradients, noted by the kernels that wrote them.
 
     Clipping needs them a moment later, and computing them again reads a whole table. An entry keeps no memory of its
-    gradient alive: it ends with the gradient, and with the first write to it.
+    gradient alive: it ends with the gradient, and with the first write to it that torch counts. Not counted are those
+    through `.data` and those of collectives, so that only who knows that there was none may ask (`untouched`).
     """
 
     def __init__(self, size: int) -> None:

@@ -8,16 +8,37 @@ read the same batch run side by side, each dictionary with its own k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from triton_kernels import dense
 from triton_kernels.arguments import Code, Encoding
+from triton_kernels.cache import codes_unwritten
 from triton_kernels.encoders import sum_of_rows
 from triton_kernels.ops import form_for, implementation, on_device_of
 from triton_kernels.reference import starts
+
+
+class Shards(Protocol):
+    """Ranks that hold other features of the same dictionaries, and what they are asked."""
+
+    def keep_top_k(self, score_RC: Tensor, k: int) -> Tensor:
+        """Which of the candidates are among the k largest of their row over all ranks, bool `[R, C]`."""
+        ...
+
+    def keep_batch_top_k(self, score_P: Tensor, offsets: Tensor, n_groups: int, wanted: int) -> tuple[Tensor, Tensor]:
+        """Which candidates are among the `wanted` largest of their dictionary over all ranks, and the cuts `[G]`."""
+        ...
+
+    def add_reconstruction(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' partial reconstructions."""
+        ...
+
+    def add_center(self, part: Tensor) -> Tensor:
+        """The sum of what all ranks' encoders give to the gradient of the centre."""
+        ...
 
 
 class Reconstruction(NamedTuple):
@@ -42,17 +63,38 @@ def reconstruct(
     k_G: Sequence[int],
     by_batch: bool,
     sizes: Sequence[int] | None = None,
+    shards: Shards | None = None,
 ) -> Reconstruction:
     """Encode by TopK, or BatchTopK (`by_batch`), decode, and differentiate `sum(weight_GL * squares_GL)`.
 
     Squares are summed by part of a row as in `decode_loss`. x has fewer inputs than there are dictionaries where S sets
-    of them share it. sizes: the features of each set's dictionaries that exist, where they are padded.
+    of them share it. sizes: the features of each set's dictionaries that exist, where they are padded. shards: where
+    these are some features of larger dictionaries; gradients are then of these, and of the centre for all.
     """
     n_sets = len(encoding.encoder_GFN) // encoding.x_BGN.shape[1]
     sizes = sizes or [encoding.encoder_GFN.shape[1]] * n_sets
-    with on_device_of(encoding.x_BGN):
-        code, cut_G = _encoded(encoding, k_G, by_batch=by_batch)
-        return _differentiated(encoding, code, cut_G, decoder_GFN, weight_GL, sizes)
+    with on_device_of(encoding.x_BGN), codes_unwritten():
+        if shards is None:
+            code, cut_G = _encoded(encoding, k_G, by_batch=by_batch)
+        else:
+            code, cut_G = _encoded_with_others(encoding, k_G[0], shards, by_batch=by_batch)
+        return _differentiated(encoding, code, cut_G, decoder_GFN, weight_GL, sizes, shards)
+
+
+def _encoded_with_others(encoding: Encoding, k: int, shards: Shards, *, by_batch: bool) -> tuple[Code, Tensor | None]:
+    """The code of these features, chosen among those of all ranks."""
+    own, (n_groups, n_features, _) = implementation(encoding.x_BGN), encoding.encoder_GFN.shape
+    own_k = min(k, n_features)
+    if by_batch:
+        pairs, _ = own.encode_batch_top_k(encoding, [own_k] * n_groups)
+        kept_P, cut_G = shards.keep_batch_top_k(pairs.score, pairs.offsets, n_groups, k * len(encoding.x_BGN))
+        pairs = pairs.only(kept_P.nonzero().squeeze(1))
+        return Code(pairs.z.relu(), pairs.features, pairs.offsets), cut_G
+    z_P, features_P = own.encode_top_k(encoding, [own_k] * n_groups)
+    score_P = z_P if encoding.scale_GF is None else z_P * encoding.scale_GF.flatten()[features_P]
+    kept_RC = shards.keep_top_k(score_P.view(-1, own_k), k)
+    kept_P = kept_RC.flatten()
+    return Code(z_P[kept_P].relu(), features_P[kept_P], starts(kept_RC.sum(1))), None
 
 
 def _encoded(encoding: Encoding, k_G: Sequence[int], *, by_batch: bool) -> tuple[Code, Tensor | None]:
@@ -71,19 +113,27 @@ def _differentiated(
     decoder_GFN: Tensor,
     weight_GL: Tensor,
     sizes: Sequence[int],
+    shards: Shards | None,
 ) -> Reconstruction:
     x_BGN, center_GN, encoder_GFN = encoding[:3]
     n_sets, n_features = len(sizes), encoder_GFN.shape[1]
     # What is written out densely has no sets: a code that is not sparse takes the sparse forms if it has company.
     form = form_for(x_BGN, code, n_features) if n_sets == 1 else implementation(x_BGN)
-    error_BGN, squares_GL = form.decode_loss(code, decoder_GFN, center_GN, x_BGN, weight_GL.shape[1])
+    if shards is None:
+        error_BGN, squares_GL = form.decode_loss(code, decoder_GFN, center_GN, x_BGN, weight_GL.shape[1])
+    else:
+        part_RN = implementation(x_BGN).gather_sum(code, decoder_GFN.reshape(-1, decoder_GFN.shape[2]))
+        error_BGN = shards.add_reconstruction(part_RN.view(x_BGN.shape)).add_(center_GN).sub_(x_BGN)
+        squares_GL = dense.squares_of_parts(error_BGN, weight_GL.shape[1])
     d_values, d_decoder = form.backward_decoder(code, error_BGN, weight_GL, decoder_GFN)
     d_z = torch.where(code.values_P > 0, d_values, 0)
     d_encoder, d_bias = form.backward_encoder(code._replace(values_P=d_z), x_BGN, center_GN, n_features)
     error_SBGN = error_BGN.view(n_sets, *x_BGN.shape)
     sets = zip(error_SBGN, *(one.chunk(n_sets) for one in (weight_GL, d_bias, encoder_GFN)), sizes, strict=True)
+    of_all = (lambda part: part) if shards is None else shards.add_center
     d_center = [
-        dense.reconstruction_gradient(error.sum(0, keepdim=True), weight)[0] - sum_of_rows(bias[:, :n], encoder[:, :n])
+        dense.reconstruction_gradient(error.sum(0, keepdim=True), weight)[0]
+        - of_all(sum_of_rows(bias[:, :n], encoder[:, :n]))
         for error, weight, bias, encoder, n in sets
     ]
     d_center_GN = d_center[0] if n_sets == 1 else torch.cat(d_center)

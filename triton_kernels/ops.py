@@ -217,7 +217,11 @@ def adam_rows(
 
 
 @torch.no_grad()
-def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None = None) -> Tensor:
-    """Squared norm of each gradient row, `[R]`, without its part along the given row of norm 1, if one is given."""
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None = None, *, untouched: bool = False) -> Tensor:
+    """Squared norm of each gradient row, `[R]`, without its part along the given row of norm 1, if one is given.
+
+    untouched: nobody has written to the gradient since a backward pass made it, not even through `.data` or by a
+        collective; norms that were noted then are given again.
+    """
     with on_device_of(gradient_RN):
-        return implementation(gradient_RN).row_squares(gradient_RN, unit_RN)
+        return implementation(gradient_RN).row_squares(gradient_RN, unit_RN, untouched=untouched)

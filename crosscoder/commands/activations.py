@@ -1,4 +1,4 @@
-"""The commands between activations and a measured dictionary: harvest, train, evaluate, export."""
+"""The commands between activations and a measured dictionary: harvest, train, evaluate."""
 
 from __future__ import annotations
 
@@ -8,27 +8,40 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
-import tyro
+import torch
 
 from crosscoder import training
-from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Command, Idle, ReadsModel
+from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Idle, ReadsModel
+from crosscoder.data.blocks import input_device
 from crosscoder.data.nulls import make_null
+from crosscoder.data.probe import meaningless_loss
+from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
 from crosscoder.data.sources import WINDOW_TOKENS, Activations, Marked, SiteKind, SiteSource, select_site_numbers
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import require_own_tokens
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.dictionary import load_dictionary
-from crosscoder.formats.saelens import n_flat_dictionaries, save_saelens
-from crosscoder.foundation.artifact import write_json
-from crosscoder.foundation.console import say
+from crosscoder.dictionary import Dictionary, load_dictionary
+from crosscoder.dictionary.division import divided
+from crosscoder.dictionary.saved import WEIGHTS
+from crosscoder.dictionary.shard import Shard
+from crosscoder.foundation.artifact import file_sha256
+from crosscoder.foundation.console import give, say
+from crosscoder.foundation.lock import locked
 from crosscoder.foundation.origin import Null
+from crosscoder.foundation.provenance import describe_run
+from crosscoder.foundation.ranks import current
 from crosscoder.needs import Needs, dictionary_needs, gaussian_needs, harvest_needs, stream_needs
-from crosscoder.results.table import Place
+from crosscoder.results.evaluation import Evaluation
+from crosscoder.results.table import Place, Row, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget
+from crosscoder.training.keeping import lengthened
+from crosscoder.training.loggers import LogTo, close_logger, open_logger
 
+LOSS_BATCH = 2048
+"""Tokens that the model is given at once for its loss."""
 HELD_OUT_BATCHES = 2
 """Batches of 4,096 tokens that are measured while training goes on."""
 
@@ -59,6 +72,11 @@ class Harvest(ReadsModel):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         harvester = self.harvester(self.subject)
         select_site_numbers(harvester.sites, "residual")  # the embedding alone is of no use
+        with locked(self.out):
+            self._write(harvester)
+        give(self.out)
+
+    def _write(self, harvester: ResidualHarvester) -> None:
         for split, most in (("train", self.max_tokens), ("held_out", self.max_held_out_tokens)):
             blocks = TokenBlocks.load(self.tokens_folder / split)
             require_own_tokens(self.subject, blocks, revision=self.loading.revision)
@@ -66,7 +84,6 @@ class Harvest(ReadsModel):
             store = write_shards(harvester, blocks, self.out / split, **kept, max_tokens=most, quiet=False)
             shape = f"{store.n_tokens:,} tokens x {len(store.sites)} sites x {store.d_model}"
             say(f"{split}: {shape}; dropped {store.index.dropped}")
-        print(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +116,7 @@ class Reading(ReadsModel):
         subject, folder = self.streamed()
         tokens = {name: TokenBlocks.load(folder / name) for name in names}
         require_own_tokens(subject, tokens[names[0]], revision=self.loading.revision)
-        harvester = self.harvester(subject)
+        harvester, job = self.harvester(subject), current().apart()
         return [
             ActivationStream(
                 harvester,
@@ -107,6 +124,7 @@ class Reading(ReadsModel):
                 window_tokens=self.window_tokens,
                 max_tokens=None if name == "train" else self.max_held_out_tokens,
                 ahead=name == "train",
+                job=job if name == "train" else None,
             )
             for name in names
         ]
@@ -125,13 +143,29 @@ class Train(Reading):
     $ crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
     $ crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
 
+    More steps for a run, finished or not: the learning rate follows the new number, and rises again over the warm-up if
+    it had begun to fall. A new run from a finished dictionary, on other text of the same model if you like:
+
+    $ crosscoder train --activations runs/acts --arm crosscoder --out runs/cc --resume --budget.steps 2000
+    $ crosscoder train --activations runs/more --start-from runs/cc/dictionary --out runs/cc2 --budget.steps 500
+
+    On R GPUs or processes, with the same files and, to rounding, the same numbers; each holds a part of the features,
+    and each harvests a part of the text:
+
+    $ torchrun --nproc-per-node 4 -m crosscoder train --activations runs/acts --out runs/cc --device cuda
+
     Nulls, to see what a number is where there is nothing to find: --null takes what is read, --budget.frozen what is
     learnt.
 
     $ crosscoder train --activations runs/acts --out runs/gaussian --null gaussian
     $ crosscoder train --activations runs/acts --out runs/random --budget.frozen decoder
+
+    The curves are in --out as curves.png; `crosscoder plot` draws several runs on one page, --log-to sends them on.
+
+    $ crosscoder train --activations runs/acts --out runs/logged --log-to tensorboard
     """
 
+    divides: ClassVar[bool] = True
     out: Path  # Folder for metrics.jsonl, checkpoints/ and the finished dictionary/
     arm: Arm = "crosscoder"  # One dictionary over all layers, or a bank of one SAE a layer
     site: SiteKind = "residual"  # The residual stream after each block, or what each block adds to it
@@ -140,9 +174,19 @@ class Train(Reading):
     checkpoint_every: int = 200  # Steps between two checkpoints
     held_out_every: int = 500  # Steps between two measurements on held-out tokens
     resume: bool = False  # Go on from the last checkpoint in --out
+    log_to: LogTo | None = None  # Log what metrics.jsonl holds there too; each is an optional package
+    log_project: str = "crosscoder"  # With --log-to trackio or wandb: the project of the run
+    start_from: Path | None = None
+    """A finished dictionary that training begins from, at step 0 with a fresh optimiser and schedule. None: random."""
 
     def idle(self) -> Idle:
         found = super().idle()
+        if self.log_to not in ("trackio", "wandb"):
+            found["only --log-to trackio and wandb have projects"] = ("log_project",)
+        if self.start_from is not None:
+            names = ("n_features", "n_layerwise", "k_crosscoder", "k_layerwise", "selection", "penalty", "prefixes")
+            own = tuple(f"budget.{name}" for name in (*names, "structure", "window", "bank"))
+            return {**found, "the dictionary of --start-from is what it is": ("arm", "seed", *own)}
         if self.arm == "layerwise":
             if self.budget.bank == "warm_chain":
                 found["a chain trains one layer at a time"] = ("held_out_every",)
@@ -171,10 +215,23 @@ class Train(Reading):
     def run(self) -> None:
         from crosscoder.measure.health import describe, watch
         from crosscoder.measure.reading import read_dictionary
-        from crosscoder.studies.cells import marked, new_dictionary
+        from crosscoder.studies.cells import marked, new_dictionary, require_source
 
+        job, budget, dictionary, scale_L, started = current(), self.budget, None, None, ""
+        if job.size > 1 and budget.trainer(self.arm) is not training.train:
+            raise ValueError("--budget.bank warm_chain trains one layer after the other; ranks cannot divide it")
         train, held_out = self.splits("train", "held_out")
-        source, budget = make_null(self.null, SiteSource(train, held_out, self.site)), self.budget
+        if self.start_from is not None:
+            dictionary = load_dictionary(self.start_from)
+            dictionary.require_input_scale("--start-from")
+            scale_L, started = dictionary.input_scale, f"/from {file_sha256(self.start_from / WEIGHTS)}"
+        source = make_null(self.null, SiteSource(train, held_out, self.site, scale_L=scale_L))
+        if dictionary is None:
+            shard = Shard.of(budget.n(self.arm), job) if job.size > 1 else None
+            dictionary = new_dictionary(self.arm, source, budget, seed=self.seed, shard=shard)
+        elif job.size > 1:
+            dictionary = divided(dictionary, Shard.of(dictionary.config.n_features, job))
+        require_source(dictionary, source)
         options: dict[str, Any] = {}
         if budget.trainer(self.arm) is training.train:  # a chain trains one layer at a time
 
@@ -182,40 +239,58 @@ class Train(Reading):
                 return islice(marked(source, self.device), HELD_OUT_BATCHES)
 
             options = {"monitor": partial(watch, batches=few), "monitor_every": self.held_out_every}
+        config = replace(budget.train_config(), checkpoint_every=self.checkpoint_every)
+        logger = None
+        if self.log_to is not None:
+            settings = json.loads(json.dumps(self.settings(), default=str))
+            logger = open_logger(self.log_to, self.out, project=self.log_project, settings=settings)
         result = budget.trainer(self.arm)(
-            new_dictionary(self.arm, source, budget, seed=self.seed),
+            dictionary,
             source.batches(budget.batch, seed=budget.data_seed, steps=budget.steps),
-            config=replace(budget.train_config(), checkpoint_every=self.checkpoint_every),
+            config=lengthened(self.out, config) if self.resume else config,
             folder=self.out,
             resume=self.resume,
             device=self.device,
-            data_fingerprint=f"{source.fingerprint}/{budget.data_seed}",
+            data_fingerprint=f"{source.fingerprint}/{budget.data_seed}{started}",
+            logger=logger,
             **options,
         )
+        if logger is not None:
+            close_logger(logger)
+        if isinstance(train, ActivationStream):
+            train.settle()
+        if not job.is_first:
+            return
+        trained = result.dictionary if job.size == 1 else load_dictionary(self.out / "dictionary").to(self.device)
         say(
             f"trained on {result.tokens:,} tokens; reads {source.reads or 'a store that keeps no record of what it is'}"
         )
-        for line in describe(result.dictionary, read_dictionary(result.dictionary, marked(source, self.device))):
+        for line in describe(trained, read_dictionary(trained, marked(source, self.device))):
             say(line)
-        print(self.out / "dictionary")
+        give(self.out / "dictionary")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Reading):
     """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
 
+    With --subject also the loss that the model recovers with reconstructions in the place of what the dictionary reads,
+    all layers at once. What --out writes says of which dictionary it is: `crosscoder card` and `push` print it.
+
     $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
     $ crosscoder evaluate --dictionary runs/cc/dictionary --subject runs/A/step-488 --tokens-folder runs/tokens
     $ crosscoder evaluate --dictionary runs/gaussian/dictionary --activations runs/acts --null gaussian
     """
 
-    dictionary: Path  # What `crosscoder train` wrote: a folder with config.json and model.safetensors
+    dictionary: Path  # What `crosscoder train` wrote, or organisation/repository on the Hub
     site: SiteKind | None = None  # What is read of each block. None: what the dictionary reads
     raw_inputs: Annotated[bool, RAW] = False
-    out: Path | None = None  # Write the numbers as JSON here too
+    loss_tokens: int = 8192  # With --subject: held-out tokens to recover the loss on, each some runs of it; 0: none
+    out: Path | None = None  # Write the numbers as JSON here too, with whose they are
 
     def idle(self) -> Idle:
-        return {**super().idle(), "held-out tokens are read in order": ("window_tokens",)}
+        found = {**super().idle(), "held-out tokens are read in order": ("window_tokens",)}
+        return found if self.activations is None else {**found, "only a model has a loss": ("loss_tokens",)}
 
     def run(self) -> None:
         from crosscoder.measure.health import describe
@@ -235,30 +310,33 @@ class Evaluate(Reading):
         reading = evaluate_dictionary(dictionary, make_null(self.null, source), device=self.device)
         for line in describe(dictionary, reading):
             say(line)
-        numbers = {row.key: row.value for row in dictionary_rows(Place(site=site), dictionary, reading)}
+        rows = dictionary_rows(Place(site=site), dictionary, reading) + self.loss_rows(dictionary, held_out, site)
+        numbers = {row.key: row.value for row in rows} | {"tokens_held_out": reading.n_tokens}
         if self.out is not None:
-            write_json(self.out, numbers)
-        print(json.dumps(numbers, indent=2))
+            run = describe_run()
+            Evaluation(about=dictionary.facts().about(run["command"], run["versions"]), values=numbers).save(self.out)
+        give(json.dumps(numbers, indent=2))
 
+    def loss_rows(self, dictionary: Dictionary, held_out: Activations, site: SiteKind) -> list[Row]:
+        """What the model predicts with every layer replaced; nothing where it cannot be asked, which is said."""
+        from crosscoder.measure.splice import splice_losses
 
-@dataclass(frozen=True, kw_only=True)
-class Export(Command):
-    """Write a trained dictionary in another library's format.
-
-    A bank becomes one SAE for each of its layers, in layer-0/, layer-1/, ...; a crosscoder one flat SAE.
-
-    $ crosscoder export runs/cc/dictionary runs/cc/saelens
-    """
-
-    dictionary: tyro.conf.Positional[Path]  # What `crosscoder train` wrote
-    out: tyro.conf.Positional[Path]  # Folder to write
-    format: Literal["saelens"] = "saelens"  # saelens: a folder that SAELens 6 loads from disk
-    raw_inputs: Annotated[bool, RAW] = False
-
-    def run(self) -> None:
-        dictionary = load_dictionary(self.dictionary)
-        n_flat = n_flat_dictionaries(dictionary)
-        for group in range(n_flat):
-            folder = self.out if n_flat == 1 else self.out / f"layer-{group}"
-            save_saelens(dictionary, folder, group=group, raw_inputs=self.raw_inputs)
-        print(self.out)
+        if not isinstance(held_out, ActivationStream) or self.loss_tokens < 1:
+            return []
+        harvester, tokens = held_out.harvester, held_out.tokens
+        if self.null is not None:
+            reason = f"the {self.null} null is no model's"
+        elif harvester.reads == "mlp" or dictionary.config.written().start:
+            reason = "the dictionary does not reconstruct all that it reads"
+        else:
+            reason = meaningless_loss(harvester.model, harvester.probed)
+        if reason is not None:
+            say(f"loss recovered is left out: {reason}")
+            return []
+        n_rows = min(len(tokens), -(-self.loss_tokens // tokens.sequence_length))
+        ids_RS = tokens[torch.linspace(0, len(tokens) - 1, n_rows).round().long()].to(input_device(harvester.model))
+        where: dict[str, Any] = {"layers": select_site_numbers(harvester.sites, site), "kind": site}
+        batches = ids_RS.split(max(1, LOSS_BATCH // tokens.sequence_length))
+        found = splice_losses(dictionary, harvester.model, list(harvester.blocks), batches, **where, each=False)
+        say(f"loss recovered {list(found.sites.values())[-1]['loss_recovered']} on {ids_RS.numel():,} tokens")
+        return rows_at(Place(site=site), found.clean | list(found.sites.values())[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -32,6 +32,8 @@ BLOCKS_PATH = tyro.conf.arg(help="Where the blocks are if they are not found, fo
 MLP_PATH = tyro.conf.arg(help="With --reads mlp: where a block's MLP is inside it. None: mlp, or what can only be it.")
 LOADING = tuple(f"loading.{one.name}" for one in fields(Loading))  # flags without a prefix
 NOT_MLP = "only --reads mlp reads MLPs"
+REPORT = ("results.json", "report.html", "report.md", "figures")
+"""What a report is written as."""
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of several GPUs.")]
 
 
@@ -39,6 +41,8 @@ Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, or cuda:N for one of seve
 class Command:
     """Flags of every command, and what it is asked. `--help` is fast: what measures is imported where it is used."""
 
+    divides: ClassVar[bool] = False
+    """Whether several ranks (`torchrun`) can do it together."""
     print_config: bool = False  # Print the resolved settings as JSON and stop
     dry_run: bool = False  # Print what it would take, such as parameters and bytes of memory and disk, and stop
 
@@ -89,3 +93,15 @@ class ReadsModel(Command):
         for note in harvester.probed.notes:
             say(f"{subject}: {note}")
         return harvester
+
+
+def require_free(out: Path, *names: str) -> None:
+    """Refuse a folder that holds anything but an older result of the same command, before any work is done.
+
+    names: what the command writes.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    if out.exists() and (not out.is_dir() or ({path.name for path in out.iterdir()} - set(names))):
+        raise FileExistsError(f"{out} holds other things than {', '.join(names)}; choose another --out")

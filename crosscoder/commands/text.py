@@ -9,13 +9,15 @@ from typing import Annotated, Any
 import tyro
 
 from crosscoder.commands.base import SUBJECT, TEXT, Command, Device, Idle
+from crosscoder.data.model_loss import describe_policies, loss_of_policies
 from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.subject import load_model, load_tokenizer, longest_context
-from crosscoder.data.subject_training import SubjectConfig, describe_policies, loss_of_policies, train_subject
+from crosscoder.data.subject_training import SubjectConfig, train_subject
 from crosscoder.data.text import Documents, unused_settings
 from crosscoder.data.tokenizer import find_bos
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import give, say
+from crosscoder.foundation.signals import Stopped
 from crosscoder.needs import VOCAB_SIZE, Needs, subject_needs
 
 SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
@@ -85,7 +87,7 @@ class Prepare(Command):
         say(f"{sizes} in blocks of {self.context}{begun}; fingerprint {train.fingerprint[:12]}")
         if self.subject and self.check_loss:
             self._say_loss(self.subject, prepared)
-        print(self.out)
+        give(self.out)
 
     def _say_loss(self, subject: str, prepared: PreparedTokens) -> None:
         """The tokens are written by now, so that whatever goes wrong with the model is no more than a warning."""
@@ -95,7 +97,7 @@ class Prepare(Command):
         origin = prepared.held_out.origin
         try:
             losses = loss_of_policies(load_model(subject, **given), prepared.held_out, bos=begin)
-        except Exception as error:  # noqa: BLE001
+        except (Exception, Stopped) as error:  # noqa: BLE001
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             say(f"warning: the tokens are whole, but the model's loss on them could not be checked ({reason})")
             return
@@ -105,6 +107,8 @@ class Prepare(Command):
 @dataclass(frozen=True, kw_only=True)
 class TrainSubject(Command):
     """Train a small Llama-style subject from scratch and keep its checkpoints as Hugging Face folders.
+
+    A run that was stopped goes on with the same command.
 
     $ crosscoder train-subject --tokens-folder runs/tokens --n-layers 8 --d-model 64 --out runs/A
     """
@@ -132,4 +136,4 @@ class TrainSubject(Command):
         )
         for checkpoint in run.checkpoints:
             say(f"{checkpoint.folder:<12} {checkpoint.tokens:>12,} tokens  {checkpoint.held_out_loss:.4f} nats/token")
-        print(self.out / run.checkpoints[-1].folder)
+        give(self.out / run.checkpoints[-1].folder)

@@ -18,6 +18,7 @@ from crosscoder.data.order import seeded_generator
 from crosscoder.data.sources import EVALUATION_BATCH, Marked, ShuffledSource, SiteSource, Source
 from crosscoder.foundation.console import human_bytes
 from crosscoder.foundation.origin import Null
+from crosscoder.foundation.signals import safe_points
 
 NULL_SEED = 1
 """Of the nulls that commands make."""
@@ -95,7 +96,7 @@ def estimate_moments(batches: Iterable[Tensor]) -> Moments:
         ValueError: there are fewer than two tokens.
     """
     n_tokens, about_N, sum_N, square_NN = 0, None, torch.zeros(()), torch.zeros(())
-    for x_BLD in batches:
+    for x_BLD in safe_points(batches):
         x_BN = x_BLD.flatten(1).double()
         if about_N is None:
             about_N = x_BN.mean(0)

@@ -2,27 +2,42 @@
 
 The documents are read once. Their tokens (or, where a tokenizer is trained first, their text) go to a temporary Arrow
 file with a key of 64 bits each; once all keys are known the split is chosen, and blocks are packed from that file.
+A preparation that was stopped reads its documents again and takes the tokens of those that it had.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from crosscoder.data.split import check_fraction, cut_document, document_bytes, document_key, held_out_limit
+from crosscoder.data.spool import Encoded, KeptTokens, reading, token_array, tokens_of, writing
 from crosscoder.data.text import DEMO_SOURCE, Document, Documents
 from crosscoder.data.tokenizer import count_ids, find_bos, find_end, special_ids, tokenizer_hash, train_tokenizer
-from crosscoder.data.tokens import SCHEMA, Chunk, PreparedTokens, TokenBlocks, save_tokenizer, write_chunks
+from crosscoder.data.tokens import (
+    SCHEMA,
+    Chunk,
+    PreparedTokens,
+    TokenBlocks,
+    load_tokenizer_of,
+    save_tokenizer,
+    write_chunks,
+)
 from crosscoder.foundation.artifact import committed_directory
+from crosscoder.foundation.config import require_count
 from crosscoder.foundation.console import Progress, say
+from crosscoder.foundation.failpoints import failpoint
+from crosscoder.foundation.lock import locked, remove_leftovers
 from crosscoder.foundation.origin import TextOrigin, TokenOrigin
+from crosscoder.foundation.signals import Stopped, safe_points, watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +49,9 @@ _CHARACTERS_A_TOKEN = 16
 
 Batch = tuple[list[Document], list[int]]
 """Documents and their keys."""
-_Part = tuple[np.ndarray, np.ndarray]
-"""The tokens of some documents, `[T]`, and how many each has, `[n]`."""
 
 
+@watching()
 def prepare_tokens(
     source: str | Documents = DEMO_SOURCE,
     *,
@@ -60,7 +74,8 @@ def prepare_tokens(
     max_tokens: reading stops with the document that reaches it. bos: whether every block begins with the tokenizer's
     BOS; by default where the tokenizer itself puts one before a text. special_tokens: read markup that spells special
     tokens as those, and not as text. name, revision: of the tokenizer, for the record. folder: where to write; without
-    one the blocks are in a temporary folder and `PreparedTokens.save` copies them.
+    one the blocks are in a temporary folder and `PreparedTokens.save` copies them. One that was stopped in a folder
+    goes on there.
 
     Raises:
         ValueError: both or neither of `tokenizer` and `vocab_size` are given, the source is too small, or a BOS is
@@ -78,13 +93,14 @@ def prepare_tokens(
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(folder)
-        if not folder.exists():
-            stack.callback(_remove_empty, folder)
+        stack.enter_context(locked(folder))
+        remove_leftovers(folder)
         # Entered before the work, so that a folder that is not ours is refused before it; `held_out` is whole last.
         held_out_at, train_at = (
             stack.enter_context(committed_directory(folder / side, schema=SCHEMA)) for side in ("held_out", "train")
         )
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".tmp-prepare-", dir=folder)))
+        made_by = vocab_size if tokenizer is None else tokenizer_hash(tokenizer)
+        work = stack.enter_context(_work(folder, f"{documents.settings()} {seed} {special_tokens} {made_by}"))
         settings = {"special_tokens": special_tokens, "max_tokens": max_tokens, "quiet": quiet}
         read = _Reading(documents, work, held_out_fraction=held_out_fraction, seed=seed, **settings)
         tokenizer = read.train_tokenizer(vocab_size or 0) if tokenizer is None else tokenizer
@@ -122,9 +138,7 @@ def pack_documents(
         ValueError: S < 2, no end token, or too little text for one block.
     """
     _check_length(sequence_length)
-    encoded = (_encode(texts, tokenizer=tokenizer) for texts, _ in _batches(documents, 0))
-    parts = ((np.concatenate(ids), np.array([len(one) for one in ids])) for ids in encoded)
-    packed = _Packing(parts, sequence_length)
+    packed = _Packing((_encode(texts, tokenizer) for texts, _ in _batches(documents, 0)), sequence_length)
     chunks = list(packed)
     return TokenBlocks(
         [ids for ids, _ in chunks],
@@ -166,7 +180,8 @@ class _Reading:
         max_tokens: int | None,
         quiet: bool,
     ) -> None:
-        self._documents, self._texts, self._tokens = documents, work / "texts.arrow", work / "tokens.arrow"
+        self._documents, self._work = documents, work
+        self._texts, self._tokens = work / "texts.arrow", work / "tokens.arrow"
         self._fraction, self._special, self._most, self._quiet = held_out_fraction, special_tokens, max_tokens, quiet
         self._batches: Iterable[Batch] = _batches(documents, seed)
         self._limit: int | None = None
@@ -179,9 +194,9 @@ class _Reading:
 
         most = None if self._most is None else _CHARACTERS_A_TOKEN * self._most
         tally = _Tally()
-        reading = Progress("read", None, unit="character", quiet=self._quiet)
-        with reading as progress, _writer(self._texts, pa.string()) as write:
-            for texts, keys in self._batches:
+        shown = Progress("read", None, unit="character", quiet=self._quiet)
+        with shown as progress, writing(self._texts, pa.string()) as write:
+            for texts, keys in safe_points(self._batches):
                 size = sum(map(len, texts))
                 write(pa.array(texts, pa.string()), keys)
                 tally.add(texts, keys, size)
@@ -196,8 +211,20 @@ class _Reading:
             for text, key in zip(texts, keys)
             if key > self._limit and isinstance(text, str)
         )
-        trained = train_tokenizer(training, vocab_size=vocab_size)
         self._batches = cut or _read_texts(self._texts)
+        return self._trained(training, vocab_size, tally.content.hexdigest())
+
+    def _trained(self, training: Iterable[str], vocab_size: int, content: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of these texts, kept until all is done; tokens of another one's are not used."""
+        kept = self._work / f"of-{content[:32]}"
+        try:
+            trained = load_tokenizer_of(kept)
+        except (FileNotFoundError, ValueError):
+            for left in self._work.glob("tokens.arrow*"):
+                left.unlink()
+            save_tokenizer(train_tokenizer(safe_points(training), vocab_size=vocab_size), kept)
+            trained = load_tokenizer_of(kept)  # so that it is the same tokenizer after a stop, in every field
+        trained.name_or_path = ""
         return trained
 
     def write_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -224,12 +251,12 @@ class _Reading:
             say(f"{found.source}: {found.n_documents:,} documents" + (f"; left out: {left}" if left else ""))
         return found
 
-    def side(self, limit: int, *, held_out: bool) -> Iterator[_Part]:
+    def side(self, limit: int, *, held_out: bool) -> Iterator[Encoded]:
         """The tokens of one side of the split, and how many each document has."""
-        for batch in _reader(self._tokens):
-            lengths = np.diff(batch["item"].offsets.to_numpy())
+        for batch in safe_points(reading(self._tokens)):
+            ids, lengths = tokens_of(batch)
             chosen = (batch["key"].to_numpy() <= limit) == held_out
-            yield batch["item"].values.to_numpy()[np.repeat(chosen, lengths)], lengths[chosen]
+            yield ids[np.repeat(chosen, lengths)], lengths[chosen]
 
     def _choose_limit(self, tally: _Tally) -> tuple[int, list[Batch] | None]:
         """The largest key that is held out; and of a document that is alone its two parts, the second held out."""
@@ -243,15 +270,15 @@ class _Reading:
     def _write(self, tokenizer: PreTrainedTokenizerBase, batches: Iterable[Batch], most: int | None) -> _Tally:
         import pyarrow as pa
 
-        tally = _Tally()
-        reading = Progress("prepare", None, unit="token", quiet=self._quiet)
-        with reading as progress, _writer(self._tokens, pa.list_(pa.int32())) as write:
-            for documents, keys in batches:
-                ids = _encode(documents, tokenizer=tokenizer, special_tokens=self._special)
-                ends = np.cumsum([len(one) for one in ids])
-                n = len(ids) if most is None else min(len(ids), int(np.searchsorted(ends, most - tally.size)) + 1)
-                offsets = np.concatenate([[0], ends[:n]]).astype(np.int32)
-                write(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids[:n]))), keys[:n])
+        tally, kept = _Tally(), KeptTokens(self._tokens)
+        shown = Progress("prepare", None, unit="token", quiet=self._quiet)
+        with shown as progress, writing(self._tokens, pa.list_(pa.int32())) as write:
+            for documents, keys in safe_points(batches):
+                failpoint("prepare.batch")
+                ids, lengths = kept.next_of(keys) or _encode(documents, tokenizer, special_tokens=self._special)
+                ends = np.cumsum(lengths)
+                n = len(ends) if most is None else min(len(ends), int(np.searchsorted(ends, most - tally.size)) + 1)
+                write(token_array(ids[: ends[n - 1]], lengths[:n]), keys[:n])
                 tally.add(documents[:n], keys[:n], int(ends[n - 1]))
                 progress.advance(int(ends[n - 1]), share=self._share(tally, most))
                 if most is not None and tally.size >= most:
@@ -266,7 +293,9 @@ class _Reading:
 class _Packing:
     """The blocks of documents' tokens, `[b, S]` at a time with the number of each one's document; run through once."""
 
-    def __init__(self, parts: Iterable[_Part], sequence_length: int, *, bos: int | None = None, side: str = "") -> None:
+    def __init__(
+        self, parts: Iterable[Encoded], sequence_length: int, *, bos: int | None = None, side: str = ""
+    ) -> None:
         self._parts, self._bos, self._side, self.n_dropped = parts, bos, side, 0
         self._width = sequence_length - (bos is not None)
 
@@ -308,9 +337,10 @@ def _batches(documents: Iterable[Document], seed: int) -> Iterator[Batch]:
 
 
 def _encode(
-    documents: Sequence[Document], *, tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False
-) -> list[np.ndarray]:
-    """Each document's ids and the end token; of ids that are given, without a BOS and with one end token."""
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
+) -> Encoded:
+    """The documents' ids, each one's followed by one end token, without a BOS where ids are given; and how many each
+    has."""
     end = find_end(tokenizer)
     if len({isinstance(document, str) for document in documents}) > 1:
         raise ValueError("the column holds text in some rows and token ids in others; make it one of both")
@@ -326,30 +356,13 @@ def _encode(
     else:
         begin = find_bos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         encoded = [ids[1 if ids[0] == begin else 0 : -1 if ids[-1] == end else None] for ids in documents]
-    return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
+    found = [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
+    return np.concatenate(found), np.array([len(one) for one in found])
 
 
 def _read_texts(path: Path) -> Iterator[Batch]:
-    for batch in _reader(path):
+    for batch in reading(path):
         yield batch["item"].to_pylist(), batch["key"].to_pylist()
-
-
-@contextlib.contextmanager
-def _writer(path: Path, kind: Any) -> Generator[Callable[[Any, list[int]], None]]:
-    import pyarrow as pa
-
-    schema = pa.schema({"item": kind, "key": pa.uint64()})
-    record = lambda items, keys: pa.record_batch([items, pa.array(keys, pa.uint64())], schema=schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        yield lambda items, keys: writer.write_batch(record(items, keys))
-
-
-def _reader(path: Path) -> Iterator[Any]:
-    """The file's batches, read rather than mapped: memory holds one."""
-    import pyarrow as pa
-
-    with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
-        yield from reader
 
 
 def _documents(source: str | Documents, max_documents: int | None) -> Documents:
@@ -360,13 +373,24 @@ def _documents(source: str | Documents, max_documents: int | None) -> Documents:
     return source
 
 
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+@contextlib.contextmanager
+def _work(folder: Path, key: str) -> Generator[Path]:
+    """A folder for what is needed meanwhile, where what a stopped preparation of this key left is there again."""
+    work = folder / f".part-prepare-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    for left in folder.glob(".part-prepare-*"):
+        if left != work:
+            shutil.rmtree(left, ignore_errors=True)
+    work.mkdir(exist_ok=True)
+    try:
+        yield work
+    except Stopped as stop:
+        raise Stopped(f"{stop}; the tokens of what was read are kept in {work}") from stop
+    except ValueError:  # would come again
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_length(sequence_length: int, max_tokens: int | None = None) -> None:
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 (or None for all)")
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}, expected at least 2")
+    require_count(max_tokens=max_tokens)
+    require_count(2, sequence_length=sequence_length)

@@ -20,6 +20,7 @@ from crosscoder.data.blocks import input_device, run_model, text_config
 from crosscoder.data.hooks import ModuleEnd, reading
 from crosscoder.data.probe import probe_model
 from crosscoder.data.subject import model_origin
+from crosscoder.foundation.config import require_count
 from crosscoder.foundation.origin import ModelOrigin
 
 OUTLIER_RATIO = 10.0
@@ -68,10 +69,13 @@ class ResidualHarvester:
         chosen = _check_sites(layers, len(self.blocks), first=int(reads == "mlp"))
         self.sites = 2 * chosen if reads == "mlp" else chosen
         self.skip_positions = int(not keep_outliers) if skip_positions is None else skip_positions
-        if self.skip_positions < 0:
-            raise ValueError(f"skip_positions is {skip_positions}, expected 0 or more")
+        require_count(0, skip_positions=skip_positions)
         self.keep_outliers, self._origin = keep_outliers, origin
         self._ends()  # an MLP that cannot be read is refused at once
+
+    def __repr__(self) -> str:
+        sites = ", ".join(map(str, self.sites))
+        return f"ResidualHarvester({self.reads} of {type(self.model).__name__}, sites {sites} of {len(self.blocks)})"
 
     @functools.cached_property
     def origin(self) -> ModelOrigin:

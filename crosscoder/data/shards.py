@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Mapping
@@ -9,41 +10,44 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import safe_open
 from torch import Tensor
 
 from crosscoder.data.order import EpochOrder, order_slice
 from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.shard_files import ORIGINS, blocks_of_shard, write_shard
 from crosscoder.data.sources import (
     WINDOW_TOKENS,
     Activations,
     SiteKind,
     SiteSource,
     are_neighbours,
-    combine_fingerprints,
 )
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.tokens import TokenBlocks
+from crosscoder.data.whereabouts import combine_fingerprints
 from crosscoder.foundation.artifact import (
+    MANIFEST,
     DamagedArtifactError,
     read_json,
     resumed_directory,
     verify_directory,
     write_json,
 )
-from crosscoder.foundation.config import config, from_mapping, to_mapping
+from crosscoder.foundation.config import config, from_mapping, require_count, to_mapping
 from crosscoder.foundation.console import Progress, human_bytes, say
+from crosscoder.foundation.damage import reading
+from crosscoder.foundation.lock import locked
 from crosscoder.foundation.origin import Reads
+from crosscoder.foundation.signals import Stopped, watching
 
 SCHEMA = "crosscoder.activations/1"
 INDEX = "index.json"
 StoredDtype = Literal["float32", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ORIGINS = ("document_T", "sequence_T", "position_T")
 _SLACK_BYTES = 2**20
 SHARD_BYTES = 2**28
-UNFINISHED = ".part"
 
 
 @config
@@ -59,7 +63,7 @@ class StoreIndex:
     """What a store holds and where it came from."""
 
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
-    sites: tuple[int, ...]
+    sites: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     d_model: PositiveInt
     dtype: StoredDtype
     scale: tuple[PositiveFloat, ...]
@@ -73,6 +77,8 @@ class StoreIndex:
     """What was harvested; a store of version 0.2 keeps no record, and is read in the order of that version."""
 
     def __post_init__(self) -> None:
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("a shard is named twice; harvest again")
         n_writes = len(self.sites) - 1 if are_neighbours(self.sites) and self.write_scale else 0
         if (len(self.scale), len(self.write_scale)) != (len(self.sites), n_writes):
             raise ValueError(
@@ -81,6 +87,7 @@ class StoreIndex:
             )
 
 
+@watching()
 def write_shards(
     harvester: ResidualHarvester,
     tokens: TokenBlocks,
@@ -92,58 +99,76 @@ def write_shards(
     metadata: Mapping[str, Any] | None = None,
     quiet: bool = True,
 ) -> ActivationShards:
-    """Harvest `tokens` into `folder`, which appears whole or not at all; one that was stopped goes on.
+    """Harvest `tokens` into `folder`, which appears whole or not at all; one that was stopped goes on, and where the
+    same is there already nothing is done.
 
     dtype: bfloat16 where the model is, else float32, unless told otherwise.
     tokens_per_shard: by default as many as fill 256 MiB. In memory is one shard, and one call of the model.
     max_tokens: how many tokens to store at least, in whole blocks evenly spread over the text; less text gives a
         smaller store, never a repeated one.
-    metadata: kept for the reader; takes no part in the fingerprint.
+    metadata: kept for the reader, beside the tokens' fingerprint; takes no part in the store's.
 
     Raises:
         OSError: the disk has less room than the store needs; the sum is shown, and nothing is written.
+        InUseError: another process harvests into `folder`.
+        Stopped: a signal came; what there is of the store is kept for the next harvest of the same.
         ValueError: an activation is not finite; names the site, block and position.
     """
-    from safetensors.torch import save_file
-
+    require_count(tokens_per_shard=tokens_per_shard)
     stream = ActivationStream(harvester, tokens, max_tokens=max_tokens, ahead=False)
     dtype = dtype or ("bfloat16" if harvester.origin.dtype == "bfloat16" else "float32")
-    if tokens_per_shard is not None and tokens_per_shard < 1:
-        raise ValueError(f"tokens_per_shard is {tokens_per_shard}, expected at least 1")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
     token_bytes = len(stream.sites) * stream.d_model * _DTYPES[dtype].itemsize
-    blocks_of_shard = _blocks_of_shard(stream, tokens_per_shard or max(1, SHARD_BYTES // token_bytes))
-    _require_room(Path(folder), stream, _DTYPES[dtype])
-    fingerprint = combine_fingerprints(stream.fingerprint, dtype, str(stream.n_tokens))
-    shards: list[Shard] = []
-    with resumed_directory(folder, schema=SCHEMA, key=f"{fingerprint} {blocks_of_shard}") as temporary:
-        with Progress("harvest", stream.n_tokens, unit="token", quiet=quiet) as progress:
-            for number, blocks in enumerate(stream.blocks.split(blocks_of_shard)):
+    per_shard = blocks_of_shard(stream, tokens_per_shard or max(1, SHARD_BYTES // token_bytes))
+    fingerprint, folder = combine_fingerprints(stream.fingerprint, dtype, str(stream.n_tokens)), Path(folder)
+    n_shards = -(-len(stream.blocks) // per_shard)
+    about = {"dtype": dtype, "fingerprint": fingerprint, "metadata": {"tokens": tokens.fingerprint, **(metadata or {})}}
+    if (done := _finished(folder, n_shards, about)) is not None:
+        return done
+    with (
+        locked(folder.parent, name=f".lock-{folder.name[:80]}"),
+        resumed_directory(folder, schema=SCHEMA, key=f"{fingerprint} {per_shard}") as temporary,
+        Progress("harvest", stream.n_tokens, unit="token", quiet=quiet) as progress,
+    ):
+        _require_room(temporary, stream, _DTYPES[dtype])
+        try:
+            shards = []
+            for number, blocks in enumerate(stream.blocks.split(per_shard)):
                 path = temporary / f"shard-{number:05d}.safetensors"
-                if not path.is_file():
-                    tensors = _harvest_shard(stream, number * blocks_of_shard, blocks, _DTYPES[dtype], progress)
-                    save_file(tensors, path.with_suffix(UNFINISHED))
-                    path.with_suffix(UNFINISHED).rename(path)
-                    shards.append(Shard(file=path.name, tokens=len(tensors["x_TLD"])))
-                else:
-                    with safe_open(path, framework="pt") as stored:
-                        shards.append(Shard(file=path.name, tokens=stored.get_slice("x_TLD").get_shape()[0]))
-                    progress.advance(shards[-1].tokens)
+                tokens_there = write_shard(stream, number * per_shard, blocks, _DTYPES[dtype], progress, path)
+                shards.append(Shard(file=path.name, tokens=tokens_there))
+        except Stopped as stop:
+            raise Stopped(f"{stop}; what was harvested is kept in {temporary}") from stop
         index = StoreIndex(
+            **about,
             shards=tuple(shards),
             sites=stream.sites,
             d_model=stream.d_model,
-            dtype=dtype,
             scale=tuple(stream.all_scales("residual").tolist()),
             write_scale=_write_scales(stream),
             dropped=stream.dropped,
-            fingerprint=fingerprint,
-            metadata=dict(metadata or {}),
             harvested=stream.harvested,
         )
         write_json(temporary / INDEX, to_mapping(index))
+    if max_tokens is not None and stream.n_tokens < max_tokens:
+        say(
+            f"note: {stream.n_tokens:,} of the {max_tokens:,} tokens that were asked for: the text has no more; "
+            "prepare more of it"
+        )
     return ActivationShards.load(folder, verify=False)
+
+
+def _finished(folder: Path, n_shards: int, about: dict[str, Any]) -> ActivationShards | None:
+    """The store in `folder` if it is whole and what is to be written."""
+    if not (folder / INDEX).is_file():
+        return None
+    with contextlib.suppress(ValueError, OSError):  # damaged, or of another version: it is written again
+        store = ActivationShards.load(folder)
+        if len(store.index.shards) == n_shards and about == {name: getattr(store.index, name) for name in about}:
+            say(f"{folder} holds these activations already")
+            return store
+    return None
 
 
 class ActivationShards(Activations):
@@ -156,8 +181,10 @@ class ActivationShards(Activations):
         self._shards, self.harvested = shards, index.harvested
         self._ends = torch.tensor([shard.tokens for shard in index.shards]).cumsum(0)
         self.n_tokens = int(self._ends[-1])
-        sequence_T, position_T = (torch.cat([one[name] for one in shards]).long() for name in _ORIGINS[1:])
+        sequence_T, position_T = (torch.cat([one[name] for one in shards]).long() for name in ORIGINS[1:])
         self.context = int(position_T.max()) + 1 if self.harvested is None else self.harvested.tokens.context
+        if int(sequence_T.min()) < 0 or not 0 <= int(position_T.min()) <= int(position_T.max()) < self.context:
+            raise ValueError(f"tokens stand at positions outside blocks of {self.context}; harvest again")
         self.keep_outliers = self.harvested is not None and self.harvested.keep_outliers
         self.token_T = sequence_T * self.context + position_T
         self._order = EpochOrder(sequence_T.unique_consecutive(return_counts=True)[1], window_tokens)
@@ -175,14 +202,22 @@ class ActivationShards(Activations):
             DamagedArtifactError: a file is missing, truncated or altered; names it.
         """
         folder = Path(folder)
-        verify_directory(folder, schema=SCHEMA, hashes=verify)
-        index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
-        shards = [_open_shard(folder, shard, index) for shard in index.shards]
-        return cls(index, shards, window_tokens=window_tokens)
+        files = verify_directory(folder, schema=SCHEMA, required=(INDEX,), hashes=verify)
+        with reading(folder / INDEX, mend="harvest again"):
+            index = from_mapping(StoreIndex, read_json(folder / INDEX), where=str(folder / INDEX))
+            if {INDEX, *(shard.file for shard in index.shards)} != files:
+                raise ValueError(f"its shards are not the files that {MANIFEST} lists")
+        with reading(folder, mend="harvest again"):
+            shards = [_open_shard(folder, shard, index) for shard in index.shards]
+            return cls(index, shards, window_tokens=window_tokens)
 
     @property
     def d_model(self) -> int:
         return self.index.d_model
+
+    @property
+    def document_T(self) -> Tensor:
+        return torch.cat([shard["document_T"] for shard in self._shards]).long()
 
     def rows(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.n_tokens:
@@ -202,12 +237,17 @@ class ActivationShards(Activations):
         return x_TLD
 
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
+        return self.gather(self.epoch_numbers(start, stop, seed=seed, epoch=epoch))
+
+    def epoch_numbers(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
         if self.harvested is None:
-            return self.gather(order_slice(self.n_tokens, start, stop, seed=seed, epoch=epoch))
-        numbers = []
-        for pool, first, last in self._order.pieces(start, stop, seed=seed, epoch=epoch):
-            numbers.append(self._pool(seed, epoch, pool)[first:last])
-        return self.gather(torch.cat(numbers))
+            return order_slice(self.n_tokens, start, stop, seed=seed, epoch=epoch)
+        pieces = self._order.pieces(start, stop, seed=seed, epoch=epoch)
+        return torch.cat([self._pool(seed, epoch, pool)[first:last] for pool, first, last in pieces])
+
+    def document_of(self, token: int) -> int:
+        stored = int((self.token_T == token).nonzero()[0])
+        return int(torch.cat([one["document_T"] for one in self._shards])[stored])
 
     def site_scale(self, kind: SiteKind) -> Tensor:
         if kind == "write" and not self.index.write_scale:
@@ -225,13 +265,13 @@ def stored_source(train: str | Path, held_out: str | Path | None, kind: SiteKind
 
 def _require_room(folder: Path, stream: ActivationStream, dtype: torch.dtype) -> None:
     n_tokens, n_sites, d_model = stream.n_tokens, len(stream.sites), stream.d_model
-    needed = n_tokens * (n_sites * d_model * dtype.itemsize + 4 * len(_ORIGINS)) + _SLACK_BYTES
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    needed = n_tokens * (n_sites * d_model * dtype.itemsize + 4 * len(ORIGINS)) + _SLACK_BYTES
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
         raise OSError(
-            f"the store needs {human_bytes(needed)} ({n_tokens:,} tokens x {n_sites} layers x {d_model} "
-            f"wide x {dtype.itemsize} bytes) and {existing} has {human_bytes(free)} free; lower max_tokens, "
+            f"the store needs {human_bytes(needed)} ({n_tokens:,} tokens x {n_sites} layers x {d_model} wide x "
+            f"{dtype.itemsize} bytes) and {folder.parent} has {human_bytes(free)} free; lower max_tokens, "
             "choose fewer layers, use dtype bfloat16, or harvest as you train"
         )
 
@@ -246,56 +286,24 @@ def _write_scales(stream: ActivationStream) -> tuple[float, ...]:
         return ()
 
 
-def _blocks_of_shard(stream: ActivationStream, n_tokens: int) -> int:
-    """Blocks that hold about so many tokens: whole calls of the model, so that a resumed harvest makes the same."""
-    blocks, call = max(1, n_tokens // stream.context), len(stream.parts()[0])
-    return blocks if blocks < call else blocks // call * call
-
-
-def _harvest_shard(
-    stream: ActivationStream, first: int, blocks: Tensor, dtype: torch.dtype, progress: Progress
-) -> dict[str, Tensor]:
-    """The tensors of the shard whose blocks start at number `first` of the stream's."""
-    count_b = stream.order.count_B[first : first + len(blocks)]
-    start = int(stream.order.first_B[first])
-    token_T = stream.token_T[start : start + int(count_b.sum())]
-    sequence_T, position_T = token_T // stream.context, token_T % stream.context
-    x_TLD, filled = torch.empty(len(token_T), len(stream.sites), stream.d_model, dtype=dtype), 0
-    for part_TLD in stream.harvest(blocks):
-        _require_finite(part_TLD, stream, token_T[filled:])
-        x_TLD[filled : filled + len(part_TLD)] = part_TLD
-        filled += len(part_TLD)
-        progress.advance(len(part_TLD))
-    document_T = torch.from_numpy(stream.tokens.documents[blocks.numpy()]).repeat_interleave(count_b)
-    numbers = zip(_ORIGINS, (document_T, sequence_T, position_T), strict=True)
-    return {"x_TLD": x_TLD, **{name: number_T.int() for name, number_T in numbers}}
-
-
-def _require_finite(x_TLD: Tensor, stream: ActivationStream, token_T: Tensor) -> None:
-    bad = (~x_TLD.isfinite()).any(-1).T.nonzero()  # lowest site first: attention spreads what is not finite
-    if len(bad):
-        slot, token = bad[0].tolist()
-        block, position = divmod(int(token_T[token]), stream.context)
-        raise ValueError(
-            f"the activation at site {stream.sites[slot]}, block {block}, position {position} is not finite; check the "
-            "model's weights, or load it in float32"
-        )
-
-
 def _open_shard(folder: Path, shard: Shard, index: StoreIndex) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     path = folder / shard.file
     try:
         with safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in ("x_TLD", *_ORIGINS)}
+            tensors = {name: stream.get_tensor(name) for name in ("x_TLD", *ORIGINS)}
     except (SafetensorError, OSError) as error:
         raise DamagedArtifactError(f"{path} cannot be read ({error}); harvest again") from error
-    expected = (shard.tokens, len(index.sites), index.d_model)
-    x_TLD = tensors["x_TLD"]
-    if tuple(x_TLD.shape) != expected or x_TLD.dtype != _DTYPES[index.dtype]:
-        raise DamagedArtifactError(
-            f"{path} holds {x_TLD.dtype} {list(x_TLD.shape)}, {INDEX} says {index.dtype} "
-            f"{list(expected)}; harvest again"
-        )
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "x_TLD": ((shard.tokens, len(index.sites), index.d_model), _DTYPES[index.dtype])
+    }
+    expected |= dict.fromkeys(ORIGINS, ((shard.tokens,), torch.int32))
+    for name, tensor in tensors.items():
+        if (tuple(tensor.shape), tensor.dtype) != expected[name]:
+            shape, dtype = expected[name]
+            raise DamagedArtifactError(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, {INDEX} says {dtype} {list(shape)}; "
+                "harvest again"
+            )
     return tensors

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from crosscoder.data.order import epoch_spans, seeded_generator
 from crosscoder.data.residuals import OUTLIER_RATIO
+from crosscoder.data.whereabouts import norms_of, require_finite
 from crosscoder.foundation.origin import Kind, Reads, require_same
 
 SiteKind = Literal["residual", "write"]
@@ -42,6 +42,10 @@ class Source(abc.ABC):
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         """Scaled batch number `index` of `size` tokens less outliers, float32 `x_BLD`, in the order of `seed`."""
 
+    def __repr__(self) -> str:
+        sites = f", sites {', '.join(map(str, self.sites))}" if self.sites else ""
+        return f"{type(self).__name__}({self.n_layers} layers x {self.d_model}{sites})"
+
     reads: Reads | None = None
     """What the activations are of; None where nothing is known, or nothing real was read."""
     sites: tuple[int, ...] = ()
@@ -52,6 +56,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def marked(self) -> Iterator[Marked]:
         """All scaled tokens that are never trained on, in order, outliers marked."""
+
+    def marked_on(self, device: str | torch.device) -> Iterator[Marked]:
+        """The same on a device."""
+        return (Marked(*(tensor.to(device) for tensor in batch[:3]), batch.token_B) for batch in self.marked())
 
     def held_out(self) -> Iterator[Tensor]:
         """Scaled batches `x_BLD` of usual tokens that are never trained on."""
@@ -91,22 +99,28 @@ class Activations(abc.ABC):
     Tokens have a stored order, that of the text. Rows are float32 `[t, sites, D]`, not scaled.
     """
 
-    n_tokens: int
-    """Tokens in one epoch."""
+    n_tokens: int  # in one epoch
     sites: tuple[int, ...]
     fingerprint: str
-    context: int
-    """Tokens of a block, S."""
+    context: int  # tokens of a block, S
     keep_outliers: bool
     harvested: Reads | None
     """What is read, all sites as a residual stream or MLPs; None for a store that keeps no record."""
     token_T: Tensor
     """For each token its block's number in the text times S, and its position there, int64."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.n_tokens:,} tokens, sites {', '.join(map(str, self.sites))})"
+
     @property
     @abc.abstractmethod
     def d_model(self) -> int:
         """The width."""
+
+    @property
+    @abc.abstractmethod
+    def document_T(self) -> Tensor:
+        """The number of each token's document, int64."""
 
     @property
     def sequences_T(self) -> Tensor:
@@ -125,6 +139,14 @@ class Activations(abc.ABC):
     @abc.abstractmethod
     def epoch_rows(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
         """Tokens `start` to `stop` of a shuffled epoch, see `EpochOrder`."""
+
+    @abc.abstractmethod
+    def epoch_numbers(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
+        """Stored numbers of the tokens that `epoch_rows` gives."""
+
+    @abc.abstractmethod
+    def document_of(self, token: int) -> int:
+        """A token's document."""
 
     @abc.abstractmethod
     def site_scale(self, kind: SiteKind) -> Tensor:
@@ -189,7 +211,7 @@ class SiteSource(Source):
 
     def batch(self, index: int, size: int, seed: int) -> Tensor:
         x_BLD = self.whole_batch(index, size, seed)
-        kept_B = self.kept(is_outlier(x_BLD))
+        kept_B = self.kept(self._outliers(x_BLD, lambda: self._tokens(index, size, seed), self.train))
         if not bool(kept_B.any()):
             raise ValueError(
                 f"all {len(x_BLD)} tokens of batch {index} are outliers, of more than {OUTLIER_RATIO:g} times the "
@@ -204,6 +226,27 @@ class SiteSource(Source):
         x_TLD = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return select_sites(x_TLD, self.train.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
 
+    def _tokens(self, index: int, size: int, seed: int) -> Tensor:
+        """Numbers in the text of the tokens of a batch."""
+        spans = epoch_spans(self.train.n_tokens, batch=size, index=index)
+        stored = [self.train.epoch_numbers(start, stop, seed=seed, epoch=epoch) for epoch, start, stop in spans]
+        return self.train.token_T[torch.cat(stored)]
+
+    def _outliers(self, x_BLD: Tensor, tokens: Callable[[], Tensor], of: Activations) -> Tensor:
+        """Where tokens at this source's scale are outliers; a ValueError that names the first that is not finite.
+
+        Raw ones, of a dictionary that was not trained here, say nothing of their usual norm: what their own scale would
+        be is looked up.
+        """
+        require_finite(x_BLD, norm_BL := norms_of(x_BLD), tokens, of.document_of, self.sites, of.context)
+        if bool((self.scale_L == 1).all()):
+            norm_BL = norm_BL * self._usual_L.to(norm_BL.device)
+        return norm_BL > OUTLIER_RATIO * x_BLD.shape[-1] ** 0.5
+
+    @functools.cached_property
+    def _usual_L(self) -> Tensor:
+        return self.train.site_scale(self.kind)
+
     def kept(self, outlier_BL: Tensor) -> Tensor:
         """Which tokens are kept, bool `[B]`: those that are outliers at no layer, or all."""
         return torch.ones_like(outlier_BL[:, 0]) if self.train.keep_outliers else ~outlier_BL.any(1)
@@ -216,8 +259,9 @@ class SiteSource(Source):
             stop = min(start + EVALUATION_BATCH, activations.n_tokens)
             x_TLD = activations.rows(start, stop)
             x_BLD = select_sites(x_TLD, activations.sites, self.kind) * self.scale_L.to(x_TLD.device)[:, None]
-            outlier_BL = is_outlier(x_BLD)
-            yield Marked(x_BLD, outlier_BL, self.kept(outlier_BL), activations.token_T[start:stop])
+            token_B = activations.token_T[start:stop]
+            outlier_BL = self._outliers(x_BLD, lambda token_B=token_B: token_B, activations)
+            yield Marked(x_BLD, outlier_BL, self.kept(outlier_BL), token_B)
 
     @property
     def held_out_activations(self) -> Activations:
@@ -302,44 +346,9 @@ class StackedSource(Source):
         return torch.cat([F.pad(x_BLD, (0, self.d_model - x_BLD.shape[2])) for x_BLD in weighted], dim=1)
 
 
-class PlantedSource(Source):
-    """Tokens of a planted world, drawn when they are asked for.
-
-    draw: `(n, stream, index) -> x_BLD`, scaled: batch number `index` of `n` tokens of a stream of random numbers, a
-        pure function. Training batches are of the stream of their seed.
-    held_out_stream: the stream of the held-out tokens; never train with it as seed.
-    held_out_tokens: how many there are; the last batch may be smaller than the others.
-    distinct_tokens: training reads as many tokens over and over; None: they never repeat.
-    """
-
-    def __init__(
-        self,
-        draw: Callable[[int, int | str, int], Tensor],
-        *,
-        scale_L: Tensor,
-        d_model: int,
-        held_out_stream: int | str,
-        held_out_tokens: int,
-        distinct_tokens: int | None = None,
-    ) -> None:
-        self._draw, self._stream, self._distinct = draw, held_out_stream, distinct_tokens
-        self.n_layers, self.d_model, self.scale_L = len(scale_L), d_model, scale_L
-        self.held_out_tokens = held_out_tokens
-
-    def batch(self, index: int, size: int, seed: int) -> Tensor:
-        if self._distinct is not None:
-            index %= max(1, self._distinct // size)
-        return self._draw(size, seed, index)
-
-    def marked(self) -> Iterator[Marked]:
-        for index, start in enumerate(range(0, self.held_out_tokens, EVALUATION_BATCH)):
-            x_BLD = self._draw(min(EVALUATION_BATCH, self.held_out_tokens - start), self._stream, index)
-            yield Marked.plain(x_BLD, torch.arange(start, start + len(x_BLD)))
-
-
 def is_outlier(x_BLD: Tensor) -> Tensor:
     """Where scaled tokens have more than ten times the usual norm sqrt(D), bool `[B, L]`."""
-    return torch.linalg.vector_norm(x_BLD, dim=-1) > OUTLIER_RATIO * x_BLD.shape[-1] ** 0.5
+    return norms_of(x_BLD) > OUTLIER_RATIO * x_BLD.shape[-1] ** 0.5
 
 
 def are_neighbours(sites: tuple[int, ...]) -> bool:
@@ -370,11 +379,6 @@ def select_sites(x_TLD: Tensor, sites: tuple[int, ...], kind: SiteKind) -> Tenso
     """`x_TLD` without the embedding ("residual"), or the differences of neighbouring sites ("write")."""
     chosen = select_site_numbers(sites, kind)
     return x_TLD.diff(dim=1) if kind == "write" else x_TLD[:, -len(chosen) :]
-
-
-def combine_fingerprints(*parts: str) -> str:
-    """sha256 of the parts, in order."""
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
 def _check_same_tokens(splits: Sequence[Activations]) -> None:

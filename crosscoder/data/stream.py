@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 from crosscoder.data.order import EpochOrder
 from crosscoder.data.residuals import ResidualHarvester, norms, scales_of_norms
-from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind, SiteSource, combine_fingerprints
+from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind, SiteSource
 from crosscoder.data.tokens import TokenBlocks
+from crosscoder.data.whereabouts import combine_fingerprints
+from crosscoder.foundation.config import require_count
 from crosscoder.foundation.console import say
+from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.origin import Reads, TokenOrigin
+from crosscoder.foundation.ranks import Ranks
+from crosscoder.foundation.signals import safe_points
 
 HARVEST_TOKENS = 4096
 """Tokens that a model is given at once."""
@@ -36,6 +41,8 @@ class ActivationStream(Activations):
     window_tokens: tokens that batches mix, in whole blocks; at most those and three refills are in memory.
     max_tokens: how many tokens to read at least, in whole blocks spread evenly over all; None reads all.
     ahead: whether the next refill is harvested beside the use of this one.
+    job: ranks that read the same batches: each harvests other blocks of a refill, and all get all of it. It must be a
+        group of its own (`Ranks.apart`), for the thread gathers while training does.
     """
 
     def __init__(
@@ -46,10 +53,10 @@ class ActivationStream(Activations):
         window_tokens: int = WINDOW_TOKENS,
         max_tokens: int | None = None,
         ahead: bool = True,
+        job: Ranks | None = None,
     ) -> None:
-        for name, value in (("window_tokens", window_tokens), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        self._job = job or Ranks()
+        require_count(window_tokens=window_tokens, max_tokens=max_tokens)
         self.harvester, self.tokens, self.sites = harvester, tokens, harvester.sites
         self.context, self.keep_outliers = tokens.sequence_length, harvester.keep_outliers
         self._special_ids = () if self.keep_outliers or tokens.origin is None else tokens.origin.special_ids
@@ -80,7 +87,7 @@ class ActivationStream(Activations):
 
     def harvest(self, numbers: Tensor) -> Iterator[Tensor]:
         """`x_TLD` of the kept tokens of some blocks, a few thousand tokens at a time, in the model's dtype."""
-        for part in self.parts(numbers):
+        for part in safe_points(self.parts(numbers)):
             if bool((kept_BS := self.kept(part)).any()):
                 yield self.harvester.harvest(self.tokens[part], kept_BS)
 
@@ -96,9 +103,14 @@ class ActivationStream(Activations):
         return residual, write, d_model
 
     @functools.cached_property
-    def d_model(self) -> int:
+    def _like(self) -> Tensor:
+        """No token's activations, for their shape, dtype and device."""
         fullest = self.blocks[self.order.count_B.argmax()][None]
-        return next(self.harvest(fullest)).shape[2]
+        return next(self.harvest(fullest))[:0]
+
+    @functools.cached_property
+    def d_model(self) -> int:
+        return self._like.shape[2]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -113,6 +125,10 @@ class ActivationStream(Activations):
             block_t, position_t = self.kept(part).nonzero().unbind(1)
             found.append(part[block_t] * self.context + position_t)
         return torch.cat(found)
+
+    @property
+    def document_T(self) -> Tensor:
+        return torch.from_numpy(self.tokens.documents[self.sequences_T.numpy()]).long()
 
     def all_scales(self, kind: SiteKind) -> Tensor:
         """The scale of every harvested site, or of every difference of neighbours."""
@@ -153,6 +169,13 @@ class ActivationStream(Activations):
         for pool, first, last in self.order.pieces(start, stop, seed=seed, epoch=epoch):
             pieces.append(self._pooled((seed, epoch, pool))[first:last].float())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def epoch_numbers(self, start: int, stop: int, *, seed: int, epoch: int) -> Tensor:
+        pieces = self.order.pieces(start, stop, seed=seed, epoch=epoch)
+        return torch.cat([self.order.stored(seed, epoch, pool)[first:last] for pool, first, last in pieces])
+
+    def document_of(self, token: int) -> int:
+        return int(self.tokens.documents[token // self.context])
 
     def _pooled(self, key: Key) -> Tensor:
         """The tokens of one pool, in its order, in the model's dtype."""
@@ -200,9 +223,30 @@ class ActivationStream(Activations):
 
     def _harvest_shares(self, key: Key, first_pool: int = 0) -> Shares:
         """The tokens of a refill, for each pool from `first_pool` on that takes some."""
-        x_TLD = self._joined(self.blocks[self.order.blocks(*key)])
+        failpoint("refill.begin")
+        x_TLD = self._joined_of_all(self.blocks[self.order.blocks(*key)])
+        failpoint("refill.end")
         shares = self.order.shares(*key)
         return {pool: x_TLD[place_t.to(x_TLD.device)] for pool, place_t in shares.items() if pool >= first_pool}
+
+    def settle(self) -> None:
+        """Wait for what is harvested ahead; before ranks part."""
+        if self._next is not None:
+            self._next[1].result()
+
+    def _joined_of_all(self, numbers: Tensor) -> Tensor:
+        """`_joined`, of blocks that the ranks share out among themselves."""
+        if self._job.size == 1:
+            return self._joined(numbers)
+        pieces = numbers.tensor_split(self._job.size)
+        counts = [int(self.kept(piece).sum()) for piece in pieces]
+        own, like = pieces[self._job.rank], self._like
+        x_TLD = like.new_empty(max(counts), *like.shape[1:])
+        if counts[self._job.rank]:
+            x_TLD[: counts[self._job.rank]] = self._joined(own)
+        all_WX = self._job.gather(x_TLD.cpu().flatten(1).view(torch.uint8), "harvest")
+        all_TX = torch.cat([one_TX[:count] for one_TX, count in zip(all_WX, counts, strict=True)])
+        return all_TX.view(like.dtype).view(-1, *like.shape[1:]).to(like.device)
 
     def _joined(self, numbers: Tensor) -> Tensor:
         """All tokens of some blocks in one buffer; `harvest`'s parts are gone one by one."""

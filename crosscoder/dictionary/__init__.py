@@ -1,5 +1,6 @@
 """Floor 1: dictionaries as functions of `x_BLD`, wherever that came from."""
 
+from crosscoder.dictionary.card import ModelCard
 from crosscoder.dictionary.codec import DictionaryOutput, SparseCode
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.dictionary import DICTIONARIES, Crosscoder, Dictionary, LayerwiseSAE
@@ -40,6 +41,7 @@ __all__ = [
     "L0Penalty",
     "LayerwiseSAE",
     "LocalWindow",
+    "ModelCard",
     "NormPenalty",
     "ReLU",
     "SparseCode",

@@ -13,7 +13,9 @@ from torch import Tensor
 import triton_kernels
 import triton_kernels.reference
 from crosscoder.dictionary.config import DictionaryConfig
+from crosscoder.dictionary.shard import Shard
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, ReLU, TopK
+from triton_kernels.reference import starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,11 @@ class SparseCode:
     batch_shape: tuple[int, ...]
     global_features: Tensor | None = None
     """Features counted over all layers of a bank, `layer * F + feature`, where the encoder had them at hand."""
+
+    def __repr__(self) -> str:
+        l0 = int((self.values > 0).sum()) / max(1, self.n_rows)
+        shape = " x ".join(f"{size:,}" for size in self.batch_shape)
+        return f"SparseCode({shape} rows of {self.n_features:,} features, {l0:.4g} active in each, {self.values.dtype})"
 
     @property
     def n_pairs(self) -> int:
@@ -140,11 +147,19 @@ def thresholds(grouped: Grouped, config: DictionaryConfig, threshold_G: Tensor) 
 
 
 def encode_grouped(
-    x_BGN: Tensor, grouped: Grouped, config: DictionaryConfig, *, threshold_G: Tensor, training: bool, dense: bool
+    x_BGN: Tensor,
+    grouped: Grouped,
+    config: DictionaryConfig,
+    *,
+    threshold_G: Tensor,
+    training: bool,
+    dense: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Values `[P]`, global features `[P]`, offsets `[B * G + 1]` and, for a BatchTopK training batch, the cut `[G]`.
 
     dense: by the operators' definitions in plain torch, which autograd differentiates: slow, and `[B, G, F]` in memory.
+    shard: of whose features the weights are; the code is that of its own features, chosen among those of all.
 
     Raises:
         ValueError: a BatchTopK dictionary in evaluation mode has no threshold yet.
@@ -154,6 +169,18 @@ def encode_grouped(
     how = () if dense else (_product_dtype(encoder_GFN), grouped.working_GFN if scale_GF is None else None)
     operators: Any = triton_kernels.reference if dense else triton_kernels
     match config.sparsity:
+        case TopK(k=k) if shard is not None:
+            own_k = min(k, encoder_GFN.shape[1])
+            values, features, z = operators.encode_top_k(*arguments, own_k, *how)
+            kept_RC = shard.keep_top_k(_scores(z, features, scale_GF).view(-1, own_k), k)
+            kept = kept_RC.flatten()
+            return values[kept], features[kept], starts(kept_RC.sum(1)), None
+        case BatchTopK(k=k) if training and shard is not None:
+            own_k = min(k, encoder_GFN.shape[1])
+            values, features, offsets, _ = operators.encode_batch_top_k(*arguments, own_k, *how)
+            score = _scores(values.detach(), features, scale_GF)
+            kept, cut_G = shard.keep_batch_top_k(score, offsets, len(encoder_GFN), k * len(x_BGN))
+            return values[kept], features[kept], starts(kept.long())[offsets], cut_G
         case TopK(k=k):
             values, features, *_ = operators.encode_top_k(*arguments, k, *how)
             offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
@@ -165,6 +192,10 @@ def encode_grouped(
             window = rule.window if training and isinstance(rule, JumpReLU) else 0.0
             values, features, offsets, *_ = operators.encode_threshold(*arguments, threshold_GF, window, *how)
             return values, features, offsets, None
+
+
+def _scores(z: Tensor, features: Tensor, scale_GF: Tensor | None) -> Tensor:
+    return z if scale_GF is None else z * scale_GF.flatten()[features]
 
 
 def _product_dtype(encoder: Tensor) -> torch.dtype:
@@ -191,18 +222,48 @@ def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
     expected = (config.n_layers, config.d_model)
     if not isinstance(x, Tensor):
         raise ValueError(f"input is a {type(x).__name__}; expected a tensor, as from torch.as_tensor(x)")
+    if x.is_nested or x.layout != torch.strided or x.is_meta:
+        kind = "on the meta device" if x.is_meta else "nested" if x.is_nested else f"of layout {x.layout}"
+        raise ValueError(f"input is {kind}; expected a plain tensor that holds its numbers")
     if x.ndim < 2 or tuple(x.shape[-2:]) != expected:
         hint = ""
         if x.ndim >= 2 and tuple(x.shape[-2:]) == expected[::-1]:
             hint = " The last two axes look swapped: use x.transpose(-1, -2)."
-        elif x.shape[-1] == config.d_model:
+        elif x.ndim and x.shape[-1] == config.d_model:
             hint = " All layers of a token are needed together, stacked on the axis before the last."
         raise ValueError(
             f"input has shape {tuple(x.shape)}; expected [..., n_layers={expected[0]}, d_model={expected[1]}].{hint}"
         )
     if not x.is_floating_point():
         raise ValueError(f"input has dtype {x.dtype}; expected floating-point activations, not token ids")
+    x = x.float() if x.element_size() == 1 else x  # in fp8 torch has no arithmetic
+    x = x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x  # autograd keeps none of those
     return x.reshape(-1, *expected)
+
+
+@torch.no_grad()
+def require_scores_in_range(x_BLD: Tensor, grouped: Grouped, most_weight: float) -> None:
+    """Refuse inputs whose scores could be larger than their dtype holds: NaN would count as not active.
+
+    most_weight: the largest number of the encoder. Where it and the input's largest rule that out, rows are not looked
+        at.
+
+    Raises:
+        ValueError: names the token.
+    """
+    most = torch.finfo(grouped.encoder_GFN.dtype).max
+    if not x_BLD.numel() or float(x_BLD.abs().amax()) * most_weight * x_BLD[0].numel() < most / 4:
+        return
+    x_BGN = (grouped.split(x_BLD).double() - grouped.center_GN.double()).abs()
+    width = torch.linalg.vector_norm(grouped.encoder_GFN.double(), dim=2).amax(1)
+    reach_BG = torch.linalg.vector_norm(x_BGN, dim=2) * width + grouped.encoder_bias_GF.double().abs().amax(1)
+    if bool((reach_BG >= most).any()):
+        token = int((reach_BG >= most).any(1).nonzero()[0]) * len(x_BLD) // len(x_BGN)
+        largest, dtype = float(x_BLD[token].abs().amax()), grouped.encoder_GFN.dtype
+        raise ValueError(
+            f"token {token} holds {largest:.3g}, and scores up to {float(reach_BG.amax()):.3g} are more than {dtype} "
+            "holds; check the scale of the inputs, or drop such tokens"
+        )
 
 
 def non_finite(x_BLD: Tensor) -> str:

@@ -12,6 +12,9 @@ from crosscoder.dictionary.sparsity import BatchTopK, Sparsity, TopK
 from crosscoder.dictionary.structure import Acausal, AnyStructure, Masks
 from crosscoder.foundation.config import config
 
+MOST_LAYERS = 10_000
+"""More than any stack of models has; tables of layers by layers are made."""
+
 
 @config
 class DictionaryConfig:
@@ -31,7 +34,7 @@ class DictionaryConfig:
     shared: a bank whose layers are one and the same SAE (MLSAE); a crosscoder takes the default.
     """
 
-    n_layers: PositiveInt
+    n_layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]
     d_model: PositiveInt
     n_features: PositiveInt
     sparsity: Sparsity = TopK()
@@ -55,8 +58,9 @@ class DictionaryConfig:
                 f"selection_weight is {self.selection_weight!r}, but {type(self.sparsity).__name__} does not rank "
                 "features; use 'none'"
             )
-        sizes = (0, *self.prefix_sizes(), self.n_features)
-        if any(a >= b for a, b in pairwise(sizes)):
+        is_fraction = all(0 < one < 1 for one in self.prefixes)
+        sizes = (0, *(self.prefix_sizes() if is_fraction else self.prefixes), self.n_features)
+        if not is_fraction or any(a >= b for a, b in pairwise(sizes)):
             raise ValueError(
                 f"prefixes are {self.prefixes!r}, which are {sizes[1:-1]} of {self.n_features} features; expected a "
                 "tuple of rising fractions between 0 and 1, such as (0.125, 0.25, 0.5)"

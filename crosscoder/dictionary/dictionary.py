@@ -7,115 +7,84 @@ over layers, and so in what a row of the sparse code is. The rest is here once, 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from abc import abstractmethod
+from typing import Literal, Self
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import triton_kernels
 from crosscoder.dictionary import codec
 from crosscoder.dictionary.codec import DictionaryOutput, Grouped, SparseCode, checked_input, non_finite
 from crosscoder.dictionary.config import DictionaryConfig
-from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU
-from crosscoder.dictionary.structure import Acausal
-from crosscoder.foundation.artifact import (
-    MANIFEST,
-    DamagedArtifactError,
-    committed_directory,
-    read_json,
-    verify_directory,
-    write_json,
-)
-from crosscoder.foundation.config import from_mapping, to_mapping
-from crosscoder.foundation.console import say
-from crosscoder.foundation.hub import local_folder
+from crosscoder.dictionary.kept import Kept
+from crosscoder.dictionary.shard import Shard
+from crosscoder.dictionary.sparsity import JumpReLU, Sparsity, TopK
+from crosscoder.dictionary.structure import Acausal, AnyStructure
+from crosscoder.dictionary.weights import OF_FEATURES, Layout, masked, unit_rows
 from crosscoder.foundation.origin import MismatchError, Reads, require_same
 
-SCHEMA = "crosscoder.dictionary/1"
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-FILES = (CONFIG, WEIGHTS)
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-
-class Layout(NamedTuple):
-    """How weights `[*groups, F, *row]` lie: `groups` is `()` or `(G,)`, `row` `(L, D)` or `(D,)`.
-
-    `rows_of_token` is `()` where a token is one row of the code, `(L,)` where each of its layers is.
-    """
-
-    groups: tuple[int, ...]
-    row: tuple[int, ...]
-    rows_of_token: tuple[int, ...]
-
-
-class Weights(nn.Module, ABC):
-    """The weights of G dictionaries side by side, and what a training step asks of them."""
-
-    config: DictionaryConfig
-    encoder: nn.Parameter
-    decoder: nn.Parameter
-    encoder_bias: nn.Parameter
-    decoder_bias: nn.Parameter
-    log_threshold: nn.Parameter | None
-    read_mask: Tensor | None
-    write_mask: Tensor | None
-    threshold: Tensor
-
-    @abstractmethod
-    def grouped(self) -> Grouped:
-        """The parameters as G dictionaries of width N, with 0 outside the masks."""
-
-    @property
-    def n_groups(self) -> int:
-        """G, the dictionaries side by side that have weights of their own."""
-        return self.threshold.numel()
-
-    @torch.no_grad()
-    def follow(self, cut_G: Tensor) -> None:
-        """Move the inference threshold towards a training step's cut: the first counts whole, later 1 - momentum."""
-        assert isinstance(self.config.sparsity, BatchTopK)
-        cut_G = cut_G.to(self.threshold.dtype)
-        mean_G = torch.lerp(cut_G, self.threshold, self.config.sparsity.momentum)
-        self.threshold.copy_(torch.where(self.threshold.isnan(), cut_G, mean_G))
-
-
-class Dictionary(Weights):
-    """A map `x_BLD -> recon_BLD` through a sparse code. Keyword arguments are those of `DictionaryConfig`.
+class Dictionary(Kept):
+    """A map `x_BLD -> recon_BLD` through a sparse code. What the keyword arguments mean `DictionaryConfig` says.
 
     Parameters: `encoder`, `decoder`, `encoder_bias`, `decoder_bias`, and with JumpReLU `log_threshold`. Buffers:
     `threshold` `[G]` (BatchTopK at inference; nan until trained) and `input_scale` `[L]` (what raw activations were
     multiplied by to become this dictionary's inputs). `reads` is the record of those activations, kept with the
     weights; None where nobody told it. `frozen` is what of it was not trained (`TrainConfig.frozen`), kept too.
 
+    shard: a `Shard`: hold its features alone, as they begin in the whole dictionary; `train` trains all parts together.
+
     Raises:
         ValueError: a setting is out of range, does not fit the others, or is for the other form.
     """
 
-    layer_axis: ClassVar[int]
-    """The axis of the weights along which layers lie."""
     input_scale: Tensor
-    reads: Reads | None = None
-    frozen: str = "none"
+    _most: tuple[tuple[int, int] | None, float] = None, 0.0
 
-    def __init__(self, **settings: Any) -> None:
+    @torch.inference_mode(False)  # parameters that were made in it could never be trained
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        d_model: int,
+        n_features: int,
+        sparsity: Sparsity = TopK(),  # noqa: B008  (frozen)
+        decoder: Literal["unit", "free"] = "unit",
+        selection_weight: Literal["none", "l2", "l1"] = "none",
+        aux_k: int | None = None,
+        prefixes: tuple[float, ...] = (),
+        seed: int = 0,
+        structure: AnyStructure = Acausal(),  # noqa: B008  (frozen)
+        initial: Literal["independent", "same"] = "independent",
+        shared: bool = False,
+        shard: Shard | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config = DictionaryConfig(**settings)
+        self.config = config = DictionaryConfig(
+            n_layers=n_layers, d_model=d_model, n_features=n_features, sparsity=sparsity, decoder=decoder,
+            selection_weight=selection_weight, aux_k=aux_k, prefixes=prefixes, seed=seed, structure=structure,
+            initial=initial, shared=shared,
+        )  # fmt: skip
         n_axes, shapes = len(self.layout(config).row), self.tensor_shapes(config)
         read, write = config.masks() or (None, None)
+        axis, self.shard = len(self.layout(config).groups), shard
+        if shard is not None:
+            shard.require(config.n_features)
+            read, write = (None if mask is None else shard.part(mask, 0) for mask in (read, write))
+            n_held = shard.stop - shard.start
+            shapes = {n: (*s[:axis], n_held, *s[axis + 1 :]) if n in OF_FEATURES else s for n, s in shapes.items()}
         self.register_buffer("read_mask", read, persistent=False)
         self.register_buffer("write_mask", write, persistent=False)
-        drawn = list(shapes["decoder"])
+        drawn = list(self.tensor_shapes(config)["decoder"])
         if config.initial == "same":
             drawn[self.layer_axis] = 1
-        rows = torch.randn(drawn, generator=torch.Generator().manual_seed(config.seed)).expand(shapes["decoder"])
-        self.encoder = nn.Parameter(_unit_rows(rows, n_axes=n_axes, mask=read))
-        self.decoder = nn.Parameter(_unit_rows(rows, n_axes=n_axes, mask=write))
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randn(drawn, generator=generator) if shard is None else shard.drawn(drawn, axis, generator)
+        rows = rows.expand(shapes["decoder"])
+        self.encoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=read))
+        self.decoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=write))
         self.encoder_bias = nn.Parameter(torch.zeros(shapes["encoder_bias"]))
         self.decoder_bias = nn.Parameter(torch.zeros(shapes["decoder_bias"]))
         self.log_threshold: nn.Parameter | None = None
@@ -124,6 +93,10 @@ class Dictionary(Weights):
             self.log_threshold = nn.Parameter(torch.full(shapes["log_threshold"], start))
         self.register_buffer("threshold", torch.full(shapes["threshold"], float("nan")))
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+
+    @staticmethod
+    def forms() -> dict[str, type[Dictionary]]:
+        return DICTIONARIES
 
     @staticmethod
     @abstractmethod
@@ -179,6 +152,8 @@ class Dictionary(Weights):
             MismatchError: `input_scale` was never set, and nobody says that the inputs were raw activations; or
                 somebody says so, and it was set.
         """
+        if not bool((self.input_scale > 0).all() and torch.isfinite(self.input_scale).all()):
+            raise ValueError(f"input_scale is {_numbers(self.input_scale)}; {use} divides by it: set positive numbers")
         known = self.reads is not None or bool((self.input_scale != 1).any())
         if known and raw_inputs:
             raise MismatchError(
@@ -197,34 +172,71 @@ class Dictionary(Weights):
         frozen = "" if self.frozen == "none" else f", {self.frozen} frozen at its start"
         return f"{size}{frozen}\nreads {self.reads or 'no record of what'}"
 
+    @torch.no_grad()
+    def project_(self) -> Self:
+        """Puts right, in place, what a step of any optimiser undoes, and returns the dictionary: rows of a `unit`
+        decoder have norm 1 over all their layers again, and weights outside the structure are 0. `train` does so by
+        itself. A row of 0 has no direction and stays. Nothing is done to biases and thresholds.
+        """
+        n_axes = len(self.layout(self.config).row)
+        for weight, mask in ((self.encoder, self.read_mask), (self.decoder, self.write_mask)):
+            if mask is not None:
+                weight.mul_(mask)
+        if self.config.decoder == "unit":
+            norm = self.decoder.norm(dim=tuple(range(-n_axes, 0)), keepdim=True)
+            self.decoder.div_(torch.where(norm > 0, norm, 1))
+        return self
+
     def encode(self, x: Tensor) -> SparseCode:
         """The code of `x` `[..., L, D]`; a row is a token, or a (token, layer) of a bank.
 
         Raises:
-            ValueError: `x` does not end in `[L, D]`, or, in evaluation mode, is not finite or finds no threshold.
+            ValueError: `x` does not end in `[L, D]`, or, in evaluation mode, is not finite or finds no threshold; or
+                other ranks hold a part of the features.
         """
+        self.require_whole()
         x_BLD = checked_input(x, self.config).to(self.encoder.dtype)
         # A selection by threshold would turn NaN into "no active feature" without a word.
         if not self.training and (where := non_finite(x_BLD)):
             raise ValueError(f"input holds NaN or infinity{where}; drop such tokens")
-        return self.encode_checked(x_BLD, self.grouped(), batch_shape=tuple(x.shape[:-2]))
+        if not self.training:
+            codec.require_scores_in_range(x_BLD, self.grouped(), self._most_weight())
+        code = self.encode_checked(x_BLD, self.grouped(), batch_shape=tuple(x.shape[:-2]))
+        if not self.training and not bool(torch.isfinite(code.values).all()):
+            raise ValueError("the code holds values that are not finite: the weights are too large for their dtype")
+        return code
+
+    @torch.no_grad()
+    def _most_weight(self) -> float:
+        """The encoder's largest number, kept until somebody writes to it."""
+        encoder = self.encoder
+        version = None if encoder.is_inference() else (encoder.data_ptr(), encoder._version)
+        if version is None or self._most[0] != version:
+            self._most = version, float(encoder.abs().amax())
+        return self._most[1]
 
     def encode_checked(
         self, x_BLD: Tensor, grouped: Grouped, *, batch_shape: tuple[int, ...], dense: bool = False
     ) -> SparseCode:
         """The code of an input that has been checked, by the parameters at hand; `dense` by the slow, obvious form."""
         values, features, offsets, cut_G = codec.encode_grouped(
-            grouped.split(x_BLD), grouped, self.config, threshold_G=self.threshold, training=self.training, dense=dense
+            grouped.split(x_BLD),
+            grouped,
+            self.config,
+            threshold_G=self.threshold,
+            training=self.training,
+            dense=dense,
+            shard=self.others,
         )
         # Without gradient this is no training step.
         if cut_G is not None and torch.is_grad_enabled() and not dense:
             self.follow(cut_G)
-        n_features, rows = self.config.n_features, self.layout(self.config).rows_of_token
+        n_features, rows = self.n_held, self.layout(self.config).rows_of_token
         local, by_group = (features, None) if self.n_groups == 1 else (features % n_features, features)
         return SparseCode(values, local, offsets, n_features, (*batch_shape, *rows), by_group)
 
     def decode(self, code: SparseCode) -> Tensor:
-        """The reconstruction `[..., L, D]` of a code."""
+        """The reconstruction `[..., L, D]` of a code; of features that other ranks hold nothing is in it."""
         grouped, config = self.grouped(), self.config
         table_FN = rearrange(grouped.decoder_GFN, "g f n -> (g f) n")
         features, values = codec.to_global(code, self.n_groups), code.values.to(table_FN.dtype)
@@ -236,51 +248,15 @@ class Dictionary(Weights):
     def forward(self, x: Tensor) -> DictionaryOutput:
         """`recon` `[..., L, D]` and `code` of `x` `[..., L, D]`."""
         code = self.encode(x)
-        return DictionaryOutput(self.decode(code), code)
+        if not bool(torch.isfinite(recon := self.decode(code)).all()) and not self.training:
+            raise ValueError("the reconstruction is not finite: values and decoder are too large for their dtype")
+        return DictionaryOutput(recon, code)
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """The code of `x` with its zeros, by dense operators that autograd differentiates; for checks and small F."""
-        batch_shape = tuple(x.shape[:-2])
         x_BLD = checked_input(x, self.config)
+        batch_shape = tuple(x.shape[:-2])
         return self.encode_checked(x_BLD, self.grouped(), batch_shape=batch_shape, dense=True).to_dense()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights to `folder`, whole or not at all; other files there, such as a README, stay, and one
-        of the same name that is not an older dictionary's is a FileExistsError."""
-        with committed_directory(folder, schema=SCHEMA, files=FILES) as temporary:
-            write_dictionary(self, temporary)
-
-    @classmethod
-    def from_pretrained(cls, where: str | Path, *, revision: str | None = None) -> Self:
-        """The dictionary in a folder or a repository on the Hub, for evaluation; `Dictionary` itself reads both forms.
-
-        where: a folder, or `organisation/repository`, of which the revision (a branch, tag or commit) is read. One
-            without our manifest is loaded if its files agree with each other, and it is said that nobody checked them.
-
-        Raises:
-            FileNotFoundError: there is no dictionary there.
-            DamagedArtifactError: a file fails its check, or a tensor is missing, misshapen or not finite.
-            ValueError: the folder holds another class of dictionary.
-        """
-        folder = local_folder(where, files=(*FILES, MANIFEST), revision=revision)
-        if all((folder / name).is_file() for name in FILES) and not (folder / MANIFEST).is_file():
-            say(f"note: {where} has no {MANIFEST}, so nobody can tell whether its files are as they were written")
-        else:
-            verify_directory(folder, schema=SCHEMA, required=FILES)
-        saved = read_json(folder / CONFIG)
-        if not isinstance(saved, dict) or not isinstance(name := saved.get("class"), str):
-            raise DamagedArtifactError(f"{folder / CONFIG} does not name a dictionary class")
-        config = from_mapping(DictionaryConfig, saved.get("settings"), where=str(folder / CONFIG))
-        form = DICTIONARIES.get(name)
-        if form is None or not issubclass(form, cls):
-            raise ValueError(f"{folder} holds a {name}, not a {cls.__name__}; load it as a {name}")
-        tensors = _read_tensors(folder / WEIGHTS, form.tensor_shapes(config))
-        dictionary = form(**config.settings())
-        dictionary.load_state_dict(tensors)
-        if saved.get("reads") is not None:
-            dictionary.reads = from_mapping(Reads, saved["reads"], where=f"{folder / CONFIG}.reads")
-        dictionary.frozen = str(saved.get("frozen", "none"))
-        return dictionary.eval()
 
 
 class Crosscoder(Dictionary):
@@ -304,15 +280,15 @@ class Crosscoder(Dictionary):
 
     def grouped(self) -> Grouped:
         return Grouped(
-            _masked(self.encoder, self.read_mask).flatten(1)[None],
-            _masked(self.decoder, self.write_mask).flatten(1)[None],
+            masked(self.encoder, self.read_mask).flatten(1)[None],
+            masked(self.decoder, self.write_mask).flatten(1)[None],
             self.encoder_bias[None],
             self.decoder_bias.flatten()[None],
             None if self.log_threshold is None else self.log_threshold[None],
         )
 
     def decoder_FLD(self) -> Tensor:
-        return _masked(self.decoder.detach(), self.write_mask)
+        return masked(self.decoder.detach(), self.write_mask)
 
 
 class LayerwiseSAE(Dictionary):
@@ -352,48 +328,5 @@ class LayerwiseSAE(Dictionary):
 DICTIONARIES: dict[str, type[Dictionary]] = {form.__name__: form for form in (Crosscoder, LayerwiseSAE)}
 
 
-def write_dictionary(dictionary: Dictionary, folder: Path) -> None:
-    """Write config and weights as plain files into `folder`, which the caller commits."""
-    reads = None if dictionary.reads is None else to_mapping(dictionary.reads)
-    config = {"class": type(dictionary).__name__, "settings": to_mapping(dictionary.config), "reads": reads}
-    write_json(folder / CONFIG, {**config, "frozen": dictionary.frozen})
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in dictionary.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
-
-
-def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The file's tensors, after its own table was compared with what is expected.
-
-    Opening checks the table against the file's size, so a shape that passes is one the file really holds.
-    """
-    try:
-        with safe_open(path, framework="pt") as stream:
-            parts = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
-            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
-            if differing := sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)):
-                details = "; ".join(f"{n}: file {found.get(n)}, config {expected.get(n)}" for n in differing)
-                raise DamagedArtifactError(f"{path} does not hold the tensors its config describes: {details}")
-            tensors = {name: stream.get_tensor(name) for name in parts}
-    except SafetensorError as error:
-        raise DamagedArtifactError(f"{path} is not a safetensors file ({error})") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise DamagedArtifactError(f"{path}: {name} is {tensor.dtype}; expected one of {DTYPES}")
-        # An untrained BatchTopK threshold is nan by definition; weights never are.
-        if name != "threshold" and not bool(torch.isfinite(tensor).all()):
-            raise DamagedArtifactError(f"{path}: {name} holds values that are not finite")
-    return tensors
-
-
-def _unit_rows(rows: Tensor, *, n_axes: int, mask: Tensor | None) -> Tensor:
-    """The rows, masked, with norm 1 over their last `n_axes` axes together, as a tensor of its own."""
-    rows = _masked(rows, mask)
-    return rows / rows.norm(dim=tuple(range(-n_axes, 0)), keepdim=True)
-
-
 def _numbers(scale_L: Tensor) -> str:
     return ", ".join(f"{value:.4g}" for value in scale_L.tolist())
-
-
-def _masked(weight_FLD: Tensor, mask: Tensor | None) -> Tensor:
-    return weight_FLD if mask is None else weight_FLD * mask

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import triton_kernels
 from crosscoder.dictionary import codec
+from crosscoder.dictionary.choice import keep_top_k
 from crosscoder.dictionary.codec import Grouped, SparseCode
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.dictionary import Dictionary
+from crosscoder.dictionary.shard import RECONSTRUCTION, Shard
 from crosscoder.dictionary.sparsity import JumpReLU, L0Penalty, NormPenalty, ReLU, TanhPenalty, TargetL0Penalty
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, section A.2
@@ -45,60 +47,83 @@ def loss_terms(
     1 / M, and `recon` holds the whole one's share (Bussmann et al. 2025, arXiv 2503.17547, section 3, as a mean).
     `penalty`: what the sparsity rule charges. `aux_k`: where features are dead, see `auxiliary_term`.
 
-    Decoding and error are one operator, so the reconstruction itself is never stored.
+    Decoding and error are one operator, so the reconstruction itself is never stored. The sum of the terms is the loss;
+    in a loop of your own call `dictionary.project_()` after each step (`docs/training.md`).
 
     dead_GF: True for features that the auxiliary term should revive; None or all False leaves the term out.
     penalty_factor: what the penalty is multiplied by, for its warm-up.
     working_GFN: the encoder rounded for its product, where an optimiser keeps one.
     """
     config, grouped = dictionary.config, dictionary.grouped()._replace(working_GFN=working_GFN)
-    x_BGN = grouped.split(x_BLD)
-    code = dictionary.encode_checked(x_BLD, grouped, batch_shape=x_BLD.shape[:1])
-    error_BGN, square = _written_error(x_BGN, code, grouped, config)
+    x_BGN, shard = grouped.split(x_BLD), dictionary.others
+    reading = grouped if shard is None else grouped._replace(center_GN=shard.of_all(grouped.center_GN))
+    code = dictionary.encode_checked(x_BLD, reading, batch_shape=x_BLD.shape[:1])
+    error_BGN, square = _written_error(x_BGN, code, grouped, config, shard)
     error_BLD = error_BGN.detach().view(x_BLD.shape)
     n_written = x_BLD.shape[0] * config.n_written()
     n_nested = 1 + len(config.prefixes)
     terms = {"recon": square / (n_written * n_nested)}
     if config.prefixes:
-        nested = [code.prefix(size) for size in config.prefix_sizes()]
-        squares = [_written_error(x_BGN, part, grouped, config)[1] for part in nested]
+        first = 0 if shard is None else shard.start
+        nested = [code.prefix(size - first) for size in config.prefix_sizes()]
+        squares = [_written_error(x_BGN, part, grouped, config, shard)[1] for part in nested]
         terms["recon_prefixes"] = torch.stack(squares).sum() / (n_written * n_nested)
     if isinstance(config.sparsity, ReLU | JumpReLU):
-        terms["penalty"] = penalty_factor * _penalty(code, grouped, config.sparsity, config.d_model, n_written)
-    if dead_GF is not None and config.aux_k != 0 and bool(dead_GF.any()):
+        terms["penalty"] = penalty_factor * _penalty(code, grouped, config, n_written, shard)
+    if dead_GF is not None and config.aux_k != 0 and any_dead(dead_GF, shard):
         terms["aux_k"] = auxiliary_term(dictionary, x_BLD, error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
 
 
 def _written_error(
-    x_BGN: Tensor, code: SparseCode, grouped: Grouped, config: DictionaryConfig
+    x_BGN: Tensor, code: SparseCode, grouped: Grouped, config: DictionaryConfig, shard: Shard | None
 ) -> tuple[Tensor, Tensor]:
     """Error of a code's reconstruction `[B, G, N]`, and the sum of its squares over the layers that are written."""
     decoder_GFN, center_GN = grouped.decoder_GFN, grouped.center_GN
     values, features = code.values.to(decoder_GFN.dtype), codec.to_global(code, len(center_GN))
     n_parts = x_BGN.shape[2] // config.d_model
+    if shard is not None:
+        part_RN = triton_kernels.gather_sum(values, features, code.offsets, decoder_GFN.flatten(0, 1))
+        error_BGN = shard.total(part_RN, RECONSTRUCTION).view(x_BGN.shape) + center_GN - x_BGN
+        squares_GL = error_BGN.unflatten(2, (n_parts, -1)).square().sum((0, 3), dtype=torch.float64)
+        return error_BGN, squares_GL.flatten()[config.written()].sum().to(error_BGN.dtype)
     error_BGN, squares_GL = triton_kernels.decode_loss(
         values, features, code.offsets, decoder_GFN, center_GN, x_BGN, n_parts
     )
     return error_BGN, squares_GL.flatten()[config.written()].sum()
 
 
-def _penalty(code: SparseCode, grouped: Grouped, sparsity: ReLU | JumpReLU, d_model: int, n_written: int) -> Tensor:
+def _penalty(
+    code: SparseCode, grouped: Grouped, config: DictionaryConfig, n_written: int, shard: Shard | None
+) -> Tensor:
     """What the rule's penalty charges for a code of `n_written` numbers, coefficient included: the mean over rows."""
-    penalty, n_rows = sparsity.penalty, max(1, code.n_rows)
+    sparsity, d_model, n_rows = config.sparsity, config.d_model, max(1, code.n_rows)
+    assert isinstance(sparsity, ReLU | JumpReLU)
+    penalty = sparsity.penalty
     features = codec.to_global(code, grouped.center_GN.shape[0])
     match penalty:
         case NormPenalty(norm=norm):
             norms_GF = codec.decoder_norms(grouped.decoder_GFN, norm, d_model=d_model)
-            charge = (code.values * norms_GF.flatten()[features]).sum() / max(1, n_written)
+            charge = _of_all((code.values * norms_GF.flatten()[features]).sum(), shard) / max(1, n_written)
         case TanhPenalty(scale=scale):
             norms_GF = codec.decoder_norms(grouped.decoder_GFN, "l2", d_model=d_model)
-            charge = (scale * code.values * norms_GF.flatten()[features]).tanh().sum() / n_rows
+            charge = _of_all((scale * code.values * norms_GF.flatten()[features]).tanh().sum(), shard) / n_rows
         case L0Penalty():
-            charge = _active_per_token(code, features, grouped, sparsity).mean()
+            charge = _of_all(_active_per_token(code, features, grouped, sparsity), shard).mean()
         case TargetL0Penalty(target=target):
-            charge = (_active_per_token(code, features, grouped, sparsity) / target - 1).square().mean()
+            active_G = _of_all(_active_per_token(code, features, grouped, sparsity), shard)
+            charge = (active_G / target - 1).square().mean()
     return penalty.coefficient * charge
+
+
+def _of_all(part: Tensor, shard: Shard | None) -> Tensor:
+    return part if shard is None else shard.total(part)
+
+
+def any_dead(dead_GF: Tensor, shard: Shard | None) -> bool:
+    """Whether any feature is dead, on any rank."""
+    found = dead_GF.any()
+    return bool(found if shard is None else shard.ranks.largest(found.to(torch.uint8), "numbers"))
 
 
 def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, sparsity: ReLU | JumpReLU) -> Tensor:
@@ -184,20 +209,28 @@ def _revive(dictionary: Dictionary, x_BLD: Tensor, error_BLD: Tensor, dead_GF: T
     if k_aux is None:
         n_read = min(center_GN.shape[1], dictionary.config.n_read())
         k_aux = min(MAX_DEFAULT_AUX_K, max(1, n_read // 2))
-    features_GD, is_dead_GD = _dead_features(dead_GF, limit=max(k_aux, dead_GF.shape[1] // 4))
+    shard, most = dictionary.others, max(k_aux, dictionary.config.n_features // 4)
+    if shard is None:
+        features_GD, is_dead_GD = _dead_features(dead_GF, limit=most)
+        n_dead, any_G = features_GD.shape[1], is_dead_GD.any(1)
+    else:
+        features_GD, is_dead_GD, n_dead, any_G = _dead_features_of_shard(dead_GF, shard, limit=most)
     rows = torch.arange(len(dead_GF), device=dead_GF.device)[:, None], features_GD
     # Dense on purpose: a sparse gather is slower than a product once k_aux > F / 181.
     encoder_GDN, decoder_GDN = encoder_GFN[rows], decoder_GFN[rows]
     z_GDB = torch.baddbmm(bias_GF[rows][..., None], encoder_GDN, x_GBN.transpose(1, 2))
     code_GDB = z_GDB.relu() * is_dead_GD[..., None]
-    if k_aux < code_GDB.shape[1]:
+    if k_aux < n_dead and shard is not None:
+        code_GDB = code_GDB * _chosen_of_all(code_GDB.detach(), k_aux, shard)
+    elif k_aux < n_dead:
         chosen = code_GDB.topk(k_aux, dim=1, sorted=False)
         code_GDB = torch.zeros_like(code_GDB).scatter(1, chosen.indices, chosen.values)
-    left_GBN = torch.bmm(code_GDB.transpose(1, 2), decoder_GDN) + error_GBN
+    left_GBN = torch.bmm(code_GDB.transpose(1, 2), decoder_GDN)
+    left_GBN = (left_GBN if shard is None else shard.total(left_GBN, "auxiliary reconstruction")) + error_GBN
     size_G = torch.linalg.vector_norm(error_GBN, dim=(1, 2)).square().clamp_min(torch.finfo(x_BLD.dtype).tiny)
-    relative_G = (left_GBN.square().sum((1, 2)) / size_G).masked_fill(~is_dead_GD.any(1), 0)
+    relative_G = (left_GBN.square().sum((1, 2)) / size_G).masked_fill(~any_G, 0)
     term = AUX_COEFFICIENT * relative_G.mean()
-    factor_G = (torch.full_like(size_G, AUX_COEFFICIENT) / len(size_G)).masked_fill(~is_dead_GD.any(1), 0) / size_G
+    factor_G = (torch.full_like(size_G, AUX_COEFFICIENT) / len(size_G)).masked_fill(~any_G, 0) / size_G
     return _Revival(term, features_GD, is_dead_GD, x_GBN, decoder_GDN, code_GDB, left_GBN, factor_G)
 
 
@@ -214,6 +247,27 @@ def _dead_features(dead_GF: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:
     padded_GD = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     counts_G = torch.tensor([len(one) for one in lists], device=dead_GF.device)
     return padded_GD, torch.arange(padded_GD.shape[1], device=dead_GF.device) < counts_G[:, None]
+
+
+def _dead_features_of_shard(dead_GF: Tensor, shard: Shard, *, limit: int) -> tuple[Tensor, Tensor, int, Tensor]:
+    """This rank's part of `_dead_features` of all ranks, how long that list is, and which dictionaries have any."""
+    padded_GS = torch.nn.functional.pad(dead_GF, (0, shard.widest - dead_GF.shape[1]))
+    all_WGS = shard.ranks.gather(padded_GS.to(torch.uint8), "dead features").bool()
+    sizes = [stop - start for start, stop in map(shard.bounds, range(shard.ranks.size))]
+    all_GF = torch.cat([one_GS[:, :size] for one_GS, size in zip(all_WGS, sizes, strict=True)], dim=1)
+    features_GD, is_dead_GD = _dead_features(all_GF, limit=limit)
+    chosen_GF = torch.zeros_like(all_GF, dtype=torch.int64).scatter_add_(1, features_GD, is_dead_GD.long()) > 0
+    own_GD, is_own_GD = _dead_features(chosen_GF[:, shard.start : shard.stop], limit=limit)
+    return own_GD, is_own_GD, features_GD.shape[1], is_dead_GD.any(1)
+
+
+def _chosen_of_all(code_GDB: Tensor, k: int, shard: Shard) -> Tensor:
+    """True for the k largest of each token and dictionary over the dead features of all ranks."""
+    n_own = code_GDB.shape[1]
+    best = rearrange(code_GDB, "g d b -> (g b) d").topk(min(k, n_own), dim=1)
+    kept_RC = keep_top_k(best.values, k, k, shard.ranks)
+    kept_RD = torch.zeros(len(kept_RC), n_own, dtype=torch.bool, device=kept_RC.device)
+    return rearrange(kept_RD.scatter(1, best.indices, kept_RC), "(g b) d -> g d b", g=len(code_GDB))
 
 
 def explained_variance(x_BLD: Tensor, recon_BLD: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from crosscoder.dictionary.codec import Grouped
-from crosscoder.dictionary.dictionary import Dictionary, Weights
+from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.sparsity import BatchTopK, TopK
 from crosscoder.dictionary.structure import Acausal
+from crosscoder.dictionary.weights import Weights
 
 SHARED = ("encoder", "decoder", "encoder_bias", "decoder_bias", "threshold")
 """The tensors that lie together."""

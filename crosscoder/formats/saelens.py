@@ -1,4 +1,4 @@
-"""Dictionaries written in the format of SAELens 6 (checked against 6.54), which is not needed for it.
+"""Dictionaries in the format of SAELens 6 (checked against 6.54), written and read; the library is not needed for it.
 
 One folder holds one flat SAE: a layer of a bank, or a whole crosscoder over all its layers laid side by side. The
 file reads raw activations: input scales, and the weights by which a selection rule ranks features, are folded into
@@ -9,6 +9,8 @@ the tensors. With activations a, scales c (one number for each of the N inputs) 
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,36 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary import Crosscoder, Dictionary, JumpReLU, Sparsity
 from crosscoder.dictionary.codec import selection_scale, thresholds
 from crosscoder.dictionary.sparsity import ReLU, TopK
-from crosscoder.foundation.artifact import committed_directory, write_json
+from crosscoder.dictionary.structure import Acausal, AnyStructure
+from crosscoder.formats.foreign import Settings, Tensors, open_tensors, read_settings
+from crosscoder.formats.imported import (
+    About,
+    Flat,
+    assemble,
+    fold_norms,
+    require_k,
+    rule_tensors,
+    transcoder,
+    uncentred_bias,
+)
+from crosscoder.foundation.artifact import DamagedArtifactError, committed_directory, write_json
+from crosscoder.foundation.config import config, from_mapping, to_mapping
+from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import Reads
 
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SCHEMA = "saelens/6"
 WRITTEN_FOR = "6.54.12"
+
+
+@config
+class Shape:
+    """What the metadata of a crosscoder say of its layers; other libraries pass it by."""
+
+    structure: AnyStructure = Acausal()
 
 
 @torch.no_grad()
@@ -38,14 +62,14 @@ def saelens_tensors(dictionary: Dictionary, group: int = 0) -> tuple[dict[str, A
     Raises:
         ValueError: there is no such group, or a BatchTopK dictionary has no inference threshold yet.
     """
-    config, grouped = dictionary.config, dictionary.grouped()
+    of, grouped = dictionary.config, dictionary.grouped()
     width, n_flat = grouped.center_GN.shape[1], n_flat_dictionaries(dictionary)
     if not 0 <= group < n_flat:
         raise ValueError(f"group is {group}; expected 0 to {n_flat - 1}, the flat dictionaries side by side here")
-    input_N = dictionary.input_scale.repeat_interleave(config.d_model).view(n_flat, width)[group].float().cpu()
-    group = 0 if config.shared else group  # one set of weights, which reads every layer at its own scale
-    scale_GF = selection_scale(grouped, config)
-    weight_F = torch.ones(config.n_features) if scale_GF is None else scale_GF[group].float().cpu()
+    input_N = dictionary.input_scale.repeat_interleave(of.d_model).view(n_flat, width)[group].float().cpu()
+    group = 0 if of.shared else group  # one set of weights, which reads every layer at its own scale
+    scale_GF = selection_scale(grouped, of)
+    weight_F = torch.ones(of.n_features) if scale_GF is None else scale_GF[group].float().cpu()
     divisor_F = torch.where(weight_F > 0, weight_F, torch.ones_like(weight_F))
     encoder_FN, decoder_FN = (table[group].float().cpu() for table in (grouped.encoder_GFN, grouped.decoder_GFN))
     tensors = {
@@ -56,20 +80,20 @@ def saelens_tensors(dictionary: Dictionary, group: int = 0) -> tuple[dict[str, A
     }
     cfg: dict[str, Any] = {
         "d_in": width,
-        "d_sae": config.n_features,
+        "d_sae": of.n_features,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
-    match config.sparsity:
+    match of.sparsity:
         case TopK(k=k):
             return {**cfg, "architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}, tensors
         case ReLU():
             return {**cfg, "architecture": "standard"}, tensors
         case _:
-            tensors["threshold"] = thresholds(grouped, config, dictionary.threshold)[group].float().cpu().clone()
+            tensors["threshold"] = thresholds(grouped, of, dictionary.threshold)[group].float().cpu().clone()
             return {**cfg, "architecture": "jumprelu"}, tensors
 
 
@@ -99,21 +123,30 @@ def save_saelens(
     """
     dictionary.require_input_scale("the export", raw_inputs=raw_inputs)
     cfg, tensors = saelens_tensors(dictionary, group)
-    known = {"sae_lens_version": WRITTEN_FOR, **_recorded(dictionary.reads, group), **(metadata or {})}
+    known = {"sae_lens_version": WRITTEN_FOR, **recorded(dictionary.reads, group), **(metadata or {})}
     if cfg["d_in"] != dictionary.config.d_model:
         if (metadata or {}).get("hook_name") is not None:
             raise ValueError(
                 f"hook_name is {known['hook_name']!r}, but this crosscoder reads {dictionary.config.n_layers} layers; "
                 "name them in metadata['hook_names']"
             )
-        known |= {"crosscoder": True, "hook_name": None}
-        known |= {"layers": None if dictionary.reads is None else list(dictionary.reads.sites)}
+        known |= {"crosscoder": True, "hook_name": None, "n_layers": dictionary.config.n_layers}
+        known |= to_mapping(Shape(structure=dictionary.config.structure))
+        sites = () if dictionary.reads is None else dictionary.reads.sites
+        known |= {"layers": list(sites) or None}
+        if dictionary.reads is not None and dictionary.reads.site == "residual" and 0 not in sites:
+            known |= {"hook_names": [f"blocks.{site - 1}.hook_resid_post" for site in sites]}
+    if wrong := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ValueError(
+            f"{wrong[0]} would hold NaN or infinity in the export: input_scale {dictionary.input_scale.tolist()} or "
+            "the weights are out of float32's range; nothing was written"
+        )
     with committed_directory(folder, schema=SCHEMA) as temporary:
-        write_json(temporary / "cfg.json", {**cfg, "metadata": known})
-        save_file(tensors, temporary / "sae_weights.safetensors")
+        write_json(temporary / CONFIG, {**cfg, "metadata": known})
+        save_file(tensors, temporary / WEIGHTS)
 
 
-def _recorded(reads: Reads | None, group: int) -> dict[str, Any]:
+def recorded(reads: Reads | None, group: int) -> dict[str, Any]:
     """What a dictionary's record says, in SAELens' words; only a residual stream has a hook there, a null no model."""
     if reads is None:
         return {}
@@ -121,11 +154,140 @@ def _recorded(reads: Reads | None, group: int) -> dict[str, Any]:
         return {"reads": str(reads)}
     known = {
         "model_name": reads.model.name,
-        "context_size": reads.tokens.context,
-        "prepend_bos": reads.tokens.bos is not None,
+        "context_size": reads.tokens.context or None,
+        "prepend_bos": None if reads.published else reads.tokens.bos is not None,
         "dataset_path": None if reads.tokens.text is None else reads.tokens.text.source,
         "reads": str(reads),
     }
     if reads.site == "residual" and group < len(reads.sites) and reads.sites[group] > 0:
         known["hook_name"] = f"blocks.{reads.sites[group] - 1}.hook_resid_post"
     return known
+
+
+ARCHITECTURES = ("standard", "topk", "jumprelu", "transcoder", "jumprelu_transcoder")
+WHY_NOT = {
+    "gated": "a gate and a magnitude, each with a bias of its own, decide what is active; no rule here has both",
+    "abstopk": "features may be active with negative values; codes here are never negative",
+    "skip_transcoder": "a linear map of the input is added to what features write; no class here has one",
+    "jumprelu_skip_transcoder": "a linear map of the input is added to what features write; no class here has one",
+    "temporal": "a token's code depends on earlier tokens; here each token is encoded by itself",
+    "matching_pursuit": "features are chosen one after another, each on what is left; no rule here does so",
+}
+NORMALISED = "inputs are normalised by what is not in the file; SAELens folds it where it saves a finished SAE"
+RESHAPED = "it reads attention heads side by side, which no harvest here gives"
+
+
+def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
+    """The SAE of a folder, or the crosscoder or transcoder that it holds.
+
+    Raises:
+        ValueError: an architecture or setting that is not imported, named.
+        DamagedArtifactError: config and tensors disagree.
+    """
+    settings = read_settings(folder / CONFIG)
+    metadata = settings.table("metadata")
+    if not re.match(r"([6-9]|\d\d+)\.", str(metadata.take("sae_lens_version", str, ""))):
+        settings, metadata = _before_6(settings)
+    kind = settings.take("architecture", str)
+    why = WHY_NOT.get(kind, f"expected one of {', '.join(ARCHITECTURES)}")
+    settings.require("architecture", *ARCHITECTURES, default=None, why=why)
+    settings.require("normalize_activations", "none", default="none", why=NORMALISED)
+    settings.require("reshape_activations", "none", default="none", why=RESHAPED)
+    width, n_features = settings.count("d_in"), settings.count("d_sae")
+    is_transcoder = "transcoder" in kind
+    subtracts = settings.take("apply_b_dec_to_input", bool, not is_transcoder)
+    settings.ignore("dtype", "device")
+    sparsity: Sparsity = JumpReLU() if kind.startswith("jumprelu") else ReLU()
+    is_rescaled = False
+    if kind == "topk":
+        sparsity = require_k(settings.take("k", int), n_features, settings.where)
+        is_rescaled = settings.take("rescale_acts_by_decoder_norm", bool, False)
+    if is_transcoder:
+        settings.require("apply_b_dec_to_input", False, default=False, why="SAELens lets no transcoder do so")
+        settings.require("d_out", width, default=None, why=f"it reads {width} numbers, and writes as many here")
+    settings.finish()
+    with open_tensors(folder / WEIGHTS, allow_pickle=allow_pickle) as held:
+        flat = _flat(held, width, n_features, sparsity, centred=subtracts or is_transcoder)
+    if is_rescaled:
+        names = ("encoder_FD", "encoder_bias_F", "decoder_FD")
+        folded = fold_norms(*(getattr(flat, name) for name in names))
+        flat = replace(flat, **dict(zip(names, folded, strict=True)))
+    is_crosscoder = metadata.take("crosscoder", bool, False)
+    flat = replace(flat, about=_about(metadata, is_crosscoder=is_crosscoder, is_transcoder=is_transcoder))
+    if is_transcoder:
+        return transcoder(flat)
+    return _crosscoder(flat, metadata, settings) if is_crosscoder else flat
+
+
+def _before_6(settings: Settings) -> tuple[Settings, Settings]:
+    """Settings and metadata of a file of SAELens before version 6, by the rules with which version 6 reads them; what
+    else such a file says is of its training."""
+    settings.require("finetuning_scaling_factor", False, None, default=None, why="SAELens 6 does not apply it")
+    name = "activation_fn" if "activation_fn" in settings else "activation_fn_str"
+    function = settings.require(name, "relu", "topk", default="relu", why="SAELens 6 would take it as relu")
+    new = {"d_in": settings.count("d_in"), "d_sae": settings.count("d_sae")}
+    kind = "topk" if function == "topk" else settings.take("architecture", str, "standard")
+    new |= {"architecture": kind, "apply_b_dec_to_input": settings.take("apply_b_dec_to_input", bool, True)}
+    if kind == "topk":
+        new["k"] = settings.table("activation_fn_kwargs").take("k", int, settings.take("k", int, 0))
+    hook = settings.take("hook_name" if "hook_name" in settings else "hook_point", str, "")
+    new["reshape_activations"] = settings.take("reshape_activations", str, "hook_z" if "hook_z" in hook else "none")
+    normalised = settings.take("normalize_activations", (str, bool), "none")
+    new["normalize_activations"] = {True: "expected_average_only_in", False: "none"}.get(normalised, normalised)
+    said = {"hook_name": hook, "model_name": settings.take("model_name", str, "")}
+    said["context_size"] = settings.take("context_size", int, 0)
+    say(f"note: {settings.where} is of SAELens before version 6, and is read as version 6 reads it")
+    return Settings(new, settings.where), Settings(said, settings.where)
+
+
+def _flat(held: Tensors, width: int, n_features: int, sparsity: Sparsity, *, centred: bool) -> Flat:
+    encoder_FD = held.take("W_enc", width, n_features).T.contiguous()
+    bias_F, center_D = held.take("b_enc", n_features), held.take("b_dec", width)
+    if "scaling_factor" in held and not bool((held.take("scaling_factor", n_features) == 1).all()):
+        raise ValueError(f"{held.path}: scaling_factor is not 1: SAELens 6 does not apply it. It is not imported")
+    return Flat(
+        encoder_FD=encoder_FD,
+        encoder_bias_F=bias_F if centred else uncentred_bias(bias_F, encoder_FD, center_D),
+        decoder_FD=held.take("W_dec", n_features, width),
+        center_D=center_D,
+        sparsity=sparsity,
+        threshold=held.take("threshold", n_features, finite=False) if isinstance(sparsity, JumpReLU) else None,
+    )
+
+
+def _about(metadata: Settings, *, is_crosscoder: bool, is_transcoder: bool) -> About:
+    """What the metadata say; names of TransformerLens or of `transformers`."""
+    hook = metadata.take("hook_name", str, "")
+    hooks = metadata.take("hook_names", list, []) if is_crosscoder else [hook] if hook else []
+    out = metadata.take("hook_name_out", str, "a place that is not said")
+    return About(
+        model=metadata.take("model_name", str, ""),
+        hooks=tuple(map(str, hooks)),
+        context=max(0, metadata.take("context_size", int, 0)),
+        convention=f"{hook} to {out}" if is_transcoder else "",
+    )
+
+
+def _crosscoder(flat: Flat, metadata: Settings, settings: Settings) -> Crosscoder:
+    """The crosscoder that was written as one flat SAE over its layers side by side."""
+    n_layers, named = metadata.count("n_layers"), metadata.take("structure", dict, {"kind": "Acausal"})
+    structure = from_mapping(Shape, {"structure": named}, where=str(metadata.where)).structure
+    n_features, n_inputs = flat.encoder_FD.shape
+    if n_inputs % n_layers:
+        raise DamagedArtifactError(f"{settings.where}: d_in is {n_inputs}, which is not {n_layers} layers of one width")
+    kept = {} if flat.threshold is None else rule_tensors(flat.sparsity, [flat.threshold])
+    shape = (n_features, n_layers, n_inputs // n_layers)
+    tensors = {
+        "encoder": flat.encoder_FD.view(shape),
+        "decoder": flat.decoder_FD.view(shape),
+        "encoder_bias": flat.encoder_bias_F,
+        "decoder_bias": flat.center_D.view(shape[1:]),
+        **{name: tensor[0] for name, tensor in kept.items()},
+    }
+    given = {"n_layers": n_layers, "d_model": shape[2], "n_features": n_features, "sparsity": flat.sparsity}
+    made = assemble(Crosscoder, {**given, "structure": structure}, tensors, flat.about.reads(n_layers))
+    assert isinstance(made, Crosscoder)
+    for weight, mask in ((made.encoder, made.read_mask), (made.decoder, made.write_mask)):
+        if mask is not None and bool((weight * ~mask).any()):
+            raise DamagedArtifactError(f"{settings.where}: weights are not those of {structure}, which it names")
+    return made

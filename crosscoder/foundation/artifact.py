@@ -1,8 +1,9 @@
-"""Folders that are either whole or absent, and are checked before they are believed.
+"""Folders and files that are either whole or absent, and are checked before they are believed.
 
 A folder is written beside its final place, every file is flushed to the disk, a manifest with the sha256 of each
-file is written last, and only then is the folder renamed into place. A reader that finds no manifest, or a file that
-disagrees with it, refuses the folder by name. Nothing here ever pickles.
+file is written last, and only then does the folder take its name, in one step also where an older one has it. A reader
+that finds no manifest, or a file that disagrees with it, refuses the folder by name. A JSON file that stands alone
+carries the sha256 of its own content (`write_sealed`). Nothing here ever pickles.
 """
 
 from __future__ import annotations
@@ -10,40 +11,66 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosscoder.foundation.damage import DamagedArtifactError
+from crosscoder.foundation.disk import (
+    exchange,
+    naming_full_disk,
+    plain_name,
+    sync_path,
+    temporary_file,
+    temporary_folder,
+)
+from crosscoder.foundation.failpoints import failpoint
+
 MANIFEST = "MANIFEST.json"
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 8 * 2**20
+"""More than any file of ours has; what 64 MiB of brackets become would fill a small machine."""
+SEAL = "sha256"
+"""The key of a JSON file under which the hash of all others stands."""
+_PENDING = ".new-crosscoder"
 _SAFE_NAME = re.compile(r"^(?!\.+$)[A-Za-z0-9._-]+$")
-
-
-class DamagedArtifactError(ValueError):
-    """A file or folder on disk is not what its manifest or format says it should be."""
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number that JSON allows")
 
 
+def _finite_number(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_constant(text[:80])
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice among {sorted(found)[:5]}")
+    return found
+
+
 def read_json(path: str | Path) -> Any:
-    """The parsed file, refusing NaN, Infinity and files above 64 MiB.
+    """The parsed file, refusing NaN, numbers that no float holds, keys that stand twice, and files above 8 MiB.
 
     Raises:
         DamagedArtifactError: the file is too large, not UTF-8, or not JSON.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DamagedArtifactError(f"{path} is no plain file; expected JSON")
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise DamagedArtifactError(f"{path} has {size} bytes; JSON files above {MAX_JSON_BYTES} are refused")
+    checks: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_number}
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), **checks, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DamagedArtifactError(
             f"{path} is not valid JSON ({error}); restore it from a copy or delete the folder"
@@ -51,38 +78,65 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Write `value` with sorted keys, unless told otherwise, and a final newline; NaN and Infinity are refused."""
+    """Write `value` with sorted keys, unless told otherwise, and a final newline; NaN and Infinity are refused.
+
+    Bytes of a path that are not UTF-8 are escaped, as JSON can.
+    """
     text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False, ensure_ascii=False)
-    replace_file(path, (text + "\n").encode("utf-8"))
+    replace_file(path, (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def write_sealed(path: str | Path, value: dict[str, Any]) -> None:
+    """Write a table, keys in their order, with the sha256 of its content: `read_sealed` finds one changed digit."""
+    write_json(path, {**value, SEAL: seal_of(value)}, sort_keys=False)
+
+
+def read_sealed(path: str | Path, *, mend: str = "restore it from a copy") -> dict[str, Any]:
+    """What `write_sealed` wrote, without its seal; a DamagedArtifactError, which ends with the mend, if it was changed
+    since or never sealed."""
+    return unsealed(read_json(path), path, mend=mend)
+
+
+def unsealed(value: Any, path: str | Path, *, mend: str = "restore it from a copy") -> dict[str, Any]:
+    """A table that was read, without its seal, which is checked; raises as `read_sealed`."""
+    if not isinstance(value, dict) or SEAL not in value:
+        raise DamagedArtifactError(
+            f"{path} carries no {SEAL} of its content, so nobody can tell whether it is as it was written (crosscoder "
+            f"0.2 and before wrote none); {mend}"
+        )
+    content = {key: one for key, one in value.items() if key != SEAL}
+    if value[SEAL] != (found := seal_of(content)):
+        raise DamagedArtifactError(
+            f"{path} was changed since it was written: its content has the {SEAL} {found[:12]}, and it says "
+            f"{str(value[SEAL])[:12]}; {mend}"
+        )
+    return content
+
+
+def seal_of(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys and its white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Write `content` so that a reader sees the old file or the new one, never half of either."""
+    """Write `content` so that a reader sees the old file or the new one, never half of either.
+
+    Raises:
+        DiskFullError: there is no room; the old file is as it was.
+    """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with temporary_file(path.parent) as (temporary, stream), naming_full_disk(path, temporary):
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+        failpoint("json.rename")
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of the file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_path(path: Path) -> None:
-    """Ask the disk to keep `path` (a file, or a folder's list of names)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _others(folder: Path, schema: str, files: Sequence[str]) -> list[str]:
@@ -99,13 +153,13 @@ def _others(folder: Path, schema: str, files: Sequence[str]) -> list[str]:
 
 
 def _is_replaceable(folder: Path, schema: str, others: Sequence[str]) -> bool:
-    """Whether `folder` is empty, or an artifact of the same schema that holds nothing but its own files and others."""
+    """Whether `folder` is empty, or an artifact of the same schema, whole or not, with its own files and others."""
     found = {path.name for path in folder.iterdir()} - set(others)
     if not found:
         return True
     try:
         manifest = read_json(folder / MANIFEST)
-        return manifest["schema"] == schema and found == {MANIFEST, *manifest["files"]}
+        return manifest["schema"] == schema and found <= {MANIFEST, *manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -121,22 +175,25 @@ def committed_directory(final: str | Path, *, schema: str, files: Sequence[str] 
 
     Raises:
         FileExistsError: `final` exists and holds anything but an older artifact of the same schema.
-        ValueError: the body wrote a file whose name holds anything but letters, digits, '.', '_' and '-'.
+        DiskFullError: there is no room; `final` is as it was.
+        ValueError: the body wrote a file whose name holds anything but letters, digits, '.', '_' and '-', or none.
     """
     final = Path(final).resolve()
+    _restore(final)
     others = _others(final, schema, files) if files else []
-    final = _require_replaceable(final, schema, others)
-    temporary = final.with_name(f".tmp-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _seal(temporary, schema)
+    final = require_replaceable(final, schema, others)
+    failpoint("save.begin")
+    with temporary_folder(final.parent) as temporary:
+        with naming_full_disk(final, temporary):
+            yield temporary
+            _seal(temporary, schema)
+        failpoint("save.rename")
         if others:
-            _move_into(temporary, final)
+            temporary.rename(final / _PENDING)
+            _finish(final)
         else:
             _rename_into_place(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    failpoint("save.end")
     sync_path(final.parent)
 
 
@@ -148,26 +205,37 @@ def resumed_directory(final: str | Path, *, schema: str, key: str) -> Generator[
     key left behind is removed, and so are files that are not whole (`*.part`), and all where the body refuses its
     input (ValueError).
     """
-    final = _require_replaceable(Path(final), schema)
+    final = Path(final)
+    _restore(final)
+    final = require_replaceable(final, schema)
     mine = hashlib.sha256(f"{schema} {key}".encode()).hexdigest()[:12]
-    temporary = final.with_name(f".part-{final.name[:80]}-{mine}")
-    for left in final.parent.glob(f".part-{final.name[:80]}-{12 * '[0-9a-f]'}"):
+    temporary = final.with_name(f".part-{plain_name(final.name)}-{mine}")
+    for left in final.parent.glob(f".part-{plain_name(final.name)}-{12 * '[0-9a-f]'}"):
         if left != temporary:
             shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(exist_ok=True)
-    for torn in temporary.glob("*.part"):
+    for torn in (*temporary.glob("*.part"), *temporary.glob(".tmp-*")):
         torn.unlink()
     try:
-        yield temporary
-    except ValueError:  # would come again
-        shutil.rmtree(temporary, ignore_errors=True)
+        with naming_full_disk(final, temporary):
+            yield temporary
+            _seal(temporary, schema)
+    except BaseException as error:
+        if isinstance(error, ValueError):  # would come again
+            shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there is something in it
+            temporary.rmdir()
         raise
-    _seal(temporary, schema)
     _rename_into_place(temporary, final)
     sync_path(final.parent)
 
 
-def _require_replaceable(final: Path, schema: str, others: Sequence[str] = ()) -> Path:
+def require_replaceable(final: Path, schema: str, others: Sequence[str] = ()) -> Path:
+    """The path, its parent made, if an artifact may be written there; for whoever asks before long work.
+
+    Raises:
+        FileExistsError: something else is there.
+    """
     if final.exists() and not (final.is_dir() and _is_replaceable(final, schema, others)):
         raise FileExistsError(
             f"{final} exists and is not just an older {schema}, so it is not ours to replace; choose another folder "
@@ -178,6 +246,7 @@ def _require_replaceable(final: Path, schema: str, others: Sequence[str] = ()) -
 
 
 def _seal(folder: Path, schema: str) -> None:
+    failpoint("save.filled")
     umask = os.umask(0)
     os.umask(umask)
     files = {}
@@ -187,22 +256,24 @@ def _seal(folder: Path, schema: str) -> None:
         path.chmod(0o666 & ~umask)  # safetensors leaves 0600, which a colleague cannot read
         sync_path(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    if not files:
+        raise ValueError(f"an artifact {schema!r} without a file; there is nothing to keep")
+    failpoint("save.manifest")
     write_json(folder / MANIFEST, {"schema": schema, "files": files})
     sync_path(folder)
 
 
-def _move_into(temporary: Path, final: Path) -> None:
-    """File by file into a folder that holds others too, the manifest first: what is stopped half-way is refused."""
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name != MANIFEST):
-        path.replace(final / path.name)
-    sync_path(final)
-
-
 def _rename_into_place(temporary: Path, final: Path) -> None:
+    """Give a whole folder its name, in one step also where an older one has it."""
     if not final.exists():
         temporary.rename(final)
         return
-    retired = final.with_name(f".old-{final.name[:80]}-{uuid.uuid4().hex[:8]}")
+    failpoint("save.replace")
+    if exchange(temporary, final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    retired = _retired(final)  # where a reader or the next writer finds it if this process ends between the two
+    shutil.rmtree(retired, ignore_errors=True)
     final.rename(retired)
     try:
         temporary.rename(final)
@@ -212,14 +283,45 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def verify_directory(folder: str | Path, *, schema: str, required: Sequence[str] = (), hashes: bool = True) -> None:
-    """Check every file that the manifest of `folder` lists, by size and, unless told otherwise, sha256.
+def _retired(final: Path) -> Path:
+    full = hashlib.sha256(os.fsencode(final.name)).hexdigest()[:12]
+    return final.with_name(f".old-{plain_name(final.name)}-{full}")
+
+
+def _restore(final: Path) -> None:
+    """Bring to its end what a writer began that ended between two renames."""
+    with contextlib.suppress(OSError):  # of a folder that may only be read
+        if not final.exists() and (retired := _retired(final)).is_dir():
+            retired.rename(final)
+        if (final / _PENDING).is_dir():
+            _finish(final)
+
+
+def _finish(final: Path) -> None:
+    """Move a whole new artifact, which lies in a folder that holds others' files too, to its place in it."""
+    with contextlib.suppress(FileNotFoundError):  # another process finishes it as well
+        for path in sorted((final / _PENDING).iterdir(), key=lambda path: path.name == MANIFEST):
+            path.replace(final / path.name)
+        (final / _PENDING).rmdir()
+    sync_path(final)
+
+
+def verify_directory(
+    folder: str | Path, *, schema: str, required: Sequence[str] = (), hashes: bool = True, closed: bool = False
+) -> frozenset[str]:
+    """The names of the files that the manifest of `folder` lists, each checked by size and, unless told otherwise,
+    sha256; a reader believes no other.
+
+    closed: refuse a folder that holds more than it lists, but for hidden files and notes (`*.md`, `*.txt`); for
+        folders that another library reads, which would take what it finds.
 
     Raises:
         FileNotFoundError: the folder or its manifest is missing.
         DamagedArtifactError: wrong schema, a missing or altered file, or a name that is not a plain file name.
     """
-    path = Path(folder) / MANIFEST
+    folder = Path(folder)
+    _restore(folder)
+    path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {MANIFEST}: it is not a finished artifact. Check the path, or write it again."
@@ -228,20 +330,69 @@ def verify_directory(folder: str | Path, *, schema: str, required: Sequence[str]
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise DamagedArtifactError(f"{path} does not list files; restore the folder from a copy")
-    if manifest.get("schema") != schema:
-        raise DamagedArtifactError(
-            f"{folder} holds {manifest.get('schema')!r}, expected {schema!r}: it is another kind of artifact, or "
-            "was written by another version"
-        )
+    require_schema(manifest.get("schema"), schema, folder)
+    if not files and not required:
+        raise DamagedArtifactError(f"{path} lists no file; restore the folder from a copy")
     if unlisted := [name for name in required if name not in files]:
         raise DamagedArtifactError(f"{path} does not list {', '.join(unlisted)}; restore it from a copy")
     if unsafe := [name for name in files if not _SAFE_NAME.match(name)]:
         raise DamagedArtifactError(f"{path} lists {unsafe[0]!r}, which is not a plain file name")
     for name, entry in files.items():
-        file = path.with_name(name)
-        if not file.is_file() or (file.is_symlink() and not hashes):  # the Hub's cache is of links to what it holds
-            raise DamagedArtifactError(f"{file} is listed in {MANIFEST} but missing; restore the folder from a copy")
-        if (size := file.stat().st_size) != entry.get("bytes"):
-            raise DamagedArtifactError(f"{file} has {size} bytes, {MANIFEST} says {entry.get('bytes')}: altered")
-        if hashes and file_sha256(file) != entry.get("sha256"):
-            raise DamagedArtifactError(f"{file} does not match its sha256 in {MANIFEST}: altered since it was written")
+        if said := _fault_of(folder / name, entry, hashes=hashes):
+            raise DamagedArtifactError(said)
+    if closed and (more := unlisted_files(folder, files)):
+        raise DamagedArtifactError(f"{folder} holds {', '.join(more[:3])}, which {MANIFEST} does not list; remove it")
+    return frozenset(files)
+
+
+def require_schema(seen: Any, expected: str, where: Path) -> None:
+    """Refuse what another version wrote, or another kind of artifact, and say which it is.
+
+    Raises:
+        DamagedArtifactError: as said.
+    """
+    if seen != expected:
+        raise DamagedArtifactError(f"{where} holds {seen!r}, expected {expected!r}: {other_version(seen, expected)}")
+
+
+def other_version(seen: Any, expected: str) -> str:
+    """Who reads a schema that is not the expected one."""
+    kind, _, number = expected.rpartition("/")
+    found = re.fullmatch(rf"{re.escape(kind)}/(\d{{1,9}})", seen) if isinstance(seen, str) else None
+    if found is None:
+        return "it is another kind of artifact"
+    if int(found[1]) > int(number):
+        return "a later version of crosscoder wrote it and reads it: pip install --upgrade crosscoder"
+    return f"crosscoder {READERS.get(seen, '0.1 or 0.2')} wrote it and reads it; install that, or make it again"
+
+
+READERS = {"crosscoder.results/2": "0.1"}
+"""The version of the package that reads a schema of the past."""
+
+
+def faults_of(folder: Path, manifest: Any) -> list[str]:
+    """Everything that is wrong with the files of a manifest, where its readers stop at the first."""
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not files:
+        return [f"{folder / MANIFEST} lists no file"]
+    wrong = [name for name, entry in files.items() if not _SAFE_NAME.match(name) or not isinstance(entry, dict)]
+    if wrong:
+        return [f"{folder / MANIFEST}: {name!r:.80} is no entry of a plain file" for name in wrong]
+    return [fault for name, entry in files.items() if (fault := _fault_of(folder / name, entry))]
+
+
+def _fault_of(file: Path, entry: dict[str, Any], *, hashes: bool = True) -> str:
+    """What is wrong with a file that a manifest lists; empty if nothing is."""
+    if not file.is_file() or (file.is_symlink() and not hashes):  # the Hub's cache is of links to what it holds
+        return f"{file} is listed in {MANIFEST} but missing; restore the folder from a copy"
+    if (size := file.stat().st_size) != entry.get("bytes"):
+        return f"{file} has {size} bytes, {MANIFEST} says {entry.get('bytes')}: altered"
+    if hashes and file_sha256(file) != entry.get("sha256"):
+        return f"{file} does not match its sha256 in {MANIFEST}: altered since it was written"
+    return ""
+
+
+def unlisted_files(folder: Path, files: dict[str, Any]) -> list[str]:
+    """What lies in an artifact's folder and is neither listed, nor hidden, nor a note."""
+    names = (path.name for path in folder.iterdir() if path.name not in files)
+    return sorted(name for name in names if name != MANIFEST and not re.search(r"^\.|\.(md|txt)$", name))

@@ -12,6 +12,7 @@ annotations; `__post_init__` raises ValueError for what spans fields. `dataclass
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -42,9 +43,25 @@ def config(cls: Any = None, *, kw_only: bool = True) -> Any:
             checked(self, *args, **settings)
         except ValidationError as error:
             raise ValueError(_message(made, error)) from None
+        except OverflowError as error:
+            given = ", ".join(f"{name} {_brief(value)}" for name, value in settings.items())
+            raise ValueError(f"a number is out of range ({error}): {given}") from None
 
     made.__init__ = init
     return made
+
+
+def require_count(least: int = 1, **settings: Any) -> None:
+    """Refuse numbers that are to count something and do not: fractions, flags, words, and any below `least`.
+
+    None is let through: it stands for a default.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for name, value in settings.items():
+        if value is not None and (type(value) is not int or not least <= value < 2**63):
+            raise ValueError(f"{name} is {_brief(value)}, expected a whole number of at least {least}")
 
 
 def to_mapping(value: Any) -> Any:
@@ -82,8 +99,8 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
     """`value` with its lists as tuples, paths as paths and tables as configs, as far as `hint` asks for them."""
     if isinstance(value, dict) and (options := {option.__name__: option for option in _configs(hint)}):
         kind = value.get(KIND, next(iter(options)) if len(options) == 1 else None)
-        if kind not in options:
-            raise ValueError(f"{where}: {KIND} is {kind!r}, expected one of {sorted(options)}")
+        if not isinstance(kind, str) or kind not in options:
+            raise ValueError(f"{where}: {KIND} is {_brief(kind)}, expected one of {sorted(options)}")
         return from_mapping(options[kind], {key: item for key, item in value.items() if key != KIND}, where=where)
     if isinstance(value, list) and (items := [item for option in _options(hint) for item in typing.get_args(option)]):
         return tuple(_from_json(items[0], item, f"{where}[{i}]") for i, item in enumerate(value))
@@ -105,13 +122,21 @@ def _message(cls: type, error: ValidationError) -> str:
             case "unexpected_keyword_argument":
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"valid settings: {', '.join(sorted(names))}"
-                said[where] = f"unknown setting {name!r}; {hint}"
+                said[where] = f"unknown setting {name!r:.80}; {hint}"
             case _:
                 expected = found["msg"].removeprefix("Input should be ")
                 expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
-                seen = said.get(where, f"{where} is {found['input']!r}; expected")
+                seen = said.get(where, f"{where} is {_brief(found['input'])}; expected")
                 said[where] = f"{seen} or {expected}" if where in said else f"{seen} {expected}"
     return "; ".join(said.values())
+
+
+def _brief(value: Any) -> str:
+    """What was seen, as far as it fits a line."""
+    with contextlib.suppress(ValueError):  # a number of thousands of digits cannot be written
+        said = repr(value)
+        return said if len(said) <= 80 else f"{said[:77]}..."
+    return "a number of thousands of digits"
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import unicodedata
+from pathlib import Path
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def say(message: str) -> None:
-    """One line to the person running the program (stderr, so that stdout stays data)."""
-    print(message, file=sys.stderr, flush=True)
+def plain(text: str) -> str:
+    """Text that somebody else may have written, without what a terminal would obey: control characters, characters that
+    turn the direction, and halves of characters. Lines stay lines."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c == "\n" or unicodedata.category(c) not in HIDDEN else _SHOWN.get(c, "\ufffd") for c in text)
+
+
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+"""Categories of characters that are not seen, and change what is."""
+_SHOWN = dict.fromkeys("\t\r\u2028\u2029", " ") | dict.fromkeys("\u200c\u200d\u00ad\ufeff", "")
+
+
+class _Voice:
+    is_muted = False
+
+
+def mute() -> None:
+    """From here on this process says nothing: another one of the same job speaks for it."""
+    _Voice.is_muted = True
+
+
+def say(message: str, *, always: bool = False) -> None:
+    """One line to the person running the program (stderr, so that stdout stays data); see `plain`. `always`: also where
+    muted."""
+    if always or not _Voice.is_muted:
+        print(plain(message), file=sys.stderr, flush=True)
+
+
+def give(result: object) -> None:
+    """A line of result on stdout: as it is for a program, also a path that is not UTF-8; see `plain` for a terminal."""
+    if sys.stdout.isatty():
+        print(plain(str(result)), flush=True)
+        return
+    content = os.fsencode(result) if isinstance(result, Path) else str(result).encode("utf-8", "surrogateescape")
+    if (buffer := getattr(sys.stdout, "buffer", None)) is None:
+        print(str(result), flush=True)
+        return
+    sys.stdout.flush()
+    buffer.write(content + b"\n")
+    buffer.flush()
 
 
 class Progress:
@@ -27,7 +68,7 @@ class Progress:
         if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=plain(label), unit=unit, leave=False, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 
 from crosscoder.foundation.config import config
 from crosscoder.foundation.console import say
 
-Kind = Literal["residual", "write", "mlp"]
+Kind = Literal["residual", "write", "mlp", "other"]
 KINDS: dict[Kind, str] = {
     "residual": "residual stream after each block",
     "write": "what each block adds to the residual stream",
     "mlp": "what MLPs are given, after the norm before them, and what they return, before any norm behind them",
+    "other": "places that are not harvested here",
 }
 """What is read, by what a user calls it."""
 Null = Literal["shuffled", "gaussian"]
@@ -27,6 +28,10 @@ NULLS: dict[Null, str] = {
     "gaussian": "tokens of a Gaussian of the same mean and covariance over all layers",
 }
 """What is put in the place of the activations, to see what a measurement finds where there is nothing of the kind."""
+
+
+HASHED = ("model", "tokenizer", "BOS", "markup as special tokens", "first positions left out", "outliers kept")
+"""What `require_same` compares only where both sides were seen here."""
 
 
 class MismatchError(ValueError):
@@ -57,7 +62,8 @@ class TokenOrigin:
 
     tokenizer: sha256 of its rules and vocabulary. bos: the id that begins every block; None where none does.
     special_ids: the tokenizer's special tokens, which are no text.
-    special_tokens: whether markup in the text that spells special tokens was read as those.
+    special_tokens: whether markup in the text that spells special tokens was read as those. context: tokens of a
+    block; 0 where a publisher does not say it.
     """
 
     tokenizer: str
@@ -66,13 +72,14 @@ class TokenOrigin:
     bos: NonNegativeInt | None = None
     special_ids: tuple[int, ...] = ()
     special_tokens: bool = False
-    context: PositiveInt
+    context: NonNegativeInt
     text: TextOrigin | None = None
 
 
 @config
 class ModelOrigin:
-    """A language model. `weights` is the sha256 of its parameters and buffers; `revision` is a commit on the Hub."""
+    """A language model. `weights` is the sha256 of its parameters and buffers, empty where only its name is known;
+    `revision` is a commit on the Hub."""
 
     name: str
     weights: str
@@ -90,6 +97,8 @@ class Reads:
         special tokens are kept. dropped: tokens that were not harvested, by reason. scale: the factor of each layer
         that made its usual norm sqrt(D).
     null: what stands in the place of these activations; None where they are the model's own.
+    published: of a dictionary that somebody else trained: format, place, revision and sha256 of what it was read from.
+        Its model is known by name alone then, and its tokens are not known.
     """
 
     model: ModelOrigin
@@ -102,6 +111,7 @@ class Reads:
     dropped: dict[str, int] = field(default_factory=dict)
     scale: tuple[PositiveFloat, ...] = ()
     null: Null | None = None
+    published: str = ""
 
     def as_null(self, null: Null) -> Reads:
         """The record of a null made of these activations; a ValueError if they are one already."""
@@ -114,6 +124,9 @@ class Reads:
     def __str__(self) -> str:
         """One line for people."""
         numbers = ", ".join(map(str, self.sites))
+        if self.published:
+            where = f" ({self.convention})" if self.convention else ""
+            return f"{KINDS[self.site]}{where}, sites {numbers}, of {self.model.name or 'a model'}; {self.published}"
         bos = "with BOS" if self.tokens.bos is not None else "no BOS"
         left_out = "no special or outlier tokens" if self.tokens.special_ids else "no outlier tokens"
         kept = "all tokens" if self.keep_outliers else left_out
@@ -126,7 +139,8 @@ class Reads:
 def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: str) -> None:
     """Refuse to join two artifacts that read different things; one that keeps no record is let through.
 
-    Blocks of another length are said, and let through.
+    Blocks of another length are said, and let through. Where one of the two was published by somebody else, sites alone
+    can be compared, and it is said if the models have other names.
 
     Raises:
         MismatchError: names both sides and what would be right.
@@ -134,6 +148,7 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
     if mine is None or other is None:
         return
     wrong, mend_site = [], f"--site {mine.site}"
+    by_name = bool(mine.published or other.published)
     if "mlp" in (mine.site, other.site):
         mend_site = f"--reads {'mlp' if mine.site == 'mlp' else 'residual'}"
     for what, a, b, mend in (
@@ -152,14 +167,27 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
         ),
         ("outliers kept", *(_said(r.keep_outliers) for r in (mine, other)), "with or without --keep-outliers"),
     ):
-        if a != b:
+        unsaid = what in HASHED or (what == "MLPs" and "none" in (a, b))
+        if a != b and not (by_name and unsaid):
             wrong.append(f"{what}: {owner} {a}, {given} {b} ({mend})")
     if wrong:
         raise MismatchError(f"{owner} and {given} do not belong together: {'; '.join(wrong)}")
-    if mine.tokens.context != other.tokens.context:
+    if by_name:
+        _compare_names(mine.model.name, other.model.name, owner=owner, given=given)
+    elif mine.tokens.context != other.tokens.context:
         say(
             f"note: {owner} comes from blocks of {mine.tokens.context} tokens, {given} from blocks of "
             f"{other.tokens.context}: later positions are other inputs, and scores are not those of its own context"
+        )
+
+
+def _compare_names(mine: str, other: str, *, owner: str, given: str) -> None:
+    # Base models are published with and without the suffix.
+    short = [name.rstrip("/").split("/")[-1].casefold().removesuffix("-pt") for name in (mine, other)]
+    if short[0] != short[1]:
+        say(
+            f"warning: {owner} is of {mine or 'a model without a name'}, {given} of {other or 'one without a name'}, "
+            "and no hash tells whether these are the same: make sure that they are"
         )
 
 

@@ -21,13 +21,18 @@ def describe_run(config: Any = None, *, device: Mapping[str, Any] | None = None)
     """
     return {
         "config": config,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_program(Path(sys.argv[0])), *sys.argv[1:]],
         "device": {**_device(), **(device or {})},
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def _program(path: Path) -> str:
+    """What one types: the package's name where it is run as a module."""
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _version(package: str) -> str | None:

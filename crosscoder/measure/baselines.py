@@ -20,6 +20,7 @@ from crosscoder.data.hooks import ModuleEnd, reading, replacing
 from crosscoder.data.order import batch_indices
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.origin import MismatchError
+from crosscoder.foundation.signals import safe_point, safe_points
 from crosscoder.measure.splice import LOGIT_BYTES, SMALLEST_HARM
 
 ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
@@ -81,7 +82,7 @@ class KneserNey:
             raise ValueError(f"{highest}-grams of {vocab_size} tokens have no 64-bit numbers; ask for a lower order")
         self._check(ids_BS, max(2, highest))
         self._counted, self._continued = {}, {}
-        for order in range(1, highest + 1):
+        for order in safe_points(range(1, highest + 1)):
             key_G, count_G = np.unique(self._keys(ids_BS, order), return_counts=True)
             self._counted[order] = _Level(key_G, count_G, vocab_size)
             if order > 1:
@@ -253,6 +254,7 @@ def _rows_at_once(model: nn.Module, blocks: TokenBlocks) -> int:
 
 def _run(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `[B, S, V]`, and what each block writes, `[B, S, L, D]`, on the CPU."""
+    safe_point()
     stream: dict[int, Tensor] = {}
     ends = [ModuleEnd(blocks[0], "input"), *(ModuleEnd(block, "output") for block in blocks)]
     with reading(ends, lambda number, hidden: stream.update({number: hidden.float().cpu()})):

@@ -9,6 +9,7 @@ those of the clean run. A feature is taken off a row of tokens wherever it is ac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from crosscoder.data.hooks import replacing
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.console import Progress
+from crosscoder.foundation.signals import safe_points
 from crosscoder.measure import profile, splice
 from crosscoder.measure.matching import joint_rows, mean_square
 from crosscoder.measure.profile import known_mean
@@ -139,36 +141,47 @@ def measure_causal_layers(
     n_layers, d_model = dictionary.config.n_layers, dictionary.config.d_model
     if dictionary.grouped().encoder_GFN.shape[2] != n_layers * d_model:
         raise ValueError("the dictionary is a bank; causal layers need features that write all layers")
-    short = {one.dtype for one in model.parameters() if one.is_floating_point() and one.dtype.itemsize < 4}
-    if short:
-        raise ValueError(f"the model has weights of {short.pop()}, too coarse for small effects; load it in float32")
+    require_float32(model)
     at = {"layers": layers, "kind": kind, "skip_positions": skip_positions}
     sites = Sites(dictionary, model, blocks, ids_RS, n_rows=n_layers + 2, **at)
     row_bytes = ids_RS.shape[1] * max(sites.subject.token_bytes, 4 * n_layers * d_model)
-    code_TF = _read_code(sites, ids_RS, max(1, splice.LOGIT_BYTES // row_bytes))
+    code_TF = read_code(sites, ids_RS, max(1, splice.LOGIT_BYTES // row_bytes))
     feature_n, draws_n = _draw(dictionary, code_TF, n_features, seed)
     code_Tn = code_TF[:, feature_n]
-    jobs_J2 = _choose_rows(code_Tn, feature_n, ids_RS.shape[1], n_rows, seed)
+    jobs_J2 = choose_rows(code_Tn, feature_n, ids_RS.shape[1], n_rows, seed)
     share_nLD = splice.feature_shares(dictionary, feature_n.tolist(), kind)
     sums_nQ, tokens_n = np.zeros((len(feature_n), n_layers + 5)), np.zeros(len(feature_n), dtype=np.int64)
     n_jobs = max(1, splice.LOGIT_BYTES // (row_bytes * (n_layers + 2)))
     with Progress("causal layers", len(jobs_J2), unit="rows", quiet=quiet) as progress:
-        for start in range(0, len(jobs_J2), n_jobs):
+        for start in safe_points(range(0, len(jobs_J2), n_jobs)):
             index_b, row_b = jobs_J2[start : start + n_jobs].T
-            value_bS = _values(code_Tn, index_b, row_b, ids_RS.shape[1])
+            value_bS = values_of(code_Tn, index_b, row_b, ids_RS.shape[1])
             np.add.at(sums_nQ, index_b, _sum_effects(sites, ids_RS[row_b], value_bS, share_nLD[index_b]))
             np.add.at(tokens_n, index_b, (value_bS > 0).sum(1).numpy())
             progress.advance(len(row_b))
     return _assemble(feature_n, draws_n, tokens_n, sums_nQ)
 
 
-def _read_code(sites: Sites, ids_RS: Tensor, n_rows: int) -> sparse.csc_array:
-    """Activations on all tokens `[R * S, F]`, 0 where the dictionary was not made to read."""
+def require_float32(model: nn.Module) -> None:
+    """Refuse a model whose weights are shorter than float32; a ValueError that says so."""
+    short = {one.dtype for one in model.parameters() if one.is_floating_point() and one.dtype.itemsize < 4}
+    if short:
+        raise ValueError(f"the model has weights of {short.pop()}, too coarse for small effects; load it in float32")
+
+
+def read_code(sites: Sites, ids_RS: Tensor, n_rows: int, progress: Progress | None = None) -> sparse.csc_array:
+    """Activations on all tokens `[R * S, F]` (of a bank `[R * S, L * F]`), 0 where the dictionary was not made to read.
+
+    n_rows: how many are given to the model at once.
+    """
     parts = []
     for ids_BS in ids_RS.split(n_rows):
+        if progress is not None:
+            progress.advance(len(ids_BS))
         _, x_BSLD = sites.record(ids_BS)
         code = sites.dictionary.encode((x_BSLD * sites.scale_L1).flatten(0, 1))
-        rows = sparse_rows(code, ids_BS.numel(), 1, sites.dictionary.config.n_features)
+        n_groups = math.prod(code.batch_shape[1:])
+        rows = sparse_rows(code, ids_BS.numel(), n_groups, sites.dictionary.config.n_features)
         is_read = sites.read(ids_BS, x_BSLD).flatten().cpu().numpy().astype(np.float32)
         parts.append(sparse.csr_array(sparse.diags_array(is_read) @ rows))
         parts[-1].eliminate_zeros()
@@ -189,7 +202,7 @@ def _draw(
     return np.unique(ends_F.searchsorted(places, side="right"), return_counts=True)
 
 
-def _choose_rows(code_Tn: sparse.csc_array, feature_n: np.ndarray, length: int, n_rows: int, seed: int) -> np.ndarray:
+def choose_rows(code_Tn: sparse.csc_array, feature_n: np.ndarray, length: int, n_rows: int, seed: int) -> np.ndarray:
     """For each feature, by its place among the drawn, the rows to measure, ascending `[J, 2]`."""
     jobs = []
     for index, feature in enumerate(feature_n):
@@ -201,7 +214,7 @@ def _choose_rows(code_Tn: sparse.csc_array, feature_n: np.ndarray, length: int, 
     return np.array(jobs)
 
 
-def _values(code_Tn: sparse.csc_array, index_b: np.ndarray, row_b: np.ndarray, length: int) -> Tensor:
+def values_of(code_Tn: sparse.csc_array, index_b: np.ndarray, row_b: np.ndarray, length: int) -> Tensor:
     """The activation of one feature on one row for each job, `[b, S]`."""
     columns = [code_Tn[:, [index]].toarray().reshape(-1, length) for index in index_b]
     return torch.from_numpy(np.stack([column[row] for column, row in zip(columns, row_b, strict=True)]))

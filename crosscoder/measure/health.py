@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
@@ -31,6 +32,13 @@ def describe(dictionary: Dictionary, reading: Reading) -> list[str]:
         f"on {reading.n_tokens:,} held-out tokens: explained variance {reading.explained_variance:.4f}, L0 {l0:.1f}, "
         f"dead {reading.dead_share:.1%}"
     ]
+    written = reading.explained_variance_L[dictionary.config.written()]
+    first = len(reading.explained_variance_L) - len(written)
+    if constant := [layer for layer, value in enumerate(written, first) if math.isnan(value)]:
+        lines.append(
+            f"layers {', '.join(map(str, constant))} (from 0) are constant on these tokens: there is nothing to "
+            "explain, and the explained variance is that of the other layers"
+        )
     rule = dictionary.config.sparsity
     target = rule.k if isinstance(rule, TopK | BatchTopK) else getattr(getattr(rule, "penalty", None), "target", None)
     if target is not None and abs(l0 / (asked := target * reading.n_groups) - 1) > L0_TOLERANCE:

@@ -19,6 +19,7 @@ from torch import Tensor
 from crosscoder.data.tokenizer import special_ids
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.console import Progress
+from crosscoder.foundation.signals import safe_points
 from crosscoder.measure.profile import known_mean
 from crosscoder.results.table import Value
 
@@ -193,7 +194,7 @@ def measure_labels(
     n_each = max(1, SCORE_BYTES // (4 * max(1, n_tokens) * (n_layers + 1)))
     pairs: list[_Pair] = []
     with Progress("labels", len(feature_n), unit="features", quiet=quiet) as progress:
-        for start in range(0, len(feature_n), n_each):
+        for start in safe_points(range(0, len(feature_n), n_each)):
             chosen_n = feature_n[start : start + n_each]
             scores_2 = _read(dictionary, batches, document_T, chosen_n, n_tokens)
             pairs += [one._replace(feature=chosen_n[one.feature]) for one in _pairs(*scores_2, labels.value_TQ)]

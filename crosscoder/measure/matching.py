@@ -14,6 +14,8 @@ import numpy as np
 from scipy import optimize, sparse
 from scipy.sparse import csgraph
 
+from crosscoder.foundation.signals import safe_points
+
 BLOCK_BYTES = 2**27
 """Size of one block of similarities as float64; at most six such arrays exist at once, beside one copy of the codes
 and decoders."""
@@ -61,7 +63,7 @@ def row_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
     """First and last (exclusive) of the rows of each block of at most `BLOCK_BYTES`, of one row at least."""
     size = max(1, BLOCK_BYTES // (8 * max(1, n_columns)))
     size -= size % ALIGNED_ROWS if size > ALIGNED_ROWS else 0
-    return ((start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+    return ((start, min(start + size, n_rows)) for start in safe_points(range(0, n_rows, size)))
 
 
 def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> Similarity:
@@ -74,16 +76,14 @@ def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> Similari
         raise ValueError(f"activities cover {a.shape[0]} and {b.shape[0]} tokens; correlate them on the same tokens")
     n_tokens, of_tokens = a.shape[0], sparse.csr_array(b)
     mean_a, mean_b = (np.asarray(code.sum(0), dtype=np.float64).ravel() / n_tokens for code in (a, b))
-    deviation_a, deviation_b = _deviation(a, mean_a), _deviation(b, mean_b)
+    inverse_a, inverse_b = _inverse_deviation(a, mean_a), _inverse_deviation(b, mean_b)
 
     def rows(start: int, stop: int) -> np.ndarray:
         covariance = np.asarray((a[:, start:stop].T @ of_tokens).todense(), dtype=np.float64)
         covariance /= n_tokens
         covariance -= np.outer(mean_a[start:stop], mean_b)
-        scale = np.outer(deviation_a[start:stop], deviation_b)
-        known = scale > 0
-        np.divide(covariance, scale, out=covariance, where=known)
-        covariance[~known] = 0.0
+        covariance *= inverse_a[start:stop, None]
+        covariance *= inverse_b
         return covariance
 
     return Similarity((a.shape[1], b.shape[1]), rows)
@@ -94,8 +94,10 @@ def mean_square(code: sparse.csc_array) -> np.ndarray:
     return np.asarray(code.multiply(code).sum(0), dtype=np.float64).ravel() / code.shape[0]
 
 
-def _deviation(code: sparse.csc_array, mean: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(mean_square(code) - mean**2, 0.0))
+def _inverse_deviation(code: sparse.csc_array, mean: np.ndarray) -> np.ndarray:
+    """One over the standard deviation of each column; 0 for a constant one."""
+    deviation = np.sqrt(np.maximum(mean_square(code) - mean**2, 0.0))
+    return np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
 
 
 def joint_rows(decoder_FLD: np.ndarray) -> np.ndarray:
@@ -107,6 +109,75 @@ def decoder_cosine(a_FLD: np.ndarray, b_FLD: np.ndarray) -> Similarity:
     """Cosine between the joint rows of `a` and of `b`; 0 for a zero row."""
     rows_a, unit_b = joint_rows(a_FLD), unit_rows(joint_rows(b_FLD))
     return Similarity((len(rows_a), len(unit_b)), lambda start, stop: unit_rows(rows_a[start:stop]) @ unit_b.T)
+
+
+def shared_cosine(a_FLD: np.ndarray, b_FLD: np.ndarray) -> Similarity:
+    """Cosine between what features of `a` and of `b` write, over the layers that both write; 0 where there is none.
+
+    Of features that write all layers this is that of their joint rows; of a bank's feature and a crosscoder's, that of
+    their rows on the bank's layer. Float32; features that write the same layers are multiplied together.
+    """
+    cosines = cosines_with(b_FLD)
+    return Similarity((len(a_FLD), len(b_FLD)), lambda start, stop: cosines(a_FLD[start:stop]))
+
+
+def cosines_with(b_FLD: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives `shared_cosine` of rows `[f, L, D]` with all of `b`, of which one copy is held."""
+    parts_b = _by_layers(b_FLD)
+
+    def rows(rows_fLD: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(rows_fLD), len(b_FLD)), dtype=np.float32)
+        for one in _by_layers(rows_fLD):
+            for other in parts_b:
+                if not (shared := [layer for layer in one.layers if layer in other.layers]):
+                    continue
+                here, there = ([part.layers.index(layer) for layer in shared] for part in (one, other))
+                dot = sum(one.rows_LFD[i] @ other.rows_LFD[j].T for i, j in zip(here, there, strict=True))
+                dot /= np.sqrt(one.squares_LF[here].sum(0))[:, None]
+                dot /= np.sqrt(other.squares_LF[there].sum(0))
+                found[one.index_f[:, None], other.index_f] = dot
+        return found
+
+    return rows
+
+
+def pair_cosines(a_FLD: np.ndarray, b_FLD: np.ndarray, pairs_m2: np.ndarray) -> np.ndarray:
+    """`shared_cosine` of some pairs of features, `[m]`, float64; nan where there is none."""
+    found = np.full(len(pairs_m2), np.nan)
+    for start, stop in row_spans(len(pairs_m2), a_FLD[:1].size):
+        first, second = (one[rows].astype(np.float64) for one, rows in zip((a_FLD, b_FLD), pairs_m2[start:stop].T))
+        both_mL = first.any(2) & second.any(2)
+        norms = np.sqrt((layer_squares(first) * both_mL).sum(1) * (layer_squares(second) * both_mL).sum(1))
+        np.divide(np.einsum("mld,mld->m", first, second), norms, out=found[start:stop], where=norms > 0)
+    return found
+
+
+@dataclass(frozen=True)
+class _SameLayers:
+    """The features that write the same layers: which they are, and their rows on each of these layers."""
+
+    index_f: np.ndarray
+    layers: tuple[int, ...]
+    rows_LFD: np.ndarray
+    squares_LF: np.ndarray
+
+
+def _by_layers(rows_FLD: np.ndarray) -> list[_SameLayers]:
+    squares_FL = layer_squares(rows_FLD)
+    kinds, kind_F = np.unique(squares_FL > 0, axis=0, return_inverse=True)
+    found = []
+    for number, written_L in enumerate(kinds):
+        index_f, layers = np.flatnonzero(kind_F.ravel() == number), np.flatnonzero(written_L)
+        rows_LFD = np.stack([rows_FLD[index_f, layer] for layer in layers]) if len(layers) else rows_FLD[:0, :0]
+        squares_LF = squares_FL[index_f].T[layers].astype(np.float32)
+        found.append(_SameLayers(index_f, tuple(layers.tolist()), rows_LFD, squares_LF))
+    return found
+
+
+def layer_squares(rows_FLD: np.ndarray) -> np.ndarray:
+    """Squared norm of each feature's row on each layer, `[F, L]`, float64."""
+    parts = np.array_split(rows_FLD, 1 + len(rows_FLD) // 4096)  # a bank's rows are L times those of its SAEs
+    return np.concatenate([np.square(part, dtype=np.float64).sum(2) for part in parts])
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -156,9 +227,9 @@ class Nearest:
         return np.stack([a, index_a[a]], axis=1)
 
 
-def nearest(similarity: Similarity | np.ndarray) -> Nearest:
-    """The most similar features in both directions."""
-    found = Nearest(similarity.shape[1])
+def nearest(similarity: Similarity | np.ndarray, found: Nearest | None = None) -> Nearest:
+    """The most similar features in both directions; `found` may be one that keeps more of them."""
+    found = Nearest(similarity.shape[1]) if found is None else found
     if 0 not in similarity.shape:
         for start, block in _blocks(similarity):
             found.add(start, block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from crosscoder.measure.matching import layer_squares
 from crosscoder.results.table import Value
 
 HISTOGRAM_BINS = 20
@@ -15,9 +16,7 @@ def layer_profile(decoder_FLD: np.ndarray) -> np.ndarray:
 
     A feature whose decoder is zero has no profile; its row is zero.
     """
-    parts = np.array_split(decoder_FLD, 1 + len(decoder_FLD) // 4096)  # a bank's rows are L times those of its SAEs
-    energy_FL = np.concatenate([np.square(part.astype(np.float64)).sum(2) for part in parts])
-    return shares(energy_FL)
+    return shares(layer_squares(decoder_FLD))
 
 
 def shares(values_FL: np.ndarray) -> np.ndarray:
@@ -57,6 +56,16 @@ def adjacent_cosine(decoder_FLD: np.ndarray, profile_FL: np.ndarray) -> np.ndarr
     count_F = both.sum(1)
     total_F = np.where(both, dot / scale, 0.0).sum(1)
     return np.divide(total_F, count_F, out=np.full(len(total_F), np.nan), where=count_F > 0)
+
+
+def strongest_layer_cosine(decoder_FLD: np.ndarray, profile_FL: np.ndarray) -> np.ndarray:
+    """Cosine of each layer's decoder row with that of the feature's strongest layer, `[F, L]`; nan for a zero row."""
+    rows = decoder_FLD.astype(np.float64)
+    norm_FL = np.linalg.norm(rows, axis=2)
+    at = np.arange(len(rows)), profile_FL.argmax(1)
+    scale_FL = norm_FL * norm_FL[at][:, None]
+    dot_FL = np.einsum("fld,fd->fl", rows, rows[at])
+    return np.divide(dot_FL, scale_FL, out=np.full_like(dot_FL, np.nan), where=scale_FL > 0)
 
 
 def describe_profiles(decoder_FLD: np.ndarray) -> dict[str, Value]:

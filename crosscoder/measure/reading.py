@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
 from scipy import sparse
 from torch import Tensor
 
@@ -25,10 +24,16 @@ from crosscoder.data.sources import Marked, chosen_tokens
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
-from crosscoder.foundation.artifact import DamagedArtifactError, replace_file
+from crosscoder.foundation.damage import reading as reading_file
+from crosscoder.foundation.failpoints import failpoint
+from crosscoder.foundation.tensors import load_tensors, save_tensors
 from crosscoder.measure import matching, profile
 
 DUPLICATE = 0.9  # joint decoder cosine and activation correlation above which two features are duplicates
+NO_VARIANCE = 1e-12  # share of a layer's sum of squares below which its variance is rounding
+MEND = "delete it and run the study again"
+Batches = Iterable[Tensor | Marked]
+Watch = Callable[[Marked, SparseCode], None] | None
 _NUMBERS = ("explained_variance", "dead_share", "l0", "l0_layer")
 
 
@@ -54,7 +59,7 @@ class Measured:
 
     code: sparse.csr_array  # [T, G * F], float32, no stored zeros, tokens in the text's order
     n_groups: int
-    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where no feature writes
+    explained_variance_L: np.ndarray  # each layer: 1 - squared error / variance; nan where none is written or varies
     explained_variance: float  # the same ratio of sums over all layers of the scaled activations
     token_T: np.ndarray  # int64, the tokens' numbers in the text
     outliers: Outliers
@@ -73,7 +78,7 @@ class Measured:
 
 @torch.no_grad()
 def measure_dictionary(
-    dictionary: Dictionary, batches: Iterable[Tensor | Marked], text: TokenBlocks | None = None
+    dictionary: Dictionary, batches: Batches, text: TokenBlocks | None = None, watch: Watch = None
 ) -> Measured:
     """Code and explained variance of `dictionary` on `batches` `[B, L, D]`, in evaluation mode.
 
@@ -83,21 +88,23 @@ def measure_dictionary(
 
     text: whose tokens the batches are of; then explained variance without each of its documents (or groups of them,
         `TokenBlocks.document_groups`) is measured too.
+    watch: is given every batch with its code.
 
     Raises:
-        ValueError: there is no token, or a layer is constant.
+        ValueError: there is no token, or every layer is constant.
     """
-    n_features, n_groups = dictionary.config.n_features, 1
-    was_training = dictionary.training
+    n_features, n_groups, was_training = dictionary.config.n_features, 1, dictionary.training
     dictionary.eval()
-    n_documents = 1 if text is None else text.n_groups
-    usual, outliers = (_Sums(dictionary, n_documents) for _ in range(2))
+    usual, outliers = (_Sums(dictionary, 1 if text is None else text.n_groups) for _ in range(2))
     parts, tokens, n_kept, every_kept = [], [], 0, True
     n_outliers_L = np.zeros(dictionary.config.n_layers)
     for batch in batches:
+        failpoint("evaluation.batch")
         if isinstance(batch, Tensor):
             batch = Marked.plain(batch, torch.arange(n_kept, n_kept + len(batch)))
         out, outlier_B = dictionary(batch.x_BLD), batch.outlier_BL.any(1)
+        if watch is not None:
+            watch(batch, out.code)
         n_groups = math.prod(out.code.batch_shape[1:])
         rows, kept_B = sparse_rows(out.code, len(outlier_B), n_groups, n_features), batch.kept_B.cpu()
         parts.append(rows if bool(kept_B.all()) else sparse.csr_array(rows[kept_B.numpy()]))
@@ -107,8 +114,8 @@ def measure_dictionary(
         document_B = torch.zeros(len(outlier_B), dtype=torch.long)
         if text is not None:
             document_B = torch.from_numpy(text.document_groups[batch.token_B.numpy() // text.sequence_length])
-        usual.add(batch.x_BLD, out.recon, document_B, ~outlier_B)
-        outliers.add(batch.x_BLD, out.recon, document_B, outlier_B)
+        for sums, chosen_B in ((usual, ~outlier_B), (outliers, outlier_B)):
+            sums.add(batch.x_BLD, out.recon, document_B, chosen_B)
         n_outliers_L = n_outliers_L + batch.outlier_BL.sum(0).cpu().numpy()
     dictionary.train(was_training)
     if n_kept == 0:
@@ -150,9 +157,8 @@ class _Sums:
         self.error_EL.index_add_(0, document_B, (x_BLD - recon_BLD).double().square().sum(2).cpu())
         self.square_EL.index_add_(0, document_B, x_BLD.double().square().sum(2).cpu())
         for document in document_B.unique().tolist():  # few in a batch, and rows are large
-            self.sum_ELD[document] += (
-                chosen_tokens(x_BLD, (document_B == document).to(x_BLD.device)).double().sum(0).cpu()
-            )
+            own_BLD = chosen_tokens(x_BLD, (document_B == document).to(x_BLD.device))
+            self.sum_ELD[document] += own_BLD.double().sum(0).cpu()
         self.tokens_E += torch.bincount(document_B, minlength=len(self.tokens_E))
 
     def joined(self, other: _Sums) -> _Sums:
@@ -162,13 +168,16 @@ class _Sums:
         return joined
 
     def explained(self) -> tuple[np.ndarray, float]:
-        """Explained variance of each layer, nan where none writes, and of all."""
+        """Explained variance of each layer, nan where none writes or nothing varies, and of all."""
         error_L, variance_L = self._error_and_variance()
-        if not bool((variance_L[self.written] > 0).all()):
-            raise ValueError(f"a layer is constant over the {self.n_tokens} held-out tokens: no variance to explain")
-        explained_L = torch.full_like(error_L, torch.nan)
-        explained_L[self.written] = 1 - error_L[self.written] / variance_L[self.written]
-        return explained_L.numpy(), float(1 - error_L[self.written].sum() / variance_L[self.written].sum())
+        if not bool(torch.isfinite(error_L + variance_L).all()):
+            raise ValueError("sums of squares are not finite: activations or reconstructions are too large for float32")
+        varies_L = variance_L > NO_VARIANCE * self.square_EL.sum(0)  # of a constant layer it is rounding
+        varies_L[: self.written.start] = False
+        if not bool(varies_L.any()):
+            raise ValueError(f"every layer is constant over the {self.n_tokens} held-out tokens: nothing to explain")
+        explained_L = torch.where(varies_L, 1 - error_L / variance_L, torch.nan)
+        return explained_L.numpy(), float(1 - error_L[self.written].sum() / variance_L[varies_L].sum())
 
     def explained_left(self) -> np.ndarray:
         """Explained variance of all layers without each document, nan where nothing varies then, `[E]`."""
@@ -177,9 +186,8 @@ class _Sums:
 
     def _error_and_variance(self, *, without: int | None = None) -> tuple[Tensor, Tensor]:
         tensors = (self.error_EL, self.square_EL, self.sum_ELD, self.tokens_E)
-        error_L, square_L, sum_LD, n_tokens = (
-            one.sum(0) if without is None else one.sum(0) - one[without] for one in tensors
-        )
+        sums = (one.sum(0) if without is None else one.sum(0) - one[without] for one in tensors)
+        error_L, square_L, sum_LD, n_tokens = sums
         return error_L, square_L - sum_LD.square().sum(1) / n_tokens
 
 
@@ -244,7 +252,7 @@ class Reading:
     @cached_property
     def energy_F(self) -> np.ndarray:
         """`E[f_i^2] |W_i|^2`, the mean squared norm that each feature writes on a token."""
-        return matching.mean_square(self.code) * np.square(self.rows_FN).sum(1)
+        return matching.mean_square(self.code) * matching.layer_squares(self.decoder_FLD).sum(1)
 
     @cached_property
     def rows_FN(self) -> np.ndarray:
@@ -295,15 +303,15 @@ class Reading:
 
 
 def read_dictionary(
-    dictionary: Dictionary, batches: Iterable[Tensor | Marked], text: TokenBlocks | None = None
+    dictionary: Dictionary, batches: Batches, text: TokenBlocks | None = None, watch: Watch = None
 ) -> Reading:
     """The reading of a dictionary from one pass over held-out batches `[B, L, D]`, in the dictionary's own scale.
 
-    text: as of `measure_dictionary`.
+    text, watch: as of `measure_dictionary`.
     """
-    measured = measure_dictionary(dictionary, batches, text)
-    n_tokens, decoder_FLD = measured.code.shape[0], dictionary.decoder_FLD().float().cpu().numpy()
-    alive = measured.alive_GF.ravel().nonzero()[0]
+    measured = measure_dictionary(dictionary, batches, text, watch)
+    n_tokens, alive = measured.code.shape[0], measured.alive_GF.ravel().nonzero()[0]
+    decoder_FLD = dictionary.decoder_FLD().float().cpu().numpy()
     held_F = profile.lifespan(profile.layer_profile(decoder_FLD))
     tokens_F = np.bincount(measured.code.indices, minlength=len(decoder_FLD))
     return Reading(
@@ -339,17 +347,16 @@ def common_tokens(readings: Sequence[Reading]) -> np.ndarray:
 
 def representatives(reading: Reading) -> np.ndarray:
     """Indices of the most active feature of each set of duplicates, ascending."""
-    cosine = matching.decoder_cosine(reading.decoder_FLD, reading.decoder_FLD)
     correlation = matching.activation_correlation(reading.code, reading.code)
-    blocks = zip(cosine.blocks(), correlation.blocks(), strict=True)
-    pairs = (matching.marked_pairs(start, (c > DUPLICATE) & (r > DUPLICATE)) for (start, c), (_, r) in blocks)
-    label_F = matching.joined(len(reading), matching.joined_pairs(pairs))
+    pairs_m2 = matching.joined_pairs(matching.marked_pairs(i, block > DUPLICATE) for i, block in correlation.blocks())
+    alike = matching.pair_cosines(reading.decoder_FLD, reading.decoder_FLD, pairs_m2) > DUPLICATE
+    label_F = matching.joined(len(reading), pairs_m2[alike])
     order = np.argsort(-np.diff(reading.code.indptr), kind="stable")
     return np.sort(order[np.unique(label_F[order], return_index=True)[1]])
 
 
 def save_reading(reading: Reading, path: str | Path) -> None:
-    """Write a reading to one file, atomically."""
+    """Write a reading to one file, atomically, sealed."""
     code = sparse.csc_array(reading.code)
     tensors = {
         "decoder_FLD": np.ascontiguousarray(reading.decoder_FLD, dtype=np.float32),
@@ -361,31 +368,27 @@ def save_reading(reading: Reading, path: str | Path) -> None:
         "explained_variance_L": reading.explained_variance_L.astype(np.float64),
         "index_F": reading.index_F.astype(np.int64),
     }
-    if reading.token_T is not None:
-        tensors["token_T"] = reading.token_T.astype(np.int64)
-    if reading.explained_left_E is not None:
-        tensors["explained_left_E"] = reading.explained_left_E.astype(np.float64)
-    replace_file(Path(path), save(tensors))
+    for name, kind in (("token_T", np.int64), ("explained_left_E", np.float64)):
+        if (known := getattr(reading, name)) is not None:
+            tensors[name] = known.astype(kind)
+    save_tensors({name: torch.from_numpy(array) for name, array in tensors.items()}, path)
 
 
 def load_reading(path: str | Path) -> Reading:
-    """The reading in a file.
-
-    Raises:
-        DamagedArtifactError: the file is not a whole reading.
-        FileNotFoundError: there is none.
-    """
+    """The reading in a file; a DamagedArtifactError if it is not whole, a FileNotFoundError if there is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such reading; run the study's cells first")
-    try:
-        found = load_file(path)
+    found = {name: tensor.numpy() for name, tensor in load_tensors(path, mend=MEND).items()}
+    with reading_file(path, mend=MEND):
         seed, n_tokens, n_features, n_groups, size = (int(value) for value in found["whole"])
         if len(found["decoder_FLD"]) != n_features:
             raise ValueError(f"{len(found['decoder_FLD'])} decoder rows for {n_features} features")
+        code = sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features))
+        code.check_format()
         return Reading(
             seed=seed,
             decoder_FLD=found["decoder_FLD"],
-            code=sparse.csc_array((found["values"], found["rows"], found["starts"]), shape=(n_tokens, n_features)),
+            code=code,
             index_F=found["index_F"],
             token_T=found.get("token_T"),
             explained_left_E=found.get("explained_left_E"),
@@ -394,5 +397,3 @@ def load_reading(path: str | Path) -> Reading:
             explained_variance_L=found["explained_variance_L"],
             **dict(zip(_NUMBERS, found["numbers"].tolist(), strict=True)),
         )
-    except Exception as error:
-        raise DamagedArtifactError(f"{path} is not a reading: {error!r}; delete it and run the study again") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 
 from crosscoder.data.blocks import run_model
 from crosscoder.data.hooks import ModuleEnd, reading, replacing, replacing_input
+from crosscoder.data.residuals import norms, scales_of_norms
 from crosscoder.data.sources import is_outlier
 from crosscoder.data.subject import model_origin
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.origin import require_same
+from crosscoder.foundation.signals import safe_point
 
 ALL_LAYERS = "all"
 """The name of splicing every layer of several."""
 SMALLEST_HARM = 1e-4  # nats a token that an ablation must cost before its recovery means anything
 LOGIT_BYTES = 2**28
 """Of the logits of one call of the model, as float32; those of the clean and of one spliced run are held at once."""
+USUAL_ROWS = 8
+"""Of tokens, from which the usual norm of raw activations is taken."""
 BLOCK_BYTES = 2**26
 """Of the logits that are scored at a time; about six such arrays exist at once."""
 
@@ -161,9 +166,22 @@ class Sites:
         self.layers, self.kind = list(layers), kind
         self.subject = BoundedModel(model, ids_BS, n_rows)
         self.scale_L1 = dictionary.input_scale[:, None]
+        self._some_ids = ids_BS[:USUAL_ROWS]
+
+    @cached_property
+    def _usual_L1(self) -> Tensor:
+        """The scale at which outliers are told; raw activations, of a dictionary that was not trained here, say nothing
+        of their usual norm, so that it is taken from some rows."""
+        if bool((self.scale_L1 != 1).any()):
+            return self.scale_L1
+        x_BSLD = self.record(self._some_ids)[1][:, self.skip :]
+        with contextlib.suppress(ValueError):  # a layer that is mostly zero has none
+            return scales_of_norms(norms(x_BSLD.flatten(0, 1)), x_BSLD.shape[-1])[:, None].to(x_BSLD)
+        return torch.zeros_like(self.scale_L1)
 
     def record(self, ids_BS: Tensor) -> tuple[Logits, Tensor]:
         """Clean logits, and what the dictionary reads, float32 `x_BSLD`."""
+        safe_point()
         with recording_sites(self.blocks, self.layers, self.kind, self.scale_L1.device) as read:
             logits = self.subject.run(ids_BS)
         return logits, read()
@@ -175,7 +193,7 @@ class Sites:
         if reads is not None and not reads.keep_outliers:
             special = torch.tensor(reads.tokens.special_ids, dtype=ids_BS.dtype, device=ids_BS.device)
             read_BS &= ~torch.isin(ids_BS, special).to(x_BSLD.device)
-            read_BS &= ~is_outlier(x_BSLD * self.scale_L1).any(-1)
+            read_BS &= ~is_outlier(x_BSLD * self._usual_L1).any(-1)
         return read_BS
 
     def mean(self, ids: Sequence[Tensor]) -> Tensor:

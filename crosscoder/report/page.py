@@ -13,17 +13,19 @@ import base64
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from crosscoder.foundation.artifact import read_json, replace_file
+from crosscoder.foundation.artifact import read_json, replace_file, unsealed
+from crosscoder.foundation.console import HIDDEN
+from crosscoder.report import dictionaries, effects
 from crosscoder.report.figures import PICTURES
 from crosscoder.report.panels import to_png
-from crosscoder.report.screen import first_screen
+from crosscoder.report.screen import Parts, first_screen
 from crosscoder.report.table import WORDS, Table
 from crosscoder.report.tables import TABLES
 from crosscoder.report.verdict_tables import VERDICT_TABLES
@@ -48,10 +50,11 @@ FIRST = ("ratios", "spread")
 SHOWN_IN = {"loads": "loads", "profiles": "layers"}
 """The section of each other picture."""
 ALL_TABLES = {**VERDICT_TABLES, **TABLES}
+PARTS: dict[str, Callable[[Results], Parts]] = {"dictionaries": dictionaries.parts, "effects": effects.parts}
+"""Of the kinds that are no studies."""
 EMBED_LIMIT = 1_200_000  # characters of JSON that the page may carry
 _TEMPLATES = Path(__file__).parent / "templates"
 _CODE_SPAN = re.compile(r"(?<![`\\])(`[\w .=/-]+`)(?!`)")
-_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 
 
 def render_report(results: Results, folder: str | Path) -> Path:
@@ -72,9 +75,11 @@ def render_report(results: Results, folder: str | Path) -> Path:
         raise
     # What is shown comes from the file, so that writing the report again from it gives the same bytes.
     written = read_json(folder / RESULTS)
-    from_document(written)  # refused by its own strings
-    shown = from_document(clean_strings(written))
-    view = _view(shown, _draw_figures(shown, folder / "figures"))
+    content = unsealed(written, folder / RESULTS)
+    from_document(content)  # refused by its own strings
+    shown = from_document(clean_strings(content))
+    parts = _parts(shown)
+    view = _view(shown, parts, _draw_figures(shown, parts.pictures, folder / "figures"))
     embedded = _embedded_json(written)
     html = _environment().get_template("report.html.j2").render(view, embedded=embedded)
     replace_file(folder / "report.md", render_markdown("report.md.j2", view).encode("utf-8"))
@@ -102,7 +107,7 @@ def clean_strings(value: Any) -> Any:
 def _clean_character(c: str) -> str:
     if c in "\n\r\t\u2028\u2029":
         return " "
-    return "" if c in _BIDI or unicodedata.category(c) == "Cc" else c
+    return "" if unicodedata.category(c) in HIDDEN else c
 
 
 def escape_markdown(value: Any) -> Markup:
@@ -114,16 +119,20 @@ def escape_markdown(value: Any) -> Markup:
         return value
     parts = _CODE_SPAN.split(" ".join(str(value).split("\n")))  # texts at even places, code spans between them
     text = "".join(part if i % 2 else _escape_text(part) for i, part in enumerate(parts))
-    # A quotation, a list or the definition of a link, where the value stands at the beginning of a line.
-    return Markup(re.sub(r"^(\s*)(>|\*|\[(?=.*\]:))", r"\1\\\2", text))
+    # A heading, a list, a line, a quotation or the definition of a link, where the value begins a line of the page.
+    text = re.sub(r"^(\s*)(>|\*|#|\+(?=\s)|-(?=[\s-])|=(?==)|\[(?=.*\]:))", r"\1\\\2", text)
+    return Markup(re.sub(r"^(\s*\d{1,9})([.)])(?=\s|$)", r"\1\\\2", text))
 
 
 def _escape_text(text: str) -> str:
-    """What opens an entity, a tag, a code span, a table border, an emphasis or a link."""
+    """What opens an entity, a tag, a code span, a table border, an emphasis, a formula or a link."""
     text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
     text = re.sub(r"([\\`|]|(?<!\s)\*|\*(?!\s))", r"\\\1", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+    text = re.sub(r"([~$])(?=\S)", r"\\\1", text)
+    text = re.sub(r"(?i)\b(https?|ftp|mailto|xmpp):(?=\S)", r"\1\\:", text)  # readers make links of these, bare
+    text = re.sub(r"(?i)\b(www)\.(?=\S)", r"\1\\.", text)
     return re.sub(r"\](?=\()", r"\\]", text)
 
 
@@ -147,11 +156,30 @@ def _embedded_json(results: Any) -> str:
     return body if len(body) <= EMBED_LIMIT else ""
 
 
-def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
+def _parts(results: Results) -> Parts:
+    """The page of one kind of results."""
+    if results.provenance.kind in PARTS:
+        return PARTS[results.provenance.kind](results)
+    return Parts(
+        screen=first_screen(results),
+        tables={name: table(results) for name, table in ALL_TABLES.items()},
+        titles={name: WORDS["tables"][name] for name in ALL_TABLES},
+        sections=SECTIONS,
+        pictures=PICTURES,
+        first=FIRST,
+        shown_in=SHOWN_IN,
+        names=[results.of(name, "name") for name in results.subjects],
+        source=True,
+    )
+
+
+def _draw_figures(
+    results: Results, pictures: Mapping[str, Callable[[Results], Any]], folder: Path
+) -> dict[str, tuple[str, int]]:
     """Each drawn figure as base64 PNG with its width in CSS pixels; files of the others are removed."""
     folder.mkdir(exist_ok=True)
     drawn = {}
-    for slug, draw in PICTURES.items():
+    for slug, draw in pictures.items():
         path, figure = folder / f"{slug}.png", draw(results)
         if figure is None:
             path.unlink(missing_ok=True)
@@ -162,28 +190,28 @@ def _draw_figures(results: Results, folder: Path) -> dict[str, tuple[str, int]]:
     return drawn
 
 
-def _view(results: Results, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
+def _view(results: Results, parts: Parts, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """Everything that the templates print."""
-    screen, tables = first_screen(results), {name: table(results) for name, table in ALL_TABLES.items()}
-    tables = {name: table for name, table in tables.items() if table.rows}
+    tables = {name: table for name, table in parts.tables.items() if table.rows}
     pictures = {slug: {"slug": slug, "png": png, "width": width} for slug, (png, width) in drawn.items()}
     sections = []
-    for slug, names in SECTIONS.items():
+    for slug, names in parts.sections.items():
         title, intro = WORDS["sections"][slug]
-        own = [picture for picture in pictures.values() if SHOWN_IN.get(picture["slug"]) == slug]
-        found = [{"title": WORDS["tables"][name], "table": tables[name]} for name in names if name in tables]
+        own = [picture for picture in pictures.values() if parts.shown_in.get(picture["slug"]) == slug]
+        found = [{"title": parts.titles[name], "table": tables[name]} for name in names if name in tables]
         if found:
             one = {"slug": slug, "title": title, "intro": intro, "tables": found, "pictures": own}
             sections.append(one)
     return {
         "words": WORDS,
         "provenance": results.provenance,
-        "names": [results.of(name, "name") for name in results.subjects],
-        "screen": screen,
-        "picture": next((pictures[slug] for slug in FIRST if slug in pictures), None),
+        "names": parts.names,
+        "source": parts.source,
+        "screen": parts.screen,
+        "picture": next((pictures[slug] for slug in parts.first if slug in pictures), None),
         "notes": results.verdict.notes if results.verdict else (),
         "sections": sections,
-        "definitions": cited_definitions(tables.values(), screen.cited()),
+        "definitions": cited_definitions(tables.values(), parts.screen.cited()),
         "details": provenance_details(results),
     }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosscoder.measure.statistics import exponentiate
+from crosscoder.measure.strongest import NEXT, PEAK
 from crosscoder.report.answer import FOR_ONE, NULLS, answer, beside_nulls, joint_site
 from crosscoder.report.table import (
     NOTHING,
@@ -32,8 +33,12 @@ from crosscoder.results.verdict import Asked, Verdict
 from crosscoder.verdict.legs import SITE
 from crosscoder.verdict.rows import KEYS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOST_SAID = 4
 """Requirements that are named on the first screen; the others are counted."""
+_PAGE = re.compile(r"[A-Za-z0-9_-]+/index\.html")
 _STATISTIC = re.compile(rf"\b({'|'.join(KEYS)})/({'|'.join(EQUALLY)})")
 
 
@@ -70,6 +75,26 @@ class Screen:
         """Keys of the definitions that it links to."""
         phrases = [self.question, *self.why, *self.decides, *(phrase for one in self.numbers for phrase in one.phrases)]
         return {key for phrase in phrases for _, key in phrase if key} | self.features.cited()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A page in parts: its first screen, tables with their titles by name, the tables of each folded section, and what
+    draws its pictures.
+
+    first: pictures of the first screen, of which the first that there is is shown. shown_in: the section of others.
+    names: what the page is about, for its last line. source: whether it answers the question that the package is for.
+    """
+
+    screen: Screen
+    tables: dict[str, Table]
+    titles: dict[str, str]
+    sections: dict[str, tuple[str, ...]]
+    pictures: Mapping[str, Callable[[Results], Figure | None]]
+    first: tuple[str, ...]
+    shown_in: dict[str, str]
+    names: list[str]
+    source: bool = False
 
 
 def first_screen(results: Results) -> Screen:
@@ -207,22 +232,33 @@ def feature_table(results: Results) -> Table:
     tokens = next(iter(cell.values("top_feature_tokens")), [""] * len(known))
     acts = {round(one[0]): one[1] for one in next(iter(cell.values("causal_by_feature")), [])}
     labels = next(iter(cell.values("layers")), [])
+    examples = next(iter(cell.values("top_feature_examples")), [""] * len(known))
+    page = next((one for one in cell.values("features_page") if _PAGE.fullmatch(str(one))), None)
     lines = []
-    for (index, energy, rate, rho, strongest, share), seen in zip(known, tokens, strict=False):
+    for (index, energy, rate, rho, strongest, share), seen, texts in zip(known, tokens, examples, strict=False):
         place = round(strongest)
         layer = labels[place] if 0 <= place < len(labels) else str(place + 1)
         effect = acts.get(round(index))
         lines.append(
             Line(
                 [
-                    words(f"{round(index)}"),
+                    Value(f"{round(index)}", style="word", href=f"{page}#feature={round(index)}" if page else None),
                     Value(f"{energy:.1%}"),
                     Value(f"{rate:.1%}"),
                     Value(f"{rho:.1f}"),
                     Value(f"{layer}", f"{share:.0%}"),
                     Value(NOTHING if effect is None else f"{effect:.1f}"),
                     words(seen),
-                ]
+                ],
+                below=[_marked(one) for one in texts.split(NEXT) if one],
             )
         )
-    return Table(heads, lines, wide=False)
+    note = "" if page is None else WORDS["all_features"].format(page=page)
+    return Table(heads, lines, wide=False, note=note, href=page)
+
+
+def _marked(example: str) -> list[tuple[str, bool]]:
+    """The pieces of an example, of which the second is that of its token."""
+    before, opened, rest = example.partition(PEAK[0])
+    peak, closed, behind = rest.partition(PEAK[1])
+    return [(before, False), (peak, True), (behind, False)] if opened and closed else [(example, False)]

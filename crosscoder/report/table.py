@@ -39,14 +39,17 @@ class Value:
     style: str = ""
     mark: str = ""
     definition: str | None = None
+    href: str | None = None
+    """A page beside this one."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """The cells of one line; lines of a `group` share a heading."""
+    """The cells of one line; lines of a `group` share a heading. `below` are texts under it, some pieces marked."""
 
     cells: list[Value]
     group: str = ""
+    below: Sequence[Sequence[tuple[str, bool]]] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Table:
     rows: list[Line]
     note: str = ""
     wide: bool = True
+    href: str | None = None
+    """A page that the note is about."""
     terms: Sequence[str] = field(default=())
     """Definitions of what the note or the cells speak of."""
 

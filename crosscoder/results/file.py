@@ -17,8 +17,9 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses that of `typing` before Python 3.12
 
-from crosscoder.foundation.artifact import read_json, write_json
+from crosscoder.foundation.artifact import SEAL, other_version, read_json, unsealed, write_sealed
 from crosscoder.foundation.console import say
+from crosscoder.foundation.damage import reading
 from crosscoder.results.quantities import QUANTITIES, unknown_key
 from crosscoder.results.table import (
     COMPARED,
@@ -39,9 +40,9 @@ SCHEMA = "crosscoder.results/4"
 OLD_SCHEMA = "crosscoder.results/3"
 """Read too, without what is not measured any more: see `_without_old_rows`."""
 CELL_SCHEMA = "crosscoder.cell/4"
-READERS = {"crosscoder.results/2": "crosscoder 0.1"}
-"""The package that reads each other schema."""
 RESULTS = "results.json"
+OF_SUBJECTS = ("aspect_ratio", "subject_study")
+"""Kinds whose rows are about models that are described."""
 OF_EVERY_SUBJECT = ("n_layers", "d_model", "parameters_non_embedding", "parameters_embedding", "parameters_norms")
 
 
@@ -51,8 +52,9 @@ class Provenance:
     """What is needed to run the study again."""
 
     schema: Literal["crosscoder.results/4"] = SCHEMA
-    kind: Literal["aspect_ratio", "subject_study", "synthetic"]
-    """Two shapes that are compared, and C between them; one model; planted worlds."""
+    kind: Literal["aspect_ratio", "subject_study", "synthetic", "dictionaries", "effects"]
+    """Two shapes that are compared, and C between them; one model; planted worlds; dictionaries of one model compared,
+    or what their features do to what it predicts."""
     preset: Text
     seconds: dict[Name, Number]
     """Of each stage."""
@@ -134,12 +136,11 @@ def from_document(value: Any) -> Results:
     for holder in holders:  # version 2 kept its schema in the provenance
         seen = holder.get("schema") if isinstance(holder, dict) else None
         if isinstance(seen, str) and seen != SCHEMA:
-            reader = READERS.get(seen, "no known version of this package")
-            raise ValueError(f"results.schema: expected {SCHEMA!r}, got {seen!r}; {reader} reads it")
+            raise ValueError(f"results.schema: expected {SCHEMA!r}, got {seen!r}; {other_version(seen, SCHEMA)}")
     found = _read_as(Document, value, "results")
     rows = LongTable(tuple(from_blocks(found["rows"], "results.rows")))
     results = Results(rows, found["verdict"], found["provenance"])
-    if results.provenance.kind != "synthetic":
+    if results.provenance.kind in OF_SUBJECTS:
         _check_subjects(results)
     return results
 
@@ -176,39 +177,50 @@ def _check_subjects(results: Results) -> None:
 
 
 def save_results(results: Results, folder: str | Path) -> None:
-    """Write `results.json` into a folder; rows stay in their order."""
-    write_json(Path(folder) / RESULTS, document(results), sort_keys=False)
+    """Write `results.json` into a folder, sealed; rows stay in their order."""
+    write_sealed(Path(folder) / RESULTS, document(results))
 
 
 def load_results(folder: str | Path) -> Results:
     """The results that a study left in its folder, equal to what was saved.
 
+    Of a file without a seal, as version 0.2 wrote them, it is said that nobody can tell whether it is as it was.
+
     Raises:
-        ValueError: the file is damaged or of another schema.
+        ValueError: the file is damaged, changed since it was written, or of another schema.
         FileNotFoundError: there is none.
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULTS}; give the folder of a finished study")
-    return from_document(read_json(path))
+    value = read_json(path)
+    if isinstance(value, dict) and SEAL in value:
+        value = unsealed(value, path, mend="restore it from a copy, or run the study again: its cells are kept")
+    else:
+        say(f"note: {path} carries no {SEAL}, so nobody can tell whether its numbers are as they were written")
+    with reading(path):
+        return from_document(value)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write the rows of one cell of a study, in their order."""
-    write_json(path, {"schema": CELL_SCHEMA, "rows": to_blocks(rows)}, sort_keys=False)
+    """Write the rows of one cell of a study, in their order, sealed."""
+    write_sealed(path, {"schema": CELL_SCHEMA, "rows": to_blocks(rows)})
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows that `write_rows` wrote.
 
     Raises:
-        ValueError: the file is damaged, of another schema, or holds a value that its key does not allow.
+        ValueError: the file is damaged, changed since it was written, of another schema, or holds a value that its key
+            does not allow.
         FileNotFoundError: there is none.
     """
-    try:
-        return from_blocks(_read_as(Cell, read_json(path), "cell")["rows"], "cell.rows")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; delete the file to run the cell again") from error
+    mend = "delete the file to run the cell again"
+    value = read_json(path)
+    if isinstance(value, dict) and value.get("schema") == CELL_SCHEMA:
+        value = unsealed(value, path, mend=mend)
+    with reading(path, mend=mend):
+        return from_blocks(_read_as(Cell, value, "cell")["rows"], "cell.rows")
 
 
 def to_blocks(rows: Iterable[Row]) -> list[dict[str, Any]]:

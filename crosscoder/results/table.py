@@ -136,6 +136,12 @@ class Place:
     estimator: Name | None = None
     kind: Name | None = None
     """Kind of planted feature."""
+    dictionary: Name | None = None
+    """The label of one of several dictionaries that are compared."""
+    against: Name | None = None
+    """Of the dictionary in which its features are sought."""
+    feature: Count | None = None
+    """Its number in the dictionary."""
 
     def known(self) -> dict[str, Any]:
         """The fields that are not None."""
@@ -184,6 +190,9 @@ class LongTable:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+    def __repr__(self) -> str:
+        return f"LongTable({len(self.rows):,} rows of {len(self._by_key):,} quantities)"
 
     def __len__(self) -> int:
         return len(self.rows)

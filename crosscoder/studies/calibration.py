@@ -21,8 +21,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from crosscoder.data.planted import PlantedSource
 from crosscoder.data.residuals import estimate_scales
-from crosscoder.data.sources import PlantedSource
 from crosscoder.data.world import World
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair
 from crosscoder.foundation.config import config as settings
@@ -95,14 +95,16 @@ class FitConfig:
         seed: int,
         stream: int = TRAIN_STREAM,
         device: str = "cpu",
+        folder: Path | None = None,
     ) -> Reading:
-        """The reading of a dictionary after training on one stream of a source."""
+        """The reading of a dictionary after training on one stream of a source, which goes on in `folder`."""
         given: dict[str, Any] = {"steps": self.steps, "learning_rate": self.learning_rate, "dead_after_tokens": 10_000}
         budget = DictionaryBudget(
             n_features=n_features, k_crosscoder=k, k_layerwise=k, batch=self.batch, data_seed=stream, **given
         )
         training = TrainConfig(**given, log_every=self.steps)
-        dictionary, batches = fit(arm, source, budget, seed=seed, training=training, device=device)
+        where: dict[str, Any] = {"device": device, "folder": folder}
+        dictionary, batches = fit(arm, source, budget, seed=seed, training=training, **where)
         return read_dictionary(dictionary, batches())
 
 
@@ -176,10 +178,13 @@ class CalibrationConfig:
         return replace(quiet, noise=math.sqrt(NOISE_SHARE / (1 - NOISE_SHARE) * energy / self.a.d_model))
 
 
-def measure_calibration(config: CalibrationConfig, device: str = "cpu") -> list[Row]:
-    """How far q, g and ln R of a planted pair are off, read at common variance unexplained as a study reads them."""
+def measure_calibration(config: CalibrationConfig, device: str = "cpu", folder: Path | None = None) -> list[Row]:
+    """How far q, g and ln R of a planted pair are off, read at common variance unexplained as a study reads them.
+
+    folder: what its trainings go on from.
+    """
     pair = WorldPair(config.pair())
-    sides = {side: _calibrate_side(pair, side, config, device) for side in SIDES}
+    sides = {side: _calibrate_side(pair, side, config, device, folder) for side in SIDES}
     table, shapes = (
         LongTable(tuple(r for rows, _, _ in sides.values() for r in rows)),
         {s: pair.config.shape(s) for s in SIDES},
@@ -230,7 +235,7 @@ def _sharing_error(
 
 
 def _calibrate_side(
-    pair: WorldPair, side: Side, config: CalibrationConfig, device: str
+    pair: WorldPair, side: Side, config: CalibrationConfig, device: str, folder: Path | None
 ) -> tuple[list[Row], float, float]:
     """Rows of the dictionaries of one side, the mean cosine of what its main crosscoder found, and what it loses."""
     scale_L = estimate_scales(pair.draw(side, SCALE_TOKENS, "scale", 0))
@@ -249,7 +254,8 @@ def _calibrate_side(
     rows, mcc, fvu = list[Row](), math.nan, math.nan
     for arm in CLASSES:
         budgets = config.budgets(side, arm)
-        trained = fit_many(arm, source, [(budget, 0) for budget in budgets], device=device)
+        kept = None if folder is None else folder / f"{side}-{arm}"
+        trained = fit_many(arm, source, [(budget, 0) for budget in budgets], device=device, folder=kept)
         for index, (budget, dictionary) in enumerate(zip(budgets, trained, strict=True)):
             reading = read_dictionary(dictionary, held_out(source, device))
             if arm == "crosscoder" and index == 0:
@@ -284,5 +290,5 @@ def calibrate_study(config: StudyConfig, study: StudyFolder) -> list[Row]:
             seed=seed,
         )
         path = study_folder(wanted, f"pair{seed}", study.root.parent / "calibration").with_suffix(".json")
-        jobs[path] = partial(measure_calibration, wanted, study.device)
+        jobs[path] = partial(measure_calibration, wanted, study.device, study.unfinished(path.stem))
     return [row for rows in study.measure(jobs, "calibration").values() for row in rows]

@@ -23,14 +23,17 @@ from crosscoder.data.sources import Marked, SiteSource, Source
 from crosscoder.data.subject import load_model
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary
+from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.origin import MismatchError, Null, require_same
+from crosscoder.foundation.signals import safe_points
+from crosscoder.foundation.tensors import load_tensors
 from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest, twins
-from crosscoder.measure.reading import Reading, minimum_probability, read_dictionary, save_reading
+from crosscoder.measure.reading import Reading, Watch, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.measure.welch import FEWEST_DOCUMENTS
 from crosscoder.results.table import COMPARED, Arm, Place, Role, Row, Site, State, finite, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
-from crosscoder.studies.stores import Stores
+from crosscoder.studies.stores import UNFINISHED, Stores
 from crosscoder.training import Frozen, TrainConfig, train_many, train_warm_chain
 
 FROZEN: dict[State, Frozen] = {
@@ -39,6 +42,8 @@ FROZEN: dict[State, Frozen] = {
     "soft_decoder": "soft_decoder",
 }
 """What is not learnt in a state, as a setting of the budget."""
+KEEP_SECONDS = 20.0
+"""Work on the dictionaries of a cell above which it is kept until the cell is measured."""
 MOST_LABELLED = 256
 """Features whose labels are asked for."""
 
@@ -117,7 +122,9 @@ class Cell:
             for part in self.sweep
             for seed in part.seeds
         ]
-        trained = iter(fit_many(self.arm, source, plans, label=self.name, device=device))
+        where: dict[str, Any] = {"device": device, "folder": folder / UNFINISHED / self.name}
+        trained = iter(fit_many(self.arm, source, plans, label=self.name, **where))
+        failpoint("cell.trained")
         measured = MeasuredCell(store, stored, source, folder, device)
         return [row for part in self.sweep for row in measured.rows(part, [next(trained) for _ in part.seeds])]
 
@@ -182,12 +189,10 @@ class MeasuredCell:
 
     def _in_subject(self, cell: Cell, at: Place, dictionary: Dictionary, *, first: bool) -> list[Row]:
         """What the subject predicts with reconstructions in place, and without single features."""
-        from safetensors.torch import load_file
-
         assert self.store.subject is not None
         assert self.store.held_out_ids is not None
         model = load_model(self.store.subject, **asdict(self.store.loading), device=self.device)
-        drawn = load_file(self.store.held_out_ids)
+        drawn = load_tensors(self.store.held_out_ids)
         ids_RS = drawn["ids"].long().to(input_device(model))
         document_R, n_documents = None, 0
         if (text := self.text(cell)) is not None:
@@ -235,10 +240,10 @@ class MeasuredCell:
         return rows_at(at, found.summary() | first)
 
 
-def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int) -> Any:
+def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int, shard: Any = None) -> Any:
     """An untrained dictionary of one arm that fits the activations of `source` and carries their scales."""
-    settings = budget.settings(arm)
-    dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, d_model=source.d_model, seed=seed, **settings)
+    settings: dict[str, Any] = {"d_model": source.d_model, "seed": seed, **budget.settings(arm)}
+    dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, shard=shard, **settings)
     dictionary.set_input(source.scale_L, source.reads)
     return dictionary
 
@@ -252,12 +257,15 @@ def fit(
     training: TrainConfig | None = None,
     label: str = "",
     device: str = "cpu",
+    folder: Path | None = None,
 ) -> tuple[Any, Callable[[], Iterator[Tensor]]]:
     """A dictionary trained on `source`, and what gives the held-out batches, each time from the first on.
 
     training: the trainer's settings where they are not the budget's.
+    folder: what a training that is stopped goes on from.
     """
-    (dictionary,) = fit_many(arm, source, [(budget, seed)], training=training, label=label, device=device)
+    plans = [(budget, seed)]
+    (dictionary,) = fit_many(arm, source, plans, training=training, label=label, device=device, folder=folder)
     return dictionary, lambda: held_out(source, device)
 
 
@@ -269,34 +277,38 @@ def fit_many(
     training: TrainConfig | None = None,
     label: str = "",
     device: str = "cpu",
+    folder: Path | None = None,
 ) -> list[Dictionary]:
     """A dictionary of each budget and seed, in their order; those of one data order train on its batches side by side.
 
     The same numbers as one by one. Budgets may differ in size, k and data order alone: the first says how all are
-    trained.
+    trained. What took long goes on in `folder` after a stop, and is to be removed once nothing more comes of it.
     """
     dictionaries = [new_dictionary(arm, source, budget, seed=seed) for budget, seed in plans]
     first = plans[0][0]
     given: dict[str, Any] = {"config": training or first.train_config(), "device": device, "quiet": True}
+    given |= {"resume": True, "scratch_seconds": KEEP_SECONDS, "data_fingerprint": source.fingerprint or None}
     for order in dict.fromkeys(budget.data_seed for budget, _ in plans):
         group = [one for one, (budget, _) in zip(dictionaries, plans, strict=True) if budget.data_seed == order]
         batches = source.batches(first.batch, seed=order, steps=first.steps)
+        home = None if folder is None else folder / f"order-{order}"
         if first.trainer(arm) is train_warm_chain:
-            for dictionary in group:
-                train_warm_chain(dictionary, batches, label=label, **given)
+            for number, dictionary in enumerate(group):
+                own = None if home is None else home / f"{number}"
+                train_warm_chain(dictionary, batches, label=label, folder=own, **given)
         else:
-            train_many(group, batches, label=label, **given)
+            train_many(group, batches, label=label, folder=home, **given)
     return dictionaries
 
 
 def held_out(source: Source, device: str) -> Iterator[Tensor]:
     """The held-out batches of a source on a device."""
-    return (x_BLD.to(device) for x_BLD in source.held_out())
+    return (x_BLD.to(device) for x_BLD in safe_points(source.held_out()))
 
 
 def marked(source: Source, device: str) -> Iterator[Marked]:
     """All held-out tokens of a source on a device, outliers marked."""
-    return (Marked(*(tensor.to(device) for tensor in batch[:3]), batch.token_B) for batch in source.marked())
+    return safe_points(source.marked_on(device))
 
 
 def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: TokenBlocks | None = None) -> list[Row]:
@@ -358,21 +370,30 @@ def _cell_rows(cell: Cell, sites: tuple[int, ...], readings: list[Reading]) -> l
     return rows_at(cell.place, values)
 
 
-def evaluate_dictionary(dictionary: Dictionary, source: Source, *, device: str = "cpu") -> Reading:
+def evaluate_dictionary(
+    dictionary: Dictionary, source: Source, *, device: str = "cpu", watch: Watch = None, owner: str = "the dictionary"
+) -> Reading:
     """The reading of a trained dictionary on the held-out tokens of a source.
 
-    The source is to be at the dictionary's own scale: `SiteSource(..., scale_L=dictionary.input_scale)`.
+    The source is to be at the dictionary's own scale (`SiteSource(..., scale_L=dictionary.input_scale)`); raises as
+    `require_source`. `watch` is given every batch with its code; `owner` is how a refusal calls the dictionary.
+    """
+    require_source(dictionary, source, owner=owner)
+    return read_dictionary(dictionary, marked(source, device), watch=watch)
+
+
+def require_source(dictionary: Dictionary, source: Source, *, owner: str = "the dictionary") -> None:
+    """Refuse a source that a trained dictionary does not belong to.
 
     Raises:
         MismatchError: the source holds something else than what the dictionary reads, or is at another scale.
     """
-    require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
+    require_same(dictionary.reads, source.reads, owner=owner, given="the activations")
     shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
     if shape != expected:
         raise MismatchError(
-            f"the activations have {shape[0]} layers of width {shape[1]} (sites {list(source.sites)}), the dictionary "
+            f"the activations have {shape[0]} layers of width {shape[1]} (sites {list(source.sites)}), {owner} "
             f"reads {expected[0]} of width {expected[1]}; choose its --layers"
         )
     if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
         raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")
-    return read_dictionary(dictionary, marked(source, device))

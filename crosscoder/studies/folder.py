@@ -11,30 +11,35 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
+from crosscoder.foundation import signals
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress, say
+from crosscoder.foundation.failpoints import failpoint
+from crosscoder.foundation.lock import InUseError, locked, remove_leftovers
 from crosscoder.foundation.provenance import describe_run
+from crosscoder.foundation.tensors import save_tensors
 from crosscoder.results.file import Provenance, Results, read_rows, write_rows
 from crosscoder.results.table import LongTable, Row, State
 from crosscoder.results.verdict import Verdict
-from crosscoder.studies.stores import Stores
+from crosscoder.studies.stores import UNFINISHED, Stores
 from triton_kernels import cpu_form
 
 StoresOf = Mapping[tuple[str, int, State], Stores]
@@ -66,6 +71,10 @@ class Measured(Protocol):
 
 STATES: tuple[State, ...] = ("trained", "untrained")
 """Of subjects that are harvested."""
+POLL_SECONDS = 0.2
+"""Between two looks at whether work is to stop, while processes work."""
+GRACE_SECONDS = 60.0
+"""That processes have to reach a safe point; after it they end, and only what they kept before is left."""
 COMPUTING = ("data", "dictionary", "training", "measure", "verdict", "studies")  # rooms whose code makes numbers
 
 
@@ -86,6 +95,22 @@ class StudyFolder:
         self.seconds[stage] = round(now - self._last, 1)
         say(f"{stage}: {self.seconds[stage]:.0f} s")
         self._last = now
+        signals.safe_point()
+
+    @contextlib.contextmanager
+    def alone(self, part: str = "") -> Generator[None]:
+        """Nobody else works on this study meanwhile, but on other parts of it if this is one.
+
+        Raises:
+            InUseError: somebody does.
+        """
+        with signals.watching(), locked(self.root, shared=bool(part)):
+            if part:
+                with locked(self.root, name=f".lock-part-{part}"):
+                    yield
+                return
+            remove_leftovers(self.root, *(path for path in self.root.rglob("*") if path.is_dir()))
+            yield
 
     def run(self, jobs: Mapping[str, Callable[[], Any]], label: str) -> dict[str, Any]:
         """The result of every job by name, in the order of `jobs`.
@@ -96,6 +121,7 @@ class StudyFolder:
 
         Raises:
             RuntimeError: a job failed; names it, with its error as the cause.
+            Stopped: work is to stop; every job that ran has reached a safe point, and kept what it goes on from.
         """
         if not jobs:
             return {}
@@ -103,37 +129,76 @@ class StudyFolder:
         with Progress(label, len(jobs), unit="job") as progress:
             if self.device != "cpu":
                 for name, job in jobs.items():
+                    signals.safe_point()
                     results[name] = job()
                     progress.advance()
                 return results
             name = ""
             try:
-                futures = {self._processes.submit(job): name for name, job in jobs.items()}
-                for future in as_completed(futures):
-                    name = futures[future]
-                    results[name] = future.result()
-                    progress.advance()
+                with signals.held_back():  # of what is started now, too
+                    futures = {self._processes.submit(_begin_job, job): name for name, job in jobs.items()}
+                left, reason = set(futures), ""
+                while left:
+                    if reason := reason or signals.requested():
+                        self._stop(left, reason)
+                    done, left = wait(left, POLL_SECONDS, FIRST_COMPLETED)
+                    for future in done:
+                        name = futures[future]
+                        try:
+                            results[name] = future.result()
+                        except signals.Stopped as stop:
+                            reason = f"one of its processes ({stop})"
+                        progress.advance()
+                if reason:
+                    self._stop(left, reason)
             except BaseException as error:
-                self._leash.close()  # what runs now ends now
-                self._processes.shutdown(wait=False, cancel_futures=True)
-                del self._processes
+                self._end_processes()
+                if isinstance(error, BrokenProcessPool):
+                    said = "a process was ended from outside, as where there is no memory left"
+                    raise RuntimeError(f"{label}: {said}; {error}") from error
                 if isinstance(error, Exception):
                     say(f"{label}: {name} failed")
                     raise RuntimeError(f"{name} failed: {error}") from error
                 raise
         return {name: results[name] for name in jobs}
 
+    def _stop(self, left: set[Future[Any]], reason: str) -> None:
+        """Tell the processes to stop at their next safe point, wait until they have, and stop."""
+        self._bell.close()
+        running = {future for future in left if not future.cancel()}
+        end = time.monotonic() + GRACE_SECONDS
+        while running and time.monotonic() < end:
+            say(f"waiting for {len(running)} jobs to reach a safe point")
+            _, running = wait(running, min(10.0, GRACE_SECONDS))
+        if running:
+            say(f"{len(running)} jobs did not within {GRACE_SECONDS:.0f} s; what they kept before is what is left")
+        raise signals.Stopped(f"stopped by {reason}; what was done is kept in {self.root}")
+
+    def _end_processes(self) -> None:
+        """What still runs ends now."""
+        self._leash.close()
+        self._bell.close()
+        self._processes.shutdown(wait=False, cancel_futures=True)
+        del self._processes
+
     @functools.cached_property
     def _processes(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
-        watched, self._leash = context.Pipe(duplex=False)
-        return ProcessPoolExecutor(self.workers, context, _begin_process, (watched,))
+        leash, self._leash = context.Pipe(duplex=False)
+        bell, self._bell = context.Pipe(duplex=False)
+        return ProcessPoolExecutor(self.workers, context, _begin_process, (leash, bell))
 
     def tokens(self, text: str, **settings: Any) -> PreparedTokens:
         """The study's text, prepared at the first call."""
         home = self.root / "tokens"
-        if not (home / "held_out").is_dir():
-            prepare_tokens(text, **settings, folder=home, quiet=False)
+        said = False
+        while not (home / "held_out").is_dir():
+            try:
+                prepare_tokens(text, **settings, folder=home, quiet=False)
+            except InUseError as other:  # another part of this study
+                said = said or say(f"waiting for another part: {other}") is None
+                signals.safe_point()
+                time.sleep(POLL_SECONDS)
         return PreparedTokens.load(home)
 
     def stores(self, run: str, state: State, *, spliced: Path | str | None = None, **how: Any) -> Stores:
@@ -151,7 +216,7 @@ class StudyFolder:
         self._splice_ids.parent.mkdir(exist_ok=True)
         stride = max(1, len(held_out) // max(1, n_blocks))
         blocks = torch.arange(len(held_out))[::stride][:n_blocks].contiguous()
-        save_file({"ids": held_out[blocks].contiguous(), "blocks": blocks}, self._splice_ids)
+        save_tensors({"ids": held_out[blocks], "blocks": blocks}, self._splice_ids)
 
     def left(self, cells: Sequence[Measured]) -> list[Measured]:
         """The cells whose rows are not there yet."""
@@ -182,8 +247,13 @@ class StudyFolder:
         """The rows of every job, kept in its file; a job whose file is there is not run."""
         for home in {path.parent for path in jobs}:
             home.mkdir(parents=True, exist_ok=True)
-        self.run({path.stem: partial(_keep, job, path) for path, job in jobs.items() if not path.is_file()}, label)
+        left = {path.stem: path for path in jobs if not path.is_file()}
+        self.run({name: partial(_keep, jobs[path], path, self.unfinished(name)) for name, path in left.items()}, label)
         return {path: read_rows(path) for path in jobs}
+
+    def unfinished(self, name: str) -> Path:
+        """Where the trainings of something that is measured go on from."""
+        return self.root / UNFINISHED / name
 
     def _rows_of(self, cell: Measured) -> Path:
         return self.root / "cells" / f"{cell.name}.json"
@@ -209,21 +279,31 @@ def default_workers(device: str) -> int:
     return 1 if device != "cpu" else max(1, os.cpu_count() or 1)
 
 
-def _begin_process(leash: Connection) -> None:
-    threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
+def _begin_process(leash: Connection, bell: Connection) -> None:
+    signals.obey_parent()
+    threading.Thread(target=_listen, args=(leash, bell), daemon=True).start()
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays, and is not looked through for garbage at every few steps: a tenth faster
 
 
-def _end_with(leash: Connection) -> None:
-    """End this process when the other end of a pipe is closed: by its owner, or by whatever ends that one."""
-    with contextlib.suppress(EOFError, OSError):
-        leash.recv_bytes()
+def _listen(leash: Connection, bell: Connection) -> None:
+    """Stop at the next safe point when the other end of `bell` is closed, and end at once when that of `leash` is: by
+    its owner, or by whatever ends that one."""
+    if leash not in wait_for_any([leash, bell]):
+        signals.request("its study")
+        wait_for_any([leash])
     os._exit(1)
 
 
-def _keep(measure: Callable[[], list[Row]], path: Path) -> None:
+def _begin_job(job: Callable[[], Any]) -> Any:
+    signals.safe_point()
+    return job()
+
+
+def _keep(measure: Callable[[], list[Row]], path: Path, unfinished: Path) -> None:
     write_rows(path, measure())
+    failpoint("cell.rows")
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def harvest_into(

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from crosscoder.data.text import DEMO_SOURCE, unused_settings
-from crosscoder.foundation.artifact import file_sha256, read_json, write_json
+from crosscoder.foundation.artifact import file_sha256, read_sealed, write_sealed
 from crosscoder.foundation.origin import MismatchError
 
 INPUTS = "inputs.json"
@@ -22,9 +22,9 @@ def require_inputs(folder: Path, **hashes: str) -> None:
     """
     path = folder / INPUTS
     if not path.is_file() or not (folder / "tokens" / "held_out").is_dir():
-        write_json(path, hashes)
+        write_sealed(path, hashes)
         return
-    known = read_json(path)
+    known = read_sealed(path, mend="delete the folder for a new study")
     changed = [
         f"{name} (now {new[:12]}, then {str(known.get(name))[:12]})"
         for name, new in hashes.items()

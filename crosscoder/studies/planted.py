@@ -48,10 +48,12 @@ class PlantedConfig:
 PRESETS = named_configs(PlantedConfig, "planted")
 
 
-def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: str = "cpu") -> list[Row]:
+def measure_arm(
+    config: PlantedConfig, arm: Arm, size: int, seed: int, device: str = "cpu", folder: Path | None = None
+) -> list[Row]:
     """The scores of one dictionary in one world: a crosscoder's features, or a bank's merged by each rule.
 
-    L0 counts features of a crosscoder, (feature, layer) pairs of a bank.
+    L0 counts features of a crosscoder, (feature, layer) pairs of a bank. folder: what its training goes on from.
     """
     world = World(replace(config.world, seed=seed))
     shape = world.config.n_layers, world.config.d_model
@@ -59,7 +61,7 @@ def measure_arm(config: PlantedConfig, arm: Arm, size: int, seed: int, device: s
     l0_true = float(world.probability_F.sum() if spans else world.probability_F @ world.rho_F)
     k = config.fit.k(l0_true / (1 if spans else world.config.n_layers), size)
     source = config.fit.source(world.draw, shape)
-    reading = config.fit.run(arm, source, n_features=size, k=k, seed=seed, device=device)
+    reading = config.fit.run(arm, source, n_features=size, k=k, seed=seed, device=device, folder=folder)
     at = Place(arm=arm, n_features=size, k=k, seed=seed)
     if reading.n_groups == 1:
         return score(at, reading.distinct.decoder_FLD, world, reading, l0_true=l0_true)
@@ -82,13 +84,15 @@ def merged_decoders(bank: Reading, rule: str) -> np.ndarray:
     return chains
 
 
-def measure_pair(config: PlantedConfig, gamma: float, seed: int, device: str = "cpu") -> list[Row]:
+def measure_pair(
+    config: PlantedConfig, gamma: float, seed: int, device: str = "cpu", folder: Path | None = None
+) -> list[Row]:
     """The ratios R that crosscoders of both sides of a pair return, beside the planted ones.
 
     The error of R of density is against the directions that were drawn, whose d_eff scatters about the planted one.
     """
     pair = WorldPair(replace(config.pair, gamma=gamma, seed=seed))
-    sides = {side: _measure_side(pair, side, config, device) for side in SIDES}
+    sides = {side: _measure_side(pair, side, config, device, folder) for side in SIDES}
     a, b = sides["A"], sides["B"]
     slots = 2 * (b["count"] / a["count"]) * (b["rho"] / a["rho"])
     density = (b["entropy_load"] / b["d_eff"]) / (a["entropy_load"] / a["d_eff"])
@@ -106,11 +110,14 @@ def measure_pair(config: PlantedConfig, gamma: float, seed: int, device: str = "
     return [*rows_at(at, values), *(row for side in SIDES for row in rows_at(replace(at, subject=side), sides[side]))]
 
 
-def _measure_side(pair: WorldPair, side: Side, config: PlantedConfig, device: str) -> dict[str, Any]:
+def _measure_side(
+    pair: WorldPair, side: Side, config: PlantedConfig, device: str, folder: Path | None
+) -> dict[str, Any]:
     n_layers, d_model = pair.config.shape(side)
     k, size = config.fit.k(float(pair.probability_F.sum()), config.pair_size), config.pair_size
     source = config.fit.source(partial(pair.draw, side), (n_layers, d_model))
-    reading = config.fit.run("crosscoder", source, n_features=size, k=k, seed=pair.config.seed, device=device)
+    how: dict[str, Any] = {"device": device, "folder": None if folder is None else folder / side}
+    reading = config.fit.run("crosscoder", source, n_features=size, k=k, seed=pair.config.seed, **how)
     decoder_FLD = reading.distinct.decoder_FLD
     if len(decoder_FLD) < 2:
         raise ValueError(f"{len(decoder_FLD)} features found on side {side}; R needs two: train for more steps")
@@ -126,26 +133,35 @@ def _measure_side(pair: WorldPair, side: Side, config: PlantedConfig, device: st
     }
 
 
-def study_jobs(config: PlantedConfig, device: str) -> dict[str, Callable[[], list[Row]]]:
+def study_jobs(config: PlantedConfig, study: StudyFolder) -> dict[str, Callable[[], list[Row]]]:
     """Every training of the study by name."""
     jobs: dict[str, Callable[[], list[Row]]] = {}
+
+    def add(name: str, measure: Callable[..., list[Row]], *given: Any) -> None:
+        jobs[name] = partial(measure, config, *given, study.device, study.unfinished(name))
+
     for seed in config.seeds:
         for size in config.sizes:
-            jobs[f"crosscoder {size}, world {seed}"] = partial(measure_arm, config, "crosscoder", size, seed, device)
+            add(f"crosscoder-{size}-world-{seed}", measure_arm, "crosscoder", size, seed)
         for size in config.bank_sizes:
-            jobs[f"bank {size}, world {seed}"] = partial(measure_arm, config, "layerwise", size, seed, device)
+            add(f"bank-{size}-world-{seed}", measure_arm, "layerwise", size, seed)
     for gamma in config.gammas:
-        jobs[f"pair gamma {gamma:g}"] = partial(measure_pair, config, gamma, config.seeds[0], device)
+        add(f"pair-gamma-{gamma:g}", measure_pair, gamma, config.seeds[0])
     return jobs
 
 
 def run_planted(config: PlantedConfig, *, folder: Path, preset: str, device: str = "cpu", workers: int = 1) -> Results:
-    """Run the study and write `results.json`, `report.md` and pictures to `folder`."""
+    """Run the study and write `results.json`, `report.md` and pictures to `folder`; one that was stopped goes on."""
     study = StudyFolder(folder, device=device, workers=workers)
-    done = study.run(study_jobs(config, device), "planted worlds")
-    study.lap("training")
-    rows = [row for found in done.values() for row in found]
+    with study.alone():
+        jobs = {folder / "cells" / f"{name}.json": job for name, job in study_jobs(config, study).items()}
+        rows = [row for found in study.measure(jobs, "planted worlds").values() for row in found]
+        study.lap("training")
+        return _written(study, rows, config, preset)
+
+
+def _written(study: StudyFolder, rows: list[Row], config: PlantedConfig, preset: str) -> Results:
     results = study.results(rows, config=config, kind="synthetic", preset=preset, text="planted worlds")
-    save_results(results, folder)
-    write_page(results, folder)
+    save_results(results, study.root)
+    write_page(results, study.root)
     return results

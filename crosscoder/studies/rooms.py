@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crosscoder.data.sources import EVALUATION_BATCH
+from crosscoder.foundation.signals import safe_points
 from crosscoder.measure.room import ParticipationRatio, WriteMoments, participation_ratio
 from crosscoder.results.table import Place, Row, State
 from crosscoder.studies.stores import Stores
@@ -40,7 +41,7 @@ class Room:
         moments, n_tokens = WriteMoments(source.n_layers, source.d_model), source.train.n_tokens
         n_batches = -(-n_tokens // EVALUATION_BATCH)
         size = n_tokens // n_batches  # so that no token comes twice
-        for index in range(n_batches):
+        for index in safe_points(range(n_batches)):
             moments.add(source.batch(index, size, 0) / source.scale_L[:, None])
         at = Place(subject=self.subject, training_seed=self.training_seed, state=self.state, site="write")
         found = {

@@ -28,6 +28,7 @@ from crosscoder.data.subject_training import (
     train_subject,
 )
 from crosscoder.data.tokens import PreparedTokens
+from crosscoder.foundation.config import require_count
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, Arm, LongTable, Place, Row, State, rows_at
@@ -46,6 +47,8 @@ DECAYED = 0.2
 """Share of its peak that the learning rate is to have fallen to at the checkpoints that are compared."""
 MATCHED = 0.005
 """|ln| of B's mean loss over A's from which a choice of checkpoints is as good as another."""
+ALIKE = 0.01
+"""Range of ln loss over all runs from which it is: of such choices the one of least loss is taken."""
 
 
 def run_study(
@@ -56,9 +59,15 @@ def run_study(
     Raises:
         OtherPartsError: `part` is not the whole study, and other parts are not done yet.
     """
-    part, subjects = part or Part(), config.subjects
-    text, study = text_hash(subjects.text), StudyFolder(folder, device=device, workers=workers)
-    require_inputs(folder, text=text)
+    part, text = part or Part(), text_hash(config.subjects.text)
+    study = StudyFolder(folder, device=device, workers=workers)
+    with study.alone(part.name):
+        require_inputs(folder, text=text)
+        return _run_stages(config, study, part, preset)
+
+
+def _run_stages(config: StudyConfig, study: StudyFolder, part: Part, preset: str) -> Results:
+    subjects = config.subjects
     of_text = {"vocab_size": subjects.vocab_size, "sequence_length": subjects.context, "seed": subjects.seed}
     tokens = study.tokens(subjects.text, held_out_fraction=subjects.held_out_fraction, **of_text)
     study.lap("tokens")
@@ -82,7 +91,7 @@ def run_study(
     further["n_documents"] = tokens.held_out.n_documents
     rows += [*rows_at(Place(), further), *study.rows(cells), *calibrate_study(config, study)]
     study.lap("calibration")
-    measured, verdict = judge.judge(config, LongTable(tuple(rows)), folder, documents=tokens.held_out.documents)
+    measured, verdict = judge.judge(config, LongTable(tuple(rows)), study.root, documents=tokens.held_out.documents)
     study.lap("verdict")
     rows += measured
     return study.results(
@@ -161,8 +170,14 @@ class Part:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
+        require_count(**{"the number of parts": self.count})
+        if type(self.index) is not int or not 0 <= self.index < self.count:
             raise ValueError(f"part {self.index} of {self.count}; expected a number from 0 to {self.count - 1}")
+
+    @property
+    def name(self) -> str:
+        """Empty for the whole."""
+        return f"{self.index}-of-{self.count}" if self.count > 1 else ""
 
     def holds(self, run: Run, runs: Sequence[Run]) -> bool:
         """Whether a training run is this part's."""
@@ -210,7 +225,8 @@ def choose_checkpoints(runs: Mapping[Run, SubjectRun]) -> ChosenRuns:
     """Checkpoints of A and B with equal losses and a learning rate that has decayed; the last of every other shape.
 
     For every loss that some such checkpoint has, each run offers the one nearest to it. Of the offers whose mean losses
-    differ by no more than `MATCHED` (or, without any, as little as can be) the one with the least spread over all runs.
+    differ by no more than `MATCHED` (or, without any, as little as can be) the one with the least spread over all runs,
+    and of those with no more than `ALIKE` the one with the least loss.
     """
     allowed = {run: decayed_checkpoints(found) for run, found in runs.items() if run[0] in COMPARED}
     losses = {run: np.array([runs[run].checkpoints[i].held_out_loss for i in at]) for run, at in allowed.items()}
@@ -219,7 +235,8 @@ def choose_checkpoints(runs: Mapping[Run, SubjectRun]) -> ChosenRuns:
         index = {run: int(np.abs(values - target).argmin()) for run, values in losses.items()}
         logs = {name: [math.log(losses[run][i]) for run, i in index.items() if run[0] == name] for name in COMPARED}
         ratio = float(np.mean(logs["B"]) - np.mean(logs["A"]))
-        offers.append((max(abs(ratio) - MATCHED, 0.0), float(np.ptp([*logs["A"], *logs["B"]])), target, ratio, index))
+        spread = float(np.ptp([*logs["A"], *logs["B"]]))
+        offers.append((max(abs(ratio) - MATCHED, 0.0), max(spread - ALIKE, 0.0), target, ratio, index))
     *_, ratio, nearest = min(offers, key=lambda offer: offer[:3])
     last = {run: len(found.checkpoints) - 1 for run, found in runs.items()}
     index = last | {run: allowed[run][i] for run, i in nearest.items()}

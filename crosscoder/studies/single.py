@@ -9,16 +9,18 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 
 from crosscoder.data.blocks import input_device
+from crosscoder.data.model_loss import causal_loss, describe_policies, loss_of_policies
 from crosscoder.data.probe import meaningless_loss
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.sources import are_neighbours
-from crosscoder.data.subject import USUAL_LOADING, Loading, load_subject, model_origin
-from crosscoder.data.subject_training import causal_loss, describe_policies, loss_of_policies
+from crosscoder.data.subject import USUAL_LOADING, Loading, Subject, load_subject, model_origin
 from crosscoder.data.tokenizer import find_bos, tokenizer_hash
+from crosscoder.data.tokens import PreparedTokens
 from crosscoder.foundation.config import config as settings
 from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import Arm, Place, Site, State, rows_at
+from crosscoder.studies.browse import browse
 from crosscoder.studies.budget import DictionaryBudget, Seeds
 from crosscoder.studies.cells import FROZEN, Cell
 from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
@@ -61,6 +63,8 @@ class SubjectStudyConfig:
     """Harvest activations as dictionaries train, again for each, and store none."""
     keep_outliers: bool = False
     """Keep special tokens, first tokens and those of huge norm."""
+    browser: bool = True
+    """Write what the crosscoder's features mean, as `crosscoder features` does, and link it from the report."""
 
     def __post_init__(self) -> None:
         if self.layers == ():
@@ -71,9 +75,14 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
     """The study's results, in the same form as the two-subject study's, with one subject named S."""
     text, subject = text_hash(config.text), load_subject(config.subject, **asdict(config.loading), device=device)
     study = StudyFolder(folder, device=device, workers=workers)  # no folder is left where there is no such model
+    with study.alone():
+        return _run_stages(config, study, subject, text)
+
+
+def _run_stages(config: SubjectStudyConfig, study: StudyFolder, subject: Subject, text: str) -> Results:
     origin = model_origin(subject.model, config.subject, config.loading.revision)
     tokenizer = tokenizer_hash(subject.tokenizer)
-    require_inputs(folder, text=text, model=origin.weights, tokenizer=tokenizer)
+    require_inputs(study.root, text=text, model=origin.weights, tokenizer=tokenizer)
     study.lap("model")
     tokens = study.tokens(config.text, tokenizer=subject.tokenizer, sequence_length=config.context)
     bos = find_bos(subject.tokenizer)
@@ -108,26 +117,42 @@ def run_subject_study(config: SubjectStudyConfig, *, folder: Path, device: str =
             if config.stream:
                 continue
             say(f"harvesting {sum(most):,} tokens, {state}")
-            model = subject.model if state == "trained" else streamed.model(device)
+            model = subject.model if state == "trained" else streamed.model(study.device)
             harvester = ResidualHarvester(model, **read, origin=origin if state == "trained" else None)
             harvest_into(here, harvester, tokens, most, quiet=False)
         return stores
 
     study.run_cells(cells, harvest, keep_activations=config.keep_activations)
+    how: dict[str, Any] = {"max_tokens": config.tokens_held_out, "blocks_path": config.blocks_path, "origin": origin}
+    shown = browse(study, cells, subject, tokens, **how) if config.browser else []
+    study.lap("browser")
+    about = describe(config, subject.model, tokens, n_blocks, layers, has_loss=no_loss is None)
+    rows = [*rows_at(Place(subject=NAME), about), *study.rows(cells), *shown]
+    return study.results(rows, config=config, kind="subject_study", preset="subject", text=config.text, tokens=tokens)
+
+
+def describe(
+    config: SubjectStudyConfig,
+    model: Any,
+    tokens: PreparedTokens,
+    n_blocks: int,
+    layers: tuple[int, ...],
+    *,
+    has_loss: bool,
+) -> dict[str, Any]:
+    """The model's name, sizes and loss, by the names of quantities."""
     stride = max(1, len(tokens.held_out) // LOSS_BLOCKS)
     sample_BS = tokens.held_out[::stride][:LOSS_BLOCKS]
-    model, d_model = subject.model, subject.model.config.get_text_config(decoder=True).hidden_size
-    about = {
+    d_model = model.config.get_text_config(decoder=True).hidden_size
+    return {
         "name": Path(config.subject).name,
         "description": f"{type(model).__name__}, {n_blocks} blocks of width {d_model}; dictionaries on blocks "
         f"{', '.join(map(str, layers))}; loss on {config.text}",
         "n_layers": n_blocks,
         "d_model": d_model,
         **parameter_counts(model),
-        "held_out_loss": causal_loss(model, sample_BS.to(input_device(model))) if no_loss is None else None,
+        "held_out_loss": causal_loss(model, sample_BS.to(input_device(model))) if has_loss else None,
     }
-    rows = [*rows_at(Place(subject=NAME), about), *study.rows(cells)]
-    return study.results(rows, config=config, kind="subject_study", preset="subject", text=config.text, tokens=tokens)
 
 
 def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cell]:
@@ -144,7 +169,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
         kinds += [("crosscoder", "write", state) for state in config.nulls if state not in STATES]
     cells = []
     for arm, site, state in kinds:
-        joint_write = arm == "crosscoder" and site == "write"
+        joint, joint_write = arm == "crosscoder" and site == sites[-1], arm == "crosscoder" and site == "write"
         learnt = state in STATES or state in FROZEN
         cells.append(
             Cell(
@@ -156,7 +181,7 @@ def study_cells(config: SubjectStudyConfig, layers: tuple[int, ...]) -> list[Cel
                 budget=replace(budget, frozen=FROZEN[state]) if state in FROZEN else budget,
                 seeds=config.seeds if state in STATES else config.seeds[:1],
                 causal=config.causal_features if joint_write and learnt and state != "untrained" else 0,
-                labelled=joint_write and learnt,
+                labelled=joint and learnt,
             )
         )
     return cells

@@ -13,6 +13,9 @@ from crosscoder.data.stream import stream_source
 from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, load_untrained
 from crosscoder.results.table import Site
 
+UNFINISHED = "unfinished"
+"""Folder of a study in which trainings go on, until what is measured of them is kept."""
+
 
 @dataclass(frozen=True)
 class Streamed:

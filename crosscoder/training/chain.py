@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,33 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
+from crosscoder.foundation import signals
+from crosscoder.training.checkpoint import Entry
+from crosscoder.training.given import unwrapped
+from crosscoder.training.keeping import one_writer
+from crosscoder.training.loggers import Logger, SafeLogger
+from crosscoder.training.step import TrainConfig
 from crosscoder.training.trainer import Batches, TrainResult, train
 
 Repeatable = Sequence[Tensor] | Callable[[int], Iterable[Tensor]]
 
 
+@signals.watching()
 def train_warm_chain(
-    bank: Dictionary, batches: Repeatable, *, folder: str | Path | None = None, label: str = "training", **options: Any
+    bank: Dictionary,
+    batches: Repeatable,
+    *,
+    config: TrainConfig | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    data_fingerprint: str | None = None,
+    monitor: Callable[[Dictionary], Entry] | None = None,
+    monitor_every: int = 0,
+    logger: Logger | None = None,
+    label: str = "training",
+    quiet: bool = False,
+    scratch_seconds: float | None = None,
 ) -> TrainResult:
     """Trains the SAEs of `bank` in place, layer l from the trained weights of layer l - 1, as `train` would.
 
@@ -26,8 +47,10 @@ def train_warm_chain(
 
     batches: a list, or a function that gives the batches from a step number on; they are read once a layer.
     folder: each layer's run is in `layer-l`, the bank at the end in `dictionary`. With `resume` finished layers are
-        read again, not trained again.
-    options: the other keyword arguments of `train`.
+        read again, not trained again; with another number of steps each goes on from where it was.
+    monitor: is given the SAE of one layer. logger: its names begin with the layer's.
+
+    The other arguments are those of `train`.
 
     Metrics are those of the layers one after the other, each with its `layer`; steps are summed, tokens are those of
     one layer.
@@ -36,6 +59,7 @@ def train_warm_chain(
         ValueError: `bank` is no bank of separate layers, `batches` could be read only once, weights are frozen, or as
             `train`.
     """
+    bank = unwrapped(bank)
     n_groups, n_layers = bank.n_groups, bank.config.n_layers
     if n_groups != n_layers:
         raise ValueError(
@@ -45,22 +69,40 @@ def train_warm_chain(
     if not (isinstance(batches, Sequence) or callable(batches)):
         kind = type(batches).__name__
         raise ValueError(f"batches is a {kind}, and a chain reads its batches once a layer; give a list or a function")
-    if (config := options.get("config")) is not None and config.frozen != "none":
+    if config is not None and config.frozen != "none":
         raise ValueError(
             f"frozen is {config.frozen!r}, and a chain starts each layer from the trained weights of the one before, "
             "which are not random; train a bank whose layers start by themselves"
         )
     if (scale_L := getattr(batches, "scale_L", None)) is not None:
         bank.set_input(scale_L, getattr(batches, "reads", None))
+    told = None if logger is None else SafeLogger(logger)
+    options: dict[str, Any] = {
+        "config": config, "resume": resume, "device": device, "data_fingerprint": data_fingerprint, "quiet": quiet,
+        "monitor": monitor, "monitor_every": monitor_every, "scratch_seconds": scratch_seconds,
+    }  # fmt: skip
+    with one_writer([] if folder is None or scratch_seconds is not None else [Path(folder)]):
+        return _train_layers(bank, batches, None if folder is None else Path(folder), label, told, options)
+
+
+def _train_layers(
+    bank: Dictionary,
+    batches: Repeatable,
+    folder: Path | None,
+    label: str,
+    told: SafeLogger | None,
+    options: dict[str, Any],
+) -> TrainResult:
     metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)
-    for layer in range(n_layers):
-        single = type(bank)(**{**bank.config.settings(), "n_layers": 1})
+    for layer in range(bank.config.n_layers):
+        single = type(bank)(**replace(bank.config, n_layers=1).settings())
         single.load_state_dict({**state, "input_scale": bank.input_scale[layer : layer + 1]})
         result = train(
             single,
             _one_layer(batches, layer),
-            folder=None if folder is None else Path(folder) / f"layer-{layer}",
+            folder=None if folder is None else folder / f"layer-{layer}",
             label=f"{label}, layer {layer}",
+            logger=None if told is None else SafeLogger(told, prefix=f"layer-{layer}/", first_step=steps),
             **options,
         )
         metrics += [{"layer": float(layer), **entry} for entry in result.metrics]
@@ -72,8 +114,8 @@ def train_warm_chain(
         state["decoder_bias"].zero_()  # a centre and an inference threshold are each layer's own
         state["threshold"].fill_(torch.nan)
     bank.to(next(single.parameters()).device).eval()
-    if folder is not None:
-        bank.save_pretrained(Path(folder) / "dictionary")
+    if folder is not None and options.get("scratch_seconds") is None:
+        bank.save_pretrained(folder / "dictionary")
     return TrainResult(bank, metrics, steps, tokens)
 
 

@@ -5,52 +5,87 @@ A checkpoint is everything that affects the future of a run, committed whole, ve
 
 from __future__ import annotations
 
-import json
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from crosscoder.dictionary.dictionary import write_dictionary
+from crosscoder.dictionary.division import gathered
+from crosscoder.dictionary.shard import Shard
+from crosscoder.dictionary.weights import whole_tensors
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
     read_json,
+    replace_file,
+    sync_path,
     verify_directory,
     write_json,
 )
 from crosscoder.foundation.console import say
+from crosscoder.foundation.damage import reading
+from crosscoder.foundation.disk import naming_full_disk
+from crosscoder.foundation.failpoints import failpoint
+from crosscoder.foundation.lock import remove_leftovers
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.training.state import TrainState
+from crosscoder.foundation.room import require_room
+from crosscoder.foundation.tensors import read_tensors
+from crosscoder.training.curves import draw_curves
+from crosscoder.training.finite import require_sound
+from crosscoder.training.history import METRICS, Entry, line_of, read_history
+from crosscoder.training.lengthen import OF_STEPS, Stretch
+from crosscoder.training.loggers import SafeLogger
+from crosscoder.training.parts import part_of, whole_like, whole_tensors_of
+from crosscoder.training.state import MOMENTS, TrainState
 
 SCHEMA = "crosscoder.checkpoint/1"
 KEEP = 2
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
-Entry = dict[str, float | None]
+CURSOR = ("step", "tokens", "first_batch", "rise_from")
+"""What a state holds besides tensors."""
 
 
-def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]) -> None:
-    """Write `state` to `step-N` under `folder`, and remove all but the newest two up to this step.
+def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any], lines: Sequence[str] = ()) -> None:
+    """Write `state` to `step-N` under `folder`, and remove all but the newest two whole ones up to this step.
 
-    One of a later step is left of a run that could not go on from it.
+    One of a later step is left of a run that could not go on from it. lines: what was logged up to here. Ranks that
+    divide a dictionary all call it; rank 0 gathers their parts and writes what one process would.
     """
-    tensors = {"firing.silent": state.firing.silent_GF.cpu()}
-    if state.start_RN is not None:
-        tensors["frozen.start"] = state.start_RN.cpu()
-    for name, parameter in state.dictionary.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"adam.{key}.{name}"] = value.detach().cpu().contiguous()
+    weights, tensors = whole_tensors(state.dictionary), whole_tensors_of(state)
+    if (shard := state.dictionary.shard) is not None and not shard.ranks.is_first:
+        return
     with committed_directory(folder / f"step-{state.step:09d}", schema=SCHEMA) as temporary:
-        write_dictionary(state.dictionary, temporary)
+        state.dictionary.write_files(temporary, weights)
         save_file(tensors, temporary / "optimizer.safetensors")
-        cursor = {"step": state.step, "tokens": state.tokens, "first_batch": state.first_batch}
+        cursor: dict[str, Any] = {name: getattr(state, name) for name in CURSOR}
         write_json(temporary / "state.json", {**cursor, "settings": settings})
-    kept = [path for path in checkpoints_in(folder) if step_of(path) <= state.step][-KEEP:]
+        (temporary / METRICS).write_text("".join(lines), encoding="utf-8")
+    earlier = [path for path in checkpoints_in(folder) if step_of(path) <= state.step]
+    kept = [path for path in earlier if not fault_of(path, hashes=False)][-KEEP:]
     for old in checkpoints_in(folder):
         if old not in kept:
+            failpoint("checkpoint.prune")
             shutil.rmtree(old, ignore_errors=True)
+    failpoint("checkpoint.end")
+
+
+def checkpoint_bytes(state: TrainState) -> dict[str, int]:
+    """The bytes of a checkpoint's large files."""
+    dictionary = state.dictionary
+
+    def size(name: str, tensor: Tensor) -> int:
+        whole = whole_like(name, tensor, dictionary)
+        return whole.numel() * whole.itemsize
+
+    parameters = sum(size(name, tensor) for name, tensor in dictionary.named_parameters())
+    start = 0 if state.start_RN is None else size("frozen.start", state.start_RN)
+    weights = sum(size(name, tensor) for name, tensor in dictionary.state_dict().items())
+    return {"model": weights, "optimizer": 2 * parameters + size("firing.silent", state.firing.silent_GF) + start}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -66,13 +101,31 @@ def latest_checkpoint(folder: Path, *, among: set[int] | None = None) -> Path | 
     for path in reversed(checkpoints_in(folder)):
         if among is not None and step_of(path) not in among:
             continue
-        try:
-            verify_directory(path, schema=SCHEMA, required=FILES)
-        except (DamagedArtifactError, FileNotFoundError) as error:
-            say(f"passing over a damaged checkpoint: {error}")
-            continue
-        return path
+        if not (fault := fault_of(path)):
+            return path
+        say(f"passing over a damaged checkpoint: {fault}")
     return None
+
+
+def fault_of(checkpoint: Path, *, hashes: bool = True) -> str:
+    """What is wrong with a checkpoint; empty if its every file verifies."""
+    try:
+        verify_directory(checkpoint, schema=SCHEMA, required=FILES, hashes=hashes)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def set_damaged_aside(folder: Path, *, after: int) -> None:
+    """Give the damaged checkpoints of later steps than one other names, so that their place can be taken.
+
+    They stay for whoever wants to look what can be had of them.
+    """
+    for path in checkpoints_in(folder):
+        if step_of(path) > after and fault_of(path):
+            aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:6]}")
+            path.rename(aside)
+            say(f"the damaged {path.name} is kept as {aside}; delete it when nobody needs it")
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -82,21 +135,36 @@ def step_of(checkpoint: Path | None) -> int:
 
 def read_cursor(checkpoint: Path | None) -> dict[str, Any]:
     """Where a checkpoint's run was: `step`, `tokens`, the hash of its `first_batch`, and its settings."""
-    return {} if checkpoint is None else read_json(checkpoint / "state.json")
+    if checkpoint is None:
+        return {}
+    path = checkpoint / "state.json"
+    found = read_json(path)
+    with reading(path):
+        kinds = {"step": int, "tokens": int, "first_batch": str, "settings": dict}
+        wrong = [name for name, kind in kinds.items() if type(found[name]) is not kind]
+        if wrong or found["step"] != step_of(checkpoint):
+            raise ValueError(f"{', '.join(wrong) or 'step'} is none of a checkpoint of step {step_of(checkpoint)}")
+    return found
 
 
 def require_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Refuse a checkpoint that was written under other settings; every differing one is named.
 
+    The number of steps may be another (see `lengthen`), where it is named and not that of the batches that there are.
+
     Raises:
-        ValueError: as said.
+        ValueError: as said, or fewer steps than were taken.
     """
     old, new = _flatten(read_cursor(checkpoint)["settings"]), _flatten(settings)
+    steps = new["training.steps"]
+    free = OF_STEPS if None not in (steps, old.get("training.steps")) else ()
     differing = [
         f"{key}: checkpoint {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and key not in free
     ]
+    if steps is not None and steps < step_of(checkpoint) and not differing:
+        raise ValueError(f"{checkpoint} has taken more than the {steps} steps that are asked for; ask for more")
     if differing:
         raise ValueError(
             f"{checkpoint} was written under other settings, and continuing would mix two runs: {'; '.join(differing)}."
@@ -105,18 +173,52 @@ def require_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Fill `state` from a verified checkpoint of the same settings."""
-    saved = read_cursor(path)
-    state.dictionary.load_state_dict(load_file(path / "model.safetensors"))
-    tensors, parameters = load_file(path / "optimizer.safetensors"), dict(state.dictionary.named_parameters())
-    state.firing.silent_GF.copy_(tensors.pop("firing.silent"))
-    if state.start_RN is not None:
-        state.start_RN.copy_(tensors.pop("frozen.start"))
-    for key, value in tensors.items():
+    """Fill `state` from a verified checkpoint of the same settings.
+
+    Raises:
+        DamagedArtifactError: it does not hold the tensors that it should.
+    """
+    saved, dictionary = read_cursor(path), state.dictionary
+    weights = read_tensors(path / "model.safetensors", dictionary.tensor_shapes(dictionary.config))
+    with reading(path / "optimizer.safetensors"):
+        tensors = load_file(path / "optimizer.safetensors")
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith("adam.")}
+        own = {name: tensor for name, tensor in tensors.items() if name not in moments}
+        targets = {"firing.silent": state.firing.silent_GF}
+        targets |= {} if state.start_RN is None else {"frozen.start": state.start_RN}
+        _require_alike(own, {name: whole_like(name, one, dictionary) for name, one in targets.items()})
+        parameters = dict(dictionary.named_parameters())
+        shapes: dict[str, Tensor] = {
+            f"adam.{key}.{name}": whole_like(name, one, dictionary)
+            for name, one in parameters.items()
+            for key in MOMENTS
+        }
+        shapes |= {f"adam.step.{name}": torch.zeros(()) for name in parameters}
+        begun = {name.split(".", 2)[2] for name in moments}  # what stays as it began has none
+        _require_alike(moments, {name: one for name, one in shapes.items() if name.split(".", 2)[2] in begun})
+    dictionary.load_state_dict({name: part_of(name, one, dictionary) for name, one in weights.items()})
+    for name, target in targets.items():
+        target.copy_(part_of(name, own[name], dictionary))
+    for key, value in moments.items():
         _, moment, name = key.split(".", 2)
         device = "cpu" if moment == "step" else parameters[name].device
-        state.optimizer.state[parameters[name]][moment] = value.to(device).clone()
-    state.step, state.tokens, state.first_batch = int(saved["step"]), int(saved["tokens"]), saved["first_batch"]
+        state.optimizer.state[parameters[name]][moment] = part_of(key, value, dictionary).to(device).clone()
+    for name in CURSOR:
+        setattr(state, name, saved.get(name, 0))  # one of version 0.2 keeps no `rise_from`
+
+
+def _require_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or dtypes, and numbers that are not finite."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"tensors are {sorted(found)}, expected {sorted(expected)}")
+    for name, tensor in found.items():
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected[name].dtype} "
+                f"{tuple(expected[name].shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -126,23 +228,54 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class RunLog:
-    """The metrics of one run and, where it has a folder, its metrics.jsonl, run.json, checkpoints/ and dictionary/."""
+    """The metrics of one run, told to a logger, and in its folder metrics.jsonl, run.json, curves, dictionary/, ...
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self._folder, self._settings = folder, settings
+    is_scratch: the folder is made with the first checkpoint, and gets no dictionary.
+    shard: of a dictionary that ranks divide: all of them read, and rank 0 alone writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        settings: dict[str, Any],
+        logger: SafeLogger | None = None,
+        *,
+        is_scratch: bool = False,
+        shard: Shard | None = None,
+    ) -> None:
+        self._folder, self._settings, self._is_scratch = folder, settings, is_scratch
+        self._mesh = None if shard is None else {"features": shard.ranks.size}
+        self._writes = shard is None or shard.ranks.is_first
+        self._logger = logger if self._writes else None
+        self._kept_step = -1  # of the checkpoint that was written or loaded last
         self.metrics: list[Entry] = []
+        self._lines: list[str] = []
 
     def newest(self, *, among: set[int] | None = None) -> Path | None:
         """The newest verified checkpoint, of those of certain steps if they are given.
 
         Raises:
             ValueError: it was written under other settings.
+            DamagedArtifactError: there are several checkpoints, and none verifies.
         """
         if self._folder is None:
             return None
-        if (path := latest_checkpoint(self._folder / "checkpoints", among=among)) is not None:
+        home = self._folder / "checkpoints"
+        if (path := latest_checkpoint(home, among=among)) is not None:
             require_settings(path, self._settings)
+        elif among is None and len(there := checkpoints_in(home)) > 1:
+            raise DamagedArtifactError(
+                f"none of the {len(there)} checkpoints in {home} can be read; restore one from a copy, or move {home} "
+                "away to begin again"
+            )
         return path
+
+    def require_unused(self) -> None:
+        """Refuse a folder that holds a checkpoint, damaged or of whatever settings; a ValueError names it."""
+        for path in [] if self._folder is None else checkpoints_in(self._folder / "checkpoints")[-1:]:
+            raise ValueError(
+                f"{self._folder} already holds {path.name}; pass resume=True (--resume), or choose a new folder"
+            )
 
     def is_past_first_checkpoint(self) -> bool:
         """Whether more would be lost by beginning again than what one checkpoint holds."""
@@ -154,29 +287,67 @@ class RunLog:
         """Load a checkpoint into `state`, and the metrics up to its step, if there is one, and begin to log."""
         if self._folder is None:
             return
-        path = self._folder / "metrics.jsonl"
         if newest is not None:
             load_checkpoint(newest, state)
-            self.metrics = [entry for entry in _read_metrics(path) if (entry["step"] or 0) <= state.step]
+            self.metrics = read_history(newest, self._folder / METRICS, state.step)
+            self._lines = [line_of(entry) for entry in self.metrics]
+            self._kept_step = state.step
+            Stretch.of(read_cursor(newest)["settings"]["training"], self._settings["training"]).begin(state)
+        if not self._writes:
+            return
+        set_damaged_aside(self._folder / "checkpoints", after=step_of(newest))
+        if not self._is_scratch:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder, self._folder / "checkpoints")
+            n_there, every = len(checkpoints_in(self._folder / "checkpoints")), self._settings["training"]
+            copies = max(1, (KEEP + 1 if every["checkpoint_every"] else 1) - n_there)
+            require_room(self._folder, checkpoint_bytes(state), copies=copies, what="checkpoint")
+            self._begin_log()
+
+    def _begin_log(self) -> None:
+        assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / "run.json", describe_run(self._settings))
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.metrics))
+        record = describe_run(self._settings)
+        write_json(self._folder / "run.json", record if self._mesh is None else {**record, "mesh": self._mesh})
+        replace_file(self._folder / METRICS, "".join(self._lines).encode())
 
     def log(self, entry: Entry) -> None:
         self.metrics.append(entry)
-        if self._folder is not None:
-            with (self._folder / "metrics.jsonl").open("a") as stream:
-                stream.write(json.dumps(entry) + "\n")
+        self._lines.append(line_of(entry))
+        if self._folder is not None and not self._is_scratch and self._writes:
+            failpoint("metrics.line")
+            path = self._folder / METRICS
+            with naming_full_disk(path, path), path.open("a", encoding="utf-8") as stream:
+                stream.write(self._lines[-1])
+        if self._logger is not None:
+            self._logger.log(entry)
 
     def checkpoint(self, state: TrainState) -> None:
-        if self._folder is not None:
-            save_checkpoint(state, self._folder / "checkpoints", settings=self._settings)
+        """Write a checkpoint, unless that of this step was the last one; it holds what was logged up to it."""
+        require_sound(state)
+        if self._folder is None or self._kept_step == state.step:
+            return
+        if self._is_scratch:
+            self._begin_log()
+        if self._writes:
+            sync_path(self._folder / METRICS)
+        save_checkpoint(state, self._folder / "checkpoints", settings=self._settings, lines=self._lines)
+        self._kept_step = state.step
+
+    @property
+    def kept(self) -> str:
+        """The checkpoint that is gone on from, for people; empty where there is none."""
+        if self._folder is None or self._kept_step < 0:
+            return ""
+        return str(self._folder / "checkpoints" / f"step-{self._kept_step:09d}")
 
     def finish(self, state: TrainState) -> None:
-        if self._folder is not None:
-            if not (self._folder / "checkpoints" / f"step-{state.step:09d}").exists():
-                self.checkpoint(state)
-            state.dictionary.save_pretrained(self._folder / "dictionary")
+        require_sound(state)
+        if self._folder is not None and not self._is_scratch:
+            self.checkpoint(state)
+            if (whole := gathered(state.dictionary)) is not None:  # on rank 0
+                whole.save_pretrained(self._folder / "dictionary")
+                draw_curves(self._folder)
 
 
 def find_checkpoints(runs: Sequence[RunLog], *, resume: bool) -> list[Path | None]:
@@ -186,12 +357,11 @@ def find_checkpoints(runs: Sequence[RunLog], *, resume: bool) -> list[Path | Non
         ValueError: there are checkpoints, and nobody asked to resume; they are of other settings; or no step is common
             to all, and more than one checkpoint of work would be lost by beginning again.
     """
+    if not resume:
+        for run in runs:
+            run.require_unused()
     newest = [run.newest() for run in runs]
     furthest = max(newest, key=step_of)
-    if not resume and furthest is not None:
-        raise ValueError(
-            f"{furthest.parents[1]} already holds {furthest.name}; pass resume=True, or choose a new folder"
-        )
     while len(steps := {step_of(path) for path in newest}) > 1:  # killed between two saves
         among = set(range(1, min(steps) + 1))
         newest = [run.newest(among=among) for run in runs]
@@ -204,14 +374,3 @@ def find_checkpoints(runs: Sequence[RunLog], *, resume: bool) -> list[Path | Non
             )
         say(f"{furthest.parents[1]} was at step {step_of(furthest)}; all go on together from step {common}")
     return newest
-
-
-def _read_metrics(path: Path) -> list[Entry]:
-    """Whole lines only: a process killed while writing leaves a torn last one."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries

@@ -14,7 +14,7 @@ from torch import Tensor
 import triton_kernels
 from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE, SparseCode, TopK
 from crosscoder.dictionary.codec import selection_scale
-from crosscoder.dictionary.losses import add_auxiliary_gradients, loss_terms
+from crosscoder.dictionary.losses import add_auxiliary_gradients, any_dead, loss_terms
 from crosscoder.training.state import StackState, State
 from triton_kernels.arguments import Encoding
 
@@ -87,7 +87,8 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
         weight_GL,
         k_G=state.k_G,
         by_batch=isinstance(config.sparsity, BatchTopK),
-        sizes=[one.dictionary.config.n_features for one in members],
+        sizes=[one.dictionary.n_held for one in members],
+        shards=weights.others,
     )
     if found.cut_G is not None:
         weights.follow(found.cut_G)
@@ -103,7 +104,7 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     if isinstance(state, StackState):
         state.share_gradients()
     values, features, offsets = found.code
-    code = SparseCode(values, features, offsets, n_groups * config.n_features, (offsets.numel() - 1,), features)
+    code = SparseCode(values, features, offsets, n_groups * weights.n_held, (offsets.numel() - 1,), features)
     errors = [error_BGN.view(x_BLD.shape) for error_BGN in found.error_SBGN]
     squares = [one.flatten()[config.written()].sum() for one in found.squares_GL.chunk(n_members)]
     return Gradients([{"recon": square / n_written} for square in squares], code, errors)
@@ -119,20 +120,19 @@ def _with_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradien
         return found
     members = state.members
     dead = [
-        part_GF[:, : one.dictionary.config.n_features]
-        for one, part_GF in zip(members, dead_GF.chunk(len(members)), strict=True)
+        part_GF[:, : one.dictionary.n_held] for one, part_GF in zip(members, dead_GF.chunk(len(members)), strict=True)
     ]
-    places = [place for place, own_GF in enumerate(dead) if bool(own_GF.any())]
+    places = [place for place, own_GF in enumerate(dead) if any_dead(own_GF, members[place].dictionary.others)]
     if not places:
         return found
     squares: dict[str, Tensor] = {}
     if len(places) < len(members):
-        squares = {name: rows.clone() for name, rows in state.optimizer.row_squares().items()}
+        squares = {name: rows.clone() for name, rows in state.optimizer.row_squares(untouched=True).items()}
     for place in places:
         one = members[place]
         term = add_auxiliary_gradients(one.dictionary, x_BLD, found.errors[place], dead[place])
         found.terms[place]["aux_k"] = term
-        for name, own in one.optimizer.row_squares().items() if squares else ():
+        for name, own in one.optimizer.row_squares(untouched=True).items() if squares else ():
             part = squares[name].view(state.weights.n_groups, -1).chunk(len(members))[place]
             own = own.view(len(part), -1)
             part[:, : own.shape[1]] = own

@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary.dictionary import Weights
 from crosscoder.dictionary.stack import OF_FEATURES
+from crosscoder.dictionary.weights import Weights
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -41,7 +41,7 @@ class RowAdam(torch.optim.Optimizer):
                 )
         self._dictionary = dictionary
         self._unit = "decoder" if dictionary.config.decoder == "unit" else None
-        self.sizes = [dictionary.config.n_features]
+        self.sizes = [dictionary.n_held]
         """Features that exist, of each set of dictionaries in a `Stack`."""
         self.keep_working_copy = keep_working_copy
         self.working_RN: Tensor | None = None
@@ -62,30 +62,40 @@ class RowAdam(torch.optim.Optimizer):
             raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous: parameter.data.contiguous()")
         if name not in ("encoder", "decoder"):
             return tensor.view(-1, 1)
-        return tensor.view(self._dictionary.n_groups * self._dictionary.config.n_features, -1)
+        return tensor.view(self._dictionary.n_groups * self._dictionary.n_held, -1)
 
     @torch.no_grad()
-    def row_squares(self) -> dict[str, Tensor]:
-        """Squared norms of what the step would follow, by row of each parameter that has a gradient."""
+    def row_squares(self, *, untouched: bool = False) -> dict[str, Tensor]:
+        """Squared norms of what the step would follow, by row of each parameter that has a gradient.
+
+        untouched: as in `ops.row_squares`.
+        """
         found = {}
         for name, parameter in self._dictionary.named_parameters():
             if parameter.grad is not None:
                 unit = self._rows(name, parameter) if name == self._unit else None
-                found[name] = triton_kernels.row_squares(self._rows(name, parameter.grad.contiguous()), unit)
+                found[name] = triton_kernels.row_squares(
+                    self._rows(name, parameter.grad.contiguous()), unit, untouched=untouched
+                )
         return found
 
     @torch.no_grad()
-    def gradient_norms(self, squares: dict[str, Tensor] | None = None) -> Tensor:
+    def gradient_norms(self, squares: dict[str, Tensor] | None = None, *, untouched: bool = False) -> Tensor:
         """Norm of what the step would follow, `[G]`, over all parameters of each dictionary of a bank by itself.
 
-        squares: of the rows, where they are known (`row_squares`).
+        squares: of the rows, where they are known (`row_squares`). untouched: as there.
         """
         n_sets, n_own = len(self.sizes), self._dictionary.n_groups // len(self.sizes)
         found = [[self._dictionary.decoder_bias.new_zeros(n_own)] for _ in self.sizes]
-        for name, rows in (self.row_squares() if squares is None else squares).items():
+        shard = self._dictionary.others
+        for name, rows in (self.row_squares(untouched=untouched) if squares is None else squares).items():
+            if shard is not None and name == "decoder_bias" and not shard.ranks.is_first:
+                continue  # every rank has it, and it counts once
             for own, own_GR, size in zip(found, rows.view(n_sets, n_own, -1), self.sizes, strict=True):
                 own.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1))
         sums = [torch.stack(own).sum(0) for own in found]
+        if shard is not None:
+            shard.ranks.add(sums[0], "gradient norms")
         return (sums[0] if n_sets == 1 else torch.cat(sums)).sqrt()
 
     @torch.no_grad()

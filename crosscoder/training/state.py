@@ -12,9 +12,9 @@ from torch import Tensor
 from crosscoder.data.order import seeded_generator
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
-from crosscoder.dictionary.dictionary import Weights
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, TopK
 from crosscoder.dictionary.stack import Stack
+from crosscoder.dictionary.weights import Weights
 from crosscoder.training.frozen import Frozen, decoder_start, hold_near
 from crosscoder.training.optimizer import RowAdam
 
@@ -54,6 +54,8 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     first_batch: str = ""
+    rise_from: int = 0
+    """The step from which the learning rate rises (see `lengthen`)."""
     name: str = ""
     """Of several dictionaries in training."""
     start_RN: Tensor | None = None
@@ -109,7 +111,7 @@ class TrainState:
     ) -> Self:
         """The state before the first step; on a GPU in bf16 the optimiser keeps the encoder rounded for its product."""
         keep = dictionary.encoder.is_cuda and precision == "bf16"
-        firing = FiringTracker(dictionary.n_groups, dictionary.config.n_features, device=dictionary.encoder.device)
+        firing = FiringTracker(dictionary.n_groups, dictionary.n_held, device=dictionary.encoder.device)
         optimizer = RowAdam(dictionary, lr=learning_rate, keep_working_copy=keep)
         start_RN = decoder_start(dictionary) if frozen == "soft_decoder" else None
         return cls(dictionary, optimizer, firing, name=name, start_RN=start_RN)
@@ -161,6 +163,10 @@ class StackState:
     @property
     def tokens(self) -> int:
         return self.members[0].tokens
+
+    @property
+    def rise_from(self) -> int:
+        return self.members[0].rise_from
 
     def clear_gradients(self) -> None:
         """Hold none any more, neither together nor as the dictionaries' parts, which share their memory."""

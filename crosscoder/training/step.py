@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import repeat
 from typing import Annotated, Literal
@@ -15,16 +14,14 @@ from crosscoder.dictionary.codec import checked_input, non_finite
 from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.losses import explained_variance
 from crosscoder.foundation.config import config
-from crosscoder.training.checkpoint import Entry
+from crosscoder.training.finite import NonFiniteError, require_sound
 from crosscoder.training.frozen import Frozen
 from crosscoder.training.gradients import accumulate_gradients
+from crosscoder.training.history import Entry
+from crosscoder.training.lengthen import learning_rate_factor, linear_rise
 from crosscoder.training.state import State, TrainState, resample_dead
 
 BiasInit = Literal["geometric_median", "mean", "zero"]
-
-
-class NonFiniteError(FloatingPointError):
-    """A batch, a loss or a gradient holds NaN or infinity; the parameters were not changed by it."""
 
 
 @config
@@ -72,30 +69,11 @@ class TrainConfig:
             )
 
 
-def linear_rise(step: int, *, warmup: int) -> float:
-    """From `1 / (warmup + 1)` at step 0 to 1 at step `warmup`, and 1 from there on."""
-    return min(1.0, (step + 1) / (warmup + 1))
-
-
-def learning_rate_factor(step: int, *, n_steps: int | None, warmup: int, decay_fraction: float) -> float:
-    """What the peak rate is multiplied by at `step` (counted from 0): linear rise, flat, linear fall.
-
-    The rise takes `warmup` steps, the fall the last `decay_fraction` of `n_steps`; where both overlap the smaller
-    wins, so a warm-up longer than the run is harmless. Without a known end the rate stays flat.
-    """
-    fall = 1.0
-    if n_steps is not None and decay_fraction > 0:
-        fall = (n_steps - step) / (decay_fraction * n_steps + 1)
-    return min(linear_rise(step, warmup=warmup), fall)
-
-
 def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None) -> Callable[[], list[Entry]]:
     """Takes one optimiser step and returns a function that computes what to log of each dictionary of the state."""
     weights = state.weights
     x_BLD = _checked_batch(x, state)
-    rate = config.learning_rate * learning_rate_factor(
-        state.step, n_steps=n_steps, warmup=config.warmup_steps, decay_fraction=config.decay_fraction
-    )
+    rate = _rate(state, config, n_steps)
     state.optimizer.param_groups[0]["lr"] = rate
     state.clear_gradients()
     kept = (weights.threshold, weights.decoder_bias)
@@ -112,14 +90,15 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
             penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
             precision=config.precision,
         )
-        loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms(out.squares)
+        loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms(out.squares, untouched=True)
         norm_S = norm_G.view(len(loss_S), -1).norm(dim=1)
         if not bool(torch.isfinite(loss_S + norm_S).all()):
             raise NonFiniteError(_diverged(state, loss_S, norm_S))
-    except BaseException:
+    except BaseException as error:
         with torch.no_grad():
             for tensor, old in zip(kept, before, strict=True):
                 tensor.copy_(old)
+        _blame_earlier_steps(state, error)
         raise
     clips = config.grad_clip and bool((norm_G > config.grad_clip).any())
     state.optimizer.update(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
@@ -131,7 +110,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
     written = weights.config.written()
 
     def numbers() -> list[Entry]:
-        l0_S = out.code.l0().float().view(len(loss_S), -1).mean(1).tolist()
+        l0_S = weights.of_all(out.code.l0().float()).view(len(loss_S), -1).mean(1).tolist()
         return [
             {
                 "step": state.step,
@@ -140,7 +119,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
                 **{f"loss/{name}": term.item() for name, term in out.terms[place].items()},
                 "explained_variance": _mean_explained(x_BLD[:, written], (x_BLD + out.errors[place])[:, written]),
                 "l0": l0_S[place],
-                "silent_features": int(member.firing.dead(config.dead_after_tokens).sum()),
+                "silent_features": int(weights.of_all(member.firing.dead(config.dead_after_tokens).sum())),
                 "gradient_norm": norm_S[place].item(),
                 "learning_rate": rate,
                 **resampled[place],
@@ -151,6 +130,17 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
     return numbers
 
 
+def _rate(state: State, config: TrainConfig, n_steps: int | None) -> float:
+    shape = {"warmup": config.warmup_steps, "decay_fraction": config.decay_fraction, "rise_from": state.rise_from}
+    return config.learning_rate * learning_rate_factor(state.step, n_steps=n_steps, **shape)
+
+
+def _blame_earlier_steps(state: State, error: BaseException) -> None:
+    """Raise what is wrong with the parameters, where a step finds that it cannot be taken."""
+    for member in state.members if isinstance(error, ValueError) else ():
+        require_sound(member)
+
+
 def _diverged(state: State, loss_S: Tensor, norm_S: Tensor) -> str:
     place = int((~torch.isfinite(loss_S + norm_S)).nonzero()[0])
     return (
@@ -158,20 +148,6 @@ def _diverged(state: State, loss_S: Tensor, norm_S: Tensor) -> str:
         f"{norm_S[place].item():.4g}; the parameters are as they were before this step. A lower learning_rate is the "
         "usual mend."
     )
-
-
-def require_finite(state: TrainState) -> None:
-    """Refuse a dictionary whose parameters hold NaN or infinity: a choice of features may hide them for ever.
-
-    Raises:
-        NonFiniteError: names the parameter.
-    """
-    for name, parameter in state.dictionary.named_parameters():
-        if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(parameter.detach())).tolist()):
-            raise NonFiniteError(
-                f"step {state.step}{state.called}: {name} holds NaN or infinity before the step; start from a sound "
-                "dictionary or checkpoint"
-            )
 
 
 @torch.no_grad()
@@ -186,6 +162,8 @@ def initialize_bias(dictionary: Dictionary, x_BLD: Tensor, *, method: BiasInit) 
             center_GN.copy_(x_BGN.mean(0))
         case "zero":
             center_GN.zero_()
+    if dictionary.shard is not None:
+        dictionary.shard.ranks.share(dictionary.decoder_bias.detach(), "start")
 
 
 def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:

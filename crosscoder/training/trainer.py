@@ -7,12 +7,10 @@ killed continues from its newest verified checkpoint to the same bits, metrics i
 
 from __future__ import annotations
 
-import hashlib
-import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,25 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
-from crosscoder.dictionary.stack import fits
-from crosscoder.foundation.config import to_mapping
+from crosscoder.foundation import signals
+from crosscoder.foundation.config import require_count, to_mapping
 from crosscoder.foundation.console import Progress
-from crosscoder.training.checkpoint import Entry, RunLog, find_checkpoints, read_cursor, step_of
+from crosscoder.foundation.failpoints import failpoint
+from crosscoder.training import together
+from crosscoder.training.batches import Batches, batches_from
+from crosscoder.training.checkpoint import Entry, RunLog, find_checkpoints
+from crosscoder.training.company import side_by_side
+from crosscoder.training.finite import require_finite
 from crosscoder.training.frozen import frozen_parts, require_resampling
-from crosscoder.training.gradients import is_direct
-from crosscoder.training.state import StackState, State, TrainState
-from crosscoder.training.step import TrainConfig, require_finite, take_step
+from crosscoder.training.given import checked_dictionaries, checked_names, unwrapped
+from crosscoder.training.keeping import TornStepError, keep_stopped, one_writer
+from crosscoder.training.loggers import Logger, SafeLogger
+from crosscoder.training.state import State, TrainState
+from crosscoder.training.step import TrainConfig, take_step
 
-Batches = Iterable[Tensor] | Callable[[int], Iterable[Tensor]]
+SHOWN = ("loss", "explained_variance", "l0", "held_out_explained_variance", "held_out_l0", "held_out_dead_share")
+"""What is last logged that a result shows."""
 SMOOTHING = 0.8  # weight of the past in the explained variance that is shown
-MAX_NAME = 200  # bytes of a dictionary's name: file systems take 255, some for what is written beside it
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class TrainResult:
     metrics: list[Entry]
     steps: int
     tokens: int
+
+    def __repr__(self) -> str:
+        known = {name: value for entry in self.metrics for name, value in entry.items() if value is not None}
+        last = ", ".join(f"{name} {known[name]:.4g}" for name in SHOWN if name in known)
+        return f"TrainResult({self.steps:,} steps, {self.tokens:,} tokens; last: {last}; {self.dictionary})"
 
 
 def train(
@@ -55,17 +65,31 @@ def train(
     data_fingerprint: str | None = None,
     monitor: Callable[[Dictionary], Entry] | None = None,
     monitor_every: int = 0,
+    logger: Logger | None = None,
     label: str = "training",
     quiet: bool = False,
+    scratch_seconds: float | None = None,
 ) -> TrainResult:
     """Trains `dictionary` in place on `batches` of `[..., L, D]` and returns it with its metrics.
 
     batches: an iterable of tensors, or a function that gives the batches from a step number on. On resume an iterable
         is replayed and its used part skipped, so it must give the same batches again.
-    folder: where `metrics.jsonl`, `run.json`, checkpoints and the finished `dictionary/` go; None writes nothing.
+    folder: where `metrics.jsonl`, `run.json`, `curves.png`, checkpoints and the finished `dictionary/` go; None writes
+        nothing.
     resume: continue from the folder's newest verified checkpoint, if there is one.
     monitor: what to measure of the dictionary (in evaluation mode) at the end, and every `monitor_every` steps, such as
         its explained variance on held-out batches; logged and shown.
+    logger: anything with `log(dict)`, such as a run of trackio or wandb, is given every entry of the metrics (and
+        `step=`, if it takes that). One that fails is named once, and training goes on.
+
+    A dictionary that `torch.compile` has wrapped is trained as it is: a step's operators are compiled already.
+    scratch_seconds: for a run whose result is kept elsewhere: `folder` gets no dictionary, and a checkpoint only where
+        more than so many seconds of work would be lost.
+
+    SIGINT (Ctrl-C, a notebook's stop button), SIGTERM and SIGHUP end the run after the step at hand: a checkpoint is
+    written, where there is a folder, and `Stopped`, a KeyboardInterrupt, is raised; `resume` goes on from there.
+    Handlers are set in the main thread alone, only where there were none, and taken back at the end. With another
+    number of steps `resume` lengthens or shortens the run, by the rule of `lengthen`.
 
     Batches of a source (`Source.batches`) carry the scale and the record of their activations, which the dictionary
     takes over.
@@ -73,12 +97,15 @@ def train(
     Raises:
         ValueError: a batch of the wrong shape, no batches, fewer than `config.steps`, or a folder in use.
         MismatchError: the dictionary has a scale or record of its inputs already, and the batches have another.
-        NonFiniteError: a batch, loss or gradient is not finite; the parameters are as before that step.
+        InUseError: another process trains in the folder.
+        OSError: the folder could not take the run's checkpoints; before the first step.
+        NonFiniteError: a batch, loss or gradient is not finite, and the parameters are as before that step; or a step
+            took parameters there, which are not kept.
     """
     (result,) = _train(
-        [dictionary], [""], batches, [None if folder is None else Path(folder)], config or TrainConfig(), resume=resume,
-        device=device, data_fingerprint=data_fingerprint, monitor=monitor, monitor_every=monitor_every, label=label,
-        quiet=quiet,
+        [unwrapped(dictionary)], [""], batches, [None if folder is None else Path(folder)], config or TrainConfig(),
+        resume=resume, device=device, data_fingerprint=data_fingerprint, monitor=monitor, monitor_every=monitor_every,
+        logger=logger, label=label, quiet=quiet, scratch_seconds=scratch_seconds,
     )  # fmt: skip
     return result
 
@@ -95,8 +122,10 @@ def train_many(
     data_fingerprint: str | None = None,
     monitor: Callable[[Dictionary], Entry] | None = None,
     monitor_every: int = 0,
+    logger: Logger | None = None,
     label: str = "training",
     quiet: bool = False,
+    scratch_seconds: float | None = None,
 ) -> list[TrainResult]:
     """Trains dictionaries that read the same batches, each as `train` would by itself, and returns their results.
 
@@ -118,36 +147,19 @@ def train_many(
         NonFiniteError: as `train`, naming the dictionary; those it takes its steps with did not take that step, others
             may have.
     """
-    dictionaries = _checked_dictionaries(dictionaries)
-    names = [str(place) for place in range(len(dictionaries))] if names is None else _checked_names(names)
+    dictionaries = checked_dictionaries(dictionaries)
+    names = [str(place) for place in range(len(dictionaries))] if names is None else checked_names(names)
     if len(set(names)) < len(names) or len(names) != len(dictionaries):
         raise ValueError(f"names are {names} for {len(dictionaries)} dictionaries; give each a name of its own")
     folders = [None if folder is None else Path(folder) / name for name in names]
     return _train(
         dictionaries, names, batches, folders, config or TrainConfig(), resume=resume, device=device,
-        data_fingerprint=data_fingerprint, monitor=monitor, monitor_every=monitor_every, label=label, quiet=quiet,
+        data_fingerprint=data_fingerprint, monitor=monitor, monitor_every=monitor_every, logger=logger, label=label,
+        quiet=quiet, scratch_seconds=scratch_seconds,
     )  # fmt: skip
 
 
-def _checked_dictionaries(dictionaries: Iterable[Dictionary]) -> list[Dictionary]:
-    given = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
-    if wrong := [type(one).__name__ for one in given if not isinstance(one, Dictionary)]:
-        raise ValueError(f"among the dictionaries is a {wrong[0]}; give a list of Crosscoder or LayerwiseSAE")
-    if not given or len({id(one) for one in given}) < len(given):
-        raise ValueError(f"{len(given)} dictionaries, some given twice or none at all; give each one once")
-    return given
-
-
-def _checked_names(names: Iterable[str]) -> list[str]:
-    """The names, each of which can be a folder's."""
-    found = list(names)
-    for name in found:
-        is_plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
-        if not is_plain or len(os.fsencode(name)) > MAX_NAME:
-            raise ValueError(f"{name!r:.80} is no name for a dictionary; give a string that can be a folder's name")
-    return found
-
-
+@signals.watching()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _train(
@@ -162,50 +174,67 @@ def _train(
     data_fingerprint: str | None,
     monitor: Callable[[Dictionary], Entry] | None,
     monitor_every: int,
+    logger: Logger | None,
     label: str,
     quiet: bool,
+    scratch_seconds: float | None,
 ) -> list[TrainResult]:
     if isinstance(batches, Tensor):
         raise ValueError(f"batches is one tensor of shape {tuple(batches.shape)}; give an iterable of batches, as [x]")
+    require_count(0, monitor_every=monitor_every)
     n_steps = len(batches) if config.steps is None and isinstance(batches, Sized) else config.steps
+    job = together.require_one_job(dictionaries, config, is_scratch=(is_scratch := scratch_seconds is not None))
     were_training = [dictionary.training for dictionary in dictionaries]
     stacked: list[State] = []
-    try:
-        with frozen_parts(dictionaries, config.frozen):
-            _take_inputs(dictionaries, batches)
-            states, runs = [], []
-            for dictionary, name, folder in zip(dictionaries, names, folders, strict=True):
-                dictionary.to(device).train()
-                states.append(_first_state(dictionary, config, name))
-                runs.append(RunLog(folder, _settings(dictionary, config, data_fingerprint, n_steps)))
-            found = find_checkpoints(runs, resume=resume)
-            every = _batches_from(batches, states, found, n_steps)
-            for run, state, checkpoint in zip(runs, states, found, strict=True):
-                run.begin(state, checkpoint)
-                require_finite(state)
-                state.dictionary.frozen = config.frozen
-            stacked = side_by_side(states)
-            progress = Progress(label, n_steps, unit="step", quiet=quiet)
-            _take_steps(stacked, states, every, config, n_steps, runs, progress, monitor, monitor_every)
-            if states[0].step == 0 or (config.steps is not None and states[0].step < config.steps):
-                raise ValueError(
-                    f"the batches ended after {states[0].step} of {config.steps or 'at least 1'} steps; "
-                    "give more data or fewer steps"
-                )
-    except BaseException:
-        for dictionary, was_training in zip(dictionaries, were_training, strict=True):
-            dictionary.train(was_training)
-        raise
-    finally:
-        for state in stacked:
-            state.release()
-        for dictionary in dictionaries:
-            dictionary.zero_grad(set_to_none=True)
-    for state, run in zip(states, runs, strict=True):
-        state.dictionary.eval()
-        run.finish(state)
-    pairs = zip(states, runs, strict=True)
-    return [TrainResult(state.dictionary, run.metrics, state.step, state.tokens) for state, run in pairs]
+    with together.stopping_together(job), one_writer(folders if job.is_first and not is_scratch else []):
+        try:
+            with frozen_parts(dictionaries, config.frozen):
+                _take_inputs(dictionaries, batches)
+                states, runs = [], []
+                for dictionary, name, folder in zip(dictionaries, names, folders, strict=True):
+                    dictionary.to(device).train()
+                    states.append(_first_state(dictionary, config, name))
+                    settings = _settings(dictionary, config, data_fingerprint, n_steps)
+                    told = None if logger is None else SafeLogger(logger, prefix=f"{name}/" if name else "")
+                    runs.append(RunLog(folder, settings, told, is_scratch=is_scratch, shard=dictionary.shard))
+                found = together.found_by_first(job, folders, lambda: find_checkpoints(runs, resume=resume))
+                every = batches_from(batches, states, found, n_steps)
+                for run, state, checkpoint in zip(runs, states, found, strict=True):
+                    run.begin(state, checkpoint)
+                    require_finite(state)
+                    state.dictionary.frozen = config.frozen
+                failpoint("train.begin")
+                stacked = side_by_side(states)
+                progress = Progress(label, n_steps, unit="step", quiet=quiet or not job.is_first)
+                watch = _Watch(monitor, monitor_every, scratch_seconds)
+                try:
+                    _take_steps(stacked, states, every, config, n_steps, runs, progress, watch)
+                except KeyboardInterrupt as stop:
+                    raise keep_stopped(runs, states, stop, n_steps) from stop
+                _require_steps(states[0].step, config.steps)
+        except BaseException:
+            for dictionary, was_training in zip(dictionaries, were_training, strict=True):
+                dictionary.train(was_training)
+            raise
+        finally:
+            for state in stacked:
+                state.release()
+            for dictionary in dictionaries:
+                dictionary.zero_grad(set_to_none=True)
+        return [_finished(state, run) for state, run in zip(states, runs, strict=True)]
+
+
+def _require_steps(taken: int, asked: int | None) -> None:
+    if taken == 0 or (asked is not None and taken < asked):
+        raise ValueError(
+            f"the batches ended after {taken} of {asked or 'at least 1'} steps; give more data or fewer steps"
+        )
+
+
+def _finished(state: TrainState, run: RunLog) -> TrainResult:
+    state.dictionary.eval()
+    run.finish(state)
+    return TrainResult(state.dictionary, run.metrics, state.step, state.tokens)
 
 
 def _first_state(dictionary: Dictionary, config: TrainConfig, name: str) -> TrainState:
@@ -238,23 +267,17 @@ def _take_inputs(dictionaries: list[Dictionary], batches: Batches) -> None:
             dictionary.set_input(scale_L, reads)
 
 
-def side_by_side(states: Sequence[TrainState]) -> list[State]:
-    """The states in as few as can take their steps: those that fit one another in one, largest first."""
+@dataclass(frozen=True)
+class _Watch:
+    """What is done beside the steps."""
 
-    def may_stack(state: TrainState) -> bool:
-        return is_direct(state.dictionary) and state.dictionary.encoder.dtype == torch.float32
+    monitor: Callable[[Dictionary], Entry] | None
+    monitor_every: int
+    scratch_seconds: float | None
 
-    alone = [state for state in states if not may_stack(state)]
-    left = [state for state in states if may_stack(state)]
-    left.sort(key=lambda state: -state.dictionary.config.n_features)
-    stacks: list[list[TrainState]] = []
-    for state in left:
-        own = (stack for stack in stacks if fits(state.dictionary, stack[0].dictionary))
-        if (stack := next(own, None)) is not None:
-            stack.append(state)
-        else:
-            stacks.append([state])
-    return [*alone, *(StackState(stack) if len(stack) > 1 else stack[0] for stack in stacks)]
+    def is_monitored(self, step: int, n_steps: int | None) -> bool:
+        """Whether the monitor is asked after a step that is not the last."""
+        return self.monitor is not None and self.monitor_every > 0 and step % self.monitor_every == 0 < step != n_steps
 
 
 def _take_steps(
@@ -265,8 +288,7 @@ def _take_steps(
     n_steps: int | None,
     runs: list[RunLog],
     progress: Progress,
-    monitor: Callable[[Dictionary], Entry] | None,
-    monitor_every: int,
+    watch: _Watch,
 ) -> None:
     device, run_of = states[0].dictionary.encoder.device, {id(state): run for state, run in zip(states, runs)}
     numbers: list[Callable[[], list[Entry]]] = []
@@ -280,26 +302,44 @@ def _take_steps(
         numbers.clear()
         return entries
 
-    shown: dict[str, float] = {}
+    def keep() -> None:
+        nonlocal kept_at
+        kept_at = time.monotonic()
+        for state, run in zip(states, runs, strict=True):
+            run.checkpoint(state)
+
+    def is_lost() -> bool:
+        """Whether a scratch run has much to lose."""
+        return watch.scratch_seconds is not None and time.monotonic() - kept_at > watch.scratch_seconds
+
+    shown, kept_at = dict[str, float](), time.monotonic()
     with progress:
         step = states[0].step
         progress.advance(step)
+        if watch.is_monitored(step, n_steps):  # where the run was stopped before it was
+            shown |= _monitor(states, watch.monitor, runs)
         for x in batches:
             x = x.to(device, non_blocking=True)
-            numbers[:] = [take_step(state, x, config, n_steps) for state in stacked]
+            together.require_same_batch(states[0].dictionary.shard, x)
+            try:
+                numbers[:] = [take_step(state, x, config, n_steps) for state in stacked]
+            except KeyboardInterrupt as stop:
+                raise TornStepError from stop
             step += 1
             if step % config.log_every == 0 or step == n_steps:
                 shown |= _to_show(log(), shown, states)
             progress.advance(1, **shown)
-            if monitor is not None and monitor_every and step % monitor_every == 0 and step != n_steps:
-                shown |= _monitor(states, monitor, runs)
-            if config.checkpoint_every and step % config.checkpoint_every == 0:
-                for state, run in zip(states, runs, strict=True):
-                    run.checkpoint(state)
+            if watch.is_monitored(step, n_steps):
+                shown |= _monitor(states, watch.monitor, runs)
+            if (config.checkpoint_every and step % config.checkpoint_every == 0) or is_lost():
+                keep()
+            failpoint("train.step")
+            signals.safe_point(together=True)
     if numbers:
         log()
-    if monitor is not None and step:
-        _monitor(states, monitor, runs)
+    _monitor(states, watch.monitor if step else None, runs)
+    if is_lost():
+        keep()
 
 
 def _to_show(entries: list[Entry], before: dict[str, float], states: list[TrainState]) -> dict[str, float]:
@@ -313,64 +353,22 @@ def _to_show(entries: list[Entry], before: dict[str, float], states: list[TrainS
     return found
 
 
-def _monitor(states: list[TrainState], monitor: Callable[[Dictionary], Entry], runs: list[RunLog]) -> dict[str, float]:
+def _monitor(
+    states: list[TrainState], monitor: Callable[[Dictionary], Entry] | None, runs: list[RunLog]
+) -> dict[str, float]:
     """What to show of what the monitor found, the mean over all dictionaries; what is logged of a step stays."""
     every = []
+    if monitor is None:
+        return {}
     for state, run in zip(states, runs, strict=True):
         if any(entry["step"] == state.step and "loss" not in entry for entry in run.metrics[-1:]):
             continue  # a run that had been finished
         state.dictionary.eval()
-        found = monitor(state.dictionary)
-        state.dictionary.train()
-        if not isinstance(found, Mapping):
-            raise ValueError(f"monitor returned a {type(found).__name__}; expected numbers by name, as {{'ev': 0.8}}")
+        try:
+            found = together.measured_by_first(state.dictionary, monitor)
+        finally:
+            state.dictionary.train()
         every.append(found)
         run.log({"step": state.step, "tokens": state.tokens, **found})
     known = {name: [value for one in every if (value := one.get(name)) is not None] for one in every for name in one}
     return {name: statistics.fmean(values) for name, values in known.items() if values}
-
-
-def _batches_from(
-    batches: Batches, states: list[TrainState], found: list[Path | None], n_steps: int | None
-) -> Iterator[Tensor]:
-    """The batches from the checkpoints' step on, after checking that the first is the one that the runs began with."""
-    start = step_of(found[0])
-    every = (_only_tensor(x) for x in (batches if isinstance(batches, Iterable) else batches(0)))
-    if start > 0:
-        first = next(every, None)
-        if first is None or any(batch_hash(first) != read_cursor(path)["first_batch"] for path in found):
-            raise ValueError(
-                "the first batch differs from the one this run began with, so continuing would mix two runs; give the "
-                "same batches in the same order, or start in a new folder"
-            )
-        if isinstance(batches, Iterable):
-            every = islice(every, start - 1, None)
-        else:
-            every = (_only_tensor(x) for x in batches(start))
-    return _remembering_first(islice(every, None if n_steps is None else n_steps - start), states)
-
-
-def _remembering_first(batches: Iterator[Tensor], states: list[TrainState]) -> Iterator[Tensor]:
-    for x in batches:
-        if states[0].step == 0:
-            first_batch = batch_hash(x)
-            for state in states:
-                state.first_batch = first_batch
-        yield x
-
-
-def _only_tensor(batch: Any) -> Tensor:
-    """The batch itself; a data loader wraps it in a list or tuple of one."""
-    if isinstance(batch, list | tuple) and len(batch) == 1:
-        batch = batch[0]
-    if not isinstance(batch, Tensor):
-        raise ValueError(f"a batch is a {type(batch).__name__}; expected a tensor [..., n_layers, d_model]")
-    return batch
-
-
-def batch_hash(batch: Tensor) -> str:
-    """sha256 of a batch's shape and numbers."""
-    content = batch.detach().float().cpu().contiguous()
-    digest = hashlib.sha256(repr(tuple(batch.shape)).encode())
-    digest.update(content.numpy().data)
-    return digest.hexdigest()

@@ -38,9 +38,54 @@ def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
     arguments = ["evaluate", "--dictionary", str(pipeline / "cc/dictionary"), "--activations", str(pipeline / "acts")]
     assert main([*arguments, "--out", str(pipeline / "numbers.json")]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers == json.loads((pipeline / "numbers.json").read_text())
+    written = json.loads((pipeline / "numbers.json").read_text())
+    about = written.pop("about")
+    assert numbers == written
+    assert about["weights"] == load_dictionary(pipeline / "cc/dictionary").facts().weights
     assert 0 < numbers["explained_variance"] < 1
     assert numbers["dictionary_size"] == 64
+
+
+def test_the_card_has_the_loss_that_the_model_recovers_and_the_null_beside_it(pipeline, tmp_path, capsys):
+    subject, tokens, acts = (str(pipeline / name) for name in ("subject/step-62", "tokens", "acts"))
+    folder, null = pipeline / "cc/dictionary", tmp_path / "null"
+    read = ["evaluate", "--dictionary", str(folder), "--subject", subject, "--tokens-folder", tokens]
+    assert main([*read, "--out", str(tmp_path / "cc.json")]) == 0
+    said = capsys.readouterr()
+    numbers = json.loads(said.out)
+    assert numbers["clean_loss"] < numbers["spliced_loss"] < numbers["ablated_loss"]
+    gone, clean = numbers["ablated_loss"], numbers["clean_loss"]
+    assert numbers["loss_recovered"] == pytest.approx((gone - numbers["spliced_loss"]) / (gone - clean))
+    assert "loss recovered" in said.err
+    assert main([*read, "--loss-tokens", "0"]) == 0
+    assert "loss_recovered" not in json.loads(capsys.readouterr().out)
+    assert main(["train", "--activations", acts, "--null", "gaussian", "--out", str(null), *FORTY]) == 0
+    arguments = ["evaluate", "--dictionary", str(null / "dictionary"), "--null", "gaussian"]
+    assert main([*arguments, "--activations", acts, "--out", str(tmp_path / "null.json")]) == 0
+    assert main([*arguments, "--subject", subject, "--tokens-folder", tokens]) == 0
+    assert "loss recovered is left out: the gaussian null is no model's" in capsys.readouterr().err
+    card = ["card", str(folder), "--evaluation", str(tmp_path / "cc.json")]
+    assert main([*card, "--nulls", str(tmp_path / "null.json")]) == 0
+    text = (folder / "README.md").read_text()
+    assert "|  | this dictionary | null: gaussian |" in text
+    assert f"| loss recovered | {numbers['loss_recovered']:.4g} | not measured |" in text
+    assert "| trained on | 5,120 tokens |" in text
+    assert load_dictionary(folder).facts().weights in text
+    assert main(["push", str(folder), "a/b", "--dry-run"]) == 0
+    assert "README.md" in capsys.readouterr().out
+    assert main(["card", str(null / "dictionary"), "--evaluation", str(tmp_path / "cc.json")]) == 2
+    assert "the evaluation is of weights" in capsys.readouterr().err
+    (null / "dictionary" / "README.md").write_text("mine")
+    assert main(["card", str(null / "dictionary")]) == 2
+    assert "was not written by crosscoder; --replace" in capsys.readouterr().err
+    assert (null / "dictionary" / "README.md").read_text() == "mine"
+    (folder / "README.md").unlink()
+
+
+def test_a_store_has_no_loss(pipeline, capsys):
+    arguments = ["evaluate", "--dictionary", str(pipeline / "cc/dictionary"), "--activations", str(pipeline / "acts")]
+    assert main([*arguments, "--loss-tokens", "9"]) == 2
+    assert "--loss-tokens would change nothing here: only a model has a loss" in capsys.readouterr().err
 
 
 def test_prepare_with_a_model_says_what_it_read_and_the_loss_of_both_policies(own_model, texts, tmp_path, capsys):
@@ -114,7 +159,7 @@ def test_compare_on_one_subject(pipeline, texts, capsys):
     (texts / "00.txt").write_text(spare)
     train_tokenizer(["quite another text"], vocab_size=260).save_pretrained(folder)
     assert main(arguments) == 2
-    assert "made from other inputs: tokenizer (now" in capsys.readouterr().err
+    assert "tokenizer.json has" in capsys.readouterr().err  # altered since it was written
     shutil.rmtree(folder)
     shutil.copytree(pipeline / "subject/step-0", folder)
     shutil.copytree(pipeline / "tokens/tokenizer", folder, ignore=lambda *_: ["MANIFEST.json"], dirs_exist_ok=True)

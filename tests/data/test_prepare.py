@@ -12,9 +12,9 @@ from tokenizers import AddedToken, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosscoder.data import prepare
+from crosscoder.data.model_loss import describe_policies, loss_of_policies
 from crosscoder.data.prepare import pack_documents, prepare_tokens
 from crosscoder.data.split import split_documents
-from crosscoder.data.subject_training import describe_policies, loss_of_policies
 from crosscoder.data.text import Documents
 from crosscoder.data.tokenizer import find_bos, own_bos, special_ids, tokenizer_hash, train_tokenizer
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks

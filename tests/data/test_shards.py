@@ -12,7 +12,7 @@ from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.sources import SiteSource
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import build_subject
-from crosscoder.foundation.artifact import DamagedArtifactError
+from crosscoder.foundation.artifact import DamagedArtifactError, read_json, write_json
 
 N_TOKENS = 77  # eleven blocks of eight, the first position skipped
 
@@ -38,7 +38,7 @@ def test_rows_and_where_they_come_from_are_in_stored_order(harvester, blocks, tr
     assert store.sequences_T.tolist() == [number for number in range(11) for _ in range(7)]
     assert store.positions_T.tolist() == list(range(1, 8)) * 11
     assert store.index.dropped == {"first_positions": 11, "special_tokens": 0}
-    assert store.index.metadata == {"model": "tiny"}
+    assert store.index.metadata == {"model": "tiny", "tokens": blocks.fingerprint}
     assert [shard.tokens for shard in store.index.shards] == [14, 14, 14, 14, 14, 7]  # whole blocks
     with pytest.raises(ValueError, match="rows 70 to 78"):
         store.rows(70, 78)
@@ -102,7 +102,7 @@ def test_an_altered_shard_and_a_forged_index_are_refused(harvester, blocks, tmp_
     index = tmp_path / "s" / "index.json"
     text = index.read_text()
     forged = [
-        ('"tokens": 77', '"tokens": 76', r"says float32 \[76, 4, 16\]"),
+        ('"tokens": 77', '"tokens": 76', r"says torch.float32 \[76, 4, 16\]"),
         ('"shard-00000.safetensors"', '"../0.safetensors"', r"shards\[0\]: file is"),
         ('"sites": [', '"sites": [\n    0,', r"4 scales and 3 of writes, expected 5 and 0 for sites \[0, 0, 1"),
     ]
@@ -189,3 +189,34 @@ def test_nan_is_named_and_stored_nowhere(blocks, tmp_path):
     with pytest.raises(ValueError, match=f"site 0, block {block}, position {position + 1} is not finite"):
         write_shards(harvester, blocks, tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["residual", "write"])
+def test_what_is_not_finite_in_a_store_is_named_by_document_token_and_site(harvester, blocks, tmp_path, kind):
+    store = write_shards(harvester, blocks, tmp_path / "s")
+    source = SiteSource(store, store, kind)
+    x_TLD, token = store._shards[0]["x_TLD"], 17
+    x_TLD[token, 2, 3] = torch.nan
+    block, position = divmod(int(store.token_T[token]), store.context)
+    document = int(blocks.documents[block])
+    said = rf"document {document} \(block {block}, position {position}\) at site 2;"
+    with pytest.raises(ValueError, match=said):
+        list(source.batches(8, seed=0, steps=store.n_tokens // 8 + 1)(0))
+    with pytest.raises(ValueError, match=said):
+        list(source.marked())
+
+
+def test_a_store_that_names_other_shards_than_its_manifest_is_refused(harvester, blocks, tmp_path):
+    write_shards(harvester, blocks, tmp_path / "s", tokens_per_shard=24)
+    manifest = read_json(tmp_path / "s" / "MANIFEST.json")
+    del manifest["files"]["shard-00001.safetensors"]
+    write_json(tmp_path / "s" / "MANIFEST.json", manifest)
+    with pytest.raises(DamagedArtifactError, match=r"shards are not the files that MANIFEST\.json lists"):
+        ActivationShards.load(tmp_path / "s")
+
+
+def test_less_text_than_asked_is_said(harvester, blocks, tmp_path, capsys):
+    write_shards(harvester, blocks, tmp_path / "s", max_tokens=10_000)
+    assert "77 of the 10,000 tokens that were asked for" in capsys.readouterr().err
+    write_shards(harvester, blocks, tmp_path / "t", max_tokens=20)
+    assert "asked for" not in capsys.readouterr().err

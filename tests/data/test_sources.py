@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from crosscoder.data.hooks import ModuleEnd, reading, replacing
+from crosscoder.data.planted import PlantedSource
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
 from crosscoder.data.shards import ActivationShards, stored_source, write_shards
-from crosscoder.data.sources import Marked, PlantedSource, ShuffledSource, SiteSource, Source, StackedSource
+from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
 from crosscoder.data.stream import ActivationStream, stream_source
 from crosscoder.data.subject import build_subject
 
@@ -292,3 +293,30 @@ def test_planted_tokens_come_again_and_are_held_out_to_the_last():
     assert [int(x_BLD[0, 0, 0]) for x_BLD in source.batches(10, seed=0, steps=7)(1)] == [1, 2, 0, 1, 2, 0]
     assert int(PlantedSource(draw, **settings).batch(9, 10, 0)[0, 0, 0]) == 9
     assert [(len(x_BLD), int(x_BLD[0, 0, 0])) for x_BLD in source.held_out()] == [(4096, 100), (904, 101)]
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_raw_activations_have_the_outliers_that_scaled_ones_have(factor, harvester, blocks, tmp_path):
+    """A dictionary that was not trained here may read raw activations, whose norms say nothing by themselves."""
+
+    class Loud(ActivationShards):
+        """As a model whose streams are this much larger, with one sink."""
+
+        def rows(self, start, stop):
+            x_TLD = factor * super().rows(start, stop)
+            if start == 0:
+                x_TLD[5, -1] *= 1e3
+            return x_TLD
+
+        def site_scale(self, kind):
+            return super().site_scale(kind) / factor
+
+    write_shards(harvester, blocks, tmp_path / "s")
+    store = Loud.load(tmp_path / "s")
+    usual, raw = (
+        SiteSource(store, store, "residual", scale_L=scale) for scale in (None, torch.ones(len(store.sites) - 1))
+    )
+    for one, other in zip(usual.marked(), raw.marked(), strict=True):
+        assert one.kept_B.tolist() == other.kept_B.tolist()
+        assert torch.equal(one.outlier_BL, other.outlier_BL)
+        assert (~one.kept_B).nonzero().flatten().tolist() == [5]

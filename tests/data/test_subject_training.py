@@ -69,7 +69,7 @@ def test_muon_has_the_blocks_matrices_and_adamw_all_else(tmp_path, run):
 def test_record_and_checkpoints_load_again(run):
     assert SubjectRun.load(run.folder) == run
     record = json.loads((run.folder / "run.json").read_text())
-    assert {"config", "checkpoints", "epochs", "train_fingerprint", "tokens_per_second"} == set(record)
+    assert {"config", "checkpoints", "epochs", "train_fingerprint", "tokens_per_second", "sha256"} == set(record)
     for index, checkpoint in enumerate(run.checkpoints):
         model = run.load_model(index)
         assert not model.training

@@ -217,3 +217,14 @@ def test_one_document_is_cut_near_its_end_between_lines():
     assert cut_document([1, 2, 3, 4], 0.25) == ([1, 2, 3], [4])
     with pytest.raises(ValueError, match="one word, of which nothing can be held out"):
         cut_document("word\n", 0.05)
+
+
+def test_a_saved_data_set_without_a_row_is_one_line(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"has no document with text|has no row"):
+        list(Documents(str(tmp_path / "empty")))
+    (tmp_path / "empty" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="no data set that can be read"):
+        list(Documents(str(tmp_path / "empty")))

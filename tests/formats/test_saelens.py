@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
+from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, LocalWindow, ReLU, TopK, WeaklyCausal
+from crosscoder.formats.convert import import_dictionary
 from crosscoder.formats.saelens import n_flat_dictionaries, saelens_tensors, save_saelens
 
 L, D, F, B = 3, 8, 24, 64
@@ -136,3 +137,55 @@ def test_a_shared_bank_is_written_for_every_layer_at_its_own_scale(layer):
         out = dictionary(a_BLD * dictionary.input_scale[:, None])
     _, recon = plain_output(*saelens_tensors(dictionary, layer), a_BLD[:, layer])
     torch.testing.assert_close(recon, (out.recon / dictionary.input_scale[:, None])[:, layer], rtol=1e-4, atol=1e-5)
+
+
+def outputs(dictionary, a_BLD):
+    """Codes, and reconstructions in the units of raw activations."""
+    scale_L1 = dictionary.input_scale[:, None]
+    with torch.no_grad():
+        out = dictionary(a_BLD * scale_L1)
+    return out.code.to_dense(), out.recon / scale_L1
+
+
+def require_equal(again, dictionary):
+    (code, recon), (expected, expected_recon) = outputs(again, raw_inputs()), outputs(dictionary, raw_inputs())
+    assert 0 < (expected > 0).float().mean() < 1
+    assert torch.equal(code > 0, expected > 0)
+    torch.testing.assert_close(code, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(recon, expected_recon, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("kind", [LayerwiseSAE, Crosscoder])
+def test_there_and_back_again(kind, rule, tmp_path):
+    dictionary = trained(kind, sparsity=rule)
+    for group in range(n_flat_dictionaries(dictionary)):
+        name = f"layer-{group}" if kind is LayerwiseSAE else "."
+        save_saelens(dictionary, tmp_path / "saelens" / name, group=group)
+    again = import_dictionary(tmp_path / "saelens")
+    assert type(again) is kind
+    assert type(again.config.sparsity) is (JumpReLU if isinstance(rule, BatchTopK) else type(rule))
+    require_equal(again, dictionary)
+
+
+@pytest.mark.parametrize("structure", [WeaklyCausal(), LocalWindow(2)])
+def test_structures_come_back(structure, tmp_path):
+    crosscoder = trained(Crosscoder, sparsity=TopK(k=4), structure=structure)
+    save_saelens(crosscoder, tmp_path / "sae")
+    again = import_dictionary(tmp_path / "sae")
+    assert again.config.structure == structure
+    require_equal(again, crosscoder)
+    cfg = json.loads((tmp_path / "sae/cfg.json").read_text())
+    cfg["metadata"]["structure"] = {"kind": "StrictlyCausal"}
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match="weights are not those of StrictlyCausal"):
+        import_dictionary(tmp_path / "sae")
+
+
+def test_folded_scores_come_back(tmp_path):
+    dictionary = trained(Crosscoder, sparsity=BatchTopK(k=4), selection_weight="l1")
+    save_saelens(dictionary, tmp_path / "sae")
+    code, recon = outputs(import_dictionary(tmp_path / "sae"), raw_inputs())
+    expected, expected_recon = outputs(dictionary, raw_inputs())
+    assert torch.equal(code > 0, expected > 0)  # values are times the norms, which decoder rows are divided by
+    torch.testing.assert_close(recon, expected_recon, rtol=1e-5, atol=1e-5)

@@ -72,7 +72,7 @@ def test_a_damaged_or_missing_reading_is_named(tmp_path):
         load_reading(path)
     save_reading(read(truth(4, 8, 2, 0), activity(), 3), path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedArtifactError, match="not a reading"):
+    with pytest.raises(DamagedArtifactError, match=r"not what it should be .*delete it and run"):
         load_reading(path)
 
 

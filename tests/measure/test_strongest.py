@@ -9,7 +9,7 @@ import torch
 from scipy import sparse
 
 from crosscoder.measure.reading import Reading
-from crosscoder.measure.strongest import MOST, PEAKS, describe_strongest, peak_ids
+from crosscoder.measure.strongest import BEFORE, BEHIND, MOST, PEAKS, describe_strongest, peak_ids, peak_texts
 
 
 class Letters:
@@ -59,6 +59,24 @@ def test_peaks_count_the_tokens_on_which_a_feature_is_most_active_alone():
     id_T = np.where(np.arange(n) < 5, 9, np.arange(n) % 2)  # the weakest five tokens are of an id of their own
     id_T[-3:] = 1
     assert peak_ids(reading(np.linspace(0.1, 1.0, n)[:, None], np.ones((1, 1, 1))), 0, id_T) == [1, 0]
+
+
+def test_examples_are_of_different_blocks_with_their_text_around():
+    code_TF = np.zeros((52, 1))
+    code_TF[[3, 4, 30, 51], 0] = [
+        5.0,
+        6.0,
+        7.0,
+        1.0,
+    ]  # tokens 6 and 8 of the first block, 8 and 50 of the second
+    found = peak_texts(reading(code_TF, np.ones((1, 1, 1))), 0, tokens(104))
+    letters = "".join(chr(97 + one) for one in range(104))
+    first, second = letters[:52], letters[52:]
+    assert found == [
+        f"{second[:8]}⟦{second[8]}⟧{second[9 : 9 + BEHIND]}",
+        f"{first[:8]}⟦{first[8]}⟧{first[9 : 9 + BEHIND]}",
+    ]
+    assert BEFORE > 8
 
 
 def test_ten_features_are_described():

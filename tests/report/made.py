@@ -58,6 +58,8 @@ def sweep(subject: str, arm: Any, state: Any, t: int) -> list[Row]:
         at = Place(**where, role="main", n_features=1024, k=KS[0], seed=0)
         tops = [[float(10 * i), 0.1 - i / 200, 0.05, 1.25, float(i % 8), 0.5 + i / 50] for i in range(10)]
         said = {"top_features": tops, "top_feature_tokens": [f"' token{i}'" for i in range(10)]}
+        said |= {"top_feature_examples": [f"before{i}⟦ token{i}⟧ behind ¶ another⟦ token{i}⟧" for i in range(10)]}
+        said |= {"features_page": "features/index.html"}
         rows += rows_at(at, said | {"causal_by_feature": [[0.0, 1.75], [20.0, 2.25]]})
     return rows
 

@@ -47,7 +47,11 @@ def attacked(results: Results) -> Results:
         results = change(results, key, INJECTION)
     results = change(results, "layers", lambda row: [INJECTION] * len(row.value))
     if results.rows.select("top_feature_tokens"):
-        results = change(results, "top_feature_tokens", [INJECTION] * 10)
+        for key in ("top_feature_tokens", "top_feature_examples"):
+            if results.rows.select(key):
+                results = change(results, key, [INJECTION] * 10)
+        if results.rows.select("features_page"):
+            results = change(results, "features_page", INJECTION)
     gone = ("dimension_log_ratio", "headroom", "calibration_q_error")
     rows = [replace(row, value=None, missing=INJECTION) if row.key in gone else row for row in results.rows]
     verdict = results.verdict
@@ -109,6 +113,14 @@ def test_one_model_has_ten_features_where_they_are_known(tmp_path, monkeypatch):
     assert "Ten features" in page.text
     for said in ("' token9'", "10.0%", "1.8", "2.2"):
         assert said in page.text
+    source = (tmp_path / "report.html").read_text()
+    assert 'href="features/index.html#feature=10"' in source
+    assert "<p>before3<mark> token3</mark> behind</p><p>another<mark> token3</mark></p>" in source
+    assert "- 30: before3⟦ token3⟧ behind / another⟦ token3⟧" in (tmp_path / "report.md").read_text()
+    for wrong in ("javascript:alert(1)//index.html", "https://example.org/index.html", "../index.html", "/index.html"):
+        attacked = change(one, "features_page", wrong)
+        page = Page(first_screen(render_report(attacked, tmp_path).read_text()))
+        assert all(str(values.get("href", "#"))[0] == "#" for _, values in page.tags)
     without = keep(one, lambda row: row.key != "top_features")
     assert "Ten features" not in render_report(without, tmp_path).read_text()
 

@@ -154,7 +154,7 @@ def test_a_key_stands_once_at_a_place():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema",), "other/1", "no known version of this package reads it"),
+        (("schema",), "other/1", "it is another kind of artifact"),
         (("opinion",), {}, r"results\.opinion: Extra inputs are not permitted"),
         (("rows",), {}, r"results\.rows: expected a valid list, got {}"),
         (("verdict", "label"), 9, r"results\.verdict\.label: .*got 9"),
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_refused_by_its_path(path, value, message):
 
 
 def test_version_2_is_named_and_something_else_refused():
-    with pytest.raises(ValueError, match=r"got 'crosscoder.results/2'; crosscoder 0\.1 reads it"):
+    with pytest.raises(ValueError, match=r"got 'crosscoder.results/2'; crosscoder 0\.1 wrote it and reads it"):
         from_document({"provenance": {"schema": "crosscoder.results/2"}, "counts": {}})
     with pytest.raises(ValueError, match=r"^results: expected a valid dictionary, got \[\]"):
         from_document([])

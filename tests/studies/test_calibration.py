@@ -48,7 +48,7 @@ def test_too_little_training_is_not_hidden(errors):
 def test_a_result_is_kept_by_its_inputs_and_used_by_the_next_study(tmp_path, monkeypatch):
     asked = []
 
-    def measure(config, device):
+    def measure(config, device, folder=None):
         asked.append(config)
         return rows_at(Place(role="calibration", seed=config.seed), {"calibration_mcc": 1 / len(asked)})
 

@@ -25,7 +25,7 @@ def test_a_study_is_run_again_when_any_file_of_a_computing_room_changes():
 def test_a_reworded_report_or_progress_line_does_not_cost_a_study():
     package = folder.Path(folder.__file__).parents[1]
     rooms = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
-    shown = {"foundation", "formats", "results", "report", "commands"}
+    shown = {"foundation", "formats", "results", "browser", "report", "commands"}
     assert rooms - set(folder.COMPUTING) <= shown, "a room is neither computing nor known to show"
     hashed = folder.computing_sources()
     assert not {path.parent.name for path in hashed} & shown

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, TopK
 from crosscoder.training import NonFiniteError, TrainConfig, train
 from crosscoder.training.checkpoint import latest_checkpoint
+from crosscoder.training.lengthen import learning_rate_factor
 from crosscoder.training.state import FiringTracker
-from crosscoder.training.step import learning_rate_factor
 
 L, D, F = 3, 8, 24
 
@@ -123,11 +124,24 @@ def test_wrong_batches_are_refused():
         ({"decay_fraction": 1.5}, "decay_fraction is 1.5"),
         ({"grad_clip": -1.0}, "grad_clip is -1.0"),
         ({"checkpoint_every": "5"}, "checkpoint_every is '5'"),
+        *[({"grad_clip": value}, "grad_clip is") for value in (float("nan"), float("inf"), True, "1")],
+        *[({name: 1.5}, f"{name} is 1.5") for name in ("steps", "log_every", "warmup_steps", "resample_every")],
+        *[
+            ({name: True}, f"{name} is True")
+            for name in ("steps", "log_every", "checkpoint_every", "dead_after_tokens")
+        ],
+        ({"log_every": "often"}, "log_every is 'often'"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("every", [True, 0.5, -1, "x"])
+def test_how_often_a_monitor_is_asked_is_a_count(every):
+    with pytest.raises(ValueError, match="monitor_every is"):
+        train(make(), [next(batches())], monitor_every=every, quiet=True)
 
 
 def test_schedule_rises_stays_and_falls():
@@ -221,9 +235,11 @@ def test_a_used_folder_and_other_settings_are_refused(tmp_path):
     train(make(), batches, config=config, folder=tmp_path, quiet=True)
     with pytest.raises(ValueError, match="already holds step-000000004; pass resume=True"):
         train(make(), batches, config=config, folder=tmp_path, quiet=True)
-    other = TrainConfig(steps=8, checkpoint_every=2)
-    with pytest.raises(ValueError, match=r"training\.steps: checkpoint 4, now 8"):
+    other = TrainConfig(steps=8, checkpoint_every=2, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"training\.learning_rate: checkpoint 0\.001, now 0\.1\. Restore"):
         train(make(), batches, config=other, folder=tmp_path, resume=True, quiet=True)
+    with pytest.raises(ValueError, match="has taken more than the 3 steps"):
+        train(make(), batches, config=replace(config, steps=3), folder=tmp_path, resume=True, quiet=True)
 
 
 def test_a_torn_last_line_of_metrics_is_dropped_on_resume(tmp_path):

@@ -64,9 +64,9 @@ def _adam_of_blocks(rows: AdamRows, settings: AdamSettings) -> None:
             parameter.div_(torch.linalg.vector_norm(parameter, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
-def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
-    """See `reference.row_squares`."""
-    known_R = fused.gradient_squares.find(gradient_RN) if unit_RN is None else None
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None, *, untouched: bool = False) -> Tensor:
+    """See `reference.row_squares`, and `ops.row_squares`."""
+    known_R = fused.gradient_squares.find(gradient_RN) if unit_RN is None and untouched else None
     if known_R is not None:
         return known_R
     if native.serves(gradient_RN, unit_RN):

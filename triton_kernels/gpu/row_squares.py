@@ -35,7 +35,7 @@ def row_squares_kernel(
     tl.store(squares_ptr + row, total.to(squares_ptr.dtype.element_ty), mask=row < n_rows)
 
 
-def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None) -> Tensor:
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None, *, untouched: bool = False) -> Tensor:
     """See `reference.row_squares`: `<g, g> - <g, u>^2`, at least 0, from one read of gradient and unit rows."""
     n_rows, width = gradient_RN.shape
     squares = gradient_RN.new_zeros(n_rows, dtype=sum_dtype(gradient_RN.dtype))

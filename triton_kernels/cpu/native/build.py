@@ -1,7 +1,7 @@
 """The C sources beside this file, compiled for this machine at first use and kept for the next process.
 
 A compiler is what Triton and `torch.compile` ask for as well. Where there is none, or it fails, the operators run on
-stock torch operators, slower and with sums in another order, and one warning says so.
+stock torch operators, slower and with sums in another order, and one warning says so. What is kept is in `kept`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+from triton_kernels.cpu.native import kept
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("gcc", "clang", "cc")
@@ -30,7 +31,7 @@ TIMEOUT_S = 120
 def library() -> ctypes.CDLL | None:
     """The kernels; None, with a warning, where they cannot be had."""
     try:
-        return ctypes.CDLL(str(compiled(compiler())))
+        return compiled(compiler())
     except (OSError, subprocess.SubprocessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
         warnings.warn(
@@ -73,18 +74,37 @@ def compiler_version(command: list[str]) -> str:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be run.
     """
-    done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
-    return done.stdout.partition("\n")[0].strip()
+    return _said([*command, "--version"]).partition("\n")[0].strip()
+
+
+def _said(command: list[str]) -> str:
+    """What a command writes, of whatever encoding."""
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+        timeout=TIMEOUT_S,
+    )
+    return done.stdout
 
 
 def compiler() -> list[str]:
     """The C compiler's command: `CC` if that is set, else the first of `COMPILERS` on the path.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: there is none, or `CC` is no command.
     """
-    if os.environ.get("CC"):
-        return shlex.split(os.environ["CC"])
+    if given := os.environ.get("CC"):
+        try:
+            command = shlex.split(given)
+        except ValueError as error:  # such as a quotation mark that nothing closes
+            raise OSError(f"CC is {given!r}, which is no command: {error}") from error
+        if not command:
+            raise OSError(f"CC is {given!r}, which names no compiler; unset it or name one")
+        return command
     for name in COMPILERS:
         found = shutil.which(name)
         if found:
@@ -92,24 +112,18 @@ def compiler() -> list[str]:
     raise FileNotFoundError(f"none of {', '.join(COMPILERS)} is on the path")
 
 
-def compiled(command: list[str]) -> Path:
-    """The compiled library of these sources for this machine; compiled now if no process has done it before.
+def compiled(command: list[str]) -> ctypes.CDLL:
+    """The library of these sources for this machine; compiled now if none that is whole and ours is kept.
 
     Raises:
-        OSError, subprocess.SubprocessError: the compiler cannot be run, or fails.
+        OSError, subprocess.SubprocessError: the compiler cannot be run or fails, or gives what cannot be loaded.
     """
-    name = f"kernels-{fingerprint(command)}.so"
-    folder = cache_folder()
-    target = folder / name
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / name
+
+    def build(target: Path) -> None:
         sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]
-        arguments = [*command, *FLAGS, *sources, "-lm", "-o", str(made)]
-        subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
-        os.replace(made, target)
-    return target
+        _said([*command, *FLAGS, *sources, "-lm", "-o", str(target)])
+
+    return kept.library(fingerprint(command), build)
 
 
 def fingerprint(command: list[str]) -> str:
@@ -122,14 +136,3 @@ def fingerprint(command: list[str]) -> str:
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
     digest.update("".join(sorted({line for line in lines if line.startswith(("model name", "flags"))})).encode())
     return digest.hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: the user's cache, or a folder of this process alone where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosscoder"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="crosscoder-"))

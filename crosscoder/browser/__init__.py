@@ -1,0 +1,1 @@
+"""The features of a dictionary as data and as a folder that a browser opens without a server."""

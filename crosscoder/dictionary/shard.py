@@ -1,0 +1,163 @@
+"""A dictionary whose features are divided over ranks, each of which holds, decodes and trains its own rows.
+
+What is whole on every rank: the batch, `decoder_bias`, the inference threshold, the reconstruction. What crosses over:
+the scores at which the choice is cut (`choice`), the sum of the partial reconstructions, and sums of a few numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscoder.dictionary.choice import keep_batch_top_k, keep_top_k
+from crosscoder.foundation.ranks import Ranks
+
+PIECE = 2**22
+"""Numbers that are drawn at once."""
+RECONSTRUCTION = "reconstruction"
+CENTER = "center"
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Features `start` to `stop` of each dictionary side by side: rows of encoder, decoder, biases and thresholds.
+
+    stops: where the shards of all ranks end, in their order; they lie one after the other and make up all features.
+    ranks: who holds them; alone by default, never all processes that there are.
+    """
+
+    stops: tuple[int, ...]
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, n_features: int, ranks: Ranks | None = None) -> Shard:
+        """This rank's part of features that are divided evenly; the first ranks hold one more where that must be.
+
+        Raises:
+            ValueError: there are more ranks than features.
+        """
+        ranks = ranks or Ranks()
+        if n_features < ranks.size:
+            raise ValueError(f"{n_features} features are divided over {ranks.size} ranks; start fewer processes")
+        sizes = [n_features // ranks.size + (one < n_features % ranks.size) for one in range(ranks.size)]
+        return cls(tuple(sum(sizes[: one + 1]) for one in range(ranks.size)), ranks)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Shard:
+        return self  # a group of processes is no value
+
+    @property
+    def start(self) -> int:
+        """The first feature that this rank holds."""
+        return self.bounds(self.ranks.rank)[0]
+
+    @property
+    def stop(self) -> int:
+        """The first feature after those that this rank holds."""
+        return self.stops[self.ranks.rank]
+
+    @property
+    def n_features(self) -> int:
+        """The features of all ranks."""
+        return self.stops[-1]
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """The first feature of a rank, and the first after its own."""
+        return (self.stops[rank - 1] if rank else 0), self.stops[rank]
+
+    @property
+    def widest(self) -> int:
+        """The most features that a rank holds."""
+        return max(stop - start for start, stop in map(self.bounds, range(self.ranks.size)))
+
+    def require(self, n_features: int) -> None:
+        """Refuse a dictionary of another size; a ValueError."""
+        if self.n_features != n_features:
+            raise ValueError(f"shards make up {self.n_features} features; the dictionary has {n_features}")
+
+    def drawn(self, shape: list[int], axis: int, generator: torch.Generator) -> Tensor:
+        """This rank's part of `torch.randn(shape, generator=generator)`, to the bit, drawn a piece at a time.
+
+        Features lie along `axis`, 0 or 1. Pieces are whole runs of 16, which is how many torch draws at once.
+        """
+        n_groups, row = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        total, n_own = math.prod(shape), (self.stop - self.start) * row
+        own, begin = torch.empty(n_groups, n_own), 0
+        while begin < total:
+            end = total if total - begin < PIECE + 16 else begin + PIECE
+            piece = torch.randn(end - begin, generator=generator)
+            for group in range(n_groups):
+                first = (group * shape[axis] + self.start) * row
+                a, b = max(begin, first), min(end, first + n_own)
+                if a < b:
+                    own[group, a - first : b - first] = piece[a - begin : b - begin]
+            begin = end
+        return own.view(*shape[:axis], self.stop - self.start, *shape[axis + 1 :])
+
+    def part(self, whole: Tensor, axis: int) -> Tensor:
+        """This rank's rows of a whole tensor, in memory of their own."""
+        return whole.narrow(axis, self.start, self.stop - self.start).clone()
+
+    def whole(self, part: Tensor, axis: int) -> Tensor | None:
+        """The rows of all ranks, on the CPU of rank 0; None elsewhere. All ranks call it."""
+        if not self.ranks.is_first:
+            self.ranks.give(part)
+            return None
+        parts = [part.cpu()]
+        for rank in range(1, self.ranks.size):
+            start, stop = self.bounds(rank)
+            like = part.new_empty(*part.shape[:axis], stop - start, *part.shape[axis + 1 :])
+            parts.append(self.ranks.take(like, rank).cpu())
+        return torch.cat(parts, dim=axis)
+
+    def keep_top_k(self, score_RC: Tensor, k: int) -> Tensor:
+        """See `choice.keep_top_k`; candidates are the best min(k, features) of each rank."""
+        return keep_top_k(score_RC, k, min(k, self.widest), self.ranks)
+
+    def keep_batch_top_k(self, score_P: Tensor, offsets: Tensor, n_groups: int, wanted: int) -> tuple[Tensor, Tensor]:
+        """See `choice.keep_batch_top_k`."""
+        return keep_batch_top_k(score_P, offsets, n_groups, wanted, self.ranks)
+
+    def add_reconstruction(self, part: Tensor) -> Tensor:
+        """The reconstruction of all ranks' features from that of its own, in place."""
+        return self.ranks.add(part, RECONSTRUCTION)
+
+    def add_center(self, part: Tensor) -> Tensor:
+        """The gradient to the centre by way of all ranks' encoders, in place."""
+        return self.ranks.add(part, CENTER)
+
+    def total(self, part: Tensor, what: str = "numbers") -> Tensor:
+        """The sum of what each rank has of it; every rank then goes on alike, so that its gradient is its part's."""
+        return _Total.apply(part, self.ranks, what)
+
+    def of_all(self, whole: Tensor) -> Tensor:
+        """A tensor that every rank holds whole; each rank's use of it gives a part of its gradient."""
+        return _OfAll.apply(whole, self.ranks)
+
+
+class _Total(torch.autograd.Function):
+    """Forward a sum over ranks, backward nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks, what: str) -> Tensor:
+        return ranks.add(part.clone(), what)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient[0], None, None
+
+
+class _OfAll(torch.autograd.Function):
+    """Forward nothing, backward a sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.ranks.add(gradient[0].clone(), CENTER), None

@@ -1,0 +1,234 @@
+"""What importers have in common: one SAE in one form, a bank of several, and a dictionary made of given tensors.
+
+Dictionaries of other libraries read raw activations here: whatever scales their inputs is folded into the weights, so
+that `input_scale` is 1. An SAE that does not subtract its decoder bias from its input gets the bias that makes up for
+it, `encoder_bias = b + <encoder, decoder_bias>`, summed in float64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscoder.dictionary import (
+    Acausal,
+    BatchTopK,
+    Crosscoder,
+    Dictionary,
+    DictionaryConfig,
+    JumpReLU,
+    LayerwiseSAE,
+    Sparsity,
+    TopK,
+    Transcoder,
+)
+from crosscoder.foundation.console import say
+from crosscoder.foundation.origin import Kind, ModelOrigin, Reads, TokenOrigin
+
+FLOAT = torch.finfo(torch.float32)
+AFTER, BEFORE = ("output", "hook_resid_post", "hook_out"), ("hook_resid_pre", "hook_in")
+RESIDUAL = re.compile(rf"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.({'|'.join((*AFTER, *BEFORE))}))?")
+MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp")
+EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|hook_embed)")
+
+
+UNSAID = "places that its publisher does not say"
+
+
+def printable(text: str) -> str:
+    """Names out of other people's files, without what moves a terminal's cursor or turns text around; not too long."""
+    return "".join(one if one.isprintable() else "?" for one in text[:500])
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a publisher says of a dictionary; `hooks` are the places it reads, one for each layer, empty if unsaid."""
+
+    model: str = ""
+    hooks: tuple[str, ...] = ()
+    context: int = 0
+    bos: bool | None = None
+    convention: str = ""
+    """Of what no harvest here reads."""
+
+    def reads(self, n_layers: int) -> Reads:
+        """The record of a dictionary of so many layers; a place that is not a residual stream or an MLP is `other`."""
+        kind, sites = self.place(n_layers)
+        hooks = ", ".join(self.hooks) or UNSAID
+        return Reads(
+            model=ModelOrigin(name=printable(self.model), weights=""),
+            tokens=TokenOrigin(tokenizer="", context=self.context),
+            site=kind,
+            sites=sites,
+            convention=printable(self.convention or ("" if kind != "other" else hooks)),
+            published="published by somebody else",
+        )
+
+    def place(self, n_layers: int) -> tuple[Kind, tuple[int, ...]]:
+        """Which kind of sites the hooks are, and their numbers as ours: 0 the embedding, l the output of block l."""
+        for kind, find in (("residual", residual_site), ("mlp", mlp_site)):
+            sites = [find(hook) for hook in self.hooks]
+            if len(sites) == n_layers and not self.convention and None not in sites:
+                return kind, tuple(site for site in sites if site is not None)
+        return "other", tuple(range(1, n_layers + 1))
+
+
+def residual_site(hook: str) -> int | None:
+    """The site of a residual stream by a name of TransformerLens, `transformers` or sparsify; None for other places."""
+    if EMBEDDING.fullmatch(hook):
+        return 0
+    found = RESIDUAL.fullmatch(hook)
+    return None if found is None else int(found[1]) + (found[2] not in BEFORE)
+
+
+def mlp_site(hook: str) -> int | None:
+    """The block, counted from 1, whose MLP a name is of."""
+    found = MLP.fullmatch(hook)
+    return None if found is None else int(found[1]) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    """One SAE: `code = rule((x - center) @ encoder^T + bias)`, `recon = code @ decoder + center`.
+
+    threshold: of JumpReLU, of each feature; of BatchTopK one number.
+    """
+
+    encoder_FD: Tensor
+    encoder_bias_F: Tensor
+    decoder_FD: Tensor
+    center_D: Tensor
+    sparsity: Sparsity
+    threshold: Tensor | None = None
+    about: About = field(default_factory=About)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.encoder_FD.shape[1]
+
+
+def uncentred_bias(bias_F: Tensor, encoder_FD: Tensor, center_D: Tensor) -> Tensor:
+    """The bias for centred inputs that does what `bias_F` does for those that are not: `b + <encoder, center>`."""
+    parts = [bias + rows @ center_D.double() for bias, rows in _rows64(bias_F, encoder_FD)]
+    return torch.cat(parts).float()
+
+
+def _rows64(bias_F: Tensor, encoder_FD: Tensor) -> Any:
+    """Blocks of rows in float64: the whole would be twice the weights."""
+    for start in range(0, len(bias_F), 8192):
+        yield bias_F[start : start + 8192].double(), encoder_FD[start : start + 8192].double()
+
+
+def log_thresholds(threshold_F: Tensor) -> Tensor:
+    """Logarithms of thresholds; those of 0 or less become the smallest normal number, infinite ones the largest.
+
+    A feature is active where `z > threshold` and `z > 0`: for a negative one too, that is where z is positive.
+
+    Raises:
+        ValueError: a threshold is NaN.
+    """
+    if bool(threshold_F.isnan().any()):
+        raise ValueError("a threshold is NaN; expected numbers")
+    below, above = int((threshold_F < FLOAT.tiny).sum()), int((threshold_F > FLOAT.max / 2).sum())
+    if below:
+        say(f"note: {below} of {threshold_F.numel()} thresholds are below {FLOAT.tiny:.1e}, and become that")
+    if above:
+        say(f"note: {above} of {threshold_F.numel()} features have thresholds above {FLOAT.max / 2:.1e}: never active")
+    return threshold_F.double().clamp(FLOAT.tiny, FLOAT.max / 2).log().float()
+
+
+def fold_norms(flat_encoder_FD: Tensor, bias_F: Tensor, decoder_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Encoder and bias times the norms of decoder rows, and unit rows; a row of zeros makes a feature without value."""
+    norm_F = decoder_FD.norm(dim=1)
+    divisor_F = torch.where(norm_F > 0, norm_F, 1)
+    return flat_encoder_FD * norm_F[:, None], bias_F * norm_F, decoder_FD / divisor_F[:, None]
+
+
+def assemble(form: type[Dictionary], settings: dict[str, Any], tensors: dict[str, Tensor], reads: Reads) -> Dictionary:
+    """A dictionary for evaluation that owns the given tensors, without drawing a start for it first."""
+    config = DictionaryConfig(decoder="free", **settings)
+    with torch.device("meta"):  # without a structure: its masks are tables that have to be computed
+        plain: dict[str, Any] = {**config.settings(), "structure": Acausal()}
+        dictionary = form(**plain)
+    dictionary.config, shapes = config, form.tensor_shapes(config)
+    tensors.setdefault("threshold", torch.full(shapes["threshold"], float("nan")))
+    tensors.setdefault("input_scale", torch.ones(shapes["input_scale"]))
+    dictionary.load_state_dict(tensors, assign=True)
+    dictionary.read_mask, dictionary.write_mask = config.masks() or (None, None)
+    dictionary.reads = reads
+    return dictionary.eval()
+
+
+def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
+    """SAEs of several layers side by side, in their order.
+
+    Raises:
+        ValueError: they differ in width, number of features, rule, k or model.
+    """
+    first = flats[0]
+    for name, of in (
+        ("the width", lambda one: one.width),
+        ("the number of features", lambda one: len(one.encoder_FD)),
+        ("the rule", lambda one: one.sparsity),
+        ("the model", lambda one: one.about.model),
+    ):
+        if len(seen := list(dict.fromkeys(of(flat) for flat in flats))) > 1:
+            raise ValueError(f"SAEs of one bank share {name}; here are {', '.join(map(str, seen)):.300}")
+    tensors = {
+        "encoder": torch.stack([flat.encoder_FD for flat in flats]),
+        "decoder": torch.stack([flat.decoder_FD for flat in flats]),
+        "encoder_bias": torch.stack([flat.encoder_bias_F for flat in flats]),
+        "decoder_bias": torch.stack([flat.center_D for flat in flats]),
+        **rule_tensors(first.sparsity, [flat.threshold for flat in flats if flat.threshold is not None]),
+    }
+    about = About(
+        model=first.about.model,
+        hooks=tuple(hook for flat in flats for hook in flat.about.hooks),
+        context=first.about.context,
+    )
+    shape = {"n_layers": len(flats), "d_model": first.width, "n_features": len(first.encoder_FD)}
+    made = assemble(LayerwiseSAE, {**shape, "sparsity": first.sparsity}, tensors, about.reads(len(flats)))
+    assert isinstance(made, LayerwiseSAE)
+    return made
+
+
+def rule_tensors(sparsity: Sparsity, thresholds: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The thresholds of G dictionaries under the names that a bank gives them."""
+    match sparsity:
+        case JumpReLU():
+            return {"log_threshold": torch.stack([log_thresholds(one) for one in thresholds])}
+        case BatchTopK():
+            return {"threshold": torch.stack([one.reshape(()).float() for one in thresholds])}
+        case _:
+            return {}
+
+
+def transcoder(flat: Flat) -> Crosscoder:
+    """An SAE that reads one place and writes another: layers [input, output]; its input is not centred.
+
+    flat: `center_D` is the bias of the output.
+    """
+    n_features, width = flat.encoder_FD.shape
+    encoder, decoder = (torch.zeros(n_features, 2, width) for _ in range(2))
+    encoder[:, 0], decoder[:, 1] = flat.encoder_FD, flat.decoder_FD
+    bias_LD = torch.stack([torch.zeros(width), flat.center_D])
+    tensors = {"encoder": encoder, "decoder": decoder, "encoder_bias": flat.encoder_bias_F, "decoder_bias": bias_LD}
+    kept = {} if flat.threshold is None else rule_tensors(flat.sparsity, [flat.threshold])
+    tensors |= {name: one[0] if name == "log_threshold" else one for name, one in kept.items()}
+    settings = {"n_layers": 2, "d_model": width, "n_features": n_features, "structure": Transcoder()}
+    made = assemble(Crosscoder, {**settings, "sparsity": flat.sparsity}, tensors, flat.about.reads(2))
+    assert isinstance(made, Crosscoder)
+    return made
+
+
+def require_k(k: int, n_features: int, where: Any) -> TopK:
+    """TopK with a k that fits."""
+    if not 1 <= k <= n_features:
+        raise ValueError(f"{where}: k is {k}; expected 1 to the {n_features} features")
+    return TopK(k=k)

@@ -1,0 +1,214 @@
+"""Processes of one job (`torchrun`) that work on one thing: what they tell each other, and how many bytes that is.
+
+Every rank calls the same collectives in the same order. A rank that ends takes the others with it: their next
+collective is a `LostRankError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name of the same
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: one of them may measure or write meanwhile."""
+
+
+SECONDS_TO_SPEAK = 3.0
+
+
+class LostRankError(RuntimeError):
+    """Another rank ended, or failed; its own message says why."""
+
+
+class DesyncError(RuntimeError):
+    """Ranks that should hold the same do not."""
+
+
+class Ranks:
+    """The ranks of a group. Without a group there is this process alone, and nothing is sent.
+
+    traffic: bytes of what was summed, gathered and told, by name; of a gather, what every rank holds after it. A ring
+        moves `2 (R - 1) / R` times the bytes of a sum through each rank, and `(R - 1) / R` times those of a gather.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.traffic: Counter[str] = Counter()
+
+    def apart(self) -> Ranks:
+        """The same ranks as a group of their own, by way of the CPU: what one thread tells does not mix with another's.
+        All ranks call it."""
+        if self.size == 1:
+            return Ranks()
+        return Ranks(dist.new_group(dist.get_process_group_ranks(self.group), timeout=TIMEOUT, backend="gloo"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def add(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum over ranks, in place; the same bits on all."""
+        return self._reduce(tensor, dist.ReduceOp.SUM, what)
+
+    def largest(self, tensor: Tensor, what: str) -> Tensor:
+        """The largest over ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MAX, what)
+
+    def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType, what: str) -> Tensor:
+        if self.size > 1:
+            self.traffic[what] += tensor.nbytes
+            with self._others():
+                dist.all_reduce(tensor, how, group=self.group)
+            torch.autograd.graph.increment_version(tensor)  # torch does not count this write
+        return tensor
+
+    def gather(self, tensor: Tensor, what: str) -> Tensor:
+        """The tensors of all ranks, `[R, ...]`; their shapes are equal."""
+        if self.size == 1:
+            return tensor[None]
+        flat = tensor.contiguous().view(-1)
+        found = flat.new_empty(self.size * flat.numel())
+        self.traffic[what] += found.nbytes
+        with self._others():
+            _all_gather(found, flat, group=self.group)
+        return found.view(self.size, *tensor.shape)
+
+    def share(self, tensor: Tensor, what: str) -> Tensor:
+        """What rank 0 holds, in place."""
+        if self.size > 1:
+            self.traffic[what] += tensor.nbytes
+            with self._others():
+                dist.broadcast(tensor, group=self.group, group_src=0)
+            torch.autograd.graph.increment_version(tensor)
+        return tensor
+
+    def give(self, tensor: Tensor) -> None:
+        """Send a tensor to rank 0, which takes it."""
+        with self._others():
+            dist.send(tensor.contiguous(), group=self.group, group_dst=0)
+
+    def take(self, like: Tensor, source: int) -> Tensor:
+        """What a rank gives to this one, rank 0, as a tensor like the given one; counted as `gathered to rank 0`."""
+        found = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self.traffic["gathered to rank 0"] += found.nbytes
+        with self._others():
+            dist.recv(found, group=self.group, group_src=source)
+        return found
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, plain values of JSON, on every rank. Where it fails, the others fail with it.
+
+        Raises:
+            LostRankError: on the other ranks, if `make` raised.
+        """
+        if self.size == 1:
+            return make()
+        failure, made = None, None
+        if self.is_first:
+            try:
+                made = make()
+            except BaseException as error:  # noqa: BLE001 - raised again, when the others know of it
+                failure = error
+        content = b"" if failure is not None else json.dumps(made).encode()
+        size = self.share(torch.tensor([-1 if failure is not None else len(content)]), "told")
+        if failure is not None:
+            raise failure
+        if (n_bytes := int(size)) < 0:
+            raise LostRankError("rank 0 failed; its message says why")
+        told = torch.zeros(n_bytes, dtype=torch.uint8)
+        if self.is_first:
+            told.copy_(torch.tensor(list(content), dtype=torch.uint8))
+        return json.loads(bytes(self.share(told, "told").tolist()))
+
+    @contextlib.contextmanager
+    def _others(self) -> Generator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, LostRankError):
+                raise
+            raise LostRankError(f"rank {self.rank} lost the others: one ended or stands still ({error})") from error
+
+
+def of_launcher() -> tuple[int, int, int] | None:
+    """Rank, number of ranks and rank on this machine, as `torchrun` says them; None without it.
+
+    Raises:
+        ValueError: it says them only in part, or they cannot be.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [os.environ.get(name) for name in names]
+    if given[1] is None:
+        return None
+    if not all(one is not None and one.isdigit() for one in given) or int(given[0] or 0) >= int(given[1]):
+        said = ", ".join(f"{name}={value}" for name, value in zip(names, given, strict=True))
+        raise ValueError(f"the environment says {said}; start with torchrun, which sets all, or unset WORLD_SIZE")
+    rank, size, local = (int(one or 0) for one in given)
+    return rank, size, local
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Generator[Ranks]:
+    """This process as a rank of the job that `torchrun` started, until the end; alone without one, or with one rank.
+
+    device: what tensors will be on; `cuda` is this rank's own GPU, see `own_device`.
+    """
+    launched = of_launcher()
+    if launched is None or launched[1] == 1:
+        yield Ranks()
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(own_device(device))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    yield Ranks(dist.group.WORLD)
+    dist.destroy_process_group()  # not after an error: the others may be inside a collective, and the process ends
+
+
+def current() -> Ranks:
+    """The ranks of the job that this process has joined; alone where it has not."""
+    return Ranks(dist.group.WORLD) if dist.is_initialized() else Ranks()
+
+
+def is_first_to_fail(error: BaseException) -> bool:
+    """Whether no other rank has said yet why the job ends; asked once, by a rank that fails. One that only lost the
+    others lets them speak first."""
+    if not dist.is_initialized():
+        return True
+    if isinstance(error, LostRankError):
+        time.sleep(SECONDS_TO_SPEAK)
+    with contextlib.suppress(RuntimeError):
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    return True
+
+
+def own_device(device: str) -> str:
+    """The device of this rank: `cuda` is the GPU of its number on this machine.
+
+    Raises:
+        ValueError: a GPU is named that all ranks would share, or there are fewer GPUs than ranks.
+    """
+    launched = of_launcher()
+    if launched is None or launched[1] == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise ValueError(f"device is {device!r}, one GPU for all {launched[1]} ranks; give --device cuda")
+    if launched[2] >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {launched[0]} is number {launched[2]} on this machine, which has {torch.cuda.device_count()} GPUs; "
+            "start as many processes as there are GPUs (--nproc-per-node)"
+        )
+    return f"cuda:{launched[2]}"
