@@ -47,10 +47,10 @@ BUDGETS = {
     "crosscoder/browser": 1000,
     "crosscoder/report": 2235,
     "crosscoder/studies": 2835,
-    "crosscoder/commands": 1620,
+    "crosscoder/commands": 1630,
     "crosscoder": 1075,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_295, 23_155
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_305, 23_165
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -56,8 +56,8 @@ COLUMNS = (
 DEFINITIONS = (
     (
         "written",
-        "A layer's share of the squared decoder norm, each layer at the scale of the dictionary's inputs, at which all "
-        "layers have equal norm.",
+        "A layer's share of the squared decoder norm, each layer at the scale of the dictionary's inputs: at which all "
+        "layers have equal norm, or with input scale 1 that of raw activations, where loud layers count more.",
     ),
     (
         "read",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 
@@ -302,7 +302,7 @@ class Evaluate(Reading):
             "write" if dictionary.reads is not None and dictionary.reads.site == "write" else "residual"
         )
         # A Gaussian's mean and covariance are those of the training tokens.
-        *others, held_out = self.splits(*(["train"] if self.null == "gaussian" else []), "held_out")
+        *others, held_out = self.of(dictionary).splits(*(["train"] if self.null == "gaussian" else []), "held_out")
         for record, owner in ((dictionary.reads, "the dictionary"), (held_out.harvested, "the store")):
             if record is None:
                 say(f"warning: {owner} keeps no record of what it reads, so nobody checks that both belong together")
@@ -316,6 +316,13 @@ class Evaluate(Reading):
             run = describe_run()
             Evaluation(about=dictionary.facts().about(run["command"], run["versions"]), values=numbers).save(self.out)
         give(json.dumps(numbers, indent=2))
+
+    def of(self, dictionary: Dictionary) -> Self:
+        """With the layers that the dictionary says it reads, where none are named and a model is read as they go."""
+        reads = dictionary.reads
+        if reads is None or reads.site != "residual" or self.activations is not None or self.layers is not None:
+            return self
+        return replace(self, layers=reads.sites)
 
     def loss_rows(self, dictionary: Dictionary, held_out: Activations, site: SiteKind) -> list[Row]:
         """What the model predicts with every layer replaced; nothing where it cannot be asked, which is said."""

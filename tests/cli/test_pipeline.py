@@ -296,3 +296,14 @@ def test_a_transcoder_trains_on_what_mlps_read_and_write(pipeline, capsys):
     numbers = measured(pipeline / "clt", mlps, capsys)
     assert numbers["explained_variance_per_layer"][:2] == [None, None]
     assert numbers["explained_variance"] > 0.2
+
+
+def test_evaluate_reads_the_layers_that_the_dictionary_names(pipeline, tmp_path, capsys):
+    acts, top = str(pipeline / "acts"), tmp_path / "top"
+    subject = ["--subject", str(pipeline / "subject/step-62"), "--tokens-folder", str(pipeline / "tokens")]
+    assert main(["train", *subject, "--layers", "2", "--out", str(top), *FORTY]) == 0
+    assert main(["evaluate", "--dictionary", str(top / "dictionary"), *subject, "--max-held-out-tokens", "500"]) == 0
+    assert (
+        main(["evaluate", "--dictionary", str(top / "dictionary"), "--activations", acts]) == 2
+    )  # a store is as it is
+    assert "(--layers 2)" in capsys.readouterr().err
