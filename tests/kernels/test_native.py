@@ -355,6 +355,7 @@ EMPTY = """sh -c 'for last; do :; done; : > "$last"' sh"""  # makes an empty lib
 )
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(cache_folder, monkeypatch, command):
     monkeypatch.setenv("CC", command)
+    monkeypatch.chdir(cache_folder.parent)  # where one of them writes a file
     build.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="the C kernels are not available"):
