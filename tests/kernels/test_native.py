@@ -1,7 +1,6 @@
-"""The C kernels: every width against float64, the lists of candidates, what compiles them, and what is kept."""
+"""The C kernels: every width against float64, the lists of candidates, and what is kept."""
 
 import re
-import subprocess
 
 import pytest
 import torch
@@ -310,65 +309,6 @@ def test_tables_of_any_dtype_find_candidates_by_bf16():
         shared = (features.view(64, 32, 1).long() == best[:, None]).any(2).float().mean()
         assert shared > 0.9
         assert values.isfinite().all()
-
-
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch, in_c):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "crosscoder"
-
-
-def libraries(folder):
-    return sorted(folder.glob("*.so"))
-
-
-def test_the_library_is_compiled_once(cache_folder, monkeypatch):
-    build.compiled(build.compiler())
-    (made,) = libraries(cache_folder)
-    before = made.stat().st_mtime_ns
-    build.compiled(build.compiler())
-    assert made.stat().st_mtime_ns == before
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
-    build.compiled(build.compiler())
-    assert len(libraries(cache_folder)) == 2
-
-
-def test_no_compiler_is_said_and_everything_runs(cache_folder, monkeypatch):
-    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
-    monkeypatch.delenv("CC", raising=False)
-    build.library.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="no-such-compiler is on the path.*install gcc"):
-            assert build.library() is None
-        assert not native.serves()
-        assert make_gradient().isfinite().all()
-    finally:
-        build.library.cache_clear()
-
-
-LATIN = "sh -c 'printf \\\\351; exit 1'"  # says what is not UTF-8
-EMPTY = """sh -c 'for last; do :; done; : > "$last"' sh"""  # makes an empty library
-
-
-@pytest.mark.parametrize(
-    "command", ["false", "/no/such/file", "gcc -include /no/such/file.h", "gcc '", " ", "true", LATIN, EMPTY]
-)
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(cache_folder, monkeypatch, command):
-    monkeypatch.setenv("CC", command)
-    monkeypatch.chdir(cache_folder.parent)  # where one of them writes a file
-    build.library.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="the C kernels are not available"):
-            assert build.library() is None
-        assert [path.name for path in cache_folder.glob("*")] in ([], ["compiling.lock"])
-    finally:
-        build.library.cache_clear()
-
-
-def test_no_source_has_a_warning(cache_folder):
-    sources = [str(path) for path in build.FOLDER.glob("*.c")]
-    command = [*build.compiler(), *build.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *sources, "-lm"]
-    subprocess.run([*command, "-o", str(cache_folder.parent / "checked.so")], check=True)
 
 
 @pytest.mark.parametrize("features_per_active", [0, 10**9], ids=["sparse", "dense"])
