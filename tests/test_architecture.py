@@ -36,21 +36,21 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4765,
-    "crosscoder/foundation": 2120,
+    "crosscoder/foundation": 2125,
     "crosscoder/results": 800,
     "crosscoder/data": 5325,
-    "crosscoder/dictionary": 2430,
+    "crosscoder/dictionary": 2485,
     "crosscoder/training": 2480,
-    "crosscoder/formats": 2085,
+    "crosscoder/formats": 2080,
     "crosscoder/measure": 5450,
     "crosscoder/verdict": 1100,
     "crosscoder/browser": 1000,
     "crosscoder/report": 2235,
-    "crosscoder/studies": 2835,
-    "crosscoder/commands": 1630,
+    "crosscoder/studies": 2860,
+    "crosscoder/commands": 1635,
     "crosscoder": 1075,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_305, 23_190
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_390, 23_285
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

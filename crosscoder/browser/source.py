@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.sites import kind_read
 from crosscoder.data.sources import Activations, SiteKind, SiteSource
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.tokens import TokenBlocks
@@ -72,8 +73,7 @@ def as_dictionary_reads(dictionary: Dictionary, read: Activations, site: SiteKin
             f"the dictionary was trained on the {reads.null} null, whose tokens are of no text: nothing shows what its "
             "features mean"
         )
-    usual: SiteKind = "write" if reads is not None and reads.site == "write" else "residual"
-    source = SiteSource(read, read, site or usual, scale_L=dictionary.input_scale)
+    source = SiteSource(read, read, site or kind_read(reads), scale_L=dictionary.input_scale)
     require_same_reads(reads, source.reads, given="the activations")
     shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
     if shape != expected:

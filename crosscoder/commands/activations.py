@@ -19,6 +19,7 @@ from crosscoder.data.nulls import make_null
 from crosscoder.data.probe import meaningless_loss
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, StoredDtype, stored_source, write_shards
+from crosscoder.data.sites import kind_read
 from crosscoder.data.sources import WINDOW_TOKENS, Activations, Marked, SiteKind, SiteSource, select_site_numbers
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import require_own_tokens
@@ -26,6 +27,7 @@ from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import Dictionary, load_dictionary
 from crosscoder.dictionary.division import divided
 from crosscoder.dictionary.saved import WEIGHTS
+from crosscoder.dictionary.scale import at_usual_scale
 from crosscoder.dictionary.shard import Shard
 from crosscoder.foundation.artifact import file_sha256
 from crosscoder.foundation.console import give, say
@@ -298,14 +300,16 @@ class Evaluate(Reading):
 
         dictionary = load_dictionary(self.dictionary).to(self.device)
         dictionary.require_input_scale("evaluation", raw_inputs=self.raw_inputs)
-        site = self.site or (
-            "write" if dictionary.reads is not None and dictionary.reads.site == "write" else "residual"
-        )
+        site = self.site or kind_read(dictionary.reads)
         # A Gaussian's mean and covariance are those of the training tokens.
         *others, held_out = self.of(dictionary).splits(*(["train"] if self.null == "gaussian" else []), "held_out")
         for record, owner in ((dictionary.reads, "the dictionary"), (held_out.harvested, "the store")):
             if record is None:
                 say(f"warning: {owner} keeps no record of what it reads, so nobody checks that both belong together")
+        facts = dictionary.facts()  # of the weights as they are kept
+        at_usual_scale(dictionary, lambda: held_out.site_scale(site))
+        if dictionary.reads is not None and held_out.harvested is not None:
+            dictionary.reads = dictionary.reads.on_tokens(held_out.harvested.tokens)
         source = SiteSource((others or [held_out])[0], held_out, site, scale_L=dictionary.input_scale)
         reading = evaluate_dictionary(dictionary, make_null(self.null, source), device=self.device)
         for line in describe(dictionary, reading):
@@ -314,7 +318,7 @@ class Evaluate(Reading):
         numbers = {row.key: row.value for row in rows} | {"tokens_held_out": reading.n_tokens}
         if self.out is not None:
             run = describe_run()
-            Evaluation(about=dictionary.facts().about(run["command"], run["versions"]), values=numbers).save(self.out)
+            Evaluation(about=facts.about(run["command"], run["versions"]), values=numbers).save(self.out)
         give(json.dumps(numbers, indent=2))
 
     def of(self, dictionary: Dictionary) -> Self:

@@ -10,12 +10,14 @@ import tyro
 
 from crosscoder.commands.base import LOADING, RAW, SUBJECT, Idle, ReadsModel
 from crosscoder.data.shards import ActivationShards
+from crosscoder.data.sites import kind_read
 from crosscoder.data.sources import Activations, SiteKind
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import load_model, require_own_tokens
 from crosscoder.data.tokenizer import count_ids
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Dictionary, load_dictionary
+from crosscoder.dictionary.scale import at_usual_scale
 from crosscoder.foundation.artifact import require_replaceable
 from crosscoder.foundation.console import human_bytes, say
 from crosscoder.foundation.origin import MismatchError
@@ -100,6 +102,7 @@ class Features(ReadsModel):
         prepared = PreparedTokens.load(self.tokens_folder)
         tokens = getattr(prepared, self.split)
         read, model = self._read(dictionary, tokens)
+        at_usual_scale(dictionary, lambda: read.site_scale(self.site or kind_read(dictionary.reads)))
         source = as_dictionary_reads(dictionary, read, self.site)
         findings = find_features(
             dictionary,

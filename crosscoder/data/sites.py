@@ -61,8 +61,7 @@ def choose_sites(activations: Activations, reads: Reads | None, *, owner: str) -
     """
     if reads is None or reads.site == "mlp":
         return activations, "residual"
-    kind: SiteKind = "write" if reads.site == "write" else "residual"
-    wanted = needed_sites(reads)
+    kind, wanted = kind_read(reads), needed_sites(reads)
     if missing := sorted(set(wanted) - set(activations.sites)):
         raise MismatchError(
             f"{owner} reads {'writes of blocks' if kind == 'write' else 'sites'} {list(reads.sites)}, and of sites "
@@ -71,6 +70,11 @@ def choose_sites(activations: Activations, reads: Reads | None, *, owner: str) -
     if wanted == activations.sites:
         return activations, kind
     return ChosenSites(activations, [activations.sites.index(site) for site in wanted]), kind
+
+
+def kind_read(reads: Reads | None) -> SiteKind:
+    """What a dictionary reads of each block; a residual stream, if it does not say."""
+    return "write" if reads is not None and reads.site == "write" else "residual"
 
 
 def needed_sites(reads: Reads) -> tuple[int, ...]:

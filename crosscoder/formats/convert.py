@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from crosscoder.dictionary import Crosscoder, Dictionary, LayerwiseSAE, load_dictionary
+from crosscoder.dictionary.scale import rescale
 from crosscoder.formats import dictionary_learning, gemma_scope, kissane, saelens, sparsify
 from crosscoder.formats.foreign import hash_files
 from crosscoder.formats.imported import UNSAID, Flat, bank, printable
@@ -189,28 +190,19 @@ def _completed(reads: Reads, model: str, sites: Sequence[int], n_layers: int) ->
     return replace(reads, site="residual", sites=tuple(sites), convention="")
 
 
-@torch.no_grad()
 def fold_scale(dictionary: Dictionary, scale: Sequence[float]) -> None:
     """Make a dictionary of scaled activations one of raw ones, in place.
 
     scale: the factor of each layer, or of all.
 
     Raises:
-        ValueError: not as many factors as layers, one that is not positive, or a selection by decoder norms, which a
-            scale would change.
+        ValueError: not as many factors as layers, one that is not positive, or as `rescale`.
     """
     n_layers = dictionary.config.n_layers
     if len(scale) not in (1, n_layers) or not all(0 < factor < float("inf") for factor in scale):
         raise ValueError(f"scale is {list(scale)}; expected {n_layers} positive numbers, one for each layer")
-    if dictionary.config.selection_weight != "none":
-        raise ValueError(
-            "features are chosen by norms of decoder rows, which a scale would change; it cannot be folded"
-        )
-    axes = (1, -1, 1) if dictionary.layer_axis == 1 else (-1, 1, 1)
-    factor = torch.tensor(list(scale) * (n_layers if len(scale) == 1 else 1))
-    dictionary.encoder.mul_(factor.view(axes))
-    dictionary.decoder.div_(factor.view(axes))
-    dictionary.decoder_bias.div_(factor[:, None])
+    dictionary.input_scale.copy_(torch.tensor(list(scale) * (n_layers if len(scale) == 1 else 1)))
+    rescale(dictionary, torch.ones(n_layers))
     say(
         f"note: raw activations times {', '.join(f'{one:g}' for one in scale)} were its inputs; folded into the weights"
     )

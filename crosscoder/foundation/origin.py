@@ -121,6 +121,11 @@ class Reads:
             )
         return replace(self, null=null)
 
+    def on_tokens(self, tokens: TokenOrigin | None) -> Reads:
+        """The record with the tokens that a published dictionary is read on, as its own are not known: what is special
+        among these is no text either."""
+        return replace(self, tokens=tokens) if self.published and tokens is not None else self
+
     def __str__(self) -> str:
         """One line for people."""
         numbers = ", ".join(map(str, self.sites))

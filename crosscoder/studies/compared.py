@@ -16,6 +16,7 @@ import numpy as np
 from crosscoder.data.sites import choose_sites
 from crosscoder.data.sources import Activations, SiteSource
 from crosscoder.dictionary import Dictionary, load_dictionary
+from crosscoder.dictionary.scale import at_usual_scale
 from crosscoder.foundation.artifact import replace_file
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.provenance import describe_run
@@ -101,6 +102,7 @@ def _read_side(name: str, path: str, held_out: Activations, *, raw_inputs: bool,
     if dictionary.reads is None:
         say(f"warning: {name} keeps no record of what it reads, so nobody checks that it belongs to these activations")
     own, kind = choose_sites(held_out, dictionary.reads, owner=f"{name} ({path})")
+    at_usual_scale(dictionary, lambda: own.site_scale(kind))
     source, uses = SiteSource(own, own, kind, scale_L=dictionary.input_scale), Uses(dictionary)
     with Progress(f"reading {name}", own.n_tokens, unit="token") as progress:
 

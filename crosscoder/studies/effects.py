@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 
 from crosscoder.data.blocks import input_device
-from crosscoder.data.residuals import find_blocks
-from crosscoder.data.tokens import PreparedTokens
+from crosscoder.data.residuals import ResidualHarvester, find_blocks
+from crosscoder.data.stream import ActivationStream
+from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.scale import at_usual_scale, is_raw
 from crosscoder.foundation.origin import require_same
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.measure.effects import MEASURES, N_DRAWS, N_ROWS, By, Effect, measure_effects
@@ -25,6 +28,9 @@ from triton_kernels import cpu_form
 
 if TYPE_CHECKING:
     from torch import nn
+
+SCALE_TOKENS = 8192
+"""Of the text, from which the usual norms of raw activations are taken."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def run_effects(
     started, blocks, held_out = time.perf_counter(), find_blocks(model, where.blocks_path), tokens.held_out
     if (reads := dictionary.reads) is not None and held_out.origin is not None:
         require_same(reads, replace(reads, tokens=held_out.origin), owner="the dictionary", given="the text")
+    dictionary = _at_usual_scale(dictionary, model, held_out, where)
     chosen = torch.linspace(0, len(held_out) - 1, min(len(held_out), n_text_rows)).round().long()
     found = measure_effects(
         dictionary,
@@ -98,6 +105,20 @@ def run_effects(
         text=text,
     )
     return Results(LongTable((*rows_at(Place(), overall), *rows)), None, provenance)
+
+
+def _at_usual_scale(dictionary: Dictionary, model: nn.Module, tokens: TokenBlocks, where: Where) -> Dictionary:
+    """`at_usual_scale`, of a copy where it changes something; the scale is that of some of the text."""
+    if not is_raw(dictionary):
+        return dictionary
+    dictionary = copy.deepcopy(dictionary)
+    if dictionary.reads is not None:
+        dictionary.reads = dictionary.reads.on_tokens(tokens.origin)
+    layers = (where.layers[0] - 1, *where.layers) if where.kind == "write" else where.layers
+    harvester = ResidualHarvester(model, layers=layers, blocks_path=where.blocks_path)
+    stream = ActivationStream(harvester, tokens, max_tokens=SCALE_TOKENS, ahead=False)
+    at_usual_scale(dictionary, lambda: stream.site_scale(where.kind))
+    return dictionary
 
 
 def _rows(feature: int, effect: Effect | str, tokens: PreparedTokens) -> list[Row]:

@@ -16,6 +16,7 @@ from crosscoder.data.subject import load_model
 from crosscoder.data.tokens import PreparedTokens
 from crosscoder.dictionary import Crosscoder, WeaklyCausal
 from crosscoder.formats.saelens import save_saelens
+from crosscoder.results.file import load_results
 from tests.cli.conftest import measured
 
 D, EACH = 32, 24
@@ -81,6 +82,13 @@ def test_there_and_back_again_is_measured_as_before(pipeline, tmp_path, capsys):
     assert bool((dictionary.input_scale != 1).all())
     expected, found = (measured(folder, pipeline / "acts", capsys) for folder in (pipeline / "cc", tmp_path / "back"))
     require_same(found, expected, ("l0_token", "dead_share", "dictionary_size", "mean_rho_model"))
+    for name in ("mean_rho", "l0_token_layer", "explained_variance"):  # at the usual scale of held-out text, not raw
+        assert found[name] == pytest.approx(expected[name], rel=0.1), name
+    out = tmp_path / "both"
+    both = [str(pipeline / "cc/dictionary"), str(tmp_path / "back/dictionary")]
+    assert main(["compare-dictionaries", *both, "--activations", str(pipeline / "acts"), "--out", str(out)]) == 0
+    for share_LL in load_results(out).rows.values("found_layers"):
+        assert np.trace(share_LL) > 0.9 * len(share_LL), "the same features are on the same layers"
 
 
 def test_other_sites_are_refused(published, pipeline, tmp_path, capsys):
