@@ -11,7 +11,7 @@ from crosscoder.commands.activations import Reading
 from crosscoder.commands.base import REPORT, Idle, require_free
 from crosscoder.data.sites import needed_sites
 from crosscoder.dictionary.record import read_record
-from crosscoder.foundation.console import human_bytes, say
+from crosscoder.foundation.console import give, human_bytes, say
 from crosscoder.needs import Needs
 
 
@@ -67,7 +67,7 @@ class CompareDictionaries(Reading):
             settings=self.settings(),
         )
         write_features(compared, self.out)
-        print(render_report(results, self.out))
+        give(render_report(results, self.out))
 
     def _with_layers(self) -> CompareDictionaries:
         """With the layers that the dictionaries read, where a model is read and none are named."""

@@ -11,7 +11,7 @@ from crosscoder.commands.base import REPORT, SUBJECT, Idle, ReadsModel, require_
 from crosscoder.data.sources import SiteKind
 from crosscoder.dictionary import load_dictionary
 from crosscoder.dictionary.record import read_record
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import give, say
 from crosscoder.needs import Needs
 
 TOP = 20  # features, where none are named
@@ -107,5 +107,5 @@ class Effects(ReadsModel):
         )
         path = render_report(results, self.out)
         write_table(results, self.out)
-        print(terminal_table(results))
-        print(path)
+        give(terminal_table(results))
+        give(path)

@@ -20,7 +20,7 @@ from crosscoder.formats.convert import Library, import_dictionary
 from crosscoder.formats.delphi import save_delphi
 from crosscoder.formats.neuronpedia import Release, save_neuronpedia, unembedding
 from crosscoder.formats.saelens import n_flat_dictionaries, save_saelens
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import give, say
 
 OF_TEXT = ("delphi", "neuronpedia")
 PICKLE = "Read .pt files too, by torch.load(weights_only=True), which makes tensors and nothing else."
@@ -100,7 +100,7 @@ class Convert(Command):
                     save_delphi(activity, self.out, model_name=str(self.subject), reads=dictionary.reads)
             case "neuronpedia":
                 self._save_neuronpedia(dictionary)
-        print(self.out)
+        give(self.out)
 
     def _save_saelens(self, dictionary: Dictionary) -> None:
         n_flat = n_flat_dictionaries(dictionary)

@@ -19,7 +19,7 @@ from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Dictionary, load_dictionary
 from crosscoder.dictionary.scale import at_usual_scale
 from crosscoder.foundation.artifact import require_replaceable
-from crosscoder.foundation.console import human_bytes, say
+from crosscoder.foundation.console import give, human_bytes, say
 from crosscoder.foundation.origin import MismatchError
 from crosscoder.needs import Needs
 
@@ -121,7 +121,7 @@ class Features(ReadsModel):
             f"{active:,} of {len(findings):,} features are active on {findings.activity.n_tokens:,} tokens; "
             f"the folder has {human_bytes(size)}"
         )
-        print(path)
+        give(path)
 
     def _read(self, dictionary: Dictionary, tokens: TokenBlocks) -> tuple[Activations, Any]:
         """The activations to read, and the model where there is one."""

@@ -14,7 +14,7 @@ from crosscoder.dictionary import Dictionary, ModelCard, load_dictionary
 from crosscoder.dictionary.card import is_own_card, is_stale_card
 from crosscoder.foundation.artifact import read_json, replace_file
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.console import human_bytes, say
+from crosscoder.foundation.console import give, human_bytes, say
 from crosscoder.foundation.hub import CARD
 from crosscoder.foundation.origin import MismatchError
 from crosscoder.needs import Needs
@@ -35,15 +35,16 @@ class Plot(Command):
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # What `crosscoder train` wrote: folders with metrics.jsonl
-    out: Path = Path("curves.png")  # The picture to write
+    out: Path | None = None  # The picture to write. None: of one run its own curves.png, of several one here
 
     def run(self) -> None:
         folders = find_runs(self.runs)
+        out = self.out or (folders[0] if len(folders) == 1 else Path()) / "curves.png"
         names = [folder.resolve().name for folder in folders]
         shown = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.out, plot_runs([read_run(*one) for one in zip(folders, shown, strict=True)]))
-        print(self.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, plot_runs([read_run(*one) for one in zip(folders, shown, strict=True)]))
+        give(out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class Card(Carded):
         if path.exists() and not self.replace and not is_own_card(path.read_text(encoding="utf-8", errors="replace")):
             raise FileExistsError(f"{path} was not written by crosscoder; --replace puts the card in its place")
         replace_file(path, self.card(dictionary).text(dictionary.facts()).encode())
-        print(path)
+        give(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Push(Carded):
             replace_card=self.replace_card,
             message=self.message,
         )
-        print(address)
+        give(address)
 
     def text(self, dictionary: Dictionary) -> str:
         """The card: the folder's own, or what the flags say."""

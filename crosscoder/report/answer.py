@@ -89,7 +89,8 @@ def _beside_tables(results: Results) -> str:
     better = sum(loss < table for loss, table in zip(losses, trigrams, strict=True))
     worth = "both are better" if better == len(losses) else "neither is better" if better == 0 else "one is better"
     tables = " and ".join(f"{min(one):.2f} to {max(one):.2f}" for one in (bigrams, trigrams))
-    return f"{said}; bigram and trigram tables of the text that they read have {tables}: {worth} than a trigram table."
+    beside = f"bigram and trigram tables of the text that they read have {tables}"
+    return f"{said}; {beside}: {worth} than a trigram table, by the mean."
 
 
 def _mean(value: Any) -> float | None:
