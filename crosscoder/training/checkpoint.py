@@ -248,6 +248,7 @@ class RunLog:
         self._writes = shard is None or shard.ranks.is_first
         self._logger = logger if self._writes else None
         self._kept_step = -1  # of the checkpoint that was written or loaded last
+        self._kept_lines = 0  # of the history in it
         self.metrics: list[Entry] = []
         self._lines: list[str] = []
 
@@ -291,7 +292,7 @@ class RunLog:
             load_checkpoint(newest, state)
             self.metrics = read_history(newest, self._folder / METRICS, state.step)
             self._lines = [line_of(entry) for entry in self.metrics]
-            self._kept_step = state.step
+            self._kept_step, self._kept_lines = state.step, len(self._lines)
             Stretch.of(read_cursor(newest)["settings"]["training"], self._settings["training"]).begin(state)
         if not self._writes:
             return
@@ -323,16 +324,16 @@ class RunLog:
             self._logger.log(entry)
 
     def checkpoint(self, state: TrainState) -> None:
-        """Write a checkpoint, unless that of this step was the last one; it holds what was logged up to it."""
+        """Write a checkpoint, unless the last one is of this step with all that was logged up to it."""
         require_sound(state)
-        if self._folder is None or self._kept_step == state.step:
+        if self._folder is None or (self._kept_step, self._kept_lines) == (state.step, len(self._lines)):
             return
         if self._is_scratch:
             self._begin_log()
         if self._writes:
             sync_path(self._folder / METRICS)
         save_checkpoint(state, self._folder / "checkpoints", settings=self._settings, lines=self._lines)
-        self._kept_step = state.step
+        self._kept_step, self._kept_lines = state.step, len(self._lines)
 
     @property
     def kept(self) -> str:

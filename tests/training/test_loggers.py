@@ -1,6 +1,7 @@
 """What loggers are told, by `train` and its kin, and what becomes of one that fails."""
 
 import builtins
+import dataclasses
 import json
 import sys
 
@@ -109,3 +110,12 @@ def test_tensorboard_writes_what_it_is_told(tmp_path):
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert [step for step, _ in losses] == [2, 4, 6]
     assert [value for _, value in losses] == pytest.approx([entry["loss"] for entry in result.metrics])
+
+
+def test_a_finished_run_tells_nothing_twice(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_every=3)  # of six steps, so that one is written at the last
+    options = {"monitor": lambda _: {"held_out_l0": 1.0}, "folder": tmp_path, "quiet": True}
+    train(small(), BATCHES, config=config, **options)
+    again = Log()
+    train(small(), BATCHES, config=config, resume=True, logger=again, **options)
+    assert again.entries == []
