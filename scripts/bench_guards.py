@@ -139,7 +139,7 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {least['bare']:.3f} ms | {least['guarded']:.3f} ms | {shown} |")
     lines += ["", *(f"{name}: {value:.2f} ms, once a run.  " for name, value in found["once_ms"].items()), ""]
     lines += [
-        f"{found['rounds']} steps of each arm on {found['device']['cpu']}, one thread, CPU time, beside other work.",
+        f"{found['rounds']} steps of each arm on {found['device']['cpu']}, one thread.",
         "",
     ]
     return "\n".join(lines)
