@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosscoder.foundation.artifact import read_json
-from crosscoder.results.file import Results, from_document
+from crosscoder.results.file import Results, read_results
 from crosscoder.results.table import Estimate, Place
 
 
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--moved", nargs="*", default=[], help="keys that may differ")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative, 0 asks for equality")
     chosen = parser.parse_args(arguments)
-    studies = [from_document(read_json(path)) for path in (chosen.old, chosen.new)]
+    studies = [read_results(path) for path in (chosen.old, chosen.new)]
     old, new = map(values, studies)
     unexpected = 0
     for place, key in dict.fromkeys((*old, *new)):

@@ -21,11 +21,11 @@ from crosscoder.data.subject_training import SubjectConfig, SubjectRun, load_che
 from crosscoder.data.text import Documents
 from crosscoder.data.tokenizer import train_tokenizer
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
-from crosscoder.foundation.artifact import MANIFEST, SEAL, read_json
+from crosscoder.foundation.artifact import MANIFEST, read_json
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.foundation.tensors import load_tensors, save_tensors
 from crosscoder.measure.reading import load_reading, read_dictionary, save_reading
-from crosscoder.results.file import load_results, read_rows, write_rows
+from crosscoder.results.file import load_results, read_results, read_rows, save_results, write_rows
 from crosscoder.studies.inputs import require_inputs
 from crosscoder.studies.presets import PRESETS, StudyConfig
 from crosscoder.training import TrainConfig, train
@@ -153,12 +153,9 @@ def _subjects(root: Path) -> list[Sample]:
 def _studies(root: Path) -> list[Sample]:
     home = root / "study"
     home.mkdir()
-    value = read_json(ROOT / "benchmarks" / "smollm2-135m" / "results.json")
-    from crosscoder.results.file import from_document, save_results
-
-    results = from_document({key: one for key, one in value.items() if key != SEAL})
-    save_results(results, home)
-    write_rows(home / "cell.json", list(results.rows)[:40])
+    unsealed = ROOT / "benchmarks" / "smollm2-135m" / "results.json"
+    save_results(read_results(unsealed), home)
+    write_rows(home / "cell.json", list(load_results(home).rows)[:40])
     cc = Crosscoder(**SIZES, sparsity=TopK(k=2))
     save_reading(read_dictionary(cc, [torch.randn(64, 2, 4)]), home / "reading.safetensors")
     save_tensors({"ids": torch.arange(6).view(2, 3), "blocks": torch.arange(2)}, home / "ids.safetensors")
@@ -167,7 +164,7 @@ def _studies(root: Path) -> list[Sample]:
     require_inputs_of(), (home / "tokens" / "held_out" / ".kept").write_text("")
     old = root / "old study"
     old.mkdir()
-    (old / "results.json").write_text(json.dumps({key: one for key, one in value.items() if key != SEAL}))
+    shutil.copy(unsealed, old)
     return [
         Sample("results", home, lambda: load_results(home), 0.5, files=("results.json",)),
         Sample("results of 0.2", old, lambda: load_results(old), 0.3, sealed=False),

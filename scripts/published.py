@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from crosscoder.foundation.artifact import read_json
-from crosscoder.results.file import from_document
+from crosscoder.results.file import read_results
 from crosscoder.results.table import COMPARED, SITE_NAME, Estimate, LongTable
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -347,7 +347,7 @@ def read(path: Path) -> Ours:
     found = read_json(path)
     if "table" in found:
         return Ours(variants={row["variant"]: row["explained_variance"] for row in found["table"]})
-    return Ours(from_document(found).rows)
+    return Ours(read_results(path).rows)
 
 
 def main() -> None:

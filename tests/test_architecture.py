@@ -37,7 +37,7 @@ FLOORS = {
 BUDGETS = {
     "triton_kernels": 4765,
     "crosscoder/foundation": 2125,
-    "crosscoder/results": 800,
+    "crosscoder/results": 805,
     "crosscoder/data": 5325,
     "crosscoder/dictionary": 2485,
     "crosscoder/training": 2480,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1635,
     "crosscoder": 1075,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_395, 23_295
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_400, 23_305
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

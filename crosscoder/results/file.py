@@ -182,17 +182,25 @@ def save_results(results: Results, folder: str | Path) -> None:
 
 
 def load_results(folder: str | Path) -> Results:
-    """The results that a study left in its folder, equal to what was saved.
-
-    Of a file without a seal, as version 0.2 wrote them, it is said that nobody can tell whether it is as it was.
+    """The results that a study left in its folder, equal to what was saved; `read_results` of the file in it.
 
     Raises:
-        ValueError: the file is damaged, changed since it was written, or of another schema.
         FileNotFoundError: there is none.
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULTS}; give the folder of a finished study")
+    return read_results(path)
+
+
+def read_results(path: str | Path) -> Results:
+    """The results that a file holds.
+
+    Of a file without a seal, as version 0.2 wrote them, it is said that nobody can tell whether it is as it was.
+
+    Raises:
+        ValueError: the file is damaged, changed since it was written, or of another schema.
+    """
     value = read_json(path)
     if isinstance(value, dict) and SEAL in value:
         value = unsealed(value, path, mend="restore it from a copy, or run the study again: its cells are kept")

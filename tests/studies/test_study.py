@@ -14,8 +14,8 @@ import torch
 from crosscoder.cli import main
 from crosscoder.data.subject_training import SubjectCheckpoint, SubjectConfig, SubjectRun
 from crosscoder.data.text import Documents
-from crosscoder.foundation.artifact import SEAL
-from crosscoder.results.file import OLD_SCHEMA, SCHEMA, document, from_document, load_results
+from crosscoder.foundation.artifact import read_json
+from crosscoder.results.file import OLD_SCHEMA, SCHEMA, document, load_results, read_results
 from crosscoder.results.quantities import QUANTITIES
 from crosscoder.results.table import Place
 from crosscoder.studies import baselines
@@ -224,8 +224,7 @@ def test_the_verdict_opens_the_report_and_says_what_would_decide(studies):
 
 def test_every_quantity_is_measured_by_this_study_or_a_committed_one(studies):
     committed = Path(__file__).parents[2].glob("benchmarks/*/results.json")
-    values = [{k: v for k, v in json.loads(path.read_text()).items() if k != SEAL} for path in committed]
-    known = [from_document(value) for value in values if value.get("schema") in (SCHEMA, OLD_SCHEMA)]
+    known = [read_results(path) for path in committed if read_json(path).get("schema") in (SCHEMA, OLD_SCHEMA)]
     measured = {row.key for results in (load_results(studies[0]), *known) for row in results.rows}
     elsewhere = {"dictionary_rule", "features_page", "top_feature_examples"}  # tests/cli: dictionaries, one model
     assert sorted(QUANTITIES.keys() - measured - elsewhere) == []
