@@ -11,13 +11,18 @@ ARGS ?=
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# Compiling every module of torch and transformers takes longer than fetching them, so only what we import is compiled.
+USED := import torch._dynamo, transformers.models.llama.modeling_llama, datasets, scipy.stats, matplotlib.pyplot, \
+  pyarrow.parquet, crosscoder.cli, pytest, hypothesis
+
 # Re-installed only when the list of requirements changes; the package itself is an editable install.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python >= 3.11 is needed; found $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (about two minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,demo,gguf]'
+	@echo "installing into $(VENV) (a minute or two the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test,demo,gguf]'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c '$(USED)'
 	@touch $@
 
 install: $(STAMP)  ## create .venv and install everything
