@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1635,
     "crosscoder": 1075,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_400, 23_305
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_400, 23_335
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from crosscoder import Crosscoder, TopK
 from crosscoder.foundation import artifact
@@ -181,6 +182,12 @@ def alter_state(folder, change):
     write_json(folder / "state.json", state)
 
 
+def alter_moments(folder, change):
+    tensors = load_file(folder / "optimizer.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "optimizer.safetensors")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -192,6 +199,7 @@ def alter_state(folder, change):
         lambda folder: shutil.copy(folder / "model.safetensors", folder / "optimizer.safetensors"),
         lambda folder: shutil.copy(folder / "optimizer.safetensors", folder / "model.safetensors"),
         lambda folder: (folder / "optimizer.safetensors").write_bytes(b"{}"),
+        lambda folder: alter_moments(folder, lambda tensors: tensors.pop("adam.exp_avg_sq.encoder")),
         lambda folder: (folder / "metrics.jsonl").write_text("null\n"),
     ],
 )
@@ -206,7 +214,7 @@ def test_a_checkpoint_that_holds_something_else_is_refused_in_one_line(stopped, 
 
 
 def test_parameters_that_a_last_step_made_infinite_are_not_kept_as_finished(tmp_path):
-    config = TrainConfig(steps=8, checkpoint_every=2, learning_rate=1e39, warmup_steps=0, decay_fraction=0)
+    config = TrainConfig(steps=8, checkpoint_every=1, learning_rate=1e39, warmup_steps=0, decay_fraction=0)
     with pytest.raises(NonFiniteError, match=r"step \d+: \w+ holds NaN or infinity"):
         run(tmp_path, config=config)
     assert not (tmp_path / "dictionary").exists()
