@@ -137,10 +137,6 @@ class LabelReading:
         """Joint minus best layer."""
         return self.joint_P - self.best_P
 
-    def of_kind(self, kind: str) -> np.ndarray:
-        """True for the pairs with labels of one of `KINDS`."""
-        return np.array([self.labels.kinds[label] == kind for label in self.label_P], dtype=bool)
-
     def summary(self) -> dict[str, Value]:
         """Means over the pairs that the joint reading predicts, and the gain over all; nan where there is none.
 
@@ -268,12 +264,12 @@ def _pairs(score_TnS: np.ndarray, measures_T: np.ndarray, value_TQ: np.ndarray) 
             yield _Pair(index, label, layer, by_joint, joint, best, has_t.mean())
 
 
-def precision_at_recall(score_TX: np.ndarray, has_T: np.ndarray, recall: float = RECALL) -> np.ndarray:
-    """Share of tokens with a label among those that score as high as a share `recall` of those with it, `[...]`.
+def precision_at_recall(score_TX: np.ndarray, has_T: np.ndarray) -> np.ndarray:
+    """Share of tokens with a label among those that score as high as a share `RECALL` of those with it, `[...]`.
 
-    score_TX: `[T, ...]`. Tokens of equal score are taken together, so that at least `recall` is recalled.
+    score_TX: `[T, ...]`. Tokens of equal score are taken together, so that at least that share is recalled.
     """
     with_label = score_TX[has_T]
-    first = len(with_label) - math.ceil(recall * len(with_label) - 1e-9)
+    first = len(with_label) - math.ceil(RECALL * len(with_label) - 1e-9)
     threshold = np.partition(with_label, first, axis=0)[first]
     return (with_label >= threshold).sum(0) / (score_TX >= threshold).sum(0)

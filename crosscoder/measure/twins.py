@@ -12,25 +12,19 @@ JOINT = 0.5  # joint cosine from which they are alike as a whole
 JOINT_OF_TWO = 0.7  # the same for a feature of two layers, where .5 is what product codes have
 
 
-def find_twins(decoder_FLD: np.ndarray, scale_L: np.ndarray | None = None, *, joint: float | None = None) -> np.ndarray:
+def find_twins(decoder_FLD: np.ndarray) -> np.ndarray:
     """True for twins, `[F]`: at each layer that they occupy another feature writes in their direction, none in all.
 
     A layer counts as occupied where it holds at least half the feature's largest share (`profile.occupied_layers`), and
     a neighbour on a layer must occupy it too: the direction of a row that is next to nothing is noise. Neighbours of
-    different layers may be different features.
-
-    scale_L: the dictionary's `input_scale`, for shares and joint cosines in the subject's own units; None takes the
-        decoder as it is. Which layers are occupied, and joint cosines, depend on the units; cosines on a layer do not.
-    joint: a feature with a joint cosine of so much with another is no twin; None: .5, or .7 for a feature that occupies
-        two layers, or in a dictionary of two. Two words of two layers, of equal norms, that share one of them, have
-        a joint cosine of .5 to rounding in a dictionary of any depth, so that a bound of .5 would call none a twin.
+    different layers may be different features. A feature that is alike to another as a whole is no twin: from a joint
+    cosine of .5 on, or .7 where it occupies two layers, or in a dictionary of two. Two words of two layers, of equal
+    norms, that share one of them have .5 to rounding in a dictionary of any depth, so that .5 would call none a twin.
     """
     rows_FLD = np.asarray(decoder_FLD, dtype=np.float64)
-    if scale_L is not None:
-        rows_FLD = rows_FLD / np.asarray(scale_L, dtype=np.float64)[:, None]
     occupied_FL = occupied_layers(layer_profile(rows_FLD))
     of_two_F = (occupied_FL.sum(1) == 2) | (rows_FLD.shape[1] <= 2)
-    limit_F = np.where(of_two_F, JOINT_OF_TWO, JOINT) if joint is None else np.full(len(rows_FLD), joint)
+    limit_F = np.where(of_two_F, JOINT_OF_TWO, JOINT)
     near_FL, alone_F = ~occupied_FL, np.zeros(len(rows_FLD), dtype=bool)
     for start, block in decoder_cosine(rows_FLD, rows_FLD).blocks():
         here = slice(start, start + len(block))

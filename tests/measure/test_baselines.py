@@ -139,8 +139,6 @@ def test_a_subject_of_the_current_token_alone_is_a_lookup(subject, tokens):
     found = token_lookup(subject, find_blocks(subject), *tokens)
     assert found.lookup_loss == pytest.approx(found.clean_loss, abs=1e-5)
     assert found.share_kept == pytest.approx(1, abs=1e-4)
-    assert found.unexplained() < 1e-6
-    assert found.unseen_share == 0
 
 
 def writes_of(subject, ids):
@@ -177,14 +175,7 @@ def test_lookup_is_the_embedding_and_the_means_by_hand(subject, tokens, monkeypa
         (clean, lookup, ablated), abs=1e-5
     )
     assert found.share_kept == pytest.approx((ablated - lookup) / (ablated - clean), rel=1e-3)
-    read, wrote = held_out[:, skip:], writes_of(subject, held_out)[:, skip:]
-    error, centred = (wrote - mean[read]).square(), (wrote - wrote.flatten(0, 1).mean(0)).square()
-    assert found.unexplained() == pytest.approx((error.sum() / centred.sum()).item(), rel=1e-5)
-    weight = torch.tensor([9.0, 1.0])[:, None]
-    scaled = (error * weight).sum() / (centred * weight).sum()
-    assert found.unexplained([3.0, 1.0]) == pytest.approx(scaled.item(), rel=1e-5)
-    assert found.unseen_share == pytest.approx(np.mean([counts[int(t)] == 0 for t in read.flatten()]))
-    assert found.unseen_share > 0
+    assert any(counts[int(token)] == 0 for token in held_out[:, skip:].flatten()), "some never came"
 
 
 def test_without_skipped_positions_the_clean_loss_is_the_subject_s(subject, tokens):
