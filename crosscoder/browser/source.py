@@ -63,9 +63,6 @@ def as_dictionary_reads(dictionary: Dictionary, read: Activations, site: SiteKin
     """Activations at the sites and in the scale of a dictionary, all of them to be read in order.
 
     site: None: what the dictionary reads.
-
-    Raises:
-        MismatchError: they are of something else, or the dictionary reads a null, which is of no text.
     """
     reads = dictionary.reads
     if reads is not None and reads.null is not None:

@@ -94,9 +94,6 @@ class WorldPair:
 
     Feature i is the same on both sides: it fires on the same tokens with the same activation, and its window lies at
     the same relative depth. Its joint direction has norm 1 on either side.
-
-    Raises:
-        ValueError: no turning of the features gives the wished d_eff; names what is possible.
     """
 
     def __init__(self, config: PairConfig) -> None:

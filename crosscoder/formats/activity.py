@@ -50,9 +50,6 @@ def collect_activity(
     """What is active on the held-out tokens of a source, for each flat dictionary side by side.
 
     source: at the dictionary's scale. blocks: the numbers of the blocks that it reads, ascending.
-
-    Raises:
-        MismatchError: the source holds something else than what the dictionary reads.
     """
     require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
     names, context, n_features = module_names(dictionary), tokens.sequence_length, dictionary.config.n_features

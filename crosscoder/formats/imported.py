@@ -178,11 +178,7 @@ def assemble(form: type[Form], settings: dict[str, Any], tensors: dict[str, Tens
 
 
 def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
-    """SAEs of several layers side by side, in their order.
-
-    Raises:
-        ValueError: they differ in width, number of features, rule, k or model.
-    """
+    """SAEs of several layers side by side, in their order."""
     first = flats[0]
     for name, of in (
         ("the width", lambda one: one.width),

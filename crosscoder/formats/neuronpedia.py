@@ -82,11 +82,7 @@ class _Source:
 
 
 def unembedding(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a model's output head makes of rows `[n, D]`, without its bias: `[n, V]`.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """What a model's output head makes of rows `[n, D]`, without its bias: `[n, V]`."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError(f"{type(model).__name__} has no output head, so features promote no tokens")

@@ -150,9 +150,6 @@ def naming_full_disk(final: Path, written: Path) -> Generator[None]:
     """Turns whatever a library says of a full disk into one error with bytes, path and mend.
 
     written: the file or folder that is being written in the place of `final`.
-
-    Raises:
-        DiskFullError: the body ran out of room.
     """
     try:
         yield

@@ -21,9 +21,6 @@ def require_room(folder: Path, files: Mapping[str, int], *, copies: int = 1, wha
     folders that cannot be written to are found by that alone.
 
     what: that the files are, for the error.
-
-    Raises:
-        OSError: names folder, bytes and what is free.
     """
     size = sum(files.values())
     free = shutil.disk_usage(folder).free

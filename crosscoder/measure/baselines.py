@@ -63,25 +63,20 @@ def _looked_up(key_G: np.ndarray, value_G: np.ndarray, key_T: np.ndarray) -> np.
 
 
 class KneserNey:
-    """Interpolated Kneser-Ney models of all orders up to `highest`, of the predictions within blocks.
+    """Interpolated Kneser-Ney models of all `ORDERS`, of the predictions within blocks.
 
     Kneser and Ney (1995) in the interpolated form of Chen and Goodman (1999), one discount an order,
     `n1 / (n1 + 2 n2)` of its counts of one and two: the order asked for has counts of n-grams, lower ones count the
     tokens that precede an n-gram, and below unigrams is 1 / V. The first token of a block is never predicted, nor
     counted as one, and no n-gram crosses from a block to the next: the subject cannot see across either.
-
-    Raises:
-        ValueError: ids are not `[blocks, S]` within the vocabulary, S is below `highest`, or n-grams have too many
-            numbers.
     """
 
-    def __init__(self, ids_BS: np.ndarray, *, vocab_size: int, highest: int = max(ORDERS)) -> None:
-        self.vocab_size, self.highest = vocab_size, highest
-        if vocab_size**highest >= 2**63:
-            raise ValueError(f"{highest}-grams of {vocab_size} tokens have no 64-bit numbers; ask for a lower order")
-        self._check(ids_BS, max(2, highest))
+    def __init__(self, ids_BS: np.ndarray, *, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        if vocab_size ** max(ORDERS) >= 2**63:
+            raise ValueError(f"{ORDERS[max(ORDERS)]}s of {vocab_size} tokens have no 64-bit numbers")
         self._counted, self._continued = {}, {}
-        for order in safe_points(range(1, highest + 1)):
+        for order in safe_points(ORDERS):
             key_G, count_G = np.unique(self._keys(ids_BS, order), return_counts=True)
             self._counted[order] = _Level(key_G, count_G, vocab_size)
             if order > 1:
@@ -93,9 +88,6 @@ class KneserNey:
 
         The first tokens have fewer before them than the order asks, and are predicted by the model of that lower order.
         """
-        if not 1 <= order <= self.highest:
-            raise ValueError(f"order is {order}, expected 1 to {self.highest}")
-        self._check(ids_BS, 2)
         return -np.log(self._probability(np.asarray(ids_BS, dtype=np.int64), order))
 
     def _probability(self, ids_BS: np.ndarray, order: int) -> np.ndarray:
@@ -120,21 +112,12 @@ class KneserNey:
             keys = keys * self.vocab_size + ids[:, first - back : ids.shape[1] - back]
         return keys
 
-    def _check(self, ids_BS: np.ndarray, shortest: int) -> None:
-        if ids_BS.ndim != 2 or len(ids_BS) == 0 or ids_BS.shape[1] < shortest:
-            raise ValueError(f"ids have shape {list(ids_BS.shape)}, expected [blocks, {shortest} or more]")
-        if ids_BS.min() < 0 or ids_BS.max() >= self.vocab_size:
-            raise ValueError(f"ids run from {ids_BS.min()} to {ids_BS.max()}, expected 0 to {self.vocab_size - 1}")
-
 
 def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray | None = None) -> dict[str, float]:
     """Held-out loss in nats a token of the tables of `ORDERS`, by name: what `held_out_loss` is of the subject.
 
     seen: which of `train` the subject has read (`seen_blocks`); None: all. Compare with the subject's loss on the same
     held-out blocks.
-
-    Raises:
-        MismatchError: the two were made by different tokenizers.
     """
     _require_one_tokenizer(train, held_out)
     model = KneserNey(
@@ -188,12 +171,9 @@ def token_lookup(
 
     Raises:
         MismatchError: the two sets of tokens were made by different tokenizers.
-        ValueError: the model is in training mode, no token is left, or the mean writes would be larger than
-            `TABLE_BYTES`.
+        ValueError: no token is left, or the mean writes would be larger than `TABLE_BYTES`.
     """
     _require_one_tokenizer(train, held_out)
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout would be measured; call model.eval()")
     if not 0 <= skip_positions <= train.sequence_length - 2:
         raise ValueError(f"blocks of {train.sequence_length} tokens hold no prediction after {skip_positions} skipped")
     ids = train[slice(None) if seen is None else torch.as_tensor(seen)]

@@ -44,9 +44,6 @@ def shares_of_ln2(*, q: Estimate, g: Estimate, r: Estimate, law: RoomLaw, log_ra
 
     `log_ratio` is `q + ln(room A / room B)` as measured. That of the law is `q + (2 delta - beta) ln 2`, with q and the
     law taken as independent.
-
-    Raises:
-        ValueError: r is not what q and g make it, so that they are of different trainings.
     """
     made = LN2 + q.value - g.value * LN4
     if not math.isclose(r.value, made, abs_tol=1e-6):

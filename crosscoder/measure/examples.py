@@ -139,9 +139,6 @@ def read_features(
 
     batches: in the order of the text, in the dictionary's scale (`Source.marked`). context: tokens of a block, S.
     n_tokens: how many there are in all, those that are not read included.
-
-    Raises:
-        ValueError: no token is read.
     """
     was_training = dictionary.training
     dictionary.eval()

@@ -32,11 +32,7 @@ class Agreement:
 
 
 def agreement(correlation: Similarity | np.ndarray) -> Agreement:
-    """Best matches in both directions of correlations `[Fa, Fb]`.
-
-    Raises:
-        ValueError: a side has no features.
-    """
+    """Best matches in both directions of correlations `[Fa, Fb]`."""
     if 0 in correlation.shape:
         raise ValueError(f"correlations have shape {correlation.shape}; both subjects need alive features")
     found = nearest(correlation)
@@ -83,11 +79,7 @@ def circular_shifts(document_T: np.ndarray, n_draws: int, *, seed: int) -> np.nd
 def shifted_null(
     first: sparse.csc_array, second: sparse.csc_array, document_T: np.ndarray, *, seed: int, n_draws: int
 ) -> np.ndarray:
-    """u of `first` against circularly shifted `second`, one value for each draw, `[n_draws]`.
-
-    Raises:
-        ValueError: a document is too long to shift past.
-    """
+    """u of `first` against circularly shifted `second`, one value for each draw, `[n_draws]`."""
     shifted = (shift_tokens(second, int(shift)) for shift in circular_shifts(document_T, n_draws, seed=seed))
     return np.array([agreement(activation_correlation(first, other)).u for other in shifted])
 

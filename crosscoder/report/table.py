@@ -82,9 +82,9 @@ def linked(text: str, **values: Any) -> Phrase:
     return [(piece.format(**values), key) for piece, key in (*pieces, (text[end:], None)) if piece]
 
 
-def heading(key: str, words: str | None = None) -> Head:
-    """The column of a quantity, which links to its definition."""
-    return Head(words or QUANTITIES[key].words, definition=key)
+def heading(key: str, words: str | None = None, *, word: bool = False) -> Head:
+    """The column of a quantity, which links to its definition; `word`: of words."""
+    return Head(words or QUANTITIES[key].words, definition=key, word=word)
 
 
 def word_heads(*names: str) -> list[Head]:

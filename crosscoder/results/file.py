@@ -232,11 +232,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def to_blocks(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Plain values of rows, in their order.
-
-    Raises:
-        ValueError: a key stands twice at one place.
-    """
+    """Plain values of rows, in their order."""
     blocks = []
     for at, group in groupby(rows, key=lambda row: row.at):
         values: dict[str, Any] = {}

@@ -50,11 +50,7 @@ else:
 @closed
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval, of confidence `CONFIDENCE`; where nothing could vary, `low == high == value`.
-
-    Raises:
-        ValueError: the interval is the wrong way round.
-    """
+    """A value and its interval, of confidence `CONFIDENCE`; where nothing could vary, `low == high == value`."""
 
     value: Number
     low: Number
@@ -153,9 +149,6 @@ class Row:
     """One number.
 
     `value` is None where the quantity is undefined or was not measured; `missing` may then say why.
-
-    Raises:
-        ValueError: the key is in no definition.
     """
 
     at: Place
@@ -214,11 +207,7 @@ class LongTable:
         return [row.value for row in self.select(key, **where) if row.value is not None]
 
     def one(self, key: str, **where: Any) -> Any:
-        """The only value of a key at a place; None where there is none.
-
-        Raises:
-            ValueError: there are several rows.
-        """
+        """The only value of a key at a place; None where there is none."""
         found = self.select(key, **where)
         if len(found) > 1:
             places = "; ".join(str(row.at.known()) for row in found.rows[:3])

@@ -30,7 +30,7 @@ from crosscoder.measure import counting, recovery
 from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.results.table import Arm, LongTable, Place, Row, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, of_other_k
-from crosscoder.studies.cells import fit, fit_many, held_out
+from crosscoder.studies.cells import fit_many, held_out
 from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import Shape, StudyConfig
 from crosscoder.training import TrainConfig
@@ -104,8 +104,8 @@ class FitConfig:
         )
         training = TrainConfig(**given, log_every=self.steps)
         where: dict[str, Any] = {"device": device, "folder": folder}
-        dictionary, batches = fit(arm, source, budget, seed=seed, training=training, **where)
-        return read_dictionary(dictionary, batches())
+        (dictionary,) = fit_many(arm, source, [(budget, seed)], training=training, **where)
+        return read_dictionary(dictionary, held_out(source, device))
 
 
 def log_uniform_bounds(mean: float, ratio: float) -> tuple[float, float]:

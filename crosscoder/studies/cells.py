@@ -6,7 +6,7 @@ again. Both arms of a comparison read the same tokens in the same order: a dicti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -248,27 +248,6 @@ def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: 
     return dictionary
 
 
-def fit(
-    arm: Arm,
-    source: Source,
-    budget: DictionaryBudget,
-    *,
-    seed: int,
-    training: TrainConfig | None = None,
-    label: str = "",
-    device: str = "cpu",
-    folder: Path | None = None,
-) -> tuple[Any, Callable[[], Iterator[Tensor]]]:
-    """A dictionary trained on `source`, and what gives the held-out batches, each time from the first on.
-
-    training: the trainer's settings where they are not the budget's.
-    folder: what a training that is stopped goes on from.
-    """
-    plans = [(budget, seed)]
-    (dictionary,) = fit_many(arm, source, plans, training=training, label=label, device=device, folder=folder)
-    return dictionary, lambda: held_out(source, device)
-
-
 def fit_many(
     arm: Arm,
     source: Source,
@@ -283,6 +262,7 @@ def fit_many(
 
     The same numbers as one by one. Budgets may differ in size, k and data order alone: the first says how all are
     trained. What took long goes on in `folder` after a stop, and is to be removed once nothing more comes of it.
+    training: the trainer's settings where they are not the budget's.
     """
     dictionaries = [new_dictionary(arm, source, budget, seed=seed) for budget, seed in plans]
     first = plans[0][0]

@@ -100,14 +100,8 @@ def test_the_blocks_that_a_subject_saw():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(ValueError, match="3 or more"):
-        KneserNey(text(2, 2, 0), vocab_size=VOCAB)
-    with pytest.raises(ValueError, match="expected 0 to 2"):
-        KneserNey(text(2, 9, 0), vocab_size=3)
     with pytest.raises(ValueError, match="64-bit"):
         KneserNey(text(2, 9, 0), vocab_size=2**22)
-    with pytest.raises(ValueError, match="order is 4"):
-        KneserNey(text(2, 9, 0), vocab_size=VOCAB).nats(text(1, 9, 0), 4)
     with pytest.raises(MismatchError, match="different tokenizers"):
         ngram_losses(TokenBlocks(text(2, 9, 0), vocab_size=5), TokenBlocks(text(2, 9, 0), vocab_size=6))
 
@@ -191,8 +185,6 @@ def test_lookup_refuses_what_it_cannot_say(subject, tokens, monkeypatch):
     assert "costs" in token_lookup(subject, blocks, *tokens).share_kept
     with pytest.raises(ValueError, match="no prediction after 9"):
         token_lookup(subject, blocks, *tokens, skip_positions=9)
-    with pytest.raises(ValueError, match="training mode"):
-        token_lookup(subject.train(), blocks, *tokens)
     monkeypatch.setattr(baselines, "TABLE_BYTES", 12 * 2 * 16 * 8 - 1)
     with pytest.raises(ValueError, match="small subjects"):
-        token_lookup(subject.eval(), blocks, *tokens)
+        token_lookup(subject, blocks, *tokens)
