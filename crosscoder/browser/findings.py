@@ -75,7 +75,7 @@ class Findings:
     @cached_property
     def norm_FL(self) -> np.ndarray:
         """Norms of what features write, by layer, in that scale."""
-        return self.activity.rows.on_layers(self.activity.rows.decoder_FKD.float().norm(dim=2)).cpu().numpy()
+        return self.activity.rows.norm_FL()
 
     @cached_property
     def profile_FL(self) -> np.ndarray:

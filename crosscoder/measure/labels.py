@@ -179,12 +179,9 @@ def measure_labels(
     there; the first of equals.
 
     batches: gives the stream `x_BLD` whose tokens `labels` are of, from its beginning, the same each time.
-
-    Raises:
-        ValueError: the dictionary is a bank, or labels or documents are not one for each token.
     """
     n_layers = dictionary.config.n_layers
-    if dictionary.grouped().encoder_GFN.shape[2] != n_layers * dictionary.config.d_model:
+    if dictionary.is_bank:
         raise ValueError("the dictionary is a bank; a best layer needs features that read all layers")
     n_tokens = len(labels.value_TQ)
     n_each = max(1, SCORE_BYTES // (4 * max(1, n_tokens) * (n_layers + 1)))
@@ -216,11 +213,7 @@ def _read(
 
 
 def split_documents(batches: Batches, document_T: np.ndarray | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each batch, and which of its tokens `[B]` measure: those of odd documents; those of even ones choose.
-
-    Raises:
-        ValueError: the labels are not one for each token.
-    """
+    """Each batch, and which of its tokens `[B]` measure: those of odd documents; those of even ones choose."""
     number_T = None if document_T is None else np.unique(document_T, return_inverse=True)[1].ravel()
     stop = 0
     for x_BLD in batches():
