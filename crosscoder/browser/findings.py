@@ -79,12 +79,10 @@ class Findings:
 
     @cached_property
     def profile_FL(self) -> np.ndarray:
-        """Layer profile by decoder norm."""
         return profile.shares(np.square(self.norm_FL.astype(np.float64)))
 
     @cached_property
     def use_FL(self) -> np.ndarray:
-        """Layer profile by use."""
         return self.activity.use_FL
 
     @cached_property

@@ -89,7 +89,6 @@ class Batches:
 
     @property
     def reads(self) -> Reads | None:
-        """What the activations are of."""
         return self.source.reads
 
 
@@ -124,7 +123,6 @@ class Activations(abc.ABC):
 
     @property
     def sequences_T(self) -> Tensor:
-        """Each token's block."""
         return self.token_T // self.context
 
     @property

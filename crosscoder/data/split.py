@@ -16,7 +16,6 @@ def document_key(document: Document, *, seed: int) -> int:
 
 
 def document_bytes(document: Document) -> bytes:
-    """What is hashed of a document."""
     if isinstance(document, str):
         return document.encode("utf-8", "surrogatepass")
     return np.asarray(document, dtype="<i8").tobytes()

@@ -119,7 +119,6 @@ class Tensors:
         return tensor
 
     def number(self, name: str) -> float:
-        """A tensor that holds one number."""
         if self.shapes.get(name) not in ((), (1,)):
             raise DamagedArtifactError(f"{self.path}: {name} is of shape {self.shapes.get(name)}; expected one number")
         self._taken.add(name)

@@ -109,7 +109,6 @@ class Flat:
 
     @property
     def width(self) -> int:
-        """D."""
         return self.encoder_FD.shape[1]
 
     def folded(self) -> Flat:

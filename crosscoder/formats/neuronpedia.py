@@ -142,8 +142,6 @@ def _rows(dictionary: Dictionary) -> Tensor:
 
 
 class _Texts(NamedTuple):
-    """Tokens as texts."""
-
     n_vocabulary: int
     one: Callable[[int], str]
 

@@ -64,6 +64,8 @@ def row_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
 
 def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> Similarity:
     """Pearson correlation over the same T tokens between columns of `a` and of `b`; 0 for a constant one."""
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"activities cover {a.shape[0]} and {b.shape[0]} tokens; correlate them on the same tokens")
     n_tokens, of_tokens = a.shape[0], sparse.csr_array(b)
     mean_a, mean_b = (np.asarray(code.sum(0), dtype=np.float64).ravel() / n_tokens for code in (a, b))
     inverse_a, inverse_b = _inverse_deviation(a, mean_a), _inverse_deviation(b, mean_b)
@@ -200,12 +202,10 @@ class Nearest:
 
     @property
     def index_a(self) -> np.ndarray:
-        """Of each row, the column."""
         return np.concatenate([index for index, _ in self._rows])
 
     @property
     def best_a(self) -> np.ndarray:
-        """Of each row, the similarity."""
         return np.concatenate([best for _, best in self._rows])
 
     def mutual_pairs(self, minimum: float) -> np.ndarray:

@@ -72,7 +72,6 @@ class Measured:
 
     @property
     def alive_GF(self) -> np.ndarray:
-        """True for alive features."""
         return (self.probability_F > minimum_probability(self.code.shape[0])).reshape(self.n_groups, -1)
 
 

@@ -152,12 +152,10 @@ class RoomLaw:
 
     @property
     def beta(self) -> Estimate:
-        """Exponent of width."""
         return self.contrast(1, 0)
 
     @property
     def delta(self) -> Estimate:
-        """Exponent of depth."""
         return self.contrast(0, 1)
 
     @property

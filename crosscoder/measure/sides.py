@@ -40,7 +40,6 @@ class Spreads:
     use_F: np.ndarray
 
     def only(self, kept_F: np.ndarray) -> Spreads:
-        """Of some features."""
         return Spreads(*(value_F[kept_F] for value_F in vars(self).values()))
 
 

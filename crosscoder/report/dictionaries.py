@@ -20,8 +20,8 @@ from crosscoder.report.table import (
     format_number,
     format_range,
     heading,
+    lines_of,
     linked,
-    named,
     prose,
     shown,
     word_heads,
@@ -91,7 +91,6 @@ def _check(results: Results) -> None:
 
 
 def sides(results: Results) -> list[str]:
-    """The labels of the dictionaries."""
     return [str(row.at.dictionary) for row in results.rows.select("dictionary_path")]
 
 
@@ -179,7 +178,6 @@ def _found_table(results: Results) -> Table:
 
 
 def _pair_table(results: Results) -> Table:
-    """Every pair, a line each."""
     lines = []
     for row in results.rows.select("between_matched"):
         cells = [_cell(results, key, row.at) for key in PAIRS]
@@ -197,16 +195,12 @@ def _cell(results: Results, key: str, at: Place) -> Value:
 
 def _side_table(results: Results, keys: tuple[str, ...]) -> Table:
     """A line a quantity, a column a dictionary."""
-    names, lines = sides(results), []
-    for key in keys:
-        found = [_one(results, key, name) for name in names]
-        if any(value is not None for value in found):
-            lines.append(Line([named(key), *map(format_range, found)]))
+    names = sides(results)
+    lines = lines_of((key, [_one(results, key, name) for name in names]) for key in keys)
     return Table([*word_heads(""), *map(Head, names)], lines, wide=False)
 
 
 def _what_table(results: Results) -> Table:
-    """What each dictionary is."""
     keys = ("dictionary_path", "dictionary_form", "dictionary_rule", "dictionary_reads")
     lines = [Line([words(name), *(prose(_one(results, key, name)) for key in keys)]) for name in sides(results)]
     return Table([*word_heads(""), *(heading(key, word=True) for key in keys)], lines, wide=False)

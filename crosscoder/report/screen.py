@@ -98,7 +98,6 @@ class Parts:
 
 
 def first_screen(results: Results) -> Screen:
-    """The first screen of a study."""
     verdict = results.verdict
     decides, left = ([], 0) if verdict is None else _decides(verdict)
     return Screen(

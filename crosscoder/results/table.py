@@ -167,7 +167,9 @@ def rows_at(at: Place, values: Mapping[str, Value]) -> list[Row]:
 
 
 def finite(value: Any) -> Any:
-    """`value`, or None for a number or an estimate that is not finite, as JSON can say."""
+    """`value`, or None for a number or an estimate that is not finite, as JSON can say; a list with its own so."""
+    if isinstance(value, list):
+        return [finite(one) for one in value]
     if isinstance(value, Estimate):
         return value if value.finite else None
     if hasattr(value, "item"):  # a numpy or torch scalar

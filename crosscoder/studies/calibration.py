@@ -147,7 +147,6 @@ class CalibrationConfig:
 
     @property
     def n_planted(self) -> int:
-        """Features of the pair."""
         return max(2, round(PLANTED_SHARE * self.budget.n_features))
 
     @property
@@ -164,7 +163,6 @@ class CalibrationConfig:
         return (main, *of_other_k(main, arm, ks[1:]))
 
     def pair(self) -> PairConfig:
-        """Both worlds."""
         k = self.n_active
         low, high = log_uniform_bounds(k / self.n_planted, PROBABILITY_RANGE)
         if high > MOST_FREQUENT:

@@ -31,7 +31,7 @@ from crosscoder.measure import causal, counting, dimension, labels, profile, sta
 from crosscoder.measure.reading import Reading, Watch, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.measure.welch import FEWEST_DOCUMENTS
-from crosscoder.results.table import COMPARED, Arm, Place, Role, Row, Site, State, finite, rows_at
+from crosscoder.results.table import COMPARED, Arm, Place, Role, Row, Site, State, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.stores import UNFINISHED, Stores
 from crosscoder.training import Frozen, TrainConfig, train_many, train_warm_chain
@@ -85,7 +85,6 @@ class Cell:
 
     @property
     def n_dictionaries(self) -> int:
-        """How many are trained."""
         return len(self.seeds) + len(self.beside)
 
     @property
@@ -298,7 +297,7 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
     """
     values = counting.count_features(reading, alike=at.role != "k") | {
         "explained_variance": reading.explained_variance,
-        "explained_variance_per_layer": [finite(value) for value in reading.explained_variance_L],
+        "explained_variance_per_layer": reading.explained_variance_L.tolist(),
         "l0_token": reading.l0,
         "l0_token_layer": reading.l0_layer,
         "threshold": dictionary.threshold.tolist() if isinstance(dictionary.config.sparsity, BatchTopK) else None,
@@ -306,10 +305,10 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
     if text is not None:
         assert reading.explained_left_E is not None
         left = {"entropy_load": counting.load_left(reading, text), "explained_variance": reading.explained_left_E}
-        values |= {f"{key}_left": [finite(value) for value in left_E.tolist()] for key, left_E in left.items()}
+        values |= {f"{key}_left": left_E.tolist() for key, left_E in left.items()}
     if (found := reading.outliers) is not None:
         values |= {
-            "explained_variance_usual": finite(found.explained_variance_usual),
+            "explained_variance_usual": found.explained_variance_usual,
             "explained_variance_every": found.explained_variance_every,
             "outlier_share": found.share,
             "outlier_share_per_layer": found.share_L.tolist(),

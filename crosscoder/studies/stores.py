@@ -35,7 +35,6 @@ class Streamed:
     loading: Loading = USUAL_LOADING
 
     def source(self, site: Site, device: str) -> SiteSource:
-        """The activations of one site."""
         how = {"layers": self.layers, "blocks_path": self.blocks_path, "keep_outliers": self.keep_outliers}
         harvester = ResidualHarvester(self.model(device), **how)  # ty: ignore[invalid-argument-type]
         train, held_out = (TokenBlocks.load(self.tokens / split) for split in ("train", "held_out"))
