@@ -21,9 +21,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from crosscoder.data.planted import PlantedSource
 from crosscoder.data.residuals import estimate_scales
-from crosscoder.data.world import World
+from crosscoder.data.world import PlantedSource, World
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair
 from crosscoder.foundation.config import config as settings
 from crosscoder.measure import counting, recovery

@@ -27,7 +27,7 @@ from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.origin import MismatchError, Null, require_same
 from crosscoder.foundation.signals import safe_points
 from crosscoder.foundation.tensors import load_tensors
-from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest, twins
+from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest
 from crosscoder.measure.reading import Reading, Watch, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.measure.welch import FEWEST_DOCUMENTS
@@ -323,7 +323,7 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
 def _direction_values(dictionary: Dictionary, reading: Reading) -> dict[str, Any]:
     """Layers that features occupy in the subject's own units, twins, and the density with and without these."""
     own_FLD = reading.decoder_FLD / dictionary.input_scale.cpu().numpy()[:, None]
-    is_twin_F = twins.find_twins(reading.decoder_FLD)
+    is_twin_F = profile.find_twins(reading.decoder_FLD)
     parts = {"raw_density": reading, "raw_density_rest": reading.only(~is_twin_F)}
     rooms = {key: dimension.effective_dimension(part.decoder_FLD) for key, part in parts.items()}
     loads = {key: float(counting.binary_entropy(part.probability_F).sum()) for key, part in parts.items()}

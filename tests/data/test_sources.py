@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from crosscoder.data.hooks import ModuleEnd, reading, replacing
-from crosscoder.data.planted import PlantedSource
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
 from crosscoder.data.shards import ActivationShards, stored_source, write_shards
 from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import build_subject
+from crosscoder.data.world import PlantedSource
 from crosscoder.studies.stores import Streamed
 
 N_TOKENS = 77  # eleven blocks of eight, the first position skipped

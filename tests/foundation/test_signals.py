@@ -16,9 +16,8 @@ import pytest
 
 import crosscoder
 from crosscoder.foundation import failpoints, lock, room, signals
-from crosscoder.foundation.disk import TEMPORARY, temporary_folder
+from crosscoder.foundation.disk import TEMPORARY, require_room, temporary_folder
 from crosscoder.foundation.lock import InUseError, locked
-from crosscoder.foundation.room import require_room
 
 ROOT = Path(crosscoder.__file__).parents[1]
 

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from crosscoder.measure.decomposition import LN2, LN4, shares_of_ln2
-from crosscoder.measure.room import ShapeRoom, fit_room
+from crosscoder.measure.room import LN2, LN4, ShapeRoom, fit_room, shares_of_ln2
 from crosscoder.results.table import Estimate
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from crosscoder.measure import matching
-from crosscoder.measure.twins import find_twins
+from crosscoder.measure.profile import find_twins
 
 WIDTH = 40
 
