@@ -45,10 +45,6 @@ def source_of(
     """A model's activations on tokens at the sites and in the scale of a dictionary, harvested as they are asked for.
 
     max_tokens: how many to read at least, in whole blocks evenly spread over the text; None: all.
-
-    Raises:
-        ValueError: the dictionary keeps no record of what it reads.
-        MismatchError: it reads another model or other tokens, or a null, which is of no text.
     """
     if dictionary.reads is None:
         raise ValueError(

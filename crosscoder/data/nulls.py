@@ -46,9 +46,6 @@ class GaussianSource(Source):
 
     n_tokens: in batches of the source, each once where they are an epoch.
     held_out_tokens: how many there are; the last batch may be smaller than the others.
-
-    Raises:
-        ValueError: L * D is above 8,192, or a number of tokens is too small.
     """
 
     def __init__(self, source: Source, seed: int, *, n_tokens: int, held_out_tokens: int) -> None:

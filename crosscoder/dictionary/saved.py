@@ -71,10 +71,6 @@ def read_saved(folder: Path, where: object, shapes: Callable[[str, DictionaryCon
     """The files of a folder, after they were checked; where there is no manifest to check by, that is said.
 
     where: what the user calls the folder. shapes: the tensors that a form of a config has; it may refuse the form.
-
-    Raises:
-        FileNotFoundError: there is no dictionary there.
-        DamagedArtifactError: a file fails its check, or a tensor is missing, misshapen or not finite.
     """
     if all((folder / name).is_file() for name in FILES) and not (folder / MANIFEST).is_file():
         say(f"note: {where} has no {MANIFEST}, so nobody can tell whether its files are as they were written")

@@ -168,10 +168,6 @@ def token_lookup(
     `splice.splice_losses`, a write is what a block returns less what the one before returned, and losses count every
     prediction from position `skip_positions` on; tokens before it are in no mean. With all writes replaced a prediction
     depends on its own token alone, so what the first positions are given changes nothing.
-
-    Raises:
-        MismatchError: the two sets of tokens were made by different tokenizers.
-        ValueError: no token is left, or the mean writes would be larger than `TABLE_BYTES`.
     """
     _require_one_tokenizer(train, held_out)
     if not 0 <= skip_positions <= train.sequence_length - 2:

@@ -192,9 +192,6 @@ def compare_sides(
 
     token_T, document_T: the text's tokens by number, ascending, and the document of each. Decoders are compared on the
     layers that both read as the same kind, each layer in the units of `first`'s inputs; null_draws 0 leaves out nulls.
-
-    Raises:
-        ValueError: a side has no alive feature, or no token is common.
     """
     for side in (first, second):
         if not len(side.reading):

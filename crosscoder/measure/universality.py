@@ -65,9 +65,6 @@ def circular_shifts(document_T: np.ndarray, n_draws: int, *, seed: int) -> np.nd
     """`n_draws` shifts, each at least the longest document and at most T less that, `[n_draws]`.
 
     `document_T` labels each token's document, documents in one piece.
-
-    Raises:
-        ValueError: the longest document covers half of the tokens or more.
     """
     edges = np.flatnonzero(np.diff(document_T) != 0) + 1
     longest = int(np.diff(np.concatenate([[0], edges, [len(document_T)]])).max())
@@ -92,11 +89,7 @@ def pooled_u(first: sparse.csc_array, second: sparse.csc_array, *, seed: int, n_
 
 
 def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Estimate:
-    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact.
-
-    Raises:
-        ValueError: the ceiling's interval reaches the null, so that no scale is left.
-    """
+    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact."""
     return signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
 
 

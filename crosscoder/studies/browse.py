@@ -31,9 +31,6 @@ def browse(
     Nearest features are sought in the bank of the same site and in the crosscoders of other seeds, which also tell
     stability. Reads the held-out text through the model once more, since stores are gone by now. `how` is of
     `source_of`. What goes wrong is the reason of a missing row, not the end of a study.
-
-    Raises:
-        MismatchError: a dictionary of the study does not belong to its model and text.
     """
     trained = [cell for cell in cells if cell.role == "main" and cell.state == "trained"]
     cell = [one for one in trained if one.arm == "crosscoder"][-1]  # block writes, where they are read

@@ -362,11 +362,7 @@ def evaluate_dictionary(
 
 
 def require_source(dictionary: Dictionary, source: Source, *, owner: str = "the dictionary") -> None:
-    """Refuse a source that a trained dictionary does not belong to.
-
-    Raises:
-        MismatchError: the source holds something else than what the dictionary reads, or is at another scale.
-    """
+    """Refuse a source that a trained dictionary does not belong to."""
     require_same(dictionary.reads, source.reads, owner=owner, given="the activations")
     shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
     if shape != expected:
