@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import nn
 
-from crosscoder.browser.findings import find_readout_of
+from crosscoder.browser.findings import Findings, find_readout_of
+from crosscoder.browser.records import Records
 from crosscoder.browser.source import source_of
 from crosscoder.browser.tokens import TokenTexts, visible
 from crosscoder.data.sources import SiteSource
@@ -90,17 +91,14 @@ def top_examples(
     wanted = Wanted(strongest=most, sampled=0, before=before, after=after)
     source, blocks = _source(dictionary, model, tokens, split, max_tokens), getattr(tokens, split)
     activity, texts = _read(dictionary, source, wanted, quiet=quiet), TokenTexts(tokens.tokenizer)
-    kept, found = activity.strongest, dict[int, list[Example]]()
-    for feature in features:
-        found[feature] = []
-        for rank in range(int(kept.is_there_Fk[feature].sum())):
-            block, position = divmod(int(kept.token_Fk[feature, rank]), activity.context)
-            first, last = max(0, position - before), min(activity.context, position + after + 1)
-            values = kept.more["window"][feature, rank][first - position + before : last - position + before]
-            words = texts.of(blocks[block][first:last].tolist())
-            value = float(kept.value_Fk[feature, rank])
-            found[feature].append(Example(value, words, values.tolist(), position - first, block, position))
-    return found
+    records = Records(Findings(dictionary, activity, blocks, source.sites))
+    return {
+        feature: [
+            Example(one.activation, texts.of(one.ids), one.activations.tolist(), one.peak, one.block, one.position)
+            for one in records.strongest(feature)
+        ]
+        for feature in features
+    }
 
 
 def logit_effects(
@@ -155,8 +153,7 @@ def layer_profile(
     """
     _require_features(dictionary, features)
     chosen, rows = list(features), FeatureRows.of(dictionary)
-    norm_FL = rows.on_layers(rows.decoder_FKD.float().norm(dim=2))[chosen].cpu().numpy()
-    written_nL = shares(np.square(norm_FL.astype(np.float64)))
+    written_nL = shares(np.square(rows.norm_FL()[chosen].astype(np.float64)))
     if model is None or tokens is None:
         return LayerProfile(written_nL, None)
     source = _source(dictionary, model, tokens, split, max_tokens)

@@ -24,7 +24,7 @@ from crosscoder.data.subject_training import SubjectRun
 from crosscoder.data.tokens import PreparedTokens
 from crosscoder.measure.reading import read_dictionary
 from crosscoder.results.file import load_results
-from crosscoder.studies.cells import fit, marked
+from crosscoder.studies.cells import fit_many, marked
 from crosscoder.studies.presets import PRESETS
 
 PREDICTION = (
@@ -49,7 +49,8 @@ def measure(study: Path, windows: list[int], seeds: list[int], work: Path) -> li
             train = ActivationShards.load(work / state / "train", window_tokens=window)
             source = SiteSource(train, held_out, "write")
             for seed in seeds:
-                dictionary, _ = fit("crosscoder", source, config.subjects.a.budget(config.dictionaries), seed=seed)
+                plan = config.subjects.a.budget(config.dictionaries), seed
+                (dictionary,) = fit_many("crosscoder", source, [plan])
                 reading = read_dictionary(dictionary, marked(source, "cpu"))
                 one = {"state": state, "window": window, "tokens": train.n_tokens, "seed": seed}
                 found.append(one | {"explained": reading.explained_variance, "dead": reading.dead_share})

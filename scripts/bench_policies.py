@@ -38,7 +38,7 @@ from crosscoder.data.tokenizer import find_bos
 from crosscoder.foundation.artifact import read_json
 from crosscoder.measure.reading import Measured, measure_dictionary
 from crosscoder.studies.budget import Arm, DictionaryBudget
-from crosscoder.studies.cells import fit, marked
+from crosscoder.studies.cells import fit_many, marked
 
 PREDICTIONS = """\
 Written before any run, from what was known: on SmolLM2, 7 of 16,000 held-out tokens turned a bank's .71 and a
@@ -106,8 +106,8 @@ def _runs(
     sources: dict[bool, SiteSource],
     stores: dict[tuple[str, bool], ActivationShards],
 ) -> list[dict[str, Any]]:
-    usual, _ = fit(arm, sources[False], budget, seed=seed, label=f"{arm}, by default")
-    every, _ = fit(arm, sources[True], budget, seed=seed, label=f"{arm}, outliers kept")
+    (usual,) = fit_many(arm, sources[False], [(budget, seed)], label=f"{arm}, by default")
+    (every,) = fit_many(arm, sources[True], [(budget, seed)], label=f"{arm}, outliers kept")
     # `evaluate` refuses (c), because the dictionary reads without outliers; here it is what is asked.
     crossed = SiteSource(stores["train", True], stores["held_out", True], "residual", scale_L=usual.input_scale)
     cases = {"a": (usual, sources[False]), "b": (every, sources[True]), "c": (usual, crossed)}

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from crosscoder.data.order import seeded_generator
-from crosscoder.data.planted import PlantedSource
 from crosscoder.data.sources import Source
-from crosscoder.data.world import World, WorldConfig
+from crosscoder.data.world import PlantedSource, World, WorldConfig
 from crosscoder.dictionary import (
     DICTIONARIES,
     BatchTopK,

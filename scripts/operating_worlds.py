@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crosscoder.data.order import seeded_generator
-from crosscoder.data.planted import PlantedSource
+from crosscoder.data.world import PlantedSource
 from crosscoder.data.world_pair import DEPTH_RATIO, SIDES, WIDTH_RATIO, PairConfig, Side, WorldPair
 from crosscoder.foundation.config import config as settings
 from crosscoder.measure.counting import binary_entropy

@@ -7,8 +7,8 @@ import torch
 
 import crosscoder
 from crosscoder import Crosscoder, LayerwiseSAE, TopK, WeaklyCausal, train
-from crosscoder.data.planted import PlantedSource
 from crosscoder.data.tokens import TokenBlocks
+from crosscoder.data.world import PlantedSource
 from crosscoder.foundation.origin import TextOrigin, TokenOrigin
 
 

@@ -26,19 +26,15 @@ class Shards(Protocol):
 
     def keep_top_k(self, score_RC: Tensor, k: int) -> Tensor:
         """Which of the candidates are among the k largest of their row over all ranks, bool `[R, C]`."""
-        ...
 
     def keep_batch_top_k(self, score_P: Tensor, offsets: Tensor, n_groups: int, wanted: int) -> tuple[Tensor, Tensor]:
         """Which candidates are among the `wanted` largest of their dictionary over all ranks, and the cuts `[G]`."""
-        ...
 
     def add_reconstruction(self, part: Tensor) -> Tensor:
         """The sum of all ranks' partial reconstructions."""
-        ...
 
     def add_center(self, part: Tensor) -> Tensor:
         """The sum of what all ranks' encoders give to the gradient of the centre."""
-        ...
 
 
 class Reconstruction(NamedTuple):

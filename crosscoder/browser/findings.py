@@ -75,16 +75,14 @@ class Findings:
     @cached_property
     def norm_FL(self) -> np.ndarray:
         """Norms of what features write, by layer, in that scale."""
-        return self.activity.rows.on_layers(self.activity.rows.decoder_FKD.float().norm(dim=2)).cpu().numpy()
+        return self.activity.rows.norm_FL()
 
     @cached_property
     def profile_FL(self) -> np.ndarray:
-        """Layer profile by decoder norm."""
         return profile.shares(np.square(self.norm_FL.astype(np.float64)))
 
     @cached_property
     def use_FL(self) -> np.ndarray:
-        """Layer profile by use."""
         return self.activity.use_FL
 
     @cached_property
@@ -133,9 +131,6 @@ def find_features(
     model: that the dictionary reads, for logit effects. others: dictionaries over the same layers, by name: nearest
     features are sought in each, and features are stable that are found in those of the same form. n_text: tokens of the
     vocabulary that are text.
-
-    Raises:
-        MismatchError: source, model or another dictionary is of something else than what the dictionary reads.
     """
     require_same_reads(dictionary.reads, source.reads, given="the activations")
     for name, other in (others or {}).items():
@@ -200,12 +195,7 @@ def _effects(
 def find_readout_of(
     dictionary: Dictionary, model: nn.Module, tokens: TokenBlocks, *, blocks_path: str | None = None
 ) -> Readout:
-    """`find_readout` of the model that a dictionary reads, on some of the tokens.
-
-    Raises:
-        MismatchError: it reads another model.
-        ValueError: the model has no readout of a form that is known.
-    """
+    """`find_readout` of the model that a dictionary reads, on some of the tokens."""
     reads = dictionary.reads
     known = "" if reads is None else reads.model.weights  # empty for a dictionary that others published
     if reads is not None and known and (weights := hash_weights(model)) != known:

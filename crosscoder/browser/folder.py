@@ -27,11 +27,7 @@ ASSETS = ("index.html", "browser.js", "browser.css")
 def write_features(
     findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, quiet: bool = False
 ) -> Path:
-    """The path of `index.html`, after writing the folder whole: see `docs/features.md` for each file.
-
-    Raises:
-        FileExistsError: the folder holds something else.
-    """
+    """The path of `index.html`, after writing the folder whole: see `docs/features.md` for each file."""
     folder, texts, records = Path(folder), TokenTexts(tokenizer), Records(findings)
     with committed_directory(folder, schema=SCHEMA) as temporary:
         for name in ASSETS:

@@ -12,6 +12,7 @@ import numpy as np
 from crosscoder.browser.findings import Findings
 from crosscoder.measure.examples import BINS_OF_OCTAVE, FIRST_OCTAVE, quantile_examples
 from crosscoder.measure.kept import Kept
+from crosscoder.results.table import finite
 
 N_LABELS = 3
 """Tokens by which a feature is known in lists: the most frequent at the peaks of its strongest examples."""
@@ -122,13 +123,13 @@ class Records:
         found = self.findings.precision_FS
         if found is None or np.isnan(found[feature]).all():
             return None
-        values = [finite(one) for one in found[feature].tolist()]
+        values = finite(found[feature].tolist())
         return values[:1] if self.findings.is_bank else values
 
     def direction(self, feature: int) -> list[float | None] | None:
         """Cosine of each layer's row with the strongest layer's."""
         found = self.findings.direction_FL
-        return None if found is None else [finite(one) for one in found[feature].tolist()]
+        return None if found is None else finite(found[feature].tolist())
 
     def nearest(self, feature: int) -> dict[str, list[tuple[int, int, float]]]:
         """By dictionary (its own is ""): features, the layer of each (-1: all together), cosines."""
@@ -144,8 +145,3 @@ class Records:
     def number(self, key: str, feature: int) -> Any:
         """A feature's number in a column; None where it has none."""
         return finite(float(self.findings.columns[key][feature]))
-
-
-def finite(value: float) -> float | None:
-    """The number, or None for nan."""
-    return value if np.isfinite(value) else None

@@ -45,10 +45,6 @@ def source_of(
     """A model's activations on tokens at the sites and in the scale of a dictionary, harvested as they are asked for.
 
     max_tokens: how many to read at least, in whole blocks evenly spread over the text; None: all.
-
-    Raises:
-        ValueError: the dictionary keeps no record of what it reads.
-        MismatchError: it reads another model or other tokens, or a null, which is of no text.
     """
     if dictionary.reads is None:
         raise ValueError(
@@ -63,9 +59,6 @@ def as_dictionary_reads(dictionary: Dictionary, read: Activations, site: SiteKin
     """Activations at the sites and in the scale of a dictionary, all of them to be read in order.
 
     site: None: what the dictionary reads.
-
-    Raises:
-        MismatchError: they are of something else, or the dictionary reads a null, which is of no text.
     """
     reads = dictionary.reads
     if reads is not None and reads.null is not None:

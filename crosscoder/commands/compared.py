@@ -10,7 +10,7 @@ import tyro
 from crosscoder.commands.activations import Reading
 from crosscoder.commands.base import REPORT, Idle, require_free
 from crosscoder.data.sites import needed_sites
-from crosscoder.dictionary.record import read_record
+from crosscoder.dictionary.saved import read_record
 from crosscoder.foundation.console import give, human_bytes, say
 from crosscoder.needs import Needs
 

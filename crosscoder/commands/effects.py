@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from crosscoder.commands.base import REPORT, SUBJECT, Idle, ReadsModel, require_free
 from crosscoder.data.sources import SiteKind
 from crosscoder.dictionary import load_dictionary
-from crosscoder.dictionary.record import read_record
+from crosscoder.dictionary.saved import read_record
 from crosscoder.foundation.console import give, say
 from crosscoder.needs import Needs
 

@@ -60,12 +60,7 @@ def run_model(model: nn.Module, ids_BS: Tensor) -> Any:
 
 @torch.no_grad()
 def watch_blocks(model: nn.Module, ids_BS: Tensor, blocks_path: str | None) -> tuple[str, list[ModuleRun], Any]:
-    """The path of the model's blocks, their runs on `ids_BS` in order, and what the model returned.
-
-    Raises:
-        ValueError: the model does not run on token ids alone, or not one list is of blocks; says what speaks against
-            each.
-    """
+    """The path of the model's blocks, their runs on `ids_BS` in order, and what the model returned."""
     lists = block_lists(model)
     if blocks_path is not None and blocks_path not in lists:
         listed = ", ".join(f"{path} ({len(items)})" for path, items in lists.items()) or "none"

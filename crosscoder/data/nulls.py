@@ -46,9 +46,6 @@ class GaussianSource(Source):
 
     n_tokens: in batches of the source, each once where they are an epoch.
     held_out_tokens: how many there are; the last batch may be smaller than the others.
-
-    Raises:
-        ValueError: L * D is above 8,192, or a number of tokens is too small.
     """
 
     def __init__(self, source: Source, seed: int, *, n_tokens: int, held_out_tokens: int) -> None:
@@ -91,9 +88,6 @@ def estimate_moments(batches: Iterable[Tensor]) -> Moments:
     """Mean and covariance (divided by tokens less 1) of batches `x_BLD`, in one pass.
 
     Sums are taken about the first batch's mean: squares of numbers far from zero would lose what differs.
-
-    Raises:
-        ValueError: there are fewer than two tokens.
     """
     n_tokens, about_N, sum_N, square_NN = 0, None, torch.zeros(()), torch.zeros(())
     for x_BLD in safe_points(batches):
@@ -123,11 +117,7 @@ def symmetric_root(covariance_NN: Tensor) -> Tensor:
 
 
 def covariance_bytes(n_layers: int, d_model: int) -> int:
-    """What the covariance of all layers together takes at most, while its root is taken.
-
-    Raises:
-        ValueError: L * D is above 8,192.
-    """
+    """What the covariance of all layers together takes at most, while its root is taken."""
     n_joint = n_layers * d_model
     if n_joint > MOST_JOINT:
         raise ValueError(
@@ -139,12 +129,7 @@ def covariance_bytes(n_layers: int, d_model: int) -> int:
 
 
 def make_null(null: Null | None, source: SiteSource) -> Source:
-    """The null of a model's activations by its name, of all training tokens and as many held out; None: themselves.
-
-    Raises:
-        ValueError: the activations keep no record of what they are, so that nobody could tell the null from them; or
-            as `GaussianSource`.
-    """
+    """The null of a model's activations by its name, of all training tokens and as many held out; None: themselves."""
     if null is None:
         return source
     if source.reads is None:

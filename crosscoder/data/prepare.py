@@ -133,9 +133,6 @@ def pack_documents(
 
     What does not fill the last block is dropped and counted in `n_dropped`. Text that spells a special
     token is encoded as text. No BOS is put.
-
-    Raises:
-        ValueError: S < 2, no end token, or too little text for one block.
     """
     _check_length(sequence_length)
     packed = _Packing((_encode(texts, tokenizer) for texts, _ in _batches(documents, 0)), sequence_length)

@@ -21,7 +21,6 @@ from crosscoder.data.hooks import ModuleEnd, ModuleRun, reading
 from crosscoder.data.mlps import find_mlps
 
 N_TOKENS = 8
-FEWEST_TOKENS = 4
 PREDICTIONS = "the predictions"
 """Logits are mostly the same for all tokens, so that in half precision a small change of them hides."""
 ROUNDING = 1e-5, 8.0

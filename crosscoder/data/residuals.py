@@ -187,9 +187,6 @@ def scales_of_norms(norm_TL: Tensor, d_model: int) -> Tensor:
 
     The usual norm is the mean over tokens whose norm is at most ten times the layer's median, so that
     massive activations (thousands of times the rest, at a few tokens) hardly move it.
-
-    Raises:
-        ValueError: a value that is not finite, or a layer whose median norm is zero.
     """
     bad = (~norm_TL.isfinite()).nonzero()
     if len(bad):

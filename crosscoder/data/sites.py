@@ -55,9 +55,6 @@ def choose_sites(activations: Activations, reads: Reads | None, *, owner: str) -
     """The activations at the sites that a dictionary reads, and as what it reads them.
 
     reads: the dictionary's record; one that keeps none gets all sites, as a residual stream.
-
-    Raises:
-        MismatchError: a site was not harvested; names those that are there.
     """
     if reads is None or reads.site == "mlp":
         return activations, "residual"

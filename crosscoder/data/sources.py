@@ -89,7 +89,6 @@ class Batches:
 
     @property
     def reads(self) -> Reads | None:
-        """What the activations are of."""
         return self.source.reads
 
 
@@ -124,7 +123,6 @@ class Activations(abc.ABC):
 
     @property
     def sequences_T(self) -> Tensor:
-        """Each token's block."""
         return self.token_T // self.context
 
     @property
@@ -306,9 +304,6 @@ class StackedSource(Source):
 
     Each model is multiplied by a weight so that all have the same total energy, the mean over models of layers times
     width.
-
-    Raises:
-        ValueError: the sources do not hold the same tokens.
     """
 
     def __init__(self, sources: Sequence[SiteSource]) -> None:
@@ -357,11 +352,7 @@ def are_neighbours(sites: tuple[int, ...]) -> bool:
 
 
 def select_site_numbers(sites: tuple[int, ...], kind: SiteKind) -> tuple[int, ...]:
-    """Which blocks a source of harvested `sites` shows.
-
-    Raises:
-        ValueError: an unknown kind, nothing left, or writes asked of sites that are not neighbours.
-    """
+    """Which blocks a source of harvested `sites` shows."""
     if kind not in get_args(SiteKind):
         raise ValueError(f"kind is {kind!r}, expected 'residual' or 'write'")
     if kind == "write" and not are_neighbours(sites):

@@ -16,7 +16,6 @@ def document_key(document: Document, *, seed: int) -> int:
 
 
 def document_bytes(document: Document) -> bytes:
-    """What is hashed of a document."""
     if isinstance(document, str):
         return document.encode("utf-8", "surrogatepass")
     return np.asarray(document, dtype="<i8").tobytes()
@@ -26,9 +25,6 @@ def held_out_limit(keys: np.ndarray, fraction: float) -> int:
     """The largest key that is held out: the first `fraction` of distinct keys are, at least one and never all.
 
     `keys` is sorted in place: of many millions there should not be two copies.
-
-    Raises:
-        ValueError: there are fewer than two distinct keys.
     """
     keys.sort()
     is_first = np.ones(len(keys), dtype=bool)
@@ -49,9 +45,6 @@ def split_documents(
 
     Distinct documents are ranked by a hash of (seed, content) and the first `held_out_fraction` of them (at
     least one, never all) is held out, so copies of a document stay on one side.
-
-    Raises:
-        ValueError: the fraction is outside (0, 1), or there are fewer than two distinct documents.
     """
     check_fraction(held_out_fraction)
     keys = [document_key(document, seed=seed) for document in documents]
@@ -67,11 +60,7 @@ def check_fraction(held_out_fraction: float) -> None:
 
 
 def cut_document(document: Document, fraction: float) -> tuple[Document, Document]:
-    """One document as the part to train on and its last `fraction`, cut at a line's end or else between two words.
-
-    Raises:
-        ValueError: there is no such place with text on both sides.
-    """
+    """One document as the part to train on and its last `fraction`, cut at a line's end or else between two words."""
     at = max(1, round(len(document) * (1 - fraction)))
     if not isinstance(document, str):
         return document[:at], document[at:]

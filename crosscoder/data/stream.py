@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosscoder.data.order import EpochOrder
 from crosscoder.data.residuals import ResidualHarvester, norms, scales_of_norms
-from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind, SiteSource
+from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.data.whereabouts import combine_fingerprints
 from crosscoder.foundation.config import require_count
@@ -261,30 +259,3 @@ class ActivationStream(Activations):
             joined[filled : filled + len(part)] = part
             filled += len(part)
         return joined
-
-
-def stream_source(
-    model: nn.Module,
-    tokens_folder: str | Path,
-    *,
-    kind: SiteKind = "residual",
-    layers: tuple[int, ...] | None = None,
-    reads: Literal["residual", "mlp"] = "residual",
-    blocks_path: str | None = None,
-    mlp_path: str | None = None,
-    keep_outliers: bool = False,
-    window_tokens: int = WINDOW_TOKENS,
-    max_tokens: int | None = None,
-    max_held_out_tokens: int | None = 50_000,
-) -> SiteSource:
-    """A model's activations on a folder of tokens (`train/` and `held_out/`), harvested as training goes.
-
-    `layers`, `reads`, `blocks_path`, `mlp_path` and `keep_outliers` are those of `ResidualHarvester`.
-    """
-    harvester = ResidualHarvester(
-        model, layers=layers, reads=reads, blocks_path=blocks_path, mlp_path=mlp_path, keep_outliers=keep_outliers
-    )
-    train, held_out = (TokenBlocks.load(Path(tokens_folder) / split) for split in ("train", "held_out"))
-    other = ActivationStream(harvester, held_out, max_tokens=max_held_out_tokens, ahead=False)
-    stream = ActivationStream(harvester, train, window_tokens=window_tokens, max_tokens=max_tokens)
-    return SiteSource(stream, other, kind)

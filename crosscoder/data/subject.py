@@ -79,12 +79,7 @@ def load_subject(
     device: str | torch.device = "cpu",
     device_map: str | None = None,
 ) -> Subject:
-    """The language model of a Hub name, a folder, or a .gguf file, as `load_model` gives it, and its tokenizer.
-
-    Raises:
-        FileNotFoundError: a .gguf path that does not exist.
-        ModuleNotFoundError: a .gguf file without the packages that read it.
-    """
+    """The language model of a Hub name, a folder, or a .gguf file, as `load_model` gives it, and its tokenizer."""
     tokenizer = load_tokenizer(name_or_path, revision=revision)
     model = load_model(name_or_path, revision=revision, dtype=dtype, device=device, device_map=device_map)
     return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
@@ -158,9 +153,6 @@ def _is_own(folder: Path) -> bool:
 def require_written(folder: Path) -> None:
     """Refuse a subject that is not as `train_subject` wrote it, or whose weights are not those of its configuration:
     a model of any size would be made before anybody missed them.
-
-    Raises:
-        DamagedArtifactError: as said.
     """
     files = ("config.json", "model.safetensors")
     verify_directory(folder, schema=SUBJECT_SCHEMA, required=files, closed=True)
@@ -228,11 +220,7 @@ def model_origin(model: Any, name: str, revision: str | None = None) -> ModelOri
 
 
 def hash_weights(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all parameters and buffers, those never saved included.
-
-    Raises:
-        ValueError: a weight was never loaded.
-    """
+    """sha256 over the names, dtypes, shapes and bytes of all parameters and buffers, those never saved included."""
     digest = hashlib.sha256()
     for name, tensor in _weights(model):
         if tensor.is_meta:
@@ -305,9 +293,6 @@ def build_subject(
     Its matrices outside the embedding hold as nearly 12 L d^2 numbers as integers allow, and exactly as
     many in the shapes (L, d) and (L/4, 2d) where d is a multiple of 64. The global random state is left as
     it was.
-
-    Raises:
-        ValueError: `d_model` is not a multiple of an even `head_dim`.
     """
     if head_dim < 2 or head_dim % 2 or d_model % head_dim:
         raise ValueError(f"d_model {d_model} is not a multiple of an even head_dim, got {head_dim}; change either")
@@ -371,11 +356,7 @@ def without_progress_bars() -> Generator[None]:
 
 
 def require_own_tokens(subject: str | Path, blocks: TokenBlocks, *, revision: str | None = None) -> None:
-    """Refuse tokens that another tokenizer than the model's own made; a model without one is let through.
-
-    Raises:
-        MismatchError: names both tokenizers.
-    """
+    """Refuse tokens that another tokenizer than the model's own made; a model without one is let through."""
     try:
         own = tokenizer_hash(load_tokenizer(subject, revision=revision))
     except (OSError, ValueError):  # a folder that holds a model alone

@@ -67,11 +67,7 @@ def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def require_same_run(folder: Path, old: Any, new: Any) -> None:
-    """Refuse to go on with a run of other settings.
-
-    Raises:
-        ValueError: names every one that differs.
-    """
+    """Refuse to go on with a run of other settings."""
     differing = [f"{key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
     if differing:
         raise ValueError(

@@ -84,7 +84,6 @@ class Documents:
         return min(self._done / self._total, 1.0) if self._total else None
 
     def settings(self) -> str:
-        """What it was made with."""
         names = ("source", "config_name", "split", "column", "revision", "max_documents")
         return repr([getattr(self, name) for name in names])
 

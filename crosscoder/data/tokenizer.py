@@ -19,9 +19,6 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> PreTrainedT
 
     Any text can be encoded and decoded again. It has fewer than `vocab_size` entries if the documents have
     too few pairs to merge. The same documents give the same tokenizer.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the 256 bytes and the special token.
     """
     if vocab_size < N_BYTES + 1:
         raise ValueError(f"vocab_size is {vocab_size}, expected at least {N_BYTES + 1} (all bytes and {END_OF_TEXT})")
@@ -71,11 +68,7 @@ def own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def find_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
-    """The id to begin every block with, or None; by default the tokenizer's own way.
-
-    Raises:
-        ValueError: a BOS is wanted and the tokenizer has none.
-    """
+    """The id to begin every block with, or None; by default the tokenizer's own way."""
     if wanted is False:
         return None
     found = own_bos(tokenizer)
@@ -88,11 +81,7 @@ def find_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> 
 
 
 def find_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that stands behind every document.
-
-    Raises:
-        ValueError: the tokenizer has none.
-    """
+    """The id that stands behind every document."""
     for end in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
         if isinstance(end, int):
             return end

@@ -128,7 +128,6 @@ class TokenBlocks:
 
     @property
     def n_groups(self) -> int:
-        """Groups of documents."""
         return min(self.n_documents, MOST_GROUPS)
 
     @functools.cached_property

@@ -30,9 +30,6 @@ def require_finite(
     """Refuse tokens that hold NaN or infinity; norms, which are at hand, tell at almost no cost that none does.
 
     tokens: gives each token's block times `context`, and its position there. document_of: a token's document.
-
-    Raises:
-        ValueError: names document, block, position and site of the first one, and how many tokens hold one.
     """
     if bool(norm_BL.isfinite().all()):
         return

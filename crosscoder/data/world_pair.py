@@ -94,9 +94,6 @@ class WorldPair:
 
     Feature i is the same on both sides: it fires on the same tokens with the same activation, and its window lies at
     the same relative depth. Its joint direction has norm 1 on either side.
-
-    Raises:
-        ValueError: no turning of the features gives the wished d_eff; names what is possible.
     """
 
     def __init__(self, config: PairConfig) -> None:
@@ -111,10 +108,9 @@ class WorldPair:
         again = [config.training_seed] if config.training_seed else []
         self.decoder_FLD: dict[Side, Tensor] = {}
         self.cosine: dict[Side, float] = {}
-        self._windows: dict[Side, list[tuple[int, int]]] = {}
         for side in config.sides:
             n_layers, d_model = config.shape(side)
-            self._windows[side] = windows = _windows(n_layers, n_layers**config.gamma, depth_F, length_F)
+            windows = _windows(n_layers, n_layers**config.gamma, depth_F, length_F)
             cosine = _turning(windows, n_layers, self.delta)
             own = seeded_generator("world pair", config.seed, side, *again)
             rank = config.rank(side)
@@ -128,10 +124,6 @@ class WorldPair:
     def delta(self) -> float:
         """The planted exponent of d_eff in L."""
         return 1 - self.config.gamma if self.config.delta is None else self.config.delta
-
-    def expected_dimension(self, side: Side) -> float:
-        """d_eff expected of these features' windows over all that could be drawn; for few features above D L^delta."""
-        return self.config.rank(side) * _dimension_per_width(self._windows[side], self.cosine[side], distinct=True)
 
     def drawn_dimension(self, side: Side) -> float:
         """d_eff of the directions that were drawn; for many features near `rank` times L^delta."""
@@ -183,20 +175,18 @@ def _turning(windows: list[tuple[int, int]], n_layers: int, delta: float) -> flo
     return 1.0 if least >= wished * (1 - TOLERANCE / 10) else high
 
 
-def _dimension_per_width(windows: list[tuple[int, int]], cosine: float, *, distinct: bool = False) -> float:
-    """d_eff / D expected of features drawn at random from these windows; `distinct`: of these very features' pairs.
+def _dimension_per_width(windows: list[tuple[int, int]], cosine: float) -> float:
+    """d_eff / D expected of features drawn at random from these windows.
 
     Independent features with shares o of common layers have E[G^2] = sum_lm cosine^(2|l - m|) / (D w_i w_j) over
     pairs of common layers, because a direction k layers on still has the mean cosine^k along the first.
     """
     kinds = sorted(set(windows))
     count = [windows.count(kind) for kind in kinds]
-    n_pairs = len(windows) * (len(windows) - distinct)
     total = 0.0
     for (first, width), count_a in zip(kinds, count):
         for (other_first, other_width), count_b in zip(kinds, count):
-            same = (first, width) == (other_first, other_width)
             common = min(first + width, other_first + other_width) - max(first, other_first)
             terms = [(common - k) * cosine ** (2 * k) * (1 if k == 0 else 2) for k in range(max(common, 0))]
-            total += count_a * (count_b - (same and distinct)) * sum(terms) / (width * other_width)
-    return n_pairs / total
+            total += count_a * count_b * sum(terms) / (width * other_width)
+    return len(windows) ** 2 / total

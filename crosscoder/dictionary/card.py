@@ -67,11 +67,7 @@ class ModelCard:
     about: str = ""
 
     def text(self, facts: Facts, *, repo: str = "", subfolder: str = "") -> str:
-        """The page as Markdown.
-
-        Raises:
-            MismatchError: an evaluation is of another dictionary, or a null of another model or no null.
-        """
+        """The page as Markdown."""
         self._require_same(facts)
         title = plain(repo.rpartition("/")[2] or facts.form)
         parts = [

@@ -125,11 +125,7 @@ def decoder_norms(decoder_GFN: Tensor, norm: Literal["l1", "l2"], *, d_model: in
 
 
 def thresholds(grouped: Grouped, config: DictionaryConfig, threshold_G: Tensor) -> Tensor:
-    """The score above which each feature is active, `[G, F]`, for rules and modes that have one.
-
-    Raises:
-        ValueError: a BatchTopK dictionary in evaluation mode has no threshold yet.
-    """
+    """The score above which each feature is active, `[G, F]`, for rules and modes that have one."""
     bias_GF = grouped.encoder_bias_GF
     match config.sparsity:
         case ReLU():
@@ -160,9 +156,6 @@ def encode_grouped(
 
     dense: by the operators' definitions in plain torch, which autograd differentiates: slow, and `[B, G, F]` in memory.
     shard: of whose features the weights are; the code is that of its own features, chosen among those of all.
-
-    Raises:
-        ValueError: a BatchTopK dictionary in evaluation mode has no threshold yet.
     """
     encoder_GFN, bias_GF, scale_GF = grouped.encoder_GFN, grouped.encoder_bias_GF, selection_scale(grouped, config)
     arguments = (x_BGN, grouped.center_GN, encoder_GFN, bias_GF, scale_GF)
@@ -214,11 +207,7 @@ def to_global(code: SparseCode, n_groups: int) -> Tensor:
 
 
 def checked_input(x: Tensor, config: DictionaryConfig) -> Tensor:
-    """`x` flattened to `[B, L, D]`.
-
-    Raises:
-        ValueError: `x` does not end in `[n_layers, d_model]`, or is not floating point.
-    """
+    """`x` flattened to `[B, L, D]`."""
     expected = (config.n_layers, config.d_model)
     if not isinstance(x, Tensor):
         raise ValueError(f"input is a {type(x).__name__}; expected a tensor, as from torch.as_tensor(x)")
@@ -247,9 +236,6 @@ def require_scores_in_range(x_BLD: Tensor, grouped: Grouped, most_weight: float)
 
     most_weight: the largest number of the encoder. Where it and the input's largest rule that out, rows are not looked
         at.
-
-    Raises:
-        ValueError: names the token.
     """
     most = torch.finfo(grouped.encoder_GFN.dtype).max
     if not x_BLD.numel() or float(x_BLD.abs().amax()) * most_weight * x_BLD[0].numel() < most / 4:

@@ -107,6 +107,11 @@ class Dictionary(Kept):
     def decoder_FLD(self) -> Tensor:
         """What each feature writes to each layer, without gradient; a bank has L * F features, zero off their layer."""
 
+    @property
+    def is_bank(self) -> bool:
+        """Whether each feature has one layer of several."""
+        return self.grouped().encoder_GFN.shape[2] < self.config.n_layers * self.config.d_model
+
     @classmethod
     def tensor_shapes(cls, config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a dictionary of this config holds, without making one."""

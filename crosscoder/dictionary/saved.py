@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from crosscoder.foundation.artifact import MANIFEST, DamagedArtifactError, read_
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.foundation.damage import reading
+from crosscoder.foundation.hub import local_folder
 from crosscoder.foundation.origin import Reads
 from crosscoder.foundation.tensors import read_tensors
 
@@ -46,14 +47,30 @@ def write_saved(saved: Saved, folder: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}, folder / WEIGHTS)
 
 
+def read_record(where: str | Path) -> tuple[DictionaryConfig, Reads | None]:
+    """The settings of a dictionary in a folder or on the Hub, and the record of what it reads, if it keeps one."""
+    path = local_folder(where, files=(CONFIG,)) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{where} holds no {CONFIG}: it is no dictionary; give a folder that `train` wrote")
+    return _described(_config(path), path)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("class"), str):
+        raise DamagedArtifactError(f"{path} does not name a dictionary class. {CONVERT}")
+    return found
+
+
+def _described(found: dict[str, Any], path: Path) -> tuple[DictionaryConfig, Reads | None]:
+    config, reads = from_mapping(DictionaryConfig, found.get("settings"), where=str(path)), found.get("reads")
+    return config, None if reads is None else from_mapping(Reads, reads, where=f"{path}.reads")
+
+
 def read_saved(folder: Path, where: object, shapes: Callable[[str, DictionaryConfig], Shapes]) -> Saved:
     """The files of a folder, after they were checked; where there is no manifest to check by, that is said.
 
     where: what the user calls the folder. shapes: the tensors that a form of a config has; it may refuse the form.
-
-    Raises:
-        FileNotFoundError: there is no dictionary there.
-        DamagedArtifactError: a file fails its check, or a tensor is missing, misshapen or not finite.
     """
     if all((folder / name).is_file() for name in FILES) and not (folder / MANIFEST).is_file():
         say(f"note: {where} has no {MANIFEST}, so nobody can tell whether its files are as they were written")
@@ -62,14 +79,10 @@ def read_saved(folder: Path, where: object, shapes: Callable[[str, DictionaryCon
         raise FileNotFoundError(f"{lacks}: no dictionary. {CONVERT}")
     else:
         verify_directory(folder, schema=SCHEMA, required=FILES)
-    found = read_json(folder / CONFIG)
-    if not isinstance(found, dict) or not isinstance(form := found.get("class"), str):
-        raise DamagedArtifactError(f"{folder / CONFIG} does not name a dictionary class. {CONVERT}")
+    found = _config(folder / CONFIG)
     with reading(folder / CONFIG):
-        config = from_mapping(DictionaryConfig, found.get("settings"), where=str(folder / CONFIG))
-        expected, reads = shapes(form, config), None
-        if found.get("reads") is not None:
-            reads = from_mapping(Reads, found["reads"], where=f"{folder / CONFIG}.reads")
+        config, reads = _described(found, folder / CONFIG)
+        expected = shapes(form := found["class"], config)
     with reading(folder / WEIGHTS):
         tensors = read_tensors(folder / WEIGHTS, dict(expected))
     if not bool((tensors["input_scale"] > 0).all()):

@@ -12,7 +12,7 @@ from crosscoder.dictionary.codec import Grouped
 from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.sparsity import BatchTopK, TopK
 from crosscoder.dictionary.structure import Acausal
-from crosscoder.dictionary.weights import Weights
+from crosscoder.dictionary.weights import Weights, masked
 
 SHARED = ("encoder", "decoder", "encoder_bias", "decoder_bias", "threshold")
 """The tensors that lie together."""
@@ -47,10 +47,7 @@ class Stack(Weights):
                 getattr(member, name).data = view
 
     def grouped(self) -> Grouped:
-        encoder, decoder = (
-            weight if mask is None else weight * mask
-            for weight, mask in ((self.encoder, self.read_mask), (self.decoder, self.write_mask))
-        )
+        encoder, decoder = masked(self.encoder, self.read_mask), masked(self.decoder, self.write_mask)
         return Grouped(encoder.flatten(2), decoder.flatten(2), self.encoder_bias, self.decoder_bias.flatten(1))
 
     def joined(self, name: str, tensors: Sequence[Tensor], *, fill: float) -> Tensor:

@@ -28,11 +28,7 @@ class Structure:
     """What can be asked of every structure; the answers here are those of features that read and write all layers."""
 
     def spans(self, n_layers: int) -> list[tuple[range, range]]:
-        """Layers read and layers written, by base layer; feature i has base layer i modulo the length.
-
-        Raises:
-            ValueError: the structure does not fit so many layers; says what would.
-        """
+        """Layers read and layers written, by base layer; feature i has base layer i modulo the length."""
         return [(range(n_layers), range(n_layers))]
 
     def layer_widths(self, n_layers: int, d_model: int) -> tuple[int, ...]:

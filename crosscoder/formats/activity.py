@@ -13,6 +13,7 @@ from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import Dictionary, LayerwiseSAE
 from crosscoder.foundation.console import Progress
 from crosscoder.foundation.origin import require_same
+from crosscoder.measure.reading import sparse_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,9 @@ def collect_activity(
     """What is active on the held-out tokens of a source, for each flat dictionary side by side.
 
     source: at the dictionary's scale. blocks: the numbers of the blocks that it reads, ascending.
-
-    Raises:
-        MismatchError: the source holds something else than what the dictionary reads.
     """
     require_same(dictionary.reads, source.reads, owner="the dictionary", given="the activations")
-    names, context = module_names(dictionary), tokens.sequence_length
+    names, context, n_features = module_names(dictionary), tokens.sequence_length, dictionary.config.n_features
     parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in names]
     read_BS = torch.zeros(len(blocks), context, dtype=torch.bool)
     with Progress("encode", len(blocks) * context, unit="token") as progress:
@@ -63,16 +61,13 @@ def collect_activity(
             row_B, position_B = torch.searchsorted(blocks, token_B // context), token_B % context
             read_BS[row_B, position_B] = True
             code = dictionary.encode(batch.kept().to(device))
-            rows_P, features_P, values_P = (one.cpu() for one in (code.rows(), code.features, code.values.float()))
-            active_P, groups = values_P > 0, code.n_rows // max(1, len(token_B))
+            found = sparse_rows(code, len(token_B), len(names), n_features)
             for group, part in enumerate(parts):
-                mine = active_P & (rows_P % groups == group)
-                token_P = rows_P[mine] // groups
-                where = (row_B[token_P].int(), position_B[token_P].int(), features_P[mine].int(), values_P[mine])
-                part.append(tuple(one.numpy() for one in where))
+                own = found[:, group * n_features : (group + 1) * n_features].tocoo()
+                at = (one.numpy()[own.row].astype(np.int32) for one in (row_B, position_B))
+                part.append((*at, own.col.astype(np.int32), own.data))
             progress.advance(len(token_B))
-    ids_BS, n_features = tokens[blocks], dictionary.config.n_features
     return [
-        Activity(name, n_features, ids_BS, read_BS, *(np.concatenate(columns) for columns in zip(*part)))
+        Activity(name, n_features, tokens[blocks], read_BS, *(np.concatenate(columns) for columns in zip(*part)))
         for name, part in zip(names, parts, strict=True)
     ]

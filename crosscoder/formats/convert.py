@@ -55,11 +55,7 @@ LLAMASCOPIUM = (
 
 
 def detect(folder: Path) -> Library | None:
-    """Which library wrote a folder; None where it holds no dictionary itself.
-
-    Raises:
-        ValueError: files of several libraries lie in it, or those of one that is not imported.
-    """
+    """Which library wrote a folder; None where it holds no dictionary itself."""
     has = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set[str]()
     config: Any = read_json(folder / "config.json") if "config.json" in has else {}
     config = config if isinstance(config, dict) else {}
@@ -194,9 +190,6 @@ def fold_scale(dictionary: Dictionary, scale: Sequence[float]) -> None:
     """Make a dictionary of scaled activations one of raw ones, in place.
 
     scale: the factor of each layer, or of all.
-
-    Raises:
-        ValueError: not as many factors as layers, one that is not positive, or as `rescale`.
     """
     n_layers = dictionary.config.n_layers
     if len(scale) not in (1, n_layers) or not all(0 < factor < float("inf") for factor in scale):

@@ -30,9 +30,6 @@ def save_delphi(
     """Write one module's cache to `folder`/<name of the module>, whole or not at all.
 
     Give delphi `folder` as its directory of latents. model_name: where it finds the tokenizer.
-
-    Raises:
-        ValueError: more splits than features.
     """
     if not 1 <= n_splits <= activity.n_features:
         raise ValueError(f"n_splits is {n_splits}; expected 1 to the {activity.n_features} features")

@@ -12,6 +12,7 @@ one scale a layer, is folded into the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, NormPenalty, ReLU, Sparsity, TargetL0Penalty
 from crosscoder.dictionary.codec import decoder_norms
 from crosscoder.formats.foreign import Settings, Tensors, open_tensors, read_settings
-from crosscoder.formats.imported import About, Flat, assemble, fold_norms, log_thresholds, require_k, uncentred_bias
+from crosscoder.formats.imported import About, Flat, assemble, log_thresholds, own_matrices, require_k, uncentred_bias
 from crosscoder.foundation.artifact import DamagedArtifactError
 from crosscoder.foundation.console import say
 
@@ -33,11 +34,7 @@ EPSILON = 1e-8  # what the fork adds to a scale before it divides by it
 
 
 def weights_file(folder: Path) -> Path:
-    """The one file of weights of a folder.
-
-    Raises:
-        FileNotFoundError: there is none, or more than one.
-    """
+    """The one file of weights of a folder."""
     found = [name for name in WEIGHTS if (folder / name).is_file()]
     if len(found) > 1 and found[1:] != [Path(found[0]).with_suffix(".pt").name]:
         raise FileNotFoundError(f"{folder} holds {', '.join(found)}; leave one of them")
@@ -47,12 +44,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
-    """The SAE or crosscoder of a folder.
-
-    Raises:
-        ValueError: a class or setting that is not imported, named.
-        DamagedArtifactError: config and tensors disagree.
-    """
+    """The SAE or crosscoder of a folder."""
     settings = read_settings(folder / CONFIG) if (folder / CONFIG).is_file() else Settings({}, folder)
     with open_tensors(weights_file(folder), allow_pickle=allow_pickle) as held:
         if len(held.shapes.get("encoder.weight", ())) == 3:
@@ -100,18 +92,12 @@ def _auto_encoder(held: Tensors, trainer: Settings) -> Flat:
     """Its loader gives decoder rows norm 1, and features the values that go with that; so does this."""
     flat = _linear(held, trainer, "bias", ReLU())
     norm_F = flat.decoder_FD.norm(dim=1)
-    if torch.allclose(norm_F, torch.ones_like(norm_F)):
-        return flat
-    encoder_FD, bias_F, decoder_FD = fold_norms(flat.encoder_FD, flat.encoder_bias_F, flat.decoder_FD)
-    folded = {"encoder_FD": encoder_FD, "encoder_bias_F": bias_F, "decoder_FD": decoder_FD}
-    return Flat(**folded, center_D=flat.center_D, sparsity=flat.sparsity, about=flat.about)
+    return flat if torch.allclose(norm_F, torch.ones_like(norm_F)) else flat.folded()
 
 
 def _auto_encoder_new(held: Tensors, trainer: Settings) -> Flat:
     flat = _linear(held, trainer, "decoder.bias", ReLU())
-    bias_F = uncentred_bias(flat.encoder_bias_F, flat.encoder_FD, flat.center_D)
-    kept = {"encoder_FD": flat.encoder_FD, "decoder_FD": flat.decoder_FD, "center_D": flat.center_D}
-    return Flat(**kept, encoder_bias_F=bias_F, sparsity=flat.sparsity, about=flat.about)
+    return replace(flat, encoder_bias_F=uncentred_bias(flat.encoder_bias_F, flat.encoder_FD, flat.center_D))
 
 
 def _top_k(held: Tensors, trainer: Settings) -> Flat:
@@ -150,28 +136,11 @@ def _matryoshka(held: Tensors, trainer: Settings) -> Flat:
     held.ignore("group_sizes")  # of the losses; all groups are active
     n_features = held.shape("W_enc", 2)[1]
     sparsity, threshold = _batch_rule(_k(held, trainer), n_features, held)
-    return _own_matrices(held, trainer, sparsity, centred=True, threshold=threshold)
+    return own_matrices(held, sparsity, centred=True, threshold=threshold, about=_about(trainer))
 
 
 def _jump_relu(held: Tensors, trainer: Settings) -> Flat:
-    n_features = held.shape("W_enc", 2)[1]
-    threshold_F = held.take("threshold", n_features, finite=False)
-    return _own_matrices(held, trainer, JumpReLU(), centred=False, threshold=threshold_F)
-
-
-def _own_matrices(held: Tensors, trainer: Settings, sparsity: Sparsity, *, centred: bool, threshold: Any) -> Flat:
-    width, n_features = held.shape("W_enc", 2)
-    encoder_FD, center_D = held.take("W_enc", width, n_features).T.contiguous(), held.take("b_dec", width)
-    bias_F = held.take("b_enc", n_features)
-    return Flat(
-        encoder_FD=encoder_FD,
-        encoder_bias_F=bias_F if centred else uncentred_bias(bias_F, encoder_FD, center_D),
-        decoder_FD=held.take("W_dec", n_features, width),
-        center_D=center_D,
-        sparsity=sparsity,
-        threshold=threshold,
-        about=_about(trainer),
-    )
+    return own_matrices(held, JumpReLU(), centred=False, about=_about(trainer))
 
 
 SAES: dict[str, Callable[[Tensors, Settings], Flat]] = {
@@ -216,9 +185,7 @@ def _read_crosscoder(held: Tensors, settings: Settings) -> Crosscoder:
     if isinstance(sparsity, BatchTopK):
         given["selection_weight"] = weight
     tensors = {"encoder": encoder, "decoder": decoder, "encoder_bias": bias_F, "decoder_bias": bias_LD, **kept}
-    made = assemble(Crosscoder, given, tensors, About().reads(n_layers))
-    assert isinstance(made, Crosscoder)
-    return made
+    return assemble(Crosscoder, given, tensors, About().reads(n_layers))
 
 
 def _selection_weight(held: Tensors, settings: Settings, n_layers: int, width: int, n_features: int) -> Any:

@@ -7,6 +7,7 @@ files' own tables, which are checked against their length before anything is all
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,6 @@ class Tensors:
         return tensor
 
     def number(self, name: str) -> float:
-        """A tensor that holds one number."""
         if self.shapes.get(name) not in ((), (1,)):
             raise DamagedArtifactError(f"{self.path}: {name} is of shape {self.shapes.get(name)}; expected one number")
         self._taken.add(name)
@@ -204,8 +204,6 @@ def read_settings(path: Path) -> Settings:
 
 def hash_files(paths: list[Path]) -> str:
     """One sha256 of several files: that of their names and hashes in order."""
-    import hashlib
-
     if len(paths) == 1:
         return file_sha256(paths[0])
     listed = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)

@@ -17,7 +17,7 @@ import torch
 
 from crosscoder.dictionary import Crosscoder, JumpReLU, TargetL0Penalty, Transcoder, WeaklyCausal
 from crosscoder.formats.foreign import Settings, Tensors, open_tensors, read_settings
-from crosscoder.formats.imported import About, Flat, assemble, log_thresholds, transcoder, uncentred_bias
+from crosscoder.formats.imported import About, Flat, assemble, log_thresholds, own_matrices, transcoder, uncentred_bias
 from crosscoder.foundation.artifact import DamagedArtifactError
 
 CONFIG = "config.json"
@@ -29,11 +29,7 @@ BRACES = re.compile(r"(.*)\{([\d, ]+)\}(.*)")
 
 
 def parameter_files(folder: Path) -> list[Path]:
-    """The files of weights, in the order of layers.
-
-    Raises:
-        FileNotFoundError: there are none, or one is missing in the row.
-    """
+    """The files of weights, in the order of layers."""
     if (folder / ONE).is_file():
         return [folder / ONE]
     numbers = sorted(int(found[1]) for path in folder.iterdir() if (found := OF_LAYER.fullmatch(path.name)))
@@ -45,12 +41,7 @@ def parameter_files(folder: Path) -> list[Path]:
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
-    """The dictionary of one folder of Gemma Scope 2: an SAE of one layer, or a crosscoder, CLT or transcoder.
-
-    Raises:
-        ValueError: it has an affine skip connection, or another setting that is not imported.
-        DamagedArtifactError: files disagree with each other.
-    """
+    """The dictionary of one folder of Gemma Scope 2: an SAE of one layer, or a crosscoder, CLT or transcoder."""
     settings, files = read_settings(folder / CONFIG), parameter_files(folder)
     settings.require("architecture", "jump_relu", default=None, why="expected jump_relu")
     settings.require("affine_connection", False, None, default=None, why=AFFINE)
@@ -75,7 +66,9 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
         raise ValueError(f"{settings.where}: type is {kind}, but it reads and writes {', '.join(hooks_in)}")
     if files == [folder / ONE]:
         with open_tensors(files[0]) as held:
-            flat = _read_flat(held, sparsity, about, centred=is_crosscoder)
+            _refuse_affine(held)
+            # The bias of a transcoder's output is not what its input is centred by.
+            flat = own_matrices(held, sparsity, centred=not is_crosscoder, upper=False, about=about)
         _require_width(width, len(flat.encoder_FD), settings)
         return flat if is_crosscoder else transcoder(flat)
     if len(hooks_in) != len(files):
@@ -103,22 +96,6 @@ def _hooks(pattern: str) -> tuple[str, ...]:
     return tuple(f"{found[1]}{number.strip()}{found[3]}" for number in found[2].split(","))
 
 
-def _read_flat(held: Tensors, sparsity: JumpReLU, about: About, *, centred: bool) -> Flat:
-    _refuse_affine(held)
-    width, n_features = held.shape("w_enc", 2)
-    encoder_FD = held.take("w_enc", width, n_features).T.contiguous()
-    center_D, bias_F = held.take("b_dec", width), held.take("b_enc", n_features)
-    return Flat(
-        encoder_FD=encoder_FD,
-        encoder_bias_F=uncentred_bias(bias_F, encoder_FD, center_D) if centred else bias_F,
-        decoder_FD=held.take("w_dec", n_features, width),
-        center_D=center_D,
-        sparsity=sparsity,
-        threshold=held.take("threshold", n_features, finite=False),
-        about=about,
-    )
-
-
 def _read_layers(files: list[Path], sparsity: JumpReLU, about: About, *, is_crosscoder: bool) -> Crosscoder:
     """A crosscoder, or a CLT whose layers are inputs and then outputs, filled file by file."""
     n_files = len(files)
@@ -141,11 +118,6 @@ def _read_layers(files: list[Path], sparsity: JumpReLU, about: About, *, is_cros
             decoder[own_F, first + i :] = held.take("w_dec", each, n_files, width)[:, i:]
     settings = {"n_layers": n_layers, "d_model": width, "n_features": shape[0], "sparsity": sparsity}
     tensors = {"encoder": encoder, "decoder": decoder, "encoder_bias": bias_F, "decoder_bias": bias_LD}
-    made = assemble(
-        Crosscoder,
-        {**settings, "structure": WeaklyCausal() if is_crosscoder else Transcoder()},
-        {**tensors, "log_threshold": log_thresholds(threshold_F)},
-        about.reads(n_layers),
-    )
-    assert isinstance(made, Crosscoder)
-    return made
+    settings["structure"] = WeaklyCausal() if is_crosscoder else Transcoder()
+    tensors["log_threshold"] = log_thresholds(threshold_F)
+    return assemble(Crosscoder, settings, tensors, about.reads(n_layers))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from crosscoder.dictionary import (
     TopK,
     Transcoder,
 )
+from crosscoder.formats.foreign import Tensors
 from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import Kind, ModelOrigin, Reads, TokenOrigin
 
@@ -35,9 +36,8 @@ AFTER, BEFORE = ("output", "hook_resid_post", "hook_out"), ("hook_resid_pre", "h
 RESIDUAL = re.compile(rf"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.({'|'.join((*AFTER, *BEFORE))}))?")
 MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp")
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|hook_embed)")
-
-
 UNSAID = "places that its publisher does not say"
+Form = TypeVar("Form", bound=Dictionary)
 
 
 def printable(text: str) -> str:
@@ -109,29 +109,47 @@ class Flat:
 
     @property
     def width(self) -> int:
-        """D."""
         return self.encoder_FD.shape[1]
+
+    def folded(self) -> Flat:
+        """Encoder and bias times the norms of decoder rows, and unit rows; one of zeros has a feature without value."""
+        norm_F = self.decoder_FD.norm(dim=1)
+        own = {"encoder_FD": self.encoder_FD * norm_F[:, None], "encoder_bias_F": self.encoder_bias_F * norm_F}
+        return replace(self, **own, decoder_FD=self.decoder_FD / torch.where(norm_F > 0, norm_F, 1)[:, None])
+
+
+def own_matrices(held: Tensors, sparsity: Sparsity, *, centred: bool, upper: bool = True, **more: Any) -> Flat:
+    """The SAE with matrices `W_enc [D, F]` and `W_dec [F, D]`, `b_enc`, `b_dec` (not `upper`: in small letters).
+
+    centred: whether it subtracts `b_dec` from its input; else its bias is made to fit. JumpReLU has a `threshold` of
+    each feature. more: of `Flat`.
+    """
+    enc, dec = ("W_enc", "W_dec") if upper else ("w_enc", "w_dec")
+    width, n_features = held.shape(enc, 2)
+    encoder_FD, center_D = held.take(enc, width, n_features).T.contiguous(), held.take("b_dec", width)
+    bias_F = held.take("b_enc", n_features)
+    if isinstance(sparsity, JumpReLU):
+        more["threshold"] = held.take("threshold", n_features, finite=False)
+    return Flat(
+        encoder_FD=encoder_FD,
+        encoder_bias_F=bias_F if centred else uncentred_bias(bias_F, encoder_FD, center_D),
+        decoder_FD=held.take(dec, n_features, width),
+        center_D=center_D,
+        sparsity=sparsity,
+        **more,
+    )
 
 
 def uncentred_bias(bias_F: Tensor, encoder_FD: Tensor, center_D: Tensor) -> Tensor:
     """The bias for centred inputs that does what `bias_F` does for those that are not: `b + <encoder, center>`."""
-    parts = [bias + rows @ center_D.double() for bias, rows in _rows64(bias_F, encoder_FD)]
-    return torch.cat(parts).float()
-
-
-def _rows64(bias_F: Tensor, encoder_FD: Tensor) -> Any:
-    """Blocks of rows in float64: the whole would be twice the weights."""
-    for start in range(0, len(bias_F), 8192):
-        yield bias_F[start : start + 8192].double(), encoder_FD[start : start + 8192].double()
+    blocks = zip(bias_F.split(8192), encoder_FD.split(8192), strict=True)  # in float64 the whole is twice the weights
+    return torch.cat([bias.double() + rows.double() @ center_D.double() for bias, rows in blocks]).float()
 
 
 def log_thresholds(threshold_F: Tensor) -> Tensor:
     """Logarithms of thresholds; those of 0 or less become the smallest normal number, infinite ones the largest.
 
     A feature is active where `z > threshold` and `z > 0`: for a negative one too, that is where z is positive.
-
-    Raises:
-        ValueError: a threshold is NaN.
     """
     if bool(threshold_F.isnan().any()):
         raise ValueError("a threshold is NaN; expected numbers")
@@ -143,14 +161,7 @@ def log_thresholds(threshold_F: Tensor) -> Tensor:
     return threshold_F.double().clamp(FLOAT.tiny, FLOAT.max / 2).log().float()
 
 
-def fold_norms(flat_encoder_FD: Tensor, bias_F: Tensor, decoder_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Encoder and bias times the norms of decoder rows, and unit rows; a row of zeros makes a feature without value."""
-    norm_F = decoder_FD.norm(dim=1)
-    divisor_F = torch.where(norm_F > 0, norm_F, 1)
-    return flat_encoder_FD * norm_F[:, None], bias_F * norm_F, decoder_FD / divisor_F[:, None]
-
-
-def assemble(form: type[Dictionary], settings: dict[str, Any], tensors: dict[str, Tensor], reads: Reads) -> Dictionary:
+def assemble(form: type[Form], settings: dict[str, Any], tensors: dict[str, Tensor], reads: Reads) -> Form:
     """A dictionary for evaluation that owns the given tensors, without drawing a start for it first."""
     config = DictionaryConfig(decoder="free", **settings)
     with torch.device("meta"):  # without a structure: its masks are tables that have to be computed
@@ -166,11 +177,7 @@ def assemble(form: type[Dictionary], settings: dict[str, Any], tensors: dict[str
 
 
 def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
-    """SAEs of several layers side by side, in their order.
-
-    Raises:
-        ValueError: they differ in width, number of features, rule, k or model.
-    """
+    """SAEs of several layers side by side, in their order."""
     first = flats[0]
     for name, of in (
         ("the width", lambda one: one.width),
@@ -193,9 +200,7 @@ def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
         context=first.about.context,
     )
     shape = {"n_layers": len(flats), "d_model": first.width, "n_features": len(first.encoder_FD)}
-    made = assemble(LayerwiseSAE, {**shape, "sparsity": first.sparsity}, tensors, about.reads(len(flats)))
-    assert isinstance(made, LayerwiseSAE)
-    return made
+    return assemble(LayerwiseSAE, {**shape, "sparsity": first.sparsity}, tensors, about.reads(len(flats)))
 
 
 def rule_tensors(sparsity: Sparsity, thresholds: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -222,9 +227,7 @@ def transcoder(flat: Flat) -> Crosscoder:
     kept = {} if flat.threshold is None else rule_tensors(flat.sparsity, [flat.threshold])
     tensors |= {name: one[0] if name == "log_threshold" else one for name, one in kept.items()}
     settings = {"n_layers": 2, "d_model": width, "n_features": n_features, "structure": Transcoder()}
-    made = assemble(Crosscoder, {**settings, "sparsity": flat.sparsity}, tensors, flat.about.reads(2))
-    assert isinstance(made, Crosscoder)
-    return made
+    return assemble(Crosscoder, {**settings, "sparsity": flat.sparsity}, tensors, flat.about.reads(2))
 
 
 def require_k(k: int, n_features: int, where: Any) -> TopK:

@@ -29,12 +29,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Crosscoder:
-    """The crosscoder of a folder with `cfg.json` and `cc_weights.pt`, its models stacked on the layer axis.
-
-    Raises:
-        ValueError: a setting that is not known.
-        DamagedArtifactError: config and tensors disagree.
-    """
+    """The crosscoder of a folder with `cfg.json` and `cc_weights.pt`, its models stacked on the layer axis."""
     settings = read_settings(folder / CONFIG)
     width, n_features = settings.count("d_in"), settings.count("dict_size")
     hook, model = settings.take("hook_point", str, ""), settings.take("model_name", str, "")
@@ -56,6 +51,4 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Crosscoder:
     structure = Diffing((1,) * n_models, (width,) * n_models)
     given = {"n_layers": n_models, "d_model": width, "n_features": n_features, "sparsity": ReLU()}
     about = About(model=model, convention=f"{hook or 'one place'} of {n_models} models")
-    made = assemble(Crosscoder, {**given, "structure": structure}, tensors, about.reads(n_models))
-    assert isinstance(made, Crosscoder)
-    return made
+    return assemble(Crosscoder, {**given, "structure": structure}, tensors, about.reads(n_models))

@@ -10,6 +10,7 @@ of the final norm.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -21,22 +22,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosscoder.dictionary import Dictionary, LayerwiseSAE
+from crosscoder.dictionary import Dictionary
 from crosscoder.formats.activity import Activity
 from crosscoder.foundation.console import Progress
 from crosscoder.measure.labels import decode
+from crosscoder.measure.rows import FeatureRows
 
 BATCH = 256
 """Features of a file."""
 WIDEST = 128
 """Tokens of an example, at most."""
-BINS = 40
+N_EXAMPLES, N_TOKENS, BINS = 20, 10, 40
+"""Strongest examples of a feature, of different blocks; tokens that it promotes, and suppresses; of histograms."""
 LOGIT_BYTES = 2**26
 TOP = (-1, -1)
 """`binMin` and `binContains` of examples that are the strongest, not of a band of activations."""
@@ -79,11 +82,7 @@ class _Source:
 
 
 def unembedding(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a model's output head makes of rows `[n, D]`, without its bias: `[n, V]`.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """What a model's output head makes of rows `[n, D]`, without its bias: `[n, V]`."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError(f"{type(model).__name__} has no output head, so features promote no tokens")
@@ -99,13 +98,10 @@ def save_neuronpedia(
     *,
     tokenizer: Any,
     unembed: Callable[[Tensor], Tensor],
-    n_examples: int = 20,
-    n_tokens: int = 10,
 ) -> list[Path]:
     """Write the folder of every source to `folder`/<model>/, each whole or not at all, and say where they are.
 
-    activities: as `collect_activity` gives them. n_examples: strongest examples of a feature, of different blocks.
-    n_tokens: that it promotes and suppresses.
+    activities: as `collect_activity` gives them.
 
     Raises:
         ValueError: the dictionary does not read a residual stream behind blocks.
@@ -125,11 +121,11 @@ def save_neuronpedia(
     if there := next((final for final in finals if final.exists()), None):
         raise FileExistsError(f"{there} exists; choose another folder or name, or move it away")
     parent.mkdir(parents=True, exist_ok=True)
-    texts = _Texts(tokenizer)
+    texts = _Texts(len(tokenizer), functools.cache(lambda one: decode(tokenizer, [one])))
     for source, final in zip(sources, finals, strict=True):
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=parent))
         try:
-            _write(source, temporary, release, texts, unembed, n_examples, n_tokens)
+            _write(source, temporary, release, texts, unembed)
             temporary.chmod(0o755)
             temporary.rename(final)
         finally:
@@ -139,45 +135,36 @@ def save_neuronpedia(
 
 def _rows(dictionary: Dictionary) -> Tensor:
     """What each feature writes to each layer, or of a bank to its own, in the model's units, `[L, F, D]`."""
-    grouped, config = dictionary.grouped(), dictionary.config
-    scale_L11 = dictionary.input_scale.view(-1, 1, 1)
-    if isinstance(dictionary, LayerwiseSAE):
-        return grouped.decoder_GFN.detach().expand(config.n_layers, -1, -1) / scale_L11
-    return grouped.decoder_GFN[0].detach().view(-1, config.n_layers, config.d_model).transpose(0, 1) / scale_L11
+    rows_FKD = FeatureRows.of(dictionary).decoder_FKD
+    _, n_rows, width = rows_FKD.shape
+    rows_LFD = rows_FKD.transpose(0, 1) if n_rows > 1 else rows_FKD.view(dictionary.config.n_layers, -1, width)
+    return rows_LFD / dictionary.input_scale.view(-1, 1, 1)
 
 
-class _Texts:
-    """Tokens as texts, each looked up once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.known = tokenizer, dict[int, str]()
+class _Texts(NamedTuple):
+    n_vocabulary: int
+    one: Callable[[int], str]
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        for one in ids:
-            if one not in self.known:
-                self.known[one] = decode(self.tokenizer, [one])
-        return [self.known[one] for one in ids]
+        return [self.one(number) for number in ids]
 
 
-def _write(
-    source: _Source, folder: Path, release: Release, texts: _Texts, unembed: Any, n_examples: int, n_tokens: int
-) -> None:
+def _write(source: _Source, folder: Path, release: Release, texts: _Texts, unembed: Any) -> None:
     source_id, activity = f"{source.block}-{release.set_name}", source.activity
     now = time.strftime("%Y-%m-%dT%H:%M:%S")
     common = {"creatorId": release.creator_id, "createdAt": now}
     for name, table in _tables(source, release, source_id, now).items():
         (folder / f"{name}.jsonl").write_text(json.dumps({**table, **common}) + "\n")
-    n_vocabulary = len(texts.tokenizer)
-    examples = _examples(activity, n_examples)
+    examples = _examples(activity)
     with Progress(f"source {source_id}", activity.n_features, unit="features") as progress:
         for number, start in enumerate(range(0, activity.n_features, BATCH)):
             rows_nD = source.rows_FD[start : start + BATCH]
             features, activations = list[dict[str, Any]](), list[dict[str, Any]]()
-            for index, (row_D, effect_V) in enumerate(_effects(rows_nD, unembed, n_vocabulary), start):
+            for index, (row_D, effect_V) in enumerate(_effects(rows_nD, unembed, texts.n_vocabulary), start):
                 values, chosen = next(examples)
                 feature = {"modelId": release.model, "layer": source_id, "index": str(index), **common}
-                features.append({**feature, **_feature(source, row_D, effect_V, values, texts, n_tokens)})
-                activations += [{**feature, **_activation(one, texts, (source_id, index))} for one in chosen]
+                features.append({**feature, **_feature(source, row_D, effect_V, values, texts)})
+                activations += [{**feature, **_activation(*one, texts, (source_id, index))} for one in chosen]
             for name, lines in (("features", features), ("activations", activations)):
                 (folder / name).mkdir(exist_ok=True)
                 content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
@@ -233,11 +220,9 @@ def _effects(rows_nD: Tensor, unembed: Any, n_vocabulary: int) -> Iterator[tuple
         yield from zip(part_nD.float().cpu(), unembed(part_nD)[:, :n_vocabulary], strict=True)
 
 
-def _feature(
-    source: _Source, row_D: Tensor, effect_V: Tensor, values: np.ndarray, texts: _Texts, n_tokens: int
-) -> dict[str, Any]:
+def _feature(source: _Source, row_D: Tensor, effect_V: Tensor, values: np.ndarray, texts: _Texts) -> dict[str, Any]:
     largest, n_read = float(values.max(initial=0)), max(1, int(source.activity.read_BS.sum()))
-    up, down = effect_V.topk(min(n_tokens, len(effect_V))), effect_V.topk(min(n_tokens, len(effect_V)), largest=False)
+    up, down = (effect_V.topk(min(N_TOKENS, len(effect_V)), largest=most) for most in (True, False))
     logits, frequencies = _histogram(effect_V.numpy()), _histogram(values)
     return {
         "maxActApprox": largest,
@@ -274,17 +259,11 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-@dataclass(frozen=True)
-class _Example:
-    """Tokens around the place where a feature is strongest in a block, and its activation at each."""
-
-    ids: list[int]
-    values: list[float]
-    peak: int
-    block: int
+Example = tuple[list[int], list[float], int, int]
+"""Tokens around the place where a feature is strongest in a block, its activation at each, that place, the block."""
 
 
-def _examples(activity: Activity, most: int) -> Iterator[tuple[np.ndarray, list[_Example]]]:
+def _examples(activity: Activity) -> Iterator[tuple[np.ndarray, list[Example]]]:
     """All activations of each feature, and its strongest examples, the strongest first, in the order of features."""
     order = np.argsort(activity.feature_P, kind="stable")
     ends = np.searchsorted(activity.feature_P[order], np.arange(activity.n_features + 1))
@@ -295,28 +274,29 @@ def _examples(activity: Activity, most: int) -> Iterator[tuple[np.ndarray, list[
         sequence, position, value = activity.sequence_P[mine], activity.position_P[mine], activity.value_P[mine]
         strongest = np.lexsort((position, sequence, -value))
         _, first = np.unique(sequence[strongest], return_index=True)
-        chosen = strongest[np.sort(first)[:most]]
         found = []
-        for peak in chosen:
+        for peak in strongest[np.sort(first)[:N_EXAMPLES]]:
             block = int(sequence[peak])
             begin = int(np.clip(position[peak] - width // 2, 0, ids_BS.shape[1] - width))
             inside = np.zeros(width, dtype=np.float32)
             here = (sequence == block) & (position >= begin) & (position < begin + width)
             inside[position[here] - begin] = value[here]
             ids = ids_BS[block, begin : begin + width].tolist()
-            found.append(_Example(ids, _rounded(inside), int(position[peak]) - begin, block))
+            found.append((ids, _rounded(inside), int(position[peak]) - begin, block))
         yield value, found
 
 
-def _activation(example: _Example, texts: _Texts, of: tuple[str, int]) -> dict[str, Any]:
-    digest = hashlib.sha256(f"{of} {example.block} {example.peak}".encode()).hexdigest()
+def _activation(
+    ids: list[int], values: list[float], peak: int, block: int, texts: _Texts, of: tuple[str, int]
+) -> dict[str, Any]:
+    digest = hashlib.sha256(f"{of} {block} {peak}".encode()).hexdigest()
     return {
         "id": f"c{digest[:24]}",
-        "tokens": texts.of(example.ids),
-        "maxValue": max(example.values),
-        "maxValueTokenIndex": example.peak,
-        "minValue": min(example.values),
-        "values": example.values,
+        "tokens": texts.of(ids),
+        "maxValue": max(values),
+        "maxValueTokenIndex": peak,
+        "minValue": min(values),
+        "values": values,
         "dataIndex": None,
         "dataSource": None,
         "dfaValues": [],
@@ -325,7 +305,7 @@ def _activation(example: _Example, texts: _Texts, of: tuple[str, int]) -> dict[s
         "lossValues": [],
         "logitContributions": None,
         "binMin": TOP[0],
-        "binMax": max(example.values),
+        "binMax": max(values),
         "binContains": TOP[1],
-        "qualifyingTokenIndex": example.peak,
+        "qualifyingTokenIndex": peak,
     }

@@ -42,7 +42,6 @@ class _Config(SimpleNamespace):
     """The settings that SAEBench looks up; it adds some of its own."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Those that are plain values."""
         return {name: value for name, value in vars(self).items() if name != "metadata"}
 
 
@@ -112,7 +111,6 @@ class SAEBenchSAE(nn.Module):
         return feature_acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of `x`."""
         return self.decode(self.encode(x))
 
     def to(self, *args: Any, **kwargs: Any) -> SAEBenchSAE:

@@ -22,17 +22,8 @@ from crosscoder.dictionary import Crosscoder, Dictionary, JumpReLU, Sparsity
 from crosscoder.dictionary.codec import selection_scale, thresholds
 from crosscoder.dictionary.sparsity import ReLU, TopK
 from crosscoder.dictionary.structure import Acausal, AnyStructure
-from crosscoder.formats.foreign import Settings, Tensors, open_tensors, read_settings
-from crosscoder.formats.imported import (
-    About,
-    Flat,
-    assemble,
-    fold_norms,
-    require_k,
-    rule_tensors,
-    transcoder,
-    uncentred_bias,
-)
+from crosscoder.formats.foreign import Settings, open_tensors, read_settings
+from crosscoder.formats.imported import About, Flat, assemble, own_matrices, require_k, rule_tensors, transcoder
 from crosscoder.foundation.artifact import DamagedArtifactError, committed_directory, write_json
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import say
@@ -178,12 +169,7 @@ RESHAPED = "it reads attention heads side by side, which no harvest here gives"
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
-    """The SAE of a folder, or the crosscoder or transcoder that it holds.
-
-    Raises:
-        ValueError: an architecture or setting that is not imported, named.
-        DamagedArtifactError: config and tensors disagree.
-    """
+    """The SAE of a folder, or the crosscoder or transcoder that it holds."""
     settings = read_settings(folder / CONFIG)
     metadata = settings.table("metadata")
     if not re.match(r"([6-9]|\d\d+)\.", str(metadata.take("sae_lens_version", str, ""))):
@@ -207,11 +193,12 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
         settings.require("d_out", width, default=None, why=f"it reads {width} numbers, and writes as many here")
     settings.finish()
     with open_tensors(folder / WEIGHTS, allow_pickle=allow_pickle) as held:
-        flat = _flat(held, width, n_features, sparsity, centred=subtracts or is_transcoder)
-    if is_rescaled:
-        names = ("encoder_FD", "encoder_bias_F", "decoder_FD")
-        folded = fold_norms(*(getattr(flat, name) for name in names))
-        flat = replace(flat, **dict(zip(names, folded, strict=True)))
+        if (shape := held.shape("W_enc", 2)) != (width, n_features):
+            raise DamagedArtifactError(f"{held.path}: W_enc is of shape {list(shape)}; expected {[width, n_features]}")
+        if "scaling_factor" in held and not bool((held.take("scaling_factor", n_features) == 1).all()):
+            raise ValueError(f"{held.path}: scaling_factor is not 1: SAELens 6 does not apply it. It is not imported")
+        flat = own_matrices(held, sparsity, centred=subtracts or is_transcoder)
+    flat = flat.folded() if is_rescaled else flat
     is_crosscoder = metadata.take("crosscoder", bool, False)
     flat = replace(flat, about=_about(metadata, is_crosscoder=is_crosscoder, is_transcoder=is_transcoder))
     if is_transcoder:
@@ -238,21 +225,6 @@ def _before_6(settings: Settings) -> tuple[Settings, Settings]:
     said["context_size"] = settings.take("context_size", int, 0)
     say(f"note: {settings.where} is of SAELens before version 6, and is read as version 6 reads it")
     return Settings(new, settings.where), Settings(said, settings.where)
-
-
-def _flat(held: Tensors, width: int, n_features: int, sparsity: Sparsity, *, centred: bool) -> Flat:
-    encoder_FD = held.take("W_enc", width, n_features).T.contiguous()
-    bias_F, center_D = held.take("b_enc", n_features), held.take("b_dec", width)
-    if "scaling_factor" in held and not bool((held.take("scaling_factor", n_features) == 1).all()):
-        raise ValueError(f"{held.path}: scaling_factor is not 1: SAELens 6 does not apply it. It is not imported")
-    return Flat(
-        encoder_FD=encoder_FD,
-        encoder_bias_F=bias_F if centred else uncentred_bias(bias_F, encoder_FD, center_D),
-        decoder_FD=held.take("W_dec", n_features, width),
-        center_D=center_D,
-        sparsity=sparsity,
-        threshold=held.take("threshold", n_features, finite=False) if isinstance(sparsity, JumpReLU) else None,
-    )
 
 
 def _about(metadata: Settings, *, is_crosscoder: bool, is_transcoder: bool) -> About:
@@ -286,7 +258,6 @@ def _crosscoder(flat: Flat, metadata: Settings, settings: Settings) -> Crosscode
     }
     given = {"n_layers": n_layers, "d_model": shape[2], "n_features": n_features, "sparsity": flat.sparsity}
     made = assemble(Crosscoder, {**given, "structure": structure}, tensors, flat.about.reads(n_layers))
-    assert isinstance(made, Crosscoder)
     for weight, mask in ((made.encoder, made.read_mask), (made.decoder, made.write_mask)):
         if mask is not None and bool((weight * ~mask).any()):
             raise DamagedArtifactError(f"{settings.where}: weights are not those of {structure}, which it names")

@@ -18,12 +18,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
-    """The SAE of a folder, or its transcoder.
-
-    Raises:
-        ValueError: a setting that is not imported, named.
-        DamagedArtifactError: config and tensors disagree.
-    """
+    """The SAE of a folder, or its transcoder."""
     settings = read_settings(folder / CONFIG)
     width = settings.count("d_in")
     settings.require(

@@ -231,11 +231,7 @@ def resumed_directory(final: str | Path, *, schema: str, key: str) -> Generator[
 
 
 def require_replaceable(final: Path, schema: str, others: Sequence[str] = ()) -> Path:
-    """The path, its parent made, if an artifact may be written there; for whoever asks before long work.
-
-    Raises:
-        FileExistsError: something else is there.
-    """
+    """The path, its parent made, if an artifact may be written there; for whoever asks before long work."""
     if final.exists() and not (final.is_dir() and _is_replaceable(final, schema, others)):
         raise FileExistsError(
             f"{final} exists and is not just an older {schema}, so it is not ours to replace; choose another folder "
@@ -346,11 +342,7 @@ def verify_directory(
 
 
 def require_schema(seen: Any, expected: str, where: Path) -> None:
-    """Refuse what another version wrote, or another kind of artifact, and say which it is.
-
-    Raises:
-        DamagedArtifactError: as said.
-    """
+    """Refuse what another version wrote, or another kind of artifact, and say which it is."""
     if seen != expected:
         raise DamagedArtifactError(f"{where} holds {seen!r}, expected {expected!r}: {other_version(seen, expected)}")
 

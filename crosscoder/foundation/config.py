@@ -55,9 +55,6 @@ def require_count(least: int = 1, **settings: Any) -> None:
     """Refuse numbers that are to count something and do not: fractions, flags, words, and any below `least`.
 
     None is let through: it stands for a default.
-
-    Raises:
-        ValueError: names the first one.
     """
     for name, value in settings.items():
         if value is not None and (type(value) is not int or not least <= value < 2**63):

@@ -1,4 +1,5 @@
-"""What disks do to files: names that change in one step, what killed writers leave behind, and no more room."""
+"""What disks do to files: names that change in one step, what killed writers leave behind, and no more room, which
+is found out before hours of work."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ TEMPORARY = ".tmp-crosscoder-"
 ABANDONED_S = 24 * 3600
 """Age of what a killed writer left, where the file system has no locks that would tell."""
 _AT_CWD, _EXCHANGE = -100, 2
+_CHUNK = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = tuple(word for code in _FULL for word in (os.strerror(code).lower(), f"os error {code})"))
 
@@ -150,9 +152,6 @@ def naming_full_disk(final: Path, written: Path) -> Generator[None]:
     """Turns whatever a library says of a full disk into one error with bytes, path and mend.
 
     written: the file or folder that is being written in the place of `final`.
-
-    Raises:
-        DiskFullError: the body ran out of room.
     """
     try:
         yield
@@ -182,3 +181,53 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(word in str(error).lower() for word in _FULL_WORDS)
+
+
+def require_room(folder: Path, files: Mapping[str, int], *, copies: int = 1, what: str) -> None:
+    """Refuse a folder that could not take `copies` of some files of so many bytes; nothing stays of the trial.
+
+    Free space is compared with the sum of all, and one copy is really reserved: quotas, limits of one file's size and
+    folders that cannot be written to are found by that alone.
+
+    what: that the files are, for the error.
+    """
+    size = sum(files.values())
+    free = shutil.disk_usage(folder).free
+    mend = "free some, or choose another folder"
+    sum_said = f"{copies} {what}s of {human_bytes(size)}" if copies > 1 else f"one {what} of {human_bytes(size)}"
+    if copies * size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} is to hold {sum_said}, {human_bytes(copies * size)} in all, and has {human_bytes(free)} free; "
+            f"{mend}",
+        )
+    made: list[Path] = []
+    try:
+        for name, n_bytes in files.items():
+            made.append(folder / f".tmp-probe-{name}-{uuid.uuid4().hex[:8]}")
+            _reserve(made[-1], n_bytes)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} cannot take {sum_said} ({error.strerror}; {human_bytes(free)} of the disk are free); a quota, a "
+            f"limit of a file's size or missing rights: {mend}",
+        ) from error
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    """A file of so many bytes for which the disk has room; they are reserved where the system can, else written."""
+    with path.open("wb", buffering=0) as stream:
+        if hasattr(os, "posix_fallocate") and n_bytes:
+            try:
+                os.posix_fallocate(stream.fileno(), 0, n_bytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+            else:
+                return
+        for start in range(0, n_bytes, _CHUNK):
+            stream.write(bytes(min(_CHUNK, n_bytes - start)))
+        os.fsync(stream.fileno())

@@ -146,9 +146,6 @@ def require_same(mine: Reads | None, other: Reads | None, *, owner: str, given: 
 
     Blocks of another length are said, and let through. Where one of the two was published by somebody else, sites alone
     can be compared, and it is said if the models have other names.
-
-    Raises:
-        MismatchError: names both sides and what would be right.
     """
     if mine is None or other is None:
         return

@@ -145,11 +145,7 @@ class Ranks:
 
 
 def of_launcher() -> tuple[int, int, int] | None:
-    """Rank, number of ranks and rank on this machine, as `torchrun` says them; None without it.
-
-    Raises:
-        ValueError: it says them only in part, or they cannot be.
-    """
+    """Rank, number of ranks and rank on this machine, as `torchrun` says them; None without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
     if given[1] is None:
@@ -196,11 +192,7 @@ def is_first_to_fail(error: BaseException) -> bool:
 
 
 def own_device(device: str) -> str:
-    """The device of this rank: `cuda` is the GPU of its number on this machine.
-
-    Raises:
-        ValueError: a GPU is named that all ranks would share, or there are fewer GPUs than ranks.
-    """
+    """The device of this rank: `cuda` is the GPU of its number on this machine."""
     launched = of_launcher()
     if launched is None or launched[1] == 1 or not device.startswith("cuda"):
         return device

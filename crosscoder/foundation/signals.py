@@ -63,9 +63,6 @@ def safe_point(*, together: bool = False) -> None:
 
     together: all ranks of a job are here. Where work is theirs together (`agreeing`) no rank stops at another point,
         for the others would wait for it.
-
-    Raises:
-        Stopped: work is to stop.
     """
     reason = requested()
     if _Flag.agree is not None:

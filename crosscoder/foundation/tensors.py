@@ -21,9 +21,6 @@ def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, 
     """The file's tensors, after its own table was compared with what is expected.
 
     Opening checks the table against the file's size, so a shape that passes is one the file really holds.
-
-    Raises:
-        DamagedArtifactError: other names or shapes, no floating-point numbers, or some that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as stream:

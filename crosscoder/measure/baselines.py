@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosscoder.data.blocks import input_device, run_model
-from crosscoder.data.hooks import ModuleEnd, reading, replacing
+from crosscoder.data.hooks import replacing
 from crosscoder.data.order import batch_indices
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.origin import MismatchError
 from crosscoder.foundation.signals import safe_point, safe_points
-from crosscoder.measure.splice import LOGIT_BYTES, SMALLEST_HARM
+from crosscoder.measure.splice import LOGIT_BYTES, SMALLEST_HARM, recording_sites
 
 ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 DISCOUNT = 0.5
@@ -64,25 +63,20 @@ def _looked_up(key_G: np.ndarray, value_G: np.ndarray, key_T: np.ndarray) -> np.
 
 
 class KneserNey:
-    """Interpolated Kneser-Ney models of all orders up to `highest`, of the predictions within blocks.
+    """Interpolated Kneser-Ney models of all `ORDERS`, of the predictions within blocks.
 
     Kneser and Ney (1995) in the interpolated form of Chen and Goodman (1999), one discount an order,
     `n1 / (n1 + 2 n2)` of its counts of one and two: the order asked for has counts of n-grams, lower ones count the
     tokens that precede an n-gram, and below unigrams is 1 / V. The first token of a block is never predicted, nor
     counted as one, and no n-gram crosses from a block to the next: the subject cannot see across either.
-
-    Raises:
-        ValueError: ids are not `[blocks, S]` within the vocabulary, S is below `highest`, or n-grams have too many
-            numbers.
     """
 
-    def __init__(self, ids_BS: np.ndarray, *, vocab_size: int, highest: int = max(ORDERS)) -> None:
-        self.vocab_size, self.highest = vocab_size, highest
-        if vocab_size**highest >= 2**63:
-            raise ValueError(f"{highest}-grams of {vocab_size} tokens have no 64-bit numbers; ask for a lower order")
-        self._check(ids_BS, max(2, highest))
+    def __init__(self, ids_BS: np.ndarray, *, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        if vocab_size ** max(ORDERS) >= 2**63:
+            raise ValueError(f"{ORDERS[max(ORDERS)]}s of {vocab_size} tokens have no 64-bit numbers")
         self._counted, self._continued = {}, {}
-        for order in safe_points(range(1, highest + 1)):
+        for order in safe_points(ORDERS):
             key_G, count_G = np.unique(self._keys(ids_BS, order), return_counts=True)
             self._counted[order] = _Level(key_G, count_G, vocab_size)
             if order > 1:
@@ -94,9 +88,6 @@ class KneserNey:
 
         The first tokens have fewer before them than the order asks, and are predicted by the model of that lower order.
         """
-        if not 1 <= order <= self.highest:
-            raise ValueError(f"order is {order}, expected 1 to {self.highest}")
-        self._check(ids_BS, 2)
         return -np.log(self._probability(np.asarray(ids_BS, dtype=np.int64), order))
 
     def _probability(self, ids_BS: np.ndarray, order: int) -> np.ndarray:
@@ -121,21 +112,12 @@ class KneserNey:
             keys = keys * self.vocab_size + ids[:, first - back : ids.shape[1] - back]
         return keys
 
-    def _check(self, ids_BS: np.ndarray, shortest: int) -> None:
-        if ids_BS.ndim != 2 or len(ids_BS) == 0 or ids_BS.shape[1] < shortest:
-            raise ValueError(f"ids have shape {list(ids_BS.shape)}, expected [blocks, {shortest} or more]")
-        if ids_BS.min() < 0 or ids_BS.max() >= self.vocab_size:
-            raise ValueError(f"ids run from {ids_BS.min()} to {ids_BS.max()}, expected 0 to {self.vocab_size - 1}")
-
 
 def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray | None = None) -> dict[str, float]:
     """Held-out loss in nats a token of the tables of `ORDERS`, by name: what `held_out_loss` is of the subject.
 
     seen: which of `train` the subject has read (`seen_blocks`); None: all. Compare with the subject's loss on the same
     held-out blocks.
-
-    Raises:
-        MismatchError: the two were made by different tokenizers.
     """
     _require_one_tokenizer(train, held_out)
     model = KneserNey(
@@ -161,34 +143,13 @@ class TokenLookup:
 
     Losses in nats a token: as it is; with every block's write replaced by its mean for the current token; and by its
     mean over all tokens. share_kept: `(ablated - lookup) / (ablated - clean)`, how much of what the writes bring a
-    table of tokens brings too, or why there is none. error_L, variance_L: mean squared difference of held-out writes
-    from their token's mean, and from their own mean. unseen_share: of held-out tokens, those whose id the training text
-    does not have; they are given the mean over all tokens.
+    table of tokens brings too, or why there is none.
     """
 
     clean_loss: float
     lookup_loss: float
     ablated_loss: float
     share_kept: float | str
-    error_L: np.ndarray
-    variance_L: np.ndarray
-    unseen_share: float
-
-    def unexplained(self, scale_L: Sequence[float] | np.ndarray | None = None) -> float:
-        """Share of the variance of writes that the token does not explain, all layers together.
-
-        In model units, or with each layer multiplied by its scale, as explained variance of dictionaries is.
-        """
-        weight_L = np.ones(len(self.error_L)) if scale_L is None else np.square(np.asarray(scale_L, dtype=np.float64))
-        return float(weight_L @ self.error_L / (weight_L @ self.variance_L))
-
-
-class _TokenMeans(NamedTuple):
-    """Mean write of each token, `[V, L, D]` (of all tokens for one that never came), that of all, and which came."""
-
-    mean_VLD: Tensor
-    overall_LD: Tensor
-    known_V: Tensor
 
 
 @torch.no_grad()
@@ -207,44 +168,24 @@ def token_lookup(
     `splice.splice_losses`, a write is what a block returns less what the one before returned, and losses count every
     prediction from position `skip_positions` on; tokens before it are in no mean. With all writes replaced a prediction
     depends on its own token alone, so what the first positions are given changes nothing.
-
-    Raises:
-        MismatchError: the two sets of tokens were made by different tokenizers.
-        ValueError: the model is in training mode, no token is left, or the mean writes would be larger than
-            `TABLE_BYTES`.
     """
     _require_one_tokenizer(train, held_out)
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout would be measured; call model.eval()")
     if not 0 <= skip_positions <= train.sequence_length - 2:
         raise ValueError(f"blocks of {train.sequence_length} tokens hold no prediction after {skip_positions} skipped")
     ids = train[slice(None) if seen is None else torch.as_tensor(seen)]
     rows = _rows_at_once(model, train)
-    means = _token_means(model, blocks, ids.split(rows), train.vocab_size, skip_positions)
-    sums, n_predicted, n_unseen = np.zeros(3), 0, 0
-    error_L, square_L, sum_LD = (np.zeros(shape) for shape in (len(blocks), len(blocks), means.overall_LD.shape))
+    mean_VLD, overall_LD = _token_means(model, blocks, ids.split(rows), train.vocab_size, skip_positions)
+    sums, n_predicted = np.zeros(3), 0
     for ids_BS in held_out[:].split(rows):
-        clean, write_BSLD = _run(model, blocks, ids_BS)
-        write_TLD, token_T = write_BSLD[:, skip_positions:].flatten(0, 1).double(), ids_BS[:, skip_positions:].flatten()
-        error_L += np.square((write_TLD - means.mean_VLD[token_T]).numpy()).sum((0, 2))
-        square_L, sum_LD = square_L + np.square(write_TLD.numpy()).sum((0, 2)), sum_LD + write_TLD.sum(0).numpy()
-        n_unseen += int((~means.known_V[token_T]).sum())
-        for number, new_BSLD in enumerate((None, means.mean_VLD[ids_BS], means.overall_LD.expand_as(write_BSLD))):
-            logits = clean if new_BSLD is None else _with_writes(model, blocks, ids_BS, new_BSLD)
-            sums[number] += _summed_loss(logits, ids_BS, skip_positions)
+        safe_point()
+        sums[0] += _summed_loss(run_model(model, ids_BS.to(input_device(model))).logits, ids_BS, skip_positions)
+        for number, new_BSLD in enumerate((mean_VLD[ids_BS], overall_LD.expand(*ids_BS.shape, -1, -1)), 1):
+            sums[number] += _summed_loss(_with_writes(model, blocks, ids_BS, new_BSLD), ids_BS, skip_positions)
         n_predicted += ids_BS[:, skip_positions + 1 :].numel()
-    n_tokens = len(held_out) * (held_out.sequence_length - skip_positions)
     clean_loss, lookup_loss, ablated_loss = (sums / n_predicted).tolist()
     harm = ablated_loss - clean_loss
-    return TokenLookup(
-        clean_loss,
-        lookup_loss,
-        ablated_loss,
-        (ablated_loss - lookup_loss) / harm if harm > SMALLEST_HARM else f"ablation costs {harm:.2g} nats a token",
-        error_L / n_tokens,
-        square_L / n_tokens - np.square(sum_LD / n_tokens).sum(1),
-        n_unseen / n_tokens,
-    )
+    kept = (ablated_loss - lookup_loss) / harm if harm > SMALLEST_HARM else f"ablation costs {harm:.2g} nats a token"
+    return TokenLookup(clean_loss, lookup_loss, ablated_loss, kept)
 
 
 def _rows_at_once(model: nn.Module, blocks: TokenBlocks) -> int:
@@ -252,21 +193,19 @@ def _rows_at_once(model: nn.Module, blocks: TokenBlocks) -> int:
     return max(1, LOGIT_BYTES // (4 * blocks.sequence_length * run_model(model, ids_BS).logits.shape[-1]))
 
 
-def _run(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `[B, S, V]`, and what each block writes, `[B, S, L, D]`, on the CPU."""
+def _writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> Tensor:
+    """What each block writes, `[B, S, L, D]`, on the CPU."""
     safe_point()
-    stream: dict[int, Tensor] = {}
-    ends = [ModuleEnd(blocks[0], "input"), *(ModuleEnd(block, "output") for block in blocks)]
-    with reading(ends, lambda number, hidden: stream.update({number: hidden.float().cpu()})):
-        logits = run_model(model, ids_BS.to(input_device(model))).logits
-    site_BSLD = torch.stack([stream[number] for number in range(len(ends))], dim=2)
-    return logits, site_BSLD[:, :, 1:] - site_BSLD[:, :, :-1]
+    with recording_sites(blocks, range(1, len(blocks) + 1), "write", torch.device("cpu")) as read:
+        run_model(model, ids_BS.to(input_device(model)))
+    return read()
 
 
 def _token_means(
     model: nn.Module, blocks: Sequence[nn.Module], parts: Sequence[Tensor], vocab_size: int, skip: int
-) -> _TokenMeans:
-    n_layers, d_model = _run(model, blocks, parts[0][:1, :2])[1].shape[2:]
+) -> tuple[Tensor, Tensor]:
+    """Mean write of each token, `[V, L, D]` (of all tokens for one that never came), and that of all."""
+    n_layers, d_model = _writes(model, blocks, parts[0][:1, :2]).shape[2:]
     if 8 * vocab_size * n_layers * d_model > TABLE_BYTES:
         raise ValueError(
             f"mean writes of {vocab_size:,} tokens, {n_layers} layers and {d_model} dimensions are more than the "
@@ -276,12 +215,12 @@ def _token_means(
     count_V = torch.zeros(vocab_size, dtype=torch.int64)
     for ids_BS in parts:
         token_T = ids_BS[:, skip:].flatten()
-        write_TLD = _run(model, blocks, ids_BS)[1][:, skip:].flatten(0, 1)
+        write_TLD = _writes(model, blocks, ids_BS)[:, skip:].flatten(0, 1)
         sum_VLD.index_add_(0, token_T, write_TLD.double())
         count_V += token_T.bincount(minlength=vocab_size)
     overall_LD, known_V = sum_VLD.sum(0) / count_V.sum(), count_V > 0
     mean_VLD = sum_VLD / count_V.clamp(min=1)[:, None, None]
-    return _TokenMeans(torch.where(known_V[:, None, None], mean_VLD, overall_LD), overall_LD, known_V)
+    return torch.where(known_V[:, None, None], mean_VLD, overall_LD), overall_LD
 
 
 def _with_writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor, new_BSLD: Tensor) -> Tensor:

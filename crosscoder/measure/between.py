@@ -141,7 +141,7 @@ class Between:
             "between_alike": alike,
         }
         at, both = Place(dictionary=a.name, against=b.name, kind="pair"), ((a, b, self.forward), (b, a, self.backward))
-        rows = rows_at(at, {key: _finite_list(value) for key, value in pair.items()})
+        rows = rows_at(at, pair)
         if isinstance(spread, str):
             rows += [Row(at, key, None, spread) for key in ("between_rate_ratio", "between_rate_sd")]
         else:
@@ -163,7 +163,7 @@ def _direction_rows(side: Side, other: Side, found: Direction) -> list[Row]:
         "partnered_share": known_mean(found.partner_F >= 0),
     }
     at = Place(dictionary=side.name, against=other.name)
-    rows = rows_at(at, {k: _finite_list(v) for k, v in values.items()})
+    rows = rows_at(at, values)
     if isinstance(null := found.null, str):
         keys = ("found_null", "found_best_null", "beyond_null", "partnered_null")
         rows += [Row(at, key, None, null) for key in keys]
@@ -176,12 +176,6 @@ def _direction_rows(side: Side, other: Side, found: Direction) -> list[Row]:
     rows += rows_at(at, {"written_share": known_mean(found.written_F >= LINK)})
     chance = found.written_null
     return [*rows, statistic_row(at, "written_null", chance if isinstance(chance, str) else chance.found)]
-
-
-def _finite_list(value: Value) -> Value:
-    if isinstance(value, list):
-        return [None if isinstance(one, float) and not np.isfinite(one) else one for one in value]
-    return value
 
 
 def compare_sides(
@@ -198,9 +192,6 @@ def compare_sides(
 
     token_T, document_T: the text's tokens by number, ascending, and the document of each. Decoders are compared on the
     layers that both read as the same kind, each layer in the units of `first`'s inputs; null_draws 0 leaves out nulls.
-
-    Raises:
-        ValueError: a side has no alive feature, or no token is common.
     """
     for side in (first, second):
         if not len(side.reading):

@@ -158,11 +158,7 @@ def count_features(reading: Reading, *, alike: bool = True) -> dict[str, Value]:
 
 
 def load_left(reading: Reading, text: TokenBlocks) -> np.ndarray:
-    """The entropy load without each group of the text's documents, `[E]`; which features are alive stays.
-
-    Raises:
-        ValueError: the reading keeps no numbers of tokens.
-    """
+    """The entropy load without each group of the text's documents, `[E]`; which features are alive stays."""
     if reading.token_T is None:
         raise ValueError("the reading does not say which tokens of the text it is of; read the dictionary again")
     document_T = text.document_groups[reading.token_T // text.sequence_length]

@@ -52,25 +52,23 @@ def weighted_dimension(decoder_FN: np.ndarray, weight_F: np.ndarray | None = Non
     Equal weights give `effective_dimension`. nan for fewer than two rows with weight, inf without any interference.
     """
     weights, rows_FN = _weights(weight_F, len(decoder_FN)), unit_rows(np.asarray(decoder_FN, dtype=np.float64))
-    return _dimension(_cross_interference(rows_FN, rows_FN, weights, weights))
+    return _dimension(_cross_interference(rows_FN, rows_FN, weights))
 
 
-def _cross_interference(
-    first_FN: np.ndarray, second_FN: np.ndarray, numerator_F: np.ndarray, denominator_F: np.ndarray
-) -> float:
-    """`sum a_i a_j G1_ij G2_ij / sum b_i b_j` over i != j, for unit rows; from the smaller of F x F and N x N."""
+def _cross_interference(first_FN: np.ndarray, second_FN: np.ndarray, weight_F: np.ndarray) -> float:
+    """`sum w_i w_j G1_ij G2_ij / sum w_i w_j` over i != j, for unit rows; from the smaller of F x F and N x N."""
     if len(first_FN) <= first_FN.shape[1]:
         total = 0.0
         for start, stop in row_spans(len(first_FN), len(first_FN)):
             products = (first_FN[start:stop] @ first_FN.T) * (second_FN[start:stop] @ second_FN.T)
-            total += float(numerator_F[start:stop] @ products @ numerator_F)
+            total += float(weight_F[start:stop] @ products @ weight_F)
     else:
-        first_NF = (first_FN * numerator_F[:, None]).T
+        first_NF = (first_FN * weight_F[:, None]).T
         spans = row_spans(len(first_NF), len(first_NF))
         total = float(sum(np.square(first_NF[start:stop] @ second_FN).sum() for start, stop in spans))
     own = np.square(first_FN).sum(1) * np.square(second_FN).sum(1)
-    pairs = denominator_F.sum() ** 2 - np.square(denominator_F).sum()
-    return float((total - (np.square(numerator_F) * own).sum()) / pairs) if pairs > 0 else math.nan
+    pairs = weight_F.sum() ** 2 - np.square(weight_F).sum()
+    return float((total - (np.square(weight_F) * own).sum()) / pairs) if pairs > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,6 @@ class DebiasedDimension:
     """The two-seed effective dimension, or the reason why there is none."""
 
     value: float | None
-    attenuation_corrected: float | None
     self_cosine: float
     reason: str | None = None
 
@@ -91,26 +88,23 @@ def debiased_dimension(
     `pairs_m2` matches rows of two dictionary seeds; take it from activation correlation, since matching by the decoder
     cosine would choose the pairs whose cosine is then quoted. If errors of the two seeds are independent and isotropic,
     the expected product is G_ij^2 r_i r_j with r_i the cosine of a feature with its match: free of the additive bias
-    1 / N of a square, but shrunk. `attenuation_corrected` also divides by r_i r_j. There is none, but a reason, where
-    the mean of r is below `SELF_COSINE` or fewer than two features match.
+    1 / N of a square, but shrunk. There is none, but a reason, where the mean of r is below `SELF_COSINE` or fewer than
+    two features match.
     """
     n = len(pairs_m2)
     if n < 2:
-        return DebiasedDimension(None, None, float("nan"), f"{n} features match; a pair of features needs two")
+        return DebiasedDimension(None, float("nan"), f"{n} features match; a pair of features needs two")
     weights = _weights(weight_m, n)
     rows = first_FN[pairs_m2[:, 0]], second_FN[pairs_m2[:, 1]]
     first, second = (unit_rows(np.asarray(side, dtype=np.float64)) for side in rows)
-    cosine_m = (first * second).sum(1)
-    mean = float(cosine_m.mean())
+    mean = float((first * second).sum(1).mean())
     if not mean >= SELF_COSINE:
         reason = (
             f"the {n} matched features of two seeds have a mean decoder cosine of {mean:.3f}, below "
             f"{SELF_COSINE}: their directions are too noisy to say how they interfere"
         )
-        return DebiasedDimension(None, None, mean, reason)
-    plain = _cross_interference(first, second, weights, weights)
-    corrected = _cross_interference(first, second, weights, weights * np.maximum(cosine_m, 0.0))
-    return DebiasedDimension(_dimension(plain), _dimension(corrected), mean)
+        return DebiasedDimension(None, mean, reason)
+    return DebiasedDimension(_dimension(_cross_interference(first, second, weights)), mean)
 
 
 def highest_probability(density: float, constant: float) -> float:

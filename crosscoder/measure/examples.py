@@ -72,9 +72,9 @@ class Sample(NamedTuple):
 class Activity:
     """What F features did on T tokens. A bank's features are numbered `layer * F + feature`.
 
-    fired_F: tokens on which each is active. sum_F, square_F: of its activations and their squares. largest_F: the
-    largest. bins_FH: how often they were in each bin, from `2 ** FIRST_OCTAVE` on, two to an octave.
-    in_blocks_F: tokens read of the blocks in which it is active at all. blocks_F: how many those are.
+    fired_F: tokens on which each is active. sum_F, largest_F: of its activations. bins_FH: how often they were in each
+    bin, from `2 ** FIRST_OCTAVE` on, two to an octave.
+    in_blocks_F: tokens read of the blocks in which it is active at all.
     parts_FK: of each row's `<encoder_l, x_l - center_l>`, the sum over tokens on which it is active.
     strongest, sampled: examples, of which `more["window"]` `[F, k, width]` is the feature's activation at each token
     around, 0 where it is not active and nan where the dictionary does not read. layered: the first of the strongest,
@@ -89,18 +89,16 @@ class Activity:
     n_blocks: int = 0
     fired_F: np.ndarray = field(init=False)
     sum_F: np.ndarray = field(init=False)
-    square_F: np.ndarray = field(init=False)
     largest_F: np.ndarray = field(init=False)
     bins_FH: np.ndarray = field(init=False)
     in_blocks_F: np.ndarray = field(init=False)
-    blocks_F: np.ndarray = field(init=False)
     parts_FK: np.ndarray = field(init=False)
     sample: Sample | None = None
 
     def __post_init__(self) -> None:
         n, rows, width = len(self.rows), self.rows.layer_FK.shape[1], self.wanted.width
-        self.fired_F, self.in_blocks_F, self.blocks_F = (np.zeros(n, dtype=np.int64) for _ in range(3))
-        self.sum_F, self.square_F = (np.zeros(n) for _ in range(2))
+        self.fired_F, self.in_blocks_F = (np.zeros(n, dtype=np.int64) for _ in range(2))
+        self.sum_F = np.zeros(n)
         self.largest_F, self.bins_FH = np.zeros(n, dtype=np.float32), np.zeros((n, N_BINS), dtype=np.int64)
         self.parts_FK = np.zeros((n, rows))
         self.strongest = Kept(n, self.wanted.strongest, window=(width,))
@@ -141,9 +139,6 @@ def read_features(
 
     batches: in the order of the text, in the dictionary's scale (`Source.marked`). context: tokens of a block, S.
     n_tokens: how many there are in all, those that are not read included.
-
-    Raises:
-        ValueError: no token is read.
     """
     was_training = dictionary.training
     dictionary.eval()
@@ -226,7 +221,6 @@ def _add(activity: Activity, piece: _Piece) -> None:
     token_P, n = piece.token_B[row_P], len(activity.fired_F)
     activity.fired_F += np.bincount(feature_P, minlength=n)
     activity.sum_F += np.bincount(feature_P, value_P, minlength=n)
-    activity.square_F += np.bincount(feature_P, value_P.astype(np.float64) ** 2, minlength=n)
     np.maximum.at(activity.largest_F, feature_P, value_P)
     np.add.at(activity.bins_FH, (feature_P, bin_of(value_P)), 1)
     _count_blocks(activity, piece, feature_P, token_P)
@@ -265,7 +259,6 @@ def _count_blocks(activity: Activity, piece: _Piece, feature_P: np.ndarray, toke
     pairs = np.unique(feature_P * len(blocks) + block_B[piece.row_P])
     feature_p, block_p = np.divmod(pairs, len(blocks))
     activity.n_blocks += len(blocks)
-    activity.blocks_F += np.bincount(feature_p, minlength=len(activity.fired_F))
     activity.in_blocks_F += np.bincount(feature_p, read[block_p], minlength=len(activity.fired_F)).astype(np.int64)
 
 
@@ -275,17 +268,12 @@ def bin_of(value_P: np.ndarray) -> np.ndarray:
     return bins.clip(0, N_BINS - 1)
 
 
-def bin_edges() -> np.ndarray:
-    """The lower edge of each bin, `[H]`."""
-    return 2.0 ** (FIRST_OCTAVE + np.arange(N_BINS) / BINS_OF_OCTAVE)
-
-
-def quantile_examples(kept: Kept, feature: int, n_bands: int = 4, each: int = 3) -> list[np.ndarray]:
-    """Which of a feature's sampled tokens stand for each quantile of its activation, from the weakest band to the
-    strongest, `each` of them or fewer, evenly spaced by rank; places in `kept.value_Fk[feature]`."""
+def quantile_examples(kept: Kept, feature: int) -> list[np.ndarray]:
+    """Which of a feature's sampled tokens stand for each quarter by its activation, from the weakest to the strongest,
+    three of them or fewer, evenly spaced by rank; places in `kept.value_Fk[feature]`."""
     order = np.argsort(kept.value_Fk[feature, : int(kept.is_there_Fk[feature].sum())], kind="stable")
     chosen = []
-    for band in np.array_split(order, n_bands):
-        at = np.linspace(0, len(band) - 1, min(each, len(band))).round().astype(int) if len(band) else []
+    for band in np.array_split(order, 4):
+        at = np.linspace(0, len(band) - 1, min(3, len(band))).round().astype(int) if len(band) else []
         chosen.append(band[np.unique(at).astype(int)][::-1])
     return chosen

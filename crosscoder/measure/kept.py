@@ -52,7 +52,6 @@ class Kept:
 
     @property
     def is_there_Fk(self) -> np.ndarray:
-        """Which entries there are."""
         return self.token_Fk >= 0
 
 

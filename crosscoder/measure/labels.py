@@ -137,10 +137,6 @@ class LabelReading:
         """Joint minus best layer."""
         return self.joint_P - self.best_P
 
-    def of_kind(self, kind: str) -> np.ndarray:
-        """True for the pairs with labels of one of `KINDS`."""
-        return np.array([self.labels.kinds[label] == kind for label in self.label_P], dtype=bool)
-
     def summary(self) -> dict[str, Value]:
         """Means over the pairs that the joint reading predicts, and the gain over all; nan where there is none.
 
@@ -183,12 +179,9 @@ def measure_labels(
     there; the first of equals.
 
     batches: gives the stream `x_BLD` whose tokens `labels` are of, from its beginning, the same each time.
-
-    Raises:
-        ValueError: the dictionary is a bank, or labels or documents are not one for each token.
     """
     n_layers = dictionary.config.n_layers
-    if dictionary.grouped().encoder_GFN.shape[2] != n_layers * dictionary.config.d_model:
+    if dictionary.is_bank:
         raise ValueError("the dictionary is a bank; a best layer needs features that read all layers")
     n_tokens = len(labels.value_TQ)
     n_each = max(1, SCORE_BYTES // (4 * max(1, n_tokens) * (n_layers + 1)))
@@ -220,11 +213,7 @@ def _read(
 
 
 def split_documents(batches: Batches, document_T: np.ndarray | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each batch, and which of its tokens `[B]` measure: those of odd documents; those of even ones choose.
-
-    Raises:
-        ValueError: the labels are not one for each token.
-    """
+    """Each batch, and which of its tokens `[B]` measure: those of odd documents; those of even ones choose."""
     number_T = None if document_T is None else np.unique(document_T, return_inverse=True)[1].ravel()
     stop = 0
     for x_BLD in batches():
@@ -268,12 +257,12 @@ def _pairs(score_TnS: np.ndarray, measures_T: np.ndarray, value_TQ: np.ndarray) 
             yield _Pair(index, label, layer, by_joint, joint, best, has_t.mean())
 
 
-def precision_at_recall(score_TX: np.ndarray, has_T: np.ndarray, recall: float = RECALL) -> np.ndarray:
-    """Share of tokens with a label among those that score as high as a share `recall` of those with it, `[...]`.
+def precision_at_recall(score_TX: np.ndarray, has_T: np.ndarray) -> np.ndarray:
+    """Share of tokens with a label among those that score as high as a share `RECALL` of those with it, `[...]`.
 
-    score_TX: `[T, ...]`. Tokens of equal score are taken together, so that at least `recall` is recalled.
+    score_TX: `[T, ...]`. Tokens of equal score are taken together, so that at least that share is recalled.
     """
     with_label = score_TX[has_T]
-    first = len(with_label) - math.ceil(recall * len(with_label) - 1e-9)
+    first = len(with_label) - math.ceil(RECALL * len(with_label) - 1e-9)
     threshold = np.partition(with_label, first, axis=0)[first]
     return (with_label >= threshold).sum(0) / (score_TX >= threshold).sum(0)

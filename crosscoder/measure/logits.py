@@ -69,9 +69,6 @@ def find_readout(
     """The readout of a model, whose final norm is found by what it does to some text, never by its name.
 
     ids_BS: at least 16 tokens behind the first `skip_positions`; the mean token's scale is theirs.
-
-    Raises:
-        ValueError: the model has no output head, or what stands before it is no norm that is linear but for its scale.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:

@@ -46,11 +46,7 @@ class Similarity:
         return 8 * math.prod(self.shape) <= WHOLE_BYTES
 
     def whole(self) -> np.ndarray:
-        """All of it at once.
-
-        Raises:
-            ValueError: it is too large.
-        """
+        """All of it at once."""
         if not self.fits:
             raise ValueError(
                 f"{self.shape[0]:,} by {self.shape[1]:,} similarities are {8 * math.prod(self.shape) / 2**30:.1f} GiB, "
@@ -67,11 +63,7 @@ def row_spans(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
 
 
 def activation_correlation(a: sparse.csc_array, b: sparse.csc_array) -> Similarity:
-    """Pearson correlation over the same T tokens between columns of `a` and of `b`; 0 for a constant one.
-
-    Raises:
-        ValueError: the two were not measured on the same number of tokens.
-    """
+    """Pearson correlation over the same T tokens between columns of `a` and of `b`; 0 for a constant one."""
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"activities cover {a.shape[0]} and {b.shape[0]} tokens; correlate them on the same tokens")
     n_tokens, of_tokens = a.shape[0], sparse.csr_array(b)
@@ -210,12 +202,10 @@ class Nearest:
 
     @property
     def index_a(self) -> np.ndarray:
-        """Of each row, the column."""
         return np.concatenate([index for index, _ in self._rows])
 
     @property
     def best_a(self) -> np.ndarray:
-        """Of each row, the similarity."""
         return np.concatenate([best for _, best in self._rows])
 
     def mutual_pairs(self, minimum: float) -> np.ndarray:
@@ -246,11 +236,7 @@ def mutual_nearest_pairs(similarity: Similarity | np.ndarray, minimum: float) ->
 
 
 def hungarian_pairs(similarity: Similarity | np.ndarray, minimum: float) -> np.ndarray:
-    """The one-to-one assignment with the largest summed similarity, its pairs >= `minimum` only, as `[m, 2]`.
-
-    Raises:
-        ValueError: there are too many features; its cost grows with their cube.
-    """
+    """The one-to-one assignment with the largest summed similarity, its pairs >= `minimum` only, as `[m, 2]`."""
     whole = similarity if isinstance(similarity, np.ndarray) else similarity.whole()
     rows, columns = optimize.linear_sum_assignment(whole, maximize=True)
     kept = whole[rows, columns] >= minimum

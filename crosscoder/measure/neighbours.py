@@ -35,9 +35,6 @@ def nearest_features(
     Two crosscoders are compared by the cosine of what they write on all layers together, in the scale of their inputs,
     whose layers have equal norm. Where one of the two is a bank, by the cosine on the bank's layer; within a bank, by
     the cosine between features of two layers of one residual stream.
-
-    Raises:
-        ValueError: the two are of other layers or another width.
     """
     other = first if second is None else second
     if first.center_LD.shape != other.center_LD.shape:

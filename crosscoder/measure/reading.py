@@ -72,7 +72,6 @@ class Measured:
 
     @property
     def alive_GF(self) -> np.ndarray:
-        """True for alive features."""
         return (self.probability_F > minimum_probability(self.code.shape[0])).reshape(self.n_groups, -1)
 
 
@@ -333,11 +332,7 @@ def read_dictionary(
 
 
 def common_tokens(readings: Sequence[Reading]) -> np.ndarray:
-    """Numbers in the text of the tokens that all readings have; an outlier of one model may be usual in another.
-
-    Raises:
-        ValueError: no token is common to all, or a reading keeps no numbers.
-    """
+    """Numbers in the text of the tokens that all readings have; an outlier of one model may be usual in another."""
     known = [reading.token_T for reading in readings if reading.token_T is not None]
     common = functools.reduce(np.intersect1d, known) if len(known) == len(readings) else np.zeros(0)
     if not len(common):

@@ -4,10 +4,17 @@ The room is the participation ratio of the joint covariance C of all layers' wri
 variance in N dimensions, 1 for one direction. It weights dimensions by variance, so its units matter: of 8 layers of 64
 trained on 500,000 tokens block 1 has 83 % of the variance, and the room is 10.5 in model units, 8.0 of block 1 alone,
 and 32 with each layer at its scale.
+
+`shares_of_ln2` says where the factor of two goes, in two ledgers that add up: by load, persistence, geometry and width.
+B has a quarter of A's layers and twice its width, so equal parameters and half the joint dimensions. Were loads equal
+and room proportional to dimensions, B would be twice as crowded. The layers' ledger says where that goes when each
+layer is counted by its own bank; the joint ledger when all layers are one room. They share the load alone, so shares of
+the one are not to be added to those of the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -16,8 +23,10 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
+from crosscoder.measure.statistics import linear_combination
 from crosscoder.results.table import CONFIDENCE, Estimate
 
+LN2, LN4 = math.log(2), math.log(4)
 MOMENT_BYTES = 2**30
 """Of the second moments of all layers together, as float64: 11,585 dimensions."""
 LARGEST_CORRECTION = 2.0
@@ -27,11 +36,7 @@ LARGEST_INFLATION = 100.0
 
 
 class WriteMoments:
-    """Moments of writes that come some tokens at a time, in float64, about the mean of the first batch.
-
-    Raises:
-        ValueError: the second moments would be larger than `MOMENT_BYTES`.
-    """
+    """Moments of writes that come some tokens at a time, in float64, about the mean of the first batch."""
 
     def __init__(self, n_layers: int, d_model: int) -> None:
         n_joint = n_layers * d_model
@@ -47,16 +52,8 @@ class WriteMoments:
         self.norms_LL, self.norms_LN = np.zeros((n_layers, n_layers)), np.zeros((n_layers, n_joint))
 
     def add(self, x_TLD: np.ndarray | Tensor) -> None:
-        """Add tokens in the model's own units, of usual norm: outliers would be most of the covariance.
-
-        Raises:
-            ValueError: another shape than `[T, n_layers, d_model]`, or a value that is not finite.
-        """
+        """Add tokens in the model's own units, of usual norm: outliers would be most of the covariance."""
         x = x_TLD.detach().cpu().double().numpy() if isinstance(x_TLD, Tensor) else np.asarray(x_TLD, np.float64)
-        if x.ndim != 3 or x.shape[1:] != (self.n_layers, self.d_model):
-            raise ValueError(f"writes have shape {list(x.shape)}, expected [T, {self.n_layers}, {self.d_model}]")
-        if not np.isfinite(x).all():
-            raise ValueError("a write is not finite; check the model's weights")
         x_TN = x.reshape(len(x), -1)
         if self.n_tokens == 0 and len(x):
             self.origin_N = x_TN.mean(0)
@@ -99,14 +96,9 @@ def participation_ratio(
 
     There is a reason where writes are constant, or T is so small (about the ratio itself) that the correction would be
     more than `LARGEST_CORRECTION` times.
-
-    Raises:
-        ValueError: a scale is not positive, or there is not one for each layer.
     """
     n_layers, n_joint, n = moments.n_layers, len(moments.sum_N), moments.n_tokens
     scales = np.ones(n_layers) if scale_L is None else np.asarray(scale_L, dtype=np.float64)
-    if scales.shape != (n_layers,) or not (np.isfinite(scales) & (scales > 0)).all():
-        raise ValueError(f"the scales are {scales.tolist()}, expected {n_layers} above 0")
     if n < 4:
         return f"{n} tokens; an unbiased covariance needs four"
     scale_N = np.repeat(scales, moments.d_model)
@@ -169,12 +161,10 @@ class RoomLaw:
 
     @property
     def beta(self) -> Estimate:
-        """Exponent of width."""
         return self.contrast(1, 0)
 
     @property
     def delta(self) -> Estimate:
-        """Exponent of depth."""
         return self.contrast(0, 1)
 
     @property
@@ -194,9 +184,6 @@ def fit_room(runs: Sequence[ShapeRoom], *, unit: Literal["training", "shape"] = 
     A grid where depth is fixed by width, such as shapes of equal `L D^2` alone, holds one exponent and not two; it is
     refused where the variance of an exponent is inflated more than `LARGEST_INFLATION` times by it, since widths are
     rounded and no such grid is exactly degenerate.
-
-    Raises:
-        ValueError: a size or room is not positive and finite.
     """
     table = np.array([tuple(run) for run in runs], dtype=np.float64).reshape(-1, 3)
     if not (np.isfinite(table) & (table > 0)).all():
@@ -237,3 +224,46 @@ def _misfit(residual: float, pure: float, n_runs: int, n_shapes: int) -> float |
 
 def _listed(shapes: np.ndarray) -> str:
     return ", ".join(f"{depth:g}x{width:g}" for depth, width in shapes)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of ln 2, each with its interval; negative where something adds to the crowding of B.
+
+    load: -q / ln 2, B's features say less. persistence: g ln 4 / ln 2, a feature of A is counted by more layers.
+    left_layers: r / ln 2. These three sum to 1, by definition.
+    geometry: 2 (beta - delta), depth adds less room than width. width: 1 - beta, doubling the width gives less than
+    twice the room, which costs B. left_joint: ln R / ln 2 of the joint room's law. These two, load and left_joint sum
+    to 1.
+    gap: ln R as measured less that of the law, over ln 2: None where it was not measured on the pair.
+    """
+
+    load: Estimate
+    persistence: Estimate
+    left_layers: Estimate
+    geometry: Estimate
+    width: Estimate
+    left_joint: Estimate
+    gap: float | None
+
+
+def shares_of_ln2(*, q: Estimate, g: Estimate, r: Estimate, law: RoomLaw, log_ratio: Estimate | None = None) -> Shares:
+    """The shares of `q = ln(load B / load A)`, sharing g, `r = ln 2 + q - g ln 4` and the law of the joint room.
+
+    `log_ratio` is `q + ln(room A / room B)` as measured. That of the law is `q + (2 delta - beta) ln 2`, with q and the
+    law taken as independent.
+    """
+    made = LN2 + q.value - g.value * LN4
+    if not math.isclose(r.value, made, abs_tol=1e-6):
+        raise ValueError(f"r is {r.value:g}, and ln 2 + q - g ln 4 is {made:g}; take all three of the same trainings")
+    room = law.contrast(-1, 2)
+    left_joint = linear_combination([(1 / LN2, q), (1.0, room)])
+    return Shares(
+        load=linear_combination([(-1 / LN2, q)]),
+        persistence=linear_combination([(LN4 / LN2, g)]),
+        left_layers=linear_combination([(1 / LN2, r)]),
+        geometry=law.contrast(2, -2),
+        width=linear_combination([(-1.0, law.beta)], constant=1.0),
+        left_joint=left_joint,
+        gap=None if log_ratio is None else log_ratio.value / LN2 - left_joint.value,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class FeatureRows:
         n_features = grouped.encoder_GFN.shape[1]
         both = [one.detach() for one in (grouped.encoder_GFN, grouped.decoder_GFN)]
         center_LD = grouped.center_GN.detach().reshape(-1, d_model).expand(n_layers, d_model)
-        if grouped.encoder_GFN.shape[2] == n_layers * d_model:
+        if not dictionary.is_bank:
             encoder, decoder = (one.view(n_features, n_layers, d_model) for one in both)
             return cls(encoder, decoder, layers.expand(n_features, n_layers), center_LD)
         encoder, decoder = (one.expand(n_layers, -1, -1).reshape(-1, 1, d_model) for one in both)
@@ -62,6 +63,10 @@ class FeatureRows:
         """What rows hold, by layer, zero where a feature has none, `[F, L]`."""
         out_FL = values_FK.new_zeros(len(values_FK), len(self.center_LD))
         return out_FL.scatter_(1, self.layer_FK.to(values_FK.device), values_FK)
+
+    def norm_FL(self) -> np.ndarray:
+        """Norms of what features write, by layer, in the scale of the inputs."""
+        return self.on_layers(self.decoder_FKD.float().norm(dim=2)).cpu().numpy()
 
     def parts(self, x_BLD: Tensor, token_P: Tensor, feature_P: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What each layer adds to the pre-activation of features at tokens, `<encoder_l, x_l - center_l>`, some pairs

@@ -14,12 +14,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-import triton_kernels
 from crosscoder.data.sources import Marked
 from crosscoder.dictionary import Dictionary, LayerwiseSAE, SparseCode
 from crosscoder.measure import counting, matching, profile
 from crosscoder.measure.profile import known_mean, participation_ratio
 from crosscoder.measure.reading import Reading
+from crosscoder.measure.rows import FeatureRows
 from crosscoder.results.table import Place, Row, rows_at
 
 
@@ -40,7 +40,6 @@ class Spreads:
     use_F: np.ndarray
 
     def only(self, kept_F: np.ndarray) -> Spreads:
-        """Of some features."""
         return Spreads(*(value_F[kept_F] for value_F in vars(self).values()))
 
 
@@ -51,24 +50,19 @@ class Uses:
     """
 
     def __init__(self, dictionary: Dictionary) -> None:
-        grouped, config = dictionary.grouped(), dictionary.config
-        self.shape = config.n_layers, config.d_model
-        self.joint = grouped.encoder_GFN.shape[2] == config.n_layers * config.d_model and config.n_layers > 1
-        self._encoder_FLD = grouped.encoder_GFN[0].detach().unflatten(1, self.shape) if self.joint else None
-        self._center_LD = grouped.center_GN[0].detach().view(self.shape) if self.joint else None
-        self.square_FL = torch.zeros(config.n_features, config.n_layers, dtype=torch.float64)
+        self.rows = FeatureRows.of(dictionary)
+        self.joint = self.rows.layer_FK.shape[1] > 1
+        self.square_FL = torch.zeros(self.rows.layer_FK.shape, dtype=torch.float64)
 
     @torch.no_grad()
     def __call__(self, batch: Marked, code: SparseCode) -> None:
-        if self._encoder_FLD is None or self._center_LD is None:
+        if not self.joint:
             return
-        active_P = (code.values > 0) & batch.kept_B[code.rows()]
-        features_p = code.features[active_P].long().cpu()
-        x_BLD = batch.x_BLD.to(self._encoder_FLD.dtype) - self._center_LD
-        for layer in range(self.shape[0]):
-            given = (x_BLD[:, layer].contiguous(), code.features, code.offsets)
-            part_P = triton_kernels.gather_dot(*given, self._encoder_FLD[:, layer].contiguous())
-            self.square_FL[:, layer].index_add_(0, features_p, part_P[active_P].double().square().cpu())
+        row_P = code.rows()
+        active_P = (code.values > 0) & batch.kept_B[row_P]
+        feature_p = code.features[active_P].long()
+        for here, part_pL in self.rows.parts(batch.x_BLD, row_P[active_P], feature_p):
+            self.square_FL.index_add_(0, feature_p[here].cpu(), part_pL.double().square().cpu())
 
     def shares(self) -> np.ndarray:
         """Of each layer, `[F, L]`; rows of zeros where nothing was gathered."""
@@ -119,8 +113,7 @@ def make_side(
         writable_F = np.full(len(kept), n_layers)
         if masks is not None:
             writable_F = masks.write.any(2).sum(1).numpy()[kept]
-        encoder_FLD = dictionary.grouped().encoder_GFN[0].detach().unflatten(1, uses.shape).float().cpu().numpy()
-        read_F = participation_ratio(profile.layer_profile(encoder_FLD))[kept]
+        read_F = participation_ratio(profile.layer_profile(uses.rows.encoder_FKD.float().cpu().numpy()))[kept]
         use_F = participation_ratio(uses.shares()[kept])
     else:
         writable_F, read_F, use_F = (np.ones(len(kept)) for _ in range(3))

@@ -126,8 +126,7 @@ def feature_shares(dictionary: Dictionary, features: Sequence[int], kind: str) -
     layers hold is their own features'.
     """
     row_nLD = dictionary.decoder_FLD()[torch.tensor(list(features))].float() / dictionary.input_scale[:, None]
-    reads_all = dictionary.grouped().encoder_GFN.shape[2] == dictionary.config.n_layers * dictionary.config.d_model
-    if kind == "write" or not reads_all:
+    if kind == "write" or dictionary.is_bank:
         return row_nLD
     return torch.cat([row_nLD[:, :1], row_nLD.diff(dim=1)], dim=1)
 

@@ -106,9 +106,6 @@ def signed_ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
 
     The method of variance recovery for ratios (Donner and Zou 2012, equation 9), from intervals alone; for a known
     denominator it divides both ends.
-
-    Raises:
-        ValueError: the denominator's interval reaches 0, or it is wider above than its value.
     """
     top, bottom = numerator, denominator
     if not (bottom.low > 0 and bottom.high < 2 * bottom.value):

@@ -32,11 +32,7 @@ class Agreement:
 
 
 def agreement(correlation: Similarity | np.ndarray) -> Agreement:
-    """Best matches in both directions of correlations `[Fa, Fb]`.
-
-    Raises:
-        ValueError: a side has no features.
-    """
+    """Best matches in both directions of correlations `[Fa, Fb]`."""
     if 0 in correlation.shape:
         raise ValueError(f"correlations have shape {correlation.shape}; both subjects need alive features")
     found = nearest(correlation)
@@ -69,9 +65,6 @@ def circular_shifts(document_T: np.ndarray, n_draws: int, *, seed: int) -> np.nd
     """`n_draws` shifts, each at least the longest document and at most T less that, `[n_draws]`.
 
     `document_T` labels each token's document, documents in one piece.
-
-    Raises:
-        ValueError: the longest document covers half of the tokens or more.
     """
     edges = np.flatnonzero(np.diff(document_T) != 0) + 1
     longest = int(np.diff(np.concatenate([[0], edges, [len(document_T)]])).max())
@@ -83,11 +76,7 @@ def circular_shifts(document_T: np.ndarray, n_draws: int, *, seed: int) -> np.nd
 def shifted_null(
     first: sparse.csc_array, second: sparse.csc_array, document_T: np.ndarray, *, seed: int, n_draws: int
 ) -> np.ndarray:
-    """u of `first` against circularly shifted `second`, one value for each draw, `[n_draws]`.
-
-    Raises:
-        ValueError: a document is too long to shift past.
-    """
+    """u of `first` against circularly shifted `second`, one value for each draw, `[n_draws]`."""
     shifted = (shift_tokens(second, int(shift)) for shift in circular_shifts(document_T, n_draws, seed=seed))
     return np.array([agreement(activation_correlation(first, other)).u for other in shifted])
 
@@ -100,11 +89,7 @@ def pooled_u(first: sparse.csc_array, second: sparse.csc_array, *, seed: int, n_
 
 
 def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Estimate:
-    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact.
-
-    Raises:
-        ValueError: the ceiling's interval reaches the null, so that no scale is left.
-    """
+    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact."""
     return signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
 
 

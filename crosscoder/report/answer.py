@@ -28,7 +28,6 @@ class Arm(NamedTuple):
     filled: bool
 
     def face(self, color: str) -> str:
-        """What fills a mark of this colour."""
         return color if self.filled else "white"
 
 

@@ -10,6 +10,7 @@ from crosscoder.report import panels
 from crosscoder.report.panels import FAINT, PALETTE, describe
 from crosscoder.report.screen import Number, Parts, Screen
 from crosscoder.report.table import (
+    NOTHING,
     WORDS,
     Head,
     Line,
@@ -19,8 +20,8 @@ from crosscoder.report.table import (
     format_number,
     format_range,
     heading,
+    lines_of,
     linked,
-    named,
     prose,
     shown,
     word_heads,
@@ -36,16 +37,8 @@ if TYPE_CHECKING:
 COUNTS = ("dictionary_size", "alive", "dead_share", "distinct", "merged", "ultra_dense", "entropy_load")
 COUNTS += ("per_neuron_layer", "per_neuron_joint", "l0_token", "l0_token_layer", "explained_variance")
 SPREADS = ("spread_norm", "spread_model", "spread_connection", "spread_read", "spread_use")
-FOUND = (
-    "found_share",
-    "found_null",
-    "beyond_null",
-    "found_best",
-    "found_best_null",
-    "partnered_share",
-    "partnered_null",
-)
-FOUND += ("written_share", "written_null")
+FOUND = ("found_share", "found_null", "beyond_null", "found_best", "found_best_null", "partnered_share")
+FOUND += ("partnered_null", "written_share", "written_null")
 PAIRS = ("between_matched", "between_matched_share", "between_chapman", "between_cosine", "between_alike")
 PAIRS += ("between_rate_ratio", "between_rate_sd", "tokens_common")
 OF_SIDES = ("alive", "dictionary_form", "dictionary_sites", "strongest_layers", "found_in")
@@ -57,11 +50,7 @@ SECTIONS |= {"dictionaries": ("what", "counts"), "origin": ("provenance",)}
 
 
 def parts(results: Results) -> Parts:
-    """The page of a comparison.
-
-    Raises:
-        ValueError: something that a comparison measures is not there.
-    """
+    """The page of a comparison."""
     _check(results)
     tables = {
         "found": _found_table(results),
@@ -102,7 +91,6 @@ def _check(results: Results) -> None:
 
 
 def sides(results: Results) -> list[str]:
-    """The labels of the dictionaries."""
     return [str(row.at.dictionary) for row in results.rows.select("dictionary_path")]
 
 
@@ -120,11 +108,8 @@ def _screen(results: Results) -> Screen:
     tokens = max(results.rows.values("tokens_common"), default=0)
     return Screen(
         question=linked(WORDS["question"]["dictionaries"], n=len(names), tokens=format_number(tokens)),
-        answer=[_answer(results, names, ways), *_which(results, names)],
-        why=[],
-        decides=[],
+        answer=[_answer(results, names, ways), _which(results, names)],
         numbers=list(_numbers(results, ways)),
-        features=Table([], []),
     )
 
 
@@ -143,10 +128,9 @@ def _answer(results: Results, names: list[str], ways: list[tuple[str, str]]) -> 
     return f"{said[0][0].upper()}{said[0][1:]}, and {said[1]}{chance}."
 
 
-def _which(results: Results, names: list[str]) -> Iterator[str]:
+def _which(results: Results, names: list[str]) -> str:
     forms = [f"{name}: {_one(results, 'dictionary_form', name)}" for name in names[:MOST]]
-    more = f"; and {len(names) - MOST} more" if len(names) > MOST else ""
-    yield "; ".join(forms) + more + "."
+    return "; ".join([*forms, *([f"and {len(names) - MOST} more"] if len(names) > MOST else [])]) + "."
 
 
 def _percent(value: float | None) -> str:
@@ -194,7 +178,6 @@ def _found_table(results: Results) -> Table:
 
 
 def _pair_table(results: Results) -> Table:
-    """Every pair, a line each."""
     lines = []
     for row in results.rows.select("between_matched"):
         cells = [_cell(results, key, row.at) for key in PAIRS]
@@ -212,21 +195,15 @@ def _cell(results: Results, key: str, at: Place) -> Value:
 
 def _side_table(results: Results, keys: tuple[str, ...]) -> Table:
     """A line a quantity, a column a dictionary."""
-    names, lines = sides(results), []
-    for key in keys:
-        found = [_one(results, key, name) for name in names]
-        if any(value is not None for value in found):
-            lines.append(Line([named(key), *map(format_range, found)]))
+    names = sides(results)
+    lines = lines_of((key, [_one(results, key, name) for name in names]) for key in keys)
     return Table([*word_heads(""), *map(Head, names)], lines, wide=False)
 
 
 def _what_table(results: Results) -> Table:
-    """What each dictionary is."""
     keys = ("dictionary_path", "dictionary_form", "dictionary_rule", "dictionary_reads")
     lines = [Line([words(name), *(prose(_one(results, key, name)) for key in keys)]) for name in sides(results)]
-    return Table(
-        [Head("", word=True), *(Head(h.text, h.definition, word=True) for h in map(heading, keys))], lines, wide=False
-    )
+    return Table([*word_heads(""), *(heading(key, word=True) for key in keys)], lines, wide=False)
 
 
 def _stable_table(results: Results) -> Table:
@@ -248,16 +225,8 @@ def _place_table(results: Results, a: str, b: str) -> Table:
     anywhere = _one(results, "found_by_layer", a, b)
     lines = []
     for label, count, shares, known in zip(own, counts, found, anywhere, strict=True):
-        cells = [Value(_percent(share) if count else "–") for share in shares]
-        lines.append(
-            Line(
-                [
-                    words(f"layer {label}", f"{format_number(int(count))} features"),
-                    *cells,
-                    Value(_percent(known) if count else "–"),
-                ]
-            )
-        )
+        cells = [Value(_percent(share) if count else NOTHING) for share in (*shares, known)]
+        lines.append(Line([words(f"layer {label}", f"{format_number(int(count))} features"), *cells]))
     total = [Value(_percent(share)) for share in _one(results, "found_in_layers", a, b)]
     lines.append(Line([words("all"), *total, Value(_percent(_one(results, "found_share", a, b)))]))
     heads = [Head(f"in layer {label}", "found_layers") for label in other]
@@ -279,11 +248,9 @@ def draw_found(results: Results) -> Figure | None:
         for key, null, shift, filled in marks:
             value, chance = (_one(results, one, *way) for one in (key, null))
             if value is not None:
-                color = PALETTE[0] if filled else PALETTE[1]
-                label = ("by activity" if filled else "by what is written") if y == len(ways) else None
-                ax.plot(
-                    [value], [y + shift], "D", color=color, markerfacecolor=color if filled else "white", label=label
-                )
+                color, said = (PALETTE[0], "by activity") if filled else (PALETTE[1], "by what is written")
+                look = {"markerfacecolor": color if filled else "white", "label": said if y == len(ways) else None}
+                ax.plot([value], [y + shift], "D", color=color, **look)
             if isinstance(chance, Estimate):
                 label = "chance" if y == len(ways) and filled else None
                 ax.plot([chance.low, chance.high], [y + shift] * 2, color=FAINT, linewidth=1.4)

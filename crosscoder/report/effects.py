@@ -16,7 +16,6 @@ from crosscoder.report.panels import FAINT, INK, describe
 from crosscoder.report.screen import Number, Parts, Screen
 from crosscoder.report.table import (
     WORDS,
-    Head,
     Line,
     Phrase,
     Table,
@@ -80,10 +79,7 @@ def _screen(results: Results, known: list[dict[str, Any]]) -> Screen:
             WORDS["question"]["effects"], n=len({one["feature"] for one in by_feature(results)}), tokens=tokens
         ),
         answer=answer,
-        why=[],
-        decides=[],
         numbers=list(_numbers(known)) if known else [],
-        features=Table([], []),
     )
 
 
@@ -120,9 +116,9 @@ def _table(found: list[dict[str, Any]]) -> Table:
         cells = [_cell(one.get(key)) for key in SHOWN]
         texts = [prose(", ".join(one.get(key) or [])) for key in ("effect_down", "effect_up")]
         lines.append(Line([words(f"{one['feature']}", at), *cells, *texts]))
-    tokens = (heading("effect_down"), heading("effect_up"))
-    heads = [*map(heading, SHOWN), *(Head(one.text, one.definition, word=True) for one in tokens)]
-    return Table([*word_heads("feature"), *heads], lines, WORDS["notes"]["effects"])
+    heads = [*word_heads("feature"), *map(heading, SHOWN)]
+    heads += [heading(key, word=True) for key in ("effect_down", "effect_up")]
+    return Table(heads, lines, WORDS["notes"]["effects"])
 
 
 def _cell(value: Any) -> Value:

@@ -33,7 +33,6 @@ EQUALLY = {"fvu": "variance", "loss": "loss"}
 SPREADS = ("causal_layers", "mean_rho_model", "mean_rho")
 WIDTH = 5.0  # inches of the first picture, which a telephone shows whole
 SMALLEST, LARGEST = 0.2, 5.0  # of the axis of ratios
-NO_CLIP = (-math.inf, math.inf)
 
 
 class Mark(NamedTuple):

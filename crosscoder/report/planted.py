@@ -24,7 +24,6 @@ WORDS = (
 
 
 def write_page(results: Results, folder: Path) -> None:
-    """Write `report.md` and its picture."""
     rows, config = results.rows, results.provenance.config
     markdown = render_markdown(
         "planted.md.j2",
@@ -52,7 +51,6 @@ def by_estimator(rows: LongTable) -> dict[Place, LongTable]:
 
 
 def name_of(at: Place) -> str:
-    """An estimator in words."""
     return "crosscoder" if at.estimator is None else f"bank, {at.estimator.replace('-', ' ')}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.measure.statistics import exponentiate
@@ -64,10 +64,10 @@ class Screen:
 
     question: Phrase
     answer: list[str]
-    why: list[Phrase]
-    decides: list[Phrase]
     numbers: list[Number]
-    features: Table
+    why: list[Phrase] = field(default_factory=list)
+    decides: list[Phrase] = field(default_factory=list)
+    features: Table = field(default_factory=lambda: Table([], []))
     more: str = ""
     """How many requirements are not named."""
 
@@ -98,7 +98,6 @@ class Parts:
 
 
 def first_screen(results: Results) -> Screen:
-    """The first screen of a study."""
     verdict = results.verdict
     decides, left = ([], 0) if verdict is None else _decides(verdict)
     return Screen(

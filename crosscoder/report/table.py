@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,12 @@ def linked(text: str, **values: Any) -> Phrase:
     return [(piece.format(**values), key) for piece, key in (*pieces, (text[end:], None)) if piece]
 
 
-def heading(key: str, words: str | None = None) -> Head:
-    """The column of a quantity, which links to its definition."""
-    return Head(words or QUANTITIES[key].words, definition=key)
+def heading(key: str, words: str | None = None, *, word: bool = False) -> Head:
+    """The column of a quantity, which links to its definition; `word`: of words."""
+    return Head(words or QUANTITIES[key].words, definition=key, word=word)
 
 
 def word_heads(*names: str) -> list[Head]:
-    """Columns of words."""
     return [Head(name, word=True) for name in names]
 
 
@@ -108,7 +107,6 @@ def state_heads(states: Sequence[str]) -> list[Head]:
 
 
 def words(text: str, detail: str = "", *, definition: str | None = None, mark: str = "") -> Value:
-    """A cell of words."""
     return Value(text, detail, "word", mark, definition)
 
 
@@ -120,6 +118,12 @@ def prose(text: str | None) -> Value:
 def named(key: str, said: str | None = None) -> Value:
     """The first cell of a line about one quantity, which links to its definition."""
     return words(said or QUANTITIES[key].words, definition=key)
+
+
+def lines_of(found: Iterable[tuple[str, Sequence[Any]]], group: str = "") -> list[Line]:
+    """A line a quantity with its values; none where there is no value."""
+    known = [(key, values) for key, values in found if any(value is not None for value in values)]
+    return [Line([named(key), *map(format_range, values)], group) for key, values in known]
 
 
 def sign(met: str) -> Value:

@@ -24,6 +24,7 @@ from crosscoder.report.table import (
     format_number,
     format_range,
     heading,
+    lines_of,
     named,
     state_heads,
     state_term,
@@ -64,10 +65,8 @@ def null_table(results: Results) -> Table:
                     lines.append((key, found, f"{name}, {SITE_NAME[site]}"))
     states = [state for state in STATES if state in seen]
     heads = [*word_heads(""), *state_heads(states)]
-    cells = [
-        Line([named(key), *(format_range(found.get(state)) for state in states)], group) for key, found, group in lines
-    ]
-    return Table(heads, cells, WORDS["notes"]["ranges"], wide=False, terms=("scale",))
+    rows = [line for key, found, group in lines for line in lines_of([(key, [found.get(s) for s in states])], group)]
+    return Table(heads, rows, WORDS["notes"]["ranges"], wide=False, terms=("scale",))
 
 
 def found_table(results: Results) -> Table:
@@ -86,8 +85,7 @@ def found_table(results: Results) -> Table:
             fills = [one is None or one.low <= FULL for one in dead]
             full = full or any(fills)
             found = [None if fill else one for one, fill in zip(found, fills, strict=True)]
-        if any(found):
-            lines.append(Line([named(key), *map(format_range, found)]))
+        lines += lines_of([(key, found)])
     note = f"{WORDS['notes']['ranges']} {WORDS['notes']['full'] if full else ''}".strip()
     return Table([*word_heads(""), *map(Head, columns)], lines, note)
 
@@ -169,11 +167,8 @@ def room_table(results: Results) -> Table:
 def law_table(results: Results) -> Table:
     """How room grows with width and depth, in both units."""
     units = [one for one in ("model", "scaled") if len(results.rows.select("room_beta", estimator=one))]
-    lines = []
-    for key in ("room_beta", "room_delta", "room_excess_depth", "room_misfit"):
-        values = [results.rows.one(key, estimator=one) for one in units]
-        if any(value is not None for value in values):
-            lines.append(Line([named(key), *map(format_range, values)]))
+    keys = ("room_beta", "room_delta", "room_excess_depth", "room_misfit")
+    lines = lines_of((key, [results.rows.one(key, estimator=one) for one in units]) for key in keys)
     return Table(word_heads("", *({"model": "model's units", "scaled": "scaled"}[one] for one in units)), lines)
 
 

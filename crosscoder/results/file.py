@@ -125,12 +125,7 @@ def document(results: Results) -> dict[str, Any]:
 
 
 def from_document(value: Any) -> Results:
-    """The results of a plain value that someone else may have written.
-
-    Raises:
-        ValueError: it is of another schema, or something in it is not what it should be; the path, what was seen and
-            what was expected are named.
-    """
+    """The results of a plain value that someone else may have written."""
     value = _without_old_rows(value) if isinstance(value, dict) and value.get("schema") == OLD_SCHEMA else value
     holders = (value, value.get("provenance")) if isinstance(value, dict) else ()
     for holder in holders:  # version 2 kept its schema in the provenance
@@ -216,13 +211,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows that `write_rows` wrote.
-
-    Raises:
-        ValueError: the file is damaged, changed since it was written, of another schema, or holds a value that its key
-            does not allow.
-        FileNotFoundError: there is none.
-    """
+    """The rows that `write_rows` wrote."""
     mend = "delete the file to run the cell again"
     value = read_json(path)
     if isinstance(value, dict) and value.get("schema") == CELL_SCHEMA:
@@ -232,11 +221,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def to_blocks(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Plain values of rows, in their order.
-
-    Raises:
-        ValueError: a key stands twice at one place.
-    """
+    """Plain values of rows, in their order."""
     blocks = []
     for at, group in groupby(rows, key=lambda row: row.at):
         values: dict[str, Any] = {}
@@ -250,12 +235,7 @@ def to_blocks(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def from_blocks(blocks: Any, path: str = "rows") -> list[Row]:
-    """The rows of blocks that someone else may have written.
-
-    Raises:
-        ValueError: a place, a key or a value is not what it should be; its path, what was seen and what was expected
-            are named.
-    """
+    """The rows of blocks that someone else may have written."""
     rows: dict[tuple[Place, str], Row] = {}
     for i, block in enumerate(_read_as(list[Block], blocks, path)):
         at, here = block["at"], f"{path}[{i}].values"

@@ -31,11 +31,7 @@ class Quantity:
 
 
 def read_once(path: Path) -> dict[str, dict[str, Any]]:
-    """The groups of a TOML file, whose keys are all different.
-
-    Raises:
-        ValueError: two groups define the same key.
-    """
+    """The groups of a TOML file, whose keys are all different."""
     groups = tomllib.loads(path.read_text(encoding="utf-8"))
     home: dict[str, str] = {}
     for group, entries in groups.items():
@@ -56,11 +52,7 @@ NOTES: dict[str, str] = {key: sentence for group in TERMS.values() for key, sent
 
 
 def definition(key: str) -> str:
-    """The sentences that define a quantity or a term.
-
-    Raises:
-        KeyError: it is neither.
-    """
+    """The sentences that define a quantity or a term."""
     return QUANTITIES[key].definition if key in QUANTITIES else NOTES[key]
 
 

@@ -50,11 +50,7 @@ else:
 @closed
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval, of confidence `CONFIDENCE`; where nothing could vary, `low == high == value`.
-
-    Raises:
-        ValueError: the interval is the wrong way round.
-    """
+    """A value and its interval, of confidence `CONFIDENCE`; where nothing could vary, `low == high == value`."""
 
     value: Number
     low: Number
@@ -153,9 +149,6 @@ class Row:
     """One number.
 
     `value` is None where the quantity is undefined or was not measured; `missing` may then say why.
-
-    Raises:
-        ValueError: the key is in no definition.
     """
 
     at: Place
@@ -174,7 +167,9 @@ def rows_at(at: Place, values: Mapping[str, Value]) -> list[Row]:
 
 
 def finite(value: Any) -> Any:
-    """`value`, or None for a number or an estimate that is not finite, as JSON can say."""
+    """`value`, or None for a number or an estimate that is not finite, as JSON can say; a list with its own so."""
+    if isinstance(value, list):
+        return [finite(one) for one in value]
     if isinstance(value, Estimate):
         return value if value.finite else None
     if hasattr(value, "item"):  # a numpy or torch scalar
@@ -214,11 +209,7 @@ class LongTable:
         return [row.value for row in self.select(key, **where) if row.value is not None]
 
     def one(self, key: str, **where: Any) -> Any:
-        """The only value of a key at a place; None where there is none.
-
-        Raises:
-            ValueError: there are several rows.
-        """
+        """The only value of a key at a place; None where there is none."""
         found = self.select(key, **where)
         if len(found) > 1:
             places = "; ".join(str(row.at.known()) for row in found.rows[:3])

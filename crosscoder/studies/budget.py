@@ -116,7 +116,6 @@ class DictionaryBudget:
         return getattr(self, f"k_{arm}")
 
     def sparsity(self, arm: Arm) -> Sparsity:
-        """The selection rule of one arm."""
         coefficient = {} if self.penalty is None else {"coefficient": self.penalty}
         match self.selection:
             case "topk":

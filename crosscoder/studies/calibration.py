@@ -21,16 +21,15 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from crosscoder.data.planted import PlantedSource
 from crosscoder.data.residuals import estimate_scales
-from crosscoder.data.world import World
+from crosscoder.data.world import PlantedSource, World
 from crosscoder.data.world_pair import SIDES, PairConfig, Side, WorldPair
 from crosscoder.foundation.config import config as settings
 from crosscoder.measure import counting, recovery
 from crosscoder.measure.reading import Reading, read_dictionary
 from crosscoder.results.table import Arm, LongTable, Place, Row, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, of_other_k
-from crosscoder.studies.cells import fit, fit_many, held_out
+from crosscoder.studies.cells import fit_many, held_out
 from crosscoder.studies.folder import StudyFolder, study_folder
 from crosscoder.studies.presets import Shape, StudyConfig
 from crosscoder.training import TrainConfig
@@ -104,8 +103,8 @@ class FitConfig:
         )
         training = TrainConfig(**given, log_every=self.steps)
         where: dict[str, Any] = {"device": device, "folder": folder}
-        dictionary, batches = fit(arm, source, budget, seed=seed, training=training, **where)
-        return read_dictionary(dictionary, batches())
+        (dictionary,) = fit_many(arm, source, [(budget, seed)], training=training, **where)
+        return read_dictionary(dictionary, held_out(source, device))
 
 
 def log_uniform_bounds(mean: float, ratio: float) -> tuple[float, float]:
@@ -147,7 +146,6 @@ class CalibrationConfig:
 
     @property
     def n_planted(self) -> int:
-        """Features of the pair."""
         return max(2, round(PLANTED_SHARE * self.budget.n_features))
 
     @property
@@ -164,7 +162,6 @@ class CalibrationConfig:
         return (main, *of_other_k(main, arm, ks[1:]))
 
     def pair(self) -> PairConfig:
-        """Both worlds."""
         k = self.n_active
         low, high = log_uniform_bounds(k / self.n_planted, PROBABILITY_RANGE)
         if high > MOST_FREQUENT:

@@ -6,7 +6,7 @@ again. Both arms of a comparison read the same tokens in the same order: a dicti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,11 +27,11 @@ from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.origin import MismatchError, Null, require_same
 from crosscoder.foundation.signals import safe_points
 from crosscoder.foundation.tensors import load_tensors
-from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest, twins
+from crosscoder.measure import causal, counting, dimension, labels, profile, stability, strongest
 from crosscoder.measure.reading import Reading, Watch, minimum_probability, read_dictionary, save_reading
 from crosscoder.measure.splice import splice_losses
 from crosscoder.measure.welch import FEWEST_DOCUMENTS
-from crosscoder.results.table import COMPARED, Arm, Place, Role, Row, Site, State, finite, rows_at
+from crosscoder.results.table import COMPARED, Arm, Place, Role, Row, Site, State, rows_at
 from crosscoder.studies.budget import CLASSES, DictionaryBudget, PartialStructure, WholeStructure
 from crosscoder.studies.stores import UNFINISHED, Stores
 from crosscoder.training import Frozen, TrainConfig, train_many, train_warm_chain
@@ -85,7 +85,6 @@ class Cell:
 
     @property
     def n_dictionaries(self) -> int:
-        """How many are trained."""
         return len(self.seeds) + len(self.beside)
 
     @property
@@ -248,27 +247,6 @@ def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: 
     return dictionary
 
 
-def fit(
-    arm: Arm,
-    source: Source,
-    budget: DictionaryBudget,
-    *,
-    seed: int,
-    training: TrainConfig | None = None,
-    label: str = "",
-    device: str = "cpu",
-    folder: Path | None = None,
-) -> tuple[Any, Callable[[], Iterator[Tensor]]]:
-    """A dictionary trained on `source`, and what gives the held-out batches, each time from the first on.
-
-    training: the trainer's settings where they are not the budget's.
-    folder: what a training that is stopped goes on from.
-    """
-    plans = [(budget, seed)]
-    (dictionary,) = fit_many(arm, source, plans, training=training, label=label, device=device, folder=folder)
-    return dictionary, lambda: held_out(source, device)
-
-
 def fit_many(
     arm: Arm,
     source: Source,
@@ -283,6 +261,7 @@ def fit_many(
 
     The same numbers as one by one. Budgets may differ in size, k and data order alone: the first says how all are
     trained. What took long goes on in `folder` after a stop, and is to be removed once nothing more comes of it.
+    training: the trainer's settings where they are not the budget's.
     """
     dictionaries = [new_dictionary(arm, source, budget, seed=seed) for budget, seed in plans]
     first = plans[0][0]
@@ -318,7 +297,7 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
     """
     values = counting.count_features(reading, alike=at.role != "k") | {
         "explained_variance": reading.explained_variance,
-        "explained_variance_per_layer": [finite(value) for value in reading.explained_variance_L],
+        "explained_variance_per_layer": reading.explained_variance_L.tolist(),
         "l0_token": reading.l0,
         "l0_token_layer": reading.l0_layer,
         "threshold": dictionary.threshold.tolist() if isinstance(dictionary.config.sparsity, BatchTopK) else None,
@@ -326,10 +305,10 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
     if text is not None:
         assert reading.explained_left_E is not None
         left = {"entropy_load": counting.load_left(reading, text), "explained_variance": reading.explained_left_E}
-        values |= {f"{key}_left": [finite(value) for value in left_E.tolist()] for key, left_E in left.items()}
+        values |= {f"{key}_left": left_E.tolist() for key, left_E in left.items()}
     if (found := reading.outliers) is not None:
         values |= {
-            "explained_variance_usual": finite(found.explained_variance_usual),
+            "explained_variance_usual": found.explained_variance_usual,
             "explained_variance_every": found.explained_variance_every,
             "outlier_share": found.share,
             "outlier_share_per_layer": found.share_L.tolist(),
@@ -344,7 +323,7 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
 def _direction_values(dictionary: Dictionary, reading: Reading) -> dict[str, Any]:
     """Layers that features occupy in the subject's own units, twins, and the density with and without these."""
     own_FLD = reading.decoder_FLD / dictionary.input_scale.cpu().numpy()[:, None]
-    is_twin_F = twins.find_twins(reading.decoder_FLD)
+    is_twin_F = profile.find_twins(reading.decoder_FLD)
     parts = {"raw_density": reading, "raw_density_rest": reading.only(~is_twin_F)}
     rooms = {key: dimension.effective_dimension(part.decoder_FLD) for key, part in parts.items()}
     loads = {key: float(counting.binary_entropy(part.probability_F).sum()) for key, part in parts.items()}
@@ -383,11 +362,7 @@ def evaluate_dictionary(
 
 
 def require_source(dictionary: Dictionary, source: Source, *, owner: str = "the dictionary") -> None:
-    """Refuse a source that a trained dictionary does not belong to.
-
-    Raises:
-        MismatchError: the source holds something else than what the dictionary reads, or is at another scale.
-    """
+    """Refuse a source that a trained dictionary does not belong to."""
     require_same(dictionary.reads, source.reads, owner=owner, given="the activations")
     shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
     if shape != expected:

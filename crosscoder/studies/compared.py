@@ -56,10 +56,6 @@ def compare_dictionaries(
     decoder rows and activity. A dictionary of other layers than another is read at its own.
 
     raw_inputs: those that keep no scale of their inputs read activations as the model gives them.
-
-    Raises:
-        MismatchError: a dictionary was made to read something else; names it, and what would be right.
-        ValueError: fewer than two dictionaries, or one of which no feature is alive.
     """
     if not 2 <= len(paths) <= MOST:
         raise ValueError(f"{len(paths)} dictionaries are given; expected two or more, at most {MOST}")

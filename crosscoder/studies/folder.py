@@ -52,21 +52,17 @@ class Measured(Protocol):
     @property
     def n_dictionaries(self) -> int:
         """How many are trained."""
-        ...
 
     @property
     def name(self) -> str:
         """A file name of its own."""
-        ...
 
     @property
     def read(self) -> tuple[str, int, State]:
         """The activations that it reads."""
-        ...
 
     def measure(self, store: Stores, folder: Path, *, device: str = "cpu") -> list[Row]:
         """Its rows."""
-        ...
 
 
 STATES: tuple[State, ...] = ("trained", "untrained")
@@ -99,11 +95,7 @@ class StudyFolder:
 
     @contextlib.contextmanager
     def alone(self, part: str = "") -> Generator[None]:
-        """Nobody else works on this study meanwhile, but on other parts of it if this is one.
-
-        Raises:
-            InUseError: somebody does.
-        """
+        """Nobody else works on this study meanwhile, but on other parts of it if this is one."""
         with signals.watching(), locked(self.root, shared=bool(part)):
             if part:
                 with locked(self.root, name=f".lock-part-{part}"):

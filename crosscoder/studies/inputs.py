@@ -15,11 +15,7 @@ INPUTS = "inputs.json"
 
 
 def require_inputs(folder: Path, **hashes: str) -> None:
-    """Keep the hashes of a study's inputs in its folder, or compare them with those that its tokens were made from.
-
-    Raises:
-        MismatchError: an input was replaced since; names it.
-    """
+    """Keep the hashes of a study's inputs in its folder, or compare them with those that its tokens were made from."""
     path = folder / INPUTS
     if not path.is_file() or not (folder / "tokens" / "held_out").is_dir():
         write_sealed(path, hashes)
@@ -38,11 +34,7 @@ def require_inputs(folder: Path, **hashes: str) -> None:
 
 
 def text_hash(source: str) -> str:
-    """sha256 of the names and bytes of a text's files; of a data set on the Hub, which is not read here, its name's.
-
-    Raises:
-        FileNotFoundError: a path at which nothing is.
-    """
+    """sha256 of the names and bytes of a text's files; of a data set on the Hub, which is not read here, its name's."""
     unused_settings(source)
     home = Path(source)
     if source == DEMO_SOURCE and (spec := importlib.util.find_spec(source)) and spec.submodule_search_locations:

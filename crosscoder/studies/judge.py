@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crosscoder.measure import decomposition, room
+from crosscoder.measure import room
 from crosscoder.measure.comparison import ShapeReadings, compare_shapes
 from crosscoder.measure.reading import common_tokens, load_reading
 from crosscoder.results.table import COMPARED, Estimate, LongTable, Place, Row, finite
@@ -105,7 +105,7 @@ def share_rows(found: evidence.Statistics, table: LongTable, shapes: Mapping[str
         known = [one for one in (q, g, r) if isinstance(one, Estimate)]
         if len(known) < 3 or isinstance(law, str):
             continue
-        shares = decomposition.shares_of_ln2(
+        shares = room.shares_of_ln2(
             q=known[0], g=known[1], r=known[2], law=law, log_ratio=ratio if isinstance(ratio, Estimate) else None
         )
         for name in ("load", "persistence", "left_layers", "geometry", "width", "left_joint"):

@@ -92,7 +92,6 @@ class SubjectsConfig:
             )
 
     def shapes(self) -> dict[str, Shape]:
-        """The subjects by name."""
         return {"A": self.a, "B": self.b} | dict(zip(GRID_NAMES, self.grid))
 
     def runs(self) -> dict[Run, SubjectConfig]:

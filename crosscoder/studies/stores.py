@@ -7,10 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
+from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import stored_source
 from crosscoder.data.sources import SiteSource
-from crosscoder.data.stream import stream_source
+from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, load_untrained
+from crosscoder.data.tokens import TokenBlocks
 from crosscoder.results.table import Site
 
 UNFINISHED = "unfinished"
@@ -33,17 +35,11 @@ class Streamed:
     loading: Loading = USUAL_LOADING
 
     def source(self, site: Site, device: str) -> SiteSource:
-        """The activations of one site."""
-        return stream_source(
-            self.model(device),
-            self.tokens,
-            kind=site,
-            layers=self.layers,
-            blocks_path=self.blocks_path,
-            keep_outliers=self.keep_outliers,
-            max_tokens=self.most[0],
-            max_held_out_tokens=self.most[1],
-        )
+        how = {"layers": self.layers, "blocks_path": self.blocks_path, "keep_outliers": self.keep_outliers}
+        harvester = ResidualHarvester(self.model(device), **how)  # ty: ignore[invalid-argument-type]
+        train, held_out = (TokenBlocks.load(self.tokens / split) for split in ("train", "held_out"))
+        other = ActivationStream(harvester, held_out, max_tokens=self.most[1], ahead=False)
+        return SiteSource(ActivationStream(harvester, train, max_tokens=self.most[0]), other, site)
 
     def model(self, device: str) -> nn.Module:
         """The model, trained or with weights drawn anew."""

@@ -29,11 +29,10 @@ from crosscoder.foundation.artifact import (
 )
 from crosscoder.foundation.console import say
 from crosscoder.foundation.damage import reading
-from crosscoder.foundation.disk import naming_full_disk
+from crosscoder.foundation.disk import naming_full_disk, require_room
 from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.lock import remove_leftovers
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.foundation.room import require_room
 from crosscoder.foundation.tensors import read_tensors
 from crosscoder.training.curves import draw_curves
 from crosscoder.training.finite import require_sound

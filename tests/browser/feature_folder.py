@@ -98,7 +98,7 @@ def _fill(activity: Activity, feature: int, number_T: np.ndarray, random: np.ran
     activity.fired_F[feature], activity.largest_F[feature] = len(number_T), value_T.max()
     activity.sum_F[feature] = value_T.sum()
     activity.bins_FH[feature, 40:44] = [len(number_T) - 6, 3, 2, 1]
-    activity.in_blocks_F[feature], activity.blocks_F[feature] = 40 * activity.context, 40
+    activity.in_blocks_F[feature] = 40 * activity.context
     activity.parts_FK[feature] = random.standard_normal(activity.parts_FK.shape[1]) + 1
     for kept, key_T in (
         (activity.strongest, value_T),

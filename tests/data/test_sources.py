@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from crosscoder.data.hooks import ModuleEnd, reading, replacing
-from crosscoder.data.planted import PlantedSource
 from crosscoder.data.residuals import ResidualHarvester, estimate_scales
 from crosscoder.data.shards import ActivationShards, stored_source, write_shards
 from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, StackedSource
-from crosscoder.data.stream import ActivationStream, stream_source
+from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import build_subject
+from crosscoder.data.world import PlantedSource
+from crosscoder.studies.stores import Streamed
 
 N_TOKENS = 77  # eleven blocks of eight, the first position skipped
 
@@ -189,10 +190,11 @@ def test_a_stream_mixes_sequences(harvester, blocks):
     assert len((order_T[:14] // 7).unique()) > 2, "the tokens of a sequence must not stay together"
 
 
-def test_a_folder_of_tokens_is_streamed(harvester, blocks, llama, tmp_path):
+def test_a_folder_of_tokens_is_streamed(harvester, blocks, llama, tmp_path, monkeypatch):
     for split in ("train", "held_out"):
         blocks.save(tmp_path / split)
-    source = stream_source(llama, tmp_path, kind="write", layers=(1, 2, 3), max_held_out_tokens=10)
+    monkeypatch.setattr(Streamed, "model", lambda self, device: llama)
+    source = Streamed("", tmp_path, (10**6, 10), layers=(1, 2, 3)).source("write", "cpu")
     assert source.sites == (2, 3)
     assert sum(len(x_BLD) for x_BLD in source.held_out()) == 14
     stream = ActivationStream(ResidualHarvester(llama, layers=[1, 2, 3]), blocks)

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 import crosscoder
-from crosscoder.foundation import failpoints, lock, room, signals
-from crosscoder.foundation.disk import TEMPORARY, temporary_folder
+from crosscoder.foundation import disk, failpoints, lock, signals
+from crosscoder.foundation.disk import TEMPORARY, require_room, temporary_folder
 from crosscoder.foundation.lock import InUseError, locked
-from crosscoder.foundation.room import require_room
 
 ROOT = Path(crosscoder.__file__).parents[1]
 
@@ -215,7 +214,7 @@ def test_no_room_is_found_out_before_and_named(tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported)  # then it is written
-    monkeypatch.setattr(room, "_CHUNK", 1000)
+    monkeypatch.setattr(disk, "_CHUNK", 1000)
     require_room(tmp_path, {"model": 10_001}, what="checkpoint")
     assert not list(tmp_path.iterdir())
 

@@ -100,14 +100,8 @@ def test_the_blocks_that_a_subject_saw():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(ValueError, match="3 or more"):
-        KneserNey(text(2, 2, 0), vocab_size=VOCAB)
-    with pytest.raises(ValueError, match="expected 0 to 2"):
-        KneserNey(text(2, 9, 0), vocab_size=3)
     with pytest.raises(ValueError, match="64-bit"):
         KneserNey(text(2, 9, 0), vocab_size=2**22)
-    with pytest.raises(ValueError, match="order is 4"):
-        KneserNey(text(2, 9, 0), vocab_size=VOCAB).nats(text(1, 9, 0), 4)
     with pytest.raises(MismatchError, match="different tokenizers"):
         ngram_losses(TokenBlocks(text(2, 9, 0), vocab_size=5), TokenBlocks(text(2, 9, 0), vocab_size=6))
 
@@ -139,8 +133,6 @@ def test_a_subject_of_the_current_token_alone_is_a_lookup(subject, tokens):
     found = token_lookup(subject, find_blocks(subject), *tokens)
     assert found.lookup_loss == pytest.approx(found.clean_loss, abs=1e-5)
     assert found.share_kept == pytest.approx(1, abs=1e-4)
-    assert found.unexplained() < 1e-6
-    assert found.unseen_share == 0
 
 
 def writes_of(subject, ids):
@@ -177,14 +169,7 @@ def test_lookup_is_the_embedding_and_the_means_by_hand(subject, tokens, monkeypa
         (clean, lookup, ablated), abs=1e-5
     )
     assert found.share_kept == pytest.approx((ablated - lookup) / (ablated - clean), rel=1e-3)
-    read, wrote = held_out[:, skip:], writes_of(subject, held_out)[:, skip:]
-    error, centred = (wrote - mean[read]).square(), (wrote - wrote.flatten(0, 1).mean(0)).square()
-    assert found.unexplained() == pytest.approx((error.sum() / centred.sum()).item(), rel=1e-5)
-    weight = torch.tensor([9.0, 1.0])[:, None]
-    scaled = (error * weight).sum() / (centred * weight).sum()
-    assert found.unexplained([3.0, 1.0]) == pytest.approx(scaled.item(), rel=1e-5)
-    assert found.unseen_share == pytest.approx(np.mean([counts[int(t)] == 0 for t in read.flatten()]))
-    assert found.unseen_share > 0
+    assert any(counts[int(token)] == 0 for token in held_out[:, skip:].flatten()), "some never came"
 
 
 def test_without_skipped_positions_the_clean_loss_is_the_subject_s(subject, tokens):
@@ -200,8 +185,6 @@ def test_lookup_refuses_what_it_cannot_say(subject, tokens, monkeypatch):
     assert "costs" in token_lookup(subject, blocks, *tokens).share_kept
     with pytest.raises(ValueError, match="no prediction after 9"):
         token_lookup(subject, blocks, *tokens, skip_positions=9)
-    with pytest.raises(ValueError, match="training mode"):
-        token_lookup(subject.train(), blocks, *tokens)
     monkeypatch.setattr(baselines, "TABLE_BYTES", 12 * 2 * 16 * 8 - 1)
     with pytest.raises(ValueError, match="small subjects"):
-        token_lookup(subject.eval(), blocks, *tokens)
+        token_lookup(subject, blocks, *tokens)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from crosscoder.measure import matching
-from crosscoder.measure.twins import find_twins
+from crosscoder.measure.profile import find_twins
 
 WIDTH = 40
 
@@ -40,13 +40,6 @@ def test_a_neighbour_must_be_there_and_be_near():
     assert not find_twins(np.delete(partner, (1, 2), axis=0))[0]
 
 
-def test_units_decide_which_layers_are_occupied():
-    """On layer 3 this feature has no neighbour; in the subject's units it is hardly there."""
-    rows = rows_of([(1, 1, 9), (1, 2, 0), (2, 1, 0)])
-    assert find_twins(rows, joint=0.6).tolist() == [False, False, False]
-    assert find_twins(rows, np.array([1.0, 1.0, 2.0]), joint=0.7).tolist() == [True, False, False]
-
-
 def test_blocks_of_rows_do_not_matter(monkeypatch):
     rows = rows_of([*CODE, (9, 1, 8)])
     expected = find_twins(rows)
@@ -58,7 +51,6 @@ def test_two_layers_need_a_bound_above_a_half():
     """Words that share one of two layers have a joint cosine of .5 where norms are equal, and around it elsewhere."""
     sizes = np.random.default_rng(0).uniform(0.8, 1.25, (3, 3, 2))
     rows = rows_of([((a, sizes[a - 1, b - 1, 0]), (b, sizes[a - 1, b - 1, 1])) for a in (1, 2, 3) for b in (1, 2, 3)])
-    assert not find_twins(rows, joint=0.5).any()
     assert find_twins(rows).all()
 
 
@@ -66,4 +58,3 @@ def test_words_of_two_layers_are_twins_in_dictionaries_of_more():
     """What counts is how many layers the feature occupies, not how many the dictionary has."""
     words = rows_of([(a, b, 0, 0) for a in (1, 2, 3) for b in (1, 2, 3)])
     assert find_twins(words).all()
-    assert not find_twins(words, joint=0.49).any()  # .5 to rounding

@@ -40,7 +40,6 @@ class Lists(NamedTuple):
 
     @property
     def n_chunks(self) -> int:
-        """C."""
         return (self.offsets.numel() - 1) // max(1, self.n_rows)
 
 

@@ -80,11 +80,7 @@ def _rounded(table_RN: Tensor, scale_R: Tensor | None) -> Rows:
 
 
 def _safe_rows(problem: Problem) -> Rows:
-    """The rows in bf16.
-
-    Raises:
-        UnsafeError: not every row can have a certificate.
-    """
+    """The rows in bf16."""
     x = _rounded(problem.x_RN, None)
     safe_R = (x.norm_R > SAFE_NORMS[0]) & (x.norm_R < SAFE_NORMS[1])
     if not bool(safe_R.all()):
@@ -107,9 +103,6 @@ def _scan(x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Par
     """What `listed` finds in slab by slab of rows, of chunk by chunk of features, and the largest margin of each row.
 
     A slab's memory is the next one's.
-
-    Raises:
-        UnsafeError: the encoder cannot be rounded.
     """
     parts: list[Parts] = []
     most_R = torch.zeros_like(x.norm_R)
@@ -138,11 +131,7 @@ def _scan(x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Par
 
 
 def top_k(problem: Problem, k: int) -> Candidates:
-    """At least k features of each row, the k best scores among them.
-
-    Raises:
-        UnsafeError: some rows have no certificate, or the encoder has none.
-    """
+    """At least k features of each row, the k best scores among them."""
     x, slack = _safe_rows(problem), _slack(problem)
     least_R = torch.full_like(x.norm_R, -torch.inf)  # what the k-th best exact score is at least
 
@@ -155,11 +144,7 @@ def top_k(problem: Problem, k: int) -> Candidates:
 
 
 def above(problem: Problem, threshold: float) -> Candidates:
-    """Every feature whose score may exceed `threshold`.
-
-    Raises:
-        UnsafeError: there is no certificate, or the threshold is so low that most features are candidates.
-    """
+    """Every feature whose score may exceed `threshold`."""
     x, slack = _safe_rows(problem), _slack(problem)
     exact = x.norm_R.new_tensor(threshold)
 
@@ -174,9 +159,6 @@ def batch(problem: Problem, wanted: int) -> Candidates:
     """At least `wanted` pairs, the `wanted` largest positive scores of the batch among them.
 
     A sample of the first slab guesses what they reach. The guess was not too high if so many are proven to reach it.
-
-    Raises:
-        UnsafeError: there is no certificate, or the guess was too high or too near 0.
     """
     x, slack = _safe_rows(problem), _slack(problem)
     n_rows, n_features = x.norm_R.numel(), problem.bias_F.numel()
@@ -198,11 +180,7 @@ def batch(problem: Problem, wanted: int) -> Candidates:
 
 
 def _positive(bound_R: Tensor) -> Tensor:
-    """The bounds, if all are above 0: at or below it they would let most features of a row through.
-
-    Raises:
-        UnsafeError: one is not.
-    """
+    """The bounds, if all are above 0: at or below it they would let most features of a row through."""
     if not bool((bound_R > 0).all()):
         raise UnsafeError
     return bound_R

@@ -34,11 +34,7 @@ class Problem(NamedTuple):
 
 
 def problems(encoding: Encoding) -> Iterator[Problem]:
-    """The dictionaries one after the other, centred in the dtype of x.
-
-    Raises:
-        ValueError: some number of x or of the center is not finite.
-    """
+    """The dictionaries one after the other, centred in the dtype of x."""
     x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, _ = encoding
     n_inputs = x_BGN.shape[1]
     for group in range(len(encoder_GFN)):

@@ -41,11 +41,7 @@ def top_k(problem: Problem, k: int) -> Candidates:
 
 
 def above(problem: Problem, threshold: float) -> Candidates:
-    """Every feature whose rounded score reaches `threshold`.
-
-    Raises:
-        UnsafeError: the threshold is not positive, so that most features would be candidates.
-    """
+    """Every feature whose rounded score reaches `threshold`."""
     if not threshold > 0:
         raise UnsafeError
     least = keys_reaching(torch.tensor(threshold))
@@ -53,11 +49,7 @@ def above(problem: Problem, threshold: float) -> Candidates:
 
 
 def batch(problem: Problem, wanted: int) -> Candidates:
-    """At least `wanted` pairs, the `wanted` largest positive rounded scores of the batch among them.
-
-    Raises:
-        UnsafeError: a bound that a sample suggests is too high or not positive.
-    """
+    """At least `wanted` pairs, the `wanted` largest positive rounded scores of the batch among them."""
     kept, scores, bound = [], [], 0.0
     for score_RF in _in_bf16(problem).slabs(SLAB_ELEMENTS):
         if not kept:

@@ -4,6 +4,9 @@ Fused: the scale that clips a gradient, the removal of its part along a unit row
 rounded to the working dtype. Floor: 28 bytes an element in fp32 (30 with a bf16 copy). Without unit rows the tensors
 are walked flat. A unit row longer than 4,096 is walked three times (dot product, update, division) in tiles that should
 still be in the L1 or L2 cache. Deterministic: one program owns a row, and sums it in tile order.
+
+Also squared norms of gradient rows, without their part along given unit rows: what clipping by the norm needs. Floor:
+one read of the gradient and of the unit rows.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ import math
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from triton_kernels.arguments import AdamRows, AdamSettings
 from triton_kernels.gpu import tiles
+from triton_kernels.reference import sum_dtype
 
 
 @tiles.jit
@@ -163,3 +168,41 @@ def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
             *pointers, *numbers, n_rows, width, n_rows // n_scales,
             **flags, ROWS=n_together, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
+
+
+@tiles.jit
+def row_squares_kernel(
+    g_ptr, unit_ptr, squares_ptr, n_rows, width,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    place = row[:, None] * width + column[None, :]
+    squares = tl.full([ROWS, COLUMNS], 0.0, SUM)
+    along = tl.full([ROWS, COLUMNS], 0.0, SUM)
+    for start in range(0, width, COLUMNS):
+        mask = (row < n_rows)[:, None] & (start + column < width)[None, :]
+        g = tl.load(g_ptr + place + start, mask=mask, other=0.0).to(SUM)
+        squares += g * g
+        if UNIT:
+            along += g * tl.load(unit_ptr + place + start, mask=mask, other=0.0).to(SUM)
+    total = tl.sum(squares, axis=1)
+    if UNIT:
+        part = tl.sum(along, axis=1)
+        total = tl.maximum(total - part * part, 0.0)
+    tl.store(squares_ptr + row, total.to(squares_ptr.dtype.element_ty), mask=row < n_rows)
+
+
+def row_squares(gradient_RN: Tensor, unit_RN: Tensor | None, *, untouched: bool = False) -> Tensor:
+    """See `reference.row_squares`: `<g, g> - <g, u>^2`, at least 0, from one read of gradient and unit rows."""
+    n_rows, width = gradient_RN.shape
+    squares = gradient_RN.new_zeros(n_rows, dtype=sum_dtype(gradient_RN.dtype))
+    if not gradient_RN.numel():
+        return squares
+    rows, columns, warps = tiles.row_tile(width)
+    gradient = gradient_RN.contiguous()
+    row_squares_kernel[(tiles.tile_count(n_rows, rows),)](
+        gradient, gradient if unit_RN is None else unit_RN.contiguous(), squares, n_rows, width,
+        UNIT=unit_RN is not None, ROWS=rows, COLUMNS=columns, SUM=tiles.accumulator(gradient.dtype), num_warps=warps,
+    )  # fmt: skip
+    return squares

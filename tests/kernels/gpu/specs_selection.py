@@ -94,7 +94,7 @@ SPECS = [
     rows(1, 4096, 8, 128),
     (ADAM + "adam_long_rows_kernel", ROWS, {**EVERYTHING, "COLUMNS": 4096}, 16, 3, 64),
     (
-        "triton_kernels.gpu.row_squares:row_squares_kernel",
+        "triton_kernels.gpu.adam_rows:row_squares_kernel",
         {"g_ptr": "*fp32", "unit_ptr": "*fp32", "squares_ptr": "*fp32", "n_rows": "i32:16", "width": "i32:16"},
         {"UNIT": True, "ROWS": 1, "COLUMNS": 4096, "SUM": tl.float32},
         16,

@@ -69,11 +69,7 @@ def form() -> str:
 
 
 def compiler_version(command: list[str]) -> str:
-    """The first line that the compiler says about itself.
-
-    Raises:
-        OSError, subprocess.SubprocessError: it cannot be run.
-    """
+    """The first line that the compiler says about itself."""
     return _said([*command, "--version"]).partition("\n")[0].strip()
 
 
@@ -92,11 +88,7 @@ def _said(command: list[str]) -> str:
 
 
 def compiler() -> list[str]:
-    """The C compiler's command: `CC` if that is set, else the first of `COMPILERS` on the path.
-
-    Raises:
-        OSError: there is none, or `CC` is no command.
-    """
+    """The C compiler's command: `CC` if that is set, else the first of `COMPILERS` on the path."""
     if given := os.environ.get("CC"):
         try:
             command = shlex.split(given)
@@ -113,11 +105,7 @@ def compiler() -> list[str]:
 
 
 def compiled(command: list[str]) -> ctypes.CDLL:
-    """The library of these sources for this machine; compiled now if none that is whole and ours is kept.
-
-    Raises:
-        OSError, subprocess.SubprocessError: the compiler cannot be run or fails, or gives what cannot be loaded.
-    """
+    """The library of these sources for this machine; compiled now if none that is whole and ours is kept."""
 
     def build(target: Path) -> None:
         sources = [str(path) for path in sorted(FOLDER.glob("*.c"))]

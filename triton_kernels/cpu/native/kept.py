@@ -26,11 +26,7 @@ Build = Callable[[Path], None]
 
 
 def library(fingerprint: str, build: Build) -> ctypes.CDLL:
-    """The library of a fingerprint, a kept one if there is one that may be trusted; else `build` makes it.
-
-    Raises:
-        OSError: what was built cannot be loaded, or as `build`.
-    """
+    """The library of a fingerprint, a kept one if there is one that may be trusted; else `build` makes it."""
     folder = cache_folder()
     if (found := _trusted(folder, fingerprint)) is not None:
         return found
