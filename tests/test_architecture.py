@@ -35,22 +35,22 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4765,
-    "crosscoder/foundation": 2125,
-    "crosscoder/results": 805,
-    "crosscoder/data": 5325,
-    "crosscoder/dictionary": 2485,
+    "triton_kernels": 4700,
+    "crosscoder/foundation": 2080,
+    "crosscoder/results": 770,
+    "crosscoder/data": 5190,
+    "crosscoder/dictionary": 2450,
     "crosscoder/training": 2480,
-    "crosscoder/formats": 2080,
-    "crosscoder/measure": 5450,
+    "crosscoder/formats": 1940,
+    "crosscoder/measure": 5245,
     "crosscoder/verdict": 1100,
-    "crosscoder/browser": 1000,
-    "crosscoder/report": 2235,
-    "crosscoder/studies": 2860,
+    "crosscoder/browser": 975,
+    "crosscoder/report": 2195,
+    "crosscoder/studies": 2785,
     "crosscoder/commands": 1635,
-    "crosscoder": 1075,  # the modules beside the rooms
+    "crosscoder": 1070,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_400, 23_335
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_595, 23_260
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
