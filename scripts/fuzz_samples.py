@@ -26,7 +26,7 @@ from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.foundation.tensors import load_tensors, save_tensors
 from crosscoder.measure.reading import load_reading, read_dictionary, save_reading
 from crosscoder.results.file import load_results, read_results, read_rows, save_results, write_rows
-from crosscoder.studies.inputs import require_inputs
+from crosscoder.studies.folder import require_inputs
 from crosscoder.studies.presets import PRESETS, StudyConfig
 from crosscoder.training import TrainConfig, train
 from crosscoder.training.checkpoint import fault_of, latest_checkpoint

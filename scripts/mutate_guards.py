@@ -80,7 +80,7 @@ GUARDS = (
     Guard("checkpoint: its tensors", CHECKPOINT, "    if found.keys() != expected.keys():", "    if False:", KEEPING),
     Guard("checkpoint: its step", CHECKPOINT, "if wrong or found[\"step\"] != step_of(checkpoint):", "if wrong:", KEEPING),
     Guard("store: shards of the index", "crosscoder/data/shards.py", "if {INDEX, *(shard.file for shard in index.shards)} != files:", "if False:", "tests/data/test_shards.py"),
-    Guard("store: what is not finite", "crosscoder/data/whereabouts.py", "    if not bool(bad_BL.any()):", "    if True:", "tests/data/test_shards.py"),
+    Guard("store: what is not finite", "crosscoder/data/residuals.py", "    if not bool(bad_BL.any()):", "    if True:", "tests/data/test_shards.py"),
     Guard("store: less text than asked", "crosscoder/data/shards.py", "if max_tokens is not None and stream.n_tokens < max_tokens:", "if False:", "tests/data/test_shards.py"),
     Guard("subject: its manifest", "crosscoder/data/subject.py", "        require_written(Path(name_or_path))\n", "        pass\n", "tests/data/test_subject_training.py"),
     Guard("evaluation: scores", "crosscoder/dictionary/dictionary.py", "            codec.require_scores_in_range(x_BLD, self.grouped(), self._most_weight())\n", "            pass\n", NUMBERS),

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from crosscoder.browser.findings import Findings
-from crosscoder.measure.examples import BINS_OF_OCTAVE, FIRST_OCTAVE, quantile_examples
-from crosscoder.measure.kept import Kept
+from crosscoder.measure.examples import BINS_OF_OCTAVE, FIRST_OCTAVE, Kept, quantile_examples
 from crosscoder.results.table import finite
 
 N_LABELS = 3

@@ -9,7 +9,7 @@ from torch import nn
 
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.sites import kind_read
-from crosscoder.data.sources import Activations, SiteKind, SiteSource
+from crosscoder.data.sources import Activations, SiteKind, SiteSource, Source
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import Dictionary
@@ -68,10 +68,15 @@ def as_dictionary_reads(dictionary: Dictionary, read: Activations, site: SiteKin
         )
     source = SiteSource(read, read, site or kind_read(reads), scale_L=dictionary.input_scale)
     require_same_reads(reads, source.reads, given="the activations")
+    require_shape(dictionary, source)
+    return source
+
+
+def require_shape(dictionary: Dictionary, source: Source, *, owner: str = "the dictionary") -> None:
+    """Refuse activations of another number of layers or width than the dictionary reads."""
     shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
     if shape != expected:
         raise MismatchError(
-            f"the activations have {shape[0]} layers of width {shape[1]} (sites {list(source.sites)}), the dictionary "
+            f"the activations have {shape[0]} layers of width {shape[1]} (sites {list(source.sites)}), {owner} "
             f"reads {expected[0]} of width {expected[1]}; choose its --layers"
         )
-    return source

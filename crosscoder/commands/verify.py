@@ -32,7 +32,7 @@ from crosscoder.foundation.artifact import (
 from crosscoder.foundation.console import Progress, give, say
 from crosscoder.foundation.tensors import load_tensors
 from crosscoder.results.file import CELL_SCHEMA, RESULTS, load_results, read_rows
-from crosscoder.studies.inputs import INPUTS
+from crosscoder.studies.folder import INPUTS
 from crosscoder.training.checkpoint import FILES, read_cursor
 from crosscoder.training.checkpoint import SCHEMA as CHECKPOINT
 

@@ -11,24 +11,23 @@ from torch.nn import functional as F
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.signals import safe_points
 
+BATCH = 4
 MUCH_BETTER = 0.95
 """A loss below this much of another is worth a warning."""
 
 
 @torch.no_grad()
-def causal_loss(model: Any, ids_BS: Tensor, *, batch: int = 4) -> float:
+def causal_loss(model: Any, ids_BS: Tensor) -> float:
     """Mean next-token cross-entropy of any causal model on blocks of equal length, in nats per token."""
     total = 0.0
-    for part in ids_BS.split(batch):
+    for part in ids_BS.split(BATCH):
         logits = model(part, use_cache=False).logits[:, :-1].float()
         total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())) * len(part)
     return total / len(ids_BS)
 
 
 @torch.no_grad()
-def loss_of_policies(
-    model: Any, blocks: TokenBlocks, *, bos: int | None, n_blocks: int = 16, batch: int = 4
-) -> dict[bool, float]:
+def loss_of_policies(model: Any, blocks: TokenBlocks, *, bos: int | None, n_blocks: int = 16) -> dict[bool, float]:
     """Loss on the text of some of the blocks, in nats per token: with `bos` before it (True) and without (False).
 
     The text and the tokens counted are the same for both: each is predicted from at least one token of text, and no
@@ -41,7 +40,7 @@ def loss_of_policies(
     special = torch.tensor(origin.special_ids if origin is not None else (), device=device, dtype=torch.int64)
     counted_BS = ~torch.isin(text_BS[:, 1:], special)
     totals = dict.fromkeys((False,) if bos is None else (True, False), 0.0)
-    for rows, counted in safe_points(zip(text_BS.split(batch), counted_BS.split(batch), strict=True)):
+    for rows, counted in safe_points(zip(text_BS.split(BATCH), counted_BS.split(BATCH), strict=True)):
         for with_bos in totals:
             given = F.pad(rows, (1, 0), value=bos or 0) if with_bos else rows
             logits = model(given, use_cache=False).logits[:, -rows.shape[1] : -1]

@@ -57,8 +57,6 @@ def probe_model(
     *,
     blocks_path: str | None = None,
     mlp_path: str | None = None,
-    n_tokens: int = N_TOKENS,
-    seed: int = 0,
     mlps: bool = True,
 ) -> Probed:
     """The model's blocks, whether it is causal and, with `mlps`, its MLPs; `*_path` name them instead.
@@ -68,7 +66,7 @@ def probe_model(
             positions are not those of the ids.
     """
     with _evaluating(model), torch.no_grad():
-        ids_BS, changed_BS = _tokens(model, n_tokens, seed)
+        ids_BS, changed_BS = _tokens(model)
         path, runs, output = watch_blocks(model, ids_BS, blocks_path)
         blocks = tuple(run.module for run in runs)
         sites, others, other = _sites(runs), *_run(model, blocks, changed_BS)
@@ -97,7 +95,7 @@ def meaningless_loss(model: nn.Module, probed: Probed) -> str | None:
     return None if probed.causal else next(note for note in probed.notes if note.startswith("not causal"))
 
 
-def _tokens(model: nn.Module, n_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+def _tokens(model: nn.Module) -> tuple[Tensor, Tensor]:
     """The same random ids in four rows, and those with the ids of row r changed: none, the last, the later half, all
     but the first. No id has a meaning of its own, such as padding.
     """
@@ -106,15 +104,14 @@ def _tokens(model: nn.Module, n_tokens: int, seed: int) -> tuple[Tensor, Tensor]
     table = table or next((one for one in model.modules() if isinstance(one, nn.Embedding)), None)
     vocabulary = getattr(table, "num_embeddings", None) or getattr(config, "vocab_size", None) or 2
     longest = getattr(config, "max_position_embeddings", None)
-    n_tokens = min(n_tokens, longest) if isinstance(longest, int) and longest > 0 else n_tokens
+    n_tokens = min(N_TOKENS, longest) if isinstance(longest, int) and longest > 0 else N_TOKENS
     if n_tokens in (4, getattr(table, "embedding_dim", None), getattr(config, "hidden_size", None)):
         n_tokens -= 1  # so that no two sides of a hidden state [batch, position, width] are alike
     if n_tokens < 2:
         raise ValueError(f"the probe needs at least 2 tokens, got {n_tokens}; the model reads at most {longest}")
     special = {value for key, value in _settings(model) if key.endswith(("token_id", "token_index"))}
     plain = [one for one in range(min(vocabulary, 50_000)) if one not in special] or [0]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.tensor(plain)[torch.randperm(len(plain), generator=generator)]
+    order = torch.tensor(plain)[torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))]
     drawn = order[torch.arange(2 * n_tokens) % len(order)]
     first, second = drawn.split(n_tokens)
     ids_BS = first.repeat(4, 1)

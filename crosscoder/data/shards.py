@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crosscoder.data.order import EpochOrder, order_slice
-from crosscoder.data.residuals import ResidualHarvester
+from crosscoder.data.residuals import ResidualHarvester, combine_fingerprints
 from crosscoder.data.shard_files import ORIGINS, blocks_of_shard, write_shard
 from crosscoder.data.sources import (
     WINDOW_TOKENS,
@@ -26,7 +26,6 @@ from crosscoder.data.sources import (
 )
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.data.whereabouts import combine_fingerprints
 from crosscoder.foundation.artifact import (
     MANIFEST,
     DamagedArtifactError,

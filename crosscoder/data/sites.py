@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from crosscoder.data.residuals import combine_fingerprints
 from crosscoder.data.sources import Activations, SiteKind
-from crosscoder.data.whereabouts import combine_fingerprints
 from crosscoder.foundation.origin import MismatchError, Reads
 
 

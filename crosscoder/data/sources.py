@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crosscoder.data.order import epoch_spans, seeded_generator
-from crosscoder.data.residuals import OUTLIER_RATIO
-from crosscoder.data.whereabouts import norms_of, require_finite
+from crosscoder.data.residuals import OUTLIER_RATIO, norms_of, require_finite
 from crosscoder.foundation.origin import Kind, Reads, require_same
 
 SiteKind = Literal["residual", "write"]

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from crosscoder.data.order import EpochOrder
-from crosscoder.data.residuals import ResidualHarvester, norms, scales_of_norms
+from crosscoder.data.residuals import ResidualHarvester, combine_fingerprints, norms, scales_of_norms
 from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.data.whereabouts import combine_fingerprints
 from crosscoder.foundation.config import require_count
 from crosscoder.foundation.console import say
 from crosscoder.foundation.failpoints import failpoint

@@ -175,7 +175,6 @@ def load_untrained(
     *,
     revision: str | None = None,
     dtype: torch.dtype | str = "float32",
-    seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """A model of the same configuration as `load_model` gives, with its initial weights drawn anew: the control.
@@ -185,7 +184,7 @@ def load_untrained(
     """
     shape = load_config(name_or_path, revision)
     with torch.random.fork_rng(devices=[]), without_progress_bars():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = auto_class(shape).from_config(shape, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 KEEP_SECONDS = 30.0
 """Work after which what a run goes on from is written again."""
 RUN_FILE = "run.json"
-MAX_HELD_OUT_BLOCKS = 64
+MAX_HELD_OUT_BLOCKS, HELD_OUT_BATCH = 64, 32
 FIRST_CHECKPOINT = 1 / 3
 """Where in training the first kept checkpoint after the initial weights lies, as a fraction of the steps."""
 
@@ -284,11 +284,11 @@ def next_token_loss(model: Any, ids_BS: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, ids_BS: Tensor, *, batch: int = 32) -> float:
+def held_out_loss(model: nn.Module, ids_BS: Tensor) -> float:
     """Mean next-token cross-entropy over all blocks, in nats per token."""
     was_training = model.training
     model.eval()
-    total = sum(float(next_token_loss(model, part)) * len(part) for part in ids_BS.split(batch))
+    total = sum(float(next_token_loss(model, part)) * len(part) for part in ids_BS.split(HELD_OUT_BATCH))
     model.train(was_training)
     return total / len(ids_BS)
 

@@ -160,28 +160,25 @@ def token_lookup(
     held_out: TokenBlocks,
     *,
     seen: np.ndarray | None = None,
-    skip_positions: int = 1,
 ) -> TokenLookup:
     """The subject with every block's write replaced by its mean for the current token, all blocks at once.
 
     Means are over the tokens of `train` (of its blocks `seen`), losses over those of `held_out`. As in
     `splice.splice_losses`, a write is what a block returns less what the one before returned, and losses count every
-    prediction from position `skip_positions` on; tokens before it are in no mean. With all writes replaced a prediction
+    prediction but the first of a block; first tokens are in no mean. With all writes replaced a prediction
     depends on its own token alone, so what the first positions are given changes nothing.
     """
     _require_one_tokenizer(train, held_out)
-    if not 0 <= skip_positions <= train.sequence_length - 2:
-        raise ValueError(f"blocks of {train.sequence_length} tokens hold no prediction after {skip_positions} skipped")
     ids = train[slice(None) if seen is None else torch.as_tensor(seen)]
     rows = _rows_at_once(model, train)
-    mean_VLD, overall_LD = _token_means(model, blocks, ids.split(rows), train.vocab_size, skip_positions)
+    mean_VLD, overall_LD = _token_means(model, blocks, ids.split(rows), train.vocab_size)
     sums, n_predicted = np.zeros(3), 0
     for ids_BS in held_out[:].split(rows):
         safe_point()
-        sums[0] += _summed_loss(run_model(model, ids_BS.to(input_device(model))).logits, ids_BS, skip_positions)
+        sums[0] += _summed_loss(run_model(model, ids_BS.to(input_device(model))).logits, ids_BS)
         for number, new_BSLD in enumerate((mean_VLD[ids_BS], overall_LD.expand(*ids_BS.shape, -1, -1)), 1):
-            sums[number] += _summed_loss(_with_writes(model, blocks, ids_BS, new_BSLD), ids_BS, skip_positions)
-        n_predicted += ids_BS[:, skip_positions + 1 :].numel()
+            sums[number] += _summed_loss(_with_writes(model, blocks, ids_BS, new_BSLD), ids_BS)
+        n_predicted += ids_BS[:, 2:].numel()
     clean_loss, lookup_loss, ablated_loss = (sums / n_predicted).tolist()
     harm = ablated_loss - clean_loss
     kept = (ablated_loss - lookup_loss) / harm if harm > SMALLEST_HARM else f"ablation costs {harm:.2g} nats a token"
@@ -202,7 +199,7 @@ def _writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor) -> Te
 
 
 def _token_means(
-    model: nn.Module, blocks: Sequence[nn.Module], parts: Sequence[Tensor], vocab_size: int, skip: int
+    model: nn.Module, blocks: Sequence[nn.Module], parts: Sequence[Tensor], vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """Mean write of each token, `[V, L, D]` (of all tokens for one that never came), and that of all."""
     n_layers, d_model = _writes(model, blocks, parts[0][:1, :2]).shape[2:]
@@ -214,8 +211,8 @@ def _token_means(
     sum_VLD = torch.zeros(vocab_size, n_layers, d_model, dtype=torch.float64)
     count_V = torch.zeros(vocab_size, dtype=torch.int64)
     for ids_BS in parts:
-        token_T = ids_BS[:, skip:].flatten()
-        write_TLD = _writes(model, blocks, ids_BS)[:, skip:].flatten(0, 1)
+        token_T = ids_BS[:, 1:].flatten()
+        write_TLD = _writes(model, blocks, ids_BS)[:, 1:].flatten(0, 1)
         sum_VLD.index_add_(0, token_T, write_TLD.double())
         count_V += token_T.bincount(minlength=vocab_size)
     overall_LD, known_V = sum_VLD.sum(0) / count_V.sum(), count_V > 0
@@ -233,6 +230,6 @@ def _with_writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor, 
         return run_model(model, ids_BS.to(input_device(model))).logits
 
 
-def _summed_loss(logits: Tensor, ids_BS: Tensor, skip: int) -> float:
-    target = ids_BS[:, skip + 1 :].flatten().to(logits.device)
-    return float(F.cross_entropy(logits[:, skip:-1].float().flatten(0, 1), target, reduction="sum"))
+def _summed_loss(logits: Tensor, ids_BS: Tensor) -> float:
+    target = ids_BS[:, 2:].flatten().to(logits.device)
+    return float(F.cross_entropy(logits[:, 1:-1].float().flatten(0, 1), target, reduction="sum"))

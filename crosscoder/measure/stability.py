@@ -46,14 +46,12 @@ class Rest:
 class Stability:
     """How far D dictionaries of one training agree.
 
-    needed: in how many of them a stable feature is found: three quarters, its own included.
     found: for each dictionary, in how many each of its features is found, `[F]`.
     stable_share, load_share, energy_share: of each dictionary, the share of its features that are stable, and what they
         hold of its load `sum H(p)` and of its energy `sum E[f^2] |W|^2`; nan where there is none. `[D]`.
     rests: for every two dictionaries; empty, with a reason, where the spaces are too large.
     """
 
-    needed: int
     found: tuple[np.ndarray, ...]
     stable_share: np.ndarray
     load_share: np.ndarray
@@ -74,13 +72,12 @@ class Stability:
         }
 
 
-def measure_stability(readings: Sequence[Reading], *, seed: int = 0) -> Stability:
+def measure_stability(readings: Sequence[Reading]) -> Stability:
     """How far the features of three or more dictionaries agree, all of one training and of other seeds or data orders.
 
     A feature is found in another dictionary where the two are each other's nearest by joint decoder cosine, which is at
     least .7, in units of the dictionaries' inputs.
     """
-    needed = math.ceil(OFTEN * len(readings))
     pairs = {
         (i, j): mutual_nearest_pairs(decoder_cosine(readings[i].decoder_FLD, readings[j].decoder_FLD), LINK)
         for i, j in combinations(range(len(readings)), 2)
@@ -89,16 +86,15 @@ def measure_stability(readings: Sequence[Reading], *, seed: int = 0) -> Stabilit
     for (i, j), pairs_m2 in pairs.items():
         found[i][pairs_m2[:, 0]] += 1
         found[j][pairs_m2[:, 1]] += 1
-    kept = [found_F >= needed for found_F in found]
+    kept = [found_F >= math.ceil(OFTEN * len(readings)) for found_F in found]
     largest = max(reading.rows_FN.nbytes for reading in readings)
     reason = f"decoders of {largest / 2**20:.0f} MiB are too large for principal angles" * (largest > WHOLE_BYTES)
     return Stability(
-        needed=needed,
         found=found,
         stable_share=np.array([known_mean(kept_F) for kept_F in kept]),
         load_share=_held([binary_entropy(reading.probability_F) for reading in readings], kept),
         energy_share=_held([reading.energy_F for reading in readings], kept),
-        rests=() if reason else tuple(_compare(readings[i], readings[j], m2, seed) for (i, j), m2 in pairs.items()),
+        rests=() if reason else tuple(_compare(readings[i], readings[j], m2) for (i, j), m2 in pairs.items()),
         reason=reason or None,
     )
 
@@ -108,13 +104,13 @@ def _held(weights: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> np.ndarr
     return np.array([w[k].sum() / w.sum() if w.any() else np.nan for w, k in zip(weights, kept, strict=True)])
 
 
-def _compare(first: Reading, second: Reading, pairs_m2: np.ndarray, seed: int) -> Rest:
+def _compare(first: Reading, second: Reading, pairs_m2: np.ndarray) -> Rest:
     width = first.rows_FN.shape[1]
     sides = zip((first, second), pairs_m2.T, strict=True)
     bases = [linalg.orth(np.delete(reading.rows_FN, matched, axis=0).T) for reading, matched in sides]
     ranks = [basis.shape[1] for basis in bases]
     # Of two random spaces one may as well be that of the first axes.
-    random = linalg.orth(np.random.default_rng(seed).standard_normal((width, ranks[1])))
+    random = linalg.orth(np.random.default_rng(0).standard_normal((width, ranks[1])))
     shared, chance = _count_aligned(bases[0].T @ bases[1]), _count_aligned(random[: ranks[0]])
     return Rest(ranks[0], ranks[1], shared, max(0, sum(ranks) - width), chance)
 

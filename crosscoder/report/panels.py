@@ -66,11 +66,10 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
     axis.axes.minorticks_off()
 
 
-def share_legend(figure: Figure, entries: dict[str, Any] | None = None) -> None:
-    """One legend above the panels, so that it covers no point: of `entries`, else of all labels."""
-    if entries is None:
-        found = [one for ax in figure.axes for one in zip(*ax.get_legend_handles_labels(), strict=True)]
-        entries = {label: handle for handle, label in reversed(found)}  # of a label in several panels, the first
+def share_legend(figure: Figure) -> None:
+    """One legend of all labels above the panels, so that it covers no point."""
+    found = [one for ax in figure.axes for one in zip(*ax.get_legend_handles_labels(), strict=True)]
+    entries = {label: handle for handle, label in reversed(found)}  # of a label in several panels, the first
     labels, columns = sorted(entries), len(entries) if len(entries) <= 4 else -(-len(entries) // 2)
     if labels:
         style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.8, "ncols": columns}
@@ -85,13 +84,11 @@ def plot_points(
     arm: str,
     label: str,
     size: float = 6,
-    face: str | None = None,
     in_order: bool = False,
 ) -> None:
     """Means joined by a line, with the seed range as bars: `points` hold `(x range, y range)`.
 
-    The line goes by x, or `in_order` as the points are given. Marks are filled for a crosscoder and white for a bank,
-    or of colour `face`.
+    The line goes by x, or `in_order` as the points are given. Marks are filled for a crosscoder and white for a bank.
     """
     look = ARMS[arm]
     known = [(x, y) for x, y in points if x is not None and y is not None]
@@ -99,7 +96,7 @@ def plot_points(
         return
     x, y = zip(*(known if in_order else sorted(known, key=lambda point: point[0].value)), strict=True)
     x_means, y_means = ([one.value for one in side] for side in (x, y))
-    style: dict[str, Any] = {"marker": look.marker, "markersize": size, "markerfacecolor": face or look.face(color)}
+    style: dict[str, Any] = {"marker": look.marker, "markersize": size, "markerfacecolor": look.face(color)}
     style |= {"color": color, "linestyle": look.line, "label": label}
     ax.errorbar(x_means, y_means, error_bars(y), error_bars(x), **style, **BARS)
 

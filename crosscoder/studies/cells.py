@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crosscoder.browser.source import require_shape
 from crosscoder.data.blocks import input_device
 from crosscoder.data.nulls import make_null
 from crosscoder.data.residuals import find_blocks
@@ -364,11 +365,6 @@ def evaluate_dictionary(
 def require_source(dictionary: Dictionary, source: Source, *, owner: str = "the dictionary") -> None:
     """Refuse a source that a trained dictionary does not belong to."""
     require_same(dictionary.reads, source.reads, owner=owner, given="the activations")
-    shape, expected = (source.n_layers, source.d_model), (dictionary.config.n_layers, dictionary.config.d_model)
-    if shape != expected:
-        raise MismatchError(
-            f"the activations have {shape[0]} layers of width {shape[1]} (sites {list(source.sites)}), {owner} "
-            f"reads {expected[0]} of width {expected[1]}; choose its --layers"
-        )
+    require_shape(dictionary, source, owner=owner)
     if not torch.allclose(source.scale_L, dictionary.input_scale.cpu(), rtol=1e-5):
         raise MismatchError("the activations are at another scale than the dictionary's inputs; give its input_scale")

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,12 +30,15 @@ from crosscoder.data.prepare import prepare_tokens
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.shards import ActivationShards, write_shards
 from crosscoder.data.subject import count_parameters
+from crosscoder.data.text import DEMO_SOURCE, unused_settings
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.foundation import signals
+from crosscoder.foundation.artifact import file_sha256, read_sealed, write_sealed
 from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.lock import InUseError, locked, remove_leftovers
+from crosscoder.foundation.origin import MismatchError
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.foundation.tensors import save_tensors
 from crosscoder.results.file import Provenance, Results, read_rows, write_rows
@@ -349,3 +354,39 @@ def computing_sources() -> list[Path]:
     kernels = package.parent / "triton_kernels"
     homes = [kernels, *(package / name for name in COMPUTING)]
     return sorted(path for home in homes for kind in ("*.py", "*.c", "*.h") for path in home.rglob(kind))
+
+
+INPUTS = "inputs.json"
+
+
+def require_inputs(folder: Path, **hashes: str) -> None:
+    """Keep the hashes of a study's inputs in its folder, or compare them with those that its tokens were made from."""
+    path = folder / INPUTS
+    if not path.is_file() or not (folder / "tokens" / "held_out").is_dir():
+        write_sealed(path, hashes)
+        return
+    known = read_sealed(path, mend="delete the folder for a new study")
+    changed = [
+        f"{name} (now {new[:12]}, then {str(known.get(name))[:12]})"
+        for name, new in hashes.items()
+        if known.get(name) != new
+    ]
+    if changed:
+        raise MismatchError(
+            f"{folder} was made from other inputs: {', '.join(changed)} changed since. Its results are not of what is "
+            "there now: put the old ones back, or delete the folder (or give another --out) for a new study"
+        )
+
+
+def text_hash(source: str) -> str:
+    """sha256 of the names and bytes of a text's files; of a data set on the Hub, which is not read here, its name's."""
+    unused_settings(source)
+    home = Path(source)
+    if source == DEMO_SOURCE and (spec := importlib.util.find_spec(source)) and spec.submodule_search_locations:
+        home = Path(spec.submodule_search_locations[0]) / "data"
+    if not home.exists():
+        return hashlib.sha256(source.encode()).hexdigest()
+    inside = (path for path in home.rglob("*") if not re.search(r"(^|/)\.", path.relative_to(home).as_posix()))
+    files = [home] if home.is_file() else sorted(path for path in inside if path.is_file())
+    lines = [f"{path.relative_to(home)} {file_sha256(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -37,8 +37,16 @@ from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
 from crosscoder.studies.budget import SPANNING, DictionaryBudget, of_other_k, of_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import FROZEN, Cell
-from crosscoder.studies.folder import STATES, Measured, StoresOf, StudyFolder, harvest_into, parameter_counts
-from crosscoder.studies.inputs import require_inputs, text_hash
+from crosscoder.studies.folder import (
+    STATES,
+    Measured,
+    StoresOf,
+    StudyFolder,
+    harvest_into,
+    parameter_counts,
+    require_inputs,
+    text_hash,
+)
 from crosscoder.studies.presets import Run, StudyConfig, SubjectsConfig
 from crosscoder.studies.rooms import Room
 from crosscoder.studies.stores import Stores, Streamed

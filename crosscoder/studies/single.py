@@ -29,8 +29,15 @@ from crosscoder.results.file import Results
 from crosscoder.results.table import Arm, Place, Row, Site, State, rows_at
 from crosscoder.studies.budget import DictionaryBudget, Seeds
 from crosscoder.studies.cells import FROZEN, Cell, file_name
-from crosscoder.studies.folder import STATES, StoresOf, StudyFolder, harvest_into, parameter_counts
-from crosscoder.studies.inputs import require_inputs, text_hash
+from crosscoder.studies.folder import (
+    STATES,
+    StoresOf,
+    StudyFolder,
+    harvest_into,
+    parameter_counts,
+    require_inputs,
+    text_hash,
+)
 from crosscoder.studies.presets import Nulls
 from crosscoder.studies.stores import Streamed
 

@@ -11,8 +11,7 @@ from crosscoder import Crosscoder, TopK
 from crosscoder.browser.findings import Findings
 from crosscoder.browser.folder import write_features
 from crosscoder.data.tokens import TokenBlocks
-from crosscoder.measure.examples import Activity, Sample, Wanted
-from crosscoder.measure.kept import hashed
+from crosscoder.measure.examples import Activity, Sample, Wanted, hashed
 from crosscoder.measure.logits import LogitEffects
 from crosscoder.measure.neighbours import Neighbours
 from crosscoder.measure.rows import FeatureRows

@@ -113,11 +113,12 @@ def test_repeated_text_is_recorded_and_said(tmp_path, capsys):
     assert "every text is repeated, 3.20 epochs" in capsys.readouterr().err
 
 
-def test_loss_is_that_of_transformers():
+def test_loss_is_that_of_transformers(monkeypatch):
+    monkeypatch.setattr("crosscoder.data.subject_training.HELD_OUT_BATCH", 2)
     model = build_subject(1, 16, vocab_size=16, context=8, head_dim=4, seed=0).eval()
     ids = counting_blocks(5)[:]
     torch.testing.assert_close(next_token_loss(model, ids), model(ids, labels=ids).loss)
-    assert held_out_loss(model, ids, batch=2) == pytest.approx(next_token_loss(model, ids).item(), rel=1e-5)
+    assert held_out_loss(model, ids) == pytest.approx(next_token_loss(model, ids).item(), rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():

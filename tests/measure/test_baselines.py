@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from crosscoder.data.order import batch_indices
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.subject import build_subject
-from crosscoder.data.subject_training import held_out_loss
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.origin import MismatchError
 from crosscoder.measure import baselines
@@ -146,35 +145,30 @@ def writes_of(subject, ids):
     return torch.stack([b - a for a, b in itertools.pairwise(sites)], dim=2).double()
 
 
-@pytest.mark.parametrize(("skip", "limit"), [(0, 2**28), (2, 1)])  # all rows at once, and one at a time
-def test_lookup_is_the_embedding_and_the_means_by_hand(subject, tokens, monkeypatch, skip, limit):
+@pytest.mark.parametrize("limit", [2**28, 1])  # all rows at once, and one at a time
+def test_lookup_is_the_embedding_and_the_means_by_hand(subject, tokens, monkeypatch, limit):
     monkeypatch.setattr(baselines, "LOGIT_BYTES", limit)
     monkeypatch.setattr(baselines, "SMALLEST_HARM", -math.inf)
     train, held_out = (blocks[:] for blocks in tokens)
     ids, writes = train[:3], writes_of(subject, train[:3])
     sums, counts = defaultdict(lambda: 0), Counter()
-    for block, at in itertools.product(range(3), range(skip, 10)):
+    for block, at in itertools.product(range(3), range(1, 10)):
         sums[int(ids[block, at])] += writes[block, at]
         counts[int(ids[block, at])] += 1
-    overall = writes[:, skip:].flatten(0, 1).mean(0)
+    overall = writes[:, 1:].flatten(0, 1).mean(0)
     mean = torch.stack([sums[t] / counts[t] if counts[t] else overall for t in range(12)])
-    target = held_out[:, skip + 1 :].flatten()
-    losses = [F.cross_entropy(subject(held_out).logits[:, skip:-1].flatten(0, 1), target)]
+    target = held_out[:, 2:].flatten()
+    losses = [F.cross_entropy(subject(held_out).logits[:, 1:-1].flatten(0, 1), target)]
     for new in (mean[held_out], overall.expand(*held_out.shape, 2, 16)):
         hidden = subject.model.norm(subject.model.embed_tokens(held_out) + new.sum(2).float())
-        losses.append(F.cross_entropy(subject.lm_head(hidden)[:, skip:-1].flatten(0, 1), target))
-    found = token_lookup(subject, find_blocks(subject), *tokens, seen=np.arange(3), skip_positions=skip)
+        losses.append(F.cross_entropy(subject.lm_head(hidden)[:, 1:-1].flatten(0, 1), target))
+    found = token_lookup(subject, find_blocks(subject), *tokens, seen=np.arange(3))
     clean, lookup, ablated = (loss.item() for loss in losses)
     assert (found.clean_loss, found.lookup_loss, found.ablated_loss) == pytest.approx(
         (clean, lookup, ablated), abs=1e-5
     )
     assert found.share_kept == pytest.approx((ablated - lookup) / (ablated - clean), rel=1e-3)
-    assert any(counts[int(token)] == 0 for token in held_out[:, skip:].flatten()), "some never came"
-
-
-def test_without_skipped_positions_the_clean_loss_is_the_subject_s(subject, tokens):
-    found = token_lookup(subject, find_blocks(subject), *tokens, skip_positions=0)
-    assert found.clean_loss == pytest.approx(held_out_loss(subject, tokens[1][:]), abs=1e-5)
+    assert any(counts[int(token)] == 0 for token in held_out[:, 1:].flatten()), "some never came"
 
 
 def test_lookup_refuses_what_it_cannot_say(subject, tokens, monkeypatch):
@@ -183,8 +177,6 @@ def test_lookup_refuses_what_it_cannot_say(subject, tokens, monkeypatch):
         block.self_attn.o_proj.weight.zero_()
         block.mlp.down_proj.weight.zero_()
     assert "costs" in token_lookup(subject, blocks, *tokens).share_kept
-    with pytest.raises(ValueError, match="no prediction after 9"):
-        token_lookup(subject, blocks, *tokens, skip_positions=9)
     monkeypatch.setattr(baselines, "TABLE_BYTES", 12 * 2 * 16 * 8 - 1)
     with pytest.raises(ValueError, match="small subjects"):
         token_lookup(subject, blocks, *tokens)

@@ -9,13 +9,14 @@ from crosscoder.data.sources import Marked
 from crosscoder.measure.examples import (
     FIRST_OCTAVE,
     N_BINS,
+    Kept,
     Wanted,
     bin_of,
+    hashed,
     quantile_examples,
     read_features,
     whole_blocks,
 )
-from crosscoder.measure.kept import Kept, hashed
 from crosscoder.measure.rows import FeatureRows
 
 CONTEXT, BLOCKS, LAYERS, WIDTH, FEATURES = 8, 9, 3, 6, 10
