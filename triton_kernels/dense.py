@@ -41,7 +41,6 @@ def written_out(values_P: Tensor, positions_P: Tensor, shape_BGF: tuple[int, int
 
 
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_loss`."""
     n_groups, n_features, _ = decoder_GFN.shape
     shape = (x_BGN.shape[0], n_groups, n_features)
     code_GBF = written_out(code.values_P, positions(code, n_groups, n_features), shape)
@@ -64,7 +63,6 @@ def reconstruction_gradient(error_BGN: Tensor, weight_GL: Tensor) -> Tensor:
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.backward_decoder`."""
     n_groups, n_features, _ = decoder_GFN.shape
     shape = (error_BGN.shape[0], n_groups, n_features)
     grad_GBN = reconstruction_gradient(error_BGN, weight_GL).transpose(0, 1)

@@ -51,7 +51,6 @@ class Records:
         return {int(feature): place for place, feature in enumerate(self.findings.effect_n)}
 
     def strongest(self, feature: int) -> list[Example]:
-        """The strongest examples, of different blocks."""
         found, activity = [], self.activity
         for rank in range(int(activity.strongest.is_there_Fk[feature].sum())):
             parts = activity.layered.more["parts"][feature, rank] if rank < activity.layered.size else None

@@ -39,7 +39,6 @@ class TokenTexts:
         return self._texts[number]
 
     def of(self, ids: Iterable[int] | np.ndarray) -> list[str]:
-        """The texts of several tokens."""
         return [self[int(one)] for one in ids]
 
 

@@ -51,8 +51,6 @@ SHARD_BYTES = 2**28
 
 @config
 class Shard:
-    """One file of the store."""
-
     file: Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]
     tokens: PositiveInt
 

@@ -126,7 +126,6 @@ class Activations(abc.ABC):
 
     @property
     def positions_T(self) -> Tensor:
-        """Each token's position in its block."""
         return self.token_T % self.context
 
     @abc.abstractmethod

@@ -44,8 +44,6 @@ FIRST_CHECKPOINT = 1 / 3
 
 @config
 class SubjectConfig:
-    """A subject's shape and its training."""
-
     n_layers: PositiveInt
     """Blocks."""
     d_model: PositiveInt
@@ -252,7 +250,6 @@ class _Training:
                 started = time.perf_counter()
 
     def _keep(self) -> SubjectCheckpoint:
-        """The checkpoint of this step, written."""
         name = f"step-{self.step}"
         with committed_directory(self.folder / name, schema=SUBJECT_SCHEMA) as temporary, without_progress_bars():
             self.model.save_pretrained(temporary)

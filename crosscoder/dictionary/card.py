@@ -67,7 +67,6 @@ class ModelCard:
     about: str = ""
 
     def text(self, facts: Facts, *, repo: str = "", subfolder: str = "") -> str:
-        """The page as Markdown."""
         self._require_same(facts)
         title = plain(repo.rpartition("/")[2] or facts.form)
         parts = [

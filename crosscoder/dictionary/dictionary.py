@@ -135,11 +135,7 @@ class Dictionary(Kept):
         self.reads = reads or self.reads
 
     def require_input(self, scale_L: Tensor, reads: Reads | None) -> None:
-        """Refuse inputs of another scale or record than were set before.
-
-        Raises:
-            MismatchError: as said.
-        """
+        """Refuse inputs of another scale or record than were set before."""
         if scale_L.shape != self.input_scale.shape or not bool((scale_L > 0).all()):
             raise ValueError(f"scales are {scale_L.tolist()}; expected {len(self.input_scale)} positive numbers")
         require_same(self.reads, reads, owner="the dictionary", given="its batches")

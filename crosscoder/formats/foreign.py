@@ -144,13 +144,7 @@ class Tensors:
 
 @contextlib.contextmanager
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> Generator[Tensors]:
-    """The tensors of a safetensors file, or, if allowed, of a pickled state dict; what is left untaken is refused.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DamagedArtifactError: it is not what it claims to be.
-        ValueError: it is pickled and nobody allowed it, or holds something else than tensors.
-    """
+    """The tensors of a safetensors file, or, if allowed, of a pickled state dict; what is left untaken is refused."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give the folder that holds it, whole")
     if path.suffix in (".pt", ".pth", ".bin"):

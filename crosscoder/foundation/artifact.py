@@ -134,7 +134,6 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hexadecimal sha256 of the file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -24,11 +24,6 @@ def local_folder(
     """The folder at a path; of `organisation/repository` on the Hub its `files` in the cache, fetched where need be.
 
     A folder of that name goes first. revision: a branch, tag or commit; None: the main branch. subfolder: of either.
-
-    Raises:
-        FileNotFoundError: there is neither such a folder nor such a repository, or the Hub cannot be reached.
-        ValueError: a revision of a folder, which has none, or a subfolder that leads out of it.
-        ImportError: a repository, and huggingface_hub is not installed.
     """
     folder, inside = Path(where), _plain_subfolder(subfolder)
     if folder.exists() or not NAME.fullmatch(str(where)):
@@ -65,11 +60,6 @@ def upload_folder(
 
     private: whether a new one is. revision: a branch, made if there is none. may_replace_card: asked of the text of a
         README that is there already; where it says no, that stays and it is said.
-
-    Raises:
-        ValueError: `repo` is no such name, or the repository is there and not as private as asked.
-        OSError: the Hub refuses, or cannot be reached.
-        ImportError: huggingface_hub is not installed.
     """
     if not NAME.fullmatch(repo):
         raise ValueError(f"{repo!r} is no repository; give organisation/name or user/name")

@@ -110,11 +110,7 @@ class Ranks:
         return found
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, plain values of JSON, on every rank. Where it fails, the others fail with it.
-
-        Raises:
-            LostRankError: on the other ranks, if `make` raised.
-        """
+        """What rank 0 makes, plain values of JSON, on every rank. Where it fails, the others fail with it."""
         if self.size == 1:
             return make()
         failure, made = None, None

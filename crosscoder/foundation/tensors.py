@@ -48,12 +48,6 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
 
 
 def load_tensors(path: str | Path, *, mend: str = MEND) -> dict[str, Tensor]:
-    """What `save_tensors` wrote.
-
-    Raises:
-        DamagedArtifactError: it was changed since, or is no such file; ends with the mend.
-        FileNotFoundError: there is none.
-    """
     with reading(path, mend=mend), safe_open(path, framework="pt") as stream:
         given = (stream.metadata() or {}).get(SEAL)
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118

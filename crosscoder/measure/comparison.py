@@ -32,12 +32,10 @@ class ShapeReadings:
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """Every reading, training by training."""
         return tuple(reading for group in self.seeds for reading in group)
 
     @property
     def firsts(self) -> tuple[Reading, ...]:
-        """The first dictionary of each training."""
         return tuple(group[0] for group in self.seeds)
 
     @cached_property

@@ -262,7 +262,6 @@ def _count_blocks(activity: Activity, piece: _Piece, feature_P: np.ndarray, toke
 
 
 def bin_of(value_P: np.ndarray) -> np.ndarray:
-    """The bin of each activation."""
     bins = np.floor(BINS_OF_OCTAVE * (np.log2(np.maximum(value_P, 1e-30)) - FIRST_OCTAVE)).astype(np.int64)
     return bins.clip(0, N_BINS - 1)
 

@@ -240,7 +240,6 @@ class Reading:
 
     @property
     def n_tokens(self) -> int:
-        """T."""
         return self.code.shape[0]
 
     @cached_property
@@ -260,7 +259,6 @@ class Reading:
 
     @cached_property
     def profile_FL(self) -> np.ndarray:
-        """Layer profile of each feature's decoder."""
         return profile.layer_profile(self.decoder_FLD)
 
     @cached_property

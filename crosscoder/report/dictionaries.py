@@ -50,7 +50,6 @@ SECTIONS |= {"dictionaries": ("what", "counts"), "origin": ("provenance",)}
 
 
 def parts(results: Results) -> Parts:
-    """The page of a comparison."""
     _check(results)
     tables = {
         "found": _found_table(results),

@@ -191,7 +191,6 @@ def _draw_figures(
 
 
 def _view(results: Results, parts: Parts, drawn: dict[str, tuple[str, int]]) -> dict[str, Any]:
-    """Everything that the templates print."""
     tables = {name: table for name, table in parts.tables.items() if table.rows}
     pictures = {slug: {"slug": slug, "png": png, "width": width} for slug, (png, width) in drawn.items()}
     sections = []

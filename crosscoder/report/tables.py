@@ -222,7 +222,6 @@ def run_table(results: Results) -> Table:
 
 
 def provenance_table(results: Results) -> Table:
-    """The short fields of the provenance."""
     shown = results.provenance
     lines: dict[str, Any] = {name: getattr(shown, name) for name in ("schema", "preset", "started")}
     lines |= {"git commit": shown.git_commit or NOTHING, "command": " ".join(shown.command), "Python": shown.python}

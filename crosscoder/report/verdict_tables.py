@@ -63,7 +63,6 @@ def label_table(results: Results) -> Table:
 
 
 def label_term(label: str) -> str | None:
-    """The term that defines a label."""
     key = label.replace("premise fails: ", "premise-").replace(" ", "-").split(":")[0]
     return key if key in NOTES else None
 

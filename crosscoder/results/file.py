@@ -115,7 +115,6 @@ class Document(TypedDict):
 
 
 def document(results: Results) -> dict[str, Any]:
-    """The plain value that `results.json` holds."""
     return {
         "schema": SCHEMA,
         "rows": to_blocks(results.rows),

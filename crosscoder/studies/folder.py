@@ -172,7 +172,6 @@ class StudyFolder:
         raise signals.Stopped(f"stopped by {reason}; what was done is kept in {self.root}")
 
     def _end_processes(self) -> None:
-        """What still runs ends now."""
         self._leash.close()
         self._bell.close()
         self._processes.shutdown(wait=False, cancel_futures=True)

@@ -22,12 +22,10 @@ class Room:
 
     @property
     def n_dictionaries(self) -> int:
-        """None."""
         return 0
 
     @property
     def read(self) -> tuple[str, int, State]:
-        """The activations that it reads."""
         return self.subject, self.training_seed, self.state
 
     @property

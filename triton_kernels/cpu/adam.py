@@ -19,7 +19,6 @@ BLOCK_ELEMENTS = 2**18  # 1 MiB of each of parameter, gradient and both moments
 
 
 def adam_rows(rows: AdamRows, settings: AdamSettings) -> None:
-    """See `reference.adam_rows`."""
     parameter_RN, gradient_RN, first_RN, second_RN, working_RN = rows
     for name, tensor in {"parameter": parameter_RN, "first": first_RN, "second": second_RN}.items():
         if not tensor.is_contiguous():

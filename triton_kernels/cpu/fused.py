@@ -20,7 +20,6 @@ gradient_squares = SquaresCache(size=4)
 
 
 def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
-    """See `reference.decode_loss`."""
     n_groups, n_features, width = decoder_GFN.shape
     n_sets, own_shape = n_groups // x_BGN.shape[1], x_BGN.shape
     if native.serves(code.values_P, decoder_GFN, bias_GN, x_BGN):
@@ -40,7 +39,6 @@ def decode_loss(code: Code, decoder_GFN: Tensor, bias_GN: Tensor, x_BGN: Tensor,
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.backward_decoder`."""
     n_groups, n_features, width = decoder_GFN.shape
     if native.serves(code.values_P, error_BGN, weight_GL, decoder_GFN):
         major = sparse.feature_major(code.features_P, code.offsets, n_groups * n_features)

@@ -61,7 +61,6 @@ def _weighted_bags(values_P: Tensor, indices_P: Tensor, offsets: Tensor, table: 
 
 
 def gather_sum(code: Code, table_FN: Tensor) -> Tensor:
-    """See `reference.gather_sum`."""
     if code.features_P.numel() == 0:
         return table_FN.new_zeros(code.offsets.numel() - 1, table_FN.shape[1])
     if native.serves(code.values_P, table_FN):
@@ -73,7 +72,6 @@ def gather_sum(code: Code, table_FN: Tensor) -> Tensor:
 
 
 def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tensor) -> Tensor:
-    """See `reference.gather_dot`."""
     if features_P.numel() == 0:
         return x_RN.new_zeros(0)
     major = feature_major(features_P, offsets, table_FN.shape[0])
@@ -89,7 +87,6 @@ def gather_dot(x_RN: Tensor, features_P: Tensor, offsets: Tensor, table_FN: Tens
 
 
 def scatter_outer(code: Code, x_RN: Tensor, n_features: int) -> Tensor:
-    """See `reference.scatter_outer`."""
     values_P, features_P, offsets = code
     if features_P.numel() == 0:
         return x_RN.new_zeros(n_features, x_RN.shape[1])

@@ -67,7 +67,6 @@ def decoder_tile(width: int, itemsize: int, n_tokens: int) -> Tile:
 
 
 def backward_decoder(code: Code, error_BGN: Tensor, weight_GL: Tensor, decoder_GFN: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.backward_decoder`."""
     values_P, features_P, offsets = code
     (n_groups, features_each, width), n_pairs, dtype = decoder_GFN.shape, values_P.numel(), decoder_GFN.dtype
     if n_pairs == 0:

@@ -44,8 +44,6 @@ def library() -> ctypes.CDLL | None:
 
 
 class Parameter(NamedTuple):
-    """One parameter of a C function."""
-
     name: str
     kind: str
     is_pointer: bool
