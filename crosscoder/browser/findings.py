@@ -22,7 +22,7 @@ from crosscoder.measure import profile
 from crosscoder.measure.examples import Activity, Wanted, read_features
 from crosscoder.measure.layer_reading import layer_precision
 from crosscoder.measure.logits import LogitEffects, Readout, find_readout, logit_effects
-from crosscoder.measure.neighbours import Neighbours, are_found, is_bank, nearest_features
+from crosscoder.measure.neighbours import Neighbours, are_found, nearest_features
 from crosscoder.measure.rows import FeatureRows
 
 READOUT_TOKENS = 1024
@@ -62,11 +62,6 @@ class Findings:
         half = len(self.sites) // 2
         return [f"{site} {'in' if i < half else 'out'}" for i, site in enumerate(self.sites)]
 
-    @property
-    def is_bank(self) -> bool:
-        """Whether each feature has one layer."""
-        return is_bank(self.activity.rows)
-
     @cached_property
     def decoder_FKD(self) -> np.ndarray:
         """Decoder rows in the scale of the dictionary's inputs."""
@@ -88,7 +83,7 @@ class Findings:
     @cached_property
     def direction_FL(self) -> np.ndarray | None:
         """Cosine of each layer's row with the strongest layer's; None for a bank, or one layer."""
-        if self.is_bank or len(self.sites) < 2:
+        if self.activity.rows.is_bank or len(self.sites) < 2:
             return None
         return profile.strongest_layer_cosine(self.decoder_FKD, self.profile_FL)
 

@@ -54,7 +54,7 @@ def write_features(
 def describe(findings: Findings) -> tuple[str, str, list[tuple[str, str]]]:
     """Title, one sentence, and facts of the first page."""
     dictionary, activity, reads = findings.dictionary, findings.activity, findings.dictionary.reads
-    form = "A bank of SAEs" if findings.is_bank else "A crosscoder"
+    form = "A bank of SAEs" if findings.activity.rows.is_bank else "A crosscoder"
     model = "a model" if reads is None else Path(reads.model.name.removeprefix("package:")).name
     active = int((activity.fired_F > 0).sum())
     lead = (

@@ -105,7 +105,7 @@ class Records:
 
     def layer(self, feature: int) -> int | None:
         """The layer of a bank's feature, from 0."""
-        return int(self.activity.rows.layer_FK[feature, 0]) if self.findings.is_bank else None
+        return int(self.activity.rows.layer_FK[feature, 0]) if self.activity.rows.is_bank else None
 
     def effects(self, feature: int) -> list[tuple[list[int], list[float], list[int], list[float]]]:
         """Tokens promoted, by how much, suppressed, by how much: of each layer's row, then of their sum; none of a row
@@ -122,7 +122,7 @@ class Records:
         if found is None or np.isnan(found[feature]).all():
             return None
         values = finite(found[feature].tolist())
-        return values[:1] if self.findings.is_bank else values
+        return values[:1] if self.activity.rows.is_bank else values
 
     def direction(self, feature: int) -> list[float | None] | None:
         """Cosine of each layer's row with the strongest layer's."""

@@ -58,7 +58,6 @@ class Subject:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str
 
 
 class ParameterCounts(NamedTuple):
@@ -82,7 +81,7 @@ def load_subject(
     """The language model of a Hub name, a folder, or a .gguf file, as `load_model` gives it, and its tokenizer."""
     tokenizer = load_tokenizer(name_or_path, revision=revision)
     model = load_model(name_or_path, revision=revision, dtype=dtype, device=device, device_map=device_map)
-    return Subject(model=model, tokenizer=tokenizer, name=str(name_or_path))
+    return Subject(model=model, tokenizer=tokenizer)
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:

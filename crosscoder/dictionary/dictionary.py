@@ -147,12 +147,7 @@ class Dictionary(Kept):
             )
 
     def require_input_scale(self, use: str, *, raw_inputs: bool = False) -> None:
-        """Refuse a use that needs the scale of the inputs where nobody told it.
-
-        Raises:
-            MismatchError: `input_scale` was never set, and nobody says that the inputs were raw activations; or
-                somebody says so, and it was set.
-        """
+        """Refuse a use that needs the scale of the inputs where nobody told it, or where raw inputs contradict it."""
         if not bool((self.input_scale > 0).all() and torch.isfinite(self.input_scale).all()):
             raise ValueError(f"input_scale is {_numbers(self.input_scale)}; {use} divides by it: set positive numbers")
         known = self.reads is not None or bool((self.input_scale != 1).any())

@@ -21,13 +21,9 @@ class DamagedArtifactError(ValueError):
 
 @contextlib.contextmanager
 def reading(path: str | Path, *, mend: str = MEND) -> Generator[None]:
-    """Turns what code that reads a file says of other bytes than it expects into one error that names the file.
+    """Turns what code that reads a file says of other bytes than it expects into one `DamagedArtifactError` that names it.
 
     Errors that name it already pass, and so do those of the system, such as a file that is missing.
-
-    Raises:
-        DamagedArtifactError: the body found a value of another type or size, a key that is missing, or bytes that its
-            library cannot read.
     """
     try:
         yield

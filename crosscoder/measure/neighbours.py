@@ -76,15 +76,10 @@ def are_found(first: FeatureRows, second: FeatureRows) -> np.ndarray:
     return found_F
 
 
-def is_bank(rows: FeatureRows) -> bool:
-    """Whether each feature has one layer of several."""
-    return rows.layer_FK.shape[1] < len(rows.center_LD)
-
-
 def _by_layer(rows: FeatureRows) -> list[tuple[np.ndarray, np.ndarray]]:
     """Features and what they write; a bank's of each layer apart."""
     decoder_FKD = rows.decoder_FKD.float().cpu().numpy()
-    if not is_bank(rows):
+    if not rows.is_bank:
         return [(np.arange(len(rows)), decoder_FKD)]
     layer_F = rows.layer_FK[:, 0].cpu().numpy()
     return [(of := np.flatnonzero(layer_F == layer), decoder_FKD[of]) for layer in range(len(rows.center_LD))]
@@ -92,7 +87,7 @@ def _by_layer(rows: FeatureRows) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _on_layers(rows: FeatureRows) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each layer the features that have a row on it, and that row, `[n, 1, D]`."""
-    if is_bank(rows):
+    if rows.is_bank:
         return _by_layer(rows)
     (every, decoder_FLD), *_ = _by_layer(rows)
     return [(every, decoder_FLD[:, [layer]]) for layer in range(decoder_FLD.shape[1])]
@@ -104,7 +99,7 @@ def _blocks(first: FeatureRows, second: FeatureRows, *, own: bool) -> Blocks:
             for start, block in decoder_cosine(a, b).blocks():
                 yield of_a[start : start + len(block)], of_b, layer, np.array(block, dtype=np.float64)
 
-    if not is_bank(first) and not is_bank(second):
+    if not first.is_bank and not second.is_bank:
         yield from cosines(*_by_layer(first)[0], *_by_layer(second)[0], -1)
         return
     ours, theirs = _on_layers(first), _on_layers(second)

@@ -68,14 +68,9 @@ class WriteMoments:
 
 @dataclass(frozen=True)
 class ParticipationRatio:
-    """The room of writes.
-
-    units: `model`, or `scaled` where each layer was multiplied by its scale. plain: without the correction for finite
-    T. energy_L: each layer's share of tr(C).
-    """
+    """The room of writes. plain: without the correction for finite T. energy_L: each layer's share of tr(C)."""
 
     value: float
-    units: Literal["model", "scaled"]
     plain: float
     n_tokens: int
     energy_L: np.ndarray
@@ -116,8 +111,7 @@ def participation_ratio(
     plain = trace**2 / trace_square
     if not below * plain * LARGEST_CORRECTION > above:
         return f"{n} tokens are too few for {n_joint} dimensions: most of the plain ratio, {plain:.3g}, is their number"
-    units = "model" if scale_L is None else "scaled"
-    return ParticipationRatio(float(above / below), units, plain, n, energy_L / trace)
+    return ParticipationRatio(float(above / below), plain, n, energy_L / trace)
 
 
 def _fourth_moment(moments: WriteMoments, scale_L: np.ndarray, mean_N: np.ndarray, square_NN: np.ndarray) -> float:

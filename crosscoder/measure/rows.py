@@ -43,6 +43,10 @@ class FeatureRows:
         encoder, decoder = (one.expand(n_layers, -1, -1).reshape(-1, 1, d_model) for one in both)
         return cls(encoder, decoder, layers.repeat_interleave(n_features)[:, None], center_LD)
 
+    @property
+    def is_bank(self) -> bool:
+        return self.layer_FK.shape[1] < len(self.center_LD)
+
     def scaled(self, factor_L: Tensor) -> FeatureRows:
         """The same features in another scale of inputs, of which each layer's is so many times as large."""
         factor_L = factor_L.to(self.decoder_FKD)

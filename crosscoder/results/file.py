@@ -176,11 +176,7 @@ def save_results(results: Results, folder: str | Path) -> None:
 
 
 def load_results(folder: str | Path) -> Results:
-    """The results that a study left in its folder, equal to what was saved; `read_results` of the file in it.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The results that a study left in its folder, equal to what was saved; `read_results` of the file in it."""
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {RESULTS}; give the folder of a finished study")
