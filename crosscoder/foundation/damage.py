@@ -21,7 +21,7 @@ class DamagedArtifactError(ValueError):
 
 @contextlib.contextmanager
 def reading(path: str | Path, *, mend: str = MEND) -> Generator[None]:
-    """Turns what code that reads a file says of other bytes than it expects into one `DamagedArtifactError` that names it.
+    """Turns what code says of a file of other bytes than it expects into one `DamagedArtifactError` that names it.
 
     Errors that name it already pass, and so do those of the system, such as a file that is missing.
     """
