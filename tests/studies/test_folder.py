@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from crosscoder.foundation.origin import MismatchError
-from crosscoder.studies import folder, inputs
+from crosscoder.studies import folder
 
 
 def test_a_study_is_run_again_when_any_file_of_a_computing_room_changes():
@@ -47,14 +47,14 @@ def test_cleaning_up_after_one_part_leaves_the_activations_that_others_read(tmp_
 
 def test_inputs_may_change_until_tokens_were_made_of_them(tmp_path):
     """A study that failed on an empty text goes on once the text is mended."""
-    inputs.require_inputs(tmp_path, text="a")
-    inputs.require_inputs(tmp_path, text="b")
+    folder.require_inputs(tmp_path, text="a")
+    folder.require_inputs(tmp_path, text="b")
     (tmp_path / "tokens" / "held_out").mkdir(parents=True)
-    inputs.require_inputs(tmp_path, text="b")
+    folder.require_inputs(tmp_path, text="b")
     with pytest.raises(MismatchError, match=r"text \(now c, then b\) changed since"):
-        inputs.require_inputs(tmp_path, text="c")
+        folder.require_inputs(tmp_path, text="c")
     with pytest.raises(FileNotFoundError, match="there is no text at"):
-        inputs.text_hash(str(tmp_path / "nowhere"))
+        folder.text_hash(str(tmp_path / "nowhere"))
 
 
 def test_processes_serve_every_stage_and_a_failure_names_its_job(tmp_path):
