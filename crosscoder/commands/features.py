@@ -116,10 +116,10 @@ class Features(ReadsModel):
             n_text=count_ids(prepared.tokenizer),
         )
         path = write_features(findings, prepared.tokenizer, self.out)
-        active, size = int((findings.activity.fired_F > 0).sum()), sum(one.stat().st_size for one in self.out.iterdir())
+        activity, size = findings.activity, sum(one.stat().st_size for one in self.out.iterdir())
         say(
-            f"{active:,} of {len(findings):,} features are active on {findings.activity.n_tokens:,} tokens; "
-            f"the folder has {human_bytes(size)}"
+            f"{int(activity.alive_F.sum()):,} of {len(findings):,} features are alive (active on more than ten of the "
+            f"{activity.n_tokens:,} tokens read); the folder has {human_bytes(size)}"
         )
         give(path)
 

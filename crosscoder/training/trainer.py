@@ -346,7 +346,7 @@ def _to_show(entries: list[Entry], before: dict[str, float], states: list[TrainS
     """Loss, smoothed explained variance, L0, and the share of features that have long been silent; means over all."""
     found = {name: statistics.fmean(float(one[name] or 0.0) for one in entries) for name in ("loss", "l0")}
     n_features = sum(state.firing.silent_GF.numel() for state in states)
-    found["dead"] = sum(float(one["silent_features"] or 0.0) for one in entries) / n_features
+    found["silent"] = sum(float(one["silent_features"] or 0.0) for one in entries) / n_features
     if explained := [one["explained_variance"] for one in entries if one["explained_variance"] is not None]:
         mean = statistics.fmean(explained)
         found["explained"] = mean + SMOOTHING * (before.get("explained", mean) - mean)
