@@ -61,6 +61,15 @@ def test_dictionaries_of_one_text_are_compared_both_ways(several, capsys):
     pairs = {(r.dictionary, r.other, r.feature, r.match) for r in one_to_one.itertuples()}
     assert pairs == {(b, a, j, i) for a, b, i, j in pairs}
     html, again = (out / "report.html").read_bytes(), several / "again"
+    page, text = html.decode(), (out / "report.md").read_text()
+    title = re.search("<title>(.*)</title>", page)[1]
+    first = re.search('id="answer".*?<p>(.*?)</p>', page, re.DOTALL)[1]
+    for letter, name in zip("ABCD", ("cc", "bank", "last", "cc1"), strict=True):
+        path = folders(several, name)[0][-48:].partition("/")[2]
+        assert f"{letter} (…{path})" in title
+        assert f"{letter} (…{path})" in first
+        assert re.search(rf'<th scope="col">.*?{letter} \(…{re.escape(path)}\)', page)
+        assert f"…{path}) |" in text
     shutil.copytree(out, again)
     assert main(["report", str(again)]) == 0
     assert (again / "report.html").read_bytes() == html
