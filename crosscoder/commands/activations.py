@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -30,7 +30,7 @@ from crosscoder.dictionary.saved import WEIGHTS
 from crosscoder.dictionary.scale import at_usual_scale
 from crosscoder.dictionary.shard import Shard
 from crosscoder.foundation.artifact import file_sha256
-from crosscoder.foundation.console import give, say
+from crosscoder.foundation.console import Progress, give, say
 from crosscoder.foundation.lock import locked
 from crosscoder.foundation.origin import Null
 from crosscoder.foundation.provenance import describe_run
@@ -126,10 +126,16 @@ class Reading(ReadsModel):
                 window_tokens=self.window_tokens,
                 max_tokens=None if name == "train" else self.max_held_out_tokens,
                 ahead=name == "train",
+                quiet=False,
                 job=job if name == "train" else None,
             )
             for name in names
         ]
+
+
+def counted(progress: Progress) -> Callable[[Marked, Any], None]:
+    """Moves a progress by the tokens of each batch that is read."""
+    return lambda batch, _: progress.advance(len(batch.token_B))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +233,7 @@ class Train(Reading):
             dictionary = load_dictionary(self.start_from)
             dictionary.require_input_scale("--start-from")
             scale_L, started = dictionary.input_scale, f"/from {file_sha256(self.start_from / WEIGHTS)}"
-        source = make_null(self.null, SiteSource(train, held_out, self.site, scale_L=scale_L))
+        source = make_null(self.null, SiteSource(train, held_out, self.site, scale_L=scale_L), quiet=False)
         if dictionary is None:
             shard = Shard.of(budget.n(self.arm), job) if job.size > 1 else None
             dictionary = new_dictionary(self.arm, source, budget, seed=self.seed, shard=shard)
@@ -267,7 +273,9 @@ class Train(Reading):
         say(
             f"trained on {result.tokens:,} tokens; reads {source.reads or 'a store that keeps no record of what it is'}"
         )
-        for line in describe(trained, read_dictionary(trained, marked(source, self.device))):
+        with Progress("held-out tokens", held_out.n_tokens, unit="token") as progress:
+            reading = read_dictionary(trained, marked(source, self.device), watch=counted(progress))
+        for line in describe(trained, reading):
             say(line)
         give(self.out / "dictionary")
 
@@ -311,7 +319,9 @@ class Evaluate(Reading):
         if dictionary.reads is not None and held_out.harvested is not None:
             dictionary.reads = dictionary.reads.on_tokens(held_out.harvested.tokens)
         source = SiteSource((others or [held_out])[0], held_out, site, scale_L=dictionary.input_scale)
-        reading = evaluate_dictionary(dictionary, make_null(self.null, source), device=self.device)
+        read = make_null(self.null, source, quiet=False)
+        with Progress("held-out tokens", held_out.n_tokens, unit="token") as progress:
+            reading = evaluate_dictionary(dictionary, read, device=self.device, watch=counted(progress))
         for line in describe(dictionary, reading):
             say(line)
         rows = dictionary_rows(Place(site=site), dictionary, reading) + self.loss_rows(dictionary, held_out, site)
