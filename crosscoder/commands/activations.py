@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 
 from crosscoder import training
-from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Idle, ReadsModel
+from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Idle, Printed, ReadsModel
 from crosscoder.data.blocks import input_device
 from crosscoder.data.nulls import make_null
 from crosscoder.data.probe import meaningless_loss
@@ -36,7 +36,7 @@ from crosscoder.foundation.origin import Null
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.foundation.ranks import current
 from crosscoder.needs import Needs, dictionary_needs, gaussian_needs, harvest_needs, stream_needs
-from crosscoder.results.evaluation import Evaluation
+from crosscoder.results.evaluation import Evaluation, require_nulls, terminal_table
 from crosscoder.results.table import Place, Row, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget
 from crosscoder.training.keeping import lengthened
@@ -281,32 +281,39 @@ class Train(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Reading):
-    """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
+class Evaluate(Reading, Printed):
+    """Measure a trained dictionary on held-out tokens: explained variance, L0, alive and dead features, loss recovered.
 
-    With --subject also the loss that the model recovers with reconstructions in the place of what the dictionary reads,
-    all layers at once. What --out writes says of which dictionary it is: `crosscoder card` and `push` print it.
+    A short table is printed; --out and --json have every number. With --subject also the loss that the model recovers
+    with reconstructions in the place of what the dictionary reads, all layers at once. What --out writes says of which
+    dictionary it is: `crosscoder card` and `push` print it, and --nulls puts it beside another's.
 
     $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
     $ crosscoder evaluate --dictionary runs/cc/dictionary --subject runs/A/step-488 --tokens-folder runs/tokens
-    $ crosscoder evaluate --dictionary runs/gaussian/dictionary --activations runs/acts --null gaussian
+    $ crosscoder evaluate --dictionary runs/gaussian/dictionary --activations runs/acts --null gaussian --out null.json
+    $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts --nulls null.json
     """
 
     dictionary: Path  # What `crosscoder train` wrote, or organisation/repository on the Hub
     site: SiteKind | None = None  # What is read of each block. None: what the dictionary reads
     raw_inputs: Annotated[bool, RAW] = False
     loss_tokens: int = 8192  # With --subject: held-out tokens to recover the loss on, each some runs of it; 0: none
-    out: Path | None = None  # Write the numbers as JSON here too, with whose they are
+    nulls: tuple[Path, ...] = ()  # What --out wrote of dictionaries of nulls, to be shown beside it
+    out: Path | None = None  # Write every number as JSON here, with whose they are
 
     def idle(self) -> Idle:
         found = {**super().idle(), "held-out tokens are read in order": ("window_tokens",)}
+        if self.json:
+            found["--json prints the numbers of one dictionary"] = ("nulls",)
         return found if self.activations is None else {**found, "only a model has a loss": ("loss_tokens",)}
 
     def run(self) -> None:
         from crosscoder.measure.health import describe
         from crosscoder.studies.cells import dictionary_rows, evaluate_dictionary
 
+        nulls = [Evaluation.load(path) for path in self.nulls]
         dictionary = load_dictionary(self.dictionary).to(self.device)
+        require_nulls(nulls, dictionary.reads)
         dictionary.require_input_scale("evaluation", raw_inputs=self.raw_inputs)
         site = self.site or kind_read(dictionary.reads)
         # A Gaussian's mean and covariance are those of the training tokens.
@@ -322,14 +329,19 @@ class Evaluate(Reading):
         read = make_null(self.null, source, quiet=False)
         with Progress("held-out tokens", held_out.n_tokens, unit="token") as progress:
             reading = evaluate_dictionary(dictionary, read, device=self.device, watch=counted(progress))
-        for line in describe(dictionary, reading):
+        for line in describe(dictionary, reading)[1:]:  # the first is in the table
             say(line)
         rows = dictionary_rows(Place(site=site), dictionary, reading) + self.loss_rows(dictionary, held_out, site)
         numbers = {row.key: row.value for row in rows} | {"tokens_held_out": reading.n_tokens}
+        run = describe_run()
+        found = Evaluation(about=facts.about(run["command"], run["versions"]), values=numbers)
         if self.out is not None:
-            run = describe_run()
-            Evaluation(about=facts.about(run["command"], run["versions"]), values=numbers).save(self.out)
-        give(json.dumps(numbers, indent=2))
+            found.save(self.out)
+        if self.json:
+            give(json.dumps(numbers, indent=2))
+            return
+        give(f"{self.dictionary}: {facts.form}, {dictionary.extra_repr().splitlines()[0]}")
+        give(terminal_table([found, *nulls]))
 
     def of(self, dictionary: Dictionary) -> Self:
         """With the layers that the dictionary says it reads, where none are named and a model is read as they go."""
@@ -359,5 +371,4 @@ class Evaluate(Reading):
         where: dict[str, Any] = {"layers": select_site_numbers(harvester.sites, site), "kind": site}
         batches = ids_RS.split(max(1, LOSS_BATCH // tokens.sequence_length))
         found = splice_losses(dictionary, harvester.model, list(harvester.blocks), batches, **where, each=False)
-        say(f"loss recovered {list(found.sites.values())[-1]['loss_recovered']} on {ids_RS.numel():,} tokens")
         return rows_at(Place(site=site), found.clean | list(found.sites.values())[-1])

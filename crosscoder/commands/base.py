@@ -64,6 +64,13 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Printed(Command):
+    """Flags of the commands whose result is numbers or findings; of others it is the path of what they wrote."""
+
+    json: bool = False  # Print the result as JSON, for programs, in the place of a table for people
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadsModel(Command):
     """Flags of the commands that read a model's activations."""
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,13 @@ def plain(text: str) -> str:
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Categories of characters that are not seen, and change what is."""
 _SHOWN = dict.fromkeys("\t\r\u2028\u2029", " ") | dict.fromkeys("\u200c\u200d\u00ad\ufeff", "")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines whose cells stand under one another; what does not print is replaced, see `plain`."""
+    rows = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 class _Voice:
