@@ -149,7 +149,10 @@ class Compare(Study):
         return _replace_given(config, subjects=subjects)
 
     def needs(self) -> Needs:
-        return study_needs(self.study()) if self.subject is None else single_needs(self.study())
+        from crosscoder.studies.folder import default_workers
+
+        needs_of = study_needs if self.subject is None else single_needs
+        return needs_of(self.study(), self.workers or default_workers(self.device), self.device)
 
     def run(self) -> None:
         from crosscoder.report.answer import answer

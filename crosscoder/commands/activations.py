@@ -35,7 +35,16 @@ from crosscoder.foundation.lock import locked
 from crosscoder.foundation.origin import Null
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.foundation.ranks import current
-from crosscoder.needs import Needs, dictionary_needs, gaussian_needs, harvest_needs, stream_needs
+from crosscoder.needs import (
+    Job,
+    Needs,
+    dictionary_needs,
+    gaussian_needs,
+    harvest_needs,
+    harvest_time,
+    stream_needs,
+    time_needs,
+)
 from crosscoder.results.evaluation import Evaluation, require_nulls, terminal_table
 from crosscoder.results.table import Place, Row, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget
@@ -218,7 +227,12 @@ class Train(Reading):
             )
             n_layers = n_sites - (self.site == "write")
         rows += gaussian_needs(n_layers, width) if self.null == "gaussian" else []
-        return rows + dictionary_needs(self.arm, n_layers, width, self.budget)
+        rows += dictionary_needs(self.arm, n_layers, width, self.budget)
+        rows += time_needs([Job(self.arm, n_layers, width, self.budget)], device=self.device)
+        if self.activations is None:
+            read = self.budget.steps * self.budget.batch + min(self.window_tokens, tokens.n_tokens)
+            rows += harvest_time(subject, self.harvester, tokens, read + self.max_held_out_tokens)
+        return rows
 
     def run(self) -> None:
         from crosscoder.measure.health import describe, watch

@@ -153,18 +153,10 @@ def draw_effects(results: Results) -> Figure | None:
 
 def terminal_table(results: Results) -> str:
     """What was measured of each feature, for people at a terminal; tokens are quoted, and hold no control character."""
-    lines = [
+    units = ("nats a token", "direction")
+    lines: list[tuple[str, ...]] = [
         ("", "", "share of", "loss where active,", "random", "KL where active,", "random", ""),
-        (
-            "feature",
-            "layer",
-            "tokens",
-            "nats a token",
-            "direction",
-            "nats a token",
-            "direction",
-            "less likely without it",
-        ),
+        ("feature", "layer", "tokens", *units, *units, "less likely without it"),
     ]
     for one in by_feature(results):
         values = [_middle(one.get(key)) for key in ("effect_rate", *SHOWN[2:6])]

@@ -227,6 +227,10 @@ def test_training_without_a_store_resumes_to_the_same_bits(arm, pipeline, capsys
     assert main([*arguments, "--out", whole, "--dry-run"]) == 0
     stated = capsys.readouterr().out
     assert "activations in memory" in stated
+    assert re.search(r"time of 20 training steps of dictionaries +about \d+ s \(an estimate", stated)
+    assert re.search(
+        r"time of the harvest of [\d,]+ tokens +about \d+ (s|min) \(an estimate: one call was timed", stated
+    )
     assert main([*arguments, "--out", whole]) == 0
     assert n_parameters(Path(whole) / "dictionary") in stated
     shutil.copytree(whole, stopped)
