@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -59,8 +59,9 @@ HELD_OUT_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest(ReadsModel):
-    """Store a subject's residual stream: every chosen layer of every token, in hashed safetensors shards.
+    """Store a model's residual stream: every chosen layer of every token, in hashed safetensors shards.
 
+    $ crosscoder harvest --subject HuggingFaceTB/SmolLM2-135M --tokens-folder runs/tokens --layers 10 11 --out runs/acts
     $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/acts
     $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --reads mlp --out runs/mlps
     """
@@ -149,13 +150,13 @@ def counted(progress: Progress) -> Callable[[Marked, Any], None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Reading):
-    """Train one dictionary on activations; a killed run continues with --resume to the same bits.
+    """Train one dictionary, a crosscoder or a bank of SAEs; a killed run goes on with --resume to the same bits.
 
     With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
     --blocks-path, --mlp-path) they are harvested as training goes, and nothing but the dictionary is written.
 
+    $ crosscoder train --subject HuggingFaceTB/SmolLM2-135M --tokens-folder runs/tokens --layers 10 11 --out runs/cc
     $ crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
-    $ crosscoder train --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/streamed
     $ crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
     $ crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
     $ crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
@@ -331,7 +332,8 @@ class Evaluate(Reading, Printed):
         dictionary.require_input_scale("evaluation", raw_inputs=self.raw_inputs)
         site = self.site or kind_read(dictionary.reads)
         # A Gaussian's mean and covariance are those of the training tokens.
-        *others, held_out = self.of(dictionary).splits(*(["train"] if self.null == "gaussian" else []), "held_out")
+        read = self if self.activations is not None else self.as_read(dictionary.reads)
+        *others, held_out = read.splits(*(["train"] if self.null == "gaussian" else []), "held_out")
         for record, owner in ((dictionary.reads, "the dictionary"), (held_out.harvested, "the store")):
             if record is None:
                 say(f"warning: {owner} keeps no record of what it reads, so nobody checks that both belong together")
@@ -340,9 +342,9 @@ class Evaluate(Reading, Printed):
         if dictionary.reads is not None and held_out.harvested is not None:
             dictionary.reads = dictionary.reads.on_tokens(held_out.harvested.tokens)
         source = SiteSource((others or [held_out])[0], held_out, site, scale_L=dictionary.input_scale)
-        read = make_null(self.null, source, quiet=False)
+        shown = make_null(self.null, source, quiet=False)
         with Progress("held-out tokens", held_out.n_tokens, unit="token") as progress:
-            reading = evaluate_dictionary(dictionary, read, device=self.device, watch=counted(progress))
+            reading = evaluate_dictionary(dictionary, shown, device=self.device, watch=counted(progress))
         for line in describe(dictionary, reading)[1:]:  # the first is in the table
             say(line)
         rows = dictionary_rows(Place(site=site), dictionary, reading) + self.loss_rows(dictionary, held_out, site)
@@ -356,13 +358,6 @@ class Evaluate(Reading, Printed):
             return
         give(f"{self.dictionary}: {facts.form}, {dictionary.extra_repr().splitlines()[0]}")
         give(terminal_table([found, *nulls]))
-
-    def of(self, dictionary: Dictionary) -> Self:
-        """With the layers that the dictionary says it reads, where none are named and a model is read as they go."""
-        reads = dictionary.reads
-        if reads is None or reads.site != "residual" or self.activations is not None or self.layers is not None:
-            return self
-        return replace(self, layers=reads.sites)
 
     def loss_rows(self, dictionary: Dictionary, held_out: Activations, site: SiteKind) -> list[Row]:
         """What the model predicts with every layer replaced; nothing where it cannot be asked, which is said."""
@@ -385,4 +380,6 @@ class Evaluate(Reading, Printed):
         where: dict[str, Any] = {"layers": select_site_numbers(harvester.sites, site), "kind": site}
         batches = ids_RS.split(max(1, LOSS_BATCH // tokens.sequence_length))
         found = splice_losses(dictionary, harvester.model, list(harvester.blocks), batches, **where, each=False)
+        if list(found.sites.values())[-1]["loss_recovered"] is None:
+            say("loss recovered is undefined: without what the dictionary reads the model loses next to nothing")
         return rows_at(Place(site=site), found.clean | list(found.sites.values())[-1])

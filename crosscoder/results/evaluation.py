@@ -25,7 +25,11 @@ SHOWN = (
     "clean_loss", "spliced_loss", "ablated_loss", "splice_tokens", "tokens_held_out",
 )  # fmt: skip
 """The quantities that people are shown, in their order."""
-WORDS = {"spliced_loss": "loss with reconstructions in place", "ablated_loss": "loss with the sites ablated"}
+WORDS = {
+    "spliced_loss": "loss with reconstructions in place",
+    "ablated_loss": "loss with the sites ablated",
+    "mean_rho": "spread of a feature, mean",
+}
 """Headings that say more than those of a study's tables, which stand under another."""
 ABOUT = "about"
 _MISSING: Any = object()

@@ -96,6 +96,11 @@ def test_the_card_has_the_loss_that_the_model_recovers_and_the_null_beside_it(pi
     (folder / "README.md").unlink()
 
 
+def test_a_run_s_folder_in_the_place_of_its_dictionary_is_told_so(pipeline, capsys):
+    assert main(["evaluate", "--dictionary", str(pipeline / "cc"), "--activations", str(pipeline / "acts")]) == 2
+    assert f"what lies in it is: give {pipeline / 'cc' / 'dictionary'}" in capsys.readouterr().err
+
+
 def test_a_store_has_no_loss(pipeline, capsys):
     arguments = ["evaluate", "--dictionary", str(pipeline / "cc/dictionary"), "--activations", str(pipeline / "acts")]
     assert main([*arguments, "--loss-tokens", "9"]) == 2
