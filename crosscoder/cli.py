@@ -7,7 +7,9 @@ whose). To show and to share it: plot, card, push, convert. Whether all is well:
 machine).
 
 Every command takes `--help`, `--print-config` and `--dry-run` (what it would take; no work is done). A setting that
-would change nothing is refused. `crosscoder --version` prints the version.
+would change nothing is refused. `crosscoder --version` prints the version. Printed on stdout is the result alone: the
+path of what was written or, by evaluate, effects, verify and doctor, a table, with `--json` the same as JSON. All that
+is said on the way goes to stderr.
 
 `torchrun --nproc-per-node R -m crosscoder train ...` divides a dictionary's features over R processes; the other
 commands run in one.
@@ -38,7 +40,7 @@ from crosscoder.commands.verify import DamagedError, Verify
 from crosscoder.data.subject import USUAL_LOADING, Loading
 from crosscoder.foundation import console, ranks, signals
 from crosscoder.foundation.config import to_mapping
-from crosscoder.foundation.console import give, say
+from crosscoder.foundation.console import aligned, give, say
 from crosscoder.needs import Needs, planted_needs, single_needs, study_needs
 from crosscoder.results.table import State
 from crosscoder.studies.budget import Bank, WholeStructure
@@ -71,7 +73,7 @@ class Study(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Study):
-    """The main job: per-layer and cross-layer feature counts compared, with a report.
+    """Compare a crosscoder with SAEs of each layer, on one model or on small models of several shapes, with a report.
 
     Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
     compared, beside nulls that have nothing to find; the report opens with what the rule says (`verdict/rule.py`).
@@ -147,7 +149,10 @@ class Compare(Study):
         return _replace_given(config, subjects=subjects)
 
     def needs(self) -> Needs:
-        return study_needs(self.study()) if self.subject is None else single_needs(self.study())
+        from crosscoder.studies.folder import default_workers
+
+        needs_of = study_needs if self.subject is None else single_needs
+        return needs_of(self.study(), self.workers or default_workers(self.device), self.device)
 
     def run(self) -> None:
         from crosscoder.report.answer import answer
@@ -175,7 +180,7 @@ class Compare(Study):
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Study):
-    """The instruments against planted truth: every estimator on worlds whose features are known.
+    """Check every estimator on synthetic worlds whose features are known, and print truth beside estimate.
 
     $ crosscoder synthetic --preset ci
     """
@@ -248,8 +253,7 @@ def _do(command: Command, job: ranks.Ranks) -> None:
     if command.print_config:
         give(json.dumps(command.settings(), indent=2, sort_keys=True, default=str))
     elif command.dry_run:
-        for label, value in command.needs():
-            give(f"{label:<54} {value}")
+        give(aligned(command.needs()))
     else:
         command.run()
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosscoder.data.nulls import covariance_bytes
 from crosscoder.data.order import SPREAD
@@ -13,17 +17,27 @@ from crosscoder.data.subject_training import SubjectConfig
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.data.world_pair import SIDES
 from crosscoder.dictionary import DICTIONARIES, DictionaryConfig
-from crosscoder.foundation.console import human_bytes
+from crosscoder.foundation.console import human_bytes, human_seconds
 from crosscoder.studies.budget import CLASSES, HAS_PENALTY, Arm, DictionaryBudget
 from triton_kernels.cpu.encode import SLAB_ELEMENTS
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
+    from crosscoder.data.residuals import ResidualHarvester
     from crosscoder.studies.planted import PlantedConfig
     from crosscoder.studies.presets import StudyConfig
     from crosscoder.studies.single import SubjectStudyConfig
 
 Needs = list[tuple[str, str]]
+NOT_TIMED = ("time of all else (models, harvests, measuring)", "not estimated; a study tells it as it goes")
 Layers = tuple[int, ...] | None
+MEASURED_SECONDS = 2.0
+"""What a dry run may take to time steps."""
+MOST_PARAMETERS = 2**25
+"""Of a dictionary that a dry run makes: with gradients and moments 512 MiB."""
+MOST_PRODUCTS = 2e10
+"""Of tokens and parameters, in a step that a dry run takes: about half a second of two cores."""
+MOST_BYTES = 2**26
+"""Of the weights of a model that a dry run loads."""
 VOCAB_SIZE = 512  # assumed for the embedding where no tokenizer is known yet
 
 
@@ -49,6 +63,82 @@ def dictionary_needs(arm: Arm, n_layers: int, d_model: int, budget: DictionaryBu
     }
     rows = [("parameters", f"{parameters:,}"), *((label, human_bytes(size)) for label, size in takes.items())]
     return [(f"{of}{arm}: {label}", value) for label, value in rows]
+
+
+class Job(NamedTuple):
+    """Dictionaries of one kind that are trained, `n` of them."""
+
+    arm: Arm
+    n_layers: int
+    d_model: int
+    budget: DictionaryBudget
+    n: int = 1
+
+
+def time_needs(jobs: Iterable[Job], *, workers: int | None = None, device: str = "cpu") -> Needs:
+    """About how long training takes, by a few real steps of each kind on drawn numbers, of two seconds in all.
+
+    workers: processes of one thread each, where a study has them. Dictionaries that read the same batches share work,
+    and those with features to revive have more, so that it is no more than an estimate.
+    """
+    import torch
+
+    kinds: dict[tuple[Arm, int, int, int], tuple[Job, int]] = {}
+    for job in jobs:
+        key = (job.arm, job.n_layers, job.d_model, job.budget.n(job.arm))
+        first, steps = kinds.get(key, (job, 0))
+        kinds[key] = first, steps + job.n * job.budget.steps
+    total, threads = 0.0, torch.get_num_threads()
+    label = f"time of {sum(steps for _, steps in kinds.values()):,} training steps of dictionaries"
+    try:
+        torch.set_num_threads(1 if workers else threads)
+        for first, steps in kinds.values():
+            seconds = step_seconds(first, MEASURED_SECONDS / len(kinds), device)
+            if seconds is None:
+                return [(label, f"not measured: that would take longer than {MEASURED_SECONDS:g} s")]
+            total += steps * seconds / (workers or 1)
+    finally:
+        torch.set_num_threads(threads)
+    return [(label, f"about {human_seconds(total)} (an estimate: a few real steps were timed)")]
+
+
+def harvest_time(subject: str, load: Callable[[str], ResidualHarvester], tokens: TokenBlocks, n_tokens: int) -> Needs:
+    """About how long a model takes to read so many tokens, by one call of it; of one that loads in a moment."""
+    label, files = f"time of the harvest of {n_tokens:,} tokens", [*Path(subject).glob("*.safetensors")]
+    if not files or sum(one.stat().st_size for one in files) > MOST_BYTES:
+        return [(label, f"not measured: loading the model takes longer than {MEASURED_SECONDS:g} s")]
+    harvester, ids_BS = load(subject), tokens[: max(1, HARVEST_TOKENS // tokens.sequence_length)]
+    harvester.harvest(ids_BS[:1])
+    started = time.perf_counter()
+    harvester.harvest(ids_BS)
+    rate = ids_BS.numel() / (time.perf_counter() - started)
+    took = f"about {human_seconds(n_tokens / rate)} (an estimate: one call was timed, {rate:,.0f} tokens/s)"
+    return [(label, took)]
+
+
+def step_seconds(job: Job, most: float, device: str) -> float | None:
+    """Seconds of a training step, the median of up to five in `most` seconds; None for one too large to try."""
+    import torch
+
+    from crosscoder.training.state import TrainState
+    from crosscoder.training.step import take_step
+
+    settings, batch = job.budget.settings(job.arm), job.budget.batch
+    form: Any = DICTIONARIES[CLASSES[job.arm]]
+    shapes = form.tensor_shapes(DictionaryConfig(n_layers=job.n_layers, d_model=job.d_model, **settings))
+    n_parameters = sum(math.prod(shape) for shape in shapes.values())
+    if n_parameters > MOST_PARAMETERS or batch * n_parameters > MOST_PRODUCTS:
+        return None
+    dictionary = form(n_layers=job.n_layers, d_model=job.d_model, **settings).to(device).train()
+    state = TrainState.start(dictionary, precision=job.budget.precision, frozen=job.budget.frozen)
+    x_BLD, config = torch.randn(batch, job.n_layers, job.d_model, device=device), job.budget.train_config()
+    take_step(state, x_BLD[: max(1, batch // 16)], config, None)()  # the first compiles
+    taken = list[float]()
+    while len(taken) < 5 and sum(taken) < most:
+        started = time.perf_counter()
+        take_step(state, x_BLD, config, None)()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def subject_needs(name: str, config: SubjectConfig, vocab_size: int = VOCAB_SIZE) -> Needs:
@@ -92,7 +182,7 @@ def gaussian_needs(n_layers: int, d_model: int) -> Needs:
     return [("covariance and its root, at most", human_bytes(covariance_bytes(n_layers, d_model)))]
 
 
-def single_needs(config: SubjectStudyConfig) -> Needs:
+def single_needs(config: SubjectStudyConfig, workers: int, device: str) -> Needs:
     """What a study of one model takes; of the model only the configuration is read."""
     n_sites, width = _sites_and_width(config.subject, config.layers, revision=config.loading.revision)
     n_layers = n_sites - (config.layers is None)  # all blocks, without the embedding
@@ -106,10 +196,11 @@ def single_needs(config: SubjectStudyConfig) -> Needs:
     ]
     for arm in CLASSES:
         rows += dictionary_needs(arm, n_layers, width, config.dictionaries)
-    return rows
+    jobs = [Job(arm, n_layers, width, config.dictionaries, 2 * states * len(config.seeds)) for arm in CLASSES]
+    return [*rows, *time_needs(jobs, workers=workers, device=device), NOT_TIMED]
 
 
-def study_needs(config: StudyConfig) -> Needs:
+def study_needs(config: StudyConfig, workers: int, device: str) -> Needs:
     """What a study of several shapes takes."""
     from crosscoder.studies.shapes import dictionary_cells
 
@@ -132,7 +223,10 @@ def study_needs(config: StudyConfig) -> Needs:
         for arm, budget in {cell.arm: cell.budget for cell in mains}.items():
             rows += dictionary_needs(arm, shape.n_layers, shape.d_model, budget, of=f"{name}, ")
     kept = "kept" if config.keep_activations else "removed at the end"
-    return [*rows, ("activations on disk", "none" if config.stream else f"{human_bytes(disk)}, {kept}")]
+    rows.append(("activations on disk", "none" if config.stream else f"{human_bytes(disk)}, {kept}"))
+    parts = [(part, shapes[part.subject]) for cell in cells for part in cell.sweep]
+    jobs = [Job(part.arm, of.n_layers, of.d_model, part.budget, len(part.seeds)) for part, of in parts]
+    return [*rows, *time_needs(jobs, workers=workers, device=device), NOT_TIMED]
 
 
 def planted_needs(config: PlantedConfig) -> Needs:

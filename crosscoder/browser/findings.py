@@ -25,8 +25,8 @@ from crosscoder.measure.logits import LogitEffects, Readout, find_readout, logit
 from crosscoder.measure.neighbours import Neighbours, are_found, nearest_features
 from crosscoder.measure.rows import FeatureRows
 
-READOUT_TOKENS = 1024
-"""Tokens that the final norm and its scale are found on."""
+READOUT_TOKENS = 8192
+"""Tokens, evenly spread over the text, that the final norm and its scale are found on."""
 
 
 @dataclass(frozen=True)
@@ -200,5 +200,9 @@ def find_readout_of(
         )
     n_blocks = min(len(tokens), max(1, READOUT_TOKENS // tokens.sequence_length))
     spread = torch.linspace(0, len(tokens) - 1, n_blocks).round().long()
-    skip = min(1 if reads is None else reads.skip_positions, tokens.sequence_length - 1)
-    return find_readout(model, tokens[spread], blocks_path=blocks_path, skip_positions=skip)
+    ids_BS, keep_outliers = tokens[spread], reads is not None and reads.keep_outliers
+    kept_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    kept_BS[:, : min(1 if reads is None else reads.skip_positions, tokens.sequence_length - 1)] = False
+    if tokens.origin is not None and not keep_outliers:
+        kept_BS &= ~torch.isin(ids_BS, torch.tensor(tokens.origin.special_ids, dtype=ids_BS.dtype))
+    return find_readout(model, ids_BS, blocks_path=blocks_path, kept_BS=kept_BS, keep_outliers=keep_outliers)

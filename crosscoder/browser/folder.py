@@ -56,10 +56,10 @@ def describe(findings: Findings) -> tuple[str, str, list[tuple[str, str]]]:
     dictionary, activity, reads = findings.dictionary, findings.activity, findings.dictionary.reads
     form = "A bank of SAEs" if findings.activity.rows.is_bank else "A crosscoder"
     model = "a model" if reads is None else Path(reads.model.name.removeprefix("package:")).name
-    active = int((activity.fired_F > 0).sum())
+    alive = int(activity.alive_F.sum())
     lead = (
-        f"{form} with {len(findings):,} features over {len(findings.sites)} layers of {model}; {active:,} are active "
-        f"on the {activity.n_tokens:,} tokens that were read."
+        f"{form} with {len(findings):,} features over {len(findings.sites)} layers of {model}; {alive:,} are alive "
+        f"(active on more than ten of the {activity.n_tokens:,} tokens that were read)."
     )
     text = None if findings.tokens.origin is None else findings.tokens.origin.text
     facts = [("Dictionary", dictionary.extra_repr().splitlines()[0])]
@@ -92,7 +92,7 @@ def record(findings: Findings) -> dict[str, Any]:
         },
         "sites": list(findings.sites),
         "features": len(findings),
-        "active": int((activity.fired_F > 0).sum()),
+        "alive": int(activity.alive_F.sum()),
         "wanted": to_mapping(activity.wanted),
         "readout": None if readout is None else {"norm": readout.norm, "scale": readout.scale},
         "no_effects": findings.no_effects or None,

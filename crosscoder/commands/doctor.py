@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.commands.base import Command
+from crosscoder.commands.base import Printed
 from crosscoder.foundation.console import give, human_bytes
 from crosscoder.foundation.provenance import describe_run
 from triton_kernels import reference
@@ -48,8 +49,8 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Command):
-    """What this machine has, whether the kernels compute what they should, and what is missing and how to mend it.
+class Doctor(Printed):
+    """Check this machine: what it has, whether the kernels compute what they should, what is missing and the mend.
 
     Ends with status 2 if something is wrong that would make results wrong; what is only missing or slow is said.
 
@@ -57,12 +58,17 @@ class Doctor(Command):
     """
 
     def run(self) -> None:
-        wrong = []
+        wrong, found = [], []
         for one in examine():
+            found.append(one._asdict())
+            wrong += [one.what] * one.is_wrong
+            if self.json:
+                continue
             give(f"{'WRONG' if one.is_wrong else 'note ' if one.mend else 'ok   '}  {one.what:<18}  {one.found}")
             if one.mend:
                 give(f"{'':<27}{one.mend}")
-            wrong += [one.what] * one.is_wrong
+        if self.json:
+            give(json.dumps(found, indent=2))
         if wrong:
             raise RuntimeError(f"{', '.join(wrong)}: results of this machine would be wrong; see the mend above")
 

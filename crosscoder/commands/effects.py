@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from crosscoder.commands.base import REPORT, SUBJECT, Idle, ReadsModel, require_free
+from crosscoder.commands.base import REPORT, SUBJECT, Idle, Printed, ReadsModel, require_free
 from crosscoder.data.sources import SiteKind
 from crosscoder.dictionary import load_dictionary
 from crosscoder.dictionary.saved import read_record
+from crosscoder.foundation.config import to_mapping
 from crosscoder.foundation.console import give, say
 from crosscoder.needs import Needs
 
@@ -18,7 +20,7 @@ TOP = 20  # features, where none are named
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effects(ReadsModel):
+class Effects(ReadsModel, Printed):
     """Take features off the model one by one: what that does to its loss and to its next-token distribution.
 
     Each feature is taken off a row of text wherever it is active there. Beside it, at the same tokens and by the same
@@ -69,7 +71,7 @@ class Effects(ReadsModel):
     def run(self) -> None:
         from crosscoder.data.subject import load_model, require_own_tokens
         from crosscoder.data.tokens import PreparedTokens
-        from crosscoder.report.effects import TABLE, terminal_table, write_table
+        from crosscoder.report.effects import TABLE, by_feature, terminal_table, write_table
         from crosscoder.report.page import render_report
         from crosscoder.studies.effects import Where, run_effects
 
@@ -107,5 +109,8 @@ class Effects(ReadsModel):
         )
         path = render_report(results, self.out)
         write_table(results, self.out)
+        if self.json:
+            give(json.dumps({"report": str(path), "features": to_mapping(by_feature(results))}, indent=2))
+            return
         give(terminal_table(results))
         give(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from crosscoder.needs import Needs
 
 @dataclass(frozen=True, kw_only=True)
 class Features(ReadsModel):
-    """What a dictionary's features mean: how often each fires, its strongest examples, the tokens it promotes.
+    """Show what features mean: how often each fires, its strongest examples, the tokens it promotes.
 
     One pass over text the dictionary was not trained on writes a folder: `index.html`, which a browser opens offline
     (search, sort, a page a feature), and parquet files that `datasets` reads. What is read of the model is what the
@@ -116,10 +116,10 @@ class Features(ReadsModel):
             n_text=count_ids(prepared.tokenizer),
         )
         path = write_features(findings, prepared.tokenizer, self.out)
-        active, size = int((findings.activity.fired_F > 0).sum()), sum(one.stat().st_size for one in self.out.iterdir())
+        activity, size = findings.activity, sum(one.stat().st_size for one in self.out.iterdir())
         say(
-            f"{active:,} of {len(findings):,} features are active on {findings.activity.n_tokens:,} tokens; "
-            f"the folder has {human_bytes(size)}"
+            f"{int(activity.alive_F.sum()):,} of {len(findings):,} features are alive (active on more than ten of the "
+            f"{activity.n_tokens:,} tokens read); the folder has {human_bytes(size)}"
         )
         give(path)
 
@@ -135,19 +135,8 @@ class Features(ReadsModel):
         if self.subject is None:
             raise ValueError("nothing to read: give --subject, or --activations")
         require_own_tokens(self.subject, tokens, revision=self.loading.revision)
-        harvester = self._as_read(dictionary).harvester(self.subject)
+        harvester = self.as_read(dictionary.reads).harvester(self.subject)
         return ActivationStream(harvester, tokens, max_tokens=self.max_tokens, ahead=False), harvester.model
-
-    def _as_read(self, dictionary: Dictionary) -> Features:
-        """These flags, with what the dictionary's record says of what it reads where nothing else was asked for."""
-        from crosscoder.browser.source import harvested_as
-
-        if dictionary.reads is None or self.layers is not None:
-            return self
-        recorded = harvested_as(dictionary.reads)
-        kind = recorded["reads"] if self.reads == "residual" else self.reads
-        outliers = self.keep_outliers or recorded["keep_outliers"]
-        return replace(self, layers=recorded["layers"], reads=kind, keep_outliers=outliers)
 
 
 def names_of(paths: tuple[Path, ...]) -> list[str]:

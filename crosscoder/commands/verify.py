@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import tyro
 
 from crosscoder.browser.folder import SCHEMA as FEATURES
-from crosscoder.commands.base import Command
+from crosscoder.commands.base import Printed
 from crosscoder.data.shards import SCHEMA as STORE
 from crosscoder.data.shards import ActivationShards
 from crosscoder.data.subject import SUBJECT_SCHEMA, require_written
@@ -66,7 +67,7 @@ HIDDEN = (".tmp-", ".part-", ".old-", ".new-")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(Command):
+class Verify(Printed):
     """Check what lies in folders against its hashes, read it as its loader would, and name every fault.
 
     Token sets, activations, subjects, runs and their checkpoints, dictionaries, whole studies, and anything that holds
@@ -81,22 +82,23 @@ class Verify(Command):
     def run(self) -> None:
         if not self.paths:
             raise ValueError("no path to look at; give folders, such as `crosscoder verify runs`")
-        n_looked_at, faults = 0, list[str]()
+        looked_at, faults = list[dict[str, Any]](), list[str]()
         with Progress("verify", None, unit="artifact") as progress:
             for path in self.paths:
-                found = 0
+                before = len(looked_at)
                 for kind, where, said in check(path):
-                    found += 1
+                    looked_at.append({"kind": kind, "path": str(where), "faults": said})
                     progress.advance()
                     faults += said
-                    for line in said or ["good"]:
+                    for line in () if self.json else said or ["good"]:
                         give(f"{'DAMAGED' if said else 'good   '}  {kind:<12}  {where}{f': {line}' if said else ''}")
-                if not found:
+                if len(looked_at) == before:
                     raise ValueError(f"{path} holds nothing that crosscoder has written with a hash; check the path")
-                n_looked_at += found
+        if self.json:
+            give(json.dumps(looked_at, indent=2))
         if faults:
-            raise DamagedError(f"{len(faults)} faults in what was looked at ({n_looked_at}); each is named above")
-        say(f"{n_looked_at} looked at, all as they were written")
+            raise DamagedError(f"{len(faults)} faults in what was looked at ({len(looked_at)}); each is named above")
+        say(f"{len(looked_at)} looked at, all as they were written")
 
 
 def check(path: Path) -> Iterator[tuple[str, Path, list[str]]]:

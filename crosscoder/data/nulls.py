@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crosscoder.data.order import seeded_generator
 from crosscoder.data.sources import EVALUATION_BATCH, Marked, ShuffledSource, SiteSource, Source
-from crosscoder.foundation.console import human_bytes
+from crosscoder.foundation.console import Progress, human_bytes
 from crosscoder.foundation.origin import Null
 from crosscoder.foundation.signals import safe_points
 
@@ -46,9 +46,11 @@ class GaussianSource(Source):
 
     n_tokens: in batches of the source, each once where they are an epoch.
     held_out_tokens: how many there are; the last batch may be smaller than the others.
+    quiet: whether nothing is said of how that pass goes.
     """
 
-    def __init__(self, source: Source, seed: int, *, n_tokens: int, held_out_tokens: int) -> None:
+    def __init__(self, source: Source, seed: int, *, n_tokens: int, held_out_tokens: int, quiet: bool = True) -> None:
+        self._quiet = quiet
         covariance_bytes(source.n_layers, source.d_model)
         for name, value, least in (("n_tokens", n_tokens, 2), ("held_out_tokens", held_out_tokens, 1)):
             if value < least:
@@ -71,7 +73,9 @@ class GaussianSource(Source):
         """Of the source's training tokens."""
         n_batches = -(-self._n_tokens // EVALUATION_BATCH)
         size = self._n_tokens // n_batches  # so that no token comes twice: fewer than `n_batches` are left out
-        return estimate_moments(self._source.batch(index, size, self._seed) for index in range(n_batches))
+        batches = (self._source.batch(index, size, self._seed) for index in range(n_batches))
+        with Progress("mean and covariance", self._n_tokens, unit="token", quiet=self._quiet) as progress:
+            return estimate_moments(batches, progress)
 
     @functools.cached_property
     def _root_NN(self) -> Tensor:
@@ -84,7 +88,7 @@ class GaussianSource(Source):
         return x_BN.view(n_tokens, self.n_layers, self.d_model)
 
 
-def estimate_moments(batches: Iterable[Tensor]) -> Moments:
+def estimate_moments(batches: Iterable[Tensor], progress: Progress | None = None) -> Moments:
     """Mean and covariance (divided by tokens less 1) of batches `x_BLD`, in one pass.
 
     Sums are taken about the first batch's mean: squares of numbers far from zero would lose what differs.
@@ -99,6 +103,8 @@ def estimate_moments(batches: Iterable[Tensor]) -> Moments:
         n_tokens += len(x_BN)
         sum_N += x_BN.sum(0)
         square_NN.addmm_(x_BN.T, x_BN)
+        if progress is not None:
+            progress.advance(len(x_BN))
     if about_N is None or n_tokens < 2:
         raise ValueError(f"a covariance needs at least two tokens, got {n_tokens}")
     square_NN.addr_(sum_N, sum_N, alpha=-1 / n_tokens).div_(n_tokens - 1)
@@ -128,7 +134,7 @@ def covariance_bytes(n_layers: int, d_model: int) -> int:
     return ROOT_BYTES * n_joint**2
 
 
-def make_null(null: Null | None, source: SiteSource) -> Source:
+def make_null(null: Null | None, source: SiteSource, *, quiet: bool = True) -> Source:
     """The null of a model's activations by its name, of all training tokens and as many held out; None: themselves."""
     if null is None:
         return source
@@ -139,4 +145,5 @@ def make_null(null: Null | None, source: SiteSource) -> Source:
     if null == "shuffled":
         return ShuffledSource(source, NULL_SEED)
     held_out = source.held_out_activations.n_tokens
-    return GaussianSource(source, NULL_SEED, n_tokens=source.train.n_tokens, held_out_tokens=held_out)
+    n_tokens = source.train.n_tokens
+    return GaussianSource(source, NULL_SEED, n_tokens=n_tokens, held_out_tokens=held_out, quiet=quiet)

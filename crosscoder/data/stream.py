@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from crosscoder.data.residuals import ResidualHarvester, combine_fingerprints, n
 from crosscoder.data.sources import WINDOW_TOKENS, Activations, SiteKind
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.config import require_count
-from crosscoder.foundation.console import say
+from crosscoder.foundation.console import Progress, say
 from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.origin import Reads, TokenOrigin
 from crosscoder.foundation.ranks import Ranks
@@ -24,6 +25,7 @@ HARVEST_TOKENS = 4096
 """Tokens that a model is given at once."""
 SCALE_TOKENS = 16_384
 """Tokens, spread evenly over the text, that scales are estimated on."""
+SECONDS_UNTIL_SHOWN = 1.0
 Key = tuple[int, int, int]  # seed, epoch, and the number of a refill or of a pool
 Shares = dict[int, Tensor]  # of a refill, by the pool that takes them
 
@@ -38,6 +40,7 @@ class ActivationStream(Activations):
     window_tokens: tokens that batches mix, in whole blocks; at most those and three refills are in memory.
     max_tokens: how many tokens to read at least, in whole blocks spread evenly over all; None reads all.
     ahead: whether the next refill is harvested beside the use of this one.
+    quiet: whether nothing is said of how harvesting goes where others wait for it.
     job: ranks that read the same batches: each harvests other blocks of a refill, and all get all of it. It must be a
         group of its own (`Ranks.apart`), for the thread gathers while training does.
     """
@@ -50,9 +53,11 @@ class ActivationStream(Activations):
         window_tokens: int = WINDOW_TOKENS,
         max_tokens: int | None = None,
         ahead: bool = True,
+        quiet: bool = True,
         job: Ranks | None = None,
     ) -> None:
-        self._job = job or Ranks()
+        self._job, self._quiet = job or Ranks(), quiet
+        self._progress: Progress | None = None
         require_count(window_tokens=window_tokens, max_tokens=max_tokens)
         self.harvester, self.tokens, self.sites = harvester, tokens, harvester.sites
         self.context, self.keep_outliers = tokens.sequence_length, harvester.keep_outliers
@@ -86,16 +91,31 @@ class ActivationStream(Activations):
         """`x_TLD` of the kept tokens of some blocks, a few thousand tokens at a time, in the model's dtype."""
         for part in safe_points(self.parts(numbers)):
             if bool((kept_BS := self.kept(part)).any()):
-                yield self.harvester.harvest(self.tokens[part], kept_BS)
+                yield self._told(self.harvester.harvest(self.tokens[part], kept_BS))
+
+    def _told(self, x_TLD: Tensor) -> Tensor:
+        if self._progress is not None:
+            self._progress.advance(len(x_TLD))
+        return x_TLD
+
+    @contextlib.contextmanager
+    def _showing(self, label: str, n_tokens: int | None = None) -> Generator[None]:
+        """Shows what is harvested meanwhile, here or by the thread, of `n_tokens` in all; nothing where those are 0."""
+        try:
+            with Progress(label, n_tokens, unit="token", quiet=self._quiet or n_tokens == 0) as self._progress:
+                yield
+        finally:
+            self._progress = None
 
     @functools.cached_property
     def _sample(self) -> tuple[Tensor, Tensor, int]:
         """Norms of a sample of tokens at all sites, and of the differences of neighbouring sites; and the width."""
         n_blocks = min(len(self.tokens), max(1, SCALE_TOKENS // self.context))
         spread, found, d_model = torch.linspace(0, len(self.tokens) - 1, n_blocks).round().long(), [], 0
-        for x_TLD in self.harvest(spread):
-            found.append((norms(x_TLD), norms(x_TLD.float().diff(dim=1))))
-            d_model = x_TLD.shape[2]
+        with self._showing("scales of the layers", n_blocks * self.context):
+            for x_TLD in self.harvest(spread):
+                found.append((norms(x_TLD), norms(x_TLD.float().diff(dim=1))))
+                d_model = x_TLD.shape[2]
         residual, write = (torch.cat(parts) for parts in zip(*found, strict=True))
         return residual, write, d_model
 
@@ -178,17 +198,19 @@ class ActivationStream(Activations):
         """The tokens of one pool, in its order, in the model's dtype."""
         if self._pool is None or self._pool[0] != key:
             self._pool = None  # the old one goes before another is made
-            seed, epoch, pool = key
             self._collect(key)
-            places, x_TLD = self.order.places(seed, epoch, pool), None
-            for refill, place_t in zip(self.order.refills(pool), places, strict=True):
-                of_refill = self._waiting.get((seed, epoch, refill), {})
-                if pool not in of_refill:
-                    of_refill = self._waiting[seed, epoch, refill] = self._harvest_shares((seed, epoch, refill), pool)
-                share_TLD = of_refill.pop(pool)
-                if x_TLD is None:
-                    x_TLD = share_TLD.new_empty(sum(map(len, places)), *share_TLD.shape[1:])
-                x_TLD[place_t.to(x_TLD.device)] = share_TLD
+            pool, refills = key[2], [(*key[:2], refill) for refill in self.order.refills(key[2])]
+            missing = [of for of in refills if pool not in self._waiting.get(of, {})]  # at the start the whole window
+            n_tokens = sum(int(self.order.count_B[self.order.blocks(*of)].sum()) for of in missing)
+            places, x_TLD = self.order.places(*key), None
+            with self._showing("harvest of a window", n_tokens):
+                for of, place_t in zip(refills, places, strict=True):
+                    if of in missing:
+                        self._waiting[of] = self._harvest_shares(of, pool)
+                    share_TLD = self._waiting[of].pop(pool)
+                    if x_TLD is None:
+                        x_TLD = share_TLD.new_empty(sum(map(len, places)), *share_TLD.shape[1:])
+                    x_TLD[place_t.to(x_TLD.device)] = share_TLD
             assert x_TLD is not None
             self._pool = key, x_TLD
             self._begin_next(key)
@@ -198,6 +220,9 @@ class ActivationStream(Activations):
         """Take what the thread brought, and let go what `key` and the pools after it do not need."""
         if self._next is not None:
             (of, found), self._next = self._next, None
+            if wait([found], SECONDS_UNTIL_SHOWN).not_done:
+                with self._showing("waiting for the harvest"):
+                    wait([found])
             self._waiting[of] = found.result()
         self._waiting = {of: shares for of, shares in self._waiting.items() if self._ahead(key, of) >= 0}
 

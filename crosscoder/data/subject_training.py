@@ -231,15 +231,14 @@ class _Training:
     def _take_steps(self, *, quiet: bool) -> None:
         config, kept = self.config, {0, *self.config.checkpoint_steps}
         label, saved_at = f"subject {config.n_layers}x{config.d_model}", time.monotonic()
-        with Progress(label, config.n_steps, unit="step", quiet=quiet) as progress:
-            progress.advance(self.step)
+        with Progress(label, config.n_steps, unit="step", quiet=quiet, initial=self.step) as progress:
             if self.step in kept and self.step not in [one.step for one in self.checkpoints]:
                 self.checkpoints.append(self._keep())
             started = time.perf_counter()
             for step, loss in _training_steps(self.model, config, self.tokens, self.optimizers, self.step):
                 self.step = step
                 self.seconds += time.perf_counter() - started
-                progress.advance(loss=loss)
+                progress.advance(tokens=config.batch * config.context, loss=loss)
                 failpoint("subject.step")
                 safe_point()
                 if self.step in kept:

@@ -9,25 +9,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.foundation.origin import KINDS, NULLS, MismatchError, Reads
-from crosscoder.results.evaluation import About, Evaluation
+from crosscoder.results.evaluation import SHOWN, About, Evaluation, measured_rows, require_nulls, words_of
 from crosscoder.results.quantities import QUANTITIES
 
 MARK = "<!-- This page is crosscoder's; the next push replaces it. Without this line it stays as you write it. -->"
-LAYERS = "explained_variance_per_layer"
-SHOWN = (
-    "dictionary_size", "explained_variance", LAYERS, "l0_token", "dead_share", "mean_rho", "loss_recovered",
-    "clean_loss", "spliced_loss", "ablated_loss", "splice_tokens", "tokens_held_out",
-)  # fmt: skip
-"""The quantities of the table, in its order."""
-WORDS = {"spliced_loss": "loss with reconstructions in place", "ablated_loss": "loss with the sites ablated"}
-"""Headings that say more than those of a study's tables, which stand under another."""
 OF_LOSS = ("loss_recovered", "clean_loss", "spliced_loss", "ablated_loss", "splice_tokens")
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#!~$])")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -86,15 +78,7 @@ class ModelCard:
             raise MismatchError(
                 f"the evaluation is of weights {seen[:12]}, this dictionary has {facts.weights[:12]}; evaluate this one"
             )
-        for null in self.nulls:
-            if null.about.null is None:
-                raise MismatchError(f"weights {null.about.weights[:12]} are of no null; name it as the evaluation")
-            if (theirs := null.about.reads) is not None and (mine := facts.reads) is not None:
-                a, b = ((one.model.weights[:8], one.site, one.sites) for one in (mine, theirs))
-                if a != b:
-                    raise MismatchError(
-                        f"the null {null.about.null} reads {b}, the dictionary {a}: they do not compare"
-                    )
+        require_nulls(self.nulls, facts.reads)
 
     def _measured(self, facts: Facts) -> str:
         if self.evaluation is None:
@@ -102,11 +86,10 @@ class ModelCard:
         measured = [self.evaluation, *self.nulls]
         names = ["this dictionary", *(f"null: {one.about.null}" for one in self.nulls)]
         rows: list[tuple[str, ...]] = [("", *map(plain, names))]
-        for key in SHOWN:
-            rows += _rows(key, [one.values for one in measured], self.evaluation.about.reads)
+        rows += [(words, *cells) for _, words, cells in measured_rows(measured)]
         said = [_table(rows)]
         if missing := [key for key in SHOWN if all(key not in one.values for one in measured)]:
-            words = ", ".join(_words(key) for key in missing if key != "mean_rho")
+            words = ", ".join(words_of(key) for key in missing if key != "mean_rho")
             spread = "Every feature of a bank has one layer, so there is no spread. " if "mean_rho" in missing else ""
             loss = set(missing) & set(OF_LOSS)
             said.append(spread + (f"Not measured: {words}. {_how_to_measure(loss=bool(loss))}" if words else ""))
@@ -116,7 +99,7 @@ class ModelCard:
                 "`crosscoder train --null gaussian` or `--budget.frozen encoder`, and evaluate it alike."
             )
         shown = [key for key in SHOWN if key not in missing]
-        said.append("\n".join(f"- **{_words(key)}**: {plain(QUANTITIES[key].definition)}" for key in shown))
+        said.append("\n".join(f"- **{words_of(key)}**: {plain(QUANTITIES[key].definition)}" for key in shown))
         said.append(_command("The numbers are those of", self.evaluation.about.command, ""))
         return "\n\n".join(part for part in said if part)
 
@@ -198,35 +181,6 @@ def _name(name: str, revision: str | None) -> str:
 def _is_on_hub(name: str, revision: str | None) -> bool:
     """Whether it was read from the Hub, at a commit; a folder may have one too, such as one of the Hub's cache."""
     return revision is not None and _HUB_NAME.fullmatch(name) is not None
-
-
-def _rows(key: str, values: Sequence[Mapping[str, Any]], reads: Reads | None) -> list[tuple[str, ...]]:
-    if all(key not in one for one in values):
-        return []
-    words = _words(key)
-    if key != LAYERS:
-        return [(words, *(_number(one, key) for one in values))]
-    n_layers = max(len(one.get(key) or ()) for one in values)
-    named = reads.sites if reads is not None and len(reads.sites) == n_layers else range(n_layers)
-    each = [list(one.get(key) or ()) for one in values]
-    return [
-        (f"explained variance, layer {site}", *(_shown(one[i]) if i < len(one) else "not measured" for one in each))
-        for i, site in enumerate(named)
-    ]
-
-
-def _words(key: str) -> str:
-    return WORDS.get(key, QUANTITIES[key].words)
-
-
-def _number(values: Mapping[str, Any], key: str) -> str:
-    return _shown(values[key]) if key in values else "not measured"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "undefined"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -89,7 +89,8 @@ def import_dictionary(
 ) -> Dictionary:
     """The dictionary of another library in a folder or a repository on the Hub, or ours, for evaluation.
 
-    Its record says what its publisher says of model and places, and the revision and sha256 of what was read.
+    Its record says what its publisher says of model and places, and the revision and sha256 of what was read. One of
+    ours that comes back from SAELens' format has the record and the scale that it had.
 
     where: a folder of one dictionary, or of one folder for each layer, which become a bank.
     folders: which folders in it; several are the layers of a bank, in this order.
@@ -118,18 +119,22 @@ def import_dictionary(
             f"{chosen[0]} holds no dictionary of {', '.join(get_args(Library))} (what is known by which files is in "
             "docs/formats.md)"
         )
-    if library == OURS:
-        if len(chosen) > 1:
-            raise ValueError(f"{len(chosen)} folders of ours; load them one by one")
+    if library == OURS and len(chosen) > 1:
+        raise ValueError(f"{len(chosen)} folders of ours; load them one by one")
+    made = load_dictionary(chosen[0]) if library == OURS else _read(library, chosen, allow_pickle=allow_pickle)
+    if library == OURS or (made.reads is not None and not made.reads.published):
         if model or sites or scale:
             raise ValueError(f"{chosen[0]} is ours, and keeps its own model, sites and scale; leave them out")
-        return load_dictionary(chosen[0])
-    made = _read(library, chosen, allow_pickle=allow_pickle)
+        if library != OURS and made.reads is not None and made.reads.scale:
+            rescale(made, torch.tensor(made.reads.scale))
+        return made
     name = str(where) if root == Path(where) else f"{where}@{root.name}"
     inside = "".join(f" {one.relative_to(root)}" for one in chosen if one != root)
     weights = [file for one in chosen for file in IMPORTERS[library].weights(one)]
     assert made.reads is not None
     reads = _completed(made.reads, model, sites, made.config.n_layers)
+    if reads.convention == UNSAID:
+        say(f"note: {chosen[0]} does not say which places it reads; say sites of a residual stream with --sites")
     published = f"{library} dictionary of {printable(name + inside)}, sha256 {hash_files(weights)}"
     made.reads = replace(reads, published=published)
     if scale:

@@ -28,10 +28,12 @@ from crosscoder.dictionary import (
     Transcoder,
 )
 from crosscoder.formats.foreign import Tensors
+from crosscoder.foundation.artifact import DamagedArtifactError
 from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import Kind, ModelOrigin, Reads, TokenOrigin
 
 FLOAT = torch.finfo(torch.float32)
+LARGEST = 1e30  # scale of a layer
 AFTER, BEFORE = ("output", "hook_resid_post", "hook_out"), ("hook_resid_pre", "hook_in")
 RESIDUAL = re.compile(rf"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.({'|'.join((*AFTER, *BEFORE))}))?")
 MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp")
@@ -47,7 +49,10 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a publisher says of a dictionary; `hooks` are the places it reads, one for each layer, empty if unsaid."""
+    """What a publisher says of a dictionary; `hooks` are the places it reads, one for each layer, empty if unsaid.
+
+    record: what a dictionary of ours kept of what it reads, where the files are of our own export.
+    """
 
     model: str = ""
     hooks: tuple[str, ...] = ()
@@ -55,9 +60,18 @@ class About:
     bos: bool | None = None
     convention: str = ""
     """Of what no harvest here reads."""
+    record: Reads | None = None
 
     def reads(self, n_layers: int) -> Reads:
         """The record of a dictionary of so many layers; a place that is not a residual stream or an MLP is `other`."""
+        if self.record is not None:
+            sites, scale = self.record.sites, self.record.scale
+            if len(sites) != n_layers or len(scale) not in (0, n_layers) or not all(0 < one < LARGEST for one in scale):
+                raise DamagedArtifactError(
+                    f"the record names sites {list(sites)} at scales {list(scale)}; expected one of each of the "
+                    f"{n_layers} layers"
+                )
+            return self.record
         kind, sites = self.place(n_layers)
         hooks = ", ".join(self.hooks) or UNSAID
         return Reads(
@@ -179,11 +193,13 @@ def assemble(form: type[Form], settings: dict[str, Any], tensors: dict[str, Tens
 def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
     """SAEs of several layers side by side, in their order."""
     first = flats[0]
+    records = [flat.about.record for flat in flats if flat.about.record is not None]
     for name, of in (
         ("the width", lambda one: one.width),
         ("the number of features", lambda one: len(one.encoder_FD)),
         ("the rule", lambda one: one.sparsity),
         ("the model", lambda one: one.about.model),
+        ("the record", lambda one: one.about.record and str(replace(one.about.record, sites=()))),
     ):
         if len(seen := list(dict.fromkeys(of(flat) for flat in flats))) > 1:
             raise ValueError(f"SAEs of one bank share {name}; here are {', '.join(map(str, seen)):.300}")
@@ -198,9 +214,16 @@ def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
         model=first.about.model,
         hooks=tuple(hook for flat in flats for hook in flat.about.hooks),
         context=first.about.context,
+        record=_joined(records) if records else None,
     )
     shape = {"n_layers": len(flats), "d_model": first.width, "n_features": len(first.encoder_FD)}
     return assemble(LayerwiseSAE, {**shape, "sparsity": first.sparsity}, tensors, about.reads(len(flats)))
+
+
+def _joined(records: Sequence[Reads]) -> Reads:
+    """The record of a bank, of those of its layers."""
+    sites, scale = ([each for one in records for each in getattr(one, name)] for name in ("sites", "scale"))
+    return replace(records[0], sites=tuple(sites), scale=tuple(scale))
 
 
 def rule_tensors(sparsity: Sparsity, thresholds: Sequence[Tensor]) -> dict[str, Tensor]:

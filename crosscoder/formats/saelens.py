@@ -114,8 +114,10 @@ def save_saelens(
     """
     dictionary.require_input_scale("the export", raw_inputs=raw_inputs)
     cfg, tensors = saelens_tensors(dictionary, group)
-    known = {"sae_lens_version": WRITTEN_FOR, **recorded(dictionary.reads, group), **(metadata or {})}
-    if cfg["d_in"] != dictionary.config.d_model:
+    is_flat = cfg["d_in"] != dictionary.config.d_model
+    own = recorded(dictionary.reads, None if is_flat else group)
+    known = {"sae_lens_version": WRITTEN_FOR, **own, **(metadata or {})}
+    if is_flat:
         if (metadata or {}).get("hook_name") is not None:
             raise ValueError(
                 f"hook_name is {known['hook_name']!r}, but this crosscoder reads {dictionary.config.n_layers} layers; "
@@ -137,22 +139,25 @@ def save_saelens(
         save_file(tensors, temporary / WEIGHTS)
 
 
-def recorded(reads: Reads | None, group: int) -> dict[str, Any]:
-    """What a dictionary's record says, in SAELens' words; only a residual stream has a hook there, a null no model."""
+def recorded(reads: Reads | None, group: int | None) -> dict[str, Any]:
+    """What a dictionary's record says of a layer, or of all (None): in SAELens' words, where only a residual stream has
+    a hook and a null no model, and whole, as `record`: SAELens 6 keeps what it does not know, and we read it back."""
     if reads is None:
         return {}
+    if group is not None:
+        reads = replace(reads, sites=reads.sites[group : group + 1], scale=reads.scale[group : group + 1])
+    ours = {"reads": str(reads), "record": to_mapping(reads)}
     if reads.null is not None:
-        return {"reads": str(reads)}
+        return ours
     known = {
         "model_name": reads.model.name,
         "context_size": reads.tokens.context or None,
         "prepend_bos": None if reads.published else reads.tokens.bos is not None,
         "dataset_path": None if reads.tokens.text is None else reads.tokens.text.source,
-        "reads": str(reads),
     }
-    if reads.site == "residual" and group < len(reads.sites) and reads.sites[group] > 0:
-        known["hook_name"] = f"blocks.{reads.sites[group] - 1}.hook_resid_post"
-    return known
+    if group is not None and reads.site == "residual" and reads.sites and reads.sites[0] > 0:
+        known["hook_name"] = f"blocks.{reads.sites[0] - 1}.hook_resid_post"
+    return known | ours
 
 
 ARCHITECTURES = ("standard", "topk", "jumprelu", "transcoder", "jumprelu_transcoder")
@@ -231,8 +236,9 @@ def _about(metadata: Settings, *, is_crosscoder: bool, is_transcoder: bool) -> A
     """What the metadata say; names of TransformerLens or of `transformers`."""
     hook = metadata.take("hook_name", str, "")
     hooks = metadata.take("hook_names", list, []) if is_crosscoder else [hook] if hook else []
-    out = metadata.take("hook_name_out", str, "a place that is not said")
+    out, record = metadata.take("hook_name_out", str, "a place that is not said"), metadata.take("record", dict, None)
     return About(
+        record=None if record is None else from_mapping(Reads, record, where=f"{metadata.where}.record"),
         model=metadata.take("model_name", str, ""),
         hooks=tuple(map(str, hooks)),
         context=max(0, metadata.take("context_size", int, 0)),

@@ -318,9 +318,11 @@ def verify_directory(
     _restore(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {MANIFEST}: it is not a finished artifact. Check the path, or write it again."
-        )
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}; check the path")
+        inside = ", ".join(sorted(str(one.parent) for one in folder.glob(f"*/{MANIFEST}"))[:4])
+        mend = f"what lies in it is: give {inside}" if inside else "check the path, or write it again"
+        raise FileNotFoundError(f"{folder} has no {MANIFEST}: it is not a finished artifact; {mend}")
     manifest = read_json(path)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):

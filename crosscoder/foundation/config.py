@@ -71,6 +71,8 @@ def to_mapping(value: Any) -> Any:
         return mapping
     if isinstance(value, tuple | list):
         return [to_mapping(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_mapping(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

@@ -6,9 +6,12 @@ import os
 import sys
 import time
 import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
+T = TypeVar("T")
 
 
 def plain(text: str) -> str:
@@ -22,6 +25,13 @@ def plain(text: str) -> str:
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Categories of characters that are not seen, and change what is."""
 _SHOWN = dict.fromkeys("\t\r\u2028\u2029", " ") | dict.fromkeys("\u200c\u200d\u00ad\ufeff", "")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines whose cells stand under one another; what does not print is replaced, see `plain`."""
+    rows = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 class _Voice:
@@ -57,18 +67,22 @@ def give(result: object) -> None:
 class Progress:
     """Counts towards `total`: tqdm on a terminal, one line every ten seconds elsewhere, nothing if `quiet`.
 
-    Use as a context manager; `advance(n, loss=...)` moves it and shows the given numbers.
+    Use as a context manager; `advance(n, loss=...)` moves it and shows the given numbers. `initial` was done before.
     """
 
-    def __init__(self, label: str, total: int | None, *, unit: str = "it", quiet: bool = False) -> None:
-        self._label, self._total, self._unit, self._quiet = label, total, unit, quiet
-        self._done = 0
+    def __init__(
+        self, label: str, total: int | None, *, unit: str = "it", quiet: bool = False, initial: int = 0
+    ) -> None:
+        self._label, self._total, self._unit, self._quiet = label, total, unit, quiet or _Voice.is_muted
+        self._initial = self._done = initial
+        self._tokens = 0
         self._started = self._last_line = time.monotonic()
         self._bar = None
-        if not quiet and sys.stderr.isatty():
+        if not self._quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=plain(label), unit=unit, leave=False, dynamic_ncols=True)
+            shown: dict[str, Any] = {"desc": plain(label), "unit": unit, "leave": False, "dynamic_ncols": True}
+            self._bar = tqdm(total=total, initial=initial, smoothing=0, **shown)
 
     def __enter__(self) -> Progress:
         return self
@@ -77,14 +91,23 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, amount: int = 1, *, share: float | None = None, **numbers: float) -> None:
-        """Move by `amount`; `numbers` are shown beside the count.
+    def from_first(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; the rate is counted from when the first is there, which may take long and says nothing of it."""
+        for number, item in enumerate(items):
+            if number == 0:
+                self._started = time.monotonic()
+                if self._bar is not None:
+                    self._bar.unpause()
+            yield item
+
+    def advance(self, amount: int = 1, *, share: float | None = None, tokens: int = 0, **numbers: float) -> None:
+        """Move by `amount`; `numbers` are shown beside the count, and how many `tokens` a second that makes.
 
         `share` is how much of the work is done, from 0 to 1, where the count does not say so: for the time left.
         """
-        self._done += amount
-        if share is None and self._total:
-            share = self._done / self._total
+        self._done, self._tokens, now = self._done + amount, self._tokens + tokens, time.monotonic()
+        if self._tokens and now > self._started:
+            numbers = {"tokens/s": self._tokens / (now - self._started), **numbers}
         if self._bar is not None:
             if share and not self._total:
                 self._bar.total = round(self._done / share)
@@ -92,15 +115,18 @@ class Progress:
             if numbers:
                 self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
             return
-        now = time.monotonic()
         if self._quiet or now - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        rate = self._done / (now - self._started)
+        rate = (self._done - self._initial) / (now - self._started)
         shown = "".join(f"  {k} {v:.4g}" for k, v in numbers.items())
-        total = f"/{self._total}" if self._total else ""
-        left = f"  about {human_seconds((now - self._started) * (1 / share - 1))} left" if share else ""
-        say(f"{self._label}: {self._done}{total} {self._unit}  {rate:.3g}/s{left}{shown}")
+        total = f"/{self._total:,}" if self._total else ""
+        if self._total:
+            seconds = (self._total - self._done) / rate if rate else None
+        else:
+            seconds = (now - self._started) * (1 / share - 1) if share else None
+        left = "" if seconds is None else f"  about {human_seconds(seconds)} left"
+        say(f"{self._label}: {self._done:,}{total} {self._unit}  {rate:.3g}/s{left}{shown}")
 
 
 def human_seconds(seconds: float) -> str:

@@ -85,8 +85,8 @@ def upload_folder(
         done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, **where)
     except _failures() as error:
         raise OSError(
-            f"{repo} could not be written ({_said(error)}); log in with `hf auth login` or set HF_TOKEN to a token "
-            "that may write there"
+            f"{repo} could not be written ({_said(error)}); check the network, and log in with `hf auth login` or set "
+            "HF_TOKEN to a token that may write there"
         ) from error
     return str(done.commit_url)
 

@@ -22,7 +22,7 @@ from crosscoder.data.sources import Marked
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.config import config
 from crosscoder.foundation.console import Progress
-from crosscoder.measure.reading import sparse_rows
+from crosscoder.measure.reading import minimum_probability, sparse_rows
 from crosscoder.measure.rows import FeatureRows
 
 BINS_OF_OCTAVE = 2
@@ -108,6 +108,11 @@ class Activity:
     def rate_F(self) -> np.ndarray:
         """Share of the tokens on which each is active."""
         return self.fired_F / max(1, self.n_tokens)
+
+    @property
+    def alive_F(self) -> np.ndarray:
+        """Whether each is alive, as `measure.reading` says."""
+        return self.rate_F > minimum_probability(max(1, self.n_tokens))
 
     @property
     def density_F(self) -> np.ndarray:

@@ -9,7 +9,7 @@ such as capping them, is left out. Effects are less their mean over the vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crosscoder.data.blocks import input_device, run_model
 from crosscoder.data.hooks import ModuleEnd, reading
-from crosscoder.data.residuals import find_blocks
+from crosscoder.data.residuals import OUTLIER_RATIO, find_blocks
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.console import Progress
 from crosscoder.measure.rows import FeatureRows
@@ -28,6 +28,8 @@ LOGIT_BYTES = 2**26
 FITS = 0.02
 """Share of the head's input that a form of the final norm may leave unexplained: rounding of half precision."""
 FEWEST_TOKENS = 16
+CALL_TOKENS = 1024
+"""Tokens that the model is given at once."""
 
 
 class Readout(NamedTuple):
@@ -64,31 +66,44 @@ class LogitEffects(NamedTuple):
 
 @torch.no_grad()
 def find_readout(
-    model: nn.Module, ids_BS: Tensor, *, blocks_path: str | None = None, skip_positions: int = 1
+    model: nn.Module,
+    ids_BS: Tensor,
+    *,
+    blocks_path: str | None = None,
+    kept_BS: Tensor | None = None,
+    keep_outliers: bool = False,
 ) -> Readout:
     """The readout of a model, whose final norm is found by what it does to some text, never by its name.
 
-    ids_BS: at least 16 tokens behind the first `skip_positions`; the mean token's scale is theirs.
+    kept_BS: which tokens count, at least 16; None: all behind the first of each row. The mean token's scale is theirs,
+        less outliers of more than ten times the median norm, unless `keep_outliers`.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head, so features have no effect on logits")
-    seen: dict[int, Tensor] = {}
+    if kept_BS is None:
+        kept_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        kept_BS[:, :1] = False
     ends = [ModuleEnd(find_blocks(model, blocks_path)[-1], "output"), ModuleEnd(head, "input")]
-    with reading(ends, lambda i, hidden: seen.update({i: hidden})):
-        run_model(model, ids_BS.to(input_device(model)))
-    given, needed = (seen[i][:, skip_positions:].flatten(0, 1).float() for i in (0, 1))
+    seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+    rows = max(1, CALL_TOKENS // ids_BS.shape[1])  # of which the model makes logits over its vocabulary
+    for ids, kept in zip(ids_BS.split(rows), kept_BS.split(rows), strict=True):
+        with reading(ends, lambda i, hidden, kept=kept: seen[i].append(hidden[kept.to(hidden.device)].float())):
+            run_model(model, ids.to(input_device(model)))
+    given, needed = (torch.cat(parts) for parts in seen)
     if given.shape != needed.shape or len(given) < FEWEST_TOKENS:
         raise ValueError(
             f"the last block returns {list(given.shape)}, the head of {type(model).__name__} is given "
             f"{list(needed.shape)}; expected at least {FEWEST_TOKENS} tokens of one width"
         )
     left = {}
-    for norm, scaled in _forms(given).items():
+    for norm, scaled in _forms(given):
         gain_D, bias_D = _fit(scaled, needed, has_bias=norm == "layer")
         left[norm] = float((needed - scaled * gain_D - bias_D).norm() / needed.norm())
         if left[norm] <= FITS:
-            scale = float((scaled.norm(dim=1) / _centred(given, norm).norm(dim=1)).mean())
+            norm_T = _centred(given, norm).norm(dim=1)
+            usual_T = (norm_T <= OUTLIER_RATIO * norm_T.median()) | keep_outliers
+            scale = float((scaled.norm(dim=1) / norm_T)[usual_T].mean())
             return Readout(norm, gain_D, scale, _linear(head))
     said = ", ".join(f"{norm} {share:.2g}" for norm, share in left.items())
     raise ValueError(
@@ -101,14 +116,12 @@ def _centred(given_TD: Tensor, norm: str) -> Tensor:
     return given_TD - given_TD.mean(1, keepdim=True) if norm == "layer" else given_TD
 
 
-def _forms(given_TD: Tensor) -> dict[str, Tensor]:
+def _forms(given_TD: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Hidden states as each form of norm leaves them, before its gain."""
-    width = given_TD.shape[1] ** 0.5
-    forms = {"none": given_TD}
+    yield "none", given_TD
     for norm in ("rms", "layer"):
         centred = _centred(given_TD, norm)
-        forms[norm] = centred * (width / centred.norm(dim=1, keepdim=True))
-    return forms
+        yield norm, centred * (given_TD.shape[1] ** 0.5 / centred.norm(dim=1, keepdim=True))
 
 
 def _fit(scaled_TD: Tensor, needed_TD: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,8 @@ PAIRS = ("between_matched", "between_matched_share", "between_chapman", "between
 PAIRS += ("between_rate_ratio", "between_rate_sd", "tokens_common")
 OF_SIDES = ("alive", "dictionary_form", "dictionary_sites", "strongest_layers", "found_in")
 OF_WAYS = ("found_share", "found_layers", "found_by_layer", "found_in_layers")
+LONGEST = 48
+"""Characters of a dictionary's path in a heading."""
 MOST = 6
 """Directions that the first screen and the pictures show; the tables show all."""
 SECTIONS = {"found": ("found", "pairs"), "places": (), "spreads": ("spreads",), "stable": ("stable",)}
@@ -51,6 +53,7 @@ SECTIONS |= {"dictionaries": ("what", "counts"), "origin": ("provenance",)}
 
 def parts(results: Results) -> Parts:
     _check(results)
+    told = _told(results)
     tables = {
         "found": _found_table(results),
         "pairs": _pair_table(results),
@@ -62,7 +65,8 @@ def parts(results: Results) -> Parts:
     }
     titles = {name: WORDS["tables"].get(name, "") for name in tables}
     places = {
-        f"places-{a}-{b}": (f"{a}'s features in {b}", _place_table(results, a, b)) for a, b in directions(results)
+        f"places-{a}-{b}": (f"Features of {told[a]} in {told[b]}", _place_table(results, a, b))
+        for a, b in directions(results)
     }
     tables |= {name: table for name, (_, table) in places.items()}
     titles |= {name: title for name, (title, _) in places.items()}
@@ -75,6 +79,7 @@ def parts(results: Results) -> Parts:
         first=("found-both-ways",),
         shown_in={"found-layers": "places"},
         names=[f"{name}: {results.rows.one('dictionary_path', dictionary=name)}" for name in sides(results)],
+        title=WORDS["titles"]["dictionaries"].format(names=_listed(list(told.values()))),
     )
 
 
@@ -91,6 +96,21 @@ def _check(results: Results) -> None:
 
 def sides(results: Results) -> list[str]:
     return [str(row.at.dictionary) for row in results.rows.select("dictionary_path")]
+
+
+def _told(results: Results) -> dict[str, str]:
+    """What each dictionary is called: its letter, and its folder as it was given, of a long path the last parts."""
+    found = {}
+    for name in sides(results):
+        path = str(_one(results, "dictionary_path", name))
+        tail = path if len(path) <= LONGEST else f"…{path[-LONGEST:].partition('/')[2] or path[-LONGEST:]}"
+        found[name] = f"{name} ({tail})"
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    shown = names if len(names) <= MOST else [*names[:MOST], f"{len(names) - MOST} more"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def directions(results: Results) -> list[tuple[str, str]]:
@@ -114,13 +134,16 @@ def _screen(results: Results) -> Screen:
 
 def _answer(results: Results, names: list[str], ways: list[tuple[str, str]]) -> str:
     """One sentence on the two of a pair, or on what all have."""
+    told = _told(results)
     if len(names) > 2:
-        each = ", ".join(f"{name} {_percent(_one(results, 'found_everywhere', name))}" for name in names)
+        each = ", ".join(f"{told[name]} {_percent(_one(results, 'found_everywhere', name))}" for name in names)
         return f"Of the features of each dictionary that is used on this text, so many are found in all others: {each}."
     said = []
     for a, b in ways:
         alive, share = _one(results, "alive", a), _one(results, "found_share", a, b)
-        said.append(f"of {a}'s {format_number(alive)} features {_percent(share)} are found in {b}")
+        said.append(
+            f"of the {format_number(alive)} alive features of {told[a]} {_percent(share)} are found in {told[b]}"
+        )
     nulls = [_one(results, "found_null", a, b) for a, b in ways]
     known = [_percent(one.value) for one in nulls if isinstance(one, Estimate)]
     chance = f"; chance gives {' and '.join(dict.fromkeys(known))}" if known else "; what chance gives was not measured"
@@ -128,7 +151,8 @@ def _answer(results: Results, names: list[str], ways: list[tuple[str, str]]) -> 
 
 
 def _which(results: Results, names: list[str]) -> str:
-    forms = [f"{name}: {_one(results, 'dictionary_form', name)}" for name in names[:MOST]]
+    told = _told(results)
+    forms = [f"{told[name]}: {_one(results, 'dictionary_form', name)}" for name in names[:MOST]]
     return "; ".join([*forms, *([f"and {len(names) - MOST} more"] if len(names) > MOST else [])]) + "."
 
 
@@ -169,20 +193,20 @@ def _chance(key: str, nulls: list[Estimate]) -> list[tuple[str, Phrase]]:
 
 def _found_table(results: Results) -> Table:
     """Both directions of every pair, a line each."""
-    lines = []
+    lines, told = [], _told(results)
     for a, b in directions(results):
         cells = [_cell(results, key, Place(dictionary=a, against=b)) for key in FOUND]
-        lines.append(Line([words(f"{a} in {b}"), *cells]))
+        lines.append(Line([words(f"{told[a]} in {told[b]}"), *cells]))
     return Table([*word_heads("features of"), *map(heading, FOUND)], lines, WORDS["notes"]["chance"])
 
 
 def _pair_table(results: Results) -> Table:
-    lines = []
+    lines, told = [], _told(results)
     for row in results.rows.select("between_matched"):
         cells = [_cell(results, key, row.at) for key in PAIRS]
         sites = _one(results, "between_sites", str(row.at.dictionary), row.at.against, "pair") or []
         layers = Value(", ".join(f"{site:g}" for site in sites) or "none")
-        lines.append(Line([words(f"{row.at.dictionary} and {row.at.against}"), layers, *cells]))
+        lines.append(Line([words(f"{told[str(row.at.dictionary)]} and {told[str(row.at.against)]}"), layers, *cells]))
     return Table([*word_heads("pair"), heading("between_sites"), *map(heading, PAIRS)], lines)
 
 
@@ -196,7 +220,7 @@ def _side_table(results: Results, keys: tuple[str, ...]) -> Table:
     """A line a quantity, a column a dictionary."""
     names = sides(results)
     lines = lines_of((key, [_one(results, key, name) for name in names]) for key in keys)
-    return Table([*word_heads(""), *map(Head, names)], lines, wide=False)
+    return Table([*word_heads(""), *map(Head, _told(results).values())], lines, wide=False)
 
 
 def _what_table(results: Results) -> Table:
@@ -212,7 +236,7 @@ def _stable_table(results: Results) -> Table:
         counts = _one(results, "found_in", name)
         total = math.fsum(counts)
         cells = [Value(format_number(int(count)), _percent(count / total)) for count in counts]
-        lines.append(Line([words(name), *cells]))
+        lines.append(Line([words(_told(results)[name]), *cells]))
     heads = [Head(f"in {i} of {len(names) - 1}", "found_in") for i in range(len(names))]
     return Table([*word_heads("features of"), *heads], lines, wide=False)
 

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from crosscoder.foundation.artifact import replace_file
+from crosscoder.foundation.console import aligned
 from crosscoder.report import panels
 from crosscoder.report.panels import FAINT, INK, describe
 from crosscoder.report.screen import Number, Parts, Screen
@@ -152,20 +153,17 @@ def draw_effects(results: Results) -> Figure | None:
 
 def terminal_table(results: Results) -> str:
     """What was measured of each feature, for people at a terminal; tokens are quoted, and hold no control character."""
-    lines = [
-        f"{'feature':>8} {'layer':>6} {'active':>7} {'loss where active':>18} {'random':>9} {'KL':>9} {'random':>9}"
-        "  less likely without it"
+    units = ("nats a token", "direction")
+    lines: list[tuple[str, ...]] = [
+        ("", "", "share of", "loss where active,", "random", "KL where active,", "random", ""),
+        ("feature", "layer", "tokens", *units, *units, "less likely without it"),
     ]
     for one in by_feature(results):
-        head = f"{one['feature']:>8} {one['layer']:>6}"
-        if one["missing"] is not None:
-            lines.append(f"{head} {one['missing']}")
-            continue
         values = [_middle(one.get(key)) for key in ("effect_rate", *SHOWN[2:6])]
-        rate, loss, loss0, kl, kl0 = ("–" if value is None else f"{value:.3g}" for value in values)
-        down = " ".join((one.get("effect_down") or [])[:3])
-        lines.append(f"{head} {rate:>7} {loss:>18} {loss0:>9} {kl:>9} {kl0:>9}  {down}")
-    return "\n".join(lines)
+        shown = ("–" if value is None else f"{value:.3g}" for value in values)
+        last = " ".join((one.get("effect_down") or [])[:3]) if one["missing"] is None else one["missing"]
+        lines.append((str(one["feature"]), str(one["layer"]), *shown, last))
+    return aligned(lines)
 
 
 def by_feature(results: Results) -> list[dict[str, Any]]:

@@ -203,6 +203,7 @@ def _view(results: Results, parts: Parts, drawn: dict[str, tuple[str, int]]) -> 
             sections.append(one)
     return {
         "words": WORDS,
+        "title": parts.title or WORDS["titles"][results.provenance.kind],
         "provenance": results.provenance,
         "names": parts.names,
         "source": parts.source,

@@ -83,7 +83,8 @@ class Parts:
     draws its pictures.
 
     first: pictures of the first screen, of which the first that there is is shown. shown_in: the section of others.
-    names: what the page is about, for its last line. source: whether it answers the question that the package is for.
+    names: what the page is about, for its last line. title: of the page; empty: that of the kind of results. source:
+    whether it answers the question that the package is for.
     """
 
     screen: Screen
@@ -94,6 +95,7 @@ class Parts:
     first: tuple[str, ...]
     shown_in: dict[str, str]
     names: list[str]
+    title: str = ""
     source: bool = False
 
 

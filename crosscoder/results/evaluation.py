@@ -5,7 +5,7 @@ The numbers are the file's own keys; `about` says whose they are, so that nobody
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,26 @@ from pydantic import TypeAdapter, ValidationError
 
 from crosscoder.foundation.artifact import DamagedArtifactError, read_json, write_json
 from crosscoder.foundation.config import config, from_mapping, to_mapping
-from crosscoder.foundation.origin import Reads
+from crosscoder.foundation.console import aligned
+from crosscoder.foundation.origin import MismatchError, Reads
 from crosscoder.results.quantities import QUANTITIES, unknown_key
 from crosscoder.results.table import value_type
 
 SCHEMA = "crosscoder.evaluation/1"
+LAYERS = "explained_variance_per_layer"
+SHOWN = (
+    "dictionary_size", "explained_variance", LAYERS, "l0_token", "alive", "dead_share", "mean_rho", "loss_recovered",
+    "clean_loss", "spliced_loss", "ablated_loss", "splice_tokens", "tokens_held_out",
+)  # fmt: skip
+"""The quantities that people are shown, in their order."""
+WORDS = {
+    "spliced_loss": "loss with reconstructions in place",
+    "ablated_loss": "loss with the sites ablated",
+    "mean_rho": "spread of a feature, mean",
+}
+"""Headings that say more than those of a study's tables, which stand under another."""
 ABOUT = "about"
+_MISSING: Any = object()
 
 
 @config
@@ -83,3 +97,59 @@ class Evaluation:
             return cls(about=from_mapping(About, found[ABOUT], where=f"{path}.{ABOUT}"), values=values)
         except ValueError as error:
             raise DamagedArtifactError(f"{path} is no evaluation: {error}") from None
+
+
+def require_nulls(nulls: Sequence[Evaluation], reads: Reads | None) -> None:
+    """Refuse what is no null, or one of another model or other sites than a dictionary that `reads`.
+
+    Raises:
+        MismatchError: as said.
+    """
+    for null in nulls:
+        if null.about.null is None:
+            raise MismatchError(f"weights {null.about.weights[:12]} are of no null; name it as the evaluation")
+        if (theirs := null.about.reads) is not None and reads is not None:
+            mine, other = ((one.model.weights[:8], one.site, one.sites) for one in (reads, theirs))
+            if mine != other:
+                raise MismatchError(
+                    f"the null {null.about.null} reads {other}, the dictionary {mine}: they do not compare"
+                )
+
+
+def measured_rows(measured: Sequence[Evaluation]) -> list[tuple[str, str, list[str]]]:
+    """Key, words and a cell for each evaluation, of every quantity of `SHOWN` that one of them holds; of explained
+    variance by layer a row for each."""
+    rows = []
+    for key in SHOWN:
+        values = [one.values.get(key, _MISSING) for one in measured]
+        if key == LAYERS:
+            for i, site in enumerate(_layers(measured)):
+                each = [one[i] if isinstance(one, list | tuple) and i < len(one) else _MISSING for one in values]
+                rows.append((key, f"explained variance, layer {site}", [_shown(one) for one in each]))
+        elif any(value is not _MISSING for value in values):
+            rows.append((key, words_of(key), [_shown(value) for value in values]))
+    return rows
+
+
+def terminal_table(measured: Sequence[Evaluation]) -> str:
+    """What was measured, for people at a terminal: the first evaluation, and nulls beside it; units at the end."""
+    names = ["this dictionary", *(f"null: {one.about.null}" for one in measured[1:])]
+    rows = measured_rows(measured)
+    return aligned([("", *names, "unit"), *((words, *cells, QUANTITIES[key].unit) for key, words, cells in rows)])
+
+
+def words_of(key: str) -> str:
+    """What a quantity is called beside no other table."""
+    return WORDS.get(key, QUANTITIES[key].words)
+
+
+def _layers(measured: Sequence[Evaluation]) -> Sequence[int]:
+    """Numbers of the layers, as the dictionary's record has them."""
+    n_layers, reads = max(len(one.values.get(LAYERS) or ()) for one in measured), measured[0].about.reads
+    return reads.sites if reads is not None and len(reads.sites) == n_layers else range(n_layers)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value is _MISSING:
+        return "undefined" if value is None else "not measured"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

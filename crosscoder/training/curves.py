@@ -23,7 +23,7 @@ PANELS = (
     ("loss", "loss", None, True),
     ("explained variance", "held_out_explained_variance", "explained_variance", False),
     ("L0 (active features of a token)", "held_out_l0", "l0_token", False),
-    ("dead share", "held_out_dead_share", "silent_share", False),
+    ("dead share (faint: silent in training)", "held_out_dead_share", "silent_share", False),
 )
 """Title, what is held out (with marks), what training batches say of the same (faint), and whether logarithmic."""
 

@@ -7,6 +7,7 @@ killed continues from its newest verified checkpoint to the same bits, metrics i
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -205,7 +206,8 @@ def _train(
                     state.dictionary.frozen = config.frozen
                 failpoint("train.begin")
                 stacked = side_by_side(states)
-                progress = Progress(label, n_steps, unit="step", quiet=quiet or not job.is_first)
+                is_quiet = quiet or not job.is_first
+                progress = Progress(label, n_steps, unit="step", quiet=is_quiet, initial=states[0].step)
                 watch = _Watch(monitor, monitor_every, scratch_seconds)
                 try:
                     _take_steps(stacked, states, every, config, n_steps, runs, progress, watch)
@@ -315,10 +317,9 @@ def _take_steps(
     shown, kept_at = dict[str, float](), time.monotonic()
     with progress:
         step = states[0].step
-        progress.advance(step)
         if watch.is_monitored(step, n_steps):  # where the run was stopped before it was
             shown |= _monitor(states, watch.monitor, runs)
-        for x in batches:
+        for x in progress.from_first(batches):
             x = x.to(device, non_blocking=True)
             together.require_same_batch(states[0].dictionary.shard, x)
             try:
@@ -328,7 +329,7 @@ def _take_steps(
             step += 1
             if step % config.log_every == 0 or step == n_steps:
                 shown |= _to_show(log(), shown, states)
-            progress.advance(1, **shown)
+            progress.advance(1, tokens=math.prod(x.shape[:-2]), **shown)
             if watch.is_monitored(step, n_steps):
                 shown |= _monitor(states, watch.monitor, runs)
             if (config.checkpoint_every and step % config.checkpoint_every == 0) or is_lost():
@@ -346,7 +347,7 @@ def _to_show(entries: list[Entry], before: dict[str, float], states: list[TrainS
     """Loss, smoothed explained variance, L0, and the share of features that have long been silent; means over all."""
     found = {name: statistics.fmean(float(one[name] or 0.0) for one in entries) for name in ("loss", "l0")}
     n_features = sum(state.firing.silent_GF.numel() for state in states)
-    found["dead"] = sum(float(one["silent_features"] or 0.0) for one in entries) / n_features
+    found["silent"] = sum(float(one["silent_features"] or 0.0) for one in entries) / n_features
     if explained := [one["explained_variance"] for one in entries if one["explained_variance"] is not None]:
         mean = statistics.fmean(explained)
         found["explained"] = mean + SMOOTHING * (before.get("explained", mean) - mean)

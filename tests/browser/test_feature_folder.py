@@ -22,7 +22,7 @@ def test_datasets_reads_both_files(folder, tmp_path):
     examples = datasets.load_dataset("parquet", data_files=str(home / "examples.parquet"), **given)
     assert features["feature"] == list(range(300))
     record = json.loads((home / "features.json").read_text())
-    assert record["active"] == sum(rate > 0 for rate in features["rate"]) == 263
+    assert record["alive"] == sum(fired > 10 for fired in features["fired"]) == 263
     assert record["sites"] == [5, 6, 7, 8]
     one = examples[0]
     assert one["tokens"][one["peak"]] in HOSTILE  # as it is, for whoever computes

@@ -24,7 +24,7 @@ def n_parameters(folder):
 def measured(folder, acts, capsys):
     """What `evaluate` prints of the dictionary that was trained into `folder`."""
     capsys.readouterr()
-    assert main(["evaluate", "--dictionary", str(folder / "dictionary"), "--activations", str(acts)]) == 0
+    assert main(["evaluate", "--json", "--dictionary", str(folder / "dictionary"), "--activations", str(acts)]) == 0
     return json.loads(capsys.readouterr().out)
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import crosscoder
-from crosscoder import Crosscoder, LayerwiseSAE, TopK
+from crosscoder import Crosscoder, LayerwiseSAE, TopK, needs
 from crosscoder.cli import main
+from crosscoder.needs import Job
 from crosscoder.studies.budget import DictionaryBudget
 from crosscoder.studies.cells import Cell
 
@@ -74,6 +76,24 @@ def test_dry_run_counts_before_any_work(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_time_of_training_is_that_of_all_its_steps_or_is_said_not_to_be_known(monkeypatch):
+    budget = DictionaryBudget(n_features=64, k_crosscoder=8, k_layerwise=8, steps=100)
+    jobs = [Job("crosscoder", 2, 8, budget, 3), Job("crosscoder", 2, 8, replace(budget, k_crosscoder=4), 1)]
+    jobs.append(Job("layerwise", 2, 8, budget, 2))
+    asked = []
+    timed = {"crosscoder": 0.5, "layerwise": 0.25}
+    with monkeypatch.context() as patch:
+        patch.setattr(needs, "step_seconds", lambda job, *_: asked.append(job.arm) or timed[job.arm])
+        ((label, value),) = needs.time_needs(jobs, workers=2)
+    assert label == "time of 600 training steps of dictionaries"
+    assert value.startswith("about 2 min (an estimate")  # (400 of .5 s + 200 of .25 s) / 2
+    assert asked == ["crosscoder", "layerwise"]  # of a size once
+    assert 0 < needs.step_seconds(jobs[0], 0.1, "cpu") < 60
+    large = Job("crosscoder", 16, 512, DictionaryBudget(n_features=16384))
+    assert "not measured" in needs.time_needs([large])[0][1]
+    assert "not measured: loading the model" in needs.harvest_time("gpt2", None, None, 5)[0][1]
+
+
 def test_print_config_is_json(capsys):
     assert main(["compare", "--preset", "smoke", "--print-config"]) == 0
     assert json.loads(capsys.readouterr().out)["study"]["dictionaries"]["n_features"] == 96
@@ -106,8 +126,8 @@ HARVEST = ("--subject", "x", "--tokens-folder", "y", "--out", "z")
         ),
         ([*TRAIN, "--log-project", "x"], "--log-project would change nothing here: only --log-to trackio and wandb"),
         (["plot", "nowhere"], "nowhere holds no metrics.jsonl"),
-        (["card", "nowhere"], "nowhere has no MANIFEST.json"),
-        (["push", "nowhere", "a/b"], "nowhere has no MANIFEST.json"),
+        (["card", "nowhere"], "there is no folder nowhere; check the path"),
+        (["push", "nowhere", "a/b"], "there is no folder nowhere"),
         (["evaluate", "--dictionary", "x", "--window-tokens", "9"], "--window-tokens would change nothing here"),
         (["prepare", "--text", "nowhere.txt", "--out", "y"], "there is no text at nowhere.txt"),
         (["prepare", "--text", "./nowhere", "--out", "y"], "there is no text at ./nowhere"),

@@ -1,6 +1,7 @@
 """The commands that compare dictionaries and measure what their features do, on what the pipeline wrote."""
 
 import csv
+import json
 import re
 import shutil
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_dictionaries_of_one_text_are_compared_both_ways(several, capsys):
     pairs = {(r.dictionary, r.other, r.feature, r.match) for r in one_to_one.itertuples()}
     assert pairs == {(b, a, j, i) for a, b, i, j in pairs}
     html, again = (out / "report.html").read_bytes(), several / "again"
+    page, text = html.decode(), (out / "report.md").read_text()
+    title = re.search("<title>(.*)</title>", page)[1]
+    first = re.search('id="answer".*?<p>(.*?)</p>', page, re.DOTALL)[1]
+    for letter, name in zip("ABCD", ("cc", "bank", "last", "cc1"), strict=True):
+        path = folders(several, name)[0][-48:].partition("/")[2]
+        assert f"{letter} (…{path})" in title
+        assert f"{letter} (…{path})" in first
+        assert re.search(rf'<th scope="col">.*?{letter} \(…{re.escape(path)}\)', page)
+        assert f"…{path}) |" in text
     shutil.copytree(out, again)
     assert main(["report", str(again)]) == 0
     assert (again / "report.html").read_bytes() == html
@@ -134,7 +144,7 @@ def test_effects_are_printed_and_kept_as_data(several, capsys):
     *table, path = capsys.readouterr().out.strip().splitlines()
     out = several / "effects"
     assert path == str(out / "report.html")
-    assert len(table) == 1 + 5 * 3  # all layers, and each of two
+    assert len(table) == 2 + 5 * 3  # two lines of headings; all layers, and each of two
     rows = load_results(out).rows
     lines = list(csv.DictReader((out / "effects.csv").read_text().splitlines()))
     whole = [line for line in lines if line["layer"] == "all"]
@@ -157,7 +167,12 @@ def test_effects_are_printed_and_kept_as_data(several, capsys):
 def test_effects_of_a_bank_and_of_named_features(several, capsys):
     dictionary = str(several / "bank/dictionary")
     assert effects(several, "of-bank", "--dictionary", dictionary, "--features", "70", "3", "--rows", "4") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["70", "3"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["70", "3"]
+    given = ["--features", "70", "3", "--rows", "4", "--json"]
+    assert effects(several, "of-bank", "--dictionary", dictionary, *given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"] == str(several / "of-bank" / "report.html")
+    assert [one["feature"] for one in found["features"]] == [70, 3]
     assert effects(several, "no", "--dictionary", dictionary, "--features", "128") == 2
     assert "features [128]; expected numbers from 0 to 127" in capsys.readouterr().err
     assert effects(several, "no", "--dictionary", dictionary, "--features", "3", "--by", "rate") == 2

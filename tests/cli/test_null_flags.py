@@ -36,7 +36,7 @@ def test_a_dictionary_of_a_null_is_measured_on_that_null_alone(null, site, pipel
     other = {"gaussian": "shuffled", "shuffled": "gaussian"}[null]
     assert evaluate(pipeline, out, "--null", other) == 2
     assert f"(--null {null})" in capsys.readouterr().err
-    assert evaluate(pipeline, out, "--null", null) == 0
+    assert evaluate(pipeline, out, "--null", null, "--json") == 0
     assert 0 < json.loads(capsys.readouterr().out)["explained_variance"] < 1
     assert main(["export", str(out / "dictionary"), str(tmp_path / "sae")]) == 0
     metadata = json.loads((tmp_path / "sae/cfg.json").read_text())["metadata"]

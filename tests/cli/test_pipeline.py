@@ -36,7 +36,7 @@ def test_how_a_model_is_loaded_is_said_by_flags(pipeline, tmp_path, capsys):
 
 def test_the_pipeline_ends_in_a_measured_dictionary(pipeline, capsys):
     arguments = ["evaluate", "--dictionary", str(pipeline / "cc/dictionary"), "--activations", str(pipeline / "acts")]
-    assert main([*arguments, "--out", str(pipeline / "numbers.json")]) == 0
+    assert main([*arguments, "--json", "--out", str(pipeline / "numbers.json")]) == 0
     numbers = json.loads(capsys.readouterr().out)
     written = json.loads((pipeline / "numbers.json").read_text())
     about = written.pop("about")
@@ -50,20 +50,34 @@ def test_the_card_has_the_loss_that_the_model_recovers_and_the_null_beside_it(pi
     subject, tokens, acts = (str(pipeline / name) for name in ("subject/step-62", "tokens", "acts"))
     folder, null = pipeline / "cc/dictionary", tmp_path / "null"
     read = ["evaluate", "--dictionary", str(folder), "--subject", subject, "--tokens-folder", tokens]
-    assert main([*read, "--out", str(tmp_path / "cc.json")]) == 0
-    said = capsys.readouterr()
-    numbers = json.loads(said.out)
+    assert main([*read, "--out", str(tmp_path / "cc.json"), "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
     assert numbers["clean_loss"] < numbers["spliced_loss"] < numbers["ablated_loss"]
     gone, clean = numbers["ablated_loss"], numbers["clean_loss"]
     assert numbers["loss_recovered"] == pytest.approx((gone - numbers["spliced_loss"]) / (gone - clean))
-    assert "loss recovered" in said.err
-    assert main([*read, "--loss-tokens", "0"]) == 0
+    assert main([*read, "--loss-tokens", "0", "--json"]) == 0
     assert "loss_recovered" not in json.loads(capsys.readouterr().out)
     assert main(["train", "--activations", acts, "--null", "gaussian", "--out", str(null), *FORTY]) == 0
     arguments = ["evaluate", "--dictionary", str(null / "dictionary"), "--null", "gaussian"]
     assert main([*arguments, "--activations", acts, "--out", str(tmp_path / "null.json")]) == 0
     assert main([*arguments, "--subject", subject, "--tokens-folder", tokens]) == 0
     assert "loss recovered is left out: the gaussian null is no model's" in capsys.readouterr().err
+    assert main([*read, "--nulls", str(tmp_path / "null.json")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) < 20
+    assert table[0].startswith(f"{folder}: Crosscoder, 2 layers x 32, 64 features")
+    lines = {re.split(r"\s{2,}", line)[0]: re.split(r"\s{2,}", line)[1:] for line in table[2:]}
+    of_null = json.loads((tmp_path / "null.json").read_text())
+    assert table[1].split() == ["this", "dictionary", "null:", "gaussian", "unit"]
+    found = [f"{one['explained_variance']:.4g}" for one in (numbers, of_null)]
+    assert lines["explained variance"] == [*found, "up to 1"]
+    assert lines["explained variance, layer 2"][0] == f"{numbers['explained_variance_per_layer'][1]:.4g}"
+    assert lines["alive"] == [str(numbers["alive"]), str(of_null["alive"]), "features"]
+    assert lines["loss recovered"] == [f"{numbers['loss_recovered']:.4g}", "not measured", "up to 1"]
+    assert main([*read, "--nulls", str(tmp_path / "cc.json")]) == 2
+    assert "are of no null" in capsys.readouterr().err
+    assert main([*read, "--nulls", str(tmp_path / "null.json"), "--json"]) == 2
+    assert "--nulls would change nothing here: --json prints" in capsys.readouterr().err
     card = ["card", str(folder), "--evaluation", str(tmp_path / "cc.json")]
     assert main([*card, "--nulls", str(tmp_path / "null.json")]) == 0
     text = (folder / "README.md").read_text()
@@ -80,6 +94,11 @@ def test_the_card_has_the_loss_that_the_model_recovers_and_the_null_beside_it(pi
     assert "was not written by crosscoder; --replace" in capsys.readouterr().err
     assert (null / "dictionary" / "README.md").read_text() == "mine"
     (folder / "README.md").unlink()
+
+
+def test_a_run_s_folder_in_the_place_of_its_dictionary_is_told_so(pipeline, capsys):
+    assert main(["evaluate", "--dictionary", str(pipeline / "cc"), "--activations", str(pipeline / "acts")]) == 2
+    assert f"what lies in it is: give {pipeline / 'cc' / 'dictionary'}" in capsys.readouterr().err
 
 
 def test_a_store_has_no_loss(pipeline, capsys):
@@ -176,10 +195,10 @@ def test_a_dictionary_is_not_measured_on_what_it_does_not_read(pipeline, own_mod
     evaluate = ["evaluate", "--dictionary", f"{writes}/dictionary"]
     assert main([*evaluate, "--activations", acts, "--site", "residual"]) == 2
     assert "site: the dictionary write, the activations residual (--site write)" in capsys.readouterr().err
-    assert main([*evaluate, "--activations", acts]) == 0  # what it reads, unless told otherwise
+    assert main([*evaluate, "--json", "--activations", acts]) == 0  # what it reads, unless told otherwise
     stored = json.loads(capsys.readouterr().out)
     other = ["--tokens-folder", str(pipeline / "tokens"), "--max-held-out-tokens", "500"]
-    assert main([*evaluate, "--subject", str(pipeline / "subject/step-62"), *other]) == 0
+    assert main([*evaluate, "--json", "--subject", str(pipeline / "subject/step-62"), *other]) == 0
     assert json.loads(capsys.readouterr().out)["explained_variance"] == pytest.approx(stored["explained_variance"])
     assert main([*evaluate, "--subject", str(pipeline / "subject/step-0"), *other]) == 2
     assert re.search(r"model: the dictionary \S*step-62 .*, the activations \S*step-0 ", capsys.readouterr().err)
@@ -213,6 +232,10 @@ def test_training_without_a_store_resumes_to_the_same_bits(arm, pipeline, capsys
     assert main([*arguments, "--out", whole, "--dry-run"]) == 0
     stated = capsys.readouterr().out
     assert "activations in memory" in stated
+    assert re.search(r"time of 20 training steps of dictionaries +about \d+ s \(an estimate", stated)
+    assert re.search(
+        r"time of the harvest of [\d,]+ tokens +about \d+ (s|min) \(an estimate: one call was timed", stated
+    )
     assert main([*arguments, "--out", whole]) == 0
     assert n_parameters(Path(whole) / "dictionary") in stated
     shutil.copytree(whole, stopped)

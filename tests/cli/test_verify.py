@@ -35,6 +35,10 @@ def test_everything_of_a_pipeline_is_looked_at_and_good(pipeline, capsys):
         *("token", "tokenizer", "subject", "activations", "checkpoint", "dictionary"),
     }
     assert "all as they were written" in said.err
+    assert main(["verify", str(pipeline), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [one["path"] for one in listed] == [line.split()[-1] for line in said.out.splitlines()]
+    assert {str(one["faults"]) for one in listed} == {"[]"}
 
 
 def manifests(folder):
@@ -123,6 +127,8 @@ def test_the_doctor_finds_kernels_that_compute_something_else(capsys, monkeypatc
     monkeypatch.setattr(triton_kernels, "gather_sum", lambda *arguments: 1.001 * right(*arguments))
     assert main(["doctor"]) == 2
     assert "WRONG  gather_sum, cpu" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 2
+    assert [one["what"] for one in json.loads(capsys.readouterr().out) if one["is_wrong"]] == ["gather_sum, cpu"]
 
 
 def test_the_doctor_finds_a_kernel_that_chooses_other_features(monkeypatch):

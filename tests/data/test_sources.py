@@ -1,6 +1,7 @@
 """Batches by number, from a store or a stream: every token once an epoch, the same after any interruption."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -154,6 +155,23 @@ def test_the_next_refill_is_harvested_meanwhile_by_as_many_threads(harvester, bl
     beside = [n_threads for is_main, n_threads in seen if not is_main]
     assert len(beside) >= 8  # blocks: all but the first window
     assert set(beside) == {torch.get_num_threads()}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_harvesting_is_told_while_others_wait_for_it(quiet, harvester, blocks, monkeypatch, capsys):
+    """The first window with how much of it is there, then each refill that training has to wait for."""
+    original = ResidualHarvester.harvest
+    monkeypatch.setattr(ResidualHarvester, "harvest", lambda *given: time.sleep(0.02) or original(*given))
+    monkeypatch.setattr("crosscoder.foundation.console.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("crosscoder.data.stream.SECONDS_UNTIL_SHOWN", 0.0)
+    monkeypatch.setattr("crosscoder.data.stream.HARVEST_TOKENS", blocks.sequence_length)
+    stream = ActivationStream(harvester, blocks, window_tokens=21, quiet=quiet)
+    stream.epoch_rows(0, 1, seed=0, epoch=0)
+    said = capsys.readouterr().err
+    whole = sum(int(stream.order.count_B[stream.order.blocks(0, 0, one)].sum()) for one in stream.order.refills(0))
+    assert (f"harvest of a window: {whole}/{whole} token" in said) is not quiet
+    stream.epoch_rows(0, N_TOKENS, seed=0, epoch=0)
+    assert ("waiting for the harvest: " in capsys.readouterr().err) is not quiet
 
 
 def test_a_thread_reads_a_model_while_another_runs_it(harvester, blocks):

@@ -1,6 +1,7 @@
 """The export to SAELens: its formula, written out in plain torch, gives our dictionary's own output on raw inputs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, LocalWindow, ReLU, TopK, WeaklyCausal
 from crosscoder.formats.convert import import_dictionary
 from crosscoder.formats.saelens import n_flat_dictionaries, saelens_tensors, save_saelens
+from crosscoder.foundation.artifact import DamagedArtifactError
+from crosscoder.foundation.origin import ModelOrigin, Reads, TokenOrigin
 
 L, D, F, B = 3, 8, 24, 64
 RULES = [TopK(k=4), BatchTopK(k=4), JumpReLU(threshold=0.5), ReLU()]
@@ -166,6 +169,49 @@ def test_there_and_back_again(kind, rule, tmp_path):
     assert type(again) is kind
     assert type(again.config.sparsity) is (JumpReLU if isinstance(rule, BatchTopK) else type(rule))
     require_equal(again, dictionary)
+
+
+def reads(site, sites, **more):
+    """The record of a dictionary whose text begins with BOS."""
+    tokens = TokenOrigin(tokenizer="t" * 64, bos=1, special_ids=(0, 1), context=64)
+    return Reads(model=ModelOrigin(name="m", weights="w" * 64), tokens=tokens, site=site, sites=sites, **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        (Crosscoder, reads("write", (4, 5, 6))),
+        (LayerwiseSAE, reads("write", (4, 5, 6))),
+        (LayerwiseSAE, reads("residual", (0, 2, 9), keep_outliers=True, skip_positions=0)),
+        (Crosscoder, reads("residual", (4, 5, 6), null="shuffled")),
+        (LayerwiseSAE, reads("mlp", (3, 3, 4), convention="after ln")),
+    ],
+    ids=lambda one: getattr(one, "__name__", None) or f"{one.site} {one.null}",
+)
+def test_the_record_and_the_scale_come_back(kind, record, tmp_path):
+    dictionary = trained(kind, sparsity=TopK(k=4))
+    dictionary.reads = replace(record, scale=tuple(dictionary.input_scale.tolist()))
+    for group in range(n_flat_dictionaries(dictionary)):
+        save_saelens(dictionary, tmp_path / (f"layer-{group}" if kind is LayerwiseSAE else "."), group=group)
+    again = import_dictionary(tmp_path)
+    assert again.reads == dictionary.reads
+    assert torch.equal(again.input_scale, dictionary.input_scale)
+    require_equal(again, dictionary)
+    with pytest.raises(ValueError, match="is ours, and keeps its own model, sites and scale"):
+        import_dictionary(tmp_path, sites=(1, 2, 3))
+
+
+def test_a_record_of_other_layers_is_damage(tmp_path, capsys):
+    dictionary = trained(Crosscoder, sparsity=TopK(k=4))
+    dictionary.reads = reads("write", (4, 5))
+    save_saelens(dictionary, tmp_path)
+    with pytest.raises(DamagedArtifactError, match=r"sites \[4, 5\] at scales \[\]; expected one of each of the 3"):
+        import_dictionary(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    del cfg["metadata"]["record"]  # as exports were written before they carried it
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    assert import_dictionary(tmp_path).reads.site == "other"
+    assert "does not say which places it reads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("structure", [WeaklyCausal(), LocalWindow(2)])

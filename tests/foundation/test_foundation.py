@@ -203,6 +203,19 @@ def test_progress_writes_plain_lines_without_a_terminal(capsys, monkeypatch):
     assert "\r" not in text
 
 
+def test_the_time_left_is_that_of_what_was_done_since_the_first(capsys, monkeypatch):
+    """Neither what a resumed run did before, nor how long the first batch took to come, is of the rate."""
+    monkeypatch.setattr("crosscoder.foundation.console.SECONDS_BETWEEN_LINES", 0.0)
+    clock = iter([0.0, 100.0, 110.0, 130.0])
+    monkeypatch.setattr("crosscoder.foundation.console.time.monotonic", lambda: next(clock))
+    with Progress("training", 1004, unit="step", initial=1000) as progress:
+        for _ in progress.from_first(range(2)):
+            progress.advance(tokens=512)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "training: 1,001/1,004 step  0.1/s  about 30 s left  tokens/s 51.2"
+    assert second == "training: 1,002/1,004 step  0.0667/s  about 30 s left  tokens/s 34.13"
+
+
 def test_blocks_of_another_length_are_said_and_let_through(capsys):
     def reads(context):
         tokens = TokenOrigin(tokenizer="a" * 64, context=context)

@@ -17,6 +17,7 @@ from crosscoder.measure.examples import (
     read_features,
     whole_blocks,
 )
+from crosscoder.measure.reading import read_dictionary
 from crosscoder.measure.rows import FeatureRows
 
 CONTEXT, BLOCKS, LAYERS, WIDTH, FEATURES = 8, 9, 3, 6, 10
@@ -70,6 +71,9 @@ def test_counts_are_those_of_the_whole_code(form):
     np.testing.assert_allclose(found.sum_F, code_TF.sum(0), rtol=1e-5)
     np.testing.assert_allclose(found.largest_F, code_TF.max(0), rtol=1e-6)
     np.testing.assert_array_equal(found.bins_FH.sum(1), found.fired_F)
+    alive_n = read_dictionary(dictionary, [marked.kept()]).index_F  # by the one definition
+    assert 0 < len(alive_n) < (found.fired_F > 0).sum()
+    np.testing.assert_array_equal(found.alive_F.nonzero()[0], alive_n)
     for feature in range(code_TF.shape[1]):
         edges = [*2.0 ** np.arange(-20, 12, 0.5), 2.0**30]
         wanted = np.histogram(code_TF[active_TF[:, feature], feature], bins=edges)[0]

@@ -68,6 +68,20 @@ def test_the_scale_is_that_of_the_mean_token():
     torch.testing.assert_close(readout.gain_D, model.model.norm.weight, rtol=5e-3, atol=1e-3)
 
 
+def test_the_scale_is_of_the_tokens_that_count_and_of_no_outliers():
+    model, seen = tiny("Llama", **FAMILIES["Llama"]), []
+    model.model.embed_tokens.weight[IDS[1, 9]] *= 1e4  # a token of huge norm
+    with reading([ModuleEnd(find_blocks(model)[-1], "output")], lambda _, hidden: seen.append(hidden)):
+        run_model(model, IDS)
+    kept = torch.ones_like(IDS, dtype=torch.bool)
+    kept[:, :3] = False
+    inverse, huge = 1 / seen[0].square().mean(-1).sqrt(), IDS[1, 9]
+    without, every = inverse[kept & IDS.ne(huge)].mean(), inverse[kept].mean()
+    assert every < 0.99 * without
+    assert find_readout(model, IDS, kept_BS=kept).scale == pytest.approx(float(without), rel=1e-3)
+    assert find_readout(model, IDS, kept_BS=kept, keep_outliers=True).scale == pytest.approx(float(every), rel=1e-3)
+
+
 @pytest.mark.parametrize("form", [Crosscoder, LayerwiseSAE])
 def test_rows_are_in_the_model_s_units_and_the_sum_is_at_the_end(form):
     model = tiny("Llama", **FAMILIES["Llama"])
