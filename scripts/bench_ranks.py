@@ -3,9 +3,9 @@
     python scripts/bench_ranks.py [OUT.json]
 
 The step of a whole dictionary and that of the same one as a shard of a single rank take turns in one process; then R
-gloo ranks of one thread each train it together. Every time is the median of its steps, beside the quartiles. The first
-two are of the processor, which others on the machine lengthen less; of rank 0, both are given (its time on the
-processor holds that of making the batch, and some of waiting).
+gloo ranks of one thread each train it together, and a bank, divided by features and by layers. Every time is the median
+of its steps, beside the quartiles. Those alone are of the processor, which others on the machine lengthen less; of rank
+0, both are given (its time on the processor holds that of making the batch, and some of waiting).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.distributed as dist
 
-from crosscoder import BatchTopK, Crosscoder
-from crosscoder.dictionary.division import divided
-from crosscoder.dictionary.shard import Shard
+from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE
+from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.division import divided, shard_for
+from crosscoder.dictionary.shard import Along, Shard
 from crosscoder.dictionary.traffic import step_traffic
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.foundation.ranks import Ranks
@@ -34,12 +35,16 @@ from crosscoder.training import TrainConfig
 from crosscoder.training.state import TrainState
 from crosscoder.training.step import take_step
 
-L, D, F, K, B, STEPS, ROUNDS = 6, 128, 8192, 32, 1024, 12, 2
+L, D, F, K, B, STEPS, ROUNDS = 6, 128, 8192, 32, 1024, 12, 6
 CONFIG = TrainConfig(steps=10_000, bias_init="zero")
+DIVIDED: dict[str, tuple[type[Dictionary], Along]] = {
+    "crosscoder": (Crosscoder, "features"), "bank by features": (LayerwiseSAE, "features"),
+    "bank by layers": (LayerwiseSAE, "layers"),
+}  # fmt: skip
 
 
-def new() -> Crosscoder:
-    return Crosscoder(n_layers=L, d_model=D, n_features=F, sparsity=BatchTopK(k=K), aux_k=0)
+def new(form: type[Dictionary] = Crosscoder) -> Dictionary:
+    return form(n_layers=L, d_model=D, n_features=F, sparsity=BatchTopK(k=K), aux_k=0)
 
 
 def batch(index: int) -> torch.Tensor:
@@ -59,11 +64,11 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def detour() -> dict[str, dict[str, float]]:
-    """A whole dictionary and a shard of one rank, in turns."""
+    """A whole dictionary and a shard of one rank, in turns, each of them as often first."""
     states = {"whole": TrainState.start(new()), "shard of one rank": TrainState.start(divided(new(), Shard.of(F)))}
     times: dict[str, list[float]] = {name: [] for name in states}
     for index in range(2 + ROUNDS * STEPS):
-        for name, state in states.items():
+        for name, state in list(states.items())[:: 1 if index % 2 else -1]:
             taken = seconds(state, index, time.process_time)
             if index >= 2:
                 times[name].append(taken)
@@ -72,11 +77,12 @@ def detour() -> dict[str, dict[str, float]]:
     return {**{name: summary(one) for name, one in times.items()}, "ratio": ratio}
 
 
-def rank_work(rank: int, size: int, folder: str) -> None:
+def rank_work(rank: int, size: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
     ranks = Ranks(dist.group.WORLD)
-    state = TrainState.start(divided(new(), Shard.of(F, ranks)))
+    whole = new(DIVIDED[kind][0])
+    state = TrainState.start(divided(whole, shard_for(type(whole), whole.config, ranks, DIVIDED[kind][1])))
     for index in range(2):
         seconds(state, index)
     ranks.traffic.clear()
@@ -94,23 +100,25 @@ def rank_work(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def together(size: int) -> dict:
+def together(size: int, kind: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=rank_work, args=(rank, size, folder)) for rank in range(size)]
+        processes = [context.Process(target=rank_work, args=(rank, size, folder, kind)) for rank in range(size)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         found = json.loads((Path(folder) / "found.json").read_text())
-    return {**found, "formula": step_traffic(Crosscoder, new().config, B, size)}
+    form, along = DIVIDED[kind]
+    return {**found, "formula": step_traffic(form, new(form).config, B, size, along)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     settings = {"layers": L, "width": D, "features": F, "k": K, "batch": B, "steps": STEPS, "threads": 1}
     load = os.getloadavg()[0]
-    found = {"alone": detour(), "ranks": {str(size): together(size) for size in (2, 4)}}
+    ranks = {kind: {str(size): together(size, kind) for size in (2, 3)} for kind in DIVIDED}
+    found = {"alone": detour(), "ranks": ranks}
     result = {**describe_run(settings), "load": load, **found}
     text = json.dumps(result, indent=1)
     if len(sys.argv) > 1:

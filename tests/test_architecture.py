@@ -35,22 +35,22 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4690,
+    "triton_kernels": 4695,
     "crosscoder/foundation": 2085,
     "crosscoder/results": 835,
     "crosscoder/data": 5195,
-    "crosscoder/dictionary": 2390,
-    "crosscoder/training": 2480,
+    "crosscoder/dictionary": 2475,
+    "crosscoder/training": 2510,
     "crosscoder/formats": 1970,
-    "crosscoder/measure": 5240,
+    "crosscoder/measure": 5235,
     "crosscoder/verdict": 1100,
     "crosscoder/browser": 975,
     "crosscoder/report": 2210,
-    "crosscoder/studies": 2790,
-    "crosscoder/commands": 1690,
+    "crosscoder/studies": 2795,
+    "crosscoder/commands": 1695,
     "crosscoder": 1170,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_805, 23_410
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_925, 23_540
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -78,19 +78,23 @@ def reconstruct(
 
 
 def _encoded_with_others(encoding: Encoding, k: int, shards: Shards, *, by_batch: bool) -> tuple[Code, Tensor | None]:
-    """The code of these features, chosen among those of all ranks."""
+    """The code of these features, chosen by scores in the encoder's dtype among what each rank would choose."""
     own, (n_groups, n_features, _) = implementation(encoding.x_BGN), encoding.encoder_GFN.shape
     own_k = min(k, n_features)
     if by_batch:
         pairs, _ = own.encode_batch_top_k(encoding, [own_k] * n_groups)
-        kept_P, cut_G = shards.keep_batch_top_k(pairs.score, pairs.offsets, n_groups, k * len(encoding.x_BGN))
+        score_P = _scores(encoding, pairs.z, pairs.features)
+        kept_P, cut_G = shards.keep_batch_top_k(score_P, pairs.offsets, n_groups, k * len(encoding.x_BGN))
         pairs = pairs.only(kept_P.nonzero().squeeze(1))
         return Code(pairs.z.relu(), pairs.features, pairs.offsets), cut_G
     z_P, features_P = own.encode_top_k(encoding, [own_k] * n_groups)
-    score_P = z_P if encoding.scale_GF is None else z_P * encoding.scale_GF.flatten()[features_P]
-    kept_RC = shards.keep_top_k(score_P.view(-1, own_k), k)
+    kept_RC = shards.keep_top_k(_scores(encoding, z_P, features_P).view(-1, own_k), k)
     kept_P = kept_RC.flatten()
     return Code(z_P[kept_P].relu(), features_P[kept_P], starts(kept_RC.sum(1))), None
+
+
+def _scores(encoding: Encoding, z_P: Tensor, features_P: Tensor) -> Tensor:
+    return z_P if encoding.scale_GF is None else z_P * encoding.scale_GF.flatten()[features_P]
 
 
 def _encoded(encoding: Encoding, k_G: Sequence[int], *, by_batch: bool) -> tuple[Code, Tensor | None]:

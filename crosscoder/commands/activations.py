@@ -25,10 +25,10 @@ from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import require_own_tokens
 from crosscoder.data.tokens import TokenBlocks
 from crosscoder.dictionary import Dictionary, load_dictionary
-from crosscoder.dictionary.division import divided
+from crosscoder.dictionary.division import divided, shard_for
 from crosscoder.dictionary.saved import WEIGHTS
 from crosscoder.dictionary.scale import at_usual_scale
-from crosscoder.dictionary.shard import Shard
+from crosscoder.dictionary.shard import Along
 from crosscoder.foundation.artifact import file_sha256
 from crosscoder.foundation.console import Progress, give, say
 from crosscoder.foundation.lock import locked
@@ -168,7 +168,7 @@ class Train(Reading):
     $ crosscoder train --activations runs/more --start-from runs/cc/dictionary --out runs/cc2 --budget.steps 500
 
     On R GPUs or processes, with the same files and, to rounding, the same numbers; each holds a part of the features,
-    and each harvests a part of the text:
+    or some layers' SAEs of a bank, and each harvests a part of the text:
 
     $ torchrun --nproc-per-node 4 -m crosscoder train --activations runs/acts --out runs/cc --device cuda
 
@@ -194,11 +194,16 @@ class Train(Reading):
     resume: bool = False  # Go on from the last checkpoint in --out
     log_to: LogTo | None = None  # Log what metrics.jsonl holds there too; each is an optional package
     log_project: str = "crosscoder"  # With --log-to trackio or wandb: the project of the run
+    divide: Along | None = (
+        None  # With torchrun: what ranks share out. None: a bank's layers if nearly even, or features
+    )
     start_from: Path | None = None
     """A finished dictionary that training begins from, at step 0 with a fresh optimiser and schedule. None: random."""
 
     def idle(self) -> Idle:
         found = super().idle()
+        if current().size == 1:
+            found["torchrun started no other ranks"] = ("divide",)
         if self.log_to not in ("trackio", "wandb"):
             found["only --log-to trackio and wandb have projects"] = ("log_project",)
         if self.start_from is not None:
@@ -241,8 +246,9 @@ class Train(Reading):
         from crosscoder.studies.cells import marked, new_dictionary, require_source
 
         job, budget, dictionary, scale_L, started = current(), self.budget, None, None, ""
-        if job.size > 1 and budget.trainer(self.arm) is not training.train:
-            raise ValueError("--budget.bank warm_chain trains one layer after the other; ranks cannot divide it")
+        is_chain = budget.trainer(self.arm) is not training.train
+        along = self.divide or ("features" if is_chain else None)
+        share = partial(shard_for, ranks=job, along=along) if job.size > 1 else None
         train, held_out = self.splits("train", "held_out")
         if self.start_from is not None:
             dictionary = load_dictionary(self.start_from)
@@ -250,13 +256,12 @@ class Train(Reading):
             scale_L, started = dictionary.input_scale, f"/from {file_sha256(self.start_from / WEIGHTS)}"
         source = make_null(self.null, SiteSource(train, held_out, self.site, scale_L=scale_L), quiet=False)
         if dictionary is None:
-            shard = Shard.of(budget.n(self.arm), job) if job.size > 1 else None
-            dictionary = new_dictionary(self.arm, source, budget, seed=self.seed, shard=shard)
-        elif job.size > 1:
-            dictionary = divided(dictionary, Shard.of(dictionary.config.n_features, job))
+            dictionary = new_dictionary(self.arm, source, budget, seed=self.seed, share=share)
+        elif share is not None:
+            dictionary = divided(dictionary, share(type(dictionary), dictionary.config))
         require_source(dictionary, source)
         options: dict[str, Any] = {}
-        if budget.trainer(self.arm) is training.train:  # a chain trains one layer at a time
+        if not is_chain:  # which trains one layer at a time
 
             def few() -> Iterator[Marked]:
                 return islice(marked(source, self.device), HELD_OUT_BATCHES)

@@ -34,7 +34,8 @@ class Dictionary(Kept):
     multiplied by to become this dictionary's inputs). `reads` is the record of those activations, kept with the
     weights; None where nobody told it. `frozen` is what of it was not trained (`TrainConfig.frozen`), kept too.
 
-    shard: a `Shard`: hold its features alone, as they begin in the whole dictionary; `train` trains all parts together.
+    shard: a `Shard`: hold its features, or its layers of a bank, alone, as they begin in the whole dictionary; `train`
+        trains all parts together.
 
     Raises:
         ValueError: a setting is out of range, does not fit the others, or is for the other form.
@@ -69,19 +70,23 @@ class Dictionary(Kept):
         )  # fmt: skip
         n_axes, shapes = len(self.layout(config).row), self.tensor_shapes(config)
         read, write = config.masks() or (None, None)
-        axis, self.shard = len(self.layout(config).groups), shard
+        self.shard = shard
         if shard is not None:
-            shard.require(config.n_features)
+            shard.require(config.n_features, self.layout(config).groups)
             read, write = (None if mask is None else shard.part(mask, 0) for mask in (read, write))
-            n_held = shard.stop - shard.start
-            shapes = {n: (*s[:axis], n_held, *s[axis + 1 :]) if n in OF_FEATURES else s for n, s in shapes.items()}
+            axes = {name: self.axis_of(name) for name in shapes}
+            shapes = {n: s if (axis := axes[n]) is None else shard.own_shape(s, axis) for n, s in shapes.items()}
         self.register_buffer("read_mask", read, persistent=False)
         self.register_buffer("write_mask", write, persistent=False)
         drawn = list(self.tensor_shapes(config)["decoder"])
         if config.initial == "same":
             drawn[self.layer_axis] = 1
         generator = torch.Generator().manual_seed(config.seed)
-        rows = torch.randn(drawn, generator=generator) if shard is None else shard.drawn(drawn, axis, generator)
+        axis = self.axis_of("decoder")
+        if shard is None or axis is None or drawn[axis] == 1:  # one for all layers
+            rows = torch.randn(drawn, generator=generator)
+        else:
+            rows = shard.drawn(drawn, axis, generator)
         rows = rows.expand(shapes["decoder"])
         self.encoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=read))
         self.decoder = nn.Parameter(unit_rows(rows, n_axes=n_axes, mask=write))
@@ -127,6 +132,12 @@ class Dictionary(Kept):
         if isinstance(config.sparsity, JumpReLU):
             shapes["log_threshold"] = (*groups, config.n_features)
         return shapes
+
+    def axis_of(self, name: str) -> int | None:
+        """The axis along which ranks divide the named tensor; None where each of them holds it whole."""
+        if self.shard is None or name == "input_scale" or (self.shard.along == "features" and name not in OF_FEATURES):
+            return None
+        return self.shard.axis(len(self.layout(self.config).groups))
 
     def set_input(self, scale_L: Tensor, reads: Reads | None) -> None:
         """Take over the scale of the inputs, and the record of what they are; raises as `require_input`."""
@@ -227,7 +238,7 @@ class Dictionary(Kept):
         # Without gradient this is no training step.
         if cut_G is not None and torch.is_grad_enabled() and not dense:
             self.follow(cut_G)
-        n_features, rows = self.n_held, self.layout(self.config).rows_of_token
+        n_features, rows = self.n_held, x_BLD.shape[1:2] if self.layout(self.config).rows_of_token else ()
         local, by_group = (features, None) if self.n_groups == 1 else (features % n_features, features)
         return SparseCode(values, local, offsets, n_features, (*batch_shape, *rows), by_group)
 

@@ -43,6 +43,8 @@ def loss_terms(
 ) -> LossOutput:
     """`recon`, the mean squared error per number that is reconstructed, and what the config asks for beside it.
 
+    Of a bank that ranks divide by layers the terms are these layers' part of the whole, which sums them.
+
     `recon_prefixes`: errors of `config.prefixes` alone. With the whole dictionary they are M nested ones, each counts
     1 / M, and `recon` holds the whole one's share (Bussmann et al. 2025, arXiv 2503.17547, section 3, as a mean).
     `penalty`: what the sparsity rule charges. `aux_k`: where features are dead, see `auxiliary_term`.
@@ -69,8 +71,8 @@ def loss_terms(
         squares = [_written_error(x_BGN, part, grouped, config, shard)[1] for part in nested]
         terms["recon_prefixes"] = torch.stack(squares).sum() / (n_written * n_nested)
     if isinstance(config.sparsity, ReLU | JumpReLU):
-        terms["penalty"] = penalty_factor * _penalty(code, grouped, config, n_written, shard)
-    if dead_GF is not None and config.aux_k != 0 and any_dead(dead_GF, shard):
+        terms["penalty"] = penalty_factor * _penalty(code, grouped, dictionary, n_written)
+    if dead_GF is not None and config.aux_k != 0 and dictionary.on_any(dead_GF.any()):
         terms["aux_k"] = auxiliary_term(dictionary, x_BLD, error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
 
@@ -93,11 +95,12 @@ def _written_error(
     return error_BGN, squares_GL.flatten()[config.written()].sum()
 
 
-def _penalty(
-    code: SparseCode, grouped: Grouped, config: DictionaryConfig, n_written: int, shard: Shard | None
-) -> Tensor:
-    """What the rule's penalty charges for a code of `n_written` numbers, coefficient included: the mean over rows."""
-    sparsity, d_model, n_rows = config.sparsity, config.d_model, max(1, code.n_rows)
+def _penalty(code: SparseCode, grouped: Grouped, dictionary: Dictionary, n_written: int) -> Tensor:
+    """What the rule's penalty charges for a code of `n_written` numbers, coefficient included: the mean over rows, or
+    these layers' part of it."""
+    config, shard, n_groups = dictionary.config, dictionary.others, dictionary.n_groups_of_all
+    sparsity, d_model = config.sparsity, config.d_model
+    n_rows = max(1, code.n_rows // dictionary.n_groups * n_groups)
     assert isinstance(sparsity, ReLU | JumpReLU)
     penalty = sparsity.penalty
     features = codec.to_global(code, grouped.center_GN.shape[0])
@@ -109,21 +112,15 @@ def _penalty(
             norms_GF = codec.decoder_norms(grouped.decoder_GFN, "l2", d_model=d_model)
             charge = _of_all((scale * code.values * norms_GF.flatten()[features]).tanh().sum(), shard) / n_rows
         case L0Penalty():
-            charge = _of_all(_active_per_token(code, features, grouped, sparsity), shard).mean()
+            charge = _of_all(_active_per_token(code, features, grouped, sparsity), shard).sum() / n_groups
         case TargetL0Penalty(target=target):
             active_G = _of_all(_active_per_token(code, features, grouped, sparsity), shard)
-            charge = (active_G / target - 1).square().mean()
+            charge = (active_G / target - 1).square().sum() / n_groups
     return penalty.coefficient * charge
 
 
 def _of_all(part: Tensor, shard: Shard | None) -> Tensor:
     return part if shard is None else shard.total(part)
-
-
-def any_dead(dead_GF: Tensor, shard: Shard | None) -> bool:
-    """Whether any feature is dead, on any rank."""
-    found = dead_GF.any()
-    return bool(found if shard is None else shard.ranks.largest(found.to(torch.uint8), "numbers"))
 
 
 def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, sparsity: ReLU | JumpReLU) -> Tensor:
@@ -229,8 +226,9 @@ def _revive(dictionary: Dictionary, x_BLD: Tensor, error_BLD: Tensor, dead_GF: T
     left_GBN = (left_GBN if shard is None else shard.total(left_GBN, "auxiliary reconstruction")) + error_GBN
     size_G = torch.linalg.vector_norm(error_GBN, dim=(1, 2)).square().clamp_min(torch.finfo(x_BLD.dtype).tiny)
     relative_G = (left_GBN.square().sum((1, 2)) / size_G).masked_fill(~any_G, 0)
-    term = AUX_COEFFICIENT * relative_G.mean()
-    factor_G = (torch.full_like(size_G, AUX_COEFFICIENT) / len(size_G)).masked_fill(~any_G, 0) / size_G
+    n_groups = dictionary.n_groups_of_all
+    term = AUX_COEFFICIENT * (relative_G.sum() / n_groups)
+    factor_G = (torch.full_like(size_G, AUX_COEFFICIENT) / n_groups).masked_fill(~any_G, 0) / size_G
     return _Revival(term, features_GD, is_dead_GD, x_GBN, decoder_GDN, code_GDB, left_GBN, factor_G)
 
 

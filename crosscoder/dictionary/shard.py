@@ -1,14 +1,16 @@
-"""A dictionary whose features are divided over ranks, each of which holds, decodes and trains its own rows.
+"""A dictionary that is divided over ranks, each of which holds, decodes and trains its own part.
 
-What is whole on every rank: the batch, `decoder_bias`, the inference threshold, the reconstruction. What crosses over:
-the scores at which the choice is cut (`choice`), the sum of the partial reconstructions, and sums of a few numbers.
+By features: what is whole on every rank is the batch, `decoder_bias`, the inference threshold, the reconstruction. What
+crosses over: the scores at which the choice is cut (`choice`), the sum of the partial reconstructions, and sums of a
+few numbers. By layers, which a bank alone has apart: nothing but those sums.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ PIECE = 2**22
 """Numbers that are drawn at once."""
 RECONSTRUCTION = "reconstruction"
 CENTER = "center"
+Along = Literal["features", "layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,63 +31,81 @@ class Shard:
 
     stops: where the shards of all ranks end, in their order; they lie one after the other and make up all features.
     ranks: who holds them; alone by default, never all processes that there are.
+    along: `layers` where the numbers are those of a bank's layers instead, and a rank holds all features of its own.
     """
 
     stops: tuple[int, ...]
     ranks: Ranks
+    along: Along = "features"
 
     @classmethod
-    def of(cls, n_features: int, ranks: Ranks | None = None) -> Shard:
-        """This rank's part of features that are divided evenly; the first ranks hold one more where that must be.
+    def of(cls, n: int, ranks: Ranks | None = None, along: Along = "features") -> Shard:
+        """This rank's part of n features or layers, divided evenly; the first ranks hold one more where that must be.
 
         Raises:
-            ValueError: there are more ranks than features.
+            ValueError: there are more ranks than that.
         """
         ranks = ranks or Ranks()
-        if n_features < ranks.size:
-            raise ValueError(f"{n_features} features are divided over {ranks.size} ranks; start fewer processes")
-        sizes = [n_features // ranks.size + (one < n_features % ranks.size) for one in range(ranks.size)]
-        return cls(tuple(sum(sizes[: one + 1]) for one in range(ranks.size)), ranks)
+        if n < ranks.size:
+            raise ValueError(f"{n} {along} are divided over {ranks.size} ranks; start fewer processes")
+        sizes = [n // ranks.size + (one < n % ranks.size) for one in range(ranks.size)]
+        return cls(tuple(sum(sizes[: one + 1]) for one in range(ranks.size)), ranks, along)
 
     def __deepcopy__(self, _: dict[int, Any]) -> Shard:
         return self  # a group of processes is no value
 
     @property
     def start(self) -> int:
-        """The first feature that this rank holds."""
+        """The first feature or layer that this rank holds."""
         return self.bounds(self.ranks.rank)[0]
 
     @property
     def stop(self) -> int:
-        """The first feature after those that this rank holds."""
+        """The first one after those that this rank holds."""
         return self.stops[self.ranks.rank]
 
     @property
-    def n_features(self) -> int:
-        """The features of all ranks."""
+    def n_own(self) -> int:
+        """How many this rank holds."""
+        return self.stop - self.start
+
+    @property
+    def n_whole(self) -> int:
+        """How many all ranks hold."""
         return self.stops[-1]
 
+    @property
+    def called(self) -> str:
+        """What this rank holds, for people."""
+        return f"{self.along} {self.start} to {self.stop} of {self.n_whole}"
+
     def bounds(self, rank: int) -> tuple[int, int]:
-        """The first feature of a rank, and the first after its own."""
+        """The first feature or layer of a rank, and the first after its own."""
         return (self.stops[rank - 1] if rank else 0), self.stops[rank]
 
     @property
     def widest(self) -> int:
-        """The most features that a rank holds."""
+        """The most that a rank holds."""
         return max(stop - start for start, stop in map(self.bounds, range(self.ranks.size)))
 
-    def require(self, n_features: int) -> None:
-        """Refuse a dictionary of another size; a ValueError."""
-        if self.n_features != n_features:
-            raise ValueError(f"shards make up {self.n_features} features; the dictionary has {n_features}")
+    def require(self, n_features: int, groups: tuple[int, ...]) -> None:
+        """Refuse a dictionary of another size, or one whose layers do not lie side by side (`groups`); a ValueError."""
+        there = n_features if self.along == "features" else math.prod(groups)
+        if self.n_whole != there:
+            kind = "features" if self.along == "features" else "layers that have weights of their own"
+            raise ValueError(f"shards make up {self.n_whole} {self.along}; the dictionary has {there} {kind}")
+
+    def axis(self, n_groups_axes: int) -> int:
+        """The axis along which a tensor is divided that has so many axes of dictionaries before that of features."""
+        return n_groups_axes if self.along == "features" else 0
 
     def drawn(self, shape: list[int], axis: int, generator: torch.Generator) -> Tensor:
         """This rank's part of `torch.randn(shape, generator=generator)`, to the bit, drawn a piece at a time.
 
-        Features lie along `axis`, 0 or 1. Pieces are whole runs of 16, which is how many torch draws at once.
+        It is divided along `axis`, 0 or 1. Pieces are whole runs of 16, which is how many torch draws at once.
         """
         n_groups, row = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-        total, n_own = math.prod(shape), (self.stop - self.start) * row
+        total, n_own = math.prod(shape), self.n_own * row
         own, begin = torch.empty(n_groups, n_own), 0
         while begin < total:
             end = total if total - begin < PIECE + 16 else begin + PIECE
@@ -95,14 +116,18 @@ class Shard:
                 if a < b:
                     own[group, a - first : b - first] = piece[a - begin : b - begin]
             begin = end
-        return own.view(*shape[:axis], self.stop - self.start, *shape[axis + 1 :])
+        return own.view(self.own_shape(shape, axis))
+
+    def own_shape(self, shape: Sequence[int], axis: int) -> tuple[int, ...]:
+        """The shape of this rank's part."""
+        return (*shape[:axis], self.n_own, *shape[axis + 1 :])
 
     def part(self, whole: Tensor, axis: int) -> Tensor:
-        """This rank's rows of a whole tensor, in memory of their own."""
-        return whole.narrow(axis, self.start, self.stop - self.start).clone()
+        """This rank's part of a whole tensor, in memory of its own."""
+        return whole.narrow(axis, self.start, self.n_own).clone()
 
     def whole(self, part: Tensor, axis: int) -> Tensor | None:
-        """The rows of all ranks, on the CPU of rank 0; None elsewhere. All ranks call it."""
+        """The parts of all ranks, on the CPU of rank 0; None elsewhere. All ranks call it."""
         if not self.ranks.is_first:
             self.ranks.give(part)
             return None

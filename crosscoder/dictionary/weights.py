@@ -40,7 +40,7 @@ class Weights(nn.Module, ABC):
     write_mask: Tensor | None
     threshold: Tensor
     shard: Shard | None = None
-    """Which features these are the weights of, where ranks hold a part each; None where they are of all."""
+    """Which features or layers these are the weights of, where ranks hold a part each; None where they are of all."""
 
     @abstractmethod
     def grouped(self) -> Grouped:
@@ -48,7 +48,7 @@ class Weights(nn.Module, ABC):
 
     @property
     def n_groups(self) -> int:
-        """G, the dictionaries side by side that have weights of their own."""
+        """G, the dictionaries side by side that have weights of their own here."""
         return self.threshold.numel()
 
     @property
@@ -58,19 +58,38 @@ class Weights(nn.Module, ABC):
 
     @property
     def others(self) -> Shard | None:
-        """The shard, where other ranks hold features; None where what is here can be taken for the whole."""
-        return None if self.shard is None or self.shard.ranks.size == 1 else self.shard
+        """The shard, where other ranks hold features of the same dictionaries; None where those here are whole."""
+        return None if self.shard is None or self.shard.ranks.size == 1 or self.by_layer else self.shard
+
+    @property
+    def by_layer(self) -> Shard | None:
+        """The shard, where other ranks hold other layers of a bank; None elsewhere."""
+        is_whole = self.shard is None or self.shard.ranks.size == 1 or self.shard.along == "features"
+        return None if is_whole else self.shard
+
+    @property
+    def n_groups_of_all(self) -> int:
+        """The dictionaries side by side on all ranks, over which means are taken."""
+        return self.n_groups if self.by_layer is None else self.by_layer.n_whole
 
     def of_all(self, part: Tensor) -> Tensor:
-        """The sum of a number over the ranks that divide the features; itself where they are all here."""
+        """The sum of a number over the ranks that divide the dictionary; itself where it is whole."""
         return part if self.shard is None else self.shard.total(part)
+
+    def of_layers(self, part: Tensor) -> Tensor:
+        """The sum in float64 of a number over ranks that hold whole layers of a bank; itself elsewhere."""
+        return part if self.by_layer is None else self.by_layer.total(part.double())
+
+    def on_any(self, found: Tensor) -> bool:
+        """Whether a truth value holds on any of the ranks that divide the dictionary."""
+        return bool(found if self.shard is None else self.shard.ranks.largest(found.to(torch.uint8), "numbers"))
 
     def require_whole(self) -> None:
         """Refuse a use of all features where only some are here; a ValueError."""
         if self.shard is not None:
             raise ValueError(
-                f"features {self.shard.start} to {self.shard.stop} of {self.config.n_features} are here, the others on "
-                "other ranks; take the whole dictionary (`gathered`, or the finished one from its folder)"
+                f"{self.shard.called} are here, the others on other ranks; take the whole dictionary (`gathered`, or "
+                "the finished one from its folder)"
             )
 
     @torch.no_grad()
@@ -95,14 +114,3 @@ def unit_rows(rows: Tensor, *, n_axes: int, mask: Tensor | None) -> Tensor:
 
 OF_FEATURES = ("encoder", "decoder", "encoder_bias", "log_threshold")
 """The tensors that hold a row for each feature."""
-
-
-def whole_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Every tensor by name, on the CPU; where ranks divide the features all call it, and rank 0 alone gets them."""
-    axis, whole = weights.encoder_bias.dim() - 1, dict[str, Tensor]()
-    for name, tensor in weights.state_dict().items():
-        own = tensor.detach()
-        found = weights.shard.whole(own, axis) if weights.shard is not None and name in OF_FEATURES else own
-        if found is not None:
-            whole[name] = found.cpu().contiguous()
-    return whole

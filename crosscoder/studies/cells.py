@@ -24,6 +24,7 @@ from crosscoder.data.sources import Marked, SiteSource, Source
 from crosscoder.data.subject import load_model
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import DICTIONARIES, BatchTopK, Dictionary
+from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.origin import MismatchError, Null, require_same
 from crosscoder.foundation.signals import safe_points
@@ -240,10 +241,15 @@ class MeasuredCell:
         return rows_at(at, found.summary() | first)
 
 
-def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int, shard: Any = None) -> Any:
-    """An untrained dictionary of one arm that fits the activations of `source` and carries their scales."""
+def new_dictionary(arm: Arm, source: Source, budget: DictionaryBudget, *, seed: int, share: Any = None) -> Any:
+    """An untrained dictionary of one arm for the activations of `source`, with their scales.
+
+    share: what says of a class and config which part to hold (`shard_for`); None: all.
+    """
+    form = DICTIONARIES[CLASSES[arm]]
     settings: dict[str, Any] = {"d_model": source.d_model, "seed": seed, **budget.settings(arm)}
-    dictionary = DICTIONARIES[CLASSES[arm]](n_layers=source.n_layers, shard=shard, **settings)
+    config = DictionaryConfig(n_layers=source.n_layers, **settings)
+    dictionary = form(shard=share and share(form, config), **config.settings())
     dictionary.set_input(source.scale_L, source.reads)
     return dictionary
 

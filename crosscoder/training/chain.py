@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
+from crosscoder.dictionary.division import gathered
 from crosscoder.foundation import signals
 from crosscoder.training.checkpoint import Entry
 from crosscoder.training.given import unwrapped
@@ -61,6 +62,8 @@ def train_warm_chain(
     """
     bank = unwrapped(bank)
     n_groups, n_layers = bank.n_groups, bank.config.n_layers
+    if bank.by_layer is not None:
+        raise ValueError("a chain trains one layer after the other: ranks divide the features of its bank, not layers")
     if n_groups != n_layers:
         raise ValueError(
             f"a {type(bank).__name__} of {n_layers} layers has {n_groups} dictionary; a chain needs a LayerwiseSAE "
@@ -81,7 +84,8 @@ def train_warm_chain(
         "config": config, "resume": resume, "device": device, "data_fingerprint": data_fingerprint, "quiet": quiet,
         "monitor": monitor, "monitor_every": monitor_every, "scratch_seconds": scratch_seconds,
     }  # fmt: skip
-    with one_writer([] if folder is None or scratch_seconds is not None else [Path(folder)]):
+    writes = scratch_seconds is None and (bank.shard is None or bank.shard.ranks.is_first)
+    with one_writer([Path(folder)] if folder is not None and writes else []):
         return _train_layers(bank, batches, None if folder is None else Path(folder), label, told, options)
 
 
@@ -95,7 +99,7 @@ def _train_layers(
 ) -> TrainResult:
     metrics, steps, tokens, state = [], 0, 0, _layer_state(bank, 0)
     for layer in range(bank.config.n_layers):
-        single = type(bank)(**replace(bank.config, n_layers=1).settings())
+        single = type(bank)(shard=bank.shard, **replace(bank.config, n_layers=1).settings())
         single.load_state_dict({**state, "input_scale": bank.input_scale[layer : layer + 1]})
         result = train(
             single,
@@ -114,8 +118,9 @@ def _train_layers(
         state["decoder_bias"].zero_()  # a centre and an inference threshold are each layer's own
         state["threshold"].fill_(torch.nan)
     bank.to(next(single.parameters()).device).eval()
-    if folder is not None and options.get("scratch_seconds") is None:
-        bank.save_pretrained(folder / "dictionary")
+    keeps = folder is not None and options.get("scratch_seconds") is None
+    if keeps and (whole := gathered(bank)) is not None:  # on rank 0
+        whole.save_pretrained(folder / "dictionary")
     return TrainResult(bank, metrics, steps, tokens)
 
 

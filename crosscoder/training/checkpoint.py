@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crosscoder.dictionary.division import gathered
+from crosscoder.dictionary.division import gathered, whole_tensors
 from crosscoder.dictionary.shard import Shard
-from crosscoder.dictionary.weights import whole_tensors
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
     committed_directory,
@@ -243,7 +242,7 @@ class RunLog:
         shard: Shard | None = None,
     ) -> None:
         self._folder, self._settings, self._is_scratch = folder, settings, is_scratch
-        self._mesh = None if shard is None else {"features": shard.ranks.size}
+        self._mesh = None if shard is None else {shard.along: shard.ranks.size}
         self._writes = shard is None or shard.ranks.is_first
         self._logger = logger if self._writes else None
         self._kept_step = -1  # of the checkpoint that was written or loaded last

@@ -15,7 +15,8 @@ def side_by_side(states: Sequence[TrainState]) -> list[State]:
     """The states in as few as can take their steps: those that fit one another in one, largest first."""
 
     def may_stack(state: TrainState) -> bool:
-        return is_direct(state.dictionary) and state.dictionary.encoder.dtype == torch.float32
+        one = state.dictionary
+        return is_direct(one) and one.encoder.dtype == torch.float32 and one.shard is None
 
     alone = [state for state in states if not may_stack(state)]
     left = [state for state in states if may_stack(state)]

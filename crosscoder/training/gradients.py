@@ -14,8 +14,8 @@ from torch import Tensor
 import triton_kernels
 from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE, SparseCode, TopK
 from crosscoder.dictionary.codec import selection_scale
-from crosscoder.dictionary.losses import add_auxiliary_gradients, any_dead, loss_terms
-from crosscoder.training.state import StackState, State
+from crosscoder.dictionary.losses import add_auxiliary_gradients, loss_terms
+from crosscoder.training.state import StackState, State, TrainState
 from triton_kernels.arguments import Encoding
 
 
@@ -49,7 +49,7 @@ def is_direct(dictionary: Dictionary) -> bool:
 def accumulate_gradients(
     state: State, x_BLD: Tensor, *, dead_GF: Tensor, penalty_factor: float, precision: str
 ) -> Gradients:
-    """The gradients of a batch, in the parameters' `grad`, and the terms of the loss.
+    """The gradients of a batch, in the parameters' `grad`, and the terms of the loss, summed over a bank's layers.
 
     dead_GF: features for the auxiliary term. penalty_factor: of a sparsity rule's penalty. precision: as in
     `TrainConfig`.
@@ -57,12 +57,24 @@ def accumulate_gradients(
     rounded, autocast = precision == "bf16", torch.autocast(x_BLD.device.type, torch.bfloat16)
     with autocast if rounded else contextlib.nullcontext():
         if isinstance(state, StackState) or is_direct(state.dictionary):
-            return _with_auxiliary(state, x_BLD, dead_GF, _directly(state, x_BLD, rounded=rounded))
-        working_GFN = state.optimizer.working_GFN
-        (alone,) = state.members
-        out = loss_terms(
-            alone.dictionary, x_BLD, dead_GF=dead_GF, penalty_factor=penalty_factor, working_GFN=working_GFN
-        )
+            found = _with_auxiliary(state, x_BLD, dead_GF, _directly(state, x_BLD, rounded=rounded))
+        else:
+            found = _by_autograd(state, x_BLD, dead_GF, penalty_factor)
+    if state.weights.by_layer is not None:
+        (terms,) = found.terms
+        whole = state.weights.of_layers(torch.stack(list(terms.values())).detach())
+        found = found._replace(terms=[dict(zip(terms, whole, strict=True))])
+    return found
+
+
+def _by_autograd(state: TrainState, x_BLD: Tensor, dead_GF: Tensor, penalty_factor: float) -> Gradients:
+    out = loss_terms(
+        state.dictionary,
+        x_BLD,
+        dead_GF=dead_GF,
+        penalty_factor=penalty_factor,
+        working_GFN=state.optimizer.working_GFN,
+    )
     found = Gradients([out.terms], out.code, [out.error_BLD])
     found.losses().sum().backward()
     return found
@@ -122,7 +134,7 @@ def _with_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradien
     dead = [
         part_GF[:, : one.dictionary.n_held] for one, part_GF in zip(members, dead_GF.chunk(len(members)), strict=True)
     ]
-    places = [place for place, own_GF in enumerate(dead) if any_dead(own_GF, members[place].dictionary.others)]
+    places = [place for place, own_GF in enumerate(dead) if members[place].dictionary.on_any(own_GF.any())]
     if not places:
         return found
     squares: dict[str, Tensor] = {}

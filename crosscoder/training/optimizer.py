@@ -86,17 +86,18 @@ class RowAdam(torch.optim.Optimizer):
         squares: of the rows, where they are known (`row_squares`). untouched: as there.
         """
         n_sets, n_own = len(self.sizes), self._dictionary.n_groups // len(self.sizes)
-        found = [[self._dictionary.decoder_bias.new_zeros(n_own)] for _ in self.sizes]
+        dtype = self._dictionary.decoder_bias.dtype
+        found = [[self._dictionary.decoder_bias.new_zeros(n_own, dtype=torch.float64)] for _ in self.sizes]
         shard = self._dictionary.others
         for name, rows in (self.row_squares(untouched=untouched) if squares is None else squares).items():
             if shard is not None and name == "decoder_bias" and not shard.ranks.is_first:
                 continue  # every rank has it, and it counts once
             for own, own_GR, size in zip(found, rows.view(n_sets, n_own, -1), self.sizes, strict=True):
-                own.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1))
+                own.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1, dtype=torch.float64))
         sums = [torch.stack(own).sum(0) for own in found]
         if shard is not None:
             shard.ranks.add(sums[0], "gradient norms")
-        return (sums[0] if n_sets == 1 else torch.cat(sums)).sqrt()
+        return (sums[0] if n_sets == 1 else torch.cat(sums)).sqrt().to(dtype)
 
     @torch.no_grad()
     def step(self, *, scale_G: Tensor | None = None) -> None:  # ty: ignore[incompatible-method-override]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
-from crosscoder.dictionary.weights import OF_FEATURES
 from crosscoder.training.state import TrainState
 
 
@@ -21,20 +20,19 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def _feature_axis(name: str, dictionary: Dictionary) -> int | None:
-    """The axis of a tensor of a checkpoint along which features lie; None where it has none."""
-    n_axes = len(dictionary.layout(dictionary.config).groups)
+def _axis(name: str, dictionary: Dictionary) -> int | None:
+    """The axis along which ranks divide a tensor of a checkpoint; None where each of them holds it whole."""
     if name in ("firing.silent", "frozen.start"):
-        return 1
+        return None if dictionary.shard is None else dictionary.shard.axis(1)
     moment, _, of = name.removeprefix("adam.").rpartition(".")
-    return n_axes if of in OF_FEATURES and moment != "step" else None
+    return None if moment == "step" else dictionary.axis_of(of)
 
 
 def whole_tensors_of(state: TrainState) -> dict[str, Tensor]:
     """`tensors_of` of all ranks together, on the CPU of rank 0, as one process would have it."""
     dictionary, whole = state.dictionary, {}
     for name, tensor in tensors_of(state).items():
-        axis = _feature_axis(name, dictionary)
+        axis = _axis(name, dictionary)
         if dictionary.shard is not None and axis is not None:
             rows = tensor.view(dictionary.n_groups, dictionary.n_held, -1) if name == "frozen.start" else tensor
             found = dictionary.shard.whole(rows, axis)
@@ -46,18 +44,19 @@ def whole_tensors_of(state: TrainState) -> dict[str, Tensor]:
 
 def part_of(name: str, whole: Tensor, dictionary: Dictionary) -> Tensor:
     """What this rank holds of a whole tensor."""
-    axis = _feature_axis(name, dictionary)
+    axis = _axis(name, dictionary)
     if dictionary.shard is None or axis is None:
         return whole
     if name == "frozen.start":
-        return dictionary.shard.part(whole.view(dictionary.n_groups, -1, whole.shape[1]), axis).flatten(0, 1)
+        n_features = dictionary.config.n_features
+        return dictionary.shard.part(whole.view(-1, n_features, whole.shape[1]), axis).flatten(0, 1)
     return dictionary.shard.part(whole, axis)
 
 
 def whole_like(name: str, part: Tensor, dictionary: Dictionary) -> Tensor:
     """A tensor of the shape and dtype of all ranks' parts together, without numbers."""
-    shape, axis = list(part.shape), _feature_axis(name, dictionary)
+    shape, axis = list(part.shape), _axis(name, dictionary)
     if dictionary.shard is not None and axis is not None:
         place = 0 if name == "frozen.start" else axis
-        shape[place] = shape[place] // dictionary.n_held * dictionary.config.n_features
+        shape[place] = shape[place] // dictionary.shard.n_own * dictionary.shard.n_whole
     return torch.empty(shape, dtype=part.dtype, device="meta")

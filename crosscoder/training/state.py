@@ -15,6 +15,7 @@ from crosscoder.dictionary.codec import to_global
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, TopK
 from crosscoder.dictionary.stack import Stack
 from crosscoder.dictionary.weights import Weights
+from crosscoder.foundation.ranks import Ranks
 from crosscoder.training.frozen import Frozen, decoder_start, hold_near
 from crosscoder.training.optimizer import RowAdam
 
@@ -209,28 +210,34 @@ def resample_dead(state: TrainState, x_BLD: Tensor, error_BLD: Tensor, *, dead_a
     are 0. Both are cut to what the structure lets the feature write and read. Rows are drawn without replacement, so
     that no two features start alike; where dead features are more than rows with an error, the rest wait.
 
-    A pure function of the state and the batch: the generator is seeded by the dictionary's seed and the step.
+    A pure function of the state and the batch: generators are seeded by the dictionary's seed, the step and the layer.
+    Ranks that divide the features draw the same rows, and each takes those that are its dead features' turn.
     """
     dictionary, config = state.dictionary, state.dictionary.config
     grouped, dead_GF = dictionary.grouped(), state.firing.dead(dead_after_tokens)
     n_groups, n_features = dead_GF.shape
     x_RGN = grouped.split(x_BLD) - grouped.center_GN
     loss_RG = error_BLD[:, config.written()].reshape(len(x_RGN), n_groups, -1).double().square().sum(2).cpu()
-    generator = seeded_generator("resample", config.seed, state.step)
+    ranks, first = dictionary.others.ranks if dictionary.others else Ranks(), dictionary.by_layer
+    n_dead_WG = ranks.gather(dead_GF.sum(1), "numbers")
+    before_G, total_G = n_dead_WG[: ranks.rank].sum(0).tolist(), n_dead_WG.sum(0).tolist()
+    norm_GF = grouped.encoder_GFN.norm(dim=2).double().masked_fill(dead_GF, 0)
+    alive_2G = ranks.add(torch.stack([norm_GF.sum(1), (~dead_GF).sum(1).double()]), "numbers")
+    norm_G = torch.where(alive_2G[1] > 0, alive_2G[0] / alive_2G[1], 1)
     count = 0
     for group in range(n_groups):
         weight_R = (loss_RG[:, group] / loss_RG[:, group].max().clamp_min(1e-300)).square()
-        n_drawn = min(int(dead_GF[group].sum()), int((weight_R > 0).sum()))
+        n_drawn = min(total_G[group], int((weight_R > 0).sum()))
         if n_drawn == 0:
             continue
-        rows = weight_R.multinomial(n_drawn, generator=generator).to(x_RGN.device)
-        dead = dead_GF[group].nonzero().squeeze(1)[:n_drawn]
-        alive_FN = grouped.encoder_GFN[group][~dead_GF[group]]
-        norm = alive_FN.norm(dim=1).mean() if len(alive_FN) else x_RGN.new_ones(())
-        _start_again(state, group * n_features + dead, x_RGN[rows, group], ENCODER_SHARE * norm)
+        generator = seeded_generator("resample", config.seed, state.step, group + (first.start if first else 0))
+        rows = weight_R.multinomial(n_drawn, generator=generator).to(x_RGN.device)[before_G[group] :]
+        dead = dead_GF[group].nonzero().squeeze(1)[: len(rows)]
+        new_RN = x_RGN[rows[: len(dead)], group]
+        _start_again(state, group * n_features + dead, new_RN, ENCODER_SHARE * norm_G[group])
         state.firing.silent_GF[group, dead] = 0
         count += n_drawn
-    return count
+    return int(dictionary.of_layers(torch.tensor(count, device=dead_GF.device)))
 
 
 def _start_again(state: TrainState, features: Tensor, rows_RN: Tensor, encoder_norm: Tensor) -> None:

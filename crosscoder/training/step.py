@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from itertools import repeat
 from typing import Annotated, Literal
@@ -13,6 +15,7 @@ from torch import Tensor
 from crosscoder.dictionary.codec import checked_input, non_finite
 from crosscoder.dictionary.dictionary import Dictionary
 from crosscoder.dictionary.losses import explained_variance
+from crosscoder.dictionary.weights import Weights
 from crosscoder.foundation.config import config
 from crosscoder.training.finite import NonFiniteError, require_sound
 from crosscoder.training.frozen import Frozen
@@ -34,7 +37,8 @@ class TrainConfig:
     penalty_warmup_steps: linear rise of the penalty of a sparsity rule that has one.
     grad_clip: largest gradient norm over all parameters, of each layer of a bank by itself; 0 turns clipping off.
     precision: `bf16` chooses the active features by scores rounded to bf16; everything else stays fp32, but for the
-        products of the auxiliary term.
+        products of the auxiliary term. Ranks that divide the features each choose so among their own, and fp32 scores
+        choose among what they chose, so that some of the pairs nearest to the cut are others than on one device.
     dead_after_tokens: silence after which the auxiliary term tries to revive a feature.
     bias_init: where the decoder bias starts, from the first batch; one that is not zero any more is left as it is.
     log_every, checkpoint_every: in steps; 0 turns checkpoints off.
@@ -81,7 +85,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
     try:
         if state.step == 0:
             for member in state.members:
-                if not bool(member.dictionary.decoder_bias.any()):
+                if not member.dictionary.on_any(member.dictionary.decoder_bias.any()):
                     initialize_bias(member.dictionary, x_BLD, method=config.bias_init)
         out = accumulate_gradients(
             state,
@@ -91,7 +95,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
             precision=config.precision,
         )
         loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms(out.squares, untouched=True)
-        norm_S = norm_G.view(len(loss_S), -1).norm(dim=1)
+        norm_S = weights.of_layers(norm_G.view(len(loss_S), -1).double().square().sum(1)).sqrt()
         if not bool(torch.isfinite(loss_S + norm_S).all()):
             raise NonFiniteError(_diverged(state, loss_S, norm_S))
     except BaseException as error:
@@ -107,17 +111,17 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
     state.firing.update(out.code, x_BLD.shape[0])
     state.advance(x_BLD.shape[0])
     resampled = [_resample_if_due(*one, config, n_steps) for one in zip(state.members, repeat(x_BLD), out.errors)]
-    written = weights.config.written()
 
     def numbers() -> list[Entry]:
-        l0_S = weights.of_all(out.code.l0().float()).view(len(loss_S), -1).mean(1).tolist()
+        n_rows = out.code.n_rows // weights.n_groups * weights.n_groups_of_all // len(loss_S)
+        l0_S = (weights.of_all(out.code.l0().view(len(loss_S), -1).sum(1).double()) / n_rows).tolist()
         return [
             {
                 "step": state.step,
                 "tokens": state.tokens,
                 "loss": loss_S[place].item(),
                 **{f"loss/{name}": term.item() for name, term in out.terms[place].items()},
-                "explained_variance": _mean_explained(x_BLD[:, written], (x_BLD + out.errors[place])[:, written]),
+                "explained_variance": _mean_explained(weights, x_BLD, x_BLD + out.errors[place]),
                 "l0": l0_S[place],
                 "silent_features": int(weights.of_all(member.firing.dead(config.dead_after_tokens).sum())),
                 "gradient_norm": norm_S[place].item(),
@@ -162,8 +166,8 @@ def initialize_bias(dictionary: Dictionary, x_BLD: Tensor, *, method: BiasInit) 
             center_GN.copy_(x_BGN.mean(0))
         case "zero":
             center_GN.zero_()
-    if dictionary.shard is not None:
-        dictionary.shard.ranks.share(dictionary.decoder_bias.detach(), "start")
+    if dictionary.others is not None:
+        dictionary.others.ranks.share(dictionary.decoder_bias.detach(), "start")
 
 
 def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:
@@ -198,12 +202,15 @@ def _resample_if_due(
     return {"resampled": resample_dead(state, x_BLD, error_BLD, dead_after_tokens=config.dead_after_tokens)}
 
 
-def _mean_explained(x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
+def _mean_explained(weights: Weights, x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
     """Explained variance averaged over layers; None for a batch in which it is undefined, such as a single token."""
-    try:
-        return explained_variance(x_BLD, recon_BLD.to(x_BLD.dtype)).mean().item()
-    except ValueError:
-        return None
+    ev_L = x_BLD.new_full((1,), math.nan, dtype=torch.float64)
+    with contextlib.suppress(ValueError):
+        written = weights.config.written()
+        ev_L = explained_variance(x_BLD[:, written], recon_BLD[:, written].to(x_BLD.dtype))
+    n_layers = len(ev_L) if weights.by_layer is None else weights.by_layer.n_whole
+    mean = weights.of_layers(ev_L.sum()).item() / n_layers
+    return None if math.isnan(mean) else mean
 
 
 def _checked_batch(x: Tensor, state: State) -> Tensor:
@@ -215,4 +222,6 @@ def _checked_batch(x: Tensor, state: State) -> Tensor:
             f"step {state.step}: the batch holds NaN or infinity{where}; the parameters are unchanged. Harvest in fp32 "
             "or bf16 and drop such tokens."
         )
+    if (shard := state.weights.by_layer) is not None:
+        x_BLD = x_BLD[:, shard.start : shard.stop].contiguous()
     return x_BLD.clone() if x_BLD.is_inference() else x_BLD

@@ -16,28 +16,25 @@ from crosscoder.foundation import signals
 from crosscoder.foundation.ranks import DesyncError, Ranks
 from crosscoder.training.checkpoint import step_of
 from crosscoder.training.history import Entry
-from crosscoder.training.step import TrainConfig
 
 
-def require_one_job(dictionaries: Sequence[Dictionary], config: TrainConfig, *, is_scratch: bool) -> Ranks:
-    """The ranks that divide the dictionary; this process alone where it is whole.
+def require_one_job(dictionaries: Sequence[Dictionary], *, is_scratch: bool) -> Ranks:
+    """The ranks that divide the dictionaries; this process alone where they are whole.
 
     Raises:
-        ValueError: several dictionaries, or a setting that ranks cannot keep together.
+        ValueError: not all are divided over the same ranks, or a setting that ranks cannot keep together.
     """
     shards = [one.shard for one in dictionaries if one.shard is not None]
     if not shards:
         return Ranks()
-    refused = {
-        f"{len(dictionaries)} dictionaries side by side": len(dictionaries) > 1,
-        "resample_every": config.resample_every > 0,
-        "precision 'bf16'": config.precision != "fp32",
-        "scratch_seconds": is_scratch,
-    }
-    if found := [name for name, is_asked in refused.items() if is_asked]:
-        raise ValueError(f"{', '.join(found)} cannot be had of a dictionary that ranks divide; train it on one device")
-    if dictionaries[0].encoder.dtype != torch.float32:
-        raise ValueError(f"ranks divide a dictionary in float32, this one is {dictionaries[0].encoder.dtype}")
+    if len(shards) < len(dictionaries) or len({one.ranks.group for one in shards}) > 1:
+        raise ValueError(
+            f"{len(shards)} of {len(dictionaries)} dictionaries are divided; divide all over the same ranks"
+        )
+    if is_scratch:
+        raise ValueError("scratch_seconds cannot be had of a dictionary that ranks divide; train it on one device")
+    if wrong := [str(one.encoder.dtype) for one in dictionaries if one.encoder.dtype != torch.float32]:
+        raise ValueError(f"ranks divide a dictionary in float32, this one is {wrong[0]}")
     return shards[0].ranks
 
 

@@ -184,7 +184,7 @@ def _train(
         raise ValueError(f"batches is one tensor of shape {tuple(batches.shape)}; give an iterable of batches, as [x]")
     require_count(0, monitor_every=monitor_every)
     n_steps = len(batches) if config.steps is None and isinstance(batches, Sized) else config.steps
-    job = together.require_one_job(dictionaries, config, is_scratch=(is_scratch := scratch_seconds is not None))
+    job = together.require_one_job(dictionaries, is_scratch=(is_scratch := scratch_seconds is not None))
     were_training = [dictionary.training for dictionary in dictionaries]
     stacked: list[State] = []
     with together.stopping_together(job), one_writer(folders if job.is_first and not is_scratch else []):
@@ -346,7 +346,8 @@ def _take_steps(
 def _to_show(entries: list[Entry], before: dict[str, float], states: list[TrainState]) -> dict[str, float]:
     """Loss, smoothed explained variance, L0, and the share of features that have long been silent; means over all."""
     found = {name: statistics.fmean(float(one[name] or 0.0) for one in entries) for name in ("loss", "l0")}
-    n_features = sum(state.firing.silent_GF.numel() for state in states)
+    whole = (state.dictionary.tensor_shapes(state.dictionary.config)["encoder_bias"] for state in states)
+    n_features = sum(math.prod(shape) for shape in whole)
     found["silent"] = sum(float(one["silent_features"] or 0.0) for one in entries) / n_features
     if explained := [one["explained_variance"] for one in entries if one["explained_variance"] is not None]:
         mean = statistics.fmean(explained)
