@@ -38,19 +38,19 @@ BUDGETS = {
     "triton_kernels": 4700,
     "crosscoder/foundation": 2080,
     "crosscoder/results": 770,
-    "crosscoder/data": 5190,
+    "crosscoder/data": 5195,
     "crosscoder/dictionary": 2450,
     "crosscoder/training": 2480,
     "crosscoder/formats": 1940,
-    "crosscoder/measure": 5245,
-    "crosscoder/verdict": 1100,
+    "crosscoder/measure": 5380,
+    "crosscoder/verdict": 1140,
     "crosscoder/browser": 975,
     "crosscoder/report": 2195,
-    "crosscoder/studies": 2785,
+    "crosscoder/studies": 2795,
     "crosscoder/commands": 1635,
     "crosscoder": 1070,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_595, 23_260
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_785, 23_460
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

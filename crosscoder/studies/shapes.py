@@ -23,7 +23,7 @@ from crosscoder.data.subject_training import (
     SubjectCheckpoint,
     SubjectConfig,
     SubjectRun,
-    held_out_loss,
+    block_losses,
     load_checkpoint,
     train_subject,
 )
@@ -33,7 +33,7 @@ from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, Arm, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
+from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly, loss_values
 from crosscoder.studies.budget import SPANNING, DictionaryBudget, of_other_k, of_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import FROZEN, Cell
@@ -299,7 +299,7 @@ def subject_rows(
     for t, one in own.items():
         index = chosen.index[name, t]
         values = {
-            "held_out_loss": held_out_loss(one.load_model(index), compared[:]),
+            **loss_values("held_out_loss", block_losses(one.load_model(index), compared[:]).cpu().numpy(), compared),
             "untrained_loss": one.checkpoints[0].held_out_loss,
             "training_tokens": one.checkpoints[index].tokens,
             "training_seed_value": one.config.seed,

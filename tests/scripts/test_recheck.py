@@ -98,7 +98,9 @@ def cell_rows(draw, shared_TF, folder, at, *, seeds, varies):
                 rows.append(replace(whole, key=f"{whole.key}_left", value=without_E.tolist()))
         if at.arm == "crosscoder" and at.role == "main" and seed == 0 and at.state not in ("gaussian", "shuffled"):
             layers, share = 1 + draw.uniform(0.2, 0.4) * (n_layers - 1) ** 0.5, draw.uniform(0.05, 0.15)
-            rows += [Row(one, "causal_layers", layers), Row(one, "conjunctive_share", share)]
+            for key, value in (("causal_layers", layers), ("conjunctive_share", share)):
+                without_E = value * draw.lognormal(0, 0.01, len(TEXT))
+                rows += [Row(one, key, value), Row(one, f"{key}_left", without_E.tolist())]
         (folder / "readings").mkdir(exist_ok=True)
         save_reading(reading, folder / "readings" / f"{file_name(one)}.safetensors")
     return rows
@@ -146,6 +148,7 @@ def subject_rows(draw):
                                               "parameters_non_embedding": 1, "parameters_embedding": 1})  # fmt: skip
         for t in range(N_TRAININGS if name in "AB" else 2):
             values = {"held_out_loss": 2.5 * draw.lognormal(0, 0.002), "rate_share": 0.1}
+            values["held_out_loss_left"] = (values["held_out_loss"] * draw.lognormal(0, 0.0002, len(TEXT))).tolist()
             rows += rows_at(Place(subject=name, training_seed=t), values)
     errors = {"calibration_q_error": 0.02, "calibration_g_error": 0.03, "calibration_room_error": 0.2}
     return [*rows, *rows_at(Place(role="calibration", seed=0), errors | {"calibration_mcc": 0.95})]
@@ -159,6 +162,7 @@ def study(tmp_path_factory):
     baselines = {}
     for name, t in product("AB", range(N_TRAININGS)):
         values = {"trigram_loss": 2.6 * draw.lognormal(0, 0.002), "lookup_share": draw.uniform(0.6, 0.65)}
+        values["trigram_loss_left"] = (values["trigram_loss"] * draw.lognormal(0, 0.0002, len(TEXT))).tolist()
         baselines[f"{name}{t}"] = rows_at(Place(subject=name, training_seed=t), values)
     for home, each in (("cells", cells), ("baselines", baselines)):
         (folder / home).mkdir()
@@ -224,6 +228,11 @@ CHANGED = {
     "load_log_ratio": 1e-5,
     "null_excess": 1e-5,
     "share_of_ln2": 1e-5,
+    "kappa": 1e-5,
+    "conjunctive_excess": 1e-5,
+    "removal_share": 1e-5,
+    "raw_density_rest_left": 1e-5,
+    "median_log_rate": 1e-5,
     "u_null": 1e-5,
     "rate_dispersion": 1e-5,
     "self_cosine": 1e-5,
@@ -240,6 +249,8 @@ def test_each_changed_number_is_found_and_no_other(copied, recheck):
         values = next(block["values"] for block in reversed(results["rows"]) if _number(block["values"].get(key)))
         if isinstance(values[key], dict):
             values[key]["high"] *= 1 + change
+        elif isinstance(values[key], list):
+            values[key][3] *= 1 + change
         else:
             values[key] *= 1 + change
     results["verdict"]["label"] = "H1b"
