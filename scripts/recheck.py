@@ -270,20 +270,20 @@ def recheck_legs(study: Study, said: Comparison) -> tuple[dict[str, Interval | N
 
 
 def recheck_rooms(study: Study, said: Comparison) -> None:
-    """The law of rooms in both units, and shares of ln 2."""
+    """The law of rooms in both units, of a layer's loads, and shares of ln 2."""
     laws = {units: legs.fit_law(study, units) for units in ("model", "scaled")}
     for units, law in laws.items():
-        at, names = (
-            SITE | {"estimator": units},
-            {"room_beta": (1, 0), "room_delta": (0, 1), "room_excess_depth": (-0.5, 1)},
-        )
+        at = SITE | {"estimator": units}
         if law is None:
             said.number("room_beta", at, None)
             continue
-        for key, direction in names.items():
+        for key, direction in (("room_beta", (1, 0)), ("room_delta", (0, 1)), ("room_excess_depth", (-0.5, 1))):
             said.number(key, at, law.along(*direction))
         said.number("room_misfit", at, law.misfit)
     for currency in rule.CURRENCIES:
+        if {one.at["subject"] for one in study.of(arm="layerwise", state="trained")} > set("AB"):
+            law = legs.load_law(study, currency)
+            said.number("load_alpha", SITE | {"state": "trained", "estimator": currency}, law and law.along(1, 0))
         for kind, value in legs.shares(study, currency, laws["model"]).items():
             said.number("share_of_ln2", SITE | {"estimator": currency, "kind": kind}, value)
 

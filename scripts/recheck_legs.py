@@ -283,6 +283,23 @@ def fit_law(study: Study, units: str) -> Law | None:
     for at, value in study.rows.find("room", state="trained", estimator=units):
         if value is not None:
             found.setdefault(study.shapes[at["subject"]], []).append(math.log(value))
+    return power_law(found)
+
+
+def load_law(study: Study, currency: str) -> Law | None:
+    """The same of the loads of a layer's bank at common fidelity."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for name, shape in study.shapes.items():
+        if study.of(subject=name, arm="layerwise", state="trained"):
+            logs = study.logs(name, "trained", "layerwise", currency, "load")
+            if logs is None:
+                return None
+            found.setdefault(shape, []).extend(float(log[0]) for log in logs.values())
+    return power_law(found)
+
+
+def power_law(found: Mapping[tuple[int, int], Sequence[float]]) -> Law | None:
+    """`ln y = c + beta ln D + delta ln L` of the logs of each shape `(L, D)`."""
     shapes = np.array(list(found), dtype=float).reshape(-1, 2)
     n_runs = sum(len(each) for each in found.values())
     if len(found) < 3 or n_runs < 4 or (np.ptp(shapes, axis=0) == 0).any():

@@ -46,11 +46,11 @@ BUDGETS = {
     "crosscoder/verdict": 1140,
     "crosscoder/browser": 975,
     "crosscoder/report": 2195,
-    "crosscoder/studies": 2795,
+    "crosscoder/studies": 2820,
     "crosscoder/commands": 1635,
     "crosscoder": 1070,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_785, 23_460
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_810, 23_495
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -105,9 +105,10 @@ def study_cells(config: StudyConfig) -> list[Measured]:
 
 
 def dictionary_cells(config: StudyConfig) -> list[Cell]:
-    """All cells of A and B, what takes longest first."""
+    """All cells of A and B, and of the grid where it has banks, what takes longest first."""
     shapes = config.subjects.shapes()
-    cells = [cell for name in COMPARED for t in range(len(config.subjects.seeds)) for cell in _cells(config, name, t)]
+    runs = [run for run in config.subjects.runs() if run[0] in COMPARED or config.grid_banks]
+    cells = [cell for name, t in runs for cell in _cells(config, name, t)]
     cells.sort(key=lambda cell: _cost(cell, shapes[cell.subject].n_layers), reverse=True)
     return cells
 
@@ -124,7 +125,7 @@ def room_cells(config: StudyConfig) -> list[Room]:
 
 def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
     """The dictionaries of one training of A or B: crosscoder and bank of several k; nulls, sizes and the residual
-    stream where this training has them."""
+    stream where this training has them. Of the grid's shapes the bank alone."""
     shape = config.subjects.shapes()[name]
     budget, first = shape.budget(config.dictionaries), config.seeds[:1]
     where: dict[str, Any] = {"subject": name, "training_seed": t, "site": "write", "role": "main", "budget": budget}
@@ -141,6 +142,8 @@ def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
         given: dict[str, Any] = where | {"arm": arm, "state": state, "budget": here, "beside": ks} | how
         return Cell(**given)
 
+    if name not in COMPARED:
+        return [cell("layerwise", seeds=first)]
     seeds, causal = config.stability_seeds if t == 0 else config.seeds, config.causal_features
     cells = [cell("crosscoder", seeds=seeds, causal=causal, labelled=t == 0), cell("layerwise", seeds=first)]
     if t < config.residual_trainings:
@@ -271,7 +274,8 @@ def _harvest(
         for state in STATES if has_null else STATES[:1]:
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            spliced = checkpoint if name in COMPARED and config.splice_blocks else None
+            read = name in COMPARED or config.grid_banks
+            spliced = checkpoint if read and config.splice_blocks else None
             here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
             if config.stream:
                 most = config.tokens_train, config.tokens_held_out
