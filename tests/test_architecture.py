@@ -43,14 +43,14 @@ BUDGETS = {
     "crosscoder/training": 2480,
     "crosscoder/formats": 1940,
     "crosscoder/measure": 5380,
-    "crosscoder/verdict": 1140,
+    "crosscoder/verdict": 1145,
     "crosscoder/browser": 975,
-    "crosscoder/report": 2195,
+    "crosscoder/report": 2210,
     "crosscoder/studies": 2820,
     "crosscoder/commands": 1635,
     "crosscoder": 1070,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_810, 23_495
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_825, 23_525
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

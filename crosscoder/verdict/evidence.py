@@ -172,7 +172,7 @@ def gates(table: LongTable, shapes: Shapes, found: Statistics) -> dict[str, Gate
     measured = {
         "loss over a trigram table's": _worst(_loss_over(table, "trigram_loss"), highest=True),
         "share that token lookup keeps": _worst(
-            [_mean(_of_subject(table, name, "lookup_share")) for name in COMPARED], highest=True
+            [over_trainings(_of_subject(table, name, "lookup_share")) for name in COMPARED], highest=True
         ),
         "loss, B over A": _loss_log_ratio(table),
         "learning rate at the checkpoints": _exact_row(table, "rate_share", max, subject=COMPARED),
@@ -200,7 +200,7 @@ def _over_worlds(table: LongTable, key: str) -> Estimate | str:
     """The mean over planted pairs with its interval; of one pair its number."""
     found = _exact_row(table, key, max)
     values = table.values(key)
-    return found if isinstance(found, str) or len(values) == 1 else _mean(values)
+    return found if isinstance(found, str) or len(values) == 1 else over_trainings(values)
 
 
 def _loss_log_ratio(table: LongTable) -> Estimate | str:
@@ -212,7 +212,8 @@ def _loss_log_ratio(table: LongTable) -> Estimate | str:
 def _loss_over(table: LongTable, key: str) -> list[Estimate | str]:
     """ln of each subject's loss over its own table's."""
     return [
-        _mean(minus(*(_of_subject(table, name, one, log=True) for one in ("held_out_loss", key)))) for name in COMPARED
+        over_trainings(minus(*(_of_subject(table, name, one, log=True) for one in ("held_out_loss", key))))
+        for name in COMPARED
     ]
 
 
@@ -227,11 +228,11 @@ def _of_subject(table: LongTable, name: str, key: str, *, log: bool = False) -> 
 
 def _cell_means(table: LongTable, key: str) -> list[Estimate | str]:
     """Over trainings, of each subject's main crosscoders."""
-    return [_mean(main_values(table, name, key)) for name in COMPARED]
+    return [over_trainings(main_values(table, name, key)) for name in COMPARED]
 
 
-def _mean(values: TextLogs | Sequence[float]) -> Estimate | str:
-    """The mean over trainings with its interval; what all trainings have alike, such as full agreement, is exact."""
+def over_trainings(values: TextLogs | Sequence[float]) -> Estimate | str:
+    """The mean with its interval; what all trainings have alike, such as full agreement, is exact."""
     return _of_group(_mean_of(values if isinstance(values, (str, dict)) else dict(enumerate(values))))
 
 
@@ -270,7 +271,7 @@ def interpolation_error(table: LongTable) -> Estimate | str:
                 if isinstance(read, str):
                     return f"{name}{at.training_seed}, {arm}: {read}"
                 errors.append(max(one.bend for one in read))
-            found.append(_mean(errors) if errors else f"no {arm} of {name} was trained (trained)")
+            found.append(over_trainings(errors) if errors else f"no {arm} of {name} was trained (trained)")
     return _worst(found, highest=True)
 
 
@@ -294,7 +295,7 @@ def _spread_of_load(table: LongTable) -> Estimate | str:
             return f"one dictionary of {name}"
         # Of the first two: a training with more dictionaries would seem to spread further.
         apart = [np.diff(np.log(in_text(table, group.rows[:2])), axis=0)[0] for group in groups]
-        found.append(_mean({t: np.sign(one[0]) * one for t, one in enumerate(apart)}))
+        found.append(over_trainings({t: np.sign(one[0]) * one for t, one in enumerate(apart)}))
     return _worst(found, highest=True)
 
 
