@@ -35,12 +35,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import recheck_legs as legs
 import recheck_rule as rule
+from recheck_intervals import MOST_GROUPS, Group, Interval, over, total
 from recheck_legs import MAIN, Place, Rows, Study, Trained
 from recheck_readings import (
-    Interval,
     Kept,
     compare_shapes,
     documents,
+    find_twins,
     load_left,
     read_kept,
     reading_numbers,
@@ -53,8 +54,6 @@ KEYS |= {"room_scaled": "room_log_ratio_scaled", "dimension": "dimension_log_rat
 LOGS = {*KEYS.values(), "null_excess"} - {"sharing"}
 """Logs of ratios, whose difference is the relative difference of the ratios."""
 SMALL = 1e-3
-MOST_GROUPS = 64
-"""Of documents, which are left out one group at a time where there are more."""
 LOST = {"spliced_loss", "ablated_loss", "clean_loss"}
 SITE: Place = {"site": "write"}
 
@@ -181,7 +180,6 @@ def layer_scales(rows: Rows, at: Place) -> np.ndarray | None:
 def recheck_dictionaries(run: Path, rows: Rows, said: Comparison) -> list[Trained]:
     """Numbers of every dictionary."""
     found, block_document = [], np.unique(documents(run), return_inverse=True)[1] % MOST_GROUPS
-    context = said.context
     for at, _ in rows.find("entropy_load"):
         kept = read_kept(reading_file(run, at))
         numbers = reading_numbers(kept, layer_scales(rows, at))
@@ -189,11 +187,14 @@ def recheck_dictionaries(run: Path, rows: Rows, said: Comparison) -> list[Traine
         stored = {"explained_variance": kept.explained, "explained_variance_per_layer": layers}
         left: dict[str, Any] = {"load": None, "fvu": None, "loss": None}
         if kept.explained_left_E is not None:
-            left["load"], left["fvu"] = (
-                load_left(kept, block_document[kept.token_T // context]),
-                1 - kept.explained_left_E,
-            )
+            document_T = block_document[kept.token_T // said.context]
+            left = {"load": load_left(kept, document_T), "fvu": 1 - kept.explained_left_E}
             left["loss"] = left_shares(rows, at)
+            if at["role"] == "main" and kept.n_groups == 1:
+                rest = kept.features(~find_twins(kept.rows_FLD))
+                for key, part in (("raw_density", kept), ("raw_density_rest", rest)):
+                    shares_E = load_left(part, document_T) / float(part.load_F.sum())
+                    numbers[f"{key}_left"] = (numbers[key] * shares_E).tolist()
             stored["entropy_load_left"] = left["load"].tolist()
             stored["explained_variance_left"] = kept.explained_left_E.tolist()
         for key, value in (stored | numbers).items():
@@ -204,7 +205,7 @@ def recheck_dictionaries(run: Path, rows: Rows, said: Comparison) -> list[Traine
 
 
 def recheck_features(run: Path, dictionaries: Iterable[Trained], said: Comparison) -> tuple[
-    dict[tuple[str, str], legs.Group], dict[str, Interval | None]
+    dict[tuple[str, str], Group], dict[str, Interval | None]
 ]:  # fmt: skip
     """What main crosscoders of A and B share: numbers of each training, and values that the rule reads."""
     groups: dict[str, dict[int, list[Kept]]] = {"A": {}, "B": {}}
@@ -215,7 +216,7 @@ def recheck_features(run: Path, dictionaries: Iterable[Trained], said: Compariso
             groups[one.at["subject"]].setdefault(one.at["training_seed"], []).append(kept)
     every = [kept for group in groups.values() for each in group.values() for kept in each]
     common = reduce(np.intersect1d, [kept.token_T for kept in every])
-    points: dict[tuple[str, str], legs.Group] = {}
+    points: dict[tuple[str, str], Group] = {}
     firsts: dict[str, list[Kept]] = {}
     for name, group in groups.items():
         by_training = {t: [kept.tokens(common) for kept in each] for t, each in sorted(group.items())}
@@ -233,7 +234,7 @@ def recheck_features(run: Path, dictionaries: Iterable[Trained], said: Compariso
     universality = None
     if isinstance(u, Interval) and isinstance(ceiling, Interval) and found.chance is not None and found.ceiling:
         shifted = [(Interval(value, *one[1:]), 1.0) for value, one in ((found.u, u), (found.ceiling, ceiling))]
-        universality = legs.over(*(legs.total([(c, one)], -found.chance) for one, c in shifted))
+        universality = over(*(total([(c, one)], -found.chance) for one, c in shifted))
     values = {"universality": universality, "rate dispersion": found.dispersion, "median log rate": found.median_rate}
     for name, value in values.items():
         said.number(name.replace(" ", "_"), SITE, value)
@@ -269,20 +270,20 @@ def recheck_legs(study: Study, said: Comparison) -> tuple[dict[str, Interval | N
 
 
 def recheck_rooms(study: Study, said: Comparison) -> None:
-    """The law of rooms in both units, and shares of ln 2."""
+    """The law of rooms in both units, of a layer's loads, and shares of ln 2."""
     laws = {units: legs.fit_law(study, units) for units in ("model", "scaled")}
     for units, law in laws.items():
-        at, names = (
-            SITE | {"estimator": units},
-            {"room_beta": (1, 0), "room_delta": (0, 1), "room_excess_depth": (-0.5, 1)},
-        )
+        at = SITE | {"estimator": units}
         if law is None:
             said.number("room_beta", at, None)
             continue
-        for key, direction in names.items():
+        for key, direction in (("room_beta", (1, 0)), ("room_delta", (0, 1)), ("room_excess_depth", (-0.5, 1))):
             said.number(key, at, law.along(*direction))
         said.number("room_misfit", at, law.misfit)
     for currency in rule.CURRENCIES:
+        if {one.at["subject"] for one in study.of(arm="layerwise", state="trained")} > set("AB"):
+            law = legs.load_law(study, currency)
+            said.number("load_alpha", SITE | {"state": "trained", "estimator": currency}, law and law.along(1, 0))
         for kind, value in legs.shares(study, currency, laws["model"]).items():
             said.number("share_of_ln2", SITE | {"estimator": currency, "kind": kind}, value)
 
@@ -300,7 +301,7 @@ def recheck_verdict(verdict: dict[str, Any], found: rule.Judged, said: Compariso
         place = ": ".join(name)
         said.pair("met", place, own and own.met, theirs and theirs["met"])
         if own is not None and own.found is not None and theirs is not None and own.met != "not measured":
-            said.pair("measured", place, in_figures(own.found), theirs["measured"])
+            said.pair("measured", place, in_figures(own.found), theirs["measured"].partition(" (")[0])
 
 
 def in_figures(found: Interval) -> str:

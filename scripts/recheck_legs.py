@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from recheck_readings import Interval, t_interval
+from recheck_intervals import Group, Interval, Term, over, t_interval, total
 from scipy import optimize, stats
 from scipy.interpolate import PchipInterpolator
 
@@ -26,8 +26,6 @@ MAIN = {"site": "write", "arm": "crosscoder", "role": "main"}
 ACTING = ("untrained", "frozen_encoder", "frozen_decoder", "soft_decoder")
 NULLS = (*ACTING, "shuffled", "gaussian")
 Place = dict[str, Any]
-Group = dict[int, Any] | None
-"""A number of each training, or an array: of the whole text, then without each of its documents."""
 LN2, LN4 = math.log(2), math.log(4)
 
 
@@ -56,35 +54,6 @@ class Trained(NamedTuple):
     lost: dict[str, float | None]
     left: dict[str, np.ndarray | None]
     """Where the text has documents enough: load, and what is lost in each currency, without each of them."""
-
-
-class Term(NamedTuple):
-    """`constant + sum of coefficient * mean of a group`."""
-
-    groups: list[tuple[float, Group]]
-    constant: float = 0.0
-
-    @property
-    def interval(self) -> Interval | None:
-        """Welch's; None where a group has fewer than two trainings, or no spread."""
-        value, variances, moved = self.constant, [], np.zeros(0)
-        for coefficient, group in self.groups:
-            each = np.array([] if group is None else [np.atleast_1d(one) for one in group.values()])
-            x = each[:, 0] if len(each) else each
-            if len(x) < 2 or not np.isfinite(each).all() or np.ptp(x) == 0:
-                return None
-            value += coefficient * float(x.mean())
-            variances.append((coefficient**2 * float(x.var(ddof=1)) / len(x), len(x) - 1))
-            if each.shape[1] > 1:  # documents are shared by all groups: their part is that of the whole combination
-                moved = (moved if len(moved) else 0) + coefficient * (each[:, 1:] - each[:, :1]).mean(0)
-        if n := len(moved):
-            variances.append(((n - 1) / n * float(((moved - moved.mean()) ** 2).sum()), n - 1))
-        return t_interval(value, variances)
-
-    def less(self, other: Term) -> Term:
-        """This less another of other groups."""
-        turned = [(-coefficient, group) for coefficient, group in other.groups]
-        return Term([*self.groups, *turned], self.constant - other.constant)
 
 
 def joined(first: Group, second: Group, sign: float = -1.0) -> Group:
@@ -188,14 +157,21 @@ class Study:
         return {at["training_seed"]: math.log(value) for at, value in found}
 
     def main(self, subject: str, key: str, state: str = "trained", *, log: bool = False) -> Group:
-        """A number of each training's main crosscoder, the mean over its dictionaries."""
-        where, by_training = {**MAIN, "subject": subject, "state": state}, dict[int, list[float]]()
-        own = [(one.at, one.numbers[key]) for one in self.of(**where) if key in one.numbers]
-        for at, value in own or self.rows.find(key, **where):
+        """A number of each training's main crosscoder, the mean over its dictionaries; without each document too, where
+        that is known."""
+        where, by_training = {**MAIN, "subject": subject, "state": state}, dict[int, list[np.ndarray]]()
+        own, left = (
+            [(one.at, one.numbers[name]) for one in self.of(**where) if name in one.numbers]
+            or self.rows.find(name, **where)
+            for name in (key, f"{key}_left")
+        )
+        places = {frozenset(at.items()): value for at, value in left}
+        for at, value in own:
             if value is None or not (math.isfinite(value) and (value > 0 or not log)):
                 return None
-            by_training.setdefault(at["training_seed"], []).append(math.log(value) if log else value)
-        return {t: float(np.mean(each)) for t, each in by_training.items()} or None
+            every = np.array([value, *places.get(frozenset(at.items()), [])])
+            by_training.setdefault(at["training_seed"], []).append(np.log(every) if log else every)
+        return {t: np.mean(each, axis=0) for t, each in by_training.items()} or None
 
     @property
     def depth(self) -> float:
@@ -249,21 +225,10 @@ def kappa(study: Study) -> Interval | None:
 
 def excess(study: Study, key: str, states: Sequence[str]) -> Interval | None:
     """A's share less that of the null with the largest; None where one of those measured has no interval."""
-    nulls = [study.main("A", key, state) for state in states]
-    found = [difference(study.main("A", key), null) for null in nulls if null is not None]
+    nulls, own = [study.main("A", key, state) for state in states], [(1.0, study.main("A", key))]
+    found = [Term(own, nulls=[null], alike=True).interval for null in nulls if null is not None]
     known = [one for one in found if one is not None]
     return min(known, key=lambda one: one.low) if known and len(known) == len(found) else None
-
-
-def difference(real: Group, null: Group) -> Interval | None:
-    """Of two means; what is alike in all trainings is exact."""
-    terms, constant = [], 0.0
-    for sign, group in ((1, real), (-1, null)):
-        if group is not None and len(group) > 1 and np.ptp(list(group.values())) == 0:
-            constant += sign * next(iter(group.values()))
-        else:
-            terms.append((sign, group))
-    return Term(terms, constant).interval if terms else Interval(constant, constant, constant)
 
 
 def removal(study: Study) -> Interval | None:
@@ -274,28 +239,6 @@ def removal(study: Study) -> Interval | None:
     shift = Term([(1, joined(rest["B"], whole["B"])), (-1, joined(rest["A"], whole["A"]))]).interval
     left = Term([(-1, whole["B"]), (1, whole["A"])], LN2).interval
     return shift and left and over(shift, left)
-
-
-def over(top: Interval, below: Interval) -> Interval | None:
-    """A ratio with its interval from those of both (Donner and Zou 2012, equation 9)."""
-    if not 0 < below.low <= below.high < 2 * below.value:
-        return None
-    product = top.value * below.value
-
-    def end(t: float, b: float, sign: int) -> float:
-        inner = product**2 - t * b * (2 * top.value - t) * (2 * below.value - b)
-        return (product + sign * math.sqrt(max(0.0, inner))) / (b * (2 * below.value - b))
-
-    return Interval(top.value / below.value, end(top.low, below.high, -1), end(top.high, below.low, 1))
-
-
-def total(terms: Sequence[tuple[float, Interval]], constant: float = 0.0) -> Interval:
-    """A sum with its interval from those of its terms (Zou and Donner 2008)."""
-    value = constant + sum(c * one.value for c, one in terms)
-    ends = [sorted((c * (one.low - one.value), c * (one.high - one.value))) for c, one in terms]
-    return Interval(
-        value, value - math.hypot(*(low for low, _ in ends)), value + math.hypot(*(high for _, high in ends))
-    )
 
 
 def headroom(study: Study) -> Interval | None:
@@ -340,6 +283,23 @@ def fit_law(study: Study, units: str) -> Law | None:
     for at, value in study.rows.find("room", state="trained", estimator=units):
         if value is not None:
             found.setdefault(study.shapes[at["subject"]], []).append(math.log(value))
+    return power_law(found)
+
+
+def load_law(study: Study, currency: str) -> Law | None:
+    """The same of the loads of a layer's bank at common fidelity."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for name, shape in study.shapes.items():
+        if study.of(subject=name, arm="layerwise", state="trained"):
+            logs = study.logs(name, "trained", "layerwise", currency, "load")
+            if logs is None:
+                return None
+            found.setdefault(shape, []).extend(float(log[0]) for log in logs.values())
+    return power_law(found)
+
+
+def power_law(found: Mapping[tuple[int, int], Sequence[float]]) -> Law | None:
+    """`ln y = c + beta ln D + delta ln L` of the logs of each shape `(L, D)`."""
     shapes = np.array(list(found), dtype=float).reshape(-1, 2)
     n_runs = sum(len(each) for each in found.values())
     if len(found) < 3 or n_runs < 4 or (np.ptp(shapes, axis=0) == 0).any():

@@ -8,7 +8,7 @@ L0 where some features are dead, since dead ones are not kept. Nothing is import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from recheck_intervals import FEWEST_DOCUMENTS, MOST_GROUPS, Interval, jackknife, text_variance
 from safetensors.numpy import load_file
-from scipy import sparse, special, stats
+from scipy import sparse, special
 from scipy.sparse import csgraph
 
 MATCHED, DUPLICATE, QUOTED = 0.7, 0.9, 0.9
@@ -26,14 +27,6 @@ SEEN = 10
 """Tokens of which an alive feature fires on more."""
 FEWEST_PAIRS = 30
 NULL_SHIFTS = 100
-
-
-class Interval(NamedTuple):
-    """A value and its 90 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -217,11 +210,13 @@ def matches(found_FF: np.ndarray) -> np.ndarray:
 
 
 class Pair(NamedTuple):
-    """Two dictionaries: u, share matched, median and sd of ln rate (None for few matches), self-cosine, debiased."""
+    """Two dictionaries: u, share matched, median and ln sd of ln rate (None for few matches), which features match,
+    self-cosine, debiased."""
 
     u: float
     matched: float
-    rate: tuple[float, float] | None
+    rate: np.ndarray | None
+    same_2m: np.ndarray
     cosine: float | None = None
     debiased: float | None = None
 
@@ -235,16 +230,21 @@ def compare_two(first: Kept, second: Kept, *, one_subject: bool = False) -> Pair
     pools = [
         one if len(one) == n else np.sort(np.random.default_rng(0).choice(len(one), n, replace=False)) for one in pools
     ]
-    u, log_m = mean_best(found_FF[np.ix_(*pools)]), np.log(second.p_F[j] / first.p_F[i])
-    rate = (float(np.median(log_m)), float(log_m.std(ddof=1))) if len(i) >= FEWEST_PAIRS else None
-    matched = len(i) / n
+    u, matched = mean_best(found_FF[np.ix_(*pools)]), len(i) / n
+    rate = spread_of(first.p_F[i], second.p_F[j]) if len(i) >= FEWEST_PAIRS else None
     if not one_subject or len(i) < 2:
-        return Pair(u, matched, rate)
+        return Pair(u, matched, rate, np.array([i, j]))
     sides = first.unit_FN[i], second.unit_FN[j]
     cosine = float((sides[0] * sides[1]).sum(1).mean())
     weight_m = np.sqrt(first.energy_F[i] * second.energy_F[j])
     debiased = dimension(sides[0], weight_m, sides[1]) if cosine >= QUOTED else None
-    return Pair(u, matched, rate, cosine, debiased)
+    return Pair(u, matched, rate, np.array([i, j]), cosine, debiased)
+
+
+def spread_of(first_m: np.ndarray, second_m: np.ndarray) -> np.ndarray:
+    """Median and ln sd of the ln ratio of two rates, or counts on the same tokens."""
+    log_m = np.log(second_m / first_m)
+    return np.array([np.median(log_m), np.log(log_m.std(ddof=1))])
 
 
 def mean_best(found_FF: np.ndarray) -> float:
@@ -264,25 +264,6 @@ def chance_u(first: Kept, second: Kept, document_T: np.ndarray) -> float | None:
         turned = sparse.csc_array(sparse.csr_array(second.code)[(np.arange(n) - shift) % n])
         moved.append(mean_best(correlation(first.code, turned)))
     return float(np.mean(moved))
-
-
-def jackknife(statistic: Callable[[list[int], list[int]], float], sizes: tuple[int, int]) -> Interval:
-    """A statistic of the trainings of two shapes; each left out once, and a t interval of both shapes' variances."""
-    whole = [list(range(size)) for size in sizes]
-    variances = []
-    for side, size in enumerate(sizes):
-        left = [[[t for t in one if t != gone or side != s] for s, one in enumerate(whole)] for gone in whole[side]]
-        values = np.array([statistic(*both) for both in left])
-        variances.append(((size - 1) / size * float(((values - values.mean()) ** 2).sum()), size - 1))
-    return t_interval(statistic(*whole), variances)
-
-
-def t_interval(value: float, variances: Sequence[tuple[float, float]]) -> Interval:
-    """The 90 % interval of a sum of independent variances with their degrees of freedom, by Satterthwaite's t."""
-    total = sum(v for v, _ in variances)
-    freedom = total**2 / sum(v**2 / f for v, f in variances)
-    reach = float(stats.t.ppf(0.95, freedom)) * float(np.sqrt(total))
-    return Interval(value, value - reach, value + reach)
 
 
 def training_numbers(each: list[Kept]) -> dict[str, float | None]:
@@ -325,18 +306,20 @@ def compare_shapes(firsts: dict[str, list[Kept]], document_T: np.ndarray) -> Bet
     within = {name: {pair: compare_two(*(each[t] for t in pair)) for pair in combinations(range(len(each)), 2)}
               for name, each in firsts.items()}  # fmt: skip
     ceilings = [np.mean([one.u for one in found.values()]) for found in within.values() if found]
-    rates = [[one.rate for one in row] for row in between]
+    rates, own = [[one.rate for one in row] for row in between], {pair: one.rate for pair, one in within["A"].items()}
     median = dispersion = None
-    if all(rate for row in rates for rate in row) and min(len(a), len(b)) > 1:
-        medians, logs = (np.array([[f(rate) for rate in row] for row in rates]) for f in (_median, _log_sd))
-        median = jackknife(lambda i, j: float(medians[np.ix_(i, j)].mean()), medians.shape)
-        own = {pair: one.rate for pair, one in within["A"].items()}
-        if all(own.values()) and len(a) > 2:
+    if all(rate is not None for row in rates for rate in row) and min(len(a), len(b)) > 1:
+        known, text_of = np.array(rates), _text_of_rates(a, b, between, within["A"], document_T)
+        median = jackknife(
+            lambda i, j: float(known[np.ix_(i, j)][:, :, 0].mean()), known.shape[:2], text_of(median=True)
+        )
+        if all(rate is not None for rate in own.values()) and len(a) > 2:
 
             def excess(i: list[int], j: list[int]) -> float:
-                return float(logs[np.ix_(i, j)].mean() - np.mean([_log_sd(own[pair]) for pair in combinations(i, 2)]))
+                pairs = [own[pair] for pair in combinations(i, 2)]
+                return float(known[np.ix_(i, j)][:, :, 1].mean() - np.array(pairs)[:, 1].mean())
 
-            dispersion = Interval(*np.exp(jackknife(excess, logs.shape)).tolist())
+            dispersion = Interval(*np.exp(jackknife(excess, known.shape[:2], text_of(median=False))).tolist())
     return Between(
         u=float(np.mean([one.u for row in between for one in row])),
         chance=chance_u(a[0], b[0], document_T),
@@ -347,9 +330,27 @@ def compare_shapes(firsts: dict[str, list[Kept]], document_T: np.ndarray) -> Bet
     )
 
 
-def _median(rate: Any) -> float:
-    return rate[0]
+def _text_of_rates(
+    a: list[Kept], b: list[Kept], between: list[list[Pair]], within: dict[tuple[int, int], Pair], document_T: np.ndarray
+) -> Callable[..., tuple[float, float] | None]:
+    """What gives the text's variance of the median rate, or of ln dispersion; the pairs stay as they are."""
+    names, number_T = np.unique(document_T, return_inverse=True)
+    group_T, n = number_T % MOST_GROUPS, min(len(names), MOST_GROUPS)
+    inside_ET = sparse.csr_array((np.ones(len(group_T)), (group_T, np.arange(len(group_T)))))
+    a_EF, b_EF = ([(inside_ET @ (kept.code > 0).astype(float)).toarray() for kept in each] for each in (a, b))
 
+    def mean_spread(weight_E: np.ndarray, found: Iterable[tuple[np.ndarray, np.ndarray, Pair]]) -> np.ndarray:
+        every = [spread_of(weight_E @ x[:, one.same_2m[0]], weight_E @ y[:, one.same_2m[1]]) for x, y, one in found]
+        return np.mean(every, axis=0)
 
-def _log_sd(rate: Any) -> float:
-    return float(np.log(rate[1]))
+    across = [(a_EF[i], b_EF[j], one) for i, row in enumerate(between) for j, one in enumerate(row)]
+    inside = [(a_EF[i], a_EF[j], one) for (i, j), one in within.items()]
+
+    def variance(*, median: bool) -> tuple[float, float] | None:
+        def statistic(weight_E: np.ndarray) -> float:
+            found = mean_spread(weight_E, across)
+            return float(found[0] if median else found[1] - mean_spread(weight_E, inside)[1])
+
+        return text_variance(statistic, n) if len(names) >= FEWEST_DOCUMENTS else None
+
+    return variance

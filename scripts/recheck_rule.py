@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from recheck_legs import MAIN, Group, Study, Term, joined
-from recheck_readings import Interval
+from recheck_intervals import Group, Interval, Term
+from recheck_legs import MAIN, Study, Trained, joined
 
 BY_CURRENCY = ("q", "r", "room")
 CURRENCIES = ("fvu", "loss")
@@ -35,26 +35,32 @@ def exact(values: Sequence[float], pick: Any = max) -> Interval | None:
 
 def of_subject(study: Study, name: str, key: str, *, log: bool = False) -> Group:
     """A number of each training of a subject itself."""
-    found = study.rows.find(key, subject=name, role=None, state=None)
-    known = {at["training_seed"]: value for at, value in found if value is not None}
-    return {t: math.log(value) if log else value for t, value in known.items()} or None
+    found, left = (study.rows.find(one, subject=name, role=None, state=None) for one in (key, f"{key}_left"))
+    without = {at["training_seed"]: value for at, value in left}
+    known = {t: [value, *without.get(t, [])] for at, value in found if value is not None for t in [at["training_seed"]]}
+    if len(without) < len(known):
+        known = {t: each[:1] for t, each in known.items()}
+    return {t: np.log(each) if log else np.array(each) for t, each in known.items()} or None
 
 
 def mean(group: Group) -> Interval | None:
     """Over trainings, with its interval; what all trainings have alike is exact."""
-    if group is not None and len(group) > 1 and np.ptp(list(group.values())) == 0:
-        return exact(list(group.values()))
-    return Term([(1, group)]).interval
+    return Term([(1, group)], alike=True).interval
 
 
 def gates(study: Study) -> dict[str, Interval | None]:
     """Every gate's number."""
     losses = {name: of_subject(study, name, "held_out_loss", log=True) for name in "AB"}
     trigrams = {name: of_subject(study, name, "trigram_loss", log=True) for name in "AB"}
-    rates = [value for name in "AB" for value in (of_subject(study, name, "rate_share") or {}).values()]
+    rates = [
+        float(value)
+        for name in "AB"
+        for values in (of_subject(study, name, "rate_share") or {}).values()
+        for value in values
+    ]
     sizes = [one.numbers["dictionary_size"] / math.prod(study.shapes[one.at["subject"]]) for name in "AB"
              for one in study.of(**MAIN, subject=name, state="trained")]  # fmt: skip
-    planted = {key: [value for _, value in study.rows.find(f"calibration_{key}") if value is not None]
+    planted = {key: [value for _, value in study.rows.find(f"calibration_{key}")]
                for key in ("mcc", "q_error", "g_error", "room_error")}  # fmt: skip
     return {
         "loss over a trigram table's": worst(mean(joined(losses[name], trigrams[name])) for name in "AB"),
@@ -72,11 +78,19 @@ def gates(study: Study) -> dict[str, Interval | None]:
         ),
         "two rooms agree": rooms_agree(study),
         "room at twice the size": at_twice(study),
-        "features found, planted": exact(planted["mcc"], min),
-        "error of q, planted": exact(planted["q_error"]),
-        "error of g, planted": exact(planted["g_error"]),
-        "error of ln R, planted": exact(planted["room_error"]),
+        "features found, planted": over_worlds(planted["mcc"]),
+        "error of q, planted": over_worlds(planted["q_error"]),
+        "error of g, planted": over_worlds(planted["g_error"]),
+        "error of ln R, planted": over_worlds(planted["room_error"]),
     }
+
+
+def over_worlds(values: Sequence[float | None]) -> Interval | None:
+    """The mean over planted pairs; of one its number, and none where one is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return mean(dict(enumerate(known))) if len(known) > 1 else exact(known)
 
 
 def bends(study: Study) -> Interval | None:
@@ -93,12 +107,18 @@ def bends(study: Study) -> Interval | None:
 
 def orders(study: Study, name: str) -> Group:
     """How far ln loads of a training's first two main crosscoders lie apart."""
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[np.ndarray]] = {}
     for one in study.of(**MAIN, subject=name, state="trained"):
-        found.setdefault(one.at["training_seed"], []).append(math.log(one.numbers["entropy_load"]))
+        found.setdefault(one.at["training_seed"], []).append(log_loads(one))
     if min((len(each) for each in found.values()), default=0) < 2:
         return None
-    return {t: abs(each[0] - each[1]) for t, each in found.items()}
+    apart = {t: each[0] - each[1] for t, each in found.items()}
+    return {t: one * math.copysign(1, one[0]) for t, one in apart.items()}
+
+
+def log_loads(one: Trained) -> np.ndarray:
+    """ln load of a dictionary, then without each document where that is known."""
+    return np.log([one.numbers["entropy_load"], *([] if one.left["load"] is None else one.left["load"])])
 
 
 def rooms_agree(study: Study) -> Interval | None:
@@ -118,13 +138,13 @@ def at_twice(study: Study) -> Interval | None:
     """Change of ln(load / d_eff), B over A, from the main size to twice as many features."""
     moved: dict[str, Group] = {}
     for name in "AB":
-        shifts: dict[int, float] = {}
+        shifts: dict[int, np.ndarray] = {}
         for twice in study.of(**(MAIN | {"role": "size"}), subject=name, state="trained"):
             same = {one: twice.at[one] for one in ("training_seed", "k", "seed")}
             for one in study.of(**MAIN, subject=name, state="trained", **same):
                 if 2 * one.at["n_features"] == twice.at["n_features"]:
-                    ratio = twice.numbers["raw_density"] / one.numbers["raw_density"]
-                    shifts[twice.at["training_seed"]] = math.log(ratio)
+                    wider = math.log(twice.numbers["effective_dimension"] / one.numbers["effective_dimension"])
+                    shifts[twice.at["training_seed"]] = log_loads(twice) - log_loads(one) - wider
         moved[name] = shifts or None
     return Term([(1, moved["B"]), (-1, moved["A"])]).interval
 

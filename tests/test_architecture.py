@@ -38,19 +38,19 @@ BUDGETS = {
     "triton_kernels": 4695,
     "crosscoder/foundation": 2085,
     "crosscoder/results": 835,
-    "crosscoder/data": 5195,
+    "crosscoder/data": 5200,
     "crosscoder/dictionary": 2475,
     "crosscoder/training": 2510,
     "crosscoder/formats": 1970,
-    "crosscoder/measure": 5235,
-    "crosscoder/verdict": 1100,
+    "crosscoder/measure": 5370,
+    "crosscoder/verdict": 1145,
     "crosscoder/browser": 975,
-    "crosscoder/report": 2210,
-    "crosscoder/studies": 2795,
+    "crosscoder/report": 2230,
+    "crosscoder/studies": 2830,
     "crosscoder/commands": 1695,
     "crosscoder": 1170,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 34_925, 23_540
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_155, 23_805
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

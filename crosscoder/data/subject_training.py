@@ -272,21 +272,28 @@ class _Training:
         say(f"going on from step {self.step:,} of {self.config.n_steps:,}")
 
 
-def next_token_loss(model: Any, ids_BS: Tensor) -> Tensor:
-    """Mean cross-entropy of each next token, in nats; the loss of the last position has no target."""
+def next_token_loss(model: Any, ids_BS: Tensor, *, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+    """Mean cross-entropy of each next token, in nats, or each one's; the loss of the last position has no target."""
     hidden_BSD = model.model(ids_BS, use_cache=False).last_hidden_state
     logits = F.linear(hidden_BSD[:, :-1].flatten(0, 1), model.lm_head.weight)
-    return F.cross_entropy(logits.float(), ids_BS[:, 1:].flatten())
+    return F.cross_entropy(logits.float(), ids_BS[:, 1:].flatten(), reduction=reduction)
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, ids_BS: Tensor) -> float:
-    """Mean next-token cross-entropy over all blocks, in nats per token."""
+def block_losses(model: nn.Module, ids_BS: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of each block, in nats per token, `[B]`."""
     was_training = model.training
     model.eval()
-    total = sum(float(next_token_loss(model, part)) * len(part) for part in ids_BS.split(HELD_OUT_BATCH))
+    parts = [
+        next_token_loss(model, part, reduction="none").view(len(part), -1) for part in ids_BS.split(HELD_OUT_BATCH)
+    ]
     model.train(was_training)
-    return total / len(ids_BS)
+    return torch.cat([part.double().mean(1) for part in parts])
+
+
+def held_out_loss(model: nn.Module, ids_BS: Tensor) -> float:
+    """Mean next-token cross-entropy over all blocks, in nats per token."""
+    return float(block_losses(model, ids_BS).mean())
 
 
 def _training_steps(

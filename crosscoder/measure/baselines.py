@@ -113,8 +113,9 @@ class KneserNey:
         return keys
 
 
-def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray | None = None) -> dict[str, float]:
-    """Held-out loss in nats a token of the tables of `ORDERS`, by name: what `held_out_loss` is of the subject.
+def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Loss in nats a token of each held-out block, `[B]`, of the tables of `ORDERS`, by name: what `block_losses` are
+    of the subject.
 
     seen: which of `train` the subject has read (`seen_blocks`); None: all. Compare with the subject's loss on the same
     held-out blocks.
@@ -124,11 +125,7 @@ def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray 
         train[slice(None) if seen is None else torch.as_tensor(seen)].numpy(), vocab_size=train.vocab_size
     )
     parts = [held_out[start : start + 1024].numpy() for start in range(0, len(held_out), 1024)]
-    n_predicted = len(held_out) * (held_out.sequence_length - 1)
-    return {
-        name: float(sum(model.nats(part, order).sum() for part in parts)) / n_predicted
-        for order, name in ORDERS.items()
-    }
+    return {name: np.concatenate([model.nats(part, order).mean(1) for part in parts]) for order, name in ORDERS.items()}
 
 
 def _require_one_tokenizer(train: TokenBlocks, held_out: TokenBlocks) -> None:

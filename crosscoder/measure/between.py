@@ -127,8 +127,8 @@ class Between:
     def rows(self) -> list[Row]:
         """The numbers of both directions and of the pair."""
         a, b = self.first, self.second
-        m, ab = len(self.pairs_m2), (a.reading, b.reading)
-        spread = rates.rate_spread(*(one.probability_F for one in ab), self.pairs_m2)
+        m = len(self.pairs_m2)
+        spread = rates.rate_spread(a.reading.probability_F, b.reading.probability_F, self.pairs_m2)
         alike = float((self.pair_cosine_m >= LINK).mean()) if m and self.sites else None
         pair: dict[str, Value] = {
             "tokens_common": self.n_tokens,

@@ -10,8 +10,9 @@ those of the clean run. A feature is taken off a row of tokens wherever it is ac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from crosscoder.measure.matching import joint_rows, mean_square
 from crosscoder.measure.profile import known_mean
 from crosscoder.measure.reading import minimum_probability, sparse_rows
 from crosscoder.measure.splice import Sites
+from crosscoder.measure.welch import without_documents
 from crosscoder.results.table import Value
 
 N_FEATURES = 50  # draws
@@ -48,6 +50,7 @@ class CausalLayers:
     tokens_n: active tokens that were measured.
     effect_nL: |D_l|^2. whole_n: |D_all|^2. sum_n: |sum_l D_l|^2. inner_n: <D_all, sum_l D_l>.
     elsewhere_n: of the summed |D_all|^2 of all tokens, the share of those on which the feature is not active.
+    left: numbers of the summary by name, without each document of the rows, `[documents]`; of the same features.
     """
 
     feature_n: np.ndarray
@@ -58,6 +61,7 @@ class CausalLayers:
     sum_n: np.ndarray
     inner_n: np.ndarray
     elsewhere_n: np.ndarray
+    left: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def layers_n(self) -> np.ndarray:
@@ -100,6 +104,7 @@ class CausalLayers:
             "redundant_share": known_mean(additivity > BEYOND),
             "best_layer_effect": self._mean(self.best_share_n),
             "effect_elsewhere": self._mean(self.elsewhere_n),
+            **{f"{key}_left": left_E.tolist() for key, left_E in self.left.items()},
         }
 
     def _mean(self, value_n: np.ndarray) -> float:
@@ -119,6 +124,7 @@ def measure_causal_layers(
     n_rows: int = N_ROWS,
     skip_positions: int | None = None,
     seed: int = 0,
+    document_R: np.ndarray | None = None,
     quiet: bool = False,
 ) -> CausalLayers:
     """Effects on logits of taking features of a crosscoder off each layer, and off all, on held-out rows `ids_RS`.
@@ -128,6 +134,7 @@ def measure_causal_layers(
         Systematic sampling (Madow 1949): a feature is drawn as often as its share of the energy says, up to one, so
         that means over draws estimate means by energy, whatever the dictionary's size.
     n_rows: at most so many rows for each feature, drawn from those in which it is active.
+    document_R: the document of each row; then what the summary says is known without each of them too.
     layers, skip_positions: as of `splice_losses`. Tokens that the dictionary was not made to read count as inactive.
 
     Costs `n_features * n_rows * (L + 2)` rows of the model; the logits of one feature's row, L + 2 times, are held at
@@ -150,16 +157,31 @@ def measure_causal_layers(
     code_Tn = code_TF[:, feature_n]
     jobs_J2 = choose_rows(code_Tn, feature_n, ids_RS.shape[1], n_rows, seed)
     share_nLD = splice.feature_shares(dictionary, feature_n.tolist(), kind)
-    sums_nQ, tokens_n = np.zeros((len(feature_n), n_layers + 5)), np.zeros(len(feature_n), dtype=np.int64)
+    documents, of_R = np.unique(np.zeros(len(ids_RS)) if document_R is None else document_R, return_inverse=True)
+    sums_EnQ = np.zeros((len(documents), len(feature_n), n_layers + 6))  # the last: tokens
     n_jobs = max(1, splice.LOGIT_BYTES // (row_bytes * (n_layers + 2)))
     with Progress("causal layers", len(jobs_J2), unit="rows", quiet=quiet) as progress:
         for start in safe_points(range(0, len(jobs_J2), n_jobs)):
             index_b, row_b = jobs_J2[start : start + n_jobs].T
             value_bS = values_of(code_Tn, index_b, row_b, ids_RS.shape[1])
-            np.add.at(sums_nQ, index_b, _sum_effects(sites, ids_RS[row_b], value_bS, share_nLD[index_b]))
-            np.add.at(tokens_n, index_b, (value_bS > 0).sum(1).numpy())
+            sums_bQ = _sum_effects(sites, ids_RS[row_b], value_bS, share_nLD[index_b])
+            np.add.at(sums_EnQ, (of_R[row_b], index_b), sums_bQ)
             progress.advance(len(row_b))
-    return _assemble(feature_n, draws_n, tokens_n, sums_nQ)
+    found = _assemble(feature_n, draws_n, sums_EnQ.sum(0))
+    if len(documents) > 1:
+        known = partial(_weighted, feature_n, draws_n, sums_EnQ)
+        log_c_E, additivity_E, share_E = without_documents(known, len(documents)).T
+        left = {"causal_layers": np.exp(log_c_E), "additivity": additivity_E, "conjunctive_share": share_E}
+        found = replace(found, left={key: left_E for key, left_E in left.items() if np.isfinite(left_E).all()})
+    return found
+
+
+def _weighted(feature_n: np.ndarray, draws_n: np.ndarray, sums_EnQ: np.ndarray, weight_WE: np.ndarray) -> np.ndarray:
+    """ln c, additivity and conjunctive share at weights of the documents, `[W, 3]`."""
+    found = [_assemble(feature_n, draws_n, np.tensordot(one_E, sums_EnQ, 1)).summary() for one_E in weight_WE]
+    keys = ("causal_layers", "additivity", "conjunctive_share")
+    value_W3 = np.array([[one[key] for key in keys] for one in found], dtype=np.float64)
+    return np.column_stack([np.log(value_W3[:, 0]), value_W3[:, 1:]])
 
 
 def require_float32(model: nn.Module) -> None:
@@ -221,8 +243,8 @@ def values_of(code_Tn: sparse.csc_array, index_b: np.ndarray, row_b: np.ndarray,
 
 
 def _sum_effects(sites: Sites, ids_bS: Tensor, value_bS: Tensor, share_bLD: Tensor) -> np.ndarray:
-    """Sums over tokens for each job, `[b, L + 5]`: of |D_l|^2 by layer, |D_all|^2, |sum D_l|^2, <D_all, sum D_l> and
-    the squared clean logits where the feature is active, and of |D_all|^2 everywhere."""
+    """Sums over tokens for each job, `[b, L + 6]`: of |D_l|^2 by layer, |D_all|^2, |sum D_l|^2, <D_all, sum D_l> and
+    the squared clean logits where the feature is active, of |D_all|^2 everywhere, and of active tokens."""
     n_layers, n_jobs, length = share_bLD.shape[1], *ids_bS.shape
     # Each layer alone, all of them, none.
     gone_VL = torch.cat([torch.eye(n_layers), torch.ones(1, n_layers), torch.zeros(1, n_layers)])
@@ -233,7 +255,8 @@ def _sum_effects(sites: Sites, ids_bS: Tensor, value_bS: Tensor, share_bLD: Tens
 
     with replacing([sites.blocks[layer - 1] for layer in sites.layers], take_off):
         logits = sites.subject.run(ids_bS.repeat(len(gone_VL), 1))
-    sums_bQ = torch.zeros(n_jobs, n_layers + 5, dtype=torch.float64)
+    sums_bQ = torch.zeros(n_jobs, n_layers + 6, dtype=torch.float64)
+    sums_bQ[:, -1] = (value_bS > 0).sum(1)
     step = max(1, splice.BLOCK_BYTES // (sites.subject.token_bytes * n_jobs * len(gone_VL)))
     for start in range(sites.skip, length, step):
         stop = min(start + step, length)
@@ -244,12 +267,13 @@ def _sum_effects(sites: Sites, ids_bS: Tensor, value_bS: Tensor, share_bLD: Tens
         total, whole = off[:-1].sum(0), off[-1]
         squares = [*off, total]
         each = [one.square().sum(-1) for one in squares] + [(total * whole).sum(-1), clean.square().sum(-1)]
-        sums_bQ[:, :-1] += torch.stack([(one.double().cpu() * active_bP).sum(1) for one in each], dim=1)
-        sums_bQ[:, -1] += each[n_layers].double().cpu().sum(1)
+        sums_bQ[:, :-2] += torch.stack([(one.double().cpu() * active_bP).sum(1) for one in each], dim=1)
+        sums_bQ[:, -2] += each[n_layers].double().cpu().sum(1)
     return sums_bQ.numpy()
 
 
-def _assemble(feature_n: np.ndarray, draws_n: np.ndarray, tokens_n: np.ndarray, sums_nQ: np.ndarray) -> CausalLayers:
+def _assemble(feature_n: np.ndarray, draws_n: np.ndarray, sums_nQ: np.ndarray) -> CausalLayers:
+    sums_nQ, tokens_n = sums_nQ[:, :-1], sums_nQ[:, -1]
     floor_n1 = ROUNDING * sums_nQ[:, [-2]]
     squares_nQ = np.where(sums_nQ > floor_n1, sums_nQ, 0.0) / tokens_n[:, None]
     whole_n, total_n, _, _, everywhere_n = squares_nQ[:, -5:].T

@@ -12,11 +12,13 @@ from itertools import combinations
 
 import numpy as np
 
+from crosscoder.data.tokens import MOST_GROUPS
 from crosscoder.measure import counting, dimension, matching, rates, universality
 from crosscoder.measure.counting import SeedPair
 from crosscoder.measure.rates import RateSpread
 from crosscoder.measure.reading import Reading
 from crosscoder.measure.statistics import statistic_row, two_level_bootstrap
+from crosscoder.measure.welch import FEWEST_DOCUMENTS
 from crosscoder.results.table import Estimate, Place, Row, rows_at
 
 NULL_DRAWS = 100
@@ -51,11 +53,12 @@ class ShapeReadings:
 def compare_shapes(a: ShapeReadings, b: ShapeReadings, document_T: np.ndarray) -> list[Row]:
     """U, rates of matched features, and what two dictionaries of one training share, of every training.
 
-    document_T: each token's document.
+    document_T: each token's document; where they are enough, intervals of rates carry the text's variance.
     """
     rows = [row for shape in (a, b) for row in training_rows(shape)]
-    between = [[_agree(x, y) for y in b.firsts] for x in a.firsts]
-    within = [[[_agree(x, y) for y in shape.firsts[i + 1 :]] for i, x in enumerate(shape.firsts)] for shape in (a, b)]
+    firsts = [[_First.of(reading, document_T) for reading in shape.firsts] for shape in (a, b)]
+    between = [[_agree(x, y) for y in firsts[1]] for x in firsts[0]]
+    within = [[[_agree(x, y) for y in shape[i + 1 :]] for i, x in enumerate(shape)] for shape in firsts]
     rows += _universality_rows(a, b, between, within, document_T)
     at, spreads = Place(site=SITE), [[one.spread for one in row] for row in between]
     inner = [[one.spread for one in row] for row in within[0]]
@@ -74,13 +77,30 @@ class Agreed:
     spread: RateSpread | str
 
 
-def _agree(first: Reading, second: Reading) -> Agreed:
+@dataclass(frozen=True)
+class _First:
+    """The first dictionary of a training, and its firings by document of a text that has enough of them."""
+
+    reading: Reading
+    fired_EF: np.ndarray | None
+
+    @classmethod
+    def of(cls, reading: Reading, document_T: np.ndarray) -> _First:
+        documents, index_T = np.unique(document_T, return_inverse=True)
+        n = min(len(documents), MOST_GROUPS)
+        enough = len(documents) >= FEWEST_DOCUMENTS
+        return cls(reading, counting.fired_by_document(reading, index_T % n, n) if enough else None)
+
+
+def _agree(one: _First, other: _First) -> Agreed:
+    first, second = one.reading, other.reading
     correlation = matching.activation_correlation(first.code, second.code)
     pairs_m2 = matching.mutual_nearest_pairs(correlation, counting.LINK)
+    fired = None if one.fired_EF is None or other.fired_EF is None else (one.fired_EF, other.fired_EF)
     return Agreed(
         u=universality.pooled_u(first.code, second.code, seed=0, n_pools=1),
         matched_share=matching.matched_share(pairs_m2, len(first), len(second)),
-        spread=rates.rate_spread(first.probability_F, second.probability_F, pairs_m2),
+        spread=rates.rate_spread(first.probability_F, second.probability_F, pairs_m2, fired),
     )
 
 

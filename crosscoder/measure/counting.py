@@ -157,16 +157,20 @@ def count_features(reading: Reading, *, alike: bool = True) -> dict[str, Value]:
     }
 
 
+def fired_by_document(reading: Reading, document_T: np.ndarray, n: int) -> np.ndarray:
+    """Tokens of each of n documents, numbered from 0, on which each feature is active, `[n, F]`."""
+    fired, n_features = sparse.coo_array(reading.code), reading.code.shape[1]
+    at = document_T[fired.row].astype(np.int64) * n_features + fired.col
+    return np.bincount(at, minlength=n * n_features).reshape(n, n_features)
+
+
 def load_left(reading: Reading, text: TokenBlocks) -> np.ndarray:
     """The entropy load without each group of the text's documents, `[E]`; which features are alive stays."""
     if reading.token_T is None:
         raise ValueError("the reading does not say which tokens of the text it is of; read the dictionary again")
     document_T = text.document_groups[reading.token_T // text.sequence_length]
-    n_documents, n_features = text.n_groups, reading.code.shape[1]
-    fired = sparse.coo_array(reading.code)
-    at = document_T[fired.row].astype(np.int64) * n_features + fired.col
-    fired_EF = np.bincount(at, minlength=n_documents * n_features).reshape(n_documents, n_features)
-    tokens_E = np.bincount(document_T, minlength=n_documents)
+    fired_EF = fired_by_document(reading, document_T, text.n_groups)
+    tokens_E = np.bincount(document_T, minlength=text.n_groups)
     left_EF = (fired_EF.sum(0) - fired_EF) / (tokens_E.sum() - tokens_E)[:, None]
     return binary_entropy(left_EF).sum(1) / len(reading.groups)
 

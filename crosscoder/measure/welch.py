@@ -7,15 +7,17 @@ training (a load, the loads of its banks) is combined within it: only groups of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import fft, stats
 
 from crosscoder.results.table import CONFIDENCE, Estimate
 
 FEWEST_DOCUMENTS = 30
+TILT = 0.7
+"""How far weights of documents are moved from 1, times the square root of 2; so that none is negative, below .707."""
 
 
 class Variance(NamedTuple):
@@ -32,16 +34,20 @@ class GroupMean(NamedTuple):
     variances: tuple[Variance, ...]
     left_E: np.ndarray | None = None
     """Where one of the text's documents is left out, `[documents]`; None: not read on the text, or on too few."""
+    each: Mapping[int, float] = {}
+    """The values by training, where it is known which these are."""
 
 
 Group = GroupMean | str
 """Or why there is none."""
 
 
-def group_mean(value_T: Sequence[float] | np.ndarray, left_TE: np.ndarray | None = None) -> Group:
+def group_mean(
+    value_T: Sequence[float] | np.ndarray, left_TE: np.ndarray | None = None, trainings: Sequence[int] = ()
+) -> Group:
     """The mean over trainings with its variance `s^2 / n`, n - 1 degrees of freedom.
 
-    left_TE: the same without each of the text's documents, `[trainings, documents]`.
+    left_TE: the same without each of the text's documents, `[trainings, documents]`. trainings: which they are.
 
     A reason where fewer than two trainings were run, or where all are equal (copies, not replicates).
     """
@@ -54,7 +60,32 @@ def group_mean(value_T: Sequence[float] | np.ndarray, left_TE: np.ndarray | None
     if np.ptp(values) == 0:
         return f"all {n} trainings have the same value, {values[0]:g}: copies say nothing of how trainings vary"
     between = Variance(float(values.var(ddof=1)) / n, n - 1)
-    return GroupMean(float(values.mean()), (between,), None if left_TE is None else left_TE.mean(0))
+    left_E = None if left_TE is None else left_TE.mean(0)
+    return GroupMean(float(values.mean()), (between,), left_E, dict(zip(trainings, values.tolist())))
+
+
+def less(first: Group, second: Group) -> Group:
+    """The difference of two groups' means where both are of the same trainings, or the second of some of them.
+
+    A training that both have counts once. With `n` and `m` trainings, of which `s` are shared, the difference is a sum
+    over trainings of `x / n - y / m` where both were measured, and of one of these elsewhere: each kind has the
+    variance of its own terms, known with as many degrees of freedom as there are trainings to see it in, less one. With
+    `s = n = m` this is the paired t. A single shared training does not say how the two go together, and counts as two.
+    """
+    if isinstance(first, str) or isinstance(second, str):
+        return first if isinstance(first, str) else str(second)
+    left_E = None if first.left_E is None else first.left_E - second.value
+    if second.left_E is not None:
+        left_E = (first.value if first.left_E is None else first.left_E) - second.left_E
+    variances = (*first.variances, *second.variances)
+    shared = [t for t in first.each if t in second.each]
+    if len(shared) > 1:
+        parts = [{t: x / len(one.each) for t, x in one.each.items()} for one in (first, second)]
+        both = float(np.var([parts[0][t] - parts[1][t] for t in shared], ddof=1))
+        alone = ((len(part) - len(shared), float(np.var([*part.values()], ddof=1)), len(part)) for part in parts)
+        kinds = [(len(shared), both, len(shared)), *alone]
+        variances = tuple(Variance(count * variance, seen - 1) for count, variance, seen in kinds if count)
+    return GroupMean(first.value - second.value, variances, left_E)
 
 
 def contrast(terms: Sequence[tuple[float, Group]], constant: float = 0.0) -> Estimate | str:
@@ -109,3 +140,22 @@ def document_jackknife(left_E: np.ndarray) -> Variance | str:
     if not np.isfinite(left_E).all():
         return f"without document {int(np.flatnonzero(~np.isfinite(left_E))[0])} the statistic is not finite"
     return Variance(float((n - 1) / n * np.square(left_E - left_E.mean()).sum()), n - 1)
+
+
+def without_documents(statistic: Callable[[np.ndarray], np.ndarray], n: int) -> np.ndarray:
+    """What a statistic of n documents is without each of them, `[n, ...]`, also one that moves in steps.
+
+    statistic: its values `[W, ...]` at each of W rows of weights of the documents, `[W, n]`; 1 takes a document as it
+        is. No weight is 0, and all of a row sum to n.
+
+    A median, or a share of features beyond a bound, hardly ever moves as one document goes, and then by a whole step,
+    so that a jackknife finds several times its variance. Here all weights move at once, by `TILT` and far enough to
+    smooth the steps, along n - 1 directions at right angles (a cosine transform's), each there and back; what the
+    statistic moves by is turned back to documents. Of a mean this is what is left without each, exactly; the variance
+    of `document_jackknife` is then that of half-samples (Wolter 2007, section 3.4).
+    """
+    moves_WE = TILT * math.sqrt(n) * fft.dct(np.eye(n), norm="ortho", axis=0)[1:]
+    whole, there_back = statistic(np.ones((1, n)))[0], statistic(np.concatenate([1 + moves_WE, 1 - moves_WE]))
+    there, back = np.split(there_back, 2)
+    turned = np.tensordot(moves_WE / (TILT * math.sqrt(n)), (there - back) / 2, axes=(0, 0))
+    return whole - math.sqrt(n) / (TILT * (n - 1)) * turned

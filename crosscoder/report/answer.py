@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from crosscoder.report.table import WORDS, linked, shown
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, SITES, Estimate, State
+from crosscoder.verdict import evidence, legs
+from crosscoder.verdict.legs import SITE
 
 NULLS: tuple[State, ...] = ("gaussian", "frozen_encoder", "frozen_decoder", "soft_decoder", "untrained", "shuffled")
 """In the order in which they are shown."""
@@ -57,12 +59,20 @@ def joint_site(results: Results) -> str:
 
 
 def beside_nulls(results: Results, key: str, **where: Any) -> dict[State, Estimate]:
-    """A quantity of the trained subject and of every null that has one."""
+    """A quantity of the trained subject and of every null that has one: mean and range, or its interval over trainings
+    where the text's part in that is known."""
     found: dict[State, Estimate] = {}
     for state in STATES:
         if (one := main_range(results, key, state=state, **where)) is not None:
-            found[state] = one
+            found[state] = _with_text(results, key, state, **where) or one
     return found
+
+
+def _with_text(results: Results, key: str, state: State, *, site: str, subject: str | None = None) -> Estimate | None:
+    if subject is None or site != SITE or not results.rows.select(f"{key}_left", subject=subject, state=state):
+        return None
+    found = evidence.over_trainings(legs.main_values(results.rows, subject, key, state))
+    return found if isinstance(found, Estimate) else None
 
 
 def answer(results: Results) -> list[str]:

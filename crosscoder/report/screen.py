@@ -186,9 +186,11 @@ def _ratio(results: Results, key: str) -> Number:
     return _number(key, real, nulls)
 
 
-def _number(key: str, values: list[tuple[str, Phrase]], nulls: list[tuple[str, Phrase]]) -> Number:
+def _number(
+    key: str, values: list[tuple[str, Phrase]], nulls: list[tuple[str, Phrase]], argument: str = "argument"
+) -> Number:
     said = WORDS["numbers"][key]
-    return Number(linked(said["title"]), values, said["argument"], nulls)
+    return Number(linked(said["title"]), values, said[argument], nulls)
 
 
 def _causal(results: Results) -> Number | None:
@@ -206,7 +208,9 @@ def _causal(results: Results) -> Number | None:
     kappa = results.rows.select("kappa", site=SITE).values("kappa")
     if kappa:
         values.append((shown(kappa[0], ".2f"), linked("[growth with depth](kappa), 90 % interval: 0 none, 1 in step")))
-    return _number("causal_layers", values, nulls) if values else None
+    with_text = len(results.rows.select("causal_layers_left", subject=COMPARED)) > 0
+    argument = "argument_with_text" if with_text else "argument"
+    return _number("causal_layers", values, nulls, argument) if values else None
 
 
 def _of_one(results: Results) -> list[Number]:

@@ -66,7 +66,9 @@ def null_table(results: Results) -> Table:
     states = [state for state in STATES if state in seen]
     heads = [*word_heads(""), *state_heads(states)]
     rows = [line for key, found, group in lines for line in lines_of([(key, [found.get(s) for s in states])], group)]
-    return Table(heads, rows, WORDS["notes"]["ranges"], wide=False, terms=("scale",))
+    with_text = len(results.rows.select("causal_layers_left")) > 0
+    note = f"{WORDS['notes']['ranges']} {WORDS['notes']['with_text'] if with_text else ''}".strip()
+    return Table(heads, rows, note, wide=False, terms=("scale",))
 
 
 def found_table(results: Results) -> Table:

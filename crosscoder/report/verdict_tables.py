@@ -30,7 +30,7 @@ from crosscoder.verdict.rule import UNITS
 
 EQUALLY: dict[str, str] = {currency: f"at {words}" for currency, words in UNITS.items()}
 MOST_REASONS = 3
-READ = {name: key for name, key in KEYS.items() if name != "room_scaled"}
+READ = {name: key for name, key in KEYS.items() if name != "room_scaled"} | {"alpha": "load_alpha"}
 AGREEMENT = ("u", "u_null", "u_ceiling", "universality", "matched_between", "median_log_rate", "rate_dispersion")
 OTHERS = ("kappa", "conjunctive_excess", "conjunctive_or_twin_excess", "removal_share", "headroom")
 SHARES = ("load", "persistence", "left_layers", "geometry", "width", "left_joint")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from crosscoder.data.residuals import find_blocks
 from crosscoder.data.subject_training import SubjectConfig, SubjectRun, load_checkpoint
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.measure.baselines import ngram_losses, seen_blocks, token_lookup
+from crosscoder.measure.welch import FEWEST_DOCUMENTS
 from crosscoder.results.table import Place, Row
 from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.presets import Run
@@ -20,8 +24,18 @@ LOOKUP_BLOCKS = (512, 64)  # of training, for the means of each token, and held 
 
 def evenly(blocks: TokenBlocks, most: int) -> TokenBlocks:
     """Evenly spread blocks, at least `most` where there are as many."""
-    ids_BS = blocks[:: max(1, len(blocks) // most)]
-    return TokenBlocks(ids_BS, vocab_size=blocks.vocab_size, tokenizer_hash=blocks.tokenizer_hash)
+    each = slice(None, None, max(1, len(blocks) // most))
+    known: dict[str, Any] = {"vocab_size": blocks.vocab_size, "tokenizer_hash": blocks.tokenizer_hash}
+    return TokenBlocks(blocks[each], documents=blocks.documents[each], **known)
+
+
+def loss_values(key: str, loss_B: np.ndarray, blocks: TokenBlocks) -> dict[str, Any]:
+    """The mean of losses of blocks, and without each of their documents where these are enough."""
+    values: dict[str, Any] = {key: float(loss_B.mean())}
+    if blocks.n_documents >= FEWEST_DOCUMENTS:
+        sums_E, blocks_E = (np.bincount(blocks.document_groups, weights=one) for one in (loss_B, np.ones(len(loss_B))))
+        values[f"{key}_left"] = ((sums_E.sum() - sums_E) / (len(loss_B) - blocks_E)).tolist()
+    return values
 
 
 def baseline_rows(study: StudyFolder, runs: Mapping[Run, SubjectRun], index: Mapping[Run, int]) -> list[Row]:
@@ -40,11 +54,12 @@ def _measure(at: Place, config: SubjectConfig, steps: int, checkpoint: Path, tok
     train, held_out = prepared.train, prepared.held_out
     seen = seen_blocks(len(train), batch=config.batch, seed=config.seed, steps=steps)
 
-    def losses() -> dict[str, float | str]:
-        found = ngram_losses(train, evenly(held_out, LOSS_BLOCKS), seen=seen)
-        return {f"{name}_loss": found[name] for name in ("bigram", "trigram")}
+    def losses() -> dict[str, Any]:
+        found = ngram_losses(train, compared := evenly(held_out, LOSS_BLOCKS), seen=seen)
+        of_trigrams = loss_values("trigram_loss", found["trigram"], compared)
+        return {"bigram_loss": float(found["bigram"].mean()), **of_trigrams}
 
-    def lookup() -> dict[str, float | str]:
+    def lookup() -> dict[str, Any]:
         model, some = load_checkpoint(checkpoint, device=device), seen[:: max(1, len(seen) // LOOKUP_BLOCKS[0])]
         blocks = list(find_blocks(model))
         return {
@@ -57,7 +72,7 @@ def _measure(at: Place, config: SubjectConfig, steps: int, checkpoint: Path, tok
     ]
 
 
-def _known(measure: Callable[[], dict[str, float | str]], *keys: str) -> dict[str, float | str]:
+def _known(measure: Callable[[], dict[str, Any]], *keys: str) -> dict[str, Any]:
     """What is measured, or why it cannot be: a vocabulary or a model that is too large must not end a whole study."""
     try:
         return measure()

@@ -195,24 +195,16 @@ class MeasuredCell:
         model = load_model(self.store.subject, **asdict(self.store.loading), device=self.device)
         drawn = load_tensors(self.store.held_out_ids)
         ids_RS = drawn["ids"].long().to(input_device(model))
-        document_R, n_documents = None, 0
-        if (text := self.text(cell)) is not None:
-            found_R, n_documents = text.document_groups[drawn["blocks"].numpy()], text.n_groups
-            document_R = found_R if len(np.unique(found_R)) >= FEWEST_DOCUMENTS else None
         blocks = list(find_blocks(model, self.store.blocks_path))
         where: dict[str, Any] = {"layers": self.stored.sites, "kind": at.site}
-        rows: list[Row] = []
+        n_documents, rows = 0, list[Row]()
+        if (text := self.text(cell)) is not None:
+            document_R, n_documents = text.document_groups[drawn["blocks"].numpy()], text.n_groups
+            where["document_R"] = document_R if len(np.unique(document_R)) >= FEWEST_DOCUMENTS else None
         if cell.state != "untrained":  # an untrained model predicts nothing that could be lost
             each = cell.role == "main" and cell.training_seed == 0 and first
             found = splice_losses(
-                dictionary,
-                model,
-                blocks,
-                ids_RS.split(16),
-                **where,
-                each=each,
-                document_R=document_R,
-                n_documents=n_documents,
+                dictionary, model, blocks, ids_RS.split(16), **where, each=each, n_documents=n_documents
             )
             rows += rows_at(at, found.clean)
             rows += [row for layer, values in found.sites.items() for row in rows_at(replace(at, layer=layer), values)]
@@ -323,21 +315,23 @@ def dictionary_rows(at: Place, dictionary: Dictionary, reading: Reading, text: T
         }
     if reading.n_groups == 1:
         values |= profile.describe_profiles(reading.decoder_FLD)
-        values |= _direction_values(dictionary, reading)
+        values |= _direction_values(dictionary, reading, text if at.role == "main" else None)
     return rows_at(at, values)
 
 
-def _direction_values(dictionary: Dictionary, reading: Reading) -> dict[str, Any]:
+def _direction_values(dictionary: Dictionary, reading: Reading, text: TokenBlocks | None) -> dict[str, Any]:
     """Layers that features occupy in the subject's own units, twins, and the density with and without these."""
     own_FLD = reading.decoder_FLD / dictionary.input_scale.cpu().numpy()[:, None]
     is_twin_F = profile.find_twins(reading.decoder_FLD)
     parts = {"raw_density": reading, "raw_density_rest": reading.only(~is_twin_F)}
     rooms = {key: dimension.effective_dimension(part.decoder_FLD) for key, part in parts.items()}
     loads = {key: float(counting.binary_entropy(part.probability_F).sum()) for key, part in parts.items()}
+    left = {} if text is None else {key: counting.load_left(part, text) for key, part in parts.items()}
     return {
         "mean_rho_model": profile.known_mean(profile.participation_ratio(profile.layer_profile(own_FLD))),
         "twin_share": float(is_twin_F.mean()) if len(reading) else None,
         **{key: loads[key] / rooms[key] if rooms[key] > 0 else None for key in parts},
+        **{f"{key}_left": (left_E / rooms[key]).tolist() for key, left_E in left.items() if rooms[key] > 0},
     }
 
 

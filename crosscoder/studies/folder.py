@@ -210,8 +210,8 @@ class StudyFolder:
     def draw_splice_ids(self, held_out: TokenBlocks, n_blocks: int) -> None:
         """Keep `n_blocks` held-out blocks, evenly drawn, for spliced evaluation."""
         self._splice_ids.parent.mkdir(exist_ok=True)
-        stride = max(1, len(held_out) // max(1, n_blocks))
-        blocks = torch.arange(len(held_out))[::stride][:n_blocks].contiguous()
+        n_drawn = min(n_blocks, len(held_out))  # to the end of the text, so that no document is left out for its place
+        blocks = torch.arange(n_drawn) * len(held_out) // max(1, n_drawn)
         save_tensors({"ids": held_out[blocks], "blocks": blocks}, self._splice_ids)
 
     def left(self, cells: Sequence[Measured]) -> list[Measured]:

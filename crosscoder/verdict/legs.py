@@ -8,7 +8,7 @@ targets. What is measured of one training is combined within it; only trainings 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from crosscoder.measure.fidelity import TARGETS, AtFidelity, Currency, SweepPoint, lost_share, read_at
 from crosscoder.measure.splice import ALL_LAYERS
-from crosscoder.measure.welch import Group, contrast, group_mean
-from crosscoder.results.table import COMPARED, Estimate, LongTable, State
+from crosscoder.measure.welch import Group, contrast, group_mean, less
+from crosscoder.results.quantities import QUANTITIES
+from crosscoder.results.table import COMPARED, Estimate, LongTable, Row, State
 
 Logs = dict[int, float] | str
 """A number of each training by its position, or why one of them has none."""
@@ -44,9 +45,9 @@ class Contrast:
         return contrast(self.terms, self.constant)
 
     def less(self, other: Contrast) -> Contrast:
-        """This less another, of other groups."""
-        turned = tuple((-c, group) for c, group in other.terms)
-        return Contrast((*self.terms, *turned), self.constant - other.constant)
+        """This less the same of a null, term by term: a training that both have counts once (`welch.less`)."""
+        pairs = zip(self.terms, other.terms, strict=True)
+        return Contrast(tuple((c, less(own, null)) for (c, own), (_, null) in pairs), self.constant - other.constant)
 
 
 def fidelity_statistics(table: LongTable, shapes: Shapes, state: State, currency: Currency) -> dict[str, Contrast]:
@@ -83,7 +84,7 @@ def fidelity_statistics(table: LongTable, shapes: Shapes, state: State, currency
     return {
         "q": Contrast(over(joint)),
         "g": Contrast(tuple(shared)),
-        "r": Contrast(over(bank), neurons) if own_banks else Contrast(((1.0, "its banks are the subject's own"),)),
+        "r": Contrast(over(bank), neurons) if own_banks else Contrast(((1.0, "its banks are the subject's own"),) * 2),
         "room": Contrast(over(less(joint, rooms["model"]))),
         "room_scaled": Contrast(over(less(joint, rooms["scaled"]))),
         "dimension": Contrast(over(dense)),
@@ -99,20 +100,30 @@ def log_statistic(table: LongTable, key: str, state: State = "trained") -> Contr
 
 def main_values(
     table: LongTable, subject: str, key: str, state: State = "trained", *, log: bool = False, **where: object
-) -> Logs:
-    """A quantity of each training's main crosscoder, the mean over its dictionaries."""
+) -> TextLogs:
+    """A quantity of each training's main crosscoder, the mean over its dictionaries; also without each document of the
+    text, where that is known of every dictionary."""
     where = {"subject": subject, "state": state, "site": SITE, "arm": "crosscoder", "role": "main", **where}
     rows = table.select(key, **where)
     if not len(rows):
         return f"{key} of {subject} was not measured ({state})"
-    found: dict[int, float] = {}
+    found: dict[int, np.ndarray] = {}
     for at, group in rows.groups("training_seed").items():
         values: list[Any] = [row.value for row in group]
         if None in values or (log and not all(value > 0 for value in values)):
             reason = next((row.missing for row in group if row.missing), None)
             return f"{subject}{at.training_seed}: {reason or f'{key} is not known for every dictionary'}"
-        found[at.training_seed or 0] = float(np.mean(np.log(values) if log else values))
+        known = in_text(table, group.rows)
+        found[at.training_seed or 0] = np.mean(np.log(known) if log else known, axis=0)
     return found
+
+
+def in_text(table: LongTable, rows: Sequence[Row]) -> np.ndarray:
+    """Values of a quantity, and without each of the text's documents where all say so, `[rows, 1 + documents]`."""
+    key = f"{rows[0].key}_left"
+    places = {row.at: row.value for row in table.select(key)} if key in QUANTITIES else {}
+    left: list[Any] = [places.get(row.at) for row in rows]
+    return np.array([[row.value, *(one if None not in left else ())] for row, one in zip(rows, left, strict=True)])
 
 
 def log_room(table: LongTable, subject: str, state: State, units: str) -> Logs:
@@ -248,7 +259,8 @@ def mean_of(values: TextLogs) -> Group:
         return values
     each = [np.atleast_1d(value) for value in values.values()]
     left = [value[1:] for value in each if len(value) > 1]
-    return group_mean([value[0] for value in each], np.array(left) if left and len(left) == len(each) else None)
+    left_TE = np.array(left) if left and len(left) == len(each) else None
+    return group_mean([value[0] for value in each], left_TE, trainings=list(values))
 
 
 def _plus(logs: TextLogs, constant: float) -> TextLogs:

@@ -114,6 +114,9 @@ GATES: dict[str, tuple[Leg, frozenset[str] | None]] = {
 }
 """What is asked of each gate, and the labels that read what it guards; None: all of them. A gate on what a label does
 not read must not keep it from being said: loads are sums over features, whichever features these are."""
+ONE_NUMBER = dict.fromkeys(("learning rate at the checkpoints", "features a dimension"), "set, not measured")
+ONE_NUMBER |= {name: "of one planted pair; two have an interval" for name in GATES if name.endswith("planted")}
+"""Why a gate may have no interval."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ class Checked:
         """What was measured, in words."""
         if isinstance(self.measured, Estimate):
             exact = self.measured.low == self.measured.high
-            return format(self.measured.value, ".3g") if exact else format(self.measured, ".3g")
+            why = ONE_NUMBER.get(self.name, "alike in all trainings")
+            return f"{self.measured.value:.3g} ({why})" if exact else format(self.measured, ".3g")
         return f"not measured: {self.measured}" if self.measured else "not measured"
 
     def __str__(self) -> str:

@@ -116,21 +116,32 @@ def notes(evidence: Evidence, table: LongTable, shapes: Shapes) -> list[str]:
     return [*said, *_text_variance(table)]
 
 
+CARRIES = {
+    "held_out_loss_left": "losses",
+    "explained_variance_left": f"loads at {UNITS['fvu']}",
+    "spliced_loss_left": f"loads at {UNITS['loss']}",
+    "causal_layers_left": "causal layers and conjunctive shares",
+    "raw_density_rest_left": "what removing twins moves",
+}
+"""What has the text's own variance, by the quantity that says so."""
+
+
 def _text_variance(table: LongTable) -> list[str]:
     """Which intervals carry the variance of the text's documents beside that over trainings."""
     n_documents = table.one("n_documents")
-    keys = {"fvu": "explained_variance_left", "loss": "spliced_loss_left"}
-    carry = [UNITS[one] for one in CURRENCIES if len(table.select(keys[one], subject=COMPARED, state="trained"))]
     if n_documents is None:
         return []
-    if not carry:
+    if n_documents < FEWEST_DOCUMENTS:
         return [
             f"the held-out text has {n_documents} documents; for its own part of the variance {FEWEST_DOCUMENTS} of "
             "them have to be read: intervals are over trainings alone"
         ]
+    where = {"subject": COMPARED, "state": (None, "trained")}
+    carry = [words for key, words in CARRIES.items() if len(table.select(key, **where))]
     return [
-        f"loads at {' and at '.join(carry)}, and what is computed from them, carry the variance of the text's "
-        f"{n_documents} documents beside that over trainings; rates, causal layers and shares of features do not"
+        f"{', '.join([*carry, 'rates of matched features'])}, and what is computed from them, carry the variance of "
+        f"the text's {n_documents} documents beside that over trainings; U, token lookup and twins do not, and "
+        "rooms are of the text that dictionaries train on"
     ]
 
 

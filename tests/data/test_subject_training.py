@@ -141,8 +141,8 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_diverging_training_stops_and_names_the_step(tmp_path, monkeypatch):
-    def loss(model, ids):
-        return next_token_loss(model, ids) * (float("nan") if model.training else 1)
+    def loss(model, ids, **how):
+        return next_token_loss(model, ids, **how) * (float("nan") if model.training else 1)
 
     monkeypatch.setattr("crosscoder.data.subject_training.next_token_loss", loss)
     config = dataclasses.replace(CONFIG, n_checkpoints=1)

@@ -241,6 +241,21 @@ def test_a_real_model_against_runs_one_at_a_time(llama, always_on, ids, monkeypa
             np.testing.assert_allclose(getattr(again, name), getattr(found, name), rtol=1e-3)
 
 
+def test_what_is_left_without_a_document_is_nearly_what_its_rows_leave(llama, always_on):
+    ids_RS = torch.randint(0, VOCABULARY, (32, LENGTH), generator=torch.Generator().manual_seed(5))
+    document_R = np.arange(32) % 16 + 7
+    found = measure(always_on, llama, ids_RS, n_rows=32, document_R=document_R)
+    plain = measure(always_on, llama, ids_RS, n_rows=32)
+    assert plain.left == {}
+    assert found.summary() | plain.summary() == found.summary()
+    rest = [measure(always_on, llama, ids_RS[document_R != one], n_rows=32).summary() for one in np.unique(document_R)]
+    for key in ("causal_layers", "additivity"):
+        moved, alone = (np.array(one) - plain.summary()[key] for one in (found.left[key], [one[key] for one in rest]))
+        assert np.corrcoef(moved, alone)[0, 1] > 0.98
+        assert moved.std() == pytest.approx(alone.std(), rel=0.15)
+    assert found.summary()["conjunctive_share_left"] == found.left["conjunctive_share"].tolist()
+
+
 def test_a_row_of_the_residual_stream_is_the_sum_of_writes(llama, always_on, ids):
     written = always_on.decoder_FLD() / SCALE[:, None]
     stream = crosscoder_of(written.cumsum(1), bias=1.5)

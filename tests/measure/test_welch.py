@@ -118,3 +118,77 @@ def test_the_jackknife_refuses_few_documents_and_one_that_holds_all():
     alone[1:, 0] = 0
     with np.errstate(divide="ignore"):
         assert "without document 0" in welch.document_jackknife(left_out(alone))
+
+
+def test_what_is_left_of_a_mean_is_exact_and_of_a_step_has_the_variance_that_half_samples_have():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(35)
+    left = welch.without_documents(lambda weight: (weight * values).mean(1), 35)
+    assert left == pytest.approx((values.sum() - values) / 34)
+    found, true = np.zeros((150, 2)), np.zeros(150)
+    for case in range(150):
+        value_EF = 0.5 * rng.standard_normal((31, 60)) + np.linspace(-0.5, 0.5, 60)
+
+        def share(weight_WE, value_EF=value_EF):
+            return ((weight_WE @ value_EF) / weight_WE.sum(1, keepdims=True) < 0).mean(1)
+
+        alone = np.array([share(1.0 - np.eye(31)[[e]])[0] for e in range(31)])
+        both = welch.without_documents(share, 31), alone
+        found[case], true[case] = [welch.document_jackknife(left).value for left in both], share(np.ones((1, 31)))[0]
+    smoothed, plain = found.mean(0) / true.var(ddof=1)
+    assert 0.7 < smoothed < 1.4
+    assert plain > 2  # leaving one out at a time finds several times what there is
+
+
+@pytest.mark.parametrize("statistic", ["median", "share"])
+def test_the_interval_over_trainings_and_documents_covers_the_truth(statistic):
+    """A's features read what B's do, or .3 less; documents move all features of a shape, and each by itself."""
+    rng, cases, n, at_E = np.random.default_rng([2, len(statistic)]), 300, 5, np.linspace(-1, 1, 40)
+    bound, shift = {"median": (None, 0.3), "share": (0.0, 0.0)}[statistic]
+    covered = np.zeros(2)
+
+    def read(weight_WE, value_EF):
+        value_WF = (weight_WE @ value_EF) / weight_WE.sum(1, keepdims=True)
+        return np.median(value_WF, axis=1) if bound is None else (value_WF < bound).mean(1)
+
+    for _ in range(cases):
+        groups = []
+        for mean in (0.0, shift):
+            of_shape_E1, each = rng.normal(0, 0.6, (31, 1)), []
+            for _ in range(n):
+                value_EF = mean + at_E + rng.normal(0, 0.12) + of_shape_E1 + rng.normal(0, 0.5, (31, 40))
+                left = welch.without_documents(lambda weight, x=value_EF: read(weight, x), 31)
+                each.append([read(np.ones((1, 31)), value_EF)[0], *left])
+            values = np.array(each)
+            groups.append([welch.group_mean(values[:, 0], left) for left in (values[:, 1:], None)])
+        covered += [welch.difference(second, first).covers(shift) for first, second in zip(*groups, strict=True)]
+    with_text, without = covered / cases
+    assert 0.85 <= with_text <= 0.95
+    assert without < 0.85
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 2), (5, 5)])
+@pytest.mark.parametrize("together", [-0.6, 0.0, 0.9])
+def test_a_training_and_its_null_count_once(n, m, together):
+    """Nulls of some trainings that go with these, against or not at all: their excess is covered all the same."""
+    rng, cases, covered = np.random.default_rng([n, 10 + int(10 * together)]), 800, 0
+    for _ in range(cases):
+        shapes = []
+        for _ in range(2):
+            own = rng.standard_normal(n)
+            null = together * own[:m] + math.sqrt(1 - together**2) * rng.standard_normal(m)
+            shapes.append(
+                welch.less(welch.group_mean(own, trainings=range(n)), welch.group_mean(null, trainings=range(m)))
+            )
+        covered += welch.difference(*shapes).covers(0.0)
+    assert 0.87 <= covered / cases <= 0.95
+
+
+def test_nulls_of_all_trainings_make_the_paired_t_and_of_others_welch_s():
+    own, null = np.array([1.0, 1.4, 0.7, 2.0]), np.array([0.4, 0.9, 0.3, 1.1])
+    groups = [welch.group_mean(one, trainings=range(4)) for one in (own, null)]
+    found, paired = welch.contrast([(1, welch.less(*groups))]), stats.ttest_rel(own, null).confidence_interval(0.9)
+    assert (found.low, found.high) == pytest.approx(tuple(paired))
+    elsewhere = welch.less(groups[0], welch.group_mean(null, trainings=[3, 4, 5, 6]))
+    assert elsewhere.variances == (*groups[0].variances, *groups[1].variances)
+    assert welch.less(groups[0], "why") == "why"

@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 from committed import PAIR, SINGLE, change, keep
 from made import LOADS, NULLS, made
 from pages import Page
+from scipy import stats
 
 from crosscoder.report import page as report
+from crosscoder.report.answer import beside_nulls
 from crosscoder.report.page import ALL_TABLES, SECTIONS, render_report
 from crosscoder.report.table import WORDS, format_range, state_term
-from crosscoder.report.tables import LAYERS, TABLES
+from crosscoder.report.tables import LAYERS, TABLES, null_table
 from crosscoder.report.verdict_tables import label_term
 from crosscoder.results.file import Results, document, load_results
 from crosscoder.results.quantities import NOTES, QUANTITIES, definition
@@ -328,3 +331,31 @@ def test_strings_of_the_results_cannot_become_markup(study, tmp_path, monkeypatc
         assert "\x1b" not in text
         assert "\u202e" not in text
     assert document(load_results(tmp_path)) == document(attacked(study))
+
+
+def test_layers_that_features_act_on_have_intervals_where_the_text_s_part_is_known(tmp_path):
+    plain, keys = made(), ("causal_layers", "additivity", "conjunctive_share")
+    left = [
+        replace(row, key=f"{row.key}_left", value=[row.value + (e - 15) / 100 for e in range(31)])
+        for row in plain.rows
+        if row.key in keys and row.at.state == "trained"
+    ]
+    known = replace(plain, rows=LongTable((*plain.rows, *left)))
+    where = {"subject": "A", "site": "write"}
+    values = [1.3 + t / 20 for t in range(5)]
+    text = 30 / 31 * sum((e - 15) ** 2 for e in range(31)) / 1e4
+    between = np.var(values, ddof=1) / 5
+    freedom = (between + text) ** 2 / (between**2 / 4 + text**2 / 30)
+    found = beside_nulls(known, "causal_layers", **where)
+    assert found["trained"].value == pytest.approx(np.mean(values))
+    assert found["trained"].high - found["trained"].value == pytest.approx(
+        stats.t.ppf(0.95, freedom) * math.sqrt(between + text)
+    )
+    ranges = beside_nulls(plain, "causal_layers", **where)
+    assert found["gaussian"] == ranges["gaussian"]  # nothing of its text is known
+    assert (ranges["trained"].low, ranges["trained"].high) == (1.3, 1.5)
+    notes = [WORDS["notes"]["with_text"] in null_table(one).note for one in (plain, known)]
+    assert notes == [False, True]
+    page = render_report(known, tmp_path).read_text(encoding="utf-8")
+    assert WORDS["numbers"]["causal_layers"]["argument_with_text"] in page
+    assert WORDS["numbers"]["causal_layers"]["argument"] not in page

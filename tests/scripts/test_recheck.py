@@ -30,7 +30,6 @@ from crosscoder.studies.presets import PRESETS
 ROOT = Path(__file__).parents[2]
 SHAPES = {"A": (8, 4), "B": (2, 8), "C": (2, 5), "D": (4, 5)}
 N_TRAININGS, N_FEATURES, CONTEXT = 5, 64, 20
-OF_NO_TEXT = ("gaussian", "shuffled")
 KS = {1: 0.18, 2: 0.11, 4: 0.08, 8: 0.05}
 """Variance unexplained of each k, about; the share of harm is about a third of it."""
 SCALE_L = np.array([2.0, 0.5, 1.0, 3.0, 0.7, 1.5, 1.0, 0.2])
@@ -38,6 +37,10 @@ DOCUMENT_B = np.arange(31) + 5
 
 
 TEXT = TokenBlocks(torch.zeros(31, CONTEXT, dtype=torch.int64), vocab_size=8, tokenizer_hash="", documents=DOCUMENT_B)
+
+
+def of_text(at):
+    return at.subject in "AB" and at.state not in ("gaussian", "shuffled")
 
 
 def planted_reading(draw, shared_TF, at, fvu):
@@ -74,7 +77,7 @@ def planted_reading(draw, shared_TF, at, fvu):
         size=N_FEATURES,
         explained_variance_L=np.full(n_layers, 1 - fvu),
         token_T=np.arange(len(active)),
-        explained_left_E=None if at.state in OF_NO_TEXT else 1 - fvu * draw.lognormal(0, 0.001, len(TEXT)),
+        explained_left_E=1 - fvu * draw.lognormal(0, 0.001, len(TEXT)) if of_text(at) else None,
     )
 
 
@@ -88,17 +91,19 @@ def cell_rows(draw, shared_TF, folder, at, *, seeds, varies):
         n_layers = SHAPES[at.subject][0]
         scale = torch.from_numpy(SCALE_L[:n_layers].copy())
         planted = SimpleNamespace(config=SimpleNamespace(sparsity=None), input_scale=scale)
-        rows += dictionary_rows(one, planted, reading, None if at.state in OF_NO_TEXT else TEXT)
+        rows += dictionary_rows(one, planted, reading, TEXT if of_text(at) else None)
         if at.state in ("trained", "frozen_encoder"):
             spliced = replace(one, layer="all")
             rows += [Row(one, "clean_loss", 2.5), Row(spliced, "ablated_loss", 4.5)]
             rows.append(Row(spliced, "spliced_loss", 2.5 + 0.7 * lost))
-            for whole in rows[-3:]:
+            for whole in rows[-3:] if of_text(at) else ():
                 without_E = whole.value * draw.lognormal(0, 0.00003, len(TEXT))
                 rows.append(replace(whole, key=f"{whole.key}_left", value=without_E.tolist()))
         if at.arm == "crosscoder" and at.role == "main" and seed == 0 and at.state not in ("gaussian", "shuffled"):
             layers, share = 1 + draw.uniform(0.2, 0.4) * (n_layers - 1) ** 0.5, draw.uniform(0.05, 0.15)
-            rows += [Row(one, "causal_layers", layers), Row(one, "conjunctive_share", share)]
+            for key, value in (("causal_layers", layers), ("conjunctive_share", share)):
+                without_E = value * draw.lognormal(0, 0.01, len(TEXT))
+                rows += [Row(one, key, value), Row(one, f"{key}_left", without_E.tolist())]
         (folder / "readings").mkdir(exist_ok=True)
         save_reading(reading, folder / "readings" / f"{file_name(one)}.safetensors")
     return rows
@@ -118,10 +123,8 @@ def planted_cells(draw, folder):
                     values = {"room": room, "energy_per_layer": (energy / energy.sum()).tolist()}
                     where = replace(at, state=state, estimator=units)
                     cells.setdefault(f"{name}{t}-{state}-room", []).extend(rows_at(where, values))
-            if name not in "AB":
-                continue
-            states = {"trained": ("crosscoder", "layerwise")}
-            if t < 2:
+            states = {"trained": ("crosscoder", "layerwise") if name in "AB" else ("layerwise",)}
+            if name in "AB" and t < 2:
                 states |= {"gaussian": ("crosscoder", "layerwise")}
                 states |= dict.fromkeys(("frozen_encoder", "untrained", "shuffled"), ("crosscoder",))
             for state, arms in states.items():
@@ -133,7 +136,7 @@ def planted_cells(draw, folder):
                         seeds = (0, 1) if (state, arm, role) == ("trained", "crosscoder", "main") else (0,)
                         found = cell_rows(draw, shared_TF, folder, place, seeds=seeds, varies=varies)
                         cells[file_name(place)] = found
-            if t < 2:
+            if name in "AB" and t < 2:
                 place = replace(at, arm="crosscoder", role="size", n_features=2 * N_FEATURES, k=2)
                 cells[file_name(place)] = cell_rows(draw, shared_TF, folder, place, seeds=(0,), varies=1.0)
     return cells
@@ -146,6 +149,7 @@ def subject_rows(draw):
                                               "parameters_non_embedding": 1, "parameters_embedding": 1})  # fmt: skip
         for t in range(N_TRAININGS if name in "AB" else 2):
             values = {"held_out_loss": 2.5 * draw.lognormal(0, 0.002), "rate_share": 0.1}
+            values["held_out_loss_left"] = (values["held_out_loss"] * draw.lognormal(0, 0.0002, len(TEXT))).tolist()
             rows += rows_at(Place(subject=name, training_seed=t), values)
     errors = {"calibration_q_error": 0.02, "calibration_g_error": 0.03, "calibration_room_error": 0.2}
     return [*rows, *rows_at(Place(role="calibration", seed=0), errors | {"calibration_mcc": 0.95})]
@@ -159,6 +163,7 @@ def study(tmp_path_factory):
     baselines = {}
     for name, t in product("AB", range(N_TRAININGS)):
         values = {"trigram_loss": 2.6 * draw.lognormal(0, 0.002), "lookup_share": draw.uniform(0.6, 0.65)}
+        values["trigram_loss_left"] = (values["trigram_loss"] * draw.lognormal(0, 0.0002, len(TEXT))).tolist()
         baselines[f"{name}{t}"] = rows_at(Place(subject=name, training_seed=t), values)
     for home, each in (("cells", cells), ("baselines", baselines)):
         (folder / home).mkdir()
@@ -204,7 +209,8 @@ def test_every_leg_of_a_planted_study_is_made_again(study, recheck):
         by_key[line.key].append(line.ours)
     interval = recheck.Interval
     for key in (*recheck.KEYS.values(), "kappa", "removal_share", "conjunctive_excess", "universality", "room_beta",
-                "median_log_rate", "rate_dispersion", "share_of_ln2", "null_excess"):  # fmt: skip
+                "median_log_rate", "rate_dispersion", "share_of_ln2", "null_excess",
+                "load_alpha"):  # fmt: skip
         assert any(isinstance(one, interval) for one in by_key[key]), key
     assert by_key["label"] == ["premise fails: load"]
     assert by_key["explained"][
@@ -224,11 +230,17 @@ CHANGED = {
     "load_log_ratio": 1e-5,
     "null_excess": 1e-5,
     "share_of_ln2": 1e-5,
+    "kappa": 1e-5,
+    "conjunctive_excess": 1e-5,
+    "removal_share": 1e-5,
+    "raw_density_rest_left": 1e-5,
+    "median_log_rate": 1e-5,
     "u_null": 1e-5,
     "rate_dispersion": 1e-5,
     "self_cosine": 1e-5,
     "room_delta": 1e-5,
     "room_misfit": 1e-5,
+    "load_alpha": 1e-5,
     "headroom": 1e-5,
 }
 """How much of a number of each quantity is changed; of an interval, its upper end."""
@@ -240,6 +252,8 @@ def test_each_changed_number_is_found_and_no_other(copied, recheck):
         values = next(block["values"] for block in reversed(results["rows"]) if _number(block["values"].get(key)))
         if isinstance(values[key], dict):
             values[key]["high"] *= 1 + change
+        elif isinstance(values[key], list):
+            values[key][3] *= 1 + change
         else:
             values[key] *= 1 + change
     results["verdict"]["label"] = "H1b"

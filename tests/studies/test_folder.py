@@ -9,10 +9,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from crosscoder.data.tokens import TokenBlocks
 from crosscoder.foundation.origin import MismatchError
-from crosscoder.studies import folder
+from crosscoder.foundation.tensors import load_tensors
+from crosscoder.studies import baselines, folder
 
 
 def test_a_study_is_run_again_when_any_file_of_a_computing_room_changes():
@@ -43,6 +47,33 @@ def test_cleaning_up_after_one_part_leaves_the_activations_that_others_read(tmp_
     assert not own.held_out.exists()
     assert other.train.is_dir()
     assert other.held_out.is_dir()
+
+
+def text_of(n_blocks, documents=None):
+    return TokenBlocks(torch.arange(n_blocks)[:, None] + torch.arange(4), vocab_size=n_blocks + 4, documents=documents)
+
+
+def test_spliced_rows_are_drawn_from_all_of_the_text(tmp_path):
+    study = folder.StudyFolder(tmp_path)
+    for n_drawn, n_blocks in ((6, 10), (5, 10), (20, 10), (1, 7)):
+        study.draw_splice_ids(text_of(n_blocks), n_drawn)
+        drawn = load_tensors(study.stores("A0", "trained", spliced=tmp_path).held_out_ids)
+        places = drawn["blocks"].numpy()
+        assert len(places) == min(n_drawn, n_blocks)
+        assert np.diff([*places, n_blocks]).max() <= -(-n_blocks // len(places))  # no stretch is passed over
+        assert (drawn["ids"][:, 0].numpy() == places).all()
+
+
+def test_losses_without_a_document_are_those_of_the_others():
+    documents, loss_B = np.repeat(np.arange(30) * 2, 3), np.random.default_rng(0).random(90)
+    some = baselines.evenly(text_of(90, documents), 45)
+    assert (some.documents == documents[::2]).all()
+    found = baselines.loss_values("held_out_loss", loss_B[::2], some)
+    assert found["held_out_loss"] == pytest.approx(loss_B[::2].mean())
+    left = [loss_B[::2][some.documents != one].mean() for one in np.unique(documents)]
+    assert found["held_out_loss_left"] == pytest.approx(left)
+    few = baselines.evenly(text_of(87, documents[:87]), 87)
+    assert baselines.loss_values("held_out_loss", loss_B[:87], few).keys() == {"held_out_loss"}
 
 
 def test_inputs_may_change_until_tokens_were_made_of_them(tmp_path):

@@ -73,8 +73,8 @@ def test_what_was_lost_is_made_again_to_the_same_bytes(studies):
 
 def test_every_dictionary_is_given_the_same_steps_and_tokens(studies):
     rows = load_results(studies[0]).rows.select("tokens_train", role="main")
-    # of 2 shapes: crosscoder and bank of 2 trainings; of the first training 4 nulls, a bank on one, a residual stream
-    assert len(rows) == 2 * (2 * 2 + 4 + 1 + 1)
+    # of 2 shapes: crosscoder and bank of 2 trainings; of the first 4 nulls, a bank of one, a residual; a bank of C
+    assert len(rows) == 2 * (2 * 2 + 4 + 1 + 1) + 1
     assert {row.value for row in rows} == {20 * 256}
 
 
@@ -117,7 +117,7 @@ def test_every_training_of_both_has_four_k_and_loads_at_common_fidelity_or_a_rea
                 cells = rows.cells("entropy_load", **where, role=("main", "k"))
                 assert len({at.k for at in cells}) == 4
                 assert all(cell.values("spliced_loss") for cell in cells.values())
-    assert {row.at.subject for row in rows.select("clean_loss")} == {"A", "B"}
+    assert {row.at.subject for row in rows.select("clean_loss")} == {"A", "B", "C"}
     for key in ("load_log_ratio", "sharing", "bank_log_ratio"):
         found = rows.select(key, state="trained")
         assert [row.at.estimator for row in found] == ["fvu", "loss"]
@@ -249,6 +249,17 @@ def test_a_null_can_be_of_the_main_k_alone():
 def test_a_null_that_is_left_out_has_no_bank_either():
     cells = dictionary_cells(replace(PRESETS["standard"], nulls=("shuffled",)))
     assert {cell.state for cell in cells} == {"trained", "shuffled"}
+
+
+def test_the_grid_has_banks_where_they_are_asked_for_and_nothing_else():
+    config = PRESETS["standard"]
+    more = dictionary_cells(replace(config, grid_banks=True))
+    grid = [cell for cell in more if cell.subject not in "AB"]
+    assert [cell for cell in more if cell.subject in "AB"] == dictionary_cells(config)
+    assert sorted((cell.subject, cell.training_seed) for cell in grid) == [(s, t) for s in "CDEF" for t in range(3)]
+    assert {(cell.arm, cell.state, len(cell.seeds), len(cell.beside)) for cell in grid} == {
+        ("layerwise", "trained", 1, 3)
+    }
 
 
 def test_parts_share_the_runs_and_miss_none():

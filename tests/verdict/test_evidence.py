@@ -3,8 +3,10 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from planted_rows import SHAPES, study_rows
+from scipy import stats
 
 from crosscoder.results.table import Estimate, LongTable, Place, Row
 from crosscoder.verdict import evidence, rule, words
@@ -102,6 +104,45 @@ def test_equal_losses_have_to_be_known_to_be_equal():
     ]
     gates = [evidence.gather(LongTable(tuple(rows)), SHAPES).gates["loss, B over A"] for rows in (study_rows(), apart)]
     assert [gate.leg.check(gate.measured) for gate in gates] == ["met", "open"]
+
+
+def test_planted_pairs_have_an_interval_where_there_are_two_and_what_is_one_number_says_why():
+    one = {gate.name: rule.Checked(gate.name, "", gate.measured, "met").said for gate in judged()[0].gates}
+    assert one["error of q, planted"] == "0.03 (of one planted pair; two have an interval)"
+    assert one["features a dimension"] == "2 (set, not measured)"
+    second = [replace(r, at=replace(r.at, seed=1), value=0.05) for r in study_rows() if r.key == "calibration_q_error"]
+    gate = evidence.gather(LongTable((*study_rows(), *second)), SHAPES).gates["error of q, planted"]
+    assert gate.measured.value == pytest.approx(0.04)
+    assert gate.measured.high - 0.04 == pytest.approx(stats.t.ppf(0.95, 1) * 0.01)
+    assert gate.leg.check(gate.measured) == "open"
+    unknown = replace(second[0], value=None, missing="no target is enclosed")
+    gate = evidence.gather(LongTable((*study_rows(), unknown)), SHAPES).gates["error of q, planted"]
+    assert gate.measured == "no target is enclosed"
+
+
+def test_the_text_s_variance_is_in_what_single_features_say_and_in_gates_of_loads():
+    """Documents move A's features alone; a null that they move alike takes that out again."""
+    moved, still = np.exp(0.2 * np.random.default_rng(0).standard_normal(31)), np.ones(31)
+    rows = [*study_rows(extra=SITE_ROWS), Row(Place(), "n_documents", 31)]
+    rows += [replace(row, at=replace(row.at, state="frozen_encoder"), value=0.02) for row in rows
+             if row.key == "conjunctive_share"]  # fmt: skip
+    left = [
+        Row(row.at, f"{row.key}_left", (row.value * (moved if row.at.subject == "A" else still)).tolist())
+        for row in rows
+        if row.key in ("causal_layers", "conjunctive_share", "raw_density_rest", "raw_density", "entropy_load")
+    ]
+    plain, found = (evidence.gather(LongTable(tuple(one)), SHAPES) for one in (rows, [*rows, *left]))
+    text = 30 / 31 * np.square(np.log(moved) - np.log(moved).mean()).sum()
+    kappa = [one.values["kappa"] for one in (plain, found)]
+    assert kappa[1].value == pytest.approx(kappa[0].value)
+    assert kappa[1].high - kappa[1].value > 1.6 * math.sqrt(text) / math.log(4) > 2 * (kappa[0].high - kappa[0].value)
+    excess = [one.values["conjunctive excess"] for one in (plain, found)]
+    shares = (0.05 - 0.02) * np.sqrt(30 / 31 * np.square(moved - moved.mean()).sum())
+    assert excess[1].high - excess[1].value > 1.6 * shares > 2 * (excess[0].high - excess[0].value)
+    for name in ("room at twice the size", "load of another order of the text"):  # every load moves by as much
+        assert found.gates[name].measured == plain.gates[name].measured
+    (said,) = [n for n in words.notes(found, LongTable((*rows, *left)), SHAPES) if "31 documents" in n]
+    assert said.startswith("causal layers and conjunctive shares, what removing twins moves, rates of matched features")
 
 
 def test_statistics_are_rows_and_nulls_have_their_excess():

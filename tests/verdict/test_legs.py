@@ -8,6 +8,7 @@ import pytest
 from planted_rows import BANK, JOINT, SHAPES, dictionary_rows, logs, null_rows, study_rows
 
 from crosscoder.results.table import Estimate, LongTable, Row
+from crosscoder.studies.judge import alpha_rows
 from crosscoder.verdict import legs
 
 
@@ -97,3 +98,22 @@ def test_trainings_of_one_quantity_alone_are_refused():
     assert legs.minus("why", {0: 1.0}) == "why"
     assert JOINT["A"] > JOINT["B"]
     assert isinstance(legs.log_statistic(study_rows(), "causal_layers").estimate, Estimate)
+
+
+def test_alpha_is_the_planted_exponent_of_width_where_the_grid_has_banks():
+    grid = SHAPES | {"C": (2, 64), "D": (8, 128), "E": (4, 96)}
+    off = {"A": 1.02, "B": 1.01, "C": 0.99, "D": 0.98, "E": 1.0}
+    rows = {
+        name: dictionary_rows(name, "layerwise", off[name] * width**1.5 * depth**-0.3)
+        for name, (depth, width) in grid.items()
+    }
+    found = alpha_rows(LongTable(tuple(row for each in rows.values() for row in each)), grid)
+    assert [row.at.estimator for row in found] == ["fvu", "loss"]
+    for row in found:
+        assert row.value.covers(1.5)
+        assert row.value.high - row.value.low < 0.5
+    compared = LongTable((*rows["A"], *rows["B"]))
+    assert alpha_rows(compared, grid) == []
+    few = alpha_rows(LongTable((*compared, *(row for row in rows["C"] if row.at.k != 2))), grid)
+    assert few[0].value is None
+    assert "C0, layerwise: 3 k were run" in few[0].missing
