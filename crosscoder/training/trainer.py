@@ -186,12 +186,11 @@ def _train(
     n_steps = len(batches) if config.steps is None and isinstance(batches, Sized) else config.steps
     job = together.require_one_job(dictionaries, is_scratch=(is_scratch := scratch_seconds is not None))
     were_training = [dictionary.training for dictionary in dictionaries]
-    stacked: list[State] = []
+    stacked, states, runs = list[State](), list[TrainState](), list[RunLog]()
     with together.stopping_together(job), one_writer(folders if job.is_first and not is_scratch else []):
         try:
             with frozen_parts(dictionaries, config.frozen):
                 _take_inputs(dictionaries, batches)
-                states, runs = [], []
                 for dictionary, name, folder in zip(dictionaries, names, folders, strict=True):
                     dictionary.to(device).train()
                     states.append(_first_state(dictionary, config, name))
