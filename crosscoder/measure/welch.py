@@ -17,7 +17,7 @@ from crosscoder.results.table import CONFIDENCE, Estimate
 
 FEWEST_DOCUMENTS = 30
 TILT = 0.7
-"""How far weights of documents are moved from 1, times the square root of 2; so that none is negative, below .707."""
+"""Root mean square by which weights of documents are moved from 1; at .707 the smallest would be 0."""
 
 
 class Variance(NamedTuple):
@@ -64,8 +64,8 @@ def group_mean(
     return GroupMean(float(values.mean()), (between,), left_E, dict(zip(trainings, values.tolist())))
 
 
-def less(first: Group, second: Group) -> Group:
-    """The difference of two groups' means where both are of the same trainings, or the second of some of them.
+def excess(first: Group, second: Group) -> Group:
+    """A group's mean less that of a null, which is of the same trainings, of some of them, or of others.
 
     A training that both have counts once. With `n` and `m` trainings, of which `s` are shared, the difference is a sum
     over trainings of `x / n - y / m` where both were measured, and of one of these elsewhere: each kind has the

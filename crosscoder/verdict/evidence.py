@@ -14,7 +14,7 @@ import numpy as np
 from crosscoder.measure.dimension import CEILING, headroom
 from crosscoder.measure.fidelity import Currency
 from crosscoder.measure.statistics import signed_ratio_of
-from crosscoder.measure.welch import Group, GroupMean, contrast, less
+from crosscoder.measure.welch import Group, GroupMean, contrast, excess
 from crosscoder.results.table import COMPARED, Estimate, LongTable, State
 from crosscoder.verdict.legs import (
     SITE,
@@ -103,7 +103,7 @@ def _least_excess(table: LongTable, key: str, states: Sequence[State]) -> Estima
 
 def _share_difference(real: TextLogs, null: TextLogs) -> Estimate | str:
     """The difference of two means over trainings, those of a training that has both counted once."""
-    return _of_group(less(_mean_of(real), _mean_of(null)))
+    return _of_group(excess(_mean_of(real), _mean_of(null)))
 
 
 def _mean_of(values: TextLogs) -> Group:
@@ -120,10 +120,9 @@ def _mean_of(values: TextLogs) -> Group:
 
 def _of_group(group: Group) -> Estimate | str:
     """A mean with its interval; exact where nothing varies."""
-    found = contrast([(1.0, group)])
-    if isinstance(group, GroupMean) and not group.variances and isinstance(found, str):
+    if isinstance(group, GroupMean) and not group.variances and (group.left_E is None or np.ptp(group.left_E) == 0):
         return _exact([group.value], max)
-    return found
+    return contrast([(1.0, group)])
 
 
 def _site_value(table: LongTable, key: str) -> Estimate | str:
@@ -331,9 +330,10 @@ def _room_at_twice(table: LongTable) -> Estimate | str:
             for main, known in mains.items():
                 if at.n_features == 2 * (main.n_features or 0) and at.k == main.k:
                     pair = [one.select(seed=cell.seeds()[0]) for one in (known, cell)]
-                    load_21E = np.log(in_text(table, [one.select("entropy_load").rows[0] for one in pair]))
+                    loads = [row for one in pair for row in one.select("entropy_load")]
                     rooms = [one.one("effective_dimension") for one in pair]
-                    if all(rooms):
-                        shifts[at.training_seed or 0] = np.diff(load_21E, axis=0)[0] - math.log(rooms[1] / rooms[0])
+                    if all(rooms) and len(loads) == len(pair):
+                        grown_1E = np.diff(np.log(in_text(table, loads)), axis=0)[0]
+                        shifts[at.training_seed or 0] = grown_1E - math.log(rooms[1] / rooms[0])
         moved[name] = shifts or f"no dictionary of {name} of twice the size"
     return contrast([(1.0, mean_of(moved["B"])), (-1.0, mean_of(moved["A"]))])

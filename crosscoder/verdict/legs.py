@@ -16,7 +16,7 @@ import numpy as np
 
 from crosscoder.measure.fidelity import TARGETS, AtFidelity, Currency, SweepPoint, lost_share, read_at
 from crosscoder.measure.splice import ALL_LAYERS
-from crosscoder.measure.welch import Group, contrast, group_mean, less
+from crosscoder.measure.welch import Group, contrast, excess, group_mean
 from crosscoder.results.quantities import QUANTITIES
 from crosscoder.results.table import COMPARED, Estimate, LongTable, Row, State
 
@@ -45,9 +45,9 @@ class Contrast:
         return contrast(self.terms, self.constant)
 
     def less(self, other: Contrast) -> Contrast:
-        """This less the same of a null, term by term: a training that both have counts once (`welch.less`)."""
+        """This less the same of a null, term by term: a training that both have counts once (`welch.excess`)."""
         pairs = zip(self.terms, other.terms, strict=True)
-        return Contrast(tuple((c, less(own, null)) for (c, own), (_, null) in pairs), self.constant - other.constant)
+        return Contrast(tuple((c, excess(own, null)) for (c, own), (_, null) in pairs), self.constant - other.constant)
 
 
 def fidelity_statistics(table: LongTable, shapes: Shapes, state: State, currency: Currency) -> dict[str, Contrast]:

@@ -178,7 +178,7 @@ def test_a_training_and_its_null_count_once(n, m, together):
             own = rng.standard_normal(n)
             null = together * own[:m] + math.sqrt(1 - together**2) * rng.standard_normal(m)
             shapes.append(
-                welch.less(welch.group_mean(own, trainings=range(n)), welch.group_mean(null, trainings=range(m)))
+                welch.excess(welch.group_mean(own, trainings=range(n)), welch.group_mean(null, trainings=range(m)))
             )
         covered += welch.difference(*shapes).covers(0.0)
     assert 0.87 <= covered / cases <= 0.95
@@ -187,8 +187,8 @@ def test_a_training_and_its_null_count_once(n, m, together):
 def test_nulls_of_all_trainings_make_the_paired_t_and_of_others_welch_s():
     own, null = np.array([1.0, 1.4, 0.7, 2.0]), np.array([0.4, 0.9, 0.3, 1.1])
     groups = [welch.group_mean(one, trainings=range(4)) for one in (own, null)]
-    found, paired = welch.contrast([(1, welch.less(*groups))]), stats.ttest_rel(own, null).confidence_interval(0.9)
+    found, paired = welch.contrast([(1, welch.excess(*groups))]), stats.ttest_rel(own, null).confidence_interval(0.9)
     assert (found.low, found.high) == pytest.approx(tuple(paired))
-    elsewhere = welch.less(groups[0], welch.group_mean(null, trainings=[3, 4, 5, 6]))
+    elsewhere = welch.excess(groups[0], welch.group_mean(null, trainings=[3, 4, 5, 6]))
     assert elsewhere.variances == (*groups[0].variances, *groups[1].variances)
-    assert welch.less(groups[0], "why") == "why"
+    assert welch.excess(groups[0], "why") == "why"

@@ -120,6 +120,18 @@ def test_planted_pairs_have_an_interval_where_there_are_two_and_what_is_one_numb
     assert gate.measured == "no target is enclosed"
 
 
+def test_twice_the_size_needs_a_dictionary_of_the_same_seed():
+    rows = study_rows()
+    second = [replace(row, at=replace(row.at, training_seed=1), value=row.value * 1.02) for row in rows
+              if row.at.role == "size"]  # fmt: skip
+    found, other = (
+        evidence.gather(LongTable((*rows, *each)), SHAPES).gates["room at twice the size"].measured
+        for each in (second, [replace(row, at=replace(row.at, seed=7)) for row in second])
+    )
+    assert isinstance(found, Estimate)
+    assert other == "1 training; an interval over trainings needs two"
+
+
 def test_the_text_s_variance_is_in_what_single_features_say_and_in_gates_of_loads():
     """Documents move A's features alone; a null that they move alike takes that out again."""
     moved, still = np.exp(0.2 * np.random.default_rng(0).standard_normal(31)), np.ones(31)
