@@ -194,9 +194,7 @@ class Train(Reading):
     resume: bool = False  # Go on from the last checkpoint in --out
     log_to: LogTo | None = None  # Log what metrics.jsonl holds there too; each is an optional package
     log_project: str = "crosscoder"  # With --log-to trackio or wandb: the project of the run
-    divide: Along | None = (
-        None  # With torchrun: what ranks share out. None: a bank's layers if nearly even, or features
-    )
+    divide: Along | None = None  # With torchrun: what ranks share out. None: layers of a bank if even, or features
     start_from: Path | None = None
     """A finished dictionary that training begins from, at step 0 with a fresh optimiser and schedule. None: random."""
 
