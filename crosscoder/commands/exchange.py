@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from crosscoder.browser.source import source_of
 from crosscoder.commands.base import BLOCKS_PATH, LOADING, RAW, SUBJECT, Command, Device, Idle
-from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.sources import SiteKind, SiteSource
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import USUAL_LOADING, Loading, load_model, model_origin, require_own_tokens
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
@@ -131,20 +130,12 @@ class Convert(Command):
                 f"--format {self.format} reads a residual stream or what blocks write to it; the dictionary reads "
                 f"{reads or 'what nobody says: convert it with --sites'}"
             )
-        kind: SiteKind = "write" if reads.site == "write" else "residual"
-        before = (reads.sites[0] - 1,) if kind == "write" else ()
         tokens = TokenBlocks.load(self.tokens_folder / "held_out")
         require_own_tokens(self.subject, tokens, revision=self.loading.revision)
         model = load_model(self.subject, **asdict(self.loading), device=self.device)
-        harvester = ResidualHarvester(
-            model,
-            layers=(*before, *reads.sites),
-            blocks_path=self.blocks_path,
-            skip_positions=reads.skip_positions,
-            keep_outliers=reads.keep_outliers,
-            origin=model_origin(model, self.subject, self.loading.revision),
-        )
-        stream = ActivationStream(harvester, tokens, max_tokens=self.max_tokens, ahead=False)
-        source = SiteSource(stream, stream, kind, scale_L=dictionary.input_scale)
-        on_device = dictionary.to(self.device)
-        return collect_activity(on_device, source, tokens, stream.blocks, device=self.device), model
+        origin = model_origin(model, self.subject, self.loading.revision)
+        given: dict[str, Any] = {"max_tokens": self.max_tokens, "blocks_path": self.blocks_path, "origin": origin}
+        source = source_of(dictionary, model, tokens, **given)
+        stream = source.train
+        assert isinstance(stream, ActivationStream)
+        return collect_activity(dictionary.to(self.device), source, tokens, stream.blocks, device=self.device), model

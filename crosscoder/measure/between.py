@@ -202,7 +202,9 @@ def compare_sides(
     one, other = (_End.of(s.reading.on_tokens(common_T), s.decoder(sites, scale_L)) for s in (first, second))
     ends = (one, other)
     n_rows = len(ends[0].code) + null_draws * sum(len(end.sample) for end in ends)
-    with Progress(f"{first.name} and {second.name}", (1 + bool(sites)) * n_rows, unit="feature", quiet=quiet) as bar:
+    with Progress(
+        f"comparing {first.name} and {second.name}", (1 + bool(sites)) * n_rows, unit="feature", quiet=quiet
+    ) as bar:
         active, written = _both_ways(first, second, ends, bool(sites), bar)
         shifts = _draw_shifts(document_T[np.searchsorted(token_T, common_T)], null_draws, seed)
         nulls = [_shift_null(*pair, shifts, bar) for pair in (ends, ends[::-1])]
