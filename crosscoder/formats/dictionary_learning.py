@@ -22,7 +22,16 @@ from torch import Tensor
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, NormPenalty, ReLU, Sparsity, TargetL0Penalty
 from crosscoder.dictionary.codec import decoder_norms
 from crosscoder.formats.foreign import Settings, Tensors, open_tensors, read_settings
-from crosscoder.formats.imported import About, Flat, assemble, log_thresholds, own_matrices, require_k, uncentred_bias
+from crosscoder.formats.imported import (
+    JUMPRELU,
+    About,
+    Flat,
+    assemble,
+    log_thresholds,
+    own_matrices,
+    require_k,
+    uncentred_bias,
+)
 from crosscoder.foundation.artifact import DamagedArtifactError
 from crosscoder.foundation.console import say
 
@@ -140,7 +149,7 @@ def _matryoshka(held: Tensors, trainer: Settings) -> Flat:
 
 
 def _jump_relu(held: Tensors, trainer: Settings) -> Flat:
-    return own_matrices(held, JumpReLU(), centred=False, about=_about(trainer))
+    return own_matrices(held, JUMPRELU, centred=False, about=_about(trainer))
 
 
 SAES: dict[str, Callable[[Tensors, Settings], Flat]] = {

@@ -17,7 +17,16 @@ import torch
 
 from crosscoder.dictionary import Crosscoder, JumpReLU, TargetL0Penalty, Transcoder, WeaklyCausal
 from crosscoder.formats.foreign import Settings, Tensors, open_tensors, read_settings
-from crosscoder.formats.imported import About, Flat, assemble, log_thresholds, own_matrices, transcoder, uncentred_bias
+from crosscoder.formats.imported import (
+    JUMPRELU,
+    About,
+    Flat,
+    assemble,
+    log_thresholds,
+    own_matrices,
+    transcoder,
+    uncentred_bias,
+)
 from crosscoder.foundation.artifact import DamagedArtifactError
 
 CONFIG = "config.json"
@@ -55,7 +64,7 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
     hooks_out = _hooks(settings.take("hf_hook_point_out", str, "")) or hooks_in
     width = settings.count("width", None)
     settings.finish()
-    sparsity = JumpReLU() if l0 is None else JumpReLU(penalty=TargetL0Penalty(target=l0))
+    sparsity = JUMPRELU if l0 is None else JumpReLU(penalty=TargetL0Penalty(target=l0))
     is_crosscoder = hooks_in == hooks_out
     about = About(
         model=model,

@@ -27,12 +27,15 @@ from crosscoder.dictionary import (
     TopK,
     Transcoder,
 )
+from crosscoder.dictionary.sparsity import L0Penalty
 from crosscoder.formats.foreign import Tensors
 from crosscoder.foundation.artifact import DamagedArtifactError
 from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import Kind, ModelOrigin, Reads, TokenOrigin
 
 FLOAT = torch.finfo(torch.float32)
+JUMPRELU = JumpReLU(penalty=L0Penalty())
+"""The rule of thresholds that others set: it aims at no L0, so that none is held against it."""
 LARGEST = 1e30  # scale of a layer
 AFTER, BEFORE = ("output", "hook_resid_post", "hook_out"), ("hook_resid_pre", "hook_in")
 RESIDUAL = re.compile(rf"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.({'|'.join((*AFTER, *BEFORE))}))?")

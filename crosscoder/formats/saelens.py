@@ -18,12 +18,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosscoder.dictionary import Crosscoder, Dictionary, JumpReLU, Sparsity
+from crosscoder.dictionary import Crosscoder, Dictionary, Sparsity
 from crosscoder.dictionary.codec import selection_scale, thresholds
 from crosscoder.dictionary.sparsity import ReLU, TopK
 from crosscoder.dictionary.structure import Acausal, AnyStructure
 from crosscoder.formats.foreign import Settings, open_tensors, read_settings
-from crosscoder.formats.imported import About, Flat, assemble, own_matrices, require_k, rule_tensors, transcoder
+from crosscoder.formats.imported import (
+    JUMPRELU,
+    About,
+    Flat,
+    assemble,
+    own_matrices,
+    require_k,
+    rule_tensors,
+    transcoder,
+)
 from crosscoder.foundation.artifact import DamagedArtifactError, committed_directory, write_json
 from crosscoder.foundation.config import config, from_mapping, to_mapping
 from crosscoder.foundation.console import say
@@ -188,7 +197,7 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Flat | Crosscoder:
     is_transcoder = "transcoder" in kind
     subtracts = settings.take("apply_b_dec_to_input", bool, not is_transcoder)
     settings.ignore("dtype", "device")
-    sparsity: Sparsity = JumpReLU() if kind.startswith("jumprelu") else ReLU()
+    sparsity: Sparsity = JUMPRELU if kind.startswith("jumprelu") else ReLU()
     is_rescaled = False
     if kind == "topk":
         sparsity = require_k(settings.take("k", int), n_features, settings.where)

@@ -168,6 +168,7 @@ def test_there_and_back_again(kind, rule, tmp_path):
     again = import_dictionary(tmp_path / "saelens")
     assert type(again) is kind
     assert type(again.config.sparsity) is (JumpReLU if isinstance(rule, BatchTopK) else type(rule))
+    assert not hasattr(getattr(again.config.sparsity, "penalty", None), "target")  # of which L0 is told to be far
     require_equal(again, dictionary)
 
 
