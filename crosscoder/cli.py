@@ -73,7 +73,7 @@ class Study(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Study):
-    """Compare a crosscoder with SAEs of each layer, on one model or on small models of several shapes, with a report.
+    """Compare a crosscoder with per-layer SAEs, on one model or on small ones of several shapes.
 
     Without --subject: small transformers of equal parameters and unequal shape are trained, matched by loss, and
     compared, beside nulls that have nothing to find; the report opens with what the rule says (`verdict/rule.py`).
@@ -180,7 +180,7 @@ class Compare(Study):
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Study):
-    """Check every estimator on synthetic worlds whose features are known, and print truth beside estimate.
+    """Check every estimator on synthetic worlds whose features are known.
 
     $ crosscoder synthetic --preset ci
     """

@@ -59,7 +59,7 @@ HELD_OUT_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest(ReadsModel):
-    """Store a model's residual stream: every chosen layer of every token, in hashed safetensors shards.
+    """Store a model's residual stream: every chosen layer of every token, in hashed shards.
 
     $ crosscoder harvest --subject HuggingFaceTB/SmolLM2-135M --tokens-folder runs/tokens --layers 10 11 --out runs/acts
     $ crosscoder harvest --subject runs/A/step-488 --tokens-folder runs/tokens --out runs/acts
@@ -150,7 +150,9 @@ def counted(progress: Progress) -> Callable[[Marked, Any], None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Reading):
-    """Train one dictionary, a crosscoder or a bank of SAEs; a killed run goes on with --resume to the same bits.
+    """Train one dictionary: a crosscoder, or a bank of SAEs, one a layer.
+
+    A killed run goes on with --resume, to the same bits.
 
     With --activations they are read from a store; with --subject and --tokens-folder (and --layers, --reads,
     --blocks-path, --mlp-path) they are harvested as training goes, and nothing but the dictionary is written.
@@ -300,7 +302,7 @@ class Train(Reading):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Reading, Printed):
-    """Measure a trained dictionary on held-out tokens: explained variance, L0, alive and dead features, loss recovered.
+    """Measure a dictionary on held-out tokens: explained variance, L0, dead features, loss recovered.
 
     A short table is printed; --out and --json have every number. With --subject also the loss that the model recovers
     with reconstructions in the place of what the dictionary reads, all layers at once. What --out writes says of which

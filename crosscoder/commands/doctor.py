@@ -50,7 +50,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Printed):
-    """Check this machine: what it has, whether the kernels compute what they should, what is missing and the mend.
+    """Check this machine: whether the kernels compute what they should, what is missing, the mend.
 
     Ends with status 2 if something is wrong that would make results wrong; what is only missing or slow is said.
 

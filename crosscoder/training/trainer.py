@@ -205,8 +205,7 @@ def _train(
                     state.dictionary.frozen = config.frozen
                 failpoint("train.begin")
                 stacked = side_by_side(states)
-                is_quiet = quiet or not job.is_first
-                progress = Progress(label, n_steps, unit="step", quiet=is_quiet, initial=states[0].step)
+                progress = Progress(label, n_steps, unit="step", quiet=quiet or job.rank > 0, initial=states[0].step)
                 watch = _Watch(monitor, monitor_every, scratch_seconds)
                 try:
                     _take_steps(stacked, states, every, config, n_steps, runs, progress, watch)
