@@ -41,16 +41,16 @@ BUDGETS = {
     "crosscoder/data": 5205,
     "crosscoder/dictionary": 2475,
     "crosscoder/training": 2510,
-    "crosscoder/formats": 1970,
+    "crosscoder/formats": 2000,
     "crosscoder/measure": 5370,
     "crosscoder/verdict": 1145,
     "crosscoder/browser": 975,
     "crosscoder/report": 2230,
     "crosscoder/studies": 2830,
-    "crosscoder/commands": 1695,
+    "crosscoder/commands": 1690,
     "crosscoder": 1170,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_155, 23_820
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_180, 23_825
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
