@@ -189,10 +189,18 @@ def load_untrained(
 
 
 def load_config(name_or_path: str | Path, revision: str | None = None) -> Any:
-    """The configuration of a model, of the same places as `load_subject`."""
+    """The configuration of a model, of the same places as `load_subject`; a ValueError names a setting of another type
+    than the model's class has."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(**locate(name_or_path, revision), trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(**locate(name_or_path, revision), trust_remote_code=False)
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"config.json of {name_or_path} is not a model's: {said:.400}; restore it from a copy"
+        ) from error
 
 
 def auto_class(shape: Any) -> Any:

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import io
 import json
+import mmap
 import shutil
 import tempfile
 import zlib
@@ -151,11 +152,13 @@ class Documents:
         self._total, before = float(sum(path.stat().st_size for path in paths)), 0
         for path in paths:
             try:
-                yield from self._file(path, before, blocks=blocks)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 (byte {_first_bad_byte(path)}); convert it, for example with: iconv -t UTF-8"
-                ) from error
+                try:
+                    yield from self._file(path, before, blocks=blocks)
+                except UnicodeDecodeError as error:
+                    at = _first_bad_byte(path)
+                    raise ValueError(
+                        f"{path} is not UTF-8 (byte {at}); convert it, for example with: iconv -t UTF-8"
+                    ) from error
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path} is not a whole .gz file ({error}); fetch it again or unpack it") from error
             before += path.stat().st_size
@@ -183,9 +186,12 @@ class Documents:
             if path.suffix == ".gz":  # a .parquet file is read from its end
                 plain = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(stack.enter_context(_unpacked(path, file)), plain)
+                plain.flush()
                 file = plain
             try:
-                table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+                # Mapped, so that no page is read into as much memory as its header asks for; nothing maps no bytes.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.seek(0, io.SEEK_END) else b""
+                table = parquet.ParquetFile(pa.BufferReader(mapped), pre_buffer=False)
                 if self.column not in table.schema_arrow.names:
                     raise self._no_column(str(path), table.schema_arrow.names)
                 n_read = 0
@@ -193,7 +199,7 @@ class Documents:
                     yield from batch.to_pylist()
                     n_read += len(batch)
                     self._done = before + size * n_read / max(1, table.metadata.num_rows)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a whole .parquet file ({error}); fetch it again") from error
 
     def _stream(self) -> Any:

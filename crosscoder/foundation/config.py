@@ -26,6 +26,7 @@ from pydantic import ConfigDict, ValidationError
 
 T = TypeVar("T")
 KIND = "kind"
+MOST_SAID = 12  # faults that one error lists
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -127,7 +128,8 @@ def _message(cls: type, error: ValidationError) -> str:
                 expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
                 seen = said.get(where, f"{where} is {_brief(found['input'])}; expected")
                 said[where] = f"{seen} or {expected}" if where in said else f"{seen} {expected}"
-    return "; ".join(said.values())
+    more = len(said) - MOST_SAID
+    return "; ".join([*list(said.values())[:MOST_SAID], *([f"and {more} more of the kind"] if more > 0 else [])])
 
 
 def _brief(value: Any) -> str:

@@ -1,6 +1,7 @@
 import gzip
 import importlib.util
 import json
+import resource
 import sys
 
 import pytest
@@ -92,6 +93,8 @@ def test_tables_and_packed_files(tmp_path):
         ("a.parquet", b"PAR1nonsense", r"a\.parquet is not a whole \.parquet file"),
         ("a.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-9], r"a\.txt\.gz is not a whole \.gz file"),
         ("a.txt.gz", b"plain", r"a\.txt\.gz is not a whole \.gz file"),
+        ("a.txt.gz", gzip.compress(b"\xff" * 999, mtime=0)[:-9], r"a\.txt\.gz is not a whole \.gz file"),
+        ("a.parquet", b"", r"a\.parquet is not a whole \.parquet file"),
         ("a.txt", b"x" * 70000 + "café".encode("latin-1"), r"a\.txt is not UTF-8 \(byte 70003\).*iconv"),
         ("a.txt", "é".encode()[:1], r"not UTF-8 \(byte 0\)"),
         ("a.txt.gz", gzip.compress("é".encode("latin-1"), mtime=0), r"not UTF-8 \(byte 0\)"),
@@ -103,6 +106,20 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
+
+
+def test_a_page_is_not_read_into_as_much_memory_as_its_header_asks_for(tmp_path):
+    path = tmp_path / "a.parquet"
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": ["three"]}), path, compression="none", use_dictionary=False)
+    content = path.read_bytes()
+    assert content[4:7] == b"\x15\x00\x15"  # a data page, its two sizes, of one byte each here
+    path.write_bytes(content[:9] + b"\xfe\xff\xff\xff\x0f" + content[10:])  # 2 GB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="not a whole .parquet file"):
+        read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
 
 
 def test_ids_of_a_column_are_checked_row_by_row(tmp_path):
