@@ -42,15 +42,15 @@ BUDGETS = {
     "crosscoder/dictionary": 2475,
     "crosscoder/training": 2510,
     "crosscoder/formats": 1970,
-    "crosscoder/measure": 5385,
+    "crosscoder/measure": 5480,
     "crosscoder/verdict": 1145,
     "crosscoder/browser": 980,
-    "crosscoder/report": 2230,
-    "crosscoder/studies": 2830,
+    "crosscoder/report": 2270,
+    "crosscoder/studies": 2880,
     "crosscoder/commands": 1695,
     "crosscoder": 1170,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_175, 23_835
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_360, 23_905
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])
