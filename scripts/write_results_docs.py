@@ -34,7 +34,10 @@ TITLES = {
     "subject": ("Subjects", "subject; losses and tokens also a training seed"),
     "compared": ("Dictionaries that are compared", "dictionary"),
     "between": ("Two dictionaries of one model and text", "dictionary, against; of both at kind `pair`"),
-    "effects": ("What a feature does to predictions", "feature, layer; shares and sizes of all: no place"),
+    "effects": (
+        "What a feature does to predictions",
+        "feature, layer; of a control also its kind; of all features no place, or the kind alone",
+    ),
     "study": ("The study", "no place: they are of everything"),
 }
 HOLDS = {"number": "number", "whole": "whole number", "flag": "true or false", "list": "list", "texts": "texts"}

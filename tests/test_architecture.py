@@ -38,19 +38,19 @@ BUDGETS = {
     "triton_kernels": 4695,
     "crosscoder/foundation": 2085,
     "crosscoder/results": 835,
-    "crosscoder/data": 5205,
+    "crosscoder/data": 5215,
     "crosscoder/dictionary": 2475,
     "crosscoder/training": 2510,
     "crosscoder/formats": 2000,
-    "crosscoder/measure": 5370,
+    "crosscoder/measure": 5480,
     "crosscoder/verdict": 1145,
-    "crosscoder/browser": 975,
-    "crosscoder/report": 2230,
-    "crosscoder/studies": 2830,
+    "crosscoder/browser": 980,
+    "crosscoder/report": 2270,
+    "crosscoder/studies": 2880,
     "crosscoder/commands": 1690,
     "crosscoder": 1170,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_180, 23_825
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_400, 23_930
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -19,6 +19,7 @@ _EFFECT = pa.struct(
     {"row": pa.string(), "promoted": _TEXTS, "promotion": _NUMBERS, "suppressed": _TEXTS, "suppression": _NUMBERS}
 )
 _NEAREST = pa.struct({"dictionary": pa.string(), "feature": pa.int32(), "site": pa.int32(), "cosine": pa.float32()})
+PRECISION = ("layer_precision", "layer_precision_low", "layer_precision_high")
 FEATURE_SCHEMA = pa.schema(
     {
         "feature": pa.int32(),
@@ -30,7 +31,7 @@ FEATURE_SCHEMA = pa.schema(
         "written": _NUMBERS,
         "read": _NUMBERS,
         "direction": _NUMBERS,
-        "layer_precision": _NUMBERS,
+        **dict.fromkeys(PRECISION, _NUMBERS),
         "histogram_first_bin": pa.int32(),
         "histogram": pa.list_(pa.int64()),
         "effects": pa.list_(_EFFECT),
@@ -95,7 +96,7 @@ class DataFiles:
             "written": findings.profile_FL[feature],
             "read": findings.use_FL[feature],
             "direction": records.direction(feature),
-            "layer_precision": records.precision(feature),
+            **{name: records.precision(feature, which) for which, name in enumerate(PRECISION)},
             "histogram_first_bin": first[0] if first[1] else None,
             "histogram": first[1],
             "effects": [

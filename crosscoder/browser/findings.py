@@ -42,7 +42,7 @@ class Findings:
     activity: Activity
     tokens: TokenBlocks
     sites: tuple[int, ...]
-    precision_FS: np.ndarray | None = None
+    precision_FS3: np.ndarray | None = None
     readout: Readout | None = None
     effects: LogitEffects | None = None
     effect_n: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -152,7 +152,7 @@ def find_features(
         activity,
         tokens,
         source.sites,
-        precision_FS=layer_precision(activity, quiet=quiet),
+        precision_FS3=layer_precision(activity, quiet=quiet),
         nearest=found,
         found_F=sum(are_found(rows, one).astype(np.int64) for one in alike) if alike else None,  # ty: ignore[invalid-argument-type]
         n_alike=len(alike),

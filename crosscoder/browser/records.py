@@ -116,12 +116,13 @@ class Records:
         found = [tuple(one[place, row].tolist() for one in effects) for row in range(effects[0].shape[1])]
         return [one if any(one[1]) or any(one[3]) else ([], [], [], []) for one in found]
 
-    def precision(self, feature: int) -> list[float | None] | None:
-        """Precision of each layer's reading and of all together; None for a feature that is too rare."""
-        found = self.findings.precision_FS
+    def precision(self, feature: int, which: int = 0) -> list[float | None] | None:
+        """Precision of each layer's reading and of all together; None for a feature that is too rare. which: 1 and 2
+        for the ends of the interval."""
+        found = self.findings.precision_FS3
         if found is None or np.isnan(found[feature]).all():
             return None
-        values = finite(found[feature].tolist())
+        values = finite(found[feature, :, which].tolist())
         return values[:1] if self.activity.rows.is_bank else values
 
     def direction(self, feature: int) -> list[float | None] | None:

@@ -21,14 +21,15 @@ TOP = 20  # features, where none are named
 
 @dataclass(frozen=True, kw_only=True)
 class Effects(ReadsModel, Printed):
-    """Take features off the model one by one: what that does to its loss and to its next-token distribution.
+    """Take features off the model, and add them, one by one: what that does to its next-token distribution.
 
-    Each feature is taken off a row of text wherever it is active there. Beside it, at the same tokens and by the same
-    activations, random directions of the same norms are taken off: what any push of that size does.
+    Each feature is taken off a row of text wherever it is active there, and added where it is not: how far do its own
+    promoted tokens move? Beside it, at the same tokens and by the same activations, directions of the same norms are
+    moved: isotropic ones, what any push of that size does, and differences of activations, which the model may meet.
 
     $ crosscoder effects --dictionary runs/cc/dictionary --subject M --tokens-folder runs/tokens --out runs/effects
 
-    With `--features 12 40 --each-layer --rows 40` two features, layer by layer, on rows enough for an interval.
+    With `--features 12 40 --each-layer --rows 12` two features, layer by layer, on rows enough for an interval.
 
     Writes report.html, report.md, results.json and effects.csv, and prints the table.
     """
@@ -41,8 +42,8 @@ class Effects(ReadsModel, Printed):
     top: int | None = None  # So many of the alive features. None: 20
     by: Literal["use", "rate"] = "use"  # Which are first: by energy E[f^2] |W|^2, or by the share of tokens
     text_rows: int = 256  # Held-out rows, evenly spread, in which activity is looked for
-    rows: int = 8  # Rows of text for each feature, of those in which it is active; 40 or so give intervals
-    draws: int = 4  # Random directions beside each feature. 0: none
+    rows: int = 8  # Rows of text for each feature, of those in which it is active; 12 or so give intervals
+    draws: int = 4  # Random directions of each of two kinds beside each feature. 0: none
     each_layer: bool = False  # Also at each layer alone
     site: SiteKind = "residual"  # Of a dictionary without a record, with --layers: what it reads
     seed: int = 0  # Of rows and directions
@@ -60,11 +61,11 @@ class Effects(ReadsModel, Printed):
 
     def needs(self) -> Needs:
         config, n = read_record(self.dictionary)[0], len(self.features) or self.top or TOP
-        places = 1 + (config.n_layers if self.each_layer else 0)
+        places = 2 + (config.n_layers if self.each_layer else 0)
         return [
             ("features", f"{n:,}"),
             ("rows of text read for activity, at most", f"{self.text_rows:,}"),
-            ("rows of text run through the model, at most", f"{n * self.rows * (1 + places * (1 + self.draws)):,}"),
+            ("rows of text run through the model, at most", f"{n * self.rows * (1 + places * (1 + 2 * self.draws)):,}"),
             ("writes", str(self.out)),
         ]
 

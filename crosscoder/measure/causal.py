@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def measure_causal_layers(
     at = {"layers": layers, "kind": kind, "skip_positions": skip_positions}
     sites = Sites(dictionary, model, blocks, ids_RS, n_rows=n_layers + 2, **at)
     row_bytes = ids_RS.shape[1] * max(sites.subject.token_bytes, 4 * n_layers * d_model)
-    code_TF = read_code(sites, ids_RS, max(1, splice.LOGIT_BYTES // row_bytes))
+    code_TF = read_text(sites, ids_RS, max(1, splice.LOGIT_BYTES // row_bytes)).code_TF
     feature_n, draws_n = _draw(dictionary, code_TF, n_features, seed)
     code_Tn = code_TF[:, feature_n]
     jobs_J2 = choose_rows(code_Tn, feature_n, ids_RS.shape[1], n_rows, seed)
@@ -191,12 +191,22 @@ def require_float32(model: nn.Module) -> None:
         raise ValueError(f"the model has weights of {short.pop()}, too coarse for small effects; load it in float32")
 
 
-def read_code(sites: Sites, ids_RS: Tensor, n_rows: int, progress: Progress | None = None) -> sparse.csc_array:
-    """Activations on all tokens `[R * S, F]` (of a bank `[R * S, L * F]`), 0 where the dictionary was not made to read.
+class TextRead(NamedTuple):
+    """What a dictionary reads of T tokens: activations `[T, F]` (of a bank `[T, L * F]`), 0 where it was not made to
+    read; where it was; and of N of these tokens, evenly spread, what sites hold in the subject's units."""
+
+    code_TF: sparse.csc_array
+    is_read_T: np.ndarray
+    x_NLD: Tensor
+
+
+def read_text(sites: Sites, ids_RS: Tensor, n_rows: int, progress: Progress | None = None, n_kept: int = 0) -> TextRead:
+    """Activations on all tokens, and what sites hold at `n_kept` of them or a few more, of less text at fewer.
 
     n_rows: how many are given to the model at once.
     """
-    parts = []
+    parts, is_read, kept, n_read = [], [], [], 0
+    stride = max(1, ids_RS.numel() // max(1, n_kept))
     for ids_BS in ids_RS.split(n_rows):
         if progress is not None:
             progress.advance(len(ids_BS))
@@ -204,10 +214,14 @@ def read_code(sites: Sites, ids_RS: Tensor, n_rows: int, progress: Progress | No
         code = sites.dictionary.encode((x_BSLD * sites.scale_L1).flatten(0, 1))
         n_groups = math.prod(code.batch_shape[1:])
         rows = sparse_rows(code, ids_BS.numel(), n_groups, sites.dictionary.config.n_features)
-        is_read = sites.read(ids_BS, x_BSLD).flatten().cpu().numpy().astype(np.float32)
-        parts.append(sparse.csr_array(sparse.diags_array(is_read) @ rows))
+        is_read_BS = sites.read(ids_BS, x_BSLD)
+        kept.append(x_BSLD[is_read_BS][-n_read % stride :: stride][:n_kept])
+        n_read += int(is_read_BS.sum())
+        is_read.append(is_read_BS.flatten().cpu().numpy())
+        parts.append(sparse.csr_array(sparse.diags_array(is_read[-1].astype(np.float32)) @ rows))
         parts[-1].eliminate_zeros()
-    return sparse.csc_array(sparse.vstack(parts, format="csc"))
+    code_TF = sparse.csc_array(sparse.vstack(parts, format="csc"))
+    return TextRead(code_TF, np.concatenate(is_read), torch.cat(kept))
 
 
 def _draw(

@@ -1,8 +1,12 @@
-"""What the subject predicts worse, and otherwise, when one feature of a dictionary is taken off.
+"""What the subject predicts otherwise when one feature of a dictionary is taken off, or added where it is not active.
 
 A feature is taken off a row of tokens wherever it is active there, at all its layers or at one; activations stay those
-of the clean run (`measure.causal`). Beside it, at the same tokens and by the same activations, random directions are
-taken off whose norm on each layer is that of what the feature adds there: what any push of that size does.
+of the clean run (`measure.causal`). It is added at all other tokens that the dictionary reads, at its mean activation.
+The tokens that a feature promotes are told by its weights alone, so that they may or may not move.
+
+Beside it, at the same tokens and by the same activations, directions of its norm on each layer are moved: isotropic
+ones, and differences of what sites hold at two random tokens, which have the activations' own covariance (Heimersheim
+and Mendel 2024; Lee and Heimersheim 2024).
 """
 
 from __future__ import annotations
@@ -23,32 +27,41 @@ from crosscoder.data.hooks import replacing
 from crosscoder.dictionary import Dictionary
 from crosscoder.foundation.console import Progress
 from crosscoder.measure import splice
-from crosscoder.measure.causal import choose_rows, read_code, require_float32, values_of
+from crosscoder.measure.causal import choose_rows, read_text, require_float32, values_of
+from crosscoder.measure.logits import Readout
 from crosscoder.measure.matching import layer_squares, mean_square
 from crosscoder.measure.reading import minimum_probability
-from crosscoder.measure.splice import ALL_LAYERS, Sites
+from crosscoder.measure.splice import ALL_LAYERS, Sites, added
 from crosscoder.results.table import CONFIDENCE, Estimate
 
 N_ROWS = 8  # of tokens, for each feature
-N_DRAWS = 4  # of random directions
+N_DRAWS = 4  # of random directions, of each control
 N_TOKENS = 5  # of the vocabulary, whose probability rises or falls most
-FEWEST_DOCUMENTS = 30  # for an interval
-MEASURES = ("loss", "loss_active", "kl", "kl_active")
+N_PROMOTED = 10  # of the vocabulary, that a feature promotes most
+N_KEPT = 512  # tokens, of whose activations differences are taken
+FEWEST_DOCUMENTS = 10  # for an interval
+CONTROLS = ("isotropic", "activations")
+STEERED = "steered"
+"""The place, beside `all` and layers, at which a feature is added instead of taken off."""
+MEASURES = ("loss", "loss_active", "kl", "kl_active", "promoted")
 By = Literal["use", "rate"]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What taking one feature off does at P places, on measured rows of E documents, beside R random directions.
+    """What moving one feature does at P places, on measured rows of E documents, beside R directions of each control.
 
-    places: `all`, or one layer's number.
-    sums_EPVM: sums over predictions of `MEASURES`, V = 1 + R: the feature, then the draws. Loss in nats above the clean
-        one; KL of the changed from the clean distribution.
-    tokens_E, active_E: predictions measured in each document, and those at tokens where the feature is active.
+    places: `all`, layers' numbers, and `steered`, where it is added on all layers.
+    sums_EPVM: sums over predictions of `MEASURES`, V = 1 + 2 R: the feature, then the draws of each of `CONTROLS`. Loss
+        in nats above the clean one; KL of the changed from the clean distribution; change of the log-probability of
+        the promoted tokens, their mean.
+    tokens_E, moved_EP: predictions measured in each document, and those at tokens where the feature is moved: taken off
+        where it is active, added where it is not.
     rate, energy: of the whole text, the share of tokens on which it is active, and its share of the dictionary's energy
-        `E[f^2] |W|^2`.
+        `E[f^2] |W|^2`. usual: its mean activation where it is active.
     row_share: the share of the text's rows in which it is active; the others do not change.
     n_measured: rows that were run.
+    promoted_m: the vocabulary's tokens that it promotes most, the first first; none where no readout is known.
     change_V: mean change of each token's probability where the feature is active, at the first place.
     """
 
@@ -56,42 +69,51 @@ class Effect:
     places: tuple[str, ...]
     sums_EPVM: np.ndarray
     tokens_E: np.ndarray
-    active_E: np.ndarray
+    moved_EP: np.ndarray
     rate: float
     energy: float
+    usual: float
     row_share: float
     n_measured: int
+    promoted_m: tuple[int, ...]
     change_V: np.ndarray
 
     @cached_property
     def means_PVM(self) -> np.ndarray:
-        """Means over all tokens of the text, or over those where the feature is active."""
+        """Means over all tokens of the text, or over those where the feature is moved; nan where it is at none."""
         return self._means(np.ones(len(self.tokens_E), dtype=bool))
 
     def _means(self, kept_E: np.ndarray) -> np.ndarray:
-        every, active = self.row_share / self.tokens_E[kept_E].sum(), 1 / self.active_E[kept_E].sum()
-        return self.sums_EPVM[kept_E].sum(0) * np.array([every, active, every, active])
+        moved_P = self.moved_EP[kept_E].sum(0).astype(float)
+        each_P = np.divide(1, moved_P, out=np.full_like(moved_P, np.nan), where=moved_P > 0)
+        every_P = np.full_like(moved_P, self.row_share / self.tokens_E[kept_E].sum())
+        return self.sums_EPVM[kept_E].sum(0) * np.stack([every_P, each_P, every_P, each_P, each_P], axis=1)[:, None]
 
     def interval(self, place: int, measure: str) -> Estimate | float:
-        """The mean, with its 90 % interval by leaving out one document at a time where there are thirty or more."""
+        """The mean, with its 90 % interval by leaving out one document at a time where there are ten or more."""
         m, n = MEASURES.index(measure), len(self.tokens_E)
         value = float(self.means_PVM[place, 0, m])
-        if n < FEWEST_DOCUMENTS:
+        if n < FEWEST_DOCUMENTS or not math.isfinite(value):
             return value
         left = np.array([self._means(np.arange(n) != e)[place, 0, m] for e in range(n)])
-        error = math.sqrt((n - 1) * left.var())
-        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt((n - 1) * left.var())
         return Estimate(value, value - reach, value + reach)
 
-    def control(self, place: int, measure: str) -> Estimate | None:
-        """The mean over random directions, with their range; None where none were drawn."""
-        draws = self.means_PVM[place, 1:, MEASURES.index(measure)]
-        return Estimate.over(draws.tolist()) if len(draws) else None
+    def control(self, place: int, measure: str, control: str) -> Estimate | None:
+        """The mean over one control's directions, with their range; None where none were drawn."""
+        draws = np.split(self.means_PVM[place, 1:, MEASURES.index(measure)], len(CONTROLS))[CONTROLS.index(control)]
+        return Estimate.over(draws.tolist()) if len(draws) and np.isfinite(draws).all() else None
 
-    def beyond(self, place: int) -> bool | None:
-        """Whether it changes the distribution where it is active more than every random direction."""
-        control = self.control(place, "kl_active")
-        return None if control is None else bool(self.means_PVM[place, 0, MEASURES.index("kl_active")] > control.high)
+    def beyond(self, place: int, measure: str, control: str) -> bool | None:
+        """Whether it does what it should, and more so than every direction of a control: change the distribution
+        (`kl_active`), lower its promoted tokens where it is taken off and raise them where it is added."""
+        draws = self.control(place, measure, control)
+        if draws is None:
+            return None
+        value = float(self.means_PVM[place, 0, MEASURES.index(measure)])
+        if measure == "promoted" and self.places[place] != STEERED:
+            return value < min(0.0, draws.low)
+        return value > max(0.0, draws.high)
 
     def changed(self, n_tokens: int = N_TOKENS) -> tuple[list[int], list[int]]:
         """The vocabulary's tokens whose probability rises most, and falls most, with the feature gone."""
@@ -111,6 +133,8 @@ def measure_effects(
     *,
     layers: Sequence[int],
     kind: Literal["residual", "write"],
+    readout: Readout | None = None,
+    n_text: int | None = None,
     by: By = "use",
     n_rows: int = N_ROWS,
     n_draws: int = N_DRAWS,
@@ -122,32 +146,38 @@ def measure_effects(
 
     document_R: each row's document. features: numbers (of a bank `layer * F + feature`), or how many of the alive ones,
         by energy `E[f^2] |W|^2` (`use`) or by firing rate.
-    n_rows: at most so many rows for each feature, drawn from those in which it is active. each_layer: also at each
-        layer alone; of a bank's features all layers are one.
+    readout: of the model, for promoted tokens; None: none are known. n_text: of the vocabulary, the first so many are
+        text. None: all.
+    n_rows: at most so many rows for each feature, drawn from those in which it is active. n_draws: directions of each
+        control. each_layer: also at each layer alone; of a bank's features all layers are one.
     layers: as of `splice_losses`.
 
-    Costs `n_rows (1 + places (1 + n_draws))` rows of the model for each feature.
+    Costs `n_rows (1 + (places + 1) (1 + 2 n_draws))` rows of the model for each feature.
 
     Raises:
         MismatchError: the dictionary reads other sites, or another model.
-        ValueError: there is no such feature, none is alive, or the model's weights are shorter than float32.
+        ValueError: there is no such feature, none is alive, the model's weights are shorter than float32, or the text
+            has too few tokens that differ for `n_draws` differences.
     """
     require_float32(model)
     n_layers, d_model = dictionary.config.n_layers, dictionary.config.d_model
-    each_layer &= n_layers > 1 and dictionary.grouped().encoder_GFN.shape[2] == n_layers * d_model
-    places = (ALL_LAYERS, *(str(layer) for layer in layers if each_layer))
-    n_variants = 1 + len(places) * (1 + n_draws)
+    each_layer &= n_layers > 1 and not dictionary.is_bank
+    places = (ALL_LAYERS, *(str(layer) for layer in layers if each_layer), STEERED)
+    n_variants = 1 + len(places) * (1 + len(CONTROLS) * n_draws)
     sites = Sites(dictionary, model, blocks, ids_RS, layers=layers, kind=kind, n_rows=n_variants)
     row_bytes = ids_RS.shape[1] * max(sites.subject.token_bytes, 4 * n_layers * d_model)
     with Progress("reading the text", len(ids_RS), unit="row", quiet=quiet) as progress:
-        code_TF = read_code(sites, ids_RS, max(1, splice.LOGIT_BYTES // row_bytes), progress)
+        code_TF, is_read_T, x_NLD = read_text(
+            sites, ids_RS, max(1, splice.LOGIT_BYTES // row_bytes), progress, max(N_KEPT, 8 * n_draws)
+        )
     feature_n, energy_F = _choose(dictionary, code_TF, features, by)
     code_Tn, length = code_TF[:, feature_n], ids_RS.shape[1]
     # The last token of a row predicts nothing that is known.
     predicts_T = np.tile(np.arange(length) < length - 1, len(ids_RS))
     code_Tn = sparse.csc_array(sparse.diags_array(predicts_T.astype(np.float32)) @ code_Tn)
     code_Tn.eliminate_zeros()
-    shares_nLD = splice.feature_shares(dictionary, feature_n.tolist(), kind)
+    shares_nLD, added_NLD = splice.feature_shares(dictionary, feature_n.tolist(), kind), added(x_NLD, dictionary, kind)
+    is_read_RS = torch.from_numpy(is_read_T.reshape(-1, length))
     jobs_J2 = choose_rows(code_Tn, feature_n, length, n_rows, seed).reshape(-1, 2)
     found: dict[int, Effect | str] = {}
     with Progress("effects", len(jobs_J2), unit="row", quiet=quiet) as progress:
@@ -157,16 +187,16 @@ def measure_effects(
                 found[feature] = f"not active on any of {code_TF.shape[0]:,} tokens"
                 continue
             active_R = np.bincount(code_Tn[:, [index]].indices // length, minlength=len(ids_RS)) > 0
-            sums = _Sums(places, sites, document_R[row_j])
-            directions_VLD = _directions(shares_nLD[index], len(places), n_draws, [seed, feature])
+            directions_VLD = _directions(shares_nLD[index], added_NLD, n_draws, [seed, feature])
+            promoted_m = _promoted(readout, shares_nLD[index], n_text)
+            value_P = code_TF[:, [feature]].data
+            sums = _Sums(places, sites, directions_VLD, float(value_P.mean()), promoted_m, document_R[row_j])
             for part in np.array_split(row_j, -(-len(row_j) // max(1, splice.LOGIT_BYTES // (row_bytes * n_variants)))):
                 value_bS = values_of(code_Tn, np.full(len(part), index), part, length)
-                sums.add(ids_RS[part], value_bS, directions_VLD, document_R[part])
+                sums.add(ids_RS[part], value_bS, is_read_RS[part], document_R[part])
                 progress.advance(len(part))
-            rate = np.diff(code_TF.indptr)[feature] / code_TF.shape[0]
-            found[feature] = sums.effect(
-                feature, float(rate), float(energy_F[feature] / energy_F.sum()), float(active_R.mean())
-            )
+            energy = float(energy_F[feature] / energy_F.sum())
+            found[feature] = sums.effect(feature, len(value_P) / code_TF.shape[0], energy, float(active_R.mean()))
     return found
 
 
@@ -188,73 +218,115 @@ def _choose(
     return order[worth_F[order] > 0], energy_F
 
 
-def _directions(share_LD: Tensor, n_places: int, n_draws: int, seed: list[int]) -> Tensor:
-    """What is taken off for an activation of 1 in each variant, `[1 + P (1 + R), L, D]`: nothing; at every place the
-    feature's share, then random directions of its norm on each layer."""
-    n_layers = len(share_LD)
-    random = np.random.default_rng(seed).standard_normal((n_draws, *share_LD.shape)).astype(np.float32)
-    random_RLD = F.normalize(torch.from_numpy(random).to(share_LD), dim=-1) * share_LD.norm(dim=-1, keepdim=True)
-    own_VLD = torch.cat([share_LD[None], random_RLD])
-    masks_PL = torch.cat([torch.ones(1, n_layers), torch.eye(n_layers)])[:n_places].to(share_LD)
-    places_PVLD = masks_PL[:, None, :, None] * own_VLD
-    return torch.cat([torch.zeros_like(share_LD)[None], places_PVLD.flatten(0, 1)])
+def _promoted(readout: Readout | None, share_LD: Tensor, n_text: int | None) -> tuple[int, ...]:
+    """The tokens that all that a feature adds to the stream promotes most, by the model's final norm and head."""
+    if readout is None:
+        return ()
+    effect_V = readout.effect(share_LD.sum(0, keepdim=True))[0, :n_text]
+    return tuple(effect_V.topk(min(N_PROMOTED, len(effect_V))).indices.tolist())
+
+
+def _directions(share_LD: Tensor, added_NLD: Tensor, n_draws: int, seed: list[int]) -> Tensor:
+    """What is moved for an activation of 1, `[1 + 2 R, L, D]`: the feature's share, then isotropic directions and
+    differences of what the layers add at two random tokens, of its norm on each layer."""
+    random = np.random.default_rng(seed)
+    differences_RLD = _differences(added_NLD, n_draws, random)
+    isotropic = torch.from_numpy(random.standard_normal(differences_RLD.shape).astype(np.float32))
+    drawn = torch.cat([isotropic.to(share_LD), differences_RLD.to(share_LD)])
+    return torch.cat([share_LD[None], F.normalize(drawn, dim=-1) * share_LD.norm(dim=-1, keepdim=True)])
+
+
+def _differences(added_NLD: Tensor, n_draws: int, random: np.random.Generator) -> Tensor:
+    """What the layers add at one random token less at another, `[R, L, D]`, of pairs that differ: the same words at the
+    same positions add the same but for rounding."""
+    pairs_N2 = random.permutation(len(added_NLD))[: len(added_NLD) // 2 * 2].reshape(-1, 2)
+    difference_NLD = added_NLD[pairs_N2[:, 0]] - added_NLD[pairs_N2[:, 1]]
+    norm_NL = difference_NLD.norm(dim=-1)
+    usable_NLD = difference_NLD[(norm_NL > 1e-3 * norm_NL.median(0).values).all(1)][:n_draws]
+    if len(usable_NLD) < n_draws:
+        raise ValueError(f"{len(added_NLD)} tokens give {len(usable_NLD)} differences of {n_draws}; give more text")
+    return usable_NLD
 
 
 class _Sums:
     """Sums over the predictions of one feature's rows, by document."""
 
-    def __init__(self, places: tuple[str, ...], sites: Sites, document_j: np.ndarray) -> None:
+    def __init__(
+        self,
+        places: tuple[str, ...],
+        sites: Sites,
+        directions_VLD: Tensor,
+        usual: float,
+        promoted_m: tuple[int, ...],
+        document_j: np.ndarray,
+    ) -> None:
         self.places, self.sites, self.documents = places, sites, np.unique(document_j)
-        self.n_measured = len(document_j)
-        self.sums_EVM: np.ndarray | None = None
-        self.tokens_E, self.active_E = (np.zeros(len(self.documents), dtype=np.int64) for _ in range(2))
+        n_layers = directions_VLD.shape[1]
+        whole, each = torch.ones(1, n_layers), torch.eye(n_layers)[: len(places) - 2]
+        masks_PL = torch.cat([whole, each, whole]).to(directions_VLD)
+        self.moves_PVLD = masks_PL[:, None, :, None] * directions_VLD
+        self.usual, self.promoted_m, self.n_measured = usual, promoted_m, len(document_j)
+        n, shape = len(self.documents), self.moves_PVLD.shape[:2]
+        self.sums_EPVM = np.zeros((n, *shape, len(MEASURES)))
+        self.tokens_E, self.moved_EP = np.zeros(n, dtype=np.int64), np.zeros((n, shape[0]), dtype=np.int64)
         self.change_V: Tensor | float = 0.0
 
-    def add(self, ids_bS: Tensor, value_bS: Tensor, directions_VLD: Tensor, document_b: np.ndarray) -> None:
-        """Run some rows in every variant, the first of which is clean."""
-        sites, shape = self.sites, (len(directions_VLD), len(ids_bS))
+    def add(self, ids_bS: Tensor, value_bS: Tensor, is_read_bS: Tensor, document_b: np.ndarray) -> None:
+        """Run some rows as they are, and with each direction moved at each place."""
+        sites, n, (n_places, n_directions) = self.sites, len(ids_bS), self.moves_PVLD.shape[:2]
+        n_variants = n_places * n_directions
+        amount_PbS = torch.stack([*[-value_bS] * (n_places - 1), self.usual * (is_read_bS & (value_bS == 0))])
 
-        def take_off(number: int, given: Tensor, returned: Tensor) -> Tensor:
-            part_VbSD = directions_VLD[:, None, None, number].to(returned) * value_bS[None, :, :, None].to(returned)
-            return returned - part_VbSD.flatten(0, 1)
+        def move(number: int, given: Tensor, returned: Tensor) -> Tensor:
+            amount, directions = amount_PbS.to(returned), self.moves_PVLD[:, :, number].to(returned)
+            moved = torch.einsum("pbs,pvd->pvbsd", amount, directions).flatten(0, 2)
+            return torch.cat([returned[:n], returned[n:] + moved])
 
-        with replacing([sites.blocks[layer - 1] for layer in sites.layers], take_off):
-            logits = sites.subject.run(ids_bS.repeat(shape[0], 1))
-        sums_VbM, last = np.zeros((shape[0] - 1, shape[1], len(MEASURES))), ids_bS.shape[1] - 1
-        step = max(1, splice.BLOCK_BYTES // (sites.subject.token_bytes * math.prod(shape)))
+        with replacing([sites.blocks[layer - 1] for layer in sites.layers], move):
+            logits = sites.subject.run(ids_bS.repeat(1 + n_variants, 1))
+        sums_VbM, last = np.zeros((n_variants, n, len(MEASURES))), ids_bS.shape[1] - 1
+        step = max(1, splice.BLOCK_BYTES // (sites.subject.token_bytes * n * (1 + n_variants)))
         for start in range(sites.skip, last, step):
             stop = min(start + step, last)
-            log_VbPW = logits(start, stop).float().log_softmax(-1).unflatten(0, shape)
+            log_VbPW = logits(start, stop).float().log_softmax(-1).unflatten(0, (1 + n_variants, n))
             target_bP = ids_bS[:, start + 1 : stop + 1].to(log_VbPW.device)
-            target_VbP1 = target_bP.expand(shape[0], -1, -1)[..., None]
-            loss_VbP = -log_VbPW.gather(-1, target_VbP1).squeeze(-1)
+            loss_VbP = -log_VbPW.gather(-1, target_bP.expand(1 + n_variants, -1, -1)[..., None]).squeeze(-1)
             clean_bPW, changed_VbPW = log_VbPW[0], log_VbPW[1:]
             kl_VbP = (clean_bPW.exp() * (clean_bPW - changed_VbPW)).sum(-1)
-            active_bP = (value_bS[:, start:stop] > 0).to(log_VbPW.device)
-            for i, one_VbP in enumerate((loss_VbP[1:] - loss_VbP[0], kl_VbP)):
-                sums_VbM[..., 2 * i] += one_VbP.double().sum(-1).cpu().numpy()
-                sums_VbM[..., 2 * i + 1] += (one_VbP * active_bP).double().sum(-1).cpu().numpy()
+            moved_PbP = (amount_PbS[:, :, start:stop] != 0).to(log_VbPW.device)
+            moved_VbP = moved_PbP.repeat_interleave(n_directions, dim=0)
+            each = [loss_VbP[1:] - loss_VbP[0], kl_VbP]
+            if self.promoted_m:
+                of_m = log_VbPW[..., list(self.promoted_m)].mean(-1)
+                each.append(of_m[1:] - of_m[0])
+            for i, one_VbP in enumerate(each):
+                sums_VbM[..., min(2 * i + 1, 4)] += (one_VbP * moved_VbP).double().sum(-1).cpu().numpy()
+                if i < 2:
+                    sums_VbM[..., 2 * i] += one_VbP.double().sum(-1).cpu().numpy()
+            active_bP = moved_PbP[0]
             self.change_V += (changed_VbPW[0][active_bP].exp() - clean_bPW[active_bP].exp()).double().sum(0)
+        self._count(sums_VbM.reshape(n_places, n_directions, n, -1), amount_PbS[:, :, sites.skip : last], document_b)
+
+    def _count(self, sums_PVbM: np.ndarray, amount_PbS: Tensor, document_b: np.ndarray) -> None:
         place_b = np.searchsorted(self.documents, document_b)
-        if self.sums_EVM is None:
-            self.sums_EVM = np.zeros((len(self.documents), shape[0] - 1, len(MEASURES)))
-        np.add.at(self.sums_EVM, place_b, sums_VbM.transpose(1, 0, 2))
-        np.add.at(self.tokens_E, place_b, last - sites.skip)
-        np.add.at(self.active_E, place_b, (value_bS[:, sites.skip : last] > 0).sum(1).numpy())
+        np.add.at(self.sums_EPVM, place_b, sums_PVbM.transpose(2, 0, 1, 3))
+        np.add.at(self.tokens_E, place_b, amount_PbS.shape[2])
+        np.add.at(self.moved_EP, place_b, (amount_PbS != 0).sum(2).T.numpy())
 
     def effect(self, feature: int, rate: float, energy: float, row_share: float) -> Effect:
         """What was summed."""
-        assert self.sums_EVM is not None
         assert isinstance(self.change_V, Tensor)
         return Effect(
             feature=feature,
             places=self.places,
-            sums_EPVM=self.sums_EVM.reshape(len(self.documents), len(self.places), -1, len(MEASURES)),
+            sums_EPVM=self.sums_EPVM,
             tokens_E=self.tokens_E,
-            active_E=self.active_E,
+            moved_EP=self.moved_EP,
             rate=rate,
             energy=energy,
+            usual=self.usual,
             row_share=row_share,
             n_measured=self.n_measured,
-            change_V=(self.change_V / self.active_E.sum()).cpu().numpy(),
+            promoted_m=self.promoted_m,
+            change_V=(self.change_V / self.moved_EP[:, 0].sum()).cpu().numpy(),
         )

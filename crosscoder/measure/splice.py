@@ -126,9 +126,15 @@ def feature_shares(dictionary: Dictionary, features: Sequence[int], kind: str) -
     layers hold is their own features'.
     """
     row_nLD = dictionary.decoder_FLD()[torch.tensor(list(features))].float() / dictionary.input_scale[:, None]
+    return added(row_nLD, dictionary, kind)
+
+
+def added(held_nLD: Tensor, dictionary: Dictionary, kind: str) -> Tensor:
+    """What each layer adds of what sites hold: of a residual stream that a dictionary reads at once, the gain since the
+    layer before."""
     if kind == "write" or dictionary.is_bank:
-        return row_nLD
-    return torch.cat([row_nLD[:, :1], row_nLD.diff(dim=1)], dim=1)
+        return held_nLD
+    return torch.cat([held_nLD[:, :1], held_nLD.diff(dim=1)], dim=1)
 
 
 class Sites:

@@ -131,7 +131,7 @@ class Place:
     layer: Annotated[Text, Field(max_length=64)] | None = None
     estimator: Name | None = None
     kind: Name | None = None
-    """Kind of planted feature."""
+    """Kind of planted feature, or of control."""
     dictionary: Name | None = None
     """The label of one of several dictionaries that are compared."""
     against: Name | None = None

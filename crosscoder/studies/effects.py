@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,16 @@ import torch
 from crosscoder.data.blocks import input_device
 from crosscoder.data.residuals import ResidualHarvester, find_blocks
 from crosscoder.data.stream import ActivationStream
+from crosscoder.data.tokenizer import count_ids
 from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.scale import at_usual_scale, is_raw
+from crosscoder.foundation.console import say
 from crosscoder.foundation.origin import require_same
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.measure.effects import MEASURES, N_DRAWS, N_ROWS, By, Effect, measure_effects
+from crosscoder.measure.effects import CONTROLS, MEASURES, N_DRAWS, N_ROWS, STEERED, By, Effect, measure_effects
 from crosscoder.measure.labels import decode
+from crosscoder.measure.logits import Readout, find_readout
 from crosscoder.results.file import Provenance, Results
 from crosscoder.results.table import LongTable, Place, Row, Site, rows_at
 from triton_kernels import cpu_form
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 SCALE_TOKENS = 8192
 """Of the text, from which the usual norms of raw activations are taken."""
+READOUT_TOKENS = 2048
+"""Of the text, from which the mean token's scale at the final norm is taken."""
+BEYOND = {"kl": (0, "kl_active"), "promoted": (0, "promoted"), "steered": (-1, "promoted")}
+"""What a feature should do, by key: at which of its places, and the measure."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,18 @@ def run_effects(
         require_same(reads, replace(reads, tokens=held_out.origin), owner="the dictionary", given="the text")
     dictionary = _at_usual_scale(dictionary, model, held_out, where)
     chosen = torch.linspace(0, len(held_out) - 1, min(len(held_out), n_text_rows)).round().long()
+    ids_RS = held_out[chosen]
     found = measure_effects(
         dictionary,
         model,
         blocks,
-        held_out[chosen].to(input_device(model)),
+        ids_RS.to(input_device(model)),
         held_out.documents[chosen.numpy()],
         features,
         layers=where.layers,
         kind=where.kind,
+        readout=_readout(model, ids_RS, where),
+        n_text=count_ids(tokens.tokenizer),
         by=by,
         n_rows=n_rows,
         n_draws=n_draws,
@@ -87,12 +97,9 @@ def run_effects(
         seed=seed,
     )
     rows = [row for feature, effect in found.items() for row in _rows(feature, effect, tokens)]
-    beyond = [one.beyond(0) for one in found.values() if isinstance(one, Effect)]
-    known = [one for one in beyond if one is not None]
     text = held_out.origin.text.source if held_out.origin is not None and held_out.origin.text is not None else ""
     overall = {
         "effect_draws": n_draws,
-        "effect_beyond_share": float(np.mean(known)) if known else None,
         "dictionary_reads": str(reads or f"no record; taken to read {where.kind} sites {list(where.layers)}"),
         "tokens_held_out": len(chosen) * held_out.sequence_length,
     }
@@ -104,7 +111,7 @@ def run_effects(
         tokens_fingerprint=held_out.fingerprint,
         text=text,
     )
-    return Results(LongTable((*rows_at(Place(), overall), *rows)), None, provenance)
+    return Results(LongTable((*rows_at(Place(), overall), *_shares(found.values()), *rows)), None, provenance)
 
 
 def _at_usual_scale(dictionary: Dictionary, model: nn.Module, tokens: TokenBlocks, where: Where) -> Dictionary:
@@ -121,25 +128,66 @@ def _at_usual_scale(dictionary: Dictionary, model: nn.Module, tokens: TokenBlock
     return dictionary
 
 
+def _readout(model: nn.Module, ids_RS: torch.Tensor, where: Where) -> Readout | None:
+    """The model's readout, from some of the rows; where it has none of a form that is known, that is said."""
+    n_rows = min(len(ids_RS), max(1, READOUT_TOKENS // ids_RS.shape[1]))
+    spread = torch.linspace(0, len(ids_RS) - 1, n_rows).round().long()
+    try:
+        return find_readout(model, ids_RS[spread], blocks_path=where.blocks_path)
+    except ValueError as error:
+        say(f"no promoted tokens: {error}")
+        return None
+
+
+def _shares(found: Collection[Effect | str]) -> Iterator[Row]:
+    """Shares of features beyond each control."""
+    for control in CONTROLS:
+        for key, (place, measure) in BEYOND.items():
+            each = [one.beyond(place, measure, control) for one in found if isinstance(one, Effect)]
+            known = [one for one in each if one is not None]
+            yield from rows_at(Place(kind=control), {f"beyond_{key}_share": float(np.mean(known)) if known else None})
+
+
 def _rows(feature: int, effect: Effect | str, tokens: PreparedTokens) -> list[Row]:
     if isinstance(effect, str):
         return [Row(Place(feature=feature, layer="all"), "effect_kl_active", None, effect)]
-    rows = []
+
+    def texts(ids: Sequence[int]) -> list[str]:
+        return [repr(decode(tokens.tokenizer, [one])) for one in ids]
+
+    up, down = effect.changed()
+    rows = rows_at(
+        Place(feature=feature, layer="all"),
+        {
+            "effect_rate": effect.rate,
+            "effect_energy": effect.energy,
+            "effect_tokens": int(effect.moved_EP[:, 0].sum()),
+            "effect_rows": effect.n_measured,
+            "effect_documents": len(effect.tokens_E),
+            "effect_up": texts(up),
+            "effect_down": texts(down),
+            "promoted_tokens": texts(effect.promoted_m),
+            "steered_by": effect.usual,
+        },
+    )
     for place, layer in enumerate(effect.places):
-        values: dict[str, Any] = {}
-        if place == 0:
-            up, down = ([repr(decode(tokens.tokenizer, [one])) for one in ids] for ids in effect.changed())
-            values = {
-                "effect_rate": effect.rate,
-                "effect_energy": effect.energy,
-                "effect_tokens": int(effect.active_E.sum()),
-                "effect_rows": effect.n_measured,
-                "effect_documents": len(effect.tokens_E),
-                "effect_up": up,
-                "effect_down": down,
+        is_steered = layer == STEERED
+        at = Place(feature=feature, layer="all" if is_steered else layer)
+        if is_steered and not effect.moved_EP[:, place].sum():
+            continue
+        names = {one: f"effect_{one}" for one in MEASURES}
+        if is_steered:
+            names = {"kl_active": "steered_kl", "promoted": "steered_promoted"}
+        if not effect.promoted_m:
+            names.pop("promoted")
+        rows += rows_at(at, {key: effect.interval(place, one) for one, key in names.items()})
+        for control in CONTROLS:
+            values: dict[str, Any] = {
+                key if is_steered else key.replace("effect", "control"): effect.control(place, one, control)
+                for one, key in names.items()
             }
-        for measure in MEASURES:
-            values |= {f"effect_{measure}": effect.interval(place, measure)}
-            values |= {f"control_{measure}": effect.control(place, measure)}
-        rows += rows_at(Place(feature=feature, layer=layer), values | {"effect_beyond": effect.beyond(place)})
+            for key, (which, one) in BEYOND.items():
+                if (which == -1) == is_steered and one in names:
+                    values[f"beyond_{key}"] = effect.beyond(place, one, control)
+            rows += rows_at(replace(at, kind=control), values)
     return rows

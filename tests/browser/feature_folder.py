@@ -81,7 +81,7 @@ def made(folder: Path, n_features: int = 300, texts: tuple[str, ...] = HOSTILE +
         activity,
         tokens,
         tuple(range(5, 5 + layers)),
-        precision_FS=random.random((n_features, layers + 1)),
+        precision_FS3=random.random((n_features, layers + 1, 3)),
         effects=LogitEffects(promoted, value, suppressed, -value),
         effect_n=alive,
         nearest={"": near, "seed <b>1</b>": near},

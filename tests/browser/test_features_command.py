@@ -172,7 +172,7 @@ def test_a_transcoder_s_layers_are_named_and_what_it_does_not_write_has_no_effec
     assert one["written"][:2] == [0, 0]
     often = next(one for one in features if one["layer_precision"])
     assert often["layer_precision"][:2] == [None, None]
-    assert 0 < often["layer_precision"][4] <= 1
+    assert 0 <= often["layer_precision_low"][4] <= often["layer_precision"][4] <= often["layer_precision_high"][4] <= 1
 
 
 def test_dictionaries_are_named_by_as_much_of_their_paths_as_it_takes():

@@ -152,15 +152,24 @@ def test_effects_are_printed_and_kept_as_data(several, capsys):
     for line in whole:
         at = {"feature": int(line["feature"]), "layer": "all"}
         assert float(line["effect_kl_active"]) > 0
-        assert rows.one("control_kl_active", **at).value == pytest.approx(float(line["control_kl_active"]))
-        low, high = float(line["control_kl_active_low"]), float(line["control_kl_active_high"])
-        assert low <= float(line["control_kl_active"]) <= high
-        assert rows.one("effect_beyond", **at) == (float(line["effect_kl_active"]) > high)
+        assert rows.one("steered_by", **at) == float(line["steered_by"]) > 0
+        for control in ("isotropic", "activations"):
+            of = at | {"kind": control}
+            low, mean, high = (float(line[f"{control}_effect_kl_active{end}"]) for end in ("_low", "", "_high"))
+            assert rows.one("control_kl_active", **of).value == mean
+            assert low <= mean <= high
+            assert rows.one("beyond_kl", **of) == (float(line["effect_kl_active"]) > high)
+            highest = max(0, float(line[f"{control}_steered_promoted_high"]))
+            assert line[f"{control}_beyond_steered"] == str(float(line["steered_promoted"]) > highest)
         assert re.fullmatch(r"('.*' ?|\".*\" ?){1,5}", line["effect_down"])
+        assert len(rows.one("promoted_tokens", **at)) == 10
+    for control in ("isotropic", "activations"):
+        flags = rows.select("beyond_promoted", kind=control, layer="all").values("beyond_promoted")
+        assert rows.one("beyond_promoted_share", kind=control) == sum(flags) / 5
     energies = [float(line["effect_energy"]) for line in whole]
     assert energies == sorted(energies, reverse=True)
     page = (out / "report.html").read_text()
-    assert "every random direction" in page
+    assert "every isotropic direction" in page
     assert "Every feature at each layer alone" in page
 
 
@@ -214,7 +223,7 @@ def test_the_page_on_effects_runs(several, capsys):
         example("effects.md"),
         {"dictionary": dictionary, "model": model, "tokens": PreparedTokens.load(several / "tokens")},
     )
-    line = r"feature \d+: \S+ nats, random directions \S+ \[\S+, \S+\]\n"
+    line = r"feature \d+: \S+ nats, control \S+ \[\S+, \S+\]\n"
     assert re.fullmatch(line * 2, capsys.readouterr().out)
 
 
@@ -232,8 +241,8 @@ def test_results_that_somebody_edited_are_text_or_refused(several, tmp_path, cap
 
     def speak(results):
         for block in results["rows"]:
-            if "effect_down" in block["values"]:
-                block["values"]["effect_down"] = [evil]
+            if "promoted_tokens" in block["values"]:
+                block["values"]["promoted_tokens"] = [evil]
 
     assert effects(several, "spoken", "--dictionary", str(several / "cc/dictionary"), "--top", "1", "--rows", "2") == 0
     assert changed_results(several / "spoken", tmp_path / "spoken", speak) == 0

@@ -117,7 +117,7 @@ def test_a_page_is_not_read_into_as_much_memory_as_its_header_asks_for(tmp_path)
     assert content[4:7] == b"\x15\x00\x15"  # a data page, its two sizes, of one byte each here
     path.write_bytes(content[:9] + b"\xfe\xff\xff\xff\x0f" + content[10:])  # 2 GB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="not a whole .parquet file"):
+    with pytest.raises(ValueError, match=r"not a whole \.parquet file"):
         read(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
 

@@ -42,7 +42,7 @@ def activity(form=Crosscoder, **wanted):
 
 def test_a_layer_that_something_else_moves_is_less_precise():
     found, is_on = activity(sampled=64)
-    precision = layer_precision(found, quiet=True)
+    precision = layer_precision(found, quiet=True)[..., 0]
     rate, other = float(is_on[:, 0].mean()), float(((is_on[:, 2] > 0) & (is_on[:, 0] == 0)).float().mean())
     assert precision[0, 0] == pytest.approx(1, abs=0.02)
     # Where both are on the reading is twice as high; the threshold is that of nine in ten, where the feature is alone.
@@ -53,16 +53,32 @@ def test_a_layer_that_something_else_moves_is_less_precise():
 
 
 def test_a_part_of_the_tokens_says_nearly_the_same(monkeypatch):
-    whole = layer_precision(activity(sampled=64)[0], quiet=True)
+    whole = layer_precision(activity(sampled=64)[0], quiet=True)[..., 0]
     monkeypatch.setattr(examples, "SAMPLE_BYTES", 4 * 8 * 900)
     found, _ = activity(sampled=64)
     assert len(found.sample.x_NLD) == pytest.approx(800, abs=120)
-    np.testing.assert_allclose(layer_precision(found, quiet=True), whole, atol=0.08)
+    np.testing.assert_allclose(layer_precision(found, quiet=True)[..., 0], whole, atol=0.08)
 
 
 def test_a_bank_s_features_have_one_reading():
     found, _ = activity(LayerwiseSAE)
-    precision = layer_precision(found, quiet=True)
+    precision = layer_precision(found, quiet=True)[..., 0]
     assert precision.shape == (4, 2)
     np.testing.assert_allclose(precision[[0, 3]], 1, atol=0.02)
     assert np.isnan(precision[[1, 2]]).all()  # never active
+
+
+def test_the_interval_covers_what_all_tokens_say(monkeypatch):
+    truth = layer_precision(activity(sampled=1000)[0], quiet=True)[0, :, 0]
+    monkeypatch.setattr(examples, "SAMPLE_BYTES", 4 * 8 * 900)
+    covered = []
+    for seed in range(12):
+        value, low, high = layer_precision(activity(sampled=32, seed=seed)[0], quiet=True)[0].T
+        assert (low <= value).all()
+        assert (value <= high).all()
+        covered += list((low <= truth) & (truth <= high))
+        assert low[1] > 0.15  # layer 1 is told from nothing at all
+    assert np.mean(covered) >= 0.9
+    value, low, high = layer_precision(activity(sampled=8)[0], quiet=True)[0, 1]
+    assert low == pytest.approx(0.1, abs=0.03)  # its rate: eight tokens have no reading that is surely low enough
+    assert value < high
