@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         say("crosscoder: stopped at once")
         return signals.STOPPED_AT_ONCE
     except Exception as error:
-        if os.environ.get("CROSSCODER_TRACEBACK"):
+        if os.environ.get("CROSSCODER_TRACEBACK") or (isinstance(error, BrokenPipeError) and console.reader_is_gone()):
             raise
         known = isinstance(error, ValueError | OSError | ImportError | RuntimeError | ArithmeticError)
         if ranks.is_first_to_fail(error):

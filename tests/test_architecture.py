@@ -36,7 +36,7 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4695,
-    "crosscoder/foundation": 2085,
+    "crosscoder/foundation": 2100,
     "crosscoder/results": 835,
     "crosscoder/data": 5215,
     "crosscoder/dictionary": 2475,
@@ -48,9 +48,9 @@ BUDGETS = {
     "crosscoder/report": 2270,
     "crosscoder/studies": 2880,
     "crosscoder/commands": 1690,
-    "crosscoder": 1170,  # the modules beside the rooms
+    "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_400, 23_930
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_420, 23_955
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

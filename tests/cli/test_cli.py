@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -160,6 +161,17 @@ def test_python_runs_the_command_as_a_module(tmp_path):
     command = [sys.executable, "-m", "crosscoder", "compare", "--dry-run", "--preset", "smoke"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "A, crosscoder: parameters" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["compare", "--help"], ["compare", "--dry-run", "--preset", "smoke"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(arguments, tmp_path):
+    command = [sys.executable, "-m", "crosscoder", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        said = run.stderr.read()
+    assert b"Traceback" not in said
+    assert b"Errno" not in said
+    assert run.returncode == 128 + signal.SIGPIPE
 
 
 def test_the_version_is_the_package_s_own(capsys):

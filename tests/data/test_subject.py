@@ -225,6 +225,6 @@ def test_models_of_no_next_token_are_refused_in_one_line(tmp_path):
 def test_a_setting_of_another_type_is_one_line(tmp_path):
     settings = {"model_type": "llama", "rms_norm_eps": [[]]}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="is not a model's: .*'rms_norm_eps' expected float, got list") as caught:
+    with pytest.raises(ValueError, match=r"is not a model's: .*'rms_norm_eps' expected float, got list") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)

@@ -166,7 +166,10 @@ def test_configs_round_trip():
         ({"name": "x", "rate": -1}, "rate is -1; expected a number greater than or equal to 0$"),
         ({"name": "x", "sizes": [1, 2.5]}, r"sizes\[1\] is 2.5; expected a valid integer"),
         ({"name": "x", "sizes": [1, 2, 3, 4]}, "^Outer: too many sizes$"),
-        ({"name": "x", "sizes": ["a"] * 100}, r"sizes\[11\] is 'a'; expected a valid integer; and 88 more of the kind$"),
+        (
+            {"name": "x", "sizes": ["a"] * 100},
+            r"sizes\[11\] is 'a'; expected a valid integer; and 88 more of the kind$",
+        ),
         ({"name": "x", "side": 3}, "side is 3; expected an instance of Left or an instance of Right$"),
         ({"name": "x", "side": {"kind": "Middle"}}, "kind is 'Middle', expected one of"),
         ({"name": "x", "side": {"kind": "Left", "weight": 1.0}}, "^Outer.side: unknown setting 'weight'"),
