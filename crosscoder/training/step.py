@@ -163,7 +163,7 @@ def initialize_bias(dictionary: Dictionary, x_BLD: Tensor, *, method: BiasInit) 
         case "geometric_median":
             center_GN.copy_(torch.stack([geometric_median(x_BN) for x_BN in x_BGN.unbind(1)]))
         case "mean":
-            center_GN.copy_(x_BGN.mean(0))
+            center_GN.copy_(x_BGN.mean(0, dtype=torch.float64))  # the same beside any other layers
         case "zero":
             center_GN.zero_()
     if dictionary.others is not None:

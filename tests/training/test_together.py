@@ -23,6 +23,7 @@ from crosscoder.foundation.signals import Stopped
 from crosscoder.training import TrainConfig, train, train_many, train_warm_chain
 from crosscoder.training.gradients import accumulate_gradients
 from crosscoder.training.state import TrainState
+from crosscoder.training.step import initialize_bias
 from tests.ranks import on_ranks
 from triton_kernels import reference
 
@@ -412,6 +413,19 @@ def test_every_division_begins_with_the_same_dictionary(case, monkeypatch):
 def test_a_bank_is_divided_by_layers_where_they_come_out_even_enough(case, n_layers, size, along):
     form, config = CASES[case][0], replace(new(case).config, n_layers=n_layers)
     assert shard_for(form, config, of_rank(0, (1,) * size).ranks).along == along
+
+
+@pytest.mark.parametrize("method", ["mean", "geometric_median"])
+def test_a_layer_starts_at_the_same_centre_beside_any_others(method):
+    x_BLD = torch.randn(32, 5, D, generator=torch.Generator().manual_seed(0))
+    for stops in ((5,), (2, 5), (1, 3, 5)):
+        whole = LayerwiseSAE(n_layers=5, d_model=D, n_features=F, sparsity=TopK(k=3))
+        initialize_bias(whole, x_BLD, method=method)
+        for rank in range(len(stops)):
+            part = divided(whole, of_rank(rank, stops, "layers"))
+            own = slice(part.shard.start, part.shard.stop)
+            initialize_bias(part, x_BLD[:, own].contiguous(), method=method)
+            assert torch.equal(part.decoder_bias, whole.decoder_bias[own])
 
 
 def test_more_ranks_than_features_are_refused():
