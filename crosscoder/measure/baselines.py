@@ -120,7 +120,7 @@ def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray 
     seen: which of `train` the subject has read (`seen_blocks`); None: all. Compare with the subject's loss on the same
     held-out blocks.
     """
-    _require_one_tokenizer(train, held_out)
+    _require_comparable(train, held_out)
     model = KneserNey(
         train[slice(None) if seen is None else torch.as_tensor(seen)].numpy(), vocab_size=train.vocab_size
     )
@@ -128,10 +128,12 @@ def ngram_losses(train: TokenBlocks, held_out: TokenBlocks, *, seen: np.ndarray 
     return {name: np.concatenate([model.nats(part, order).mean(1) for part in parts]) for order, name in ORDERS.items()}
 
 
-def _require_one_tokenizer(train: TokenBlocks, held_out: TokenBlocks) -> None:
+def _require_comparable(train: TokenBlocks, held_out: TokenBlocks) -> None:
     made = [(blocks.vocab_size, blocks.tokenizer_hash) for blocks in (train, held_out)]
     if made[0] != made[1]:
         raise MismatchError(f"training and held-out tokens are of different tokenizers, {made}; prepare them together")
+    if (shortest := min(train.sequence_length, held_out.sequence_length)) < max(ORDERS):
+        raise ValueError(f"blocks of {shortest} tokens hold no {ORDERS[max(ORDERS)]}; expected {max(ORDERS)} or more")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def token_lookup(
     prediction but the first of a block; first tokens are in no mean. With all writes replaced a prediction
     depends on its own token alone, so what the first positions are given changes nothing.
     """
-    _require_one_tokenizer(train, held_out)
+    _require_comparable(train, held_out)
     ids = train[slice(None) if seen is None else torch.as_tensor(seen)]
     rows = _rows_at_once(model, train)
     mean_VLD, overall_LD = _token_means(model, blocks, ids.split(rows), train.vocab_size)

@@ -103,6 +103,9 @@ def test_what_cannot_be_counted_is_refused():
         KneserNey(text(2, 9, 0), vocab_size=2**22)
     with pytest.raises(MismatchError, match="different tokenizers"):
         ngram_losses(TokenBlocks(text(2, 9, 0), vocab_size=5), TokenBlocks(text(2, 9, 0), vocab_size=6))
+    short = TokenBlocks(text(2, 2, 0), vocab_size=VOCAB)  # whose trigrams would be bigrams, and lookup of nothing
+    with pytest.raises(ValueError, match="blocks of 2 tokens hold no trigram"):
+        ngram_losses(short, short)
 
 
 SETTINGS = {"vocab_size": 12, "context": 10, "head_dim": 8, "seed": 0}
@@ -180,3 +183,6 @@ def test_lookup_refuses_what_it_cannot_say(subject, tokens, monkeypatch):
     monkeypatch.setattr(baselines, "TABLE_BYTES", 12 * 2 * 16 * 8 - 1)
     with pytest.raises(ValueError, match="small subjects"):
         token_lookup(subject, blocks, *tokens)
+    short = TokenBlocks(tokens[0][:, :2], vocab_size=tokens[0].vocab_size)
+    with pytest.raises(ValueError, match="blocks of 2 tokens"):
+        token_lookup(subject, blocks, short, short)
