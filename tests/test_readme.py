@@ -50,6 +50,19 @@ def test_its_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_tests_that_pages_name_are_there():
+    named = [
+        one
+        for page in PAGES
+        for one in re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)(?:::(\w+))?`", page.read_text())
+    ]
+    assert len(named) > 50
+    for file, test in named:
+        path = ROOT / "tests" / file
+        assert path.is_file(), file
+        assert not test or f"def {test}(" in path.read_text(), (file, test)
+
+
 def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in PAGES[1:]:
