@@ -94,8 +94,8 @@ class ActivationStream(Activations):
                 yield self._told(self.harvester.harvest(self.tokens[part], kept_BS))
 
     def _told(self, x_TLD: Tensor) -> Tensor:
-        if self._progress is not None:
-            self._progress.advance(len(x_TLD))
+        if (progress := self._progress) is not None:  # read once: what is shown may end beside the thread
+            progress.advance(len(x_TLD))
         return x_TLD
 
     @contextlib.contextmanager

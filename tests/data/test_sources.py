@@ -15,6 +15,7 @@ from crosscoder.data.sources import Marked, ShuffledSource, SiteSource, Source, 
 from crosscoder.data.stream import ActivationStream
 from crosscoder.data.subject import build_subject
 from crosscoder.data.world import PlantedSource
+from crosscoder.foundation.console import Progress
 from crosscoder.studies.stores import Streamed
 
 N_TOKENS = 77  # eleven blocks of eight, the first position skipped
@@ -172,6 +173,15 @@ def test_harvesting_is_told_while_others_wait_for_it(quiet, harvester, blocks, m
     assert (f"harvest of a window: {whole}/{whole} token" in said) is not quiet
     stream.epoch_rows(0, N_TOKENS, seed=0, epoch=0)
     assert ("waiting for the harvest: " in capsys.readouterr().err) is not quiet
+
+
+def test_what_is_shown_may_end_while_the_thread_tells_of_it(harvester, blocks):
+    class Ending(ActivationStream):
+        _progress = property(lambda self: shown.pop() if shown else None, lambda self, _: None)
+
+    shown = [Progress("", None, quiet=True)]
+    assert sum(map(len, Ending(harvester, blocks).harvest(torch.arange(2)))) > 0
+    assert not shown
 
 
 def test_a_thread_reads_a_model_while_another_runs_it(harvester, blocks):
