@@ -203,6 +203,7 @@ def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
         ("the rule", lambda one: one.sparsity),
         ("the model", lambda one: one.about.model),
         ("the record", lambda one: one.about.record and str(replace(one.about.record, sites=()))),
+        ("the tokens", lambda one: one.about.record and (one.about.record.skip_positions, one.about.record.tokens)),
     ):
         if len(seen := list(dict.fromkeys(of(flat) for flat in flats))) > 1:
             raise ValueError(f"SAEs of one bank share {name}; here are {', '.join(map(str, seen)):.300}")

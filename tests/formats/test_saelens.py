@@ -202,6 +202,15 @@ def test_the_record_and_the_scale_come_back(kind, record, tmp_path):
         import_dictionary(tmp_path, sites=(1, 2, 3))
 
 
+def test_layers_that_were_trained_on_other_tokens_make_no_bank(tmp_path):
+    for group in range(2):
+        dictionary = trained(LayerwiseSAE, sparsity=TopK(k=4))
+        dictionary.reads = reads("write", (4, 5, 6), skip_positions=group)
+        save_saelens(dictionary, tmp_path / f"layer-{group}", group=group)
+    with pytest.raises(ValueError, match="SAEs of one bank share the tokens; here are"):
+        import_dictionary(tmp_path)
+
+
 def test_a_record_of_other_layers_is_damage(tmp_path, capsys):
     dictionary = trained(Crosscoder, sparsity=TopK(k=4))
     dictionary.reads = reads("write", (4, 5))
