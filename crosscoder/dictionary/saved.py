@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crosscoder.dictionary.config import DictionaryConfig
-from crosscoder.foundation.artifact import MANIFEST, DamagedArtifactError, read_json, verify_directory, write_json
+from crosscoder.foundation.artifact import (
+    MANIFEST,
+    DamagedArtifactError,
+    inside,
+    read_json,
+    verify_directory,
+    write_json,
+)
 from crosscoder.foundation.config import from_mapping, to_mapping
 from crosscoder.foundation.console import say
 from crosscoder.foundation.damage import reading
@@ -76,7 +83,7 @@ def read_saved(folder: Path, where: object, shapes: Callable[[str, DictionaryCon
         say(f"note: {where} has no {MANIFEST}, so nobody can tell whether its files are as they were written")
     elif folder.is_dir() and not (folder / MANIFEST).is_file():
         lacks = f"{where} has no {MANIFEST} and not both of {' and '.join(FILES)}"
-        raise FileNotFoundError(f"{lacks}: no dictionary. {CONVERT}")
+        raise FileNotFoundError(f"{lacks}: no dictionary. {inside(folder) or CONVERT}")
     else:
         verify_directory(folder, schema=SCHEMA, required=FILES)
     found = _config(folder / CONFIG)

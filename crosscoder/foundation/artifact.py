@@ -320,8 +320,7 @@ def verify_directory(
     if not path.is_file():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}; check the path")
-        inside = ", ".join(sorted(str(one.parent) for one in folder.glob(f"*/{MANIFEST}"))[:4])
-        mend = f"what lies in it is: give {inside}" if inside else "check the path, or write it again"
+        mend = inside(folder) or "check the path, or write it again"
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: it is not a finished artifact; {mend}")
     manifest = read_json(path)
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -340,6 +339,12 @@ def verify_directory(
     if closed and (more := unlisted_files(folder, files)):
         raise DamagedArtifactError(f"{folder} holds {', '.join(more[:3])}, which {MANIFEST} does not list; remove it")
     return frozenset(files)
+
+
+def inside(folder: Path) -> str:
+    """Which artifacts lie in a folder that is none, for who gave it in their place; empty where none does."""
+    found = ", ".join(sorted(str(one.parent) for one in folder.glob(f"*/{MANIFEST}"))[:4])
+    return found and f"what lies in it is: give {found}"
 
 
 def require_schema(seen: Any, expected: str, where: Path) -> None:

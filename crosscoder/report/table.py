@@ -162,7 +162,7 @@ def format_range(entry: Any, detail: str = "") -> Value:
     return Value(format_number(entry.value), f"{ends} {detail}".strip())
 
 
-def shown(found: Estimate | float | None, form: str) -> str:
+def shown(found: Estimate | float | None, form: str = ".3f") -> str:
     """A number as text of a page, with the ends of its interval where it has one."""
     if isinstance(found, Estimate) and f"{found.low:{form}}" == f"{found.high:{form}}":
         found = found.value

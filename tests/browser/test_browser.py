@@ -38,7 +38,7 @@ def test_the_first_page_lists_and_draws_every_feature(page, features):
     settled(page, 300)
     by_rate = sorted(range(300), key=lambda one: (-features[one]["rate"], one))
     assert rows(page)[:12] == by_rate[:12]
-    assert "263 are active" in page.ask("document.getElementById('page').textContent")
+    assert "263 are alive" in page.ask("document.getElementById('page').textContent")
     page.wait("document.querySelector('canvas')?.width > 300")
     is_drawn = "(() => { const c = document.querySelector('canvas'); return c.getContext('2d')"
     assert page.ask(is_drawn + ".getImageData(0, 0, c.width, c.height).data.some((one) => one > 0); })()")

@@ -122,7 +122,7 @@ def test_a_folder_whose_files_would_be_replaced_is_left_alone(tmp_path, theirs):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no MANIFEST.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; check the path"):
         Crosscoder.from_pretrained(tmp_path / "nowhere")
 
 
