@@ -54,6 +54,8 @@ class CompareDictionaries(Reading):
         from crosscoder.studies.compared import FEATURES, compare_dictionaries, write_features
 
         require_free(self.out, *REPORT, FEATURES)
+        for where in self.dictionaries:  # what is none is told before a model is loaded
+            read_record(where)
         (held_out,) = self._with_layers().splits("held_out")
         if held_out.harvested is None:
             say("warning: the store keeps no record of what it reads, so nobody checks that both belong together")

@@ -58,7 +58,7 @@ def read_record(where: str | Path) -> tuple[DictionaryConfig, Reads | None]:
     """The settings of a dictionary in a folder or on the Hub, and the record of what it reads, if it keeps one."""
     path = local_folder(where, files=(CONFIG,)) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{where} holds no {CONFIG}: it is no dictionary; give a folder that `train` wrote")
+        raise FileNotFoundError(f"{where} holds no {CONFIG}: it is no dictionary. {inside(path.parent) or CONVERT}")
     return _described(_config(path), path)
 
 

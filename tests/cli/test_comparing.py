@@ -260,3 +260,9 @@ def test_results_that_somebody_edited_are_text_or_refused(several, tmp_path, cap
     capsys.readouterr()
     assert changed_results(several / "forgotten", tmp_path / "forgotten", forget) == 2
     assert "results.rows: found_layers of dictionary A in B is missing" in capsys.readouterr().err
+
+
+def test_what_is_no_dictionary_is_told_before_a_model_is_loaded(tmp_path, capsys):
+    given = ["--subject", str(tmp_path / "no model"), "--tokens-folder", str(tmp_path / "no tokens"), "--layers", "1"]
+    assert main(["compare-dictionaries", str(tmp_path), str(tmp_path), *given, "--out", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path} holds no config.json: it is no dictionary" in capsys.readouterr().err
