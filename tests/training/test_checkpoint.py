@@ -1,6 +1,7 @@
 """What a run keeps: damaged checkpoints, lost and torn metrics, parameters that are not finite, and their mend."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -222,6 +223,23 @@ def test_parameters_that_a_last_step_made_infinite_are_not_kept_as_finished(tmp_
     one = TrainConfig(steps=1, learning_rate=1e39, warmup_steps=0, decay_fraction=0)
     with pytest.raises(NonFiniteError, match="a lower learning_rate"):
         train(make(), DATA, config=one, quiet=True)
+
+
+def test_a_checkpoint_that_cannot_be_pruned_stays_and_the_run_goes_on(tmp_path, whole, monkeypatch):
+    unlink = os.unlink
+
+    def refuse(path, *, dir_fd=None):
+        if dir_fd is not None:  # what removes a folder
+            raise PermissionError(f"{path} may not be removed")
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        run(tmp_path)
+    assert_equals(tmp_path, whole)
+    there = checkpoints_in(tmp_path / "checkpoints")
+    assert [path.name[-1] for path in there] == ["2", "4", "6", "8"]
+    assert not any(map(fault_of, there))
 
 
 def test_lines_are_json(whole):
