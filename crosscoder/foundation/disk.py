@@ -201,33 +201,30 @@ def require_room(folder: Path, files: Mapping[str, int], *, copies: int = 1, wha
             f"{folder} is to hold {sum_said}, {human_bytes(copies * size)} in all, and has {human_bytes(free)} free; "
             f"{mend}",
         )
-    made: list[Path] = []
     try:
-        for name, n_bytes in files.items():
-            made.append(folder / f".tmp-probe-{name}-{uuid.uuid4().hex[:8]}")
-            _reserve(made[-1], n_bytes)
+        with contextlib.ExitStack() as stack:  # swept as any unfinished file, if this process is killed here
+            for n_bytes in files.values():
+                _, stream = stack.enter_context(temporary_file(folder))
+                _reserve(stream.fileno(), n_bytes)
     except OSError as error:
         raise OSError(
             error.errno,
             f"{folder} cannot take {sum_said} ({error.strerror}; {human_bytes(free)} of the disk are free); a quota, a "
             f"limit of a file's size or missing rights: {mend}",
         ) from error
-    finally:
-        for path in made:
-            path.unlink(missing_ok=True)
 
 
-def _reserve(path: Path, n_bytes: int) -> None:
-    """A file of so many bytes for which the disk has room; they are reserved where the system can, else written."""
-    with path.open("wb", buffering=0) as stream:
-        if hasattr(os, "posix_fallocate") and n_bytes:
-            try:
-                os.posix_fallocate(stream.fileno(), 0, n_bytes)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-            else:
-                return
-        for start in range(0, n_bytes, _CHUNK):
-            stream.write(bytes(min(_CHUNK, n_bytes - start)))
-        os.fsync(stream.fileno())
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Make an empty file so large, if the disk has room; reserved where the system can, else written."""
+    if hasattr(os, "posix_fallocate") and n_bytes:
+        try:
+            os.posix_fallocate(descriptor, 0, n_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        else:
+            return
+    left = n_bytes
+    while left:
+        left -= os.write(descriptor, bytes(min(_CHUNK, left)))
+    os.fsync(descriptor)

@@ -216,6 +216,16 @@ def test_no_room_is_found_out_before_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", unsupported)  # then it is written
     monkeypatch.setattr(disk, "_CHUNK", 1000)
     require_room(tmp_path, {"model": 10_001}, what="checkpoint")
+
+
+def test_what_a_kill_leaves_of_the_trial_for_room_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_reserve", lambda descriptor, n_bytes: os._exit(9))
+    if (child := os.fork()) == 0:
+        require_room(tmp_path, {"model": 10}, what="checkpoint")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    disk.remove_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
 
 
