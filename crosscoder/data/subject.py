@@ -90,7 +90,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
     if is_own := _is_own(Path(name_or_path)):
         verify_directory(name_or_path, schema=SUBJECT_SCHEMA, closed=True)
-    with reading(name_or_path) if is_own else contextlib.nullcontext():
+    with _settings_of(name_or_path), reading(name_or_path) if is_own else contextlib.nullcontext():
         tokenizer: Any = AutoTokenizer.from_pretrained(**locate(name_or_path, revision), trust_remote_code=False)
     return tokenizer
 
@@ -191,13 +191,21 @@ def load_untrained(
 def load_config(name_or_path: str | Path, revision: str | None = None) -> Any:
     """The configuration of a model, of the same places as `load_subject`; a ValueError names a setting of another type
     than the model's class has."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    with _settings_of(name_or_path):
         return AutoConfig.from_pretrained(**locate(name_or_path, revision), trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _settings_of(name_or_path: str | Path) -> Generator[None]:
+    """Names the setting that has another type than the model's class wants, in one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
     except StrictDataclassError as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:400]
         raise ValueError(
             f"config.json of {name_or_path} is not a model's: {said:.400}; restore it from a copy"
         ) from error

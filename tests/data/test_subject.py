@@ -13,6 +13,7 @@ from crosscoder.data.subject import (
     hash_weights,
     load_model,
     load_subject,
+    load_tokenizer,
     load_untrained,
     model_origin,
     swiglu_width,
@@ -225,6 +226,7 @@ def test_models_of_no_next_token_are_refused_in_one_line(tmp_path):
 def test_a_setting_of_another_type_is_one_line(tmp_path):
     settings = {"model_type": "llama", "rms_norm_eps": [[]]}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"is not a model's: .*'rms_norm_eps' expected float, got list") as caught:
-        load_model(tmp_path)
-    assert "\n" not in str(caught.value)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"is not a model's: .*'rms_norm_eps' expected float, got list") as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
