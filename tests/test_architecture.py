@@ -38,7 +38,7 @@ BUDGETS = {
     "triton_kernels": 4695,
     "crosscoder/foundation": 2105,
     "crosscoder/results": 835,
-    "crosscoder/data": 5225,
+    "crosscoder/data": 5230,
     "crosscoder/dictionary": 2480,
     "crosscoder/training": 2510,
     "crosscoder/formats": 2000,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1690,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_445, 24_040
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_450, 24_040
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

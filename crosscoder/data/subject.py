@@ -130,7 +130,11 @@ def load_model(
     settings: dict[str, Any] = {"dtype": "auto" if quantised else dtype, "output_loading_info": True}
     if device_map is not None or quantised:  # such models cannot be moved afterwards
         settings["device_map"] = device_map or {"": str(device)}
-    with without_progress_bars(), reading(name_or_path) if is_own else contextlib.nullcontext():
+    with (
+        _settings_of(name_or_path),
+        without_progress_bars(),
+        reading(name_or_path) if is_own else contextlib.nullcontext(),
+    ):
         model, info = auto_class(shape).from_pretrained(**locate(name_or_path, revision), **settings)
     vars(model)["missing_weights"] = missing = tuple(sorted(info["missing_keys"]))
     if missing and is_own:
@@ -199,12 +203,12 @@ def load_config(name_or_path: str | Path, revision: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def _settings_of(name_or_path: str | Path) -> Generator[None]:
-    """Names the setting that has another type than the model's class wants, in one line."""
+    """One line of what a model's class says of settings that it cannot be made of."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
-    except StrictDataclassError as error:
+    except (StrictDataclassError, AssertionError, LookupError) as error:
         said = " ".join(str(error).split())[:400]
         raise ValueError(
             f"config.json of {name_or_path} is not a model's: {said:.400}; restore it from a copy"
