@@ -46,11 +46,11 @@ BUDGETS = {
     "crosscoder/verdict": 1145,
     "crosscoder/browser": 980,
     "crosscoder/report": 2270,
-    "crosscoder/studies": 2880,
+    "crosscoder/studies": 2875,
     "crosscoder/commands": 1690,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_450, 24_040
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_445, 24_080
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from crosscoder.browser.findings import find_readout_of
 from crosscoder.data.blocks import input_device
 from crosscoder.data.residuals import ResidualHarvester, find_blocks
 from crosscoder.data.stream import ActivationStream
@@ -20,11 +21,11 @@ from crosscoder.data.tokens import PreparedTokens, TokenBlocks
 from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.scale import at_usual_scale, is_raw
 from crosscoder.foundation.console import say
-from crosscoder.foundation.origin import require_same
+from crosscoder.foundation.origin import MismatchError, require_same
 from crosscoder.foundation.provenance import describe_run
 from crosscoder.measure.effects import CONTROLS, MEASURES, N_DRAWS, N_ROWS, STEERED, By, Effect, measure_effects
 from crosscoder.measure.labels import decode
-from crosscoder.measure.logits import Readout, find_readout
+from crosscoder.measure.logits import Readout
 from crosscoder.results.file import Provenance, Results
 from crosscoder.results.table import LongTable, Place, Row, Site, rows_at
 from triton_kernels import cpu_form
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 SCALE_TOKENS = 8192
 """Of the text, from which the usual norms of raw activations are taken."""
-READOUT_TOKENS = 2048
-"""Of the text, from which the mean token's scale at the final norm is taken."""
 BEYOND = {"kl": (0, "kl_active"), "promoted": (0, "promoted"), "steered": (-1, "promoted")}
 """What a feature should do, by key: at which of its places, and the measure."""
 
@@ -88,7 +87,7 @@ def run_effects(
         features,
         layers=where.layers,
         kind=where.kind,
-        readout=_readout(model, ids_RS, where),
+        readout=_readout(dictionary, model, held_out, where),
         n_text=count_ids(tokens.tokenizer),
         by=by,
         n_rows=n_rows,
@@ -128,12 +127,12 @@ def _at_usual_scale(dictionary: Dictionary, model: nn.Module, tokens: TokenBlock
     return dictionary
 
 
-def _readout(model: nn.Module, ids_RS: torch.Tensor, where: Where) -> Readout | None:
-    """The model's readout, from some of the rows; where it has none of a form that is known, that is said."""
-    n_rows = min(len(ids_RS), max(1, READOUT_TOKENS // ids_RS.shape[1]))
-    spread = torch.linspace(0, len(ids_RS) - 1, n_rows).round().long()
+def _readout(dictionary: Dictionary, model: nn.Module, tokens: TokenBlocks, where: Where) -> Readout | None:
+    """The model's readout; where it has none of a form that is known, that is said."""
     try:
-        return find_readout(model, ids_RS[spread], blocks_path=where.blocks_path)
+        return find_readout_of(dictionary, model, tokens, blocks_path=where.blocks_path)
+    except MismatchError:
+        raise
     except ValueError as error:
         say(f"no promoted tokens: {error}")
         return None

@@ -1,7 +1,5 @@
-"""A dictionary that ranks divide trains as on one rank, keeps the same files, and stops, fails and goes on as one."""
+"""A dictionary that ranks divide trains as on one rank."""
 
-import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -10,55 +8,19 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, TopK
-from crosscoder.dictionary import Diffing, ReLU, WeaklyCausal, load_dictionary
+from crosscoder import LayerwiseSAE, TopK
 from crosscoder.dictionary.division import divided, gathered, shard_for
 from crosscoder.dictionary.shard import Shard
-from crosscoder.dictionary.sparsity import L0Penalty, TanhPenalty
 from crosscoder.dictionary.traffic import step_traffic
-from crosscoder.foundation.artifact import read_json
-from crosscoder.foundation.failpoints import _Armed
 from crosscoder.foundation.ranks import Ranks
-from crosscoder.foundation.signals import Stopped
 from crosscoder.training import TrainConfig, train, train_many, train_warm_chain
 from crosscoder.training.gradients import accumulate_gradients
 from crosscoder.training.state import TrainState
 from crosscoder.training.step import initialize_bias
+from tests.divided import BANKS, CASES, CONFIG, DATA, B, D, F, L, assert_close, new, of_rank
 from tests.ranks import on_ranks
 from triton_kernels import reference
 
-B, L, D, F, STEPS = 32, 3, 8, 29, 8
-DATA = [torch.randn(B, L, D, generator=torch.Generator().manual_seed(i)) for i in range(STEPS)]
-DATA[3] = DATA[3][:21]  # batches need not be of one size
-CONFIG = TrainConfig(
-    steps=STEPS,
-    log_every=1,
-    dead_after_tokens=64,
-    warmup_steps=2,
-    learning_rate=3e-3,
-    grad_clip=0.05,
-    checkpoint_every=2,
-)
-CASES = {
-    "TopK": (Crosscoder, {"sparsity": TopK(k=4)}),
-    "BatchTopK": (Crosscoder, {"sparsity": BatchTopK(k=4)}),
-    "k above a shard": (Crosscoder, {"sparsity": TopK(k=17)}),
-    "bank TopK": (LayerwiseSAE, {"sparsity": TopK(k=3)}),
-    "bank BatchTopK": (LayerwiseSAE, {"sparsity": BatchTopK(k=3)}),
-    "few of many dead": (LayerwiseSAE, {"sparsity": BatchTopK(k=1), "aux_k": 2}),
-    "weighed, free": (Crosscoder, {"sparsity": BatchTopK(k=4), "selection_weight": "l2", "decoder": "free"}),
-    "nested": (Crosscoder, {"sparsity": BatchTopK(k=4), "prefixes": (0.25, 0.5)}),
-    "nested TopK": (LayerwiseSAE, {"sparsity": TopK(k=2), "prefixes": (0.5,)}),
-    "JumpReLU": (Crosscoder, {"sparsity": JumpReLU()}),
-    "bank JumpReLU": (LayerwiseSAE, {"sparsity": JumpReLU()}),
-    "ReLU": (Crosscoder, {"sparsity": ReLU(), "decoder": "free"}),
-    "weakly causal": (Crosscoder, {"sparsity": BatchTopK(k=4), "structure": WeaklyCausal()}),
-    "diffing": (Crosscoder, {"sparsity": TopK(k=4), "structure": Diffing((1, 2), (8, 6), (0.25, 0.25))}),
-    "shared": (LayerwiseSAE, {"sparsity": BatchTopK(k=3), "shared": True}),
-    "bank ReLU": (LayerwiseSAE, {"sparsity": ReLU(penalty=TanhPenalty()), "decoder": "free"}),
-    "bank L0": (LayerwiseSAE, {"sparsity": JumpReLU(penalty=L0Penalty())}),
-}
-BANKS = [case for case, (form, settings) in CASES.items() if form is LayerwiseSAE and "shared" not in settings]
 REVIVING = replace(CONFIG, resample_every=2, dead_after_tokens=40, decay_fraction=0.0)
 ROUNDED = replace(CONFIG, precision="bf16", dead_after_tokens=10_000)
 OTHERS = {
@@ -75,14 +37,6 @@ CHOSEN_BY_ROUNDED = [("bf16", "features"), ("bf16 bank", "features")]
 CHOSEN_ALONE = ("bank TopK", "bank BatchTopK", "few of many dead", "bf16 bank")
 """Where a layer's step is the same to the bit whatever lies beside it, but for the auxiliary term."""
 LITTLE = ("bank BatchTopK", "k above a shard", "few of many dead", "nested TopK", "weakly causal", "resampled bank")
-
-
-def new(case):
-    form, settings = CASES[case]
-    dictionary = form(n_layers=L, d_model=D, n_features=F, **settings)
-    if case == "bank L0":  # with a centre in one layer, which says of all that they are not to be set
-        dictionary.decoder_bias.data[0] = 0.1
-    return dictionary
 
 
 def padded(case):
@@ -127,15 +81,6 @@ def every_case(ranks):
 @pytest.fixture(scope="module")
 def alone():
     return every_case(Ranks())
-
-
-def assert_close(metrics, wanted, what="", tolerance=1e-6):
-    for entry, one in zip(metrics, wanted, strict=True):
-        assert entry.keys() == one.keys()
-        for name, value in one.items():
-            if name == "explained_variance":  # a difference: what is left unexplained has the accuracy
-                entry, value = {**entry, name: 1 - entry[name]}, 1 - value
-            assert entry[name] == pytest.approx(value, rel=tolerance), (what, entry["step"], name)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -187,118 +132,6 @@ def test_a_shard_of_one_rank_is_no_detour(alone, along, monkeypatch):
         metrics, weights = trained(job, Shard.of(L if along == "layers" else F, along=along))
         assert metrics == alone[job][0]
         assert all(tensor.nan_to_num().equal(alone[job][1][name].nan_to_num()) for name, tensor in weights.items())
-
-
-def run(ranks, folder, stop_at=STEPS, *, resume=True, act=None, case="bank BatchTopK", along="features", config=CONFIG):
-    def batches(start):
-        for index in range(start, STEPS):
-            if act is not None and index == stop_at:
-                act(ranks)
-            elif index == stop_at:
-                raise InterruptedError
-            yield DATA[index]
-
-    dictionary = new(case)
-    if ranks.size > 1:
-        dictionary = divided(dictionary, shard_for(type(dictionary), dictionary.config, ranks, along))
-    monitor = {"monitor": lambda whole: {"ev": whole(DATA[0]).recon.sum().item()}, "monitor_every": 4}
-    return train(dictionary, batches, config=config, folder=folder, resume=resume, quiet=True, **monitor).metrics
-
-
-def until(ranks, folder, stop_at, along="features", config=CONFIG):
-    try:
-        return run(ranks, folder, stop_at, along=along, config=config)
-    except InterruptedError:
-        return None
-
-
-def test_a_run_goes_on_with_other_ranks_that_divide_it_otherwise(tmp_path):
-    config = replace(CONFIG, frozen="soft_decoder")
-    until(Ranks(), tmp_path / "a", 2, config=config)
-    on_ranks(3, until, tmp_path / "a", 4, "layers", config)
-    assert read_json(tmp_path / "a/run.json")["mesh"] == {"layers": 3}
-    on_ranks(2, until, tmp_path / "a", 7, "features", config)
-    assert read_json(tmp_path / "a/run.json")["mesh"] == {"features": 2}
-    metrics = run(Ranks(), tmp_path / "a", config=config)
-    whole = run(Ranks(), tmp_path / "b", config=config)
-    assert_close(metrics, whole)
-    newest = f"checkpoints/step-{STEPS:09d}"
-    for file in (f"{newest}/optimizer.safetensors", f"{newest}/model.safetensors", "dictionary/model.safetensors"):
-        a, b = (load_file(tmp_path / run_name / file) for run_name in ("a", "b"))
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            assert torch.allclose(a[name].double(), b[name].double(), atol=1e-6, rtol=1e-4), (file, name)
-
-
-def begun_and_gone_on(ranks, folder, along):
-    until(ranks, folder / "a", 5, along)
-    return run(ranks, folder / "a", along=along), run(ranks, folder / "b", along=along)
-
-
-@pytest.mark.parametrize("along", ["features", "layers"])
-def test_ranks_go_on_to_the_same_bits_and_leave_the_files_of_one(tmp_path, along):
-    (stopped, whole), _ = on_ranks(2, begun_and_gone_on, tmp_path, along)
-    assert stopped == whole
-    run(Ranks(), tmp_path / "c")
-    files = [
-        sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*") if path.is_file())
-        for name in "abc"
-    ]
-    assert files[0] == files[1] == files[2]
-    same = ("dictionary/model.safetensors", "metrics.jsonl", f"checkpoints/step-{STEPS:09d}/optimizer.safetensors")
-    for name in same:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-        if along == "layers" and name != "metrics.jsonl":  # no sum of theirs is another
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
-    assert load_dictionary(tmp_path / "a/dictionary")(DATA[0]).recon.shape == DATA[0].shape
-
-
-def one_is_told_to_stop(ranks, folder):
-    def act(of):
-        if of.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    try:
-        run(ranks, folder, 3, act=act)
-    except Stopped as stop:
-        return str(stop), run(ranks, folder), run(ranks, folder.parent / "whole")
-    return "not stopped"
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_saves_once(tmp_path):
-    found = on_ranks(3, one_is_told_to_stop, tmp_path / "run")
-    for rank, (said, metrics, whole) in enumerate(found):
-        assert "after 4 of 8 steps; kept in" in said
-        assert ("SIGTERM" if rank == 1 else "a signal to rank 1") in said
-        assert metrics == whole
-
-
-def killed(ranks, folder):
-    run(ranks, folder, 5, act=lambda of: os.kill(os.getpid(), signal.SIGKILL) if of.rank == 1 else None)
-
-
-def raising(ranks, folder):
-    def act(of):
-        if of.rank == 2:
-            raise ArithmeticError("of rank 2")
-
-    run(ranks, folder, 5, act=act)
-
-
-def killed_while_it_saves(ranks, folder):
-    if ranks.is_first:
-        _Armed.name, _Armed.left, _Armed.action = "save.manifest", 2, "kill"
-    run(ranks, folder, along="layers")
-
-
-@pytest.mark.parametrize(("fault", "others"), [(killed, [0, 2]), (raising, [0, 1]), (killed_while_it_saves, [1, 2])])
-def test_a_rank_that_ends_takes_the_others_with_it_and_what_was_kept_is_whole(fault, others, tmp_path):
-    errors = on_ranks(3, fault, tmp_path, fails=True)
-    assert [rank for rank, text in errors.items() if "LostRankError" in text] == others
-    assert ("ArithmeticError: of rank 2" in errors.get(2, "")) == (fault is raising)
-    metrics = run(Ranks(), tmp_path)
-    assert [entry["step"] for entry in metrics if "loss" in entry] == list(range(1, STEPS + 1))
 
 
 def given_other_batches(ranks):
@@ -381,40 +214,6 @@ def test_several_dictionaries_and_a_chain_train_over_ranks_too(tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-6, rtol=1e-5, equal_nan=True) for name in a)
 
 
-def of_rank(rank, stops, along="features"):
-    ranks = Ranks()
-    ranks.rank, ranks.size = rank, len(stops)
-    return Shard(stops, ranks, along)
-
-
-@pytest.mark.parametrize("case", [*CASES, "same"])
-def test_every_division_begins_with_the_same_dictionary(case, monkeypatch):
-    monkeypatch.setattr("crosscoder.dictionary.shard.PIECE", 32)
-    form, settings = CASES.get(case, (LayerwiseSAE, {"initial": "same", "sparsity": TopK(k=2)}))
-    whole = form(n_layers=L, d_model=D, n_features=F, **settings)
-    splits = [("features", (F,)), ("features", (10, 20, F)), ("features", (1, F))]
-    splits += [("layers", (1, L)), ("layers", (1, 2, L))] if case in (*BANKS, "same") else []
-    for along, stops in splits:
-        shards = [of_rank(rank, stops, along) for rank in range(len(stops))]
-        parts = [form(n_layers=L, d_model=D, n_features=F, shard=shard, **settings) for shard in shards]
-        sliced = [divided(whole, shard) for shard in shards]
-        axis = parts[0].axis_of("encoder")
-        for name in ("encoder", "decoder", "encoder_bias"):
-            for made in (parts, sliced):
-                assert torch.equal(torch.cat([getattr(part, name) for part in made], dim=axis), getattr(whole, name))
-        assert whole.read_mask is None or torch.equal(torch.cat([part.read_mask for part in parts]), whole.read_mask)
-
-
-@pytest.mark.parametrize(
-    ("case", "n_layers", "size", "along"),
-    [("bank TopK", 3, 2, "layers"), ("bank TopK", 12, 8, "layers"), ("bank TopK", 5, 4, "features"),
-     ("bank TopK", 3, 4, "features"), ("shared", 12, 4, "features"), ("TopK", 12, 4, "features")],
-)  # fmt: skip
-def test_a_bank_is_divided_by_layers_where_they_come_out_even_enough(case, n_layers, size, along):
-    form, config = CASES[case][0], replace(new(case).config, n_layers=n_layers)
-    assert shard_for(form, config, of_rank(0, (1,) * size).ranks).along == along
-
-
 @pytest.mark.parametrize("method", ["mean", "geometric_median"])
 def test_a_layer_starts_at_the_same_centre_beside_any_others(method):
     x_BLD = torch.randn(32, 5, D, generator=torch.Generator().manual_seed(0))
@@ -426,14 +225,3 @@ def test_a_layer_starts_at_the_same_centre_beside_any_others(method):
             own = slice(part.shard.start, part.shard.stop)
             initialize_bias(part, x_BLD[:, own].contiguous(), method=method)
             assert torch.equal(part.decoder_bias, whole.decoder_bias[own])
-
-
-def test_more_ranks_than_features_are_refused():
-    ranks = Ranks()
-    ranks.size = F + 1
-    with pytest.raises(ValueError, match="start fewer processes"):
-        Shard.of(F, ranks)
-    with pytest.raises(ValueError, match="divide it by features"):
-        shard_for(Crosscoder, new("TopK").config, ranks, "layers")
-    with pytest.raises(ValueError, match="make up 28 features"):
-        divided(new("TopK"), Shard.of(F - 1))
