@@ -98,7 +98,7 @@ def test_a_verdict_that_is_none_says_what_would_decide_it(tmp_path, monkeypatch)
     assert "2 of 5 trainings of A" in text
     assert "5 trainings of A instead of 2" in text
     assert "both models predict better than a table of three-token counts (measured" in text
-    assert f"{len(decides) - 4} further requirements are not met" in text
+    assert f"Requirements not met beside these: {len(decides) - 4}" in text
 
 
 def test_reasons_name_statistics_in_words(pair):
