@@ -198,7 +198,7 @@ def test_effects_of_a_bank_and_of_named_features(several, capsys):
 def test_effects_of_another_model_s_dictionary_are_refused(several, capsys):
     arguments = ["effects", "--dictionary", str(several / "cc/dictionary"), "--tokens-folder", str(several / "tokens")]
     assert main([*arguments, "--subject", str(several / "subject/step-0"), "--out", str(several / "no")]) == 2
-    assert re.search(r"model: the dictionary \S*step-62 .*step-", capsys.readouterr().err)
+    assert re.search(r"the dictionary reads \S*step-62 .*give that model with --subject", capsys.readouterr().err)
     assert not (several / "no").exists()
 
 
