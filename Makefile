@@ -12,8 +12,8 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Compiling every module of torch and transformers takes longer than fetching them, so only what we import is compiled.
-USED := import torch._dynamo, transformers.models.llama.modeling_llama, datasets, scipy.stats, matplotlib.pyplot, \
-  pyarrow.parquet, crosscoder.cli, pytest, hypothesis
+USED := import datasets, scipy.stats, matplotlib.pyplot, pyarrow.parquet, pytest, hypothesis, crosscoder.cli
+USED_TOO := import torch._dynamo, transformers.models.llama.modeling_llama
 
 # Re-installed only when the list of requirements changes; the package itself is an editable install.
 $(STAMP): pyproject.toml constraints.txt
@@ -22,7 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or two the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test,demo,gguf]'
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c '$(USED)'
+	@unset PYTHONDONTWRITEBYTECODE; $(BIN)/python -c '$(USED_TOO)' & \
+	  $(BIN)/python -c '$(USED)' && wait $$!
 	@touch $@
 
 install: $(STAMP)  ## create .venv and install everything

@@ -23,8 +23,8 @@ class StackedMuon(torch.optim.Optimizer):
         by sqrt(rows / columns) of it, as in `torch.optim.Muon`.
     """
 
-    def __init__(self, params: Any, *, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": 0.1, "momentum": 0.95, "eps": 1e-7})
+    def __init__(self, params: Any, *, lr: float = 1e-3, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.1, "momentum": momentum, "eps": 1e-7})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # ty: ignore[incompatible-method-override]

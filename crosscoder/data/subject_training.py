@@ -66,8 +66,13 @@ class SubjectConfig:
     """Of the blocks' matrices; all else has AdamW. Muon (Jordan et al. 2024) learns more from a token: one 8x64
     ended at 2.47 nats after 2 M tokens, where five with AdamW ended at 2.55 to 2.61. A step takes longer where
     matrices are small."""
-    muon_learning_rate: PositiveFloat = 0.01
+    muon_learning_rate: PositiveFloat = 0.015
     """Its peak, where `learning_rate` is that of all else; both rise and fall alike."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """In a thousand steps .9 learns more than .95: a 2x128 lost .008 nats less after 1 M tokens."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How rates fall after the rise: as a cosine to a tenth, or linearly to nothing, .01 nats better in a thousand
+    steps."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products in training; weights and optimiser are float32 in both. On a CPU with bfloat16
     instructions `bfloat16` is about 1.5 times as fast; without them it is slower."""
@@ -91,7 +96,7 @@ class SubjectConfig:
         return sorted({round(first + i * spacing) for i in range(self.n_checkpoints)})
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
+        """Linear warm-up, then what `decay` says."""
         return self.learning_rate * self.rate_share_at(step)
 
     def rate_share_at(self, step: int) -> float:
@@ -100,6 +105,8 @@ class SubjectConfig:
         if step < warmup:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, self.n_steps - warmup)
+        if self.decay == "linear":
+            return 1 - progress
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -265,7 +272,8 @@ class _Training:
     def _resume(self) -> None:
         if (record := read_record(self.folder)) is None:
             return
-        require_same_run(self.folder, record["settings"], self.settings)
+        kept = {"decay": "cosine", "muon_momentum": 0.95, **record["settings"]}  # older records do not say these
+        require_same_run(self.folder, kept, self.settings)
         load_state(self.folder, self.model, self.optimizers)
         self.step, self.seconds = record["step"], record["seconds"]
         self.checkpoints = [from_mapping(SubjectCheckpoint, one) for one in record["checkpoints"]]
@@ -337,7 +345,8 @@ def _optimizers(model: Any, config: SubjectConfig) -> list[torch.optim.Optimizer
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
     if in_blocks:
         matrices = [p for p in model.parameters() if id(p) in in_blocks]
-        found.append(StackedMuon([{"params": matrices, "peak": config.muon_learning_rate}]))
+        groups = [{"params": matrices, "peak": config.muon_learning_rate}]
+        found.append(StackedMuon(groups, momentum=config.muon_momentum))
     return found
 
 

@@ -21,7 +21,7 @@ from crosscoder.measure.statistics import statistic_row, two_level_bootstrap
 from crosscoder.measure.welch import FEWEST_DOCUMENTS
 from crosscoder.results.table import Estimate, Place, Row, rows_at
 
-NULL_DRAWS = 100
+NULL_DRAWS = 20
 SITE = "write"
 
 

@@ -77,6 +77,9 @@ class SubjectsConfig:
     n_checkpoints: PositiveInt = 20
     optimizer: Literal["adamw", "muon"] = "adamw"
     """As of `SubjectConfig`; with `muon` a shape's `learning_rate` is that of embeddings, head and norms."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    decay: Literal["cosine", "linear"] = "cosine"
+    """Both as of `SubjectConfig`."""
     seeds: Seeds = (0, 1)
     """Training seeds: each shape is trained once with each, from other weights and in another order of the text."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -107,6 +110,8 @@ class SubjectsConfig:
                 batch=self.batch,
                 n_checkpoints=self.n_checkpoints,
                 optimizer=self.optimizer,
+                muon_momentum=self.muon_momentum,
+                decay=self.decay,
                 seed=seed,
             )
             for name, shape in self.shapes().items()

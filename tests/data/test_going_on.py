@@ -60,6 +60,27 @@ def test_a_subject_goes_on_to_the_same_bits(optimizer, at, tmp_path, monkeypatch
     assert not (tmp_path / "cut" / "unfinished").exists()
 
 
+def test_a_record_that_does_not_say_how_rates_fall_means_what_was_so_then(tmp_path, monkeypatch):
+    config = replace(CONFIG, optimizer="muon")
+    loss, given = subject_training.next_token_loss, (config, blocks_of(96), blocks_of(16))
+    monkeypatch.setattr(subject_training, "next_token_loss", asking_at(8, loss))
+    with pytest.raises(signals.Stopped):
+        train_subject(*given, folder=tmp_path, quiet=True)
+    monkeypatch.undo()
+    read = subject_training.read_record
+
+    def older(folder):
+        record = read(folder)
+        for name in ("decay", "muon_momentum"):
+            del record["settings"][name]
+        return record
+
+    monkeypatch.setattr(subject_training, "read_record", older)
+    with pytest.raises(ValueError, match=r"settings \(muon_momentum: there 0\.95, now 0\.9; decay: there 'cosine'"):
+        train_subject(replace(config, muon_momentum=0.9, decay="linear"), *given[1:], folder=tmp_path)
+    assert train_subject(*given, folder=tmp_path, quiet=True).checkpoints[-1].step == 12
+
+
 def test_a_finished_subject_is_read_again_and_never_written_over(tmp_path, capsys):
     given = CONFIG, blocks_of(96), blocks_of(16)
     run = train_subject(*given, folder=tmp_path, quiet=True)

@@ -55,16 +55,25 @@ def test_bfloat16_products_learn_too_and_weights_stay_float32(tmp_path):
 
 
 def test_muon_has_the_blocks_matrices_and_adamw_all_else(tmp_path, run):
-    config = dataclasses.replace(CONFIG, optimizer="muon", muon_learning_rate=0.02)
+    config = dataclasses.replace(CONFIG, optimizer="muon", muon_learning_rate=0.02, muon_momentum=0.8)
     adamw, muon = _optimizers(run.load_model(0), config)
     shapes = [p.shape for group in muon.param_groups for p in group["params"]]
     assert len(shapes) == 7  # four of attention, three of the MLP
-    assert {group["peak"] for group in muon.param_groups} == {0.02}
+    assert {(group["peak"], group["momentum"]) for group in muon.param_groups} == {(0.02, 0.8)}
     n_rest = sum(len(group["params"]) for group in adamw.param_groups)
     assert len(shapes) + n_rest == len(list(run.load_model(0).parameters()))
     found = train_subject(config, counting_blocks(480), counting_blocks(16), folder=tmp_path, quiet=True)
     assert found.checkpoints[-1].held_out_loss < 0.5
     assert found.checkpoints[-1].held_out_loss != run.checkpoints[-1].held_out_loss
+
+
+def test_rates_fall_to_nothing_or_to_a_tenth():
+    cosine, linear = CONFIG, dataclasses.replace(CONFIG, decay="linear")
+    last = CONFIG.n_steps - 1
+    assert cosine.rate_share_at(last) == pytest.approx(0.1, abs=0.01)
+    assert linear.rate_share_at(last) == pytest.approx(1 / (CONFIG.n_steps - 2))  # two steps of rise
+    assert linear.rate_share_at(0) == cosine.rate_share_at(0) == 0.5
+    assert linear.rate_share_at((last + 3) // 2) == pytest.approx(0.5, abs=0.02)
 
 
 def test_record_and_checkpoints_load_again(run):
