@@ -65,7 +65,6 @@ def accumulate_gradients(
             found = _by_autograd(state, x_BLD, dead_GF, penalty_factor)
     if state.weights.data.size > 1:
         _sum_over_tokens(state.members[0].dictionary)
-        found = found._replace(squares=None)
     if state.weights.by_layer is not None:
         (terms,) = found.terms
         whole = state.weights.of_layers(torch.stack(list(terms.values())).detach())
