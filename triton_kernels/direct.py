@@ -22,13 +22,17 @@ from triton_kernels.reference import starts
 
 
 class Shards(Protocol):
-    """Ranks that hold other features of the same dictionaries, and what they are asked."""
+    """Ranks that hold other features of the same dictionaries, or have other tokens, and what they are asked."""
+
+    def most_of_row(self, k: int) -> int:
+        """How many candidates of a row, on average, hold all that a choice of k a row over all tokens may take."""
 
     def keep_top_k(self, score_RC: Tensor, k: int) -> Tensor:
         """Which of the candidates are among the k largest of their row over all ranks, bool `[R, C]`."""
 
     def keep_batch_top_k(self, score_P: Tensor, offsets: Tensor, n_groups: int, wanted: int) -> tuple[Tensor, Tensor]:
-        """Which candidates are among the `wanted` largest of their dictionary over all ranks, and the cuts `[G]`."""
+        """Which candidates are among the largest of their dictionary over all ranks, and the cuts `[G]`; `wanted` is
+        summed over the tokens of all ranks."""
 
     def add_reconstruction(self, part: Tensor) -> Tensor:
         """The sum of all ranks' partial reconstructions."""
@@ -80,7 +84,7 @@ def reconstruct(
 def _encoded_with_others(encoding: Encoding, k: int, shards: Shards, *, by_batch: bool) -> tuple[Code, Tensor | None]:
     """The code of these features, chosen by scores in the encoder's dtype among what each rank would choose."""
     own, (n_groups, n_features, _) = implementation(encoding.x_BGN), encoding.encoder_GFN.shape
-    own_k = min(k, n_features)
+    own_k = min(shards.most_of_row(k) if by_batch else k, n_features)
     if by_batch:
         pairs, _ = own.encode_batch_top_k(encoding, [own_k] * n_groups)
         score_P = _scores(encoding, pairs.z, pairs.features)

@@ -173,6 +173,7 @@ class Train(Reading):
     or some layers' SAEs of a bank, and each harvests a part of the text:
 
     $ torchrun --nproc-per-node 4 -m crosscoder train --activations runs/acts --out runs/cc --device cuda
+    $ torchrun --nproc-per-node 4 -m crosscoder train --activations runs/acts --out runs/cc --data-ranks 2
 
     Nulls, to see what a number is where there is nothing to find: --null takes what is read, --budget.frozen what is
     learnt.
@@ -197,13 +198,17 @@ class Train(Reading):
     log_to: LogTo | None = None  # Log what metrics.jsonl holds there too; each is an optional package
     log_project: str = "crosscoder"  # With --log-to trackio or wandb: the project of the run
     divide: Along | None = None  # With torchrun: what ranks share out. None: layers of a bank if even, or features
+    data_ranks: int = 1
+    """With torchrun: groups of ranks, each with a whole dictionary and its share of every batch's tokens. Groups send
+    each other gradients, ranks within one reconstructions, so that it pays where features are few and tokens many: of
+    4 ranks, 2 from a batch of as many tokens as there are features, 4 from one four times as large."""
     start_from: Path | None = None
     """A finished dictionary that training begins from, at step 0 with a fresh optimiser and schedule. None: random."""
 
     def idle(self) -> Idle:
         found = super().idle()
         if current().size == 1:
-            found["torchrun started no other ranks"] = ("divide",)
+            found["torchrun started no other ranks"] = ("divide", "data_ranks")
         if self.log_to not in ("trackio", "wandb"):
             found["only --log-to trackio and wandb have projects"] = ("log_project",)
         if self.start_from is not None:
@@ -248,7 +253,7 @@ class Train(Reading):
         job, budget, dictionary, scale_L, started = current(), self.budget, None, None, ""
         is_chain = budget.trainer(self.arm) is not training.train
         along = self.divide or ("features" if is_chain else None)
-        share = partial(shard_for, ranks=job, along=along) if job.size > 1 else None
+        share = partial(shard_for, ranks=job.mesh(self.data_ranks), along=along) if job.size > 1 else None
         train, held_out = self.splits("train", "held_out")
         if self.start_from is not None:
             dictionary = load_dictionary(self.start_from)

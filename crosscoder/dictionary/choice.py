@@ -1,9 +1,9 @@
-"""The exact choice of the few largest scores where each rank holds some of the features.
+"""The exact choice of the few largest scores where each rank holds some of the features, or some of the tokens.
 
 The order is total, and the same on every number of ranks: by score, -0 and +0 being equal, then by lowest (row,
 feature). Ranks hold features in the order of their numbers and a rank's candidates ascend, so that the order among
-equal scores is row, rank, place; no feature's number travels. A rank's candidates hold all of its own that can be among
-the wanted ones. Nothing here is differentiated.
+equal scores is row, rank, place; no feature's number travels. In a mesh the rows of one group of ranks come before
+those of the next. A rank's candidates hold all of its own that can be among the wanted ones. Nothing is differentiated.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def keep_top_k(score_RC: Tensor, k: int, width: int, ranks: Ranks) -> Tensor:
     if width * ranks.size <= ROUNDS * BINS:
         padded_RC = torch.nn.functional.pad(score_RC, (0, width - n_own), value=-torch.inf)
         all_WRC = ranks.gather(padded_RC, SELECTION)
-        best_RK = all_WRC.transpose(0, 1).reshape(n_rows, -1).topk(k, dim=1).values
+        best_RK = all_WRC.transpose(0, 1).flatten(1).topk(k, dim=1).values
         cut_R = best_RK[:, -1] if n_rows else score_RC.new_empty(0)
         taken_R = k - (all_WRC > cut_R[:, None]).sum((0, 2))
         before_R = (all_WRC[: ranks.rank] == cut_R[:, None]).sum((0, 2))
@@ -69,12 +69,13 @@ def keep_batch_top_k(
     """Which of this rank's candidates are among the `wanted` largest of their dictionary over all ranks, and the
     smallest score that was taken of each, `[G]`, 0 where none was.
 
-    Candidates are a code whose row b * G + g is of dictionary g.
+    Candidates are a code whose row b * G + g is of dictionary g. wanted: for this rank's tokens, summed over all.
     """
     row_P = row_of_pair(offsets, score_P.numel())
     key_P, group_P = ordered_bits(score_P), row_P % n_groups
-    cut = _radix_cut(key_P, group_P, row_P.new_full((n_groups,), wanted), ranks)
-    kept_P = _taken(key_P, group_P, row_P, offsets.numel() - 1, cut, ranks)
+    wanted_G = ranks.data.add(row_P.new_full((n_groups,), wanted), SELECTION)
+    cut = _radix_cut(key_P, group_P, wanted_G, ranks.job)
+    kept_P = _taken(key_P, group_P, row_P, offsets.numel() - 1, cut, ranks, data=ranks.data)
     return kept_P, torch.where(cut.taken_S > 0, _score_of(cut.key_S), 0)
 
 
@@ -97,8 +98,13 @@ def _radix_cut(key_P: Tensor, segment_P: Tensor, wanted_S: Tensor, ranks: Ranks)
     return _Cut(key_S, left_S, there_S)
 
 
-def _taken(key_P: Tensor, segment_P: Tensor, row_P: Tensor, n_rows: int, cut: _Cut, ranks: Ranks) -> Tensor:
-    """True above the cut, and at it for as many as are taken, lowest (row, rank, place) first."""
+def _taken(
+    key_P: Tensor, segment_P: Tensor, row_P: Tensor, n_rows: int, cut: _Cut, ranks: Ranks, data: Ranks | None = None
+) -> Tensor:
+    """True above the cut, and at it for as many as are taken, lowest (row, rank, place) first.
+
+    data: the ranks that have other rows of the same segments; those of lower ranks come first.
+    """
     cut_P = cut.key_S[segment_P]
     is_tie_P = key_P == cut_P
     if bool((cut.taken_S == cut.there_S).all()):  # known to every rank alike
@@ -106,9 +112,13 @@ def _taken(key_P: Tensor, segment_P: Tensor, row_P: Tensor, n_rows: int, cut: _C
     n_segments = len(cut.key_S)
     count_R = torch.bincount(row_P[is_tie_P], minlength=n_rows)
     # A segment's rows are every n_segments-th one.
-    count_SBW = ranks.gather(count_R, SELECTION).view(ranks.size, -1, n_segments).permute(2, 1, 0)
+    count_WR = ranks.gather(count_R, SELECTION)
+    count_SBW = count_WR.view(ranks.size, n_rows // n_segments, n_segments).permute(2, 1, 0)
     flat_SX = count_SBW.reshape(n_segments, -1)
     before_SBW = (flat_SX.cumsum(1) - flat_SX).view(count_SBW.shape)
-    allowed_R = (cut.taken_S[:, None] - before_SBW[:, :, ranks.rank]).T.reshape(-1)
+    left_S = cut.taken_S
+    if data is not None and data.size > 1:
+        left_S = left_S - data.gather(flat_SX.sum(1), SELECTION)[: data.rank].sum(0)
+    allowed_R = (left_S[:, None] - before_SBW[:, :, ranks.rank]).T.reshape(-1)
     place_P = is_tie_P.cumsum(0) - 1 - starts(count_R)[row_P]
     return (key_P > cut_P) | (is_tie_P & (place_P < allowed_R[row_P]))

@@ -155,7 +155,7 @@ def encode_grouped(
     """Values `[P]`, global features `[P]`, offsets `[B * G + 1]` and, for a BatchTopK training batch, the cut `[G]`.
 
     dense: by the operators' definitions in plain torch, which autograd differentiates: slow, and `[B, G, F]` in memory.
-    shard: of whose features the weights are; the code is that of its own features, chosen among those of all.
+    shard: of whose features the weights are; the code is that of its own features and tokens, chosen among all.
     """
     encoder_GFN, bias_GF, scale_GF = grouped.encoder_GFN, grouped.encoder_bias_GF, selection_scale(grouped, config)
     arguments = (x_BGN, grouped.center_GN, encoder_GFN, bias_GF, scale_GF)
@@ -169,7 +169,7 @@ def encode_grouped(
             kept = kept_RC.flatten()
             return values[kept], features[kept], starts(kept_RC.sum(1)), None
         case BatchTopK(k=k) if training and shard is not None:
-            own_k = min(k, encoder_GFN.shape[1])
+            own_k = min(shard.most_of_row(k), encoder_GFN.shape[1])
             values, features, offsets, _ = operators.encode_batch_top_k(*arguments, own_k, *how)
             score = _scores(values.detach(), features, scale_GF)
             kept, cut_G = shard.keep_batch_top_k(score, offsets, len(encoder_GFN), k * len(x_BGN))

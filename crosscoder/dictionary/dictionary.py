@@ -117,6 +117,11 @@ class Dictionary(Kept):
         """Whether each feature has one layer of several."""
         return self.grouped().encoder_GFN.shape[2] < self.config.n_layers * self.config.d_model
 
+    @property
+    def rows_of_token(self) -> int:
+        """The rows that a token has in the code, with those of layers that other ranks hold."""
+        return math.prod(self.layout(self.config).rows_of_token)
+
     @classmethod
     def tensor_shapes(cls, config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a dictionary of this config holds, without making one."""

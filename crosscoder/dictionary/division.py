@@ -45,7 +45,7 @@ def whole_tensors(dictionary: Dictionary) -> dict[str, Tensor]:
 def gathered(dictionary: Dictionary) -> Dictionary | None:
     """The whole dictionary on rank 0's CPU, None elsewhere, of one that ranks divide; all ranks call it."""
     tensors = whole_tensors(dictionary)
-    if dictionary.shard is None or not dictionary.shard.ranks.is_first:
+    if dictionary.shard is None or not dictionary.shard.ranks.job.is_first:
         return None if dictionary.shard is not None else dictionary
     whole = type(dictionary)(**dictionary.config.settings())
     whole.load_state_dict(tensors)

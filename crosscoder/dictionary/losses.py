@@ -43,7 +43,8 @@ def loss_terms(
 ) -> LossOutput:
     """`recon`, the mean squared error per number that is reconstructed, and what the config asks for beside it.
 
-    Of a bank that ranks divide by layers the terms are these layers' part of the whole, which sums them.
+    Of a bank that ranks divide by layers the terms are these layers' part of the whole, which sums them. In a mesh they
+    are those of the whole batch, of which `x_BLD` is this rank's tokens (`DataRanks.part`), and gradients are theirs.
 
     `recon_prefixes`: errors of `config.prefixes` alone. With the whole dictionary they are M nested ones, each counts
     1 / M, and `recon` holds the whole one's share (Bussmann et al. 2025, arXiv 2503.17547, section 3, as a mean).
@@ -62,7 +63,8 @@ def loss_terms(
     code = dictionary.encode_checked(x_BLD, reading, batch_shape=x_BLD.shape[:1])
     error_BGN, square = _written_error(x_BGN, code, grouped, config, shard)
     error_BLD = error_BGN.detach().view(x_BLD.shape)
-    n_written = x_BLD.shape[0] * config.n_written()
+    n_tokens = dictionary.data.of_all(x_BLD.shape[0])
+    n_written = n_tokens * config.n_written()
     n_nested = 1 + len(config.prefixes)
     terms = {"recon": square / (n_written * n_nested)}
     if config.prefixes:
@@ -71,7 +73,7 @@ def loss_terms(
         squares = [_written_error(x_BGN, part, grouped, config, shard)[1] for part in nested]
         terms["recon_prefixes"] = torch.stack(squares).sum() / (n_written * n_nested)
     if isinstance(config.sparsity, ReLU | JumpReLU):
-        terms["penalty"] = penalty_factor * _penalty(code, grouped, dictionary, n_written)
+        terms["penalty"] = penalty_factor * _penalty(code, grouped, dictionary, n_tokens)
     if dead_GF is not None and config.aux_k != 0 and dictionary.on_any(dead_GF.any()):
         terms["aux_k"] = auxiliary_term(dictionary, x_BLD, error_BLD, dead_GF)
     return LossOutput(terms, code, error_BLD)
@@ -88,19 +90,19 @@ def _written_error(
         part_RN = triton_kernels.gather_sum(values, features, code.offsets, decoder_GFN.flatten(0, 1))
         error_BGN = shard.total(part_RN, RECONSTRUCTION).view(x_BGN.shape) + center_GN - x_BGN
         squares_GL = error_BGN.unflatten(2, (n_parts, -1)).square().sum((0, 3), dtype=torch.float64)
-        return error_BGN, squares_GL.flatten()[config.written()].sum().to(error_BGN.dtype)
+        return error_BGN, shard.over_tokens(squares_GL.flatten()[config.written()].sum()).to(error_BGN.dtype)
     error_BGN, squares_GL = triton_kernels.decode_loss(
         values, features, code.offsets, decoder_GFN, center_GN, x_BGN, n_parts
     )
     return error_BGN, squares_GL.flatten()[config.written()].sum()
 
 
-def _penalty(code: SparseCode, grouped: Grouped, dictionary: Dictionary, n_written: int) -> Tensor:
-    """What the rule's penalty charges for a code of `n_written` numbers, coefficient included: the mean over rows, or
-    these layers' part of it."""
+def _penalty(code: SparseCode, grouped: Grouped, dictionary: Dictionary, n_tokens: int) -> Tensor:
+    """What the rule's penalty charges for a code of `n_tokens` tokens on all ranks, coefficient included: the mean over
+    rows, or these layers' part of it."""
     config, shard, n_groups = dictionary.config, dictionary.others, dictionary.n_groups_of_all
     sparsity, d_model = config.sparsity, config.d_model
-    n_rows = max(1, code.n_rows // dictionary.n_groups * n_groups)
+    n_rows, n_written = max(1, n_tokens * dictionary.rows_of_token), n_tokens * config.n_written()
     assert isinstance(sparsity, ReLU | JumpReLU)
     penalty = sparsity.penalty
     features = codec.to_global(code, grouped.center_GN.shape[0])
@@ -112,18 +114,21 @@ def _penalty(code: SparseCode, grouped: Grouped, dictionary: Dictionary, n_writt
             norms_GF = codec.decoder_norms(grouped.decoder_GFN, "l2", d_model=d_model)
             charge = _of_all((scale * code.values * norms_GF.flatten()[features]).tanh().sum(), shard) / n_rows
         case L0Penalty():
-            charge = _of_all(_active_per_token(code, features, grouped, sparsity), shard).sum() / n_groups
+            active_G = _active_per_token(code, features, grouped, sparsity, n_rows / n_groups)
+            charge = _of_all(active_G, shard).sum() / n_groups
         case TargetL0Penalty(target=target):
-            active_G = _of_all(_active_per_token(code, features, grouped, sparsity), shard)
+            active_G = _of_all(_active_per_token(code, features, grouped, sparsity, n_rows / n_groups), shard)
             charge = (active_G / target - 1).square().sum() / n_groups
     return penalty.coefficient * charge
 
 
 def _of_all(part: Tensor, shard: Shard | None) -> Tensor:
-    return part if shard is None else shard.total(part)
+    return part if shard is None else shard.total(shard.over_tokens(part))
 
 
-def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, sparsity: ReLU | JumpReLU) -> Tensor:
+def _active_per_token(
+    code: SparseCode, features: Tensor, grouped: Grouped, sparsity: ReLU | JumpReLU, n_rows: float
+) -> Tensor:
     """The mean number of active features, `[G]`, with JumpReLU's pseudo-derivative `-1 / window` to the threshold.
 
     A pair with value 0 is there because its score lies in the lower half of the window.
@@ -136,7 +141,7 @@ def _active_per_token(code: SparseCode, features: Tensor, grouped: Grouped, spar
     pull_P = torch.where(inside_P, (theta_P.detach() - theta_P) / sparsity.window, 0)
     active_P = (code.values > 0).to(pull_P.dtype) + pull_P
     totals_G = active_P.new_zeros(n_groups).index_add(0, features.long() // n_features, active_P)
-    return totals_G / max(1, code.n_rows // n_groups)
+    return totals_G / n_rows
 
 
 class _Revival(NamedTuple):
@@ -224,8 +229,9 @@ def _revive(dictionary: Dictionary, x_BLD: Tensor, error_BLD: Tensor, dead_GF: T
         code_GDB = torch.zeros_like(code_GDB).scatter(1, chosen.indices, chosen.values)
     left_GBN = torch.bmm(code_GDB.transpose(1, 2), decoder_GDN)
     left_GBN = (left_GBN if shard is None else shard.total(left_GBN, "auxiliary reconstruction")) + error_GBN
-    size_G = torch.linalg.vector_norm(error_GBN, dim=(1, 2)).square().clamp_min(torch.finfo(x_BLD.dtype).tiny)
-    relative_G = (left_GBN.square().sum((1, 2)) / size_G).masked_fill(~any_G, 0)
+    size_G = dictionary.of_tokens(torch.linalg.vector_norm(error_GBN, dim=(1, 2)).square())
+    size_G = size_G.clamp_min(torch.finfo(x_BLD.dtype).tiny)
+    relative_G = (dictionary.of_tokens(left_GBN.square().sum((1, 2))) / size_G).masked_fill(~any_G, 0)
     n_groups = dictionary.n_groups_of_all
     term = AUX_COEFFICIENT * (relative_G.sum() / n_groups)
     factor_G = (torch.full_like(size_G, AUX_COEFFICIENT) / n_groups).masked_fill(~any_G, 0) / size_G
@@ -277,8 +283,13 @@ def explained_variance(x_BLD: Tensor, recon_BLD: Tensor) -> Tensor:
     Raises:
         ValueError: a layer of `x_BLD` is constant, so the ratio is undefined.
     """
+    return explained(x_BLD, (x_BLD - recon_BLD).double().square().sum((0, 2)))
+
+
+def explained(x_BLD: Tensor, square_L: Tensor) -> Tensor:
+    """`explained_variance` from the sums of each layer's squared errors."""
     variance_L = (x_BLD - x_BLD.mean(0)).double().square().sum((0, 2))
     if not bool((variance_L > 0).all()):
         layers = (~(variance_L > 0)).nonzero().flatten().tolist()
         raise ValueError(f"layers {layers} are constant over the {x_BLD.shape[0]} tokens: no variance to explain")
-    return 1 - (x_BLD - recon_BLD).double().square().sum((0, 2)) / variance_L
+    return 1 - square_L / variance_L

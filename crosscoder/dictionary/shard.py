@@ -3,6 +3,9 @@
 By features: what is whole on every rank is the batch, `decoder_bias`, the inference threshold, the reconstruction. What
 crosses over: the scores at which the choice is cut (`choice`), the sum of the partial reconstructions, and sums of a
 few numbers. By layers, which a bank alone has apart: nothing but those sums.
+
+In a mesh (`Ranks.mesh`) several groups of ranks do so, each for its share of a batch's tokens; between them cross over
+the gradients, the choice over the batch, which features were active, and sums of a few numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ PIECE = 2**22
 """Numbers that are drawn at once."""
 RECONSTRUCTION = "reconstruction"
 CENTER = "center"
+GRADIENTS = "gradients"
+FIRING = "firing"
 Along = Literal["features", "layers"]
 
 
@@ -30,7 +35,7 @@ class Shard:
     """Features `start` to `stop` of each dictionary side by side: rows of encoder, decoder, biases and thresholds.
 
     stops: where the shards of all ranks end, in their order; they lie one after the other and make up all features.
-    ranks: who holds them; alone by default, never all processes that there are.
+    ranks: who holds them; alone by default, never all processes that there are. In a mesh they are one of its groups.
     along: `layers` where the numbers are those of a bank's layers instead, and a rank holds all features of its own.
     """
 
@@ -78,6 +83,12 @@ class Shard:
     def called(self) -> str:
         """What this rank holds, for people."""
         return f"{self.along} {self.start} to {self.stop} of {self.n_whole}"
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Over how many ranks what is divided, as `run.json` says it."""
+        n_data = self.ranks.data.size
+        return {self.along: self.ranks.size} | ({"data": n_data} if n_data > 1 else {})
 
     def bounds(self, rank: int) -> tuple[int, int]:
         """The first feature or layer of a rank, and the first after its own."""
@@ -128,6 +139,8 @@ class Shard:
 
     def whole(self, part: Tensor, axis: int) -> Tensor | None:
         """The parts of all ranks, on the CPU of rank 0; None elsewhere. All ranks call it."""
+        if not self.ranks.data.is_first:
+            return None  # others hold the same
         if not self.ranks.is_first:
             self.ranks.give(part)
             return None
@@ -140,11 +153,18 @@ class Shard:
 
     def keep_top_k(self, score_RC: Tensor, k: int) -> Tensor:
         """See `choice.keep_top_k`; candidates are the best min(k, features) of each rank."""
+        if self.ranks.size == 1:
+            return torch.ones_like(score_RC, dtype=torch.bool)
         return keep_top_k(score_RC, k, min(k, self.widest), self.ranks)
 
     def keep_batch_top_k(self, score_P: Tensor, offsets: Tensor, n_groups: int, wanted: int) -> tuple[Tensor, Tensor]:
-        """See `choice.keep_batch_top_k`."""
+        """See `choice.keep_batch_top_k`; candidates are the best of a row `most_of_row` on average."""
         return keep_batch_top_k(score_P, offsets, n_groups, wanted, self.ranks)
+
+    def most_of_row(self, k: int) -> int:
+        """How many a row could have on average here, where it has k over the tokens of all ranks."""
+        data = self.ranks.data
+        return k if data.size == 1 else -(-k * data.n_tokens // max(1, data.n_own))
 
     def add_reconstruction(self, part: Tensor) -> Tensor:
         """The reconstruction of all ranks' features from that of its own, in place."""
@@ -156,11 +176,22 @@ class Shard:
 
     def total(self, part: Tensor, what: str = "numbers") -> Tensor:
         """The sum of what each rank has of it; every rank then goes on alike, so that its gradient is its part's."""
-        return _Total.apply(part, self.ranks, what)
+        return part if self.ranks.size == 1 else _Total.apply(part, self.ranks, what)
+
+    def over_tokens(self, part: Tensor, what: str = "numbers") -> Tensor:
+        """`total` over the ranks that hold the same for other tokens, in float64."""
+        data = self.ranks.data
+        return part if data.size == 1 else _Total.apply(part.double(), data, what).to(part.dtype)
+
+    def add_once(self, part: Tensor, what: str) -> Tensor:
+        """The sum over the parts, in place, of what ranks that hold the same have alike; the same bits on all ranks."""
+        if self.ranks.size == 1:
+            return part
+        return self.ranks.job.add(part if self.ranks.data.is_first else part.zero_(), what)
 
     def of_all(self, whole: Tensor) -> Tensor:
         """A tensor that every rank holds whole; each rank's use of it gives a part of its gradient."""
-        return _OfAll.apply(whole, self.ranks)
+        return whole if self.ranks.size == 1 else _OfAll.apply(whole, self.ranks)
 
 
 class _Total(torch.autograd.Function):

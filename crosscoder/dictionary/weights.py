@@ -12,6 +12,7 @@ from crosscoder.dictionary.codec import Grouped
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.shard import Shard
 from crosscoder.dictionary.sparsity import BatchTopK
+from crosscoder.foundation.ranks import ALONE, DataRanks, Ranks
 
 
 class Layout(NamedTuple):
@@ -58,8 +59,17 @@ class Weights(nn.Module, ABC):
 
     @property
     def others(self) -> Shard | None:
-        """The shard, where other ranks hold features of the same dictionaries; None where those here are whole."""
-        return None if self.shard is None or self.shard.ranks.size == 1 or self.by_layer else self.shard
+        """The shard, where other ranks hold features of the same dictionaries or have other tokens; of a bank's layers
+        one of all their features. None where this rank has all of both."""
+        if self.shard is None or ((data := self.data).size == 1 and (self.shard.ranks.size == 1 or self.by_layer)):
+            return None
+        by_layers = self.shard.along == "layers"
+        return Shard((self.n_held,), Ranks(data=data, job=data)) if by_layers else self.shard
+
+    @property
+    def data(self) -> DataRanks:
+        """The ranks that hold the same weights and work on other tokens; this one alone without a mesh."""
+        return ALONE if self.shard is None else self.shard.ranks.data
 
     @property
     def by_layer(self) -> Shard | None:
@@ -75,6 +85,10 @@ class Weights(nn.Module, ABC):
     def of_all(self, part: Tensor) -> Tensor:
         """The sum of a number over the ranks that divide the dictionary; itself where it is whole."""
         return part if self.shard is None else self.shard.total(part)
+
+    def of_tokens(self, part: Tensor) -> Tensor:
+        """The sum in float64 of a number over the ranks that have other tokens of a batch; itself elsewhere."""
+        return part if self.shard is None else self.shard.over_tokens(part)
 
     def of_layers(self, part: Tensor) -> Tensor:
         """The sum in float64 of a number over ranks that hold whole layers of a bank; itself elsewhere."""

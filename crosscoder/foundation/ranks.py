@@ -38,12 +38,16 @@ class DesyncError(RuntimeError):
 class Ranks:
     """The ranks of a group. Without a group there is this process alone, and nothing is sent.
 
+    data: of a mesh (`mesh`), the ranks that do the same as this one for other tokens; this one alone without a mesh.
+    job: all ranks of the mesh; without one these.
     traffic: bytes of what was summed, gathered and told, by name; of a gather, what every rank holds after it. A ring
         moves `2 (R - 1) / R` times the bytes of a sum through each rank, and `(R - 1) / R` times those of a gather.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, data: DataRanks | None = None, job: Ranks | None = None
+    ) -> None:
+        self.group, self._data, self._job = group, data, job
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.traffic: Counter[str] = Counter()
@@ -54,6 +58,37 @@ class Ranks:
         if self.size == 1:
             return Ranks()
         return Ranks(dist.new_group(dist.get_process_group_ranks(self.group), timeout=TIMEOUT, backend="gloo"))
+
+    @property
+    def data(self) -> DataRanks:
+        return self._data or ALONE
+
+    @property
+    def job(self) -> Ranks:
+        return self._job or self
+
+    def mesh(self, n_data: int) -> Ranks:
+        """These ranks as `n_data` groups, each of which works on its own share of every batch's tokens: the group of
+        this rank, whose members divide a dictionary. All ranks call it; traffic of either axis is counted as theirs.
+
+        Raises:
+            ValueError: they cannot be parted into so many groups of one size.
+        """
+        if n_data < 1 or self.size % n_data:
+            raise ValueError(
+                f"{self.size} ranks cannot be parted into {n_data} groups of one size that share out the tokens; give "
+                "a number of data ranks that divides theirs"
+            )
+        if n_data == 1:
+            return self
+        table = torch.tensor(dist.get_process_group_ranks(self.group)).view(n_data, -1)
+        parts, data = None, self.group
+        if table.shape[1] > 1:
+            parts, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=TIMEOUT)
+            data, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=TIMEOUT)
+        found = Ranks(parts, data=DataRanks(data), job=self)
+        found.traffic = found.data.traffic = self.traffic
+        return found
 
     @property
     def is_first(self) -> bool:
@@ -69,7 +104,7 @@ class Ranks:
         return self._reduce(tensor, dist.ReduceOp.MAX, what)
 
     def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType, what: str) -> Tensor:
-        if self.size > 1:
+        if self.size > 1 and tensor.numel():
             self.traffic[what] += tensor.nbytes
             with self._others():
                 dist.all_reduce(tensor, how, group=self.group)
@@ -78,8 +113,8 @@ class Ranks:
 
     def gather(self, tensor: Tensor, what: str) -> Tensor:
         """The tensors of all ranks, `[R, ...]`; their shapes are equal."""
-        if self.size == 1:
-            return tensor[None]
+        if self.size == 1 or not tensor.numel():
+            return tensor.expand(self.size, *tensor.shape)
         flat = tensor.contiguous().view(-1)
         found = flat.new_empty(self.size * flat.numel())
         self.traffic[what] += found.nbytes
@@ -137,7 +172,48 @@ class Ranks:
         except (RuntimeError, ValueError) as error:
             if isinstance(error, LostRankError):
                 raise
-            raise LostRankError(f"rank {self.rank} lost the others: one ended or stands still ({error})") from error
+            raise LostRankError(
+                f"rank {dist.get_rank()} lost the others: one ended or stands still ({error})"
+            ) from error
+
+
+class DataRanks(Ranks):
+    """Ranks that hold the same and each work on a run of every batch's tokens, as `Tensor.tensor_split` parts them."""
+
+    n_tokens = n_own = 0  # of the batch at hand
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's tokens of a batch `[B, ...]`, of which it may have none."""
+        if self.size == 1:
+            return x
+        own = x.tensor_split(self.size)[self.rank]
+        self.n_tokens, self.n_own = len(x), len(own)
+        return own
+
+    def of_all(self, n_own: int) -> int:
+        """How many tokens the batch at hand has on all ranks, of which this one was given `n_own` by `part`.
+
+        Raises:
+            ValueError: it was given others.
+        """
+        if self.size > 1 and n_own != self.n_own:
+            raise ValueError(
+                f"{n_own} tokens are not this rank's share of a batch of {self.n_tokens}; take `part` first"
+            )
+        return n_own if self.size == 1 else self.n_tokens
+
+    def rows(self, own: Tensor, what: str) -> Tensor:
+        """The rows of the batch at hand on all ranks, `[B, ...]`, one a token; on every rank."""
+        if self.size == 1:
+            return own
+        sizes = [len(one) for one in torch.arange(self.n_tokens).tensor_split(self.size)]
+        padded = own.new_zeros(sizes[0], *own.shape[1:])
+        padded[: len(own)] = own
+        return torch.cat([one[:size] for one, size in zip(self.gather(padded, what), sizes, strict=True)])
+
+
+ALONE = DataRanks()
+"""This process, which has all tokens."""
 
 
 def of_launcher() -> tuple[int, int, int] | None:

@@ -62,7 +62,7 @@ def train_warm_chain(
     """
     bank = unwrapped(bank)
     n_groups, n_layers = bank.n_groups, bank.config.n_layers
-    if bank.by_layer is not None:
+    if bank.shard is not None and bank.shard.along == "layers":
         raise ValueError("a chain trains one layer after the other: ranks divide the features of its bank, not layers")
     if n_groups != n_layers:
         raise ValueError(
@@ -84,7 +84,7 @@ def train_warm_chain(
         "config": config, "resume": resume, "device": device, "data_fingerprint": data_fingerprint, "quiet": quiet,
         "monitor": monitor, "monitor_every": monitor_every, "scratch_seconds": scratch_seconds,
     }  # fmt: skip
-    writes = scratch_seconds is None and (bank.shard is None or bank.shard.ranks.is_first)
+    writes = scratch_seconds is None and (bank.shard is None or bank.shard.ranks.job.is_first)
     with one_writer([Path(folder)] if folder is not None and writes else []):
         return _train_layers(bank, batches, None if folder is None else Path(folder), label, told, options)
 

@@ -55,7 +55,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]
     divide a dictionary all call it; rank 0 gathers their parts and writes what one process would.
     """
     weights, tensors = whole_tensors(state.dictionary), whole_tensors_of(state)
-    if (shard := state.dictionary.shard) is not None and not shard.ranks.is_first:
+    if (shard := state.dictionary.shard) is not None and not shard.ranks.job.is_first:
         return
     with committed_directory(folder / f"step-{state.step:09d}", schema=SCHEMA) as temporary:
         state.dictionary.write_files(temporary, weights)
@@ -242,8 +242,8 @@ class RunLog:
         shard: Shard | None = None,
     ) -> None:
         self._folder, self._settings, self._is_scratch = folder, settings, is_scratch
-        self._mesh = None if shard is None else {shard.along: shard.ranks.size}
-        self._writes = shard is None or shard.ranks.is_first
+        self._mesh = None if shard is None else shard.mesh
+        self._writes = shard is None or shard.ranks.job.is_first
         self._logger = logger if self._writes else None
         self._kept_step = -1  # of the checkpoint that was written or loaded last
         self._kept_lines = 0  # of the history in it

@@ -15,6 +15,8 @@ import triton_kernels
 from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE, SparseCode, TopK
 from crosscoder.dictionary.codec import selection_scale
 from crosscoder.dictionary.losses import add_auxiliary_gradients, loss_terms
+from crosscoder.dictionary.shard import GRADIENTS
+from crosscoder.foundation.ranks import Ranks
 from crosscoder.training.state import StackState, State, TrainState
 from triton_kernels.arguments import Encoding
 
@@ -49,7 +51,8 @@ def is_direct(dictionary: Dictionary) -> bool:
 def accumulate_gradients(
     state: State, x_BLD: Tensor, *, dead_GF: Tensor, penalty_factor: float, precision: str
 ) -> Gradients:
-    """The gradients of a batch, in the parameters' `grad`, and the terms of the loss, summed over a bank's layers.
+    """The gradients of a batch, in the parameters' `grad`, and the terms of the loss, summed over a bank's layers and,
+    where ranks share out a batch, over all its tokens, of which `x_BLD` are this rank's (`DataRanks.part`).
 
     dead_GF: features for the auxiliary term. penalty_factor: of a sparsity rule's penalty. precision: as in
     `TrainConfig`.
@@ -60,11 +63,25 @@ def accumulate_gradients(
             found = _with_auxiliary(state, x_BLD, dead_GF, _directly(state, x_BLD, rounded=rounded))
         else:
             found = _by_autograd(state, x_BLD, dead_GF, penalty_factor)
+    if state.weights.data.size > 1:
+        _sum_over_tokens(state.members[0].dictionary)
     if state.weights.by_layer is not None:
         (terms,) = found.terms
         whole = state.weights.of_layers(torch.stack(list(terms.values())).detach())
         found = found._replace(terms=[dict(zip(terms, whole, strict=True))])
     return found
+
+
+def _sum_over_tokens(dictionary: Dictionary) -> None:
+    """Add the gradients of all ranks' tokens; of what every rank has whole in one sum, so that it stays the same."""
+    ranks = dictionary.shard.ranks if dictionary.shard else Ranks()
+    for name, parameter in dictionary.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad = parameter.grad.contiguous()
+            if dictionary.axis_of(name) is not None:
+                ranks.data.add(gradient, GRADIENTS)
+            else:
+                ranks.job.add(gradient if ranks.is_first else gradient.zero_(), GRADIENTS)
 
 
 def _by_autograd(state: TrainState, x_BLD: Tensor, dead_GF: Tensor, penalty_factor: float) -> Gradients:
@@ -87,7 +104,7 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     encoder_GFN, decoder_GFN, bias_GF, center_GN = (tensor.detach() for tensor in grouped[:4])
     n_groups, n_members, n_parts = len(center_GN), len(members), center_GN.shape[1] // config.d_model
     x_BGN = members[0].dictionary.grouped().split(x_BLD)
-    n_written = x_BLD.shape[0] * config.n_written()
+    n_written = weights.data.of_all(x_BLD.shape[0]) * config.n_written()
     weight_GL = center_GN.new_zeros(n_groups, n_parts)
     weight_GL.view(n_members, -1)[:, config.written()] = weight_GL.new_ones(()) / n_written
     scale_GF = selection_scale(grouped, config)
@@ -118,7 +135,7 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     values, features, offsets = found.code
     code = SparseCode(values, features, offsets, n_groups * weights.n_held, (offsets.numel() - 1,), features)
     errors = [error_BGN.view(x_BLD.shape) for error_BGN in found.error_SBGN]
-    squares = [one.flatten()[config.written()].sum() for one in found.squares_GL.chunk(n_members)]
+    squares = [weights.of_tokens(one.flatten()[config.written()].sum()) for one in found.squares_GL.chunk(n_members)]
     return Gradients([{"recon": square / n_written} for square in squares], code, errors)
 
 

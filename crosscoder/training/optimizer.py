@@ -96,7 +96,7 @@ class RowAdam(torch.optim.Optimizer):
                 own.append((own_GR[:, :size] if name in OF_FEATURES else own_GR).sum(1, dtype=torch.float64))
         sums = [torch.stack(own).sum(0) for own in found]
         if shard is not None:
-            shard.ranks.add(sums[0], "gradient norms")
+            shard.add_once(sums[0], "gradient norms")
         return (sums[0] if n_sets == 1 else torch.cat(sums)).sqrt().to(dtype)
 
     @torch.no_grad()

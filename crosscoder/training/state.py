@@ -12,6 +12,7 @@ from torch import Tensor
 from crosscoder.data.order import seeded_generator
 from crosscoder.dictionary import Dictionary, SparseCode
 from crosscoder.dictionary.codec import to_global
+from crosscoder.dictionary.shard import FIRING
 from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, TopK
 from crosscoder.dictionary.stack import Stack
 from crosscoder.dictionary.weights import Weights
@@ -29,11 +30,17 @@ class FiringTracker:
     def __init__(self, n_groups: int, n_features: int, *, device: torch.device | str = "cpu") -> None:
         self.silent_GF = torch.zeros(n_groups, n_features, dtype=torch.int64, device=device)
 
-    def update(self, code: SparseCode, n_tokens: int) -> None:
-        """Count one batch of `n_tokens`; a stored value of zero is not activity, and none is below zero."""
+    def update(self, code: SparseCode, n_tokens: int, data: Ranks | None = None) -> None:
+        """Count one batch of `n_tokens`; a stored value of zero is not activity, and none is below zero.
+
+        data: the ranks that have the rest of the batch's tokens.
+        """
         features, values = to_global(code, self.silent_GF.shape[0]), code.values.detach()
         total_F = values.new_zeros(self.silent_GF.numel()).index_add_(0, features, values)
-        self.silent_GF.add_(n_tokens).masked_fill_((total_F > 0).view(self.silent_GF.shape), 0)
+        is_active_F = total_F > 0
+        if data is not None and data.size > 1:
+            is_active_F = data.largest(is_active_F.to(torch.uint8), FIRING).bool()
+        self.silent_GF.add_(n_tokens).masked_fill_(is_active_F.view(self.silent_GF.shape), 0)
 
     def dead(self, after_tokens: int) -> Tensor:
         """True for features silent for at least `after_tokens`, `[G, F]`."""
@@ -212,17 +219,23 @@ def resample_dead(state: TrainState, x_BLD: Tensor, error_BLD: Tensor, *, dead_a
 
     A pure function of the state and the batch: generators are seeded by the dictionary's seed, the step and the layer.
     Ranks that divide the features draw the same rows, and each takes those that are its dead features' turn.
+
+    error_BLD: of this rank's tokens, where ranks share out the batch.
     """
     dictionary, config = state.dictionary, state.dictionary.config
     grouped, dead_GF = dictionary.grouped(), state.firing.dead(dead_after_tokens)
     n_groups, n_features = dead_GF.shape
     x_RGN = grouped.split(x_BLD) - grouped.center_GN
-    loss_RG = error_BLD[:, config.written()].reshape(len(x_RGN), n_groups, -1).double().square().sum(2).cpu()
-    ranks, first = dictionary.others.ranks if dictionary.others else Ranks(), dictionary.by_layer
+    own_BLD, n_own = error_BLD[:, config.written()], len(x_RGN) * n_groups // len(x_BLD)
+    loss_BX = own_BLD.flatten(1).unflatten(1, (n_own, -1)).double().square().sum(2)
+    loss_RG = dictionary.data.rows(loss_BX, "numbers").view(-1, n_groups).cpu()
+    others, first = dictionary.others, dictionary.by_layer
+    ranks = others.ranks if others else Ranks()
     n_dead_WG = ranks.gather(dead_GF.sum(1), "numbers")
     before_G, total_G = n_dead_WG[: ranks.rank].sum(0).tolist(), n_dead_WG.sum(0).tolist()
     norm_GF = grouped.encoder_GFN.norm(dim=2).double().masked_fill(dead_GF, 0)
-    alive_2G = ranks.add(torch.stack([norm_GF.sum(1), (~dead_GF).sum(1).double()]), "numbers")
+    alive_2G = torch.stack([norm_GF.sum(1), (~dead_GF).sum(1).double()])
+    alive_2G = others.add_once(alive_2G, "numbers") if others else alive_2G
     norm_G = torch.where(alive_2G[1] > 0, alive_2G[0] / alive_2G[1], 1)
     count = 0
     for group in range(n_groups):

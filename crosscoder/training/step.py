@@ -12,9 +12,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from crosscoder.dictionary.codec import checked_input, non_finite
+from crosscoder.dictionary.codec import SparseCode, checked_input, non_finite
 from crosscoder.dictionary.dictionary import Dictionary
-from crosscoder.dictionary.losses import explained_variance
+from crosscoder.dictionary.losses import explained
 from crosscoder.dictionary.weights import Weights
 from crosscoder.foundation.config import config
 from crosscoder.training.finite import NonFiniteError, require_sound
@@ -77,6 +77,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
     """Takes one optimiser step and returns a function that computes what to log of each dictionary of the state."""
     weights = state.weights
     x_BLD = _checked_batch(x, state)
+    own_BLD = weights.data.part(x_BLD)
     rate = _rate(state, config, n_steps)
     state.optimizer.param_groups[0]["lr"] = rate
     state.clear_gradients()
@@ -89,7 +90,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
                     initialize_bias(member.dictionary, x_BLD, method=config.bias_init)
         out = accumulate_gradients(
             state,
-            x_BLD,
+            own_BLD,
             dead_GF=state.firing.dead(config.dead_after_tokens),
             penalty_factor=linear_rise(state.step, warmup=config.penalty_warmup_steps),
             precision=config.precision,
@@ -108,20 +109,19 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
     state.optimizer.update(scale_G=(config.grad_clip / norm_G).clamp_max(1) if clips else None)
     for member in state.members:
         member.hold_decoder()
-    state.firing.update(out.code, x_BLD.shape[0])
+    state.firing.update(out.code, x_BLD.shape[0], weights.data)
     state.advance(x_BLD.shape[0])
     resampled = [_resample_if_due(*one, config, n_steps) for one in zip(state.members, repeat(x_BLD), out.errors)]
 
     def numbers() -> list[Entry]:
-        n_rows = out.code.n_rows // weights.n_groups * weights.n_groups_of_all // len(loss_S)
-        l0_S = (weights.of_all(out.code.l0().view(len(loss_S), -1).sum(1).double()) / n_rows).tolist()
+        l0_S = _mean_l0(state, out.code, x_BLD.shape[0])
         return [
             {
                 "step": state.step,
                 "tokens": state.tokens,
                 "loss": loss_S[place].item(),
                 **{f"loss/{name}": term.item() for name, term in out.terms[place].items()},
-                "explained_variance": _mean_explained(weights, x_BLD, x_BLD + out.errors[place]),
+                "explained_variance": _mean_explained(weights, x_BLD, own_BLD, out.errors[place]),
                 "l0": l0_S[place],
                 "silent_features": int(weights.of_all(member.firing.dead(config.dead_after_tokens).sum())),
                 "gradient_norm": norm_S[place].item(),
@@ -167,7 +167,7 @@ def initialize_bias(dictionary: Dictionary, x_BLD: Tensor, *, method: BiasInit) 
         case "zero":
             center_GN.zero_()
     if dictionary.others is not None:
-        dictionary.others.ranks.share(dictionary.decoder_bias.detach(), "start")
+        dictionary.others.ranks.job.share(dictionary.decoder_bias.detach(), "start")
 
 
 def geometric_median(x_BN: Tensor, *, n_steps: int = 50, tolerance: float = 1e-5) -> Tensor:
@@ -202,12 +202,25 @@ def _resample_if_due(
     return {"resampled": resample_dead(state, x_BLD, error_BLD, dead_after_tokens=config.dead_after_tokens)}
 
 
-def _mean_explained(weights: Weights, x_BLD: Tensor, recon_BLD: Tensor) -> float | None:
-    """Explained variance averaged over layers; None for a batch in which it is undefined, such as a single token."""
+def _mean_l0(state: State, code: SparseCode, n_tokens: int) -> list[float]:
+    """Active features of a row, of each dictionary the mean over the rows of `n_tokens` tokens, those of all ranks."""
+    weights, n_sets = state.weights, len(state.members)
+    active_S = code.l0().view(n_sets, code.n_rows // n_sets).sum(1).double()
+    n_rows = n_tokens * state.members[0].dictionary.rows_of_token
+    return (weights.of_all(weights.of_tokens(active_S)) / n_rows).tolist()
+
+
+def _mean_explained(weights: Weights, x_BLD: Tensor, own_BLD: Tensor, error_BLD: Tensor) -> float | None:
+    """Explained variance averaged over layers; None for a batch in which it is undefined, such as a single token.
+
+    own_BLD, error_BLD: of this rank's tokens.
+    """
     ev_L = x_BLD.new_full((1,), math.nan, dtype=torch.float64)
     with contextlib.suppress(ValueError):
         written = weights.config.written()
-        ev_L = explained_variance(x_BLD[:, written], recon_BLD[:, written].to(x_BLD.dtype))
+        recon_BLD = (own_BLD + error_BLD)[:, written].to(x_BLD.dtype)
+        square_L = (own_BLD[:, written] - recon_BLD).double().square().sum((0, 2))
+        ev_L = explained(x_BLD[:, written], weights.of_tokens(square_L))
     n_layers = len(ev_L) if weights.by_layer is None else weights.by_layer.n_whole
     mean = weights.of_layers(ev_L.sum()).item() / n_layers
     return None if math.isnan(mean) else mean

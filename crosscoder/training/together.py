@@ -16,6 +16,8 @@ from crosscoder.foundation import signals
 from crosscoder.foundation.ranks import DesyncError, Ranks
 from crosscoder.training.checkpoint import step_of
 from crosscoder.training.history import Entry
+from crosscoder.training.parts import tensors_of
+from crosscoder.training.state import TrainState
 
 
 def require_one_job(dictionaries: Sequence[Dictionary], *, is_scratch: bool) -> Ranks:
@@ -27,7 +29,7 @@ def require_one_job(dictionaries: Sequence[Dictionary], *, is_scratch: bool) -> 
     shards = [one.shard for one in dictionaries if one.shard is not None]
     if not shards:
         return Ranks()
-    if len(shards) < len(dictionaries) or len({one.ranks.group for one in shards}) > 1:
+    if len(shards) < len(dictionaries) or len({(one.ranks.group, one.ranks.job.group) for one in shards}) > 1:
         raise ValueError(
             f"{len(shards)} of {len(dictionaries)} dictionaries are divided; divide all over the same ranks"
         )
@@ -35,7 +37,7 @@ def require_one_job(dictionaries: Sequence[Dictionary], *, is_scratch: bool) -> 
         raise ValueError("scratch_seconds cannot be had of a dictionary that ranks divide; train it on one device")
     if wrong := [str(one.encoder.dtype) for one in dictionaries if one.encoder.dtype != torch.float32]:
         raise ValueError(f"ranks divide a dictionary in float32, this one is {wrong[0]}")
-    return shards[0].ranks
+    return shards[0].ranks.job
 
 
 def stopping_together(job: Ranks) -> contextlib.AbstractContextManager[None]:
@@ -56,16 +58,35 @@ def require_same_batch(shard: Shard | None, x: Tensor) -> None:
     Raises:
         DesyncError: they do, on every rank.
     """
-    if shard is None or shard.ranks.size == 1:
+    if shard is None or shard.ranks.job.size == 1:
         return
     total = x.detach().double().sum()
     bounds = torch.stack([total, -total, total.new_tensor(len(x)), -total.new_tensor(len(x))]).nan_to_num()
-    high, low, most, least = shard.ranks.largest(bounds, "batch check").tolist()
+    high, low, most, least = shard.ranks.job.largest(bounds, "batch check").tolist()
     if high != -low or most != -least:
         raise DesyncError(
             f"ranks were given different batches (sums {-low:.17g} to {high:.17g}, {-least:.0f} to {most:.0f} tokens); "
             "every rank must read the same data in the same order, on the same kind of machine"
         )
+
+
+def require_same_replicas(states: Sequence[TrainState]) -> None:
+    """Refuse to keep weights and moments that differ between the ranks of a mesh which hold the same features.
+
+    Raises:
+        DesyncError: they do, on every such rank.
+    """
+    for state in states:
+        if (data := state.dictionary.data).size > 1:
+            tensors = [*state.dictionary.state_dict().values(), *tensors_of(state).values()]
+            sums = [one.contiguous().view(-1).view(torch.uint8).long().sum().to(tensors[0].device) for one in tensors]
+            bounds = torch.stack([*sums, *(-one for one in sums)])
+            high, low = data.largest(bounds, "replica check").chunk(2)
+            if not torch.equal(high, -low):
+                raise DesyncError(
+                    f"step {state.step}{state.called}: ranks that hold the same weights, moments and counts of silence "
+                    "have come to differ; every rank must run the same code on the same kind of machine"
+                )
 
 
 def found_by_first(
@@ -94,4 +115,4 @@ def measured_by_first(dictionary: Dictionary, monitor: Callable[[Dictionary], En
     if dictionary.shard is None:
         return measured(dictionary)
     whole, device = gathered(dictionary), dictionary.encoder.device
-    return dictionary.shard.ranks.from_first(lambda: measured(whole.to(device)) if whole is not None else {})
+    return dictionary.shard.ranks.job.from_first(lambda: measured(whole.to(device)) if whole is not None else {})

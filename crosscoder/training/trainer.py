@@ -232,6 +232,7 @@ def _require_steps(taken: int, asked: int | None) -> None:
 
 
 def _finished(state: TrainState, run: RunLog) -> TrainResult:
+    together.require_same_replicas([state])
     state.dictionary.eval()
     run.finish(state)
     return TrainResult(state.dictionary, run.metrics, state.step, state.tokens)
@@ -305,6 +306,7 @@ def _take_steps(
     def keep() -> None:
         nonlocal kept_at
         kept_at = time.monotonic()
+        together.require_same_replicas(states)
         for state, run in zip(states, runs, strict=True):
             run.checkpoint(state)
 

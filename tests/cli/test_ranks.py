@@ -52,6 +52,24 @@ def test_a_store_is_read_by_all_ranks_and_the_run_is_that_of_one(pipeline, tmp_p
     assert "Traceback" not in again.stderr.split("torch")[0]
 
 
+def test_ranks_share_out_features_and_tokens(pipeline, tmp_path, capsys):
+    acts, out = str(pipeline / "acts"), tmp_path / "cc"
+    given = ["train", "--activations", acts, "--out", str(out), *FORTY]
+    refused = torchrun(*given, "--data-ranks", "3", size=4)
+    assert refused.returncode != 0
+    assert refused.stderr.count("4 ranks cannot be parted into 3 groups") == 1
+    assert not out.exists()
+    done = torchrun(*given, "--data-ranks", "2", size=4)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(out / "dictionary")]
+    assert_same_run(out, pipeline / "cc")
+    names = [{str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in (out, pipeline / "cc")]
+    assert names[0] == names[1]
+    assert json.loads((out / "run.json").read_text())["mesh"] == {"features": 2, "data": 2}
+    assert main([*given, "--data-ranks", "2"]) == 2
+    assert "--data-ranks would change nothing here: torchrun started no other ranks" in capsys.readouterr().err
+
+
 def test_one_rank_is_one_process(pipeline, tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -1,9 +1,10 @@
-"""The choice over ranks is that of one rank's definition to the bit: ties, zeros, uneven and empty shards."""
+"""The choice over ranks is that of one rank's definition to the bit: ties, zeros, uneven and empty parts."""
 
 import pytest
 import torch
 
 from crosscoder.dictionary.choice import BINS, ROUNDS, keep_batch_top_k, keep_top_k, ordered_bits
+from crosscoder.dictionary.shard import Shard
 from crosscoder.foundation.ranks import Ranks
 from tests.ranks import on_ranks
 from triton_kernels import reference
@@ -28,10 +29,12 @@ def scores(name):
             return z * 1e-41
         case "none positive":
             return -z.abs()
+        case "two tokens":
+            return (z[:2] * 2).round() / 2
     return z
 
 
-NAMES = ("plain", "ties", "equal", "zeros", "few positive", "tiny", "none positive")
+NAMES = ("plain", "ties", "equal", "zeros", "few positive", "tiny", "none positive", "two tokens")
 
 
 def whole_choice(z_BGF, k):
@@ -47,21 +50,21 @@ def chosen_by_row(ranks, own_BGS, k, width):
 
 
 def chosen_by_batch(ranks, own_BGS, k):
-    own_k = min(k, own_BGS.shape[2])
+    own_k = min(Shard((own_BGS.shape[2],), ranks).most_of_row(k), own_BGS.shape[2])
     own_BGS = own_BGS.clone()
     candidate_BGS = reference.kept_by_batch(own_BGS, own_k) if own_k else torch.zeros_like(own_BGS, dtype=torch.bool)
     offsets = reference.starts(candidate_BGS.sum(2).flatten())
-    kept_P, cut_G = keep_batch_top_k(own_BGS[candidate_BGS], offsets, G, B * k, ranks)
+    kept_P, cut_G = keep_batch_top_k(own_BGS[candidate_BGS], offsets, G, len(own_BGS) * k, ranks)
     kept_BGS = torch.zeros_like(candidate_BGS)
     kept_BGS[candidate_BGS] = kept_P
     return kept_BGS, cut_G
 
 
-def choices(ranks):
+def choices(ranks, n_data=1):
     """Every case as (name, stops, k), with this rank's part of the choices."""
-    found = {}
+    ranks, found = ranks.mesh(n_data), {}
     for name in NAMES:
-        z = scores(name)
+        z = ranks.data.part(scores(name))
         for stops in STOPS[ranks.size]:
             start, stop = (0, *stops)[ranks.rank], stops[ranks.rank]
             for k in (1, 4, 13):
@@ -73,14 +76,21 @@ def choices(ranks):
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_ranks_choose_what_one_rank_chooses(size):
-    parts = on_ranks(size, choices) if size > 1 else [choices(Ranks())]
+@pytest.mark.parametrize(("size", "n_data"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2), (4, 4)])
+def test_ranks_choose_what_one_rank_chooses(size, n_data):
+    parts = on_ranks(size, choices, n_data) if size > 1 else [choices(Ranks())]
+    n_parts = size // n_data
     for (name, stops, k), own in parts[0].items():
         z = scores(name)
         by_row, by_batch = whole_choice(z, k)
         gathered, counted, batch = (
-            torch.cat([part[name, stops, k][which] for part in parts], dim=2) for which in range(3)
+            torch.cat(
+                [
+                    torch.cat([part[name, stops, k][which] for part in parts[first : first + n_parts]], dim=2)
+                    for first in range(0, size, n_parts)
+                ]
+            )
+            for which in range(3)
         )
         assert torch.equal(gathered, by_row), (name, stops, k)
         assert torch.equal(counted, by_row), (name, stops, k)

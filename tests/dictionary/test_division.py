@@ -8,7 +8,7 @@ import torch
 from crosscoder import Crosscoder, LayerwiseSAE, TopK
 from crosscoder.dictionary.division import divided, shard_for
 from crosscoder.dictionary.shard import Shard
-from crosscoder.foundation.ranks import Ranks
+from crosscoder.foundation.ranks import DataRanks, Ranks
 from tests.divided import BANKS, CASES, D, F, L, new, of_rank
 
 
@@ -38,6 +38,21 @@ def test_every_division_begins_with_the_same_dictionary(case, monkeypatch):
 def test_a_bank_is_divided_by_layers_where_they_come_out_even_enough(case, n_layers, size, along):
     form, config = CASES[case][0], replace(new(case).config, n_layers=n_layers)
     assert shard_for(form, config, of_rank(0, (1,) * size).ranks).along == along
+
+
+def test_ranks_that_cannot_share_out_a_batch_are_refused():
+    ranks = Ranks()
+    ranks.size = 4
+    for n_data in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"4 ranks cannot be parted into {n_data} groups"):
+            ranks.mesh(n_data)
+    assert ranks.mesh(1) is ranks
+    data = DataRanks()
+    data.size = 3
+    assert len(data.part(torch.zeros(7, L, D))) == 3
+    assert data.of_all(3) == 7
+    with pytest.raises(ValueError, match="2 tokens are not this rank's share of a batch of 7"):
+        data.of_all(2)
 
 
 def test_more_ranks_than_features_are_refused():

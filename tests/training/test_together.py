@@ -1,5 +1,6 @@
 """A dictionary that ranks divide trains as on one rank."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crosscoder import LayerwiseSAE, TopK
-from crosscoder.dictionary.division import divided, gathered, shard_for
+from crosscoder.dictionary.division import divided, gathered, shard_for, whole_tensors
 from crosscoder.dictionary.shard import Shard
 from crosscoder.dictionary.traffic import step_traffic
 from crosscoder.foundation.ranks import Ranks
@@ -29,6 +30,8 @@ OTHERS = {
     "bf16": ("BatchTopK", ROUNDED),
     "bf16 bank": ("bank TopK", ROUNDED),
     "bf16 threshold": ("JumpReLU", ROUNDED),
+    "few tokens": ("BatchTopK", CONFIG),
+    "few tokens, bank": ("bank TopK", REVIVING),
 }
 JOBS = {case: (case, CONFIG) for case in CASES} | OTHERS
 """What is trained, by name: of which case, by which settings."""
@@ -37,11 +40,14 @@ CHOSEN_BY_ROUNDED = [("bf16", "features"), ("bf16 bank", "features")]
 CHOSEN_ALONE = ("bank TopK", "bank BatchTopK", "few of many dead", "bf16 bank")
 """Where a layer's step is the same to the bit whatever lies beside it, but for the auxiliary term."""
 LITTLE = ("bank BatchTopK", "k above a shard", "few of many dead", "nested TopK", "weakly causal", "resampled bank")
+IN_GROUPS = (*LITTLE, "JumpReLU", "bank L0", "bf16", "few tokens", "few tokens, bank")
 
 
-def padded(case):
-    """The batches, with zeros where the second subject of a diffing crosscoder has no numbers."""
-    return DATA if case != "diffing" else [x * new(case).read_mask.any(0) for x in DATA]
+def batches_of(job):
+    """The batches: of 2 or 3 tokens, or with zeros where the second subject of a diffing crosscoder has no numbers."""
+    if job.startswith("few tokens"):
+        return [x[: 2 + place % 2] for place, x in enumerate(DATA)]
+    return DATA if job != "diffing" else [x * new(job).read_mask.any(0) for x in DATA]
 
 
 class NoTokensByFeatures(TorchDispatchMode):
@@ -50,7 +56,7 @@ class NoTokensByFeatures(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for one in tree_leaves(found):
-            if isinstance(one, torch.Tensor) and F in one.shape and {B, B * L} & set(one.shape):
+            if isinstance(one, torch.Tensor) and F in one.shape and {B, B * L, B // 2, B * L // 2} & set(one.shape):
                 raise AssertionError(f"{func} makes {tuple(one.shape)}")
         return found
 
@@ -58,18 +64,19 @@ class NoTokensByFeatures(TorchDispatchMode):
 def trained(job, shard=None):
     case, config = JOBS[job]
     dictionary = new(case) if shard is None else divided(new(case), shard)
-    result = train(dictionary, padded(case), config=config, quiet=True)
+    result = train(dictionary, batches_of(job), config=config, quiet=True)
     whole = gathered(result.dictionary)
-    return result.metrics, None if whole is None else whole.state_dict()
+    return result.metrics, None if whole is None else whole.state_dict(), result.dictionary.state_dict()
 
 
-def every_case(ranks):
+def every_case(ranks, n_data=1):
     """What is trained of each job, by (job, how it is divided)."""
     if ranks.size == 1:
         return {job: trained(job) for job in JOBS}
-    jobs, found = JOBS if ranks.size == 2 else LITTLE, {}
+    jobs, found = JOBS if ranks.size == 2 else LITTLE if n_data == 1 else IN_GROUPS, {}
+    ranks = ranks.mesh(n_data)
     for job in jobs:
-        with NoTokensByFeatures():
+        with NoTokensByFeatures() if ranks.size > 1 else contextlib.nullcontext():
             found[job, "features"] = trained(job, Shard.of(F, ranks))
         if JOBS[job][0] in BANKS and ranks.size <= L:
             found[job, "layers"] = trained(job, Shard.of(L, ranks, "layers"))
@@ -83,18 +90,21 @@ def alone():
     return every_case(Ranks())
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_train_the_dictionary_of_one(alone, size):
-    parts = on_ranks(size, every_case)
+@pytest.mark.parametrize(("size", "n_data"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2)])
+def test_ranks_train_the_dictionary_of_one(alone, size, n_data):
+    parts = on_ranks(size, every_case, n_data)
     assert any("loss/aux_k" in entry for entry in alone["few of many dead"][0])
     assert all(sum(entry["resampled"] for entry in alone[job][0]) for job in ("resampled", "resampled bank"))
-    for how, (metrics, weights) in parts[0].items():
-        wanted, one = alone[how[0]]
+    for how, (metrics, weights, _) in parts[0].items():
+        wanted, one, _ = alone[how[0]]
         near = how in CHOSEN_BY_ROUNDED
         assert_close(metrics, wanted, how, tolerance=1e-2 if near else 1e-6)
         for part in parts[1:]:
             assert part[how][0] == metrics  # to the bit
-        is_chosen = how[1] == "layers" and how[0] in CHOSEN_ALONE
+        n_parts = size // n_data
+        for part, first in zip(parts[n_parts:], n_data * parts[:n_parts]):  # which hold the same
+            assert all(one.nan_to_num().equal(part[how][2][name].nan_to_num()) for name, one in first[how][2].items())
+        is_chosen = how[1] == "layers" and how[0] in CHOSEN_ALONE and n_data == 1
         tolerance = 0.0 if is_chosen and not any("loss/aux_k" in entry for entry in metrics) else 1e-6
         for name, tensor in one.items() if not near else ():
             assert torch.allclose(weights[name], tensor, atol=tolerance, rtol=tolerance, equal_nan=True), (how, name)
@@ -129,7 +139,7 @@ def test_a_shard_of_one_rank_is_no_detour(alone, along, monkeypatch):
     for name in ("keep_top_k", "keep_batch_top_k", "add_reconstruction"):
         monkeypatch.delattr(Shard, name)
     for job in ("bank BatchTopK", "bank TopK", "nested TopK") if along == "layers" else ("TopK", "nested", "JumpReLU"):
-        metrics, weights = trained(job, Shard.of(L if along == "layers" else F, along=along))
+        metrics, weights, _ = trained(job, Shard.of(L if along == "layers" else F, along=along))
         assert metrics == alone[job][0]
         assert all(tensor.nan_to_num().equal(alone[job][1][name].nan_to_num()) for name, tensor in weights.items())
 
@@ -146,8 +156,26 @@ def test_ranks_that_are_given_other_batches_are_refused():
     assert len(errors) == 2
 
 
-def counted(ranks):
-    found = {}
+def changed_on_one_rank(ranks):
+    dictionary = divided(new("TopK"), Shard.of(F, ranks.mesh(3)))
+
+    def batches():
+        for x in DATA:
+            yield x
+            with torch.no_grad():
+                dictionary.encoder[3, 1, 2] *= 1 + 1e-6 * (ranks.rank == 2)
+
+    train(dictionary, batches(), config=CONFIG, quiet=True)
+
+
+def test_ranks_whose_same_weights_come_to_differ_are_refused():
+    errors = on_ranks(3, changed_on_one_rank, fails=True)
+    assert all("DesyncError: step 2: ranks that hold the same weights" in text for text in errors.values())
+    assert len(errors) == 3
+
+
+def counted(ranks, n_data):
+    ranks, found = ranks.mesh(n_data), {}
     kinds = ("TopK", "BatchTopK", "bank TopK", "bank BatchTopK", "nested", "JumpReLU", "shared")
     for case, along in [*((case, "features") for case in kinds), ("bank TopK", "layers"), ("bank BatchTopK", "layers")]:
         dictionary = new(case)
@@ -158,15 +186,19 @@ def counted(ranks):
         before = dict(ranks.traffic)
         train(dictionary, DATA[1:], config=once, quiet=True)
         found[case, along] = {name: size - before.get(name, 0) for name, size in ranks.traffic.items()}
-    return found
+    return found, set(whole_tensors(dictionary))
 
 
-def test_the_bytes_of_a_step_are_those_of_the_formula():
-    for (case, along), found in on_ranks(3, counted)[0].items():
-        wanted = step_traffic(CASES[case][0], new(case).config, B, 3, along)
+@pytest.mark.parametrize(("size", "n_data"), [(3, 1), (3, 3), (4, 2)])
+def test_the_bytes_of_a_step_are_those_of_the_formula(size, n_data):
+    (first, names), *others = on_ranks(size, counted, n_data)
+    assert len(names) > 1
+    assert all(of_other == {"input_scale"} for _, of_other in others)  # one rank alone gathers
+    for (case, along), found in first.items():
+        wanted = step_traffic(CASES[case][0], new(case).config, B, size // n_data, along, n_data)
         assert {name: found.get(name, 0) for name in wanted} == wanted, case
-        if along == "layers":
-            assert sum(found.values()) < 200, found
+        if along == "layers" or n_data == size:
+            assert sum(found.values()) - found.get("replica check", 0) - sum(wanted.values()) < 200, found
 
 
 def refused(ranks, case):
@@ -191,21 +223,24 @@ def test_what_ranks_cannot_do_is_refused(case):
         refused(Ranks(), case)
 
 
-def side_by_side_and_in_a_chain(ranks, folder):
+def side_by_side_and_in_a_chain(ranks, folder, n_data=1):
+    ranks, is_one = ranks.mesh(n_data), ranks.size == 1
+
     def own(case):
-        return new(case) if ranks.size == 1 else divided(new(case), Shard.of(F, ranks))
+        return new(case) if is_one else divided(new(case), Shard.of(F, ranks))
 
     bank = new("bank TopK")
-    banks = bank if ranks.size == 1 else divided(bank, Shard.of(L, ranks, "layers"))
+    banks = bank if is_one else divided(bank, Shard.of(L, ranks, "layers"))
     once = replace(CONFIG, checkpoint_every=0, steps=3)
     many = train_many([own("TopK"), banks, own("BatchTopK")], DATA, config=once, quiet=True)
     chain = train_warm_chain(own("bank TopK"), DATA, config=once, folder=folder, quiet=True)
     return [result.metrics for result in (*many, chain)]
 
 
-def test_several_dictionaries_and_a_chain_train_over_ranks_too(tmp_path):
+@pytest.mark.parametrize(("size", "n_data"), [(2, 1), (2, 2), (4, 2)])
+def test_several_dictionaries_and_a_chain_train_over_ranks_too(tmp_path, size, n_data):
     wanted = side_by_side_and_in_a_chain(Ranks(), tmp_path / "one")
-    for found in on_ranks(2, side_by_side_and_in_a_chain, tmp_path / "two"):
+    for found in on_ranks(size, side_by_side_and_in_a_chain, tmp_path / "two", n_data):
         for metrics, one in zip(found, wanted, strict=True):
             assert_close(metrics, one)
     names = [{path.relative_to(tmp_path / one) for path in (tmp_path / one).rglob("*")} for one in ("one", "two")]

@@ -19,7 +19,10 @@ from tests.divided import CONFIG, DATA, STEPS, assert_close, new
 from tests.ranks import on_ranks
 
 
-def run(ranks, folder, stop_at=STEPS, *, resume=True, act=None, case="bank BatchTopK", along="features", config=CONFIG):
+def run(
+    ranks, folder, stop_at=STEPS, *, resume=True, act=None, case="bank BatchTopK", along="features", config=CONFIG,
+    n_data=1,
+):  # fmt: skip
     def batches(start):
         for index in range(start, STEPS):
             if act is not None and index == stop_at:
@@ -30,14 +33,14 @@ def run(ranks, folder, stop_at=STEPS, *, resume=True, act=None, case="bank Batch
 
     dictionary = new(case)
     if ranks.size > 1:
-        dictionary = divided(dictionary, shard_for(type(dictionary), dictionary.config, ranks, along))
+        dictionary = divided(dictionary, shard_for(type(dictionary), dictionary.config, ranks.mesh(n_data), along))
     monitor = {"monitor": lambda whole: {"ev": whole(DATA[0]).recon.sum().item()}, "monitor_every": 4}
     return train(dictionary, batches, config=config, folder=folder, resume=resume, quiet=True, **monitor).metrics
 
 
-def until(ranks, folder, stop_at, along="features", config=CONFIG):
+def until(ranks, folder, stop_at, along="features", config=CONFIG, n_data=1):
     try:
-        return run(ranks, folder, stop_at, along=along, config=config)
+        return run(ranks, folder, stop_at, along=along, config=config, n_data=n_data)
     except InterruptedError:
         return None
 
@@ -45,8 +48,10 @@ def until(ranks, folder, stop_at, along="features", config=CONFIG):
 def test_a_run_goes_on_with_other_ranks_that_divide_it_otherwise(tmp_path):
     config = replace(CONFIG, frozen="soft_decoder")
     until(Ranks(), tmp_path / "a", 2, config=config)
-    on_ranks(3, until, tmp_path / "a", 4, "layers", config)
-    assert read_json(tmp_path / "a/run.json")["mesh"] == {"layers": 3}
+    for stop_at, size, n_data, along in ((3, 4, 2, "features"), (4, 3, 1, "layers"), (6, 4, 2, "layers")):
+        on_ranks(size, until, tmp_path / "a", stop_at, along, config, n_data)
+        mesh = {along: size // n_data, **({"data": n_data} if n_data > 1 else {})}
+        assert read_json(tmp_path / "a/run.json")["mesh"] == mesh
     on_ranks(2, until, tmp_path / "a", 7, "features", config)
     assert read_json(tmp_path / "a/run.json")["mesh"] == {"features": 2}
     metrics = run(Ranks(), tmp_path / "a", config=config)
@@ -61,14 +66,15 @@ def test_a_run_goes_on_with_other_ranks_that_divide_it_otherwise(tmp_path):
             assert torch.allclose(a[name].double(), b[name].double(), atol=1e-6, rtol=1e-4), (file, name)
 
 
-def begun_and_gone_on(ranks, folder, along):
-    until(ranks, folder / "a", 5, along)
-    return run(ranks, folder / "a", along=along), run(ranks, folder / "b", along=along)
+def begun_and_gone_on(ranks, folder, along, n_data):
+    until(ranks, folder / "a", 5, along, n_data=n_data)
+    whole = {"along": along, "n_data": n_data}
+    return run(ranks, folder / "a", **whole), run(ranks, folder / "b", **whole)
 
 
-@pytest.mark.parametrize("along", ["features", "layers"])
-def test_ranks_go_on_to_the_same_bits_and_leave_the_files_of_one(tmp_path, along):
-    (stopped, whole), _ = on_ranks(2, begun_and_gone_on, tmp_path, along)
+@pytest.mark.parametrize(("along", "n_data"), [("features", 1), ("layers", 1), ("features", 2), ("layers", 2)])
+def test_ranks_go_on_to_the_same_bits_and_leave_the_files_of_one(tmp_path, along, n_data):
+    (stopped, whole), *_ = on_ranks(2 * n_data, begun_and_gone_on, tmp_path, along, n_data)
     assert stopped == whole
     run(Ranks(), tmp_path / "c")
     files = [
@@ -79,25 +85,26 @@ def test_ranks_go_on_to_the_same_bits_and_leave_the_files_of_one(tmp_path, along
     same = ("dictionary/model.safetensors", "metrics.jsonl", f"checkpoints/step-{STEPS:09d}/optimizer.safetensors")
     for name in same:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-        if along == "layers" and name != "metrics.jsonl":  # no sum of theirs is another
+        if along == "layers" and n_data == 1 and name != "metrics.jsonl":  # no sum of theirs is another
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
     assert load_dictionary(tmp_path / "a/dictionary")(DATA[0]).recon.shape == DATA[0].shape
 
 
-def one_is_told_to_stop(ranks, folder):
+def one_is_told_to_stop(ranks, folder, n_data):
     def act(of):
         if of.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        run(ranks, folder, 3, act=act)
+        run(ranks, folder, 3, act=act, n_data=n_data)
     except Stopped as stop:
-        return str(stop), run(ranks, folder), run(ranks, folder.parent / "whole")
+        return str(stop), run(ranks, folder, n_data=n_data), run(ranks, folder.parent / "whole", n_data=n_data)
     return "not stopped"
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_saves_once(tmp_path):
-    found = on_ranks(3, one_is_told_to_stop, tmp_path / "run")
+@pytest.mark.parametrize("n_data", [1, 3])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_saves_once(tmp_path, n_data):
+    found = on_ranks(3, one_is_told_to_stop, tmp_path / "run", n_data)
     for rank, (said, metrics, whole) in enumerate(found):
         assert "after 4 of 8 steps; kept in" in said
         assert ("SIGTERM" if rank == 1 else "a signal to rank 1") in said
@@ -106,6 +113,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_saves_once(tmp_path
 
 def killed(ranks, folder):
     run(ranks, folder, 5, act=lambda of: os.kill(os.getpid(), signal.SIGKILL) if of.rank == 1 else None)
+
+
+def killed_in_a_mesh(ranks, folder):
+    act = lambda of: os.kill(os.getpid(), signal.SIGKILL) if of.rank == 3 else None
+    run(ranks, folder, 5, act=act, n_data=2)
 
 
 def raising(ranks, folder):
@@ -122,9 +134,12 @@ def killed_while_it_saves(ranks, folder):
     run(ranks, folder, along="layers")
 
 
-@pytest.mark.parametrize(("fault", "others"), [(killed, [0, 2]), (raising, [0, 1]), (killed_while_it_saves, [1, 2])])
+@pytest.mark.parametrize(
+    ("fault", "others"),
+    [(killed, [0, 2]), (killed_in_a_mesh, [0, 1, 2]), (raising, [0, 1]), (killed_while_it_saves, [1, 2])],
+)
 def test_a_rank_that_ends_takes_the_others_with_it_and_what_was_kept_is_whole(fault, others, tmp_path):
-    errors = on_ranks(3, fault, tmp_path, fails=True)
+    errors = on_ranks(4 if fault is killed_in_a_mesh else 3, fault, tmp_path, fails=True)
     assert [rank for rank, text in errors.items() if "LostRankError" in text] == others
     assert ("ArithmeticError: of rank 2" in errors.get(2, "")) == (fault is raising)
     metrics = run(Ranks(), tmp_path)
