@@ -36,7 +36,7 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4695,
-    "crosscoder/foundation": 2105,
+    "crosscoder/foundation": 2110,
     "crosscoder/results": 835,
     "crosscoder/data": 5230,
     "crosscoder/dictionary": 2480,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1690,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_445, 24_080
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_455, 24_160
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -22,7 +22,8 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name of the same
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: one of them may measure or write meanwhile."""
-
+JOIN_TIMEOUT = timedelta(minutes=1)
+"""How long it waits for one that was there a moment ago, to make a group with it."""
 
 SECONDS_TO_SPEAK = 3.0
 
@@ -53,7 +54,12 @@ class Ranks:
         All ranks call it."""
         if self.size == 1:
             return Ranks()
-        return Ranks(dist.new_group(dist.get_process_group_ranks(self.group), timeout=TIMEOUT, backend="gloo"))
+        self.add(torch.zeros(1), "told")  # all are here: torch does not notice one that ends while a group is made
+        with self._others():
+            members = dist.get_process_group_ranks(self.group)
+            group = dist.new_group(members, timeout=JOIN_TIMEOUT, backend="gloo")
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+        return Ranks(group)
 
     @property
     def is_first(self) -> bool:
