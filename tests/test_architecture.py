@@ -36,11 +36,11 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4695,
-    "crosscoder/foundation": 2110,
+    "crosscoder/foundation": 2180,
     "crosscoder/results": 835,
     "crosscoder/data": 5230,
-    "crosscoder/dictionary": 2480,
-    "crosscoder/training": 2510,
+    "crosscoder/dictionary": 2515,
+    "crosscoder/training": 2515,
     "crosscoder/formats": 2000,
     "crosscoder/measure": 5480,
     "crosscoder/verdict": 1145,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1690,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_455, 24_190
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_565, 24_300
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -107,13 +107,12 @@ class Ranks:
         with self._others():
             dist.send(tensor.contiguous(), group=self.group, group_dst=0)
 
-    def take(self, like: Tensor, source: int) -> Tensor:
-        """What a rank gives to this one, rank 0, as a tensor like the given one; counted as `gathered to rank 0`."""
-        found = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self.traffic["gathered to rank 0"] += found.nbytes
+    def take(self, into: Tensor, source: int) -> Tensor:
+        """What a rank gives to this one, rank 0, written into a tensor; counted as `gathered to rank 0`."""
+        self.traffic["gathered to rank 0"] += into.nbytes
         with self._others():
-            dist.recv(found, group=self.group, group_src=source)
-        return found
+            dist.recv(into, group=self.group, group_src=source)
+        return into
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, plain values of JSON, on every rank. Where it fails, the others fail with it."""
