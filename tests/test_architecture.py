@@ -39,7 +39,7 @@ BUDGETS = {
     "crosscoder/foundation": 2180,
     "crosscoder/results": 835,
     "crosscoder/data": 5230,
-    "crosscoder/dictionary": 2515,
+    "crosscoder/dictionary": 2520,
     "crosscoder/training": 2520,
     "crosscoder/formats": 2000,
     "crosscoder/measure": 5480,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1690,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_570, 24_325
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_575, 24_330
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

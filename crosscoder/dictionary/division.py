@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crosscoder.dictionary.config import DictionaryConfig
 from crosscoder.dictionary.dictionary import Dictionary
+from crosscoder.dictionary.kept import note_stale_card
 from crosscoder.dictionary.saved import FILES, SCHEMA
 from crosscoder.dictionary.shard import Along, Shard
 from crosscoder.foundation.artifact import committed_directory
@@ -72,7 +73,7 @@ def save_whole(dictionary: Dictionary, folder: Path) -> None:
         with committed_directory(folder, schema=SCHEMA, files=FILES) as temporary:
             dictionary.write_files(temporary, whole_tensors(dictionary))
         if (folder / CARD).is_file():
-            type(dictionary).from_pretrained(folder).note_stale_card(folder)
+            note_stale_card(folder, type(dictionary).from_pretrained(folder))
 
 
 def divided(dictionary: Dictionary, shard: Shard) -> Dictionary:

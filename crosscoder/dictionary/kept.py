@@ -52,12 +52,7 @@ class Kept(Weights):
         if text is not None:
             replace_file(Path(folder) / CARD, text.encode())
         else:
-            self.note_stale_card(Path(folder))
-
-    def note_stale_card(self, folder: Path) -> None:
-        """Say where the card of a folder is of other weights than these."""
-        if is_stale_card(folder / CARD, lambda: self.facts().weights):
-            say(f"note: {folder / CARD} is the card of other weights; write it again by `crosscoder card`")
+            note_stale_card(Path(folder), self)
 
     def push_to_hub(
         self,
@@ -140,3 +135,9 @@ class Kept(Weights):
         dictionary.reads, dictionary.frozen = saved.reads, saved.frozen
         assert isinstance(dictionary, cls)
         return dictionary.eval()
+
+
+def note_stale_card(folder: Path, dictionary: Kept) -> None:
+    """Say where the card of a folder is of other weights than those of a dictionary."""
+    if is_stale_card(folder / CARD, lambda: dictionary.facts().weights):
+        say(f"note: {folder / CARD} is the card of other weights; write it again by `crosscoder card`")

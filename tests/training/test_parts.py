@@ -1,10 +1,14 @@
 """A checkpoint of ranks is written and read a few numbers at a time, and its bytes are those of one process."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from crosscoder.dictionary import ModelCard
 from crosscoder.dictionary import shard as shards
 from crosscoder.dictionary.division import divided, gathered, save_whole, shard_for
 from crosscoder.training.checkpoint import load_checkpoint, save_checkpoint
@@ -61,7 +65,11 @@ def kept(ranks, folder, case, along):
         load_checkpoint(folder / "one/step-000000000", part)
     with Largest() as written:
         save_checkpoint(part, folder / "two", settings={})
+    if ranks.is_first:  # in the place of another, with its card
+        new(case).save_pretrained(folder / "two/dictionary", card=ModelCard())
+    with contextlib.redirect_stderr(io.StringIO()) as said:
         save_whole(part.dictionary, folder / "two/dictionary")
+    assert ("is the card of other weights" in said.getvalue()) == ranks.is_first
     again, own = gathered(part.dictionary), max(one.numel() for one in tensors_of(part).values())
     if ranks.is_first:
         expected = whole.dictionary.state_dict()
