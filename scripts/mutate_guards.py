@@ -27,6 +27,7 @@ import transformers  # noqa: F401  # once for all children
 ROOT = Path(__file__).parents[1]
 COPIED = ("crosscoder", "triton_kernels", "tests", "scripts", "benchmarks", "docs", "pyproject.toml", "README.md")
 ARTIFACT, DISK = "crosscoder/foundation/artifact.py", "crosscoder/foundation/disk.py"
+STEP = "crosscoder/training/step.py"
 KEPT, CHECKPOINT = "triton_kernels/cpu/native/kept.py", "crosscoder/training/checkpoint.py"
 FAULTS, KEEPING = "tests/foundation/test_faults.py", "tests/training/test_checkpoint.py"
 OF_KERNELS, NUMBERS = "tests/kernels/test_kept.py", "tests/dictionary/test_numbers.py"
@@ -84,7 +85,10 @@ GUARDS = (
     Guard("store: less text than asked", "crosscoder/data/shards.py", "if max_tokens is not None and stream.n_tokens < max_tokens:", "if False:", "tests/data/test_shards.py"),
     Guard("subject: its manifest", "crosscoder/data/subject.py", "        require_written(Path(name_or_path))\n", "        pass\n", "tests/data/test_subject_training.py"),
     Guard("evaluation: scores", "crosscoder/dictionary/dictionary.py", "            codec.require_scores_in_range(x_BLD, self.grouped(), self._most_weight())\n", "            pass\n", NUMBERS),
-    Guard("evaluation: reconstruction", "crosscoder/dictionary/dictionary.py", ".all()) and not self.training:", ".all()) and False:", NUMBERS),
+    Guard("evaluation: reconstruction", "crosscoder/dictionary/dictionary.py", "if not self.training and not bool(torch.isfinite(recon).all()):", "if False:", NUMBERS),
+    Guard("step: batch", STEP, "    if where := non_finite(x_BLD):", "    if where := '':", "tests/training/test_trainer.py"),
+    Guard("step: loss and gradient", STEP, "        if not _are_finite(loss_S, norm_S):", "        if False:", "tests/training/test_trainer.py"),
+    Guard("step: sums that are not finite", "crosscoder/dictionary/codec.py", "if math.isfinite(x_BLD.sum().item()) or not bool((bad_BLD := ~torch.isfinite(x_BLD)).any()):", "bad_BLD = ~torch.isfinite(x_BLD)\n    if math.isfinite(x_BLD.sum().item()):", NUMBERS),
     Guard("export: scale", "crosscoder/dictionary/dictionary.py", "if not bool((self.input_scale > 0).all() and", "if False and not bool((self.input_scale > 0).all() and", NUMBERS),
     Guard("export: finite", "crosscoder/formats/saelens.py", "if not bool(torch.isfinite(tensor).all())]:", "if False]:", NUMBERS),
     Guard("load: scale", "crosscoder/dictionary/saved.py", "if not bool((tensors[\"input_scale\"] > 0).all()):", "if False:", NUMBERS),

@@ -1,198 +1,161 @@
 """Kill it at any moment: runs that are killed again and again end with the bytes of one that nobody touched.
 
-Every cell of {crosscoder, bank} x {TopK, BatchTopK} x {live, store} trains a small dictionary, from a store that it
-harvests first or from a stream. A cell is run once undisturbed; then it is killed (SIGKILL, every fourth time SIGTERM)
-at random moments and started again until it ends, and again from nothing, until it has been killed `--kills` times.
-Weights, moments, state and metrics must be equal to the bit, and nothing may be left over. With `--failpoints` a run is
-also killed once at every named point of `foundation/failpoints.py`. Processes are forked from one that has imported
-everything; on a system without fork this does not run.
+Every cell of {crosscoder, bank} x {TopK, BatchTopK} x {live, store} x {1, 2 ranks} trains a small dictionary, from a
+store or from a stream. A cell is run once undisturbed; then it is killed (SIGKILL, every fourth time SIGTERM) at random
+moments and started again until it ends, and again from nothing, until it has been killed `--kills` times. Weights,
+moments, state and metrics must be equal to the bit, and nothing may be left over. One rank harvests its store first,
+and is killed there too. Of two ranks (`--ranks 2`; crosscoders divided by features, banks by layers) one is killed,
+every other time both; one that is left must end by itself, for it lost the other. SIGTERM goes to one of them, and both
+must stop after the same step, with one checkpoint and status 75. With `--failpoints` a run is also killed once at every
+named point of `foundation/failpoints.py`, in each rank. Processes are forked from one that has imported everything; on
+a system without fork this does not run.
 
-$ python scripts/soak.py --kills 50 --out benchmarks/soak
+$ python scripts/soak.py --kills 50 --failpoints --out benchmarks/soak
+$ python scripts/soak.py --kills 50 --failpoints --ranks 2 --merge --out benchmarks/soak
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from soak_work import CELLS, DONE, SCENARIOS, TRAINING, Work, kind_of, train_results
 
 from crosscoder.data import shard_files
-from crosscoder.data.prepare import prepare_tokens
-from crosscoder.data.residuals import ResidualHarvester
-from crosscoder.data.shards import ActivationShards, write_shards
-from crosscoder.data.sources import SiteSource
-from crosscoder.data.stream import ActivationStream
-from crosscoder.data.subject import build_subject
-from crosscoder.data.subject_training import SubjectConfig, train_subject
-from crosscoder.data.tokens import TokenBlocks
-from crosscoder.foundation import signals
+from crosscoder.foundation import ranks, signals
 from crosscoder.foundation.failpoints import POINTS, arm
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.measure.health import watch
-from crosscoder.measure.reading import read_dictionary
-from crosscoder.studies.budget import DictionaryBudget
-from crosscoder.studies.cells import Cell, new_dictionary
-from crosscoder.studies.folder import _keep
-from crosscoder.studies.stores import Stores
-from crosscoder.training import TrainConfig, train
 
-S, VOCABULARY, STEPS = 16, 32, 24
-CONFIG = TrainConfig(steps=STEPS, warmup_steps=4, log_every=1, checkpoint_every=4, dead_after_tokens=128)
-SUBJECT = SubjectConfig(n_layers=1, d_model=16, context=S, head_dim=8, batch=8, tokens=12 * 8 * S, n_checkpoints=2)
-TERM_EVERY = 4
-Work = Callable[[Path], None]
+TERM_EVERY, BOTH_EVERY = 4, 2
+LOST = 3
+"""How a rank ends that lost the other."""
+BOUND_S = 90.0
+"""How long a rank may stay when the other is gone; by itself it would wait for `ranks.TIMEOUT`."""
+JOINED, STOPPED = "joined", "stopped"
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # the latter before it watches
+_FORK, _NUMBER = multiprocessing.get_context("fork"), itertools.count()
 
 
-def blocks(n: int, seed: int) -> TokenBlocks:
-    """Random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return TokenBlocks(torch.randint(VOCABULARY, (n, S), generator=generator), vocab_size=VOCABULARY)
-
-
-def harvester() -> ResidualHarvester:
-    """A small model that is read at all sites."""
-    model = build_subject(2, 16, vocab_size=VOCABULARY, context=S, head_dim=8, seed=0)
-    return ResidualHarvester(model.eval().requires_grad_(False))
-
-
-def train_cell(arm_name: Any, selection: Any, where: str, folder: Path) -> None:
-    """One run of a cell in a folder, from where it is."""
-    read, splits = harvester(), {"train": blocks(96, 1), "held_out": blocks(24, 2)}
-    if where == "store":
-        stores = [write_shards(read, one, folder / name, tokens_per_shard=512) for name, one in splits.items()]
-        assert all(isinstance(store, ActivationShards) for store in stores)
-        source = SiteSource(*stores, "residual")
-    else:
-        ahead = ActivationStream(read, splits["train"], window_tokens=256)
-        source = SiteSource(ahead, ActivationStream(read, splits["held_out"], ahead=False), "residual")
-    budget = DictionaryBudget(n_features=24, k_crosscoder=4, k_layerwise=3, selection=selection)
-    dictionary = new_dictionary(arm_name, source, budget, seed=0)
-    train(
-        dictionary,
-        source.batches(64, seed=0, steps=STEPS),
-        config=CONFIG,
-        folder=folder / "run",
-        resume=True,
-        data_fingerprint=source.fingerprint,
-        monitor=partial(watch, batches=source.marked),
-        monitor_every=5,
-        quiet=True,
+@contextlib.contextmanager
+def joined(home: Path, rank: int, size: int) -> Generator[ranks.Ranks]:
+    """As `ranks.joined`, by way of a file, as nobody here is torchrun, whose store outlives every rank."""
+    if size == 1:
+        yield ranks.Ranks()
+        return
+    dist.init_process_group(
+        "gloo", init_method=f"file://{home}/init", rank=rank, world_size=size, timeout=ranks.TIMEOUT
     )
-    read_dictionary(dictionary, source.marked())
+    (home / f"{JOINED}-{rank}").touch()
+    yield ranks.Ranks(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
-def train_results(folder: Path) -> dict[str, bytes]:
-    """What must be equal of a run."""
-    newest = max((folder / "run" / "checkpoints").iterdir())
-    names = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json")
-    files = [*(newest / name for name in names), folder / "run" / "metrics.jsonl"]
-    files.append(folder / "run" / "dictionary" / "model.safetensors")
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
-
-
-def prepare_work(folder: Path) -> None:
-    """Tokens of some text, with a tokenizer that is trained on it."""
-    text = folder.parent / "text"
-    text.mkdir(exist_ok=True)
-    for number in range(30):
-        words = [f"w{(number * 7 + i * i) % 97}" for i in range(200)]
-        (text / f"{number:02}.txt").write_text(" ".join(words))
-    prepare_tokens(str(text), vocab_size=270, sequence_length=S, folder=folder)
-
-
-def prepare_results(folder: Path) -> dict[str, bytes]:
-    """What must be equal of prepared tokens."""
-    found = (path for path in folder.rglob("*") if path.is_file() and "MANIFEST" not in path.name)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
-def subject_work(folder: Path) -> None:
-    """A subject, trained."""
-    train_subject(SUBJECT, blocks(96, 1), blocks(24, 2), folder=folder, quiet=True)
-
-
-def subject_results(folder: Path) -> dict[str, bytes]:
-    """What must be equal of a subject: weights of every checkpoint, and losses."""
-    found = {path.parent.name: path.read_bytes() for path in folder.rglob("model.safetensors")}
-    return found | {"losses": json.dumps(json.loads((folder / "run.json").read_text())["checkpoints"]).encode()}
-
-
-def cell_work(folder: Path) -> None:
-    """A cell of a study, measured on a store."""
-    for name, one in (("train", blocks(96, 1)), ("held_out", blocks(80, 2))):
-        write_shards(harvester(), one, folder / name)
-    budget = DictionaryBudget(n_features=24, k_crosscoder=4, k_layerwise=3, steps=STEPS, batch=64)
-    cell = Cell(subject="S", state="trained", site="residual", arm="crosscoder", role="main", budget=budget)
-    measure = partial(cell.measure, Stores(folder / "train", folder / "held_out"), folder)
-    (folder / "cells").mkdir(exist_ok=True)
-    if not (folder / "cells" / "one.json").is_file():
-        _keep(measure, folder / "cells" / "one.json", folder / "unfinished" / cell.name)
-
-
-def cell_results(folder: Path) -> dict[str, bytes]:
-    """What must be equal of a cell: its rows."""
-    return {"rows": (folder / "cells" / "one.json").read_bytes()}
-
-
-ARMS, SELECTIONS, SOURCES = ("crosscoder", "layerwise"), ("topk", "batch_topk"), ("live", "store")
-CELLS = {" ".join(parts): partial(train_cell, *parts) for parts in itertools.product(ARMS, SELECTIONS, SOURCES)}
-SCENARIOS = {
-    "refill": (CELLS["crosscoder batch_topk live"], train_results),
-    "shard": (CELLS["crosscoder batch_topk store"], train_results),
-    "prepare": (prepare_work, prepare_results),
-    "subject": (subject_work, subject_results),
-    "cell": (cell_work, cell_results),
-}
-"""By the first word of a point that it reaches; any other is reached by the first."""
-
-
-def begin(work: Work, folder: Path, *, failpoint: str = "") -> int:
-    """The process id of a child that does the work; it ends with status 0, 75 where it was stopped, or 1."""
-    if pid := os.fork():
-        return pid
+def process(work: Work, folder: Path, rank: int, size: int, failpoint: str) -> None:
+    """What a process does; it ends with status 0, 75 where it was stopped, 3 where it lost the other, or 1."""
     status = 1
     with (folder.parent / "log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        faulthandler.dump_traceback_later(BOUND_S - 5)  # where it stands
         try:
-            with signals.watching(exits=True):
+            with signals.watching(exits=True), joined(folder.parent, rank, size) as job:
                 arm(failpoint)
-                work(folder)
+                work(folder, job)
             status = 0
-        except signals.Stopped:
+        except signals.Stopped as stop:
+            (folder.parent / f"{STOPPED}-{rank}").write_text(str(stop))
             status = signals.STOPPED
+        except ranks.LostRankError:
+            status = LOST
         except BaseException:  # noqa: BLE001
             traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+    sys.exit(status)  # after its threads
 
 
-def status_of(pid: int) -> int:
-    """How a child ended; minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+class Run:
+    """One start of a work: a process for each rank. Marks of an earlier one beside its folder are removed."""
+
+    def __init__(self, work: Work, folder: Path, size: int = 1, *, failpoint: str = "", at: int = 0) -> None:
+        self.folder, self.home, self.size = folder, folder.parent, size
+        for name in ("init", TRAINING, f"{JOINED}-*", f"{DONE}-*", f"{STOPPED}-*"):
+            for mark in self.home.glob(name):
+                mark.unlink()
+        points = [failpoint if rank == at else "" for rank in range(size)]
+        given = [(work, folder, rank, size, point) for rank, point in enumerate(points)]
+        self.processes = [_FORK.Process(target=process, args=one) for one in given]
+        for one in self.processes:
+            one.start()
+
+    def marked(self, name: str) -> int:
+        """How many ranks have made a mark."""
+        return len(list(self.home.glob(f"{name}-*")))
+
+    def await_joined(self) -> float:
+        """When all ranks are one job; before that it is torchrun who ends those that are left."""
+        while self.size > 1 and self.marked(JOINED) < self.size and all(one.is_alive() for one in self.processes):
+            time.sleep(0.002)
+        return time.monotonic()
+
+    def ended(self) -> list[int]:
+        """How each rank ended, minus the signal that ended it; a RuntimeError where one stays, or failed."""
+        deadline = time.monotonic() + BOUND_S
+        for one in self.processes:
+            one.join(max(0.0, deadline - time.monotonic()))
+        stay = [rank for rank, one in enumerate(self.processes) if one.exitcode is None]
+        for one in self.processes:
+            one.kill()
+            one.join()
+        found = [int(one.exitcode or 0) for one in self.processes]
+        if stay or not set(found) <= {0, LOST, signals.STOPPED, *KILLED}:
+            said = f"ranks {stay} of {self.size} stay" if stay else f"ended with {found}"
+            raise RuntimeError(f"{self.folder}: {said}; the log:\n{(self.home / 'log').read_text()[-9000:]}")
+        return found
+
+    def fault(self, found: list[int], *, is_stop: bool) -> str:
+        """What is wrong with how the ranks ended; empty if nothing is.
+
+        is_stop: all were among their steps when one was asked to stop.
+        """
+        gone = [one for one in found if one in (*KILLED, signals.STOPPED)]
+        if LOST in found and not gone:
+            return f"ended with {found}, and none was gone"
+        if is_stop and not self.marked(DONE):
+            said = [path.read_text() for path in sorted(self.home.glob(f"{STOPPED}-*"))]
+            steps = {int(step) for one in said for step in re.findall(r"(?:after |/step-)(\d+)\b", one)}
+            if found != [signals.STOPPED] * self.size or steps != {newest(self.folder)}:
+                return f"SIGTERM: ended with {found}, said {said}"
+        return ""
 
 
-def whole(work: Work, folder: Path) -> float:
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    return max((int(path.name[5:]) for path in folder.glob("run/checkpoints/step-*")), default=0)
+
+
+def whole(work: Work, folder: Path, size: int = 1) -> float:
     """Runs undisturbed; the seconds that took."""
-    started = time.monotonic()
-    status = status_of(begin(work, folder))
-    if status != 0:
-        raise RuntimeError(f"{folder.name} ended with status {status}; its log:\n{(folder.parent / 'log').read_text()}")
+    run = Run(work, folder, size)
+    started = run.await_joined()
+    if any(found := run.ended()):
+        raise RuntimeError(f"{folder.name} ended with {found}; its log:\n{(folder.parent / 'log').read_text()}")
     return time.monotonic() - started
 
 
@@ -214,30 +177,27 @@ def differences(folder: Path, expected: dict[str, bytes], results: Callable[[Pat
     return [name for name in names if found.get(name) != expected.get(name)] + leftovers(folder)
 
 
-def soak(name: str, work: Work, home: Path, n_kills: int, seed: int) -> dict[str, Any]:
+def soak(name: str, size: int, home: Path, n_kills: int, seed: int) -> dict[str, Any]:
     """One cell, killed so many times."""
-    rng = random.Random(f"{seed} {name}")
-    seconds = whole(work, home / "whole")
+    work, rng = CELLS[name], random.Random(f"{seed} {name}" if size == 1 else f"{seed} {name} {size}")
+    seconds = whole(work, home / "whole", size)
     expected = train_results(home / "whole")
-    found: dict[str, Any] = {"cell": name, "kills": 0, "stops": 0, "runs": 0, "resumed_at": [], "different": []}
-    while found["kills"] + found["stops"] < n_kills:
+    found: dict[str, Any] = {"cell": name, "ranks": size, "kills": 0, "stops": 0, "runs": 0, "lost": 0, "lost_s": 0.0}
+    found |= {"resumed_at": [], "different": []}
+    while (number := found["kills"] + found["stops"]) < n_kills:
         folder = home / f"run-{found['runs']}"
         while True:
-            pid = begin(work, folder)
+            run = Run(work, folder, size)
+            run.await_joined()
             time.sleep(rng.random() * seconds)
-            is_term = (found["kills"] + found["stops"]) % TERM_EVERY == TERM_EVERY - 1
-            os.kill(pid, signal.SIGTERM if is_term else signal.SIGKILL)
-            status = status_of(pid)
-            found["kills"] += status in (-signal.SIGKILL, -signal.SIGTERM)  # the latter before it watches
-            found["stops"] += status == signals.STOPPED
-            if status == 0:
+            ended = hit(run, number, rng, found)
+            if not any(ended):
                 break
-            if status not in (-signal.SIGKILL, -signal.SIGTERM, signals.STOPPED):
-                raise RuntimeError(f"{name} ended with {status}; its log:\n{(home / 'log').read_text()[-3000:]}")
-            steps = [int(path.name[5:]) for path in folder.glob("run/checkpoints/step-*")]
-            found["resumed_at"].append(max(steps, default=0))
-            if found["kills"] + found["stops"] >= n_kills:
-                whole(work, folder)
+            found["kills"] += any(one in KILLED for one in ended)
+            found["stops"] += signals.STOPPED in ended
+            found["resumed_at"].append(newest(folder))
+            if (number := found["kills"] + found["stops"]) >= n_kills:
+                whole(work, folder, size)
                 break
         found["runs"] += 1
         found["different"] += differences(folder, expected, train_results)
@@ -245,32 +205,48 @@ def soak(name: str, work: Work, home: Path, n_kills: int, seed: int) -> dict[str
     return found
 
 
-def at_failpoints(home: Path) -> dict[str, Any]:
-    """What differed after a run that was killed at a named point went on, by point; those not reached are missing."""
+def hit(run: Run, number: int, rng: random.Random, found: dict[str, Any]) -> list[int]:
+    """Kill or stop a run for the so manieth time; how its ranks ended, and in `found` what is wrong with that."""
+    is_term = number % TERM_EVERY == TERM_EVERY - 1
+    is_both = not is_term and number % BOTH_EVERY == BOTH_EVERY - 1
+    chosen = run.processes if run.size == 1 or is_both else [rng.choice(run.processes)]
+    is_stop = is_term and run.size > 1 and (run.home / TRAINING).exists()
+    at = time.monotonic()
+    for one in chosen:
+        os.kill(int(one.pid or 0), signal.SIGTERM if is_term else signal.SIGKILL)
+    ended = run.ended()
+    if LOST in ended:
+        found["lost"] += 1
+        found["lost_s"] = max(found["lost_s"], round(time.monotonic() - at, 2))
+    if fault := run.fault(ended, is_stop=is_stop):
+        found["different"].append(fault)
+    return ended
+
+
+def at_failpoints(home: Path, size: int, points: Sequence[str]) -> dict[str, Any]:
+    """What differed after a run that was killed at a named point went on, by point; those not reached are missing.
+
+    Of ranks each is killed, in what they do together.
+    """
     found: dict[str, Any] = {}
-    for kind, (work, results) in SCENARIOS.items():
+    for kind, (work, results) in list(SCENARIOS.items())[: None if size == 1 else 1]:
         place = home / kind
         place.mkdir(parents=True)
-        whole(work, place / "whole")
+        whole(work, place / "whole", size)
         expected = results(place / "whole")
-        for point in (name for name in POINTS if kind_of(name) == kind):
-            folder = place / point
+        for rank, point in itertools.product(range(size), (name for name in points if kind_of(name) == kind)):
+            name = point if size == 1 else f"{point} in rank {rank} of {size}"
+            folder = place / name.replace(" ", "-")
             if point == "save.replace":  # something has to be there
-                whole(work, folder)
-            status = status_of(begin(work, folder, failpoint=point))
-            if status == 0:
+                whole(work, folder, size)
+            run = Run(work, folder, size, failpoint=point, at=rank)
+            if not any(ended := run.ended()):
                 continue
-            if status != -signal.SIGKILL:
-                raise RuntimeError(f"{point} in {kind}: status {status}\n{(place / 'log').read_text()[-3000:]}")
-            whole(work, folder)
-            found[point] = {"in": kind, "different": differences(folder, expected, results)}
+            fault = run.fault(ended, is_stop=False) or ("" if ended[rank] == -signal.SIGKILL else f"ended with {ended}")
+            whole(work, folder, size)
+            different = differences(folder, expected, results) + [fault] * bool(fault)
+            found[name] = {"in": kind, "different": different}
     return found
-
-
-def kind_of(point: str) -> str:
-    """The scenario that reaches a point."""
-    first = point.split(".")[0]
-    return first if first in SCENARIOS else next(iter(SCENARIOS))
 
 
 def warm() -> None:
@@ -278,7 +254,8 @@ def warm() -> None:
     shard_files.KEEP_SECONDS = 0.0  # a part of a shard is kept after each call of the model
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("shard", "prepare", "subject", "cell"):
-            SCENARIOS[kind][0](Path(folder) / kind)
+            (Path(folder) / kind).mkdir()
+            SCENARIOS[kind][0](Path(folder) / kind / "run", ranks.Ranks())
 
 
 def main() -> int:
@@ -286,53 +263,82 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of each cell; 0 leaves the cells out")
     parser.add_argument("--cells", nargs="*", default=list(CELLS), help="by default all eight")
-    parser.add_argument("--failpoints", action="store_true", help="also kill once at every named point")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that divide each dictionary")
+    parser.add_argument("--failpoints", nargs="*", help="also kill once at these named points, by default at every one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--merge", action="store_true", help="keep what OUT.json holds, but for what is done again")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warm()
-    found: dict[str, Any] = {"kills": given.kills, "seed": given.seed, "cells": [], "failpoints": {}}
-    started = time.monotonic()
+    before: dict[str, Any] = {"cells": [], "failpoints": {}, "made": []}
+    if given.merge and given.out.with_suffix(".json").is_file():
+        before = json.loads(given.out.with_suffix(".json").read_text())
+    cells, points, started = list[dict[str, Any]](), dict[str, Any](), time.monotonic()
+
+    def keep() -> None:
+        if given.out is not None:
+            made = made_by(given.ranks, given.kills, given.seed, time.monotonic() - started)
+            found = merged(before, cells, points, made)
+            given.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+            given.out.with_suffix(".md").write_text(page(found))
+
     with tempfile.TemporaryDirectory() as root:
         for name in given.cells if given.kills else ():
             home = Path(root) / name.replace(" ", "-")
             home.mkdir()
-            found["cells"].append(soak(name, CELLS[name], home, given.kills, given.seed))
-            print(json.dumps(found["cells"][-1]), flush=True)
-            write(found, given.out, started)
-        if given.failpoints:
-            found["failpoints"] = at_failpoints(Path(root) / "failpoints")
-    write(found, given.out, started)
-    print(json.dumps(found["failpoints"]))
-    bad = [one for one in (*found["cells"], *found["failpoints"].values()) if one["different"]]
-    missing = set(POINTS) - set(found["failpoints"]) if given.failpoints else set()
+            cells.append(soak(name, given.ranks, home, given.kills, given.seed))
+            print(json.dumps(cells[-1]), flush=True)
+            keep()
+        if asked := given.failpoints is not None and (given.failpoints or list(POINTS)):
+            points = at_failpoints(Path(root) / "failpoints", given.ranks, asked)
+    keep()
+    print(json.dumps(points))
+    bad = [one for one in (*cells, *points.values()) if one["different"]]
+    missing = set(asked or ()) - {name.split()[0] for name in points} if given.ranks == 1 else set()
     print(f"{len(bad)} different, {len(missing)} points not reached {sorted(missing)}")
     return int(bool(bad or missing))
 
 
-def write(found: dict[str, Any], out: Path | None, started: float) -> None:
-    """Keep what is known so far."""
+def made_by(size: int, kills: int, seed: int, seconds: float) -> dict[str, Any]:
+    """How and where something was found."""
     run = describe_run()
-    found |= {"seconds": round(time.monotonic() - started), "device": run["device"], "versions": run["versions"]}
-    if out is not None:
-        out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        out.with_suffix(".md").write_text(page(found))
+    made = {"ranks": size, "kills": kills, "seed": seed, "device": run["device"], "versions": run["versions"]}
+    return {**made, "seconds": round(seconds)}
+
+
+def merged(before: dict[str, Any], cells: Sequence[Any], points: dict[str, Any], made: Any) -> dict[str, Any]:
+    """What was known and what was found, in the place of what was known of the same."""
+    own = {(one["cell"], one["ranks"]) for one in cells}
+    kept = [one for one in before["cells"] if (one["cell"], one["ranks"]) not in own]
+    others = [one for one in before["made"] if {**one, "seconds": made["seconds"]} != made]
+    seconds = made["seconds"] + sum(one["seconds"] for one in before["made"] if one not in others)
+    made = [*others, {**made, "seconds": seconds}]
+    return {"cells": [*kept, *cells], "failpoints": before["failpoints"] | points, "made": made}
 
 
 def page(found: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = ["# Killed at random moments", "", str(__doc__).split("\n\n")[1].replace("\n", " "), ""]
-    lines += table(["cell", "SIGKILL", "SIGTERM", "runs compared", "median step gone on from", "different"])
+    heads = ["cell", "ranks", "SIGKILL", "SIGTERM", "runs compared", "median step gone on from", "different"]
+    lines += table([*heads[:4], "ended, the other gone", "within at most", *heads[4:]])
     for one in found["cells"]:
-        at = sorted(one["resumed_at"]) or ["-"]
-        cells = [one["cell"], one["kills"], one["stops"], one["runs"], at[len(at) // 2]]
+        at, lost = sorted(one["resumed_at"]) or ["-"], ["", ""]
+        if one["ranks"] > 1:
+            lost = [one["lost"], f"{one['lost_s']} s"]
+        cells = [one["cell"], one["ranks"], one["kills"], one["stops"], *lost, one["runs"], at[len(at) // 2]]
         lines += row([*cells, ", ".join(one["different"]) or "nothing"])
     if found["failpoints"]:
         lines += ["", "Killed once at each named point:", "", *table(["point", "what had happened", "different"])]
         for name, one in found["failpoints"].items():
-            lines += row([name, POINTS[name], ", ".join(one["different"]) or "nothing"])
-    return "\n".join([*lines, "", f"{found['seconds']} s on {found['device']['cpu']}, one thread.", ""])
+            lines += row([name, POINTS[name.split()[0]], ", ".join(one["different"]) or "nothing"])
+    for one in found["made"]:
+        of = "1 rank" if one["ranks"] == 1 else f"{one['ranks']} ranks"
+        lines += [
+            "",
+            f"{of}: {one['seconds']} s on {one['device']['cpu']}, one thread each. {one.get('note', '')}".strip(),
+        ]
+    return "\n".join([*lines, ""])
 
 
 def table(heads: list[str]) -> list[str]:

@@ -254,9 +254,9 @@ def require_scores_in_range(x_BLD: Tensor, grouped: Grouped, most_weight: float)
 
 def non_finite(x_BLD: Tensor) -> str:
     """Where the first NaN or infinity is and how many tokens hold one; empty where all numbers are finite."""
-    if not x_BLD.numel() or all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(x_BLD)).tolist()):
+    # A sum is finite only where all numbers are; where it is not they are looked at, for large ones may add up to that.
+    if math.isfinite(x_BLD.sum().item()) or not bool((bad_BLD := ~torch.isfinite(x_BLD)).any()):
         return ""
-    bad_BLD = ~torch.isfinite(x_BLD)
     token, layer, _ = bad_BLD.nonzero()[0].tolist()
     count = int(bad_BLD.flatten(1).any(1).sum())
     return f" in {count} of {x_BLD.shape[0]} tokens, first at token {token}, layer {layer}"

@@ -260,7 +260,8 @@ class Dictionary(Kept):
     def forward(self, x: Tensor) -> DictionaryOutput:
         """`recon` `[..., L, D]` and `code` of `x` `[..., L, D]`."""
         code = self.encode(x)
-        if not bool(torch.isfinite(recon := self.decode(code)).all()) and not self.training:
+        recon = self.decode(code)
+        if not self.training and not bool(torch.isfinite(recon).all()):
             raise ValueError("the reconstruction is not finite: values and decoder are too large for their dtype")
         return DictionaryOutput(recon, code)
 

@@ -19,6 +19,7 @@ from crosscoder.foundation.console import say
 from crosscoder.foundation.damage import reading
 from crosscoder.foundation.hub import CARD, local_folder, upload_folder
 from crosscoder.foundation.origin import Reads
+from crosscoder.foundation.tensors import Streamed
 
 
 class Kept(Weights):
@@ -32,7 +33,7 @@ class Kept(Weights):
     def forms() -> Mapping[str, Any]:
         """The classes that files may name."""
 
-    def write_files(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def write_files(self, folder: Path, tensors: Mapping[str, Tensor | Streamed] | None = None) -> None:
         """Write config and weights as plain files into `folder`, which the caller commits; `tensors`: all ranks'."""
         if tensors is None:
             self.require_whole()
@@ -50,8 +51,8 @@ class Kept(Weights):
             self.write_files(temporary)
         if text is not None:
             replace_file(Path(folder) / CARD, text.encode())
-        elif is_stale_card(Path(folder) / CARD, lambda: self.facts().weights):
-            say(f"note: {Path(folder) / CARD} is the card of other weights; write it again by `crosscoder card`")
+        else:
+            note_stale_card(Path(folder), self)
 
     def push_to_hub(
         self,
@@ -134,3 +135,9 @@ class Kept(Weights):
         dictionary.reads, dictionary.frozen = saved.reads, saved.frozen
         assert isinstance(dictionary, cls)
         return dictionary.eval()
+
+
+def note_stale_card(folder: Path, dictionary: Kept) -> None:
+    """Say where the card of a folder is of other weights than those of a dictionary."""
+    if is_stale_card(folder / CARD, lambda: dictionary.facts().weights):
+        say(f"note: {folder / CARD} is the card of other weights; write it again by `crosscoder card`")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crosscoder.dictionary.config import DictionaryConfig
@@ -25,7 +23,7 @@ from crosscoder.foundation.console import say
 from crosscoder.foundation.damage import reading
 from crosscoder.foundation.hub import local_folder
 from crosscoder.foundation.origin import Reads
-from crosscoder.foundation.tensors import read_tensors
+from crosscoder.foundation.tensors import bytes_of, read_tensors, write_tensors
 
 SCHEMA = "crosscoder.dictionary/1"
 WEIGHTS = "model.safetensors"
@@ -41,7 +39,8 @@ class Saved(NamedTuple):
     form: str
     """The name of its class."""
     config: DictionaryConfig
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Any]
+    """Read: tensors. To be written: those of all ranks, some of them `Streamed`."""
     reads: Reads | None
     frozen: str
 
@@ -51,7 +50,7 @@ def write_saved(saved: Saved, folder: Path) -> None:
     reads = None if saved.reads is None else to_mapping(saved.reads)
     config = {"class": saved.form, "settings": to_mapping(saved.config), "reads": reads, "frozen": saved.frozen}
     write_json(folder / CONFIG, config)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}, folder / WEIGHTS)
+    write_tensors(saved.tensors, folder / WEIGHTS)
 
 
 def read_record(where: str | Path) -> tuple[DictionaryConfig, Reads | None]:
@@ -102,5 +101,5 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor.detach().cpu()))
     return digest.hexdigest()

@@ -11,7 +11,7 @@ the gradients, the choice over the batch, which features were active, and sums o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from crosscoder.dictionary.choice import keep_batch_top_k, keep_top_k
 from crosscoder.foundation.ranks import Ranks
 
 PIECE = 2**22
-"""Numbers that are drawn at once."""
+"""Numbers that are drawn, or sent to rank 0, at once."""
 RECONSTRUCTION = "reconstruction"
 CENTER = "center"
 GRADIENTS = "gradients"
@@ -137,19 +137,27 @@ class Shard:
         """This rank's part of a whole tensor, in memory of its own."""
         return whole.narrow(axis, self.start, self.n_own).clone()
 
-    def whole(self, part: Tensor, axis: int) -> Tensor | None:
-        """The parts of all ranks, on the CPU of rank 0; None elsewhere. All ranks call it."""
+    def blocks(self, part: Tensor, axis: int) -> Iterator[Tensor]:
+        """The numbers of the whole tensor on rank 0, in their order, some at a time; nothing elsewhere.
+
+        All ranks use it up, at the same place among those of other tensors. The next ones take the memory of the last.
+        """
         if not self.ranks.data.is_first:
-            return None  # others hold the same
-        if not self.ranks.is_first:
-            self.ranks.give(part)
-            return None
-        parts = [part.cpu()]
-        for rank in range(1, self.ranks.size):
-            start, stop = self.bounds(rank)
-            like = part.new_empty(*part.shape[:axis], stop - start, *part.shape[axis + 1 :])
-            parts.append(self.ranks.take(like, rank).cpu())
-        return torch.cat(parts, dim=axis)
+            return  # others hold the same
+        width = math.prod(part.shape[axis + 1 :])
+        taken = part.new_empty(min(PIECE, self.widest * width) if self.ranks.is_first else 0)
+        for own in part.reshape(math.prod(part.shape[:axis]), self.n_own * width):
+            for rank, (start, stop) in enumerate(map(self.bounds, range(self.ranks.size))):
+                n_there = (stop - start) * width
+                for begin in range(0, n_there, PIECE):
+                    end = min(begin + PIECE, n_there)
+                    if not self.ranks.is_first:
+                        if rank == self.ranks.rank:
+                            self.ranks.give(own[begin:end])
+                    elif rank == 0:
+                        yield own[begin:end]
+                    else:
+                        yield self.ranks.take(taken[: end - begin], rank)
 
     def keep_top_k(self, score_RC: Tensor, k: int) -> Tensor:
         """See `choice.keep_top_k`; candidates are the best min(k, features) of each rank."""

@@ -22,7 +22,8 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name of the same
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: one of them may measure or write meanwhile."""
-
+JOIN_TIMEOUT = timedelta(minutes=1)
+"""How long it waits for one that was there a moment ago, to make a group with it."""
 
 SECONDS_TO_SPEAK = 3.0
 
@@ -57,7 +58,12 @@ class Ranks:
         All ranks call it."""
         if self.size == 1:
             return Ranks()
-        return Ranks(dist.new_group(dist.get_process_group_ranks(self.group), timeout=TIMEOUT, backend="gloo"))
+        self.add(torch.zeros(1), "told")  # all are here: torch does not notice one that ends while a group is made
+        with self._others():
+            members = dist.get_process_group_ranks(self.group)
+            group = dist.new_group(members, timeout=JOIN_TIMEOUT, backend="gloo")
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+        return Ranks(group)
 
     @property
     def data(self) -> DataRanks:
@@ -136,13 +142,12 @@ class Ranks:
         with self._others():
             dist.send(tensor.contiguous(), group=self.group, group_dst=0)
 
-    def take(self, like: Tensor, source: int) -> Tensor:
-        """What a rank gives to this one, rank 0, as a tensor like the given one; counted as `gathered to rank 0`."""
-        found = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self.traffic["gathered to rank 0"] += found.nbytes
+    def take(self, into: Tensor, source: int) -> Tensor:
+        """What a rank gives to this one, rank 0, written into a tensor; counted as `gathered to rank 0`."""
+        self.traffic["gathered to rank 0"] += into.nbytes
         with self._others():
-            dist.recv(found, group=self.group, group_src=source)
-        return found
+            dist.recv(into, group=self.group, group_src=source)
+        return into
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, plain values of JSON, on every rank. Where it fails, the others fail with it."""

@@ -1,10 +1,14 @@
-"""Tensors in files: those that a manifest lists, read against what they should be, and those of a file that carries
-the sha256 of its own content."""
+"""Tensors in files: those that a manifest lists, written and read a part at a time against what they should be, and
+those of a file that carries the sha256 of its own content."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +19,81 @@ from crosscoder.foundation.artifact import SEAL, replace_file
 from crosscoder.foundation.damage import MEND, DamagedArtifactError, reading
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NAMES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"
+}  # fmt: skip
+"""What safetensors calls the dtypes that are written, in the order in which they lie in its files."""
+Pieces = Sequence[tuple[slice, ...]]
+"""Which parts of a tensor are read, one after the other; one without slices is all of it."""
+WHOLE: Pieces = ((),)
 
 
-def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The file's tensors, after its own table was compared with what is expected.
+class Streamed(NamedTuple):
+    """A tensor whose numbers come one block after the other, so that nobody has to hold all of them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Iterable[Tensor]
+
+
+def write_tensors(tensors: Mapping[str, Tensor | Streamed], path: Path) -> None:
+    """The file that `save_file` of safetensors writes, to the byte, without holding more than a block of it."""
+    table, begin = dict[str, Any](), 0
+    for name in in_order(tensors):
+        one = tensors[name]
+        end = begin + math.prod(one.shape) * one.dtype.itemsize
+        table[name] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
+        begin = end
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name in in_order(tensors):
+            for block in blocks_of(tensors[name]):
+                stream.write(bytes_of(block.detach().cpu()))
+
+
+def pass_on(tensors: Mapping[str, Tensor | Streamed]) -> None:
+    """What `write_tensors` asks of ranks that only give their parts to the one that writes."""
+    for name in in_order(tensors):
+        for _ in blocks_of(tensors[name]):
+            pass
+
+
+def in_order(tensors: Mapping[str, Tensor | Streamed]) -> list[str]:
+    """Names in the order in which their tensors lie in a file, and come from other ranks."""
+    return sorted(tensors, key=lambda name: ([*NAMES].index(tensors[name].dtype), name))
+
+
+def blocks_of(tensor: Tensor | Streamed) -> Iterable[Tensor]:
+    """Its numbers, one block after the other."""
+    return tensor.blocks if isinstance(tensor, Streamed) else (tensor,)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor on the CPU, in their order."""
+    flat = tensor.reshape(-1)
+    flat = flat if flat.stride(0) == 1 else torch.cat([flat])  # one number may have any stride
+    return flat.view(torch.uint8).numpy().data
+
+
+def table_of(stream: Any) -> dict[str, Tensor]:
+    """Shape and dtype of every tensor of an open file, as tensors without numbers."""
+    dtypes = {name: dtype for dtype, name in NAMES.items()}
+    parts = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+    return {n: torch.empty(one.get_shape(), dtype=dtypes[one.get_dtype()], device="meta") for n, one in parts.items()}
+
+
+def read_part(stream: Any, name: str, pieces: Pieces) -> Tensor:
+    """Parts of a tensor of an open file, joined along the first axis."""
+    found = [stream.get_slice(name)[piece] if piece else stream.get_tensor(name) for piece in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def read_tensors(
+    path: Path, expected: dict[str, tuple[int, ...]], pieces: Callable[[str], Pieces] = lambda _: WHOLE
+) -> dict[str, Tensor]:
+    """The file's tensors, or some pieces of each, after its own table was compared with what is expected.
 
     Opening checks the table against the file's size, so a shape that passes is one the file really holds.
     """
@@ -29,7 +104,7 @@ def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, 
             if differing := sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)):
                 details = "; ".join(f"{n}: file {found.get(n)}, config {expected.get(n)}" for n in differing)
                 raise DamagedArtifactError(f"{path} does not hold the tensors its config describes: {details}")
-            tensors = {name: stream.get_tensor(name) for name in parts}
+            tensors = {name: read_part(stream, name, pieces(name)) for name in parts}
     except SafetensorError as error:
         raise DamagedArtifactError(f"{path} is not a safetensors file ({error})") from error
     for name, tensor in tensors.items():
@@ -63,7 +138,5 @@ def _seal_of(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode("utf-8", "backslashreplace"))
-        flat = tensor.reshape(-1)
-        flat = flat if flat.stride(0) == 1 else torch.cat([flat])  # one number may have any stride
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

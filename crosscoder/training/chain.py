@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
-from crosscoder.dictionary.division import gathered
+from crosscoder.dictionary.division import save_whole
 from crosscoder.foundation import signals
 from crosscoder.training.checkpoint import Entry
 from crosscoder.training.given import unwrapped
@@ -118,9 +118,8 @@ def _train_layers(
         state["decoder_bias"].zero_()  # a centre and an inference threshold are each layer's own
         state["threshold"].fill_(torch.nan)
     bank.to(next(single.parameters()).device).eval()
-    keeps = folder is not None and options.get("scratch_seconds") is None
-    if keeps and (whole := gathered(bank)) is not None:  # on rank 0
-        whole.save_pretrained(folder / "dictionary")
+    if folder is not None and options.get("scratch_seconds") is None:
+        save_whole(bank, folder / "dictionary")
     return TrainResult(bank, metrics, steps, tokens)
 
 

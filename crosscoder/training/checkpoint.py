@@ -8,14 +8,15 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from crosscoder.dictionary.division import gathered, whole_tensors
+from crosscoder.dictionary.division import save_whole, whole_tensors
 from crosscoder.dictionary.shard import Shard
 from crosscoder.foundation.artifact import (
     DamagedArtifactError,
@@ -32,13 +33,13 @@ from crosscoder.foundation.disk import naming_full_disk, require_room
 from crosscoder.foundation.failpoints import failpoint
 from crosscoder.foundation.lock import remove_leftovers
 from crosscoder.foundation.provenance import describe_run
-from crosscoder.foundation.tensors import read_tensors
+from crosscoder.foundation.tensors import pass_on, read_part, read_tensors, table_of, write_tensors
 from crosscoder.training.curves import draw_curves
 from crosscoder.training.finite import require_sound
 from crosscoder.training.history import METRICS, Entry, line_of, read_history
 from crosscoder.training.lengthen import OF_STEPS, Stretch
 from crosscoder.training.loggers import SafeLogger
-from crosscoder.training.parts import part_of, whole_like, whole_tensors_of
+from crosscoder.training.parts import own_pieces, whole_like, whole_tensors_of
 from crosscoder.training.state import MOMENTS, TrainState
 
 SCHEMA = "crosscoder.checkpoint/1"
@@ -52,14 +53,16 @@ def save_checkpoint(state: TrainState, folder: Path, *, settings: dict[str, Any]
     """Write `state` to `step-N` under `folder`, and remove all but the newest two whole ones up to this step.
 
     One of a later step is left of a run that could not go on from it. lines: what was logged up to here. Ranks that
-    divide a dictionary all call it; rank 0 gathers their parts and writes what one process would.
+    divide a dictionary all call it; rank 0 writes what one process would, from their parts as these come.
     """
     weights, tensors = whole_tensors(state.dictionary), whole_tensors_of(state)
     if (shard := state.dictionary.shard) is not None and not shard.ranks.job.is_first:
+        pass_on(weights)
+        pass_on(tensors)
         return
     with committed_directory(folder / f"step-{state.step:09d}", schema=SCHEMA) as temporary:
         state.dictionary.write_files(temporary, weights)
-        save_file(tensors, temporary / "optimizer.safetensors")
+        write_tensors(tensors, temporary / "optimizer.safetensors")
         cursor: dict[str, Any] = {name: getattr(state, name) for name in CURSOR}
         write_json(temporary / "state.json", {**cursor, "settings": settings})
         (temporary / METRICS).write_text("".join(lines), encoding="utf-8")
@@ -171,17 +174,18 @@ def require_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Fill `state` from a verified checkpoint of the same settings.
+    """Fill `state` from a verified checkpoint of the same settings; a rank reads its own part.
 
     Raises:
         DamagedArtifactError: it does not hold the tensors that it should.
     """
     saved, dictionary = read_cursor(path), state.dictionary
-    weights = read_tensors(path / "model.safetensors", dictionary.tensor_shapes(dictionary.config))
-    with reading(path / "optimizer.safetensors"):
-        tensors = load_file(path / "optimizer.safetensors")
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith("adam.")}
-        own = {name: tensor for name, tensor in tensors.items() if name not in moments}
+    pieces = partial(own_pieces, dictionary=dictionary)
+    weights = read_tensors(path / "model.safetensors", dictionary.tensor_shapes(dictionary.config), pieces)
+    with reading(path / "optimizer.safetensors"), safe_open(path / "optimizer.safetensors", framework="pt") as stream:
+        table = table_of(stream)
+        moments = {name: tensor for name, tensor in table.items() if name.startswith("adam.")}
+        own = {name: tensor for name, tensor in table.items() if name not in moments}
         targets = {"firing.silent": state.firing.silent_GF}
         targets |= {} if state.start_RN is None else {"frozen.start": state.start_RN}
         _require_alike(own, {name: whole_like(name, one, dictionary) for name, one in targets.items()})
@@ -194,19 +198,22 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         shapes |= {f"adam.step.{name}": torch.zeros(()) for name in parameters}
         begun = {name.split(".", 2)[2] for name in moments}  # what stays as it began has none
         _require_alike(moments, {name: one for name, one in shapes.items() if name.split(".", 2)[2] in begun})
-    dictionary.load_state_dict({name: part_of(name, one, dictionary) for name, one in weights.items()})
+        parts = {name: read_part(stream, name, pieces(name)) for name in table}
+        if infinite := [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]:
+            raise ValueError(f"{infinite[0]} holds NaN or infinity")
+    dictionary.load_state_dict(weights)
     for name, target in targets.items():
-        target.copy_(part_of(name, own[name], dictionary))
-    for key, value in moments.items():
+        target.copy_(parts[name])
+    for key in moments:
         _, moment, name = key.split(".", 2)
         device = "cpu" if moment == "step" else parameters[name].device
-        state.optimizer.state[parameters[name]][moment] = part_of(key, value, dictionary).to(device).clone()
+        state.optimizer.state[parameters[name]][moment] = parts.pop(key).to(device).clone()
     for name in CURSOR:
         setattr(state, name, saved.get(name, 0))  # one of version 0.2 keeps no `rise_from`
 
 
 def _require_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse tensors of other names, shapes or dtypes, and numbers that are not finite."""
+    """Refuse tensors of other names, shapes or dtypes."""
     if found.keys() != expected.keys():
         raise ValueError(f"tensors are {sorted(found)}, expected {sorted(expected)}")
     for name, tensor in found.items():
@@ -215,8 +222,6 @@ def _require_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected[name].dtype} "
                 f"{tuple(expected[name].shape)}"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -344,8 +349,8 @@ class RunLog:
         require_sound(state)
         if self._folder is not None and not self._is_scratch:
             self.checkpoint(state)
-            if (whole := gathered(state.dictionary)) is not None:  # on rank 0
-                whole.save_pretrained(self._folder / "dictionary")
+            save_whole(state.dictionary, self._folder / "dictionary")
+            if self._writes:
                 draw_curves(self._folder)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
+from crosscoder.foundation.tensors import WHOLE, Pieces, Streamed
 from crosscoder.training.state import TrainState
 
 
@@ -28,29 +29,30 @@ def _axis(name: str, dictionary: Dictionary) -> int | None:
     return None if moment == "step" else dictionary.axis_of(of)
 
 
-def whole_tensors_of(state: TrainState) -> dict[str, Tensor]:
-    """`tensors_of` of all ranks together, on the CPU of rank 0, as one process would have it."""
-    dictionary, whole = state.dictionary, {}
+def whole_tensors_of(state: TrainState) -> dict[str, Tensor | Streamed]:
+    """`tensors_of` of all ranks together, as one process would have it; see `division.whole_tensors`."""
+    dictionary, whole = state.dictionary, dict[str, Tensor | Streamed]()
     for name, tensor in tensors_of(state).items():
-        axis = _axis(name, dictionary)
+        axis, whole[name] = _axis(name, dictionary), tensor
         if dictionary.shard is not None and axis is not None:
             rows = tensor.view(dictionary.n_groups, dictionary.n_held, -1) if name == "frozen.start" else tensor
-            found = dictionary.shard.whole(rows, axis)
-            tensor = found.flatten(0, 1) if name == "frozen.start" and found is not None else found
-        if tensor is not None:
-            whole[name] = tensor.cpu().contiguous()
+            shape = tuple(whole_like(name, tensor, dictionary).shape)
+            whole[name] = Streamed(shape, tensor.dtype, dictionary.shard.blocks(rows, axis))
     return whole
 
 
-def part_of(name: str, whole: Tensor, dictionary: Dictionary) -> Tensor:
-    """What this rank holds of a whole tensor."""
-    axis = _axis(name, dictionary)
-    if dictionary.shard is None or axis is None:
-        return whole
-    if name == "frozen.start":
-        n_features = dictionary.config.n_features
-        return dictionary.shard.part(whole.view(-1, n_features, whole.shape[1]), axis).flatten(0, 1)
-    return dictionary.shard.part(whole, axis)
+def own_pieces(name: str, dictionary: Dictionary) -> Pieces:
+    """Which pieces of a whole tensor this rank holds, one after the other."""
+    shard, axis = dictionary.shard, _axis(name, dictionary)
+    if shard is None or axis is None:
+        return WHOLE
+    if name != "frozen.start":
+        return [(slice(None),) * axis + (slice(shard.start, shard.stop),)]
+    per_group = dictionary.config.n_features
+    if shard.along == "layers":
+        return [(slice(shard.start * per_group, shard.stop * per_group),)]
+    begins = range(0, dictionary.n_groups * per_group, per_group)
+    return [(slice(begin + shard.start, begin + shard.stop),) for begin in begins]
 
 
 def whole_like(name: str, part: Tensor, dictionary: Dictionary) -> Tensor:

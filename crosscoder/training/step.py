@@ -97,7 +97,7 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
         )
         loss_S, norm_G = out.losses().detach(), state.optimizer.gradient_norms(out.squares, untouched=True)
         norm_S = weights.of_layers(norm_G.view(len(loss_S), -1).double().square().sum(1)).sqrt()
-        if not bool(torch.isfinite(loss_S + norm_S).all()):
+        if not _are_finite(loss_S, norm_S):
             raise NonFiniteError(_diverged(state, loss_S, norm_S))
     except BaseException as error:
         with torch.no_grad():
@@ -132,6 +132,10 @@ def take_step(state: State, x: Tensor, config: TrainConfig, n_steps: int | None)
         ]
 
     return numbers
+
+
+def _are_finite(loss_S: Tensor, norm_S: Tensor) -> bool:
+    return all(map(math.isfinite, (loss_S + norm_S).tolist()))
 
 
 def _rate(state: State, config: TrainConfig, n_steps: int | None) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, ReLU, TopK
-from crosscoder.dictionary.codec import checked_input
+from crosscoder.dictionary.codec import checked_input, non_finite
 from crosscoder.formats.saelens import save_saelens
 from crosscoder.foundation.origin import MismatchError
 from crosscoder.measure.reading import measure_dictionary, read_dictionary
@@ -120,3 +120,27 @@ def test_a_constant_layer_has_no_number_and_the_others_have(constant):
     assert len(read_dictionary(make(), [x]))
     with pytest.raises(ValueError, match="every layer is constant"):
         measure_dictionary(make(), [torch.full((64, L, D), constant)])
+
+
+LARGE = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("numbers", "found"),
+    [
+        ({}, ""),
+        ({(3, 1, 2): torch.nan}, " in 1 of 64 tokens, first at token 3, layer 1"),
+        ({(63, 2, 7): torch.inf, (5, 0, 0): -torch.inf}, " in 2 of 64 tokens, first at token 5, layer 0"),
+        ({(0, 0, 0): -torch.inf, (0, 1, 0): torch.nan}, " in 1 of 64 tokens, first at token 0, layer 0"),
+        ({(0, 0, 0): LARGE, (1, 0, 0): LARGE}, ""),  # whose sum is more than their dtype holds
+        ({(0, 0, 0): LARGE, (1, 0, 0): LARGE, (2, 1, 0): torch.nan}, " in 1 of 64 tokens, first at token 2, layer 1"),
+        ({(0, 0, 0): LARGE, (1, 0, 0): -LARGE}, ""),
+    ],
+)
+def test_one_number_that_is_not_finite_is_found_and_large_ones_are_none(numbers, found, dtype):
+    x_BLD = torch.randn(64, 3, 8).to(dtype)
+    for place, value in numbers.items():
+        x_BLD[place] = torch.finfo(dtype).max * (value / LARGE) if abs(value) == LARGE else value
+    assert non_finite(x_BLD) == found
+    assert non_finite(x_BLD.transpose(1, 2)[:, :, :0]) == ""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from crosscoder.foundation.failpoints import POINTS
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +29,53 @@ def test_runs_that_are_killed_at_random_and_at_every_named_point_end_with_the_sa
     assert all(one["kills"] + one["stops"] >= 2 and not one["different"] for one in found["cells"])
     assert found["failpoints"].keys() == POINTS.keys()
     assert not any(one["different"] for one in found["failpoints"].values())
-    assert "| crosscoder topk live |" in (tmp_path / "found.md").read_text()
+    assert "| crosscoder topk live | 1 |" in (tmp_path / "found.md").read_text()
+
+
+def test_two_ranks_that_are_killed_together_or_one_by_one_end_with_the_same_bytes(tmp_path):
+    given = ["--cells", "crosscoder batch_topk live", "--failpoints", "train.step", "--out", str(tmp_path / "found")]
+    soak("--ranks", "2", "--kills", "4", *given)
+    found = json.loads((tmp_path / "found.json").read_text())
+    (cell,) = found["cells"]
+    assert (cell["ranks"], cell["kills"] + cell["stops"], cell["different"]) == (2, 4, [])
+    assert found["failpoints"].keys() == {"train.step in rank 0 of 2", "train.step in rank 1 of 2"}
+    assert not any(one["different"] for one in found["failpoints"].values())
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import soak
+
+    return soak
+
+
+def test_ranks_that_do_not_end_as_one_are_a_fault(script, tmp_path):
+    run = script.Run.__new__(script.Run)
+    run.folder, run.home, run.size = tmp_path / "run-0", tmp_path, 2
+    (tmp_path / "run-0/run/checkpoints/step-000000008").mkdir(parents=True)
+    for rank in range(2):
+        said = "stopped by SIGTERM after 8 of 24 steps; kept in /a/step-000000008"
+        (tmp_path / f"stopped-{rank}").write_text(said)
+    assert run.fault([75, 75], is_stop=True) == ""
+    assert run.fault([-9, script.LOST], is_stop=False) == ""
+    assert "none was gone" in run.fault([0, script.LOST], is_stop=False)
+    assert "SIGTERM" in run.fault([75, script.LOST], is_stop=True)
+    (tmp_path / "stopped-1").write_text(said.replace("after 8", "after 9"))
+    assert "SIGTERM" in run.fault([75, 75], is_stop=True)
+
+
+def test_what_is_done_again_takes_the_place_of_what_was_known(script):
+    def row(cell, ranks, kills):
+        return {"cell": cell, "ranks": ranks, "kills": kills}
+
+    made = {"ranks": 2, "device": "a", "seconds": 10}
+    before = {"cells": [row("x", 1, 1), row("x", 2, 1)], "failpoints": {"p": 1, "q": 1}, "made": [made]}
+    found = script.merged(before, [row("x", 2, 5)], {"q": 2}, made)
+    assert found["cells"] == [row("x", 1, 1), row("x", 2, 5)]
+    assert found["failpoints"] == {"p": 1, "q": 2}
+    assert found["made"] == [{**made, "seconds": 20}]
 
 
 def test_every_failpoint_in_the_code_is_listed_and_every_one_listed_is_in_the_code():

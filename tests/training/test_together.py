@@ -14,6 +14,7 @@ from crosscoder.dictionary.division import divided, gathered, shard_for, whole_t
 from crosscoder.dictionary.shard import Shard
 from crosscoder.dictionary.traffic import step_traffic
 from crosscoder.foundation.ranks import Ranks
+from crosscoder.foundation.tensors import Streamed, in_order
 from crosscoder.training import TrainConfig, train, train_many, train_warm_chain
 from crosscoder.training.gradients import accumulate_gradients
 from crosscoder.training.state import TrainState
@@ -186,14 +187,17 @@ def counted(ranks, n_data):
         before = dict(ranks.traffic)
         train(dictionary, DATA[1:], config=once, quiet=True)
         found[case, along] = {name: size - before.get(name, 0) for name, size in ranks.traffic.items()}
-    return found, set(whole_tensors(dictionary))
+    whole = whole_tensors(dictionary)
+    streamed = [whole[name] for name in in_order(whole) if isinstance(whole[name], Streamed)]
+    return found, sum(block.numel() for one in streamed for block in one.blocks)
 
 
 @pytest.mark.parametrize(("size", "n_data"), [(3, 1), (3, 3), (4, 2)])
 def test_the_bytes_of_a_step_are_those_of_the_formula(size, n_data):
-    (first, names), *others = on_ranks(size, counted, n_data)
-    assert len(names) > 1
-    assert all(of_other == {"input_scale"} for _, of_other in others)  # one rank alone gathers
+    (first, n_gathered), *others = on_ranks(size, counted, n_data)
+    divides = {name: one for name, one in new("bank BatchTopK").state_dict().items() if name != "input_scale"}
+    assert n_gathered == sum(one.numel() for one in divides.values())
+    assert all(of_other == 0 for _, of_other in others)  # one rank alone gathers
     for (case, along), found in first.items():
         wanted = step_traffic(CASES[case][0], new(case).config, B, size // n_data, along, n_data)
         assert {name: found.get(name, 0) for name in wanted} == wanted, case

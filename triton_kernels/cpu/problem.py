@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def problems(encoding: Encoding) -> Iterator[Problem]:
 
 def _require_finite(x_RN: Tensor) -> None:
     """Refuses NaN and infinity, which a comparison would turn into "not active" without a word."""
-    if not bool(torch.isfinite(x_RN.sum())) and not bool(torch.isfinite(x_RN).all()):
+    if not math.isfinite(x_RN.sum().item()) and not bool(torch.isfinite(x_RN).all()):
         row = int((~torch.isfinite(x_RN)).nonzero()[0, 0])
         raise ValueError(f"row {row} is not finite, in x or in the encoder; drop such rows")
 
