@@ -32,6 +32,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +250,12 @@ def at_failpoints(home: Path, size: int, points: Sequence[str]) -> dict[str, Any
     return found
 
 
-def warm() -> None:
+def warm(kinds: Sequence[str]) -> None:
     """Import what is imported late, so that no child has to."""
     shard_files.KEEP_SECONDS = 0.0  # a part of a shard is kept after each call of the model
+    ranks.JOIN_TIMEOUT = timedelta(seconds=10)  # instead of a minute; the ranks of one machine are made at once
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("shard", "prepare", "subject", "cell"):
+        for kind in kinds:
             (Path(folder) / kind).mkdir()
             SCENARIOS[kind][0](Path(folder) / kind / "run", ranks.Ranks())
 
@@ -270,7 +272,7 @@ def main() -> int:
     parser.add_argument("--merge", action="store_true", help="keep what OUT.json holds, but for what is done again")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    warm()
+    warm(("shard", "prepare", "subject", "cell") if given.ranks == 1 else ("shard",))
     before: dict[str, Any] = {"cells": [], "failpoints": {}, "made": []}
     if given.merge and given.out.with_suffix(".json").is_file():
         before = json.loads(given.out.with_suffix(".json").read_text())
