@@ -12,7 +12,8 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Compiling every module of torch and transformers takes longer than fetching them, so only what we import is compiled.
-USED := import datasets, scipy.stats, matplotlib.pyplot, pyarrow.parquet, pytest, hypothesis, crosscoder.cli
+USED := import datasets, scipy.stats, matplotlib.pyplot, pyarrow.parquet, pytest, hypothesis, \
+  crosscoder.cli, crosscoder.studies.shapes, crosscoder.report.page
 USED_TOO := import torch._dynamo, transformers.models.llama.modeling_llama
 
 # Re-installed only when the list of requirements changes; the package itself is an editable install.
