@@ -46,11 +46,11 @@ BUDGETS = {
     "crosscoder/verdict": 1145,
     "crosscoder/browser": 980,
     "crosscoder/report": 2270,
-    "crosscoder/studies": 2885,
+    "crosscoder/studies": 2880,
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_830, 24_455
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_825, 24_455
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

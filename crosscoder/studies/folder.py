@@ -76,8 +76,6 @@ POLL_SECONDS = 0.2
 """Between two looks at whether work is to stop, while processes work."""
 GRACE_SECONDS = 60.0
 """That processes have to reach a safe point; after it they end, and only what they kept before is left."""
-HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
-"""For glibc, read as a process starts: freed memory is kept, in pages of 2 MiB, where Linux gives them when asked."""
 COMPUTING = ("data", "dictionary", "training", "measure", "verdict", "studies")  # rooms whose code makes numbers
 
 
@@ -182,7 +180,6 @@ class StudyFolder:
     @functools.cached_property
     def _processes(self) -> ProcessPoolExecutor:
         context = get_context("spawn")
-        os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
         leash, self._leash = context.Pipe(duplex=False)
         bell, self._bell = context.Pipe(duplex=False)
         return ProcessPoolExecutor(self.workers, context, _begin_process, (leash, bell))
