@@ -249,7 +249,7 @@ def recheck_legs(study: Study, said: Comparison) -> tuple[dict[str, Interval | N
         real = study.statistics("trained", currency)
         for state in study.states():
             for name, term in study.statistics(state, currency).items():
-                said.number(KEYS[name], SITE | {"state": state, "estimator": currency}, term.interval)
+                said.number(KEYS[name], SITE | {"state": state, "estimator": currency}, term.of(state))
                 if state == "trained":
                     values[f"{name}/{currency}"] = term.interval
                     continue

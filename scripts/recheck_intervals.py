@@ -60,6 +60,13 @@ class Term(NamedTuple):
             variances.append(((n - 1) / n * float(((moved - moved.mean()) ** 2).sum()), n - 1))
         return t_interval(value, variances) if variances else Interval(value, value, value)
 
+    def of(self, state: str) -> Interval | float | None:
+        """The interval; of a null with one training the value alone."""
+        known = [(c, [float(np.ravel(x)[0]) for x in group.values()]) for c, group in self.groups if group]
+        if state == "trained" or len(known) < len(self.groups) or min(len(x) for _, x in known) > 1:
+            return self.interval
+        return self.constant + sum(c * sum(x) / len(x) for c, x in known)
+
     def less(self, other: Term) -> Term:
         """This less a null's, whose groups are in the same order and mostly of the same trainings."""
         return Term(self.groups, self.constant - other.constant, [group for _, group in other.groups])

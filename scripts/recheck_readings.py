@@ -26,7 +26,7 @@ MATCHED, DUPLICATE, QUOTED = 0.7, 0.9, 0.9
 SEEN = 10
 """Tokens of which an alive feature fires on more."""
 FEWEST_PAIRS = 30
-NULL_SHIFTS = 100
+NULL_SHIFTS = 20
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def mean_best(found_FF: np.ndarray) -> float:
 
 
 def chance_u(first: Kept, second: Kept, document_T: np.ndarray) -> float | None:
-    """u with the second's activity moved round by at least the longest document, the mean over 100 draws of seed 0."""
+    """u with the second's activity moved round by at least the longest document, the mean over 20 draws of seed 0."""
     n = len(document_T)
     starts = np.flatnonzero(np.r_[True, document_T[1:] != document_T[:-1]])
     longest = int(np.diff(np.r_[starts, n]).max())

@@ -42,15 +42,15 @@ BUDGETS = {
     "crosscoder/dictionary": 2605,
     "crosscoder/training": 2585,
     "crosscoder/formats": 2000,
-    "crosscoder/measure": 5480,
-    "crosscoder/verdict": 1145,
+    "crosscoder/measure": 5485,
+    "crosscoder/verdict": 1150,
     "crosscoder/browser": 980,
-    "crosscoder/report": 2270,
+    "crosscoder/report": 2275,
     "crosscoder/studies": 2880,
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_825, 24_455
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_845, 24_485
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -84,8 +84,10 @@ def statistic_row(at: Place, key: str, value: Bootstrap | Estimate | str) -> Row
     return Row(at, key, value.estimate() if isinstance(value, Bootstrap) else value)
 
 
-def exponentiate(estimate: Estimate) -> Estimate:
-    """exp of a value and of both ends: from a log-ratio to the ratio."""
+def exponentiate(estimate: Estimate | float) -> Estimate:
+    """exp of a value and of both ends: from a log-ratio to the ratio. A value alone is its own ends."""
+    if not isinstance(estimate, Estimate):
+        estimate = Estimate(estimate, estimate, estimate)
     return Estimate(*(math.exp(x) for x in (estimate.value, estimate.low, estimate.high)))
 
 

@@ -21,7 +21,7 @@ TILT = 0.7
 
 
 class Variance(NamedTuple):
-    """A squared standard error, and its degrees of freedom."""
+    """A squared standard error, and its degrees of freedom; NaN and 0 where one training was run."""
 
     value: float
     freedom: float
@@ -49,17 +49,18 @@ def group_mean(
 
     left_TE: the same without each of the text's documents, `[trainings, documents]`. trainings: which they are.
 
-    A reason where fewer than two trainings were run, or where all are equal (copies, not replicates).
+    One training has a mean, and no interval. A reason where there is none, or where all are equal (copies, not
+    replicates).
     """
     values = np.asarray(value_T, dtype=np.float64)
     n = len(values)
-    if n < 2:
-        return f"{n} training{'s' * (n != 1)}; an interval over trainings needs two"
+    if n == 0:
+        return "0 trainings; an interval over trainings needs two"
     if not np.isfinite(values).all():
         return f"not every training has a finite value: {values.tolist()}"
-    if np.ptp(values) == 0:
+    if n > 1 and np.ptp(values) == 0:
         return f"all {n} trainings have the same value, {values[0]:g}: copies say nothing of how trainings vary"
-    between = Variance(float(values.var(ddof=1)) / n, n - 1)
+    between = Variance(float(values.var(ddof=1)) / n, n - 1) if n > 1 else Variance(math.nan, 0)
     left_E = None if left_TE is None else left_TE.mean(0)
     return GroupMean(float(values.mean()), (between,), left_E, dict(zip(trainings, values.tolist())))
 
@@ -116,6 +117,8 @@ def contrast(terms: Sequence[tuple[float, Group]], constant: float = 0.0) -> Est
 def interval(value: float, variances: Sequence[Variance]) -> Estimate | str:
     """`value` with the 90 % t interval of a sum of independent variances, or why there is none."""
     total = math.fsum(v for v, _ in variances)
+    if math.isnan(total):
+        return "1 training; an interval over trainings needs two"
     if not total > 0:
         return "no variance is known, so there is no interval"
     freedom = total**2 / math.fsum(v**2 / f for v, f in variances)

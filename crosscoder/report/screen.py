@@ -175,15 +175,20 @@ def _ratio(results: Results, key: str) -> Number:
     def read(states: Any) -> list[tuple[str, str]]:
         rows = results.rows.select(key, site=SITE, state=states)
         return [
-            (str(row.at.estimator), shown(exponentiate(row.value), ".2f"))
+            (str(row.at.estimator), shown(exponentiate(row.value), ".2f") + said_alone(row.value))
             for row in rows
-            if isinstance(row.value, Estimate)
+            if isinstance(row.value, (Estimate, float))
         ]
 
     real = [(value, linked(WORDS["currencies"][currency])) for currency, value in read(("trained", None))]
     found = {state: dict.fromkeys(value for _, value in read(state)) for state in NULLS}
     nulls = [(" and ".join(values), state_phrase(state)) for state, values in found.items() if values]
     return _number(key, real, nulls)
+
+
+def said_alone(value: Estimate | float) -> str:
+    """What is said of a value that is of one training."""
+    return "" if isinstance(value, Estimate) else f" ({WORDS['alone']})"
 
 
 def _number(

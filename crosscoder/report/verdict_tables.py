@@ -97,8 +97,8 @@ def statistic_table(results: Results) -> Table:
             cells = [format_range(value)]
             for state, null in nulls.items():
                 less = results.rows.one("null_excess", state=state, estimator=f"{name}-{currency}")
-                mean = null.value if isinstance(null, Estimate) else null
-                cells.append(format_range(mean, "" if less is None else f"less: {less:.2f}"))
+                mean, alone = (null.value, "") if isinstance(null, Estimate) else (null, WORDS["alone"])
+                cells.append(format_range(mean, alone * (mean is not None) if less is None else f"less: {less:.2f}"))
             lines.append(Line([named(key), *cells], said))
     heads = [*word_heads(""), *state_heads(["trained", *states])]
     return Table(heads, lines, _why(reasons), terms=("fidelity", "interval", *(("null_excess",) * bool(states))))

@@ -16,7 +16,7 @@ import numpy as np
 
 from crosscoder.measure.fidelity import TARGETS, AtFidelity, Currency, SweepPoint, lost_share, read_at
 from crosscoder.measure.splice import ALL_LAYERS
-from crosscoder.measure.welch import Group, contrast, excess, group_mean
+from crosscoder.measure.welch import Group, GroupMean, contrast, excess, group_mean
 from crosscoder.results.quantities import QUANTITIES
 from crosscoder.results.table import COMPARED, Estimate, LongTable, Row, State
 
@@ -43,6 +43,12 @@ class Contrast:
     def estimate(self) -> Estimate | str:
         """Value and interval, or the first reason why there is none."""
         return contrast(self.terms, self.constant)
+
+    @property
+    def point(self) -> float | None:
+        """The value without an interval, which one training has too; None where a group has none."""
+        known = [(c, group.value) for c, group in self.terms if isinstance(group, GroupMean)]
+        return self.constant + math.fsum(c * one for c, one in known) if len(known) == len(self.terms) else None
 
     def less(self, other: Contrast) -> Contrast:
         """This less the same of a null, term by term: a training that both have counts once (`welch.excess`)."""

@@ -19,12 +19,15 @@ KEYS = {
 
 
 def statistic_rows(found: Statistics) -> list[Row]:
-    """Statistics as rows: at a null, the null's own; and `null_excess`, the trained subjects' less the null's."""
+    """Statistics as rows: at a null, the null's own, a plain number where it is of one training; and `null_excess`, the
+    trained subjects' less the null's."""
     rows = []
     for (state, currency), by_name in found.items():
         for name, one in by_name.items():
             at = Place(state=state, site=SITE, estimator=currency)
-            rows.append(_row(at, KEYS[name], one.estimate))
+            point = None if state == "trained" else one.point
+            alone = point is not None and isinstance(one.estimate, str)
+            rows.append(Row(at, KEYS[name], point) if alone else _row(at, KEYS[name], one.estimate))
             if state != "trained":
                 excess = found["trained", currency][name].less(one)
                 beside = Place(state=state, site=SITE, estimator=f"{name}-{currency}")

@@ -78,9 +78,12 @@ def test_groups_that_read_the_same_documents_share_the_text_s_error():
 def test_no_interval_of_no_replicates():
     good = welch.group_mean([1.0, 2.0])
     alone, copies = welch.group_mean([1.0]), welch.group_mean([2.0, 2.0, 2.0])
-    assert alone == "1 training; an interval over trainings needs two"
+    assert alone.value == 1
+    assert welch.group_mean([]) == "0 trainings; an interval over trainings needs two"
     assert "copies" in copies
-    assert welch.difference(good, alone) == alone
+    for both in ((good, alone), (alone, good), (alone, alone)):
+        assert welch.difference(*both) == "1 training; an interval over trainings needs two"
+        assert welch.contrast([(1, welch.excess(*both))]) == "1 training; an interval over trainings needs two"
     few = welch.group_mean([1.0, 2.0], np.ones((2, 29)))
     assert welch.difference(good, few) == "29 documents, of which the text's variance needs 30"
     assert "not every" in welch.group_mean([1.0, math.nan])
