@@ -88,7 +88,7 @@ class Compare(Study):
     """
 
     preset: Literal["smoke", "quick", "standard", "large", "full"] = "quick"
-    """smoke: a minute, to see that all works. quick: a pilot, ten minutes on two cores. standard: enough trainings for
+    """smoke: a minute, to see that all works. quick: a pilot, nine minutes on two cores. standard: enough trainings for
     an answer, hours on two cores. large: the same at four times the parameters. full: for one GPU."""
     subject: Annotated[str | None, SUBJECT] = None
     text: Annotated[str | None, TEXT] = None
