@@ -274,7 +274,7 @@ class Train(Reading):
             options = {"monitor": partial(watch, batches=few), "monitor_every": self.held_out_every}
         config = replace(budget.train_config(), checkpoint_every=self.checkpoint_every)
         logger = None
-        if self.log_to is not None:
+        if self.log_to is not None and job.is_first:
             settings = json.loads(json.dumps(self.settings(), default=str))
             logger = open_logger(self.log_to, self.out, project=self.log_project, settings=settings)
         result = budget.trainer(self.arm)(

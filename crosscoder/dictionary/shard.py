@@ -101,7 +101,7 @@ class Shard:
 
     def require(self, n_features: int, groups: tuple[int, ...]) -> None:
         """Refuse a dictionary of another size, or one whose layers do not lie side by side (`groups`); a ValueError."""
-        there = n_features if self.along == "features" else math.prod(groups)
+        there = n_features if self.along == "features" else math.prod(groups or (0,))
         if self.n_whole != there:
             kind = "features" if self.along == "features" else "layers that have weights of their own"
             raise ValueError(f"shards make up {self.n_whole} {self.along}; the dictionary has {there} {kind}")

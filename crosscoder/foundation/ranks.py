@@ -90,8 +90,12 @@ class Ranks:
         table = torch.tensor(dist.get_process_group_ranks(self.group)).view(n_data, -1)
         parts, data = None, self.group
         if table.shape[1] > 1:
-            parts, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=TIMEOUT)
-            data, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=TIMEOUT)
+            self.add(torch.zeros(1), "told")  # as in `apart`
+            with self._others():
+                parts, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=JOIN_TIMEOUT)
+                data, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=JOIN_TIMEOUT)
+            for made in (parts, data):
+                dist.distributed_c10d._set_pg_timeout(TIMEOUT, made)
         found = Ranks(parts, data=DataRanks(data), job=self)
         found.traffic = found.data.traffic = self.traffic
         return found

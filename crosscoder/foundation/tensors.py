@@ -37,7 +37,11 @@ class Streamed(NamedTuple):
 
 
 def write_tensors(tensors: Mapping[str, Tensor | Streamed], path: Path) -> None:
-    """The file that `save_file` of safetensors writes, to the byte, without holding more than a block of it."""
+    """The file that `save_file` of safetensors writes, to the byte, without holding more than a block of it.
+
+    Raises:
+        ValueError: a tensor came with more or fewer numbers than its shape has; the file is none.
+    """
     table, begin = dict[str, Any](), 0
     for name in in_order(tensors):
         one = tensors[name]
@@ -51,6 +55,9 @@ def write_tensors(tensors: Mapping[str, Tensor | Streamed], path: Path) -> None:
         for name in in_order(tensors):
             for block in blocks_of(tensors[name]):
                 stream.write(bytes_of(block.detach().cpu()))
+            expected = 8 + len(header) + table[name]["data_offsets"][1]
+            if stream.tell() != expected:
+                raise ValueError(f"{path}: {name} came with {stream.tell() - expected:+} bytes; nothing is kept of it")
 
 
 def pass_on(tensors: Mapping[str, Tensor | Streamed]) -> None:

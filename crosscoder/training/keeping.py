@@ -12,6 +12,7 @@ from crosscoder.foundation.signals import Stopped
 from crosscoder.training.checkpoint import RunLog, latest_checkpoint, read_cursor
 from crosscoder.training.state import TrainState
 from crosscoder.training.step import TrainConfig
+from crosscoder.training.together import require_same_replicas
 
 SET_BY_STEPS = ("warmup_steps", "penalty_warmup_steps", "log_every")
 """What a budget derives from its number of steps."""
@@ -40,6 +41,7 @@ def keep_stopped(
     if states[0].dictionary.shard is not None and not isinstance(stop, Stopped):
         is_whole = False  # this rank alone was interrupted, and the parts of the others are not to be had
     if is_whole and steps != {0}:
+        require_same_replicas(states)
         for run, state in zip(runs, states, strict=True):
             run.checkpoint(state)
     kept = ", ".join(filter(None, (run.kept for run in runs)))

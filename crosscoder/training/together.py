@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crosscoder.dictionary import Dictionary
 from crosscoder.dictionary.division import gathered
-from crosscoder.dictionary.shard import Shard
+from crosscoder.dictionary.shard import PIECE, Shard
 from crosscoder.foundation import signals
 from crosscoder.foundation.ranks import DesyncError, Ranks
 from crosscoder.training.checkpoint import step_of
@@ -79,7 +79,7 @@ def require_same_replicas(states: Sequence[TrainState]) -> None:
     for state in states:
         if (data := state.dictionary.data).size > 1:
             tensors = [*state.dictionary.state_dict().values(), *tensors_of(state).values()]
-            sums = [one.contiguous().view(-1).view(torch.uint8).long().sum().to(tensors[0].device) for one in tensors]
+            sums = [_sum_of_bits(one).to(tensors[0].device) for one in tensors]
             bounds = torch.stack([*sums, *(-one for one in sums)])
             high, low = data.largest(bounds, "replica check").chunk(2)
             if not torch.equal(high, -low):
@@ -87,6 +87,12 @@ def require_same_replicas(states: Sequence[TrainState]) -> None:
                     f"step {state.step}{state.called}: ranks that hold the same weights, moments and counts of silence "
                     "have come to differ; every rank must run the same code on the same kind of machine"
                 )
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """The exact sum of its bits as whole numbers; torch would hold all of them in 64 bits, so it is given pieces."""
+    pieces = tensor.contiguous().view(-1).view(torch.int32).split(PIECE)
+    return torch.stack([piece.sum() for piece in pieces]).sum()
 
 
 def found_by_first(

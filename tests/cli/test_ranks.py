@@ -13,11 +13,25 @@ from crosscoder.dictionary.shard import Shard
 from tests.cli.conftest import FORTY, SMALL, K, measured
 
 
-def torchrun(*arguments, size=2):
+def torchrun(*arguments, size=2, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     given = [*command, "-m", "crosscoder", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(given, capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+
+LOGGER = """
+import os, pathlib
+
+class init:
+    def __init__(self, **_):
+        (pathlib.Path(__file__).parent / f"opened by {os.environ['RANK']}").touch()
+
+    def log(self, data):
+        pass
+
+    finish = dict
+"""
 
 
 def read_metrics(folder):
@@ -59,8 +73,11 @@ def test_ranks_share_out_features_and_tokens(pipeline, tmp_path, capsys):
     assert refused.returncode != 0
     assert refused.stderr.count("4 ranks cannot be parted into 3 groups") == 1
     assert not out.exists()
-    done = torchrun(*given, "--data-ranks", "2", size=4)
+    (tmp_path / "trackio.py").write_text(LOGGER)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = torchrun(*given, "--data-ranks", "2", "--log-to", "trackio", size=4, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
+    assert [one.name for one in tmp_path.glob("opened by *")] == ["opened by 0"]
     assert done.stdout.split() == [str(out / "dictionary")]
     assert_same_run(out, pipeline / "cc")
     names = [{str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in (out, pipeline / "cc")]

@@ -81,6 +81,12 @@ def test_a_record_that_does_not_say_how_rates_fall_means_what_was_so_then(tmp_pa
     assert train_subject(*given, folder=tmp_path, quiet=True).checkpoints[-1].step == 12
 
 
+def test_settings_of_muon_say_nothing_of_a_run_without_it(tmp_path):
+    given = blocks_of(96), blocks_of(16)
+    run = train_subject(CONFIG, *given, folder=tmp_path, quiet=True)
+    assert train_subject(replace(CONFIG, muon_learning_rate=0.5), *given, folder=tmp_path, quiet=True) == run
+
+
 def test_a_finished_subject_is_read_again_and_never_written_over(tmp_path, capsys):
     given = CONFIG, blocks_of(96), blocks_of(16)
     run = train_subject(*given, folder=tmp_path, quiet=True)

@@ -33,7 +33,8 @@ def test_every_division_begins_with_the_same_dictionary(case, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "n_layers", "size", "along"),
     [("bank TopK", 3, 2, "layers"), ("bank TopK", 12, 8, "layers"), ("bank TopK", 5, 4, "features"),
-     ("bank TopK", 3, 4, "features"), ("shared", 12, 4, "features"), ("TopK", 12, 4, "features")],
+     ("bank TopK", 3, 4, "features"), ("shared", 12, 4, "features"), ("TopK", 12, 4, "features"),
+     ("bank TopK", 3, 1, "layers"), ("shared", 12, 1, "features"), ("TopK", 12, 1, "features")],
 )  # fmt: skip
 def test_a_bank_is_divided_by_layers_where_they_come_out_even_enough(case, n_layers, size, along):
     form, config = CASES[case][0], replace(new(case).config, n_layers=n_layers)
@@ -62,5 +63,7 @@ def test_more_ranks_than_features_are_refused():
         Shard.of(F, ranks)
     with pytest.raises(ValueError, match="divide it by features"):
         shard_for(Crosscoder, new("TopK").config, ranks, "layers")
+    with pytest.raises(ValueError, match="make up 1 layers; the dictionary has 0 layers that have weights"):
+        divided(new("TopK"), Shard.of(1, along="layers"))
     with pytest.raises(ValueError, match="make up 28 features"):
         divided(new("TopK"), Shard.of(F - 1))

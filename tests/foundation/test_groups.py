@@ -4,6 +4,7 @@ import os
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 
 from crosscoder.foundation import ranks
@@ -20,22 +21,33 @@ def slow(of):
     return own.gather(torch.tensor([of.rank]), "numbers").tolist()
 
 
-def ends(of, made):
-    """Rank 1 ends before all are there to make a group, or while rank 0 makes it."""
+def ends(of, make, made):
+    """Rank 1 ends before all are there to make a group, or while the others make it."""
     ranks.JOIN_TIMEOUT = timedelta(seconds=JOIN_S)
     if of.rank == 1:
         if made:
             of.add(torch.zeros(1), "told")
         os._exit(1)
+    make(of)
+
+
+def apart(of):
     of.apart()
+
+
+def mesh(of):
+    of.mesh(2)
 
 
 def test_a_group_waits_for_a_rank_that_takes_longer_than_it_took_to_make_it():
     assert on_ranks(2, slow) == [[[0], [1]]] * 2
 
 
-def test_a_rank_that_ends_before_a_group_is_made_takes_the_others_with_it():
+@pytest.mark.parametrize(("size", "make"), [(2, apart), (4, mesh)])
+def test_a_rank_that_ends_before_a_group_is_made_takes_the_others_with_it(size, make):
     for made in (False, True):
         started = time.monotonic()
-        assert "LostRankError" in on_ranks(2, ends, made, fails=True)[0]
+        errors = on_ranks(size, ends, make, made, fails=True)
+        assert all("LostRankError" in text for text in errors.values())
+        assert len(errors) == size - 1
         assert time.monotonic() - started < 50  # the ranks' own timeout is 60

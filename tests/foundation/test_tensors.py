@@ -1,5 +1,7 @@
 """Files of tensors that are written a block at a time."""
 
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -29,6 +31,13 @@ def test_the_file_is_that_of_safetensors_whatever_the_blocks(chosen, tmp_path):
     expected = (tmp_path / "theirs").read_bytes()
     assert (tmp_path / "ours").read_bytes() == expected
     assert (tmp_path / "streamed").read_bytes() == expected
+
+
+@pytest.mark.parametrize("n_rows", [2, 4])
+def test_a_tensor_that_comes_with_other_numbers_than_it_has_is_refused(n_rows, tmp_path):
+    streamed = {"a": torch.zeros(2), "b": Streamed((3, 5), torch.float32, torch.randn(n_rows, 5)), "c": torch.zeros(2)}
+    with pytest.raises(ValueError, match=re.escape(f"b came with {20 * (n_rows - 3):+} bytes")):
+        write_tensors(streamed, tmp_path / "file")
 
 
 def test_tensors_that_lie_otherwise_in_memory_are_written_in_their_order(tmp_path):

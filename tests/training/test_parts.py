@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 from crosscoder.dictionary import ModelCard
 from crosscoder.dictionary import shard as shards
 from crosscoder.dictionary.division import divided, gathered, save_whole, shard_for
+from crosscoder.dictionary.shard import Shard
+from crosscoder.foundation.ranks import DataRanks, Ranks
+from crosscoder.training import together
 from crosscoder.training.checkpoint import load_checkpoint, save_checkpoint
 from crosscoder.training.parts import tensors_of
 from crosscoder.training.state import MOMENTS, TrainState
@@ -75,6 +78,16 @@ def kept(ranks, folder, case, along):
         expected = whole.dictionary.state_dict()
         assert all(torch.equal(one, expected[name]) for name, one in again.state_dict().items())
     return read.most, written.most, own
+
+
+def test_ranks_that_hold_the_same_compare_it_a_piece_at_a_time(monkeypatch):
+    monkeypatch.setattr(together, "PIECE", PIECE)
+    data = DataRanks()
+    data.size, data.largest = 2, lambda bounds, _: bounds
+    state = TrainState.start(divided(new("TopK"), Shard.of(F, Ranks(data=data))))
+    with Largest() as compared:
+        together.require_same_replicas([state])
+    assert compared.most <= -(-F * L * D // PIECE)
 
 
 @pytest.mark.parametrize(

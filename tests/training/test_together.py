@@ -13,6 +13,7 @@ from crosscoder import LayerwiseSAE, TopK
 from crosscoder.dictionary.division import divided, gathered, shard_for, whole_tensors
 from crosscoder.dictionary.shard import Shard
 from crosscoder.dictionary.traffic import step_traffic
+from crosscoder.foundation import signals
 from crosscoder.foundation.ranks import Ranks
 from crosscoder.foundation.tensors import Streamed, in_order
 from crosscoder.training import TrainConfig, train, train_many, train_warm_chain
@@ -157,22 +158,27 @@ def test_ranks_that_are_given_other_batches_are_refused():
     assert len(errors) == 2
 
 
-def changed_on_one_rank(ranks):
+def changed_on_one_rank(ranks, folder, is_stopped):
     dictionary = divided(new("TopK"), Shard.of(F, ranks.mesh(3)))
+    config = replace(CONFIG, checkpoint_every=0 if is_stopped else 2)
 
     def batches():
         for x in DATA:
             yield x
             with torch.no_grad():
                 dictionary.encoder[3, 1, 2] *= 1 + 1e-6 * (ranks.rank == 2)
+            if is_stopped:
+                signals.request("a test")
 
-    train(dictionary, batches(), config=CONFIG, quiet=True)
+    train(dictionary, batches(), config=config, folder=folder, quiet=True)
 
 
-def test_ranks_whose_same_weights_come_to_differ_are_refused():
-    errors = on_ranks(3, changed_on_one_rank, fails=True)
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_ranks_whose_same_weights_come_to_differ_are_refused(is_stopped, tmp_path):
+    errors = on_ranks(3, changed_on_one_rank, tmp_path, is_stopped, fails=True)
     assert all("DesyncError: step 2: ranks that hold the same weights" in text for text in errors.values())
     assert len(errors) == 3
+    assert not list(tmp_path.rglob("step-*"))
 
 
 def counted(ranks, n_data):
