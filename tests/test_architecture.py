@@ -36,10 +36,10 @@ FLOORS = {
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
     "triton_kernels": 4700,
-    "crosscoder/foundation": 2255,
+    "crosscoder/foundation": 2260,
     "crosscoder/results": 835,
-    "crosscoder/data": 5240,
-    "crosscoder/dictionary": 2605,
+    "crosscoder/data": 5245,
+    "crosscoder/dictionary": 2610,
     "crosscoder/training": 2585,
     "crosscoder/formats": 2000,
     "crosscoder/measure": 5480,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_830, 24_455
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_845, 24_465
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

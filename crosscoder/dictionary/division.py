@@ -33,7 +33,7 @@ def shard_for(form: type[Dictionary], config: DictionaryConfig, ranks: Ranks, al
     if along == "layers" and n_layers == 1:
         raise ValueError(f"the layers of this {form.__name__} have no weights of their own; divide it by features")
     busy = n_layers / (ranks.size * -(-n_layers // ranks.size))
-    along = along or ("layers" if n_layers >= ranks.size and busy >= LEAST_BUSY else "features")
+    along = along or ("layers" if n_layers >= max(2, ranks.size) and busy >= LEAST_BUSY else "features")
     return Shard.of(config.n_features if along == "features" else n_layers, ranks, along)
 
 

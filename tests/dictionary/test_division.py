@@ -33,7 +33,8 @@ def test_every_division_begins_with_the_same_dictionary(case, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "n_layers", "size", "along"),
     [("bank TopK", 3, 2, "layers"), ("bank TopK", 12, 8, "layers"), ("bank TopK", 5, 4, "features"),
-     ("bank TopK", 3, 4, "features"), ("shared", 12, 4, "features"), ("TopK", 12, 4, "features")],
+     ("bank TopK", 3, 4, "features"), ("shared", 12, 4, "features"), ("TopK", 12, 4, "features"),
+     ("TopK", 3, 1, "features"), ("shared", 3, 1, "features"), ("bank TopK", 3, 1, "layers")],
 )  # fmt: skip
 def test_a_bank_is_divided_by_layers_where_they_come_out_even_enough(case, n_layers, size, along):
     form, config = CASES[case][0], replace(new(case).config, n_layers=n_layers)
