@@ -11,11 +11,12 @@ would change nothing is refused. `crosscoder --version` prints the version. Prin
 path of what was written or, by evaluate, effects, verify and doctor, a table, with `--json` the same as JSON. All that
 is said on the way goes to stderr.
 
-`torchrun --nproc-per-node R -m crosscoder train ...` divides a dictionary's features over R processes; the other
+`torchrun --nproc-per-node R -m crosscoder train ...` divides the work over R processes (docs/scale.md); the other
 commands run in one.
 
 Ctrl-C or SIGTERM stops a command at its next safe point, keeps its work and prints the command that goes on; twice
-stops at once. Status: 0 done, 2 refused or failed, 75 stopped and can be gone on with, 130 stopped at once.
+stops at once. Status: 0 done, 2 refused or failed, 3 verify found damage, 75 stopped and can be gone
+on with, 130 stopped at once.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ BUDGETS = {
     "triton_kernels": 4700,
     "crosscoder/foundation": 2270,
     "crosscoder/results": 835,
-    "crosscoder/data": 5240,
-    "crosscoder/dictionary": 2605,
+    "crosscoder/data": 5245,
+    "crosscoder/dictionary": 2610,
     "crosscoder/training": 2595,
     "crosscoder/formats": 2000,
     "crosscoder/measure": 5485,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_865, 24_550
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_880, 24_560
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -64,9 +64,9 @@ class Doctor(Printed):
             wrong += [one.what] * one.is_wrong
             if self.json:
                 continue
-            give(f"{'WRONG' if one.is_wrong else 'note ' if one.mend else 'ok   '}  {one.what:<18}  {one.found}")
+            give(f"{'WRONG' if one.is_wrong else 'note ' if one.mend else 'ok   '}  {one.what:<26}  {one.found}")
             if one.mend:
-                give(f"{'':<27}{one.mend}")
+                give(f"{'':<35}{one.mend}")
         if self.json:
             give(json.dumps(found, indent=2))
         if wrong:

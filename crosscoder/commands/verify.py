@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from crosscoder.studies.folder import INPUTS
 from crosscoder.training.checkpoint import FILES, read_cursor
 from crosscoder.training.checkpoint import SCHEMA as CHECKPOINT
 
-EXPORTS = "saelens/6"
+EXPORTS = ("saelens/6", "delphi/0.1")
 
 
 class DamagedError(ValueError):
@@ -57,7 +58,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     CHECKPOINT: ("checkpoint", _load_checkpoint),
     DICTIONARY: ("dictionary", load_dictionary),
     FEATURES: ("features", lambda folder: verify_directory(folder, schema=FEATURES)),
-    EXPORTS: ("export", lambda folder: verify_directory(folder, schema=EXPORTS)),
+    **{schema: ("export", partial(verify_directory, schema=schema)) for schema in EXPORTS},
 }
 """What a manifest's schema is called, and the loader that reads such a folder."""
 CLOSED = (TOKENS, TOKENIZER_SCHEMA, STORE, SUBJECT_SCHEMA)

@@ -272,8 +272,13 @@ def locate(name_or_path: str | Path, revision: str | None = None) -> dict[str, A
         raise ValueError(f"--revision {revision} would change nothing: {name} is not a model on the Hub")
     if name.startswith(PACKAGE_PREFIX):
         name = str(find_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"there is no model at {name}; check the path")
+    steps = [one.parent for one in Path(name).glob("step-*/config.json")]
+    if steps and not (Path(name) / "config.json").exists():
+        last = max(steps, key=lambda one: (len(one.name), one.name))
+        raise FileNotFoundError(f"{name} holds checkpoints of a model; name one of them, such as {last}")
     if not name.endswith(".gguf"):
         at = {} if revision is None else {"revision": revision}
         return {"pretrained_model_name_or_path": name, **at}

@@ -70,7 +70,9 @@ def require_same_run(folder: Path, old: Any, new: Any) -> None:
     """Refuse to go on with a run of other settings; those of Muon say nothing where there is none."""
     unused = "muon_" if old.get("optimizer") == new.get("optimizer") == "adamw" else ()
     known = [key for key in new if not key.startswith(unused)]
-    differing = [f"{key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in known if old.get(key) != new.get(key)]
+    differing = [
+        f"{key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in known if old.get(key) != new.get(key)
+    ]
     if differing:
         raise ValueError(
             f"{folder} holds a subject's training of other settings ({'; '.join(differing)}); restore them, or choose "

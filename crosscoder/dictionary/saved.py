@@ -57,7 +57,8 @@ def read_record(where: str | Path) -> tuple[DictionaryConfig, Reads | None]:
     """The settings of a dictionary in a folder or on the Hub, and the record of what it reads, if it keeps one."""
     path = local_folder(where, files=(CONFIG,)) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{where} holds no {CONFIG}: it is no dictionary. {inside(path.parent) or CONVERT}")
+        mend = inside(path.parent, WEIGHTS) or CONVERT
+        raise FileNotFoundError(f"{where} holds no {CONFIG}: it is no dictionary. {mend}")
     return _described(_config(path), path)
 
 
@@ -82,7 +83,7 @@ def read_saved(folder: Path, where: object, shapes: Callable[[str, DictionaryCon
         say(f"note: {where} has no {MANIFEST}, so nobody can tell whether its files are as they were written")
     elif folder.is_dir() and not (folder / MANIFEST).is_file():
         lacks = f"{where} has no {MANIFEST} and not both of {' and '.join(FILES)}"
-        raise FileNotFoundError(f"{lacks}: no dictionary. {inside(folder) or CONVERT}")
+        raise FileNotFoundError(f"{lacks}: no dictionary. {inside(folder, WEIGHTS) or CONVERT}")
     else:
         verify_directory(folder, schema=SCHEMA, required=FILES)
     found = _config(folder / CONFIG)

@@ -205,7 +205,8 @@ def bank(flats: Sequence[Flat]) -> LayerwiseSAE:
         ("the record", lambda one: one.about.record and str(replace(one.about.record, sites=()))),
         ("the tokens", lambda one: one.about.record and (one.about.record.skip_positions, one.about.record.tokens)),
     ):
-        if len(seen := list(dict.fromkeys(of(flat) for flat in flats))) > 1:
+        found = [of(flat) for flat in flats]  # records have no hash
+        if len(seen := [one for number, one in enumerate(found) if one not in found[:number]]) > 1:
             raise ValueError(f"SAEs of one bank share {name}; here are {', '.join(map(str, seen)):.300}")
     tensors = {
         "encoder": torch.stack([flat.encoder_FD for flat in flats]),

@@ -341,10 +341,14 @@ def verify_directory(
     return frozenset(files)
 
 
-def inside(folder: Path) -> str:
-    """Which artifacts lie in a folder that is none, for who gave it in their place; empty where none does."""
-    found = ", ".join(sorted(str(one.parent) for one in folder.glob(f"*/{MANIFEST}"))[:4])
-    return found and f"what lies in it is: give {found}"
+def inside(folder: Path, beside: str = MANIFEST) -> str:
+    """Which artifacts lie in a folder that is none, for who gave it in their place; empty where none does.
+
+    beside: a file that those have which are meant.
+    """
+    there = (one.parent for one in folder.glob(f"*/{MANIFEST}") if (one.parent / beside).is_file())
+    found = ", ".join(sorted(map(str, there))[:4])
+    return found and f"give what lies in it: {found}"
 
 
 def require_schema(seen: Any, expected: str, where: Path) -> None:

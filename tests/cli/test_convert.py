@@ -139,6 +139,7 @@ def test_a_cache_for_delphi_says_what_the_dictionary_gives(pipeline, tmp_path, c
     of_text = ["--subject", str(pipeline / "subject/step-62"), "--tokens-folder", str(pipeline / "tokens")]
     assert main([*arguments, *of_text, "--max-tokens", "200"]) == 0
     folder = tmp_path / "latents/crosscoder"
+    assert main(["verify", str(folder)]) == 0
     config = json.loads((folder / "config.json").read_text())
     assert config["cache_ctx_len"] == 32
     dictionary = load_dictionary(pipeline / "cc/dictionary")

@@ -98,7 +98,15 @@ def test_the_card_has_the_loss_that_the_model_recovers_and_the_null_beside_it(pi
 
 def test_a_run_s_folder_in_the_place_of_its_dictionary_is_told_so(pipeline, capsys):
     assert main(["evaluate", "--dictionary", str(pipeline / "cc"), "--activations", str(pipeline / "acts")]) == 2
-    assert f"what lies in it is: give {pipeline / 'cc' / 'dictionary'}" in capsys.readouterr().err
+    assert f"give what lies in it: {pipeline / 'cc' / 'dictionary'}" in capsys.readouterr().err
+
+
+def test_a_run_s_folder_in_the_place_of_its_model_is_told_so(pipeline, capsys):
+    live = ["harvest", "--tokens-folder", str(pipeline / "tokens"), "--out", str(pipeline / "none"), "--subject"]
+    assert main([*live, str(pipeline / "subject")]) == 2
+    assert f"name one of them, such as {pipeline / 'subject' / 'step-62'}" in capsys.readouterr().err
+    assert main([*live, "runs/A/step-99"]) == 2
+    assert "there is no model at runs/A/step-99; check the path" in capsys.readouterr().err
 
 
 def test_a_store_has_no_loss(pipeline, capsys):

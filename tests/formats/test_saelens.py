@@ -11,7 +11,7 @@ from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE,
 from crosscoder.formats.convert import import_dictionary
 from crosscoder.formats.saelens import n_flat_dictionaries, saelens_tensors, save_saelens
 from crosscoder.foundation.artifact import DamagedArtifactError
-from crosscoder.foundation.origin import ModelOrigin, Reads, TokenOrigin
+from crosscoder.foundation.origin import ModelOrigin, Reads, TextOrigin, TokenOrigin
 
 L, D, F, B = 3, 8, 24, 64
 RULES = [TopK(k=4), BatchTopK(k=4), JumpReLU(threshold=0.5), ReLU()]
@@ -174,7 +174,8 @@ def test_there_and_back_again(kind, rule, tmp_path):
 
 def reads(site, sites, **more):
     """The record of a dictionary whose text begins with BOS."""
-    tokens = TokenOrigin(tokenizer="t" * 64, bos=1, special_ids=(0, 1), context=64)
+    text = TextOrigin(source="my_texts", content="c" * 64, n_documents=3, skipped={"blank": 1})
+    tokens = TokenOrigin(tokenizer="t" * 64, bos=1, special_ids=(0, 1), context=64, text=text)
     return Reads(model=ModelOrigin(name="m", weights="w" * 64), tokens=tokens, site=site, sites=sites, **more)
 
 
