@@ -43,14 +43,14 @@ BUDGETS = {
     "crosscoder/training": 2595,
     "crosscoder/formats": 2000,
     "crosscoder/measure": 5485,
-    "crosscoder/verdict": 1150,
+    "crosscoder/verdict": 1155,
     "crosscoder/browser": 980,
     "crosscoder/report": 2275,
     "crosscoder/studies": 2880,
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_880, 24_560
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_885, 24_570
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -45,10 +45,13 @@ class Contrast:
         return contrast(self.terms, self.constant)
 
     @property
-    def point(self) -> float | None:
-        """The value without an interval, which one training has too; None where a group has none."""
-        known = [(c, group.value) for c, group in self.terms if isinstance(group, GroupMean)]
-        return self.constant + math.fsum(c * one for c, one in known) if len(known) == len(self.terms) else None
+    def of_one(self) -> float | None:
+        """The value where a group is of one training, so that there is no interval; None elsewhere."""
+        known = [(c, group) for c, group in self.terms if isinstance(group, GroupMean)]
+        is_one = any(math.isnan(one.value) for _, group in known for one in group.variances)
+        if not is_one or len(known) < len(self.terms):
+            return None
+        return self.constant + math.fsum(c * group.value for c, group in known)
 
     def less(self, other: Contrast) -> Contrast:
         """This less the same of a null, term by term: a training that both have counts once (`welch.excess`)."""

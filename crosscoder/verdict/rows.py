@@ -25,9 +25,8 @@ def statistic_rows(found: Statistics) -> list[Row]:
     for (state, currency), by_name in found.items():
         for name, one in by_name.items():
             at = Place(state=state, site=SITE, estimator=currency)
-            point = None if state == "trained" else one.point
-            alone = point is not None and isinstance(one.estimate, str)
-            rows.append(Row(at, KEYS[name], point) if alone else _row(at, KEYS[name], one.estimate))
+            value = None if state == "trained" else one.of_one
+            rows.append(_row(at, KEYS[name], one.estimate) if value is None else Row(at, KEYS[name], value))
             if state != "trained":
                 excess = found["trained", currency][name].less(one)
                 beside = Place(state=state, site=SITE, estimator=f"{name}-{currency}")

@@ -1,5 +1,6 @@
 """Statistics as rows of results."""
 
+import numpy as np
 import pytest
 
 from crosscoder.measure.welch import group_mean
@@ -20,6 +21,15 @@ def test_a_null_of_one_training_is_a_number_without_an_interval():
     assert isinstance(null.value, float)
     assert (excess.key, excess.value) == ("null_excess", None)
     assert excess.missing == "1 training; an interval over trainings needs two"
+
+
+def test_a_null_of_more_trainings_without_an_interval_has_no_number():
+    copies = {("trained", "fvu"): b_over_a([1.0, 2.0], [0.0, 0.5]), ("gaussian", "fvu"): b_over_a([0.3, 0.3], [0.1])}
+    assert statistic_rows(copies)[1].value is None
+    few = group_mean([0.3, 0.5], np.ones((2, 29)))  # of the text
+    found = {("trained", "fvu"): copies["trained", "fvu"], ("gaussian", "fvu"): {"q": Contrast(((1.0, few), (-1.0, few)))}}
+    null = statistic_rows(found)[1]
+    assert (null.value, null.missing) == (None, "29 documents, of which the text's variance needs 30")
 
 
 def test_subjects_of_one_training_have_no_number():
