@@ -26,8 +26,8 @@ def test_a_null_of_one_training_is_a_number_without_an_interval():
 def test_a_null_of_more_trainings_without_an_interval_has_no_number():
     copies = {("trained", "fvu"): b_over_a([1.0, 2.0], [0.0, 0.5]), ("gaussian", "fvu"): b_over_a([0.3, 0.3], [0.1])}
     assert statistic_rows(copies)[1].value is None
-    few = group_mean([0.3, 0.5], np.ones((2, 29)))  # of the text
-    found = {("trained", "fvu"): copies["trained", "fvu"], ("gaussian", "fvu"): {"q": Contrast(((1.0, few), (-1.0, few)))}}
+    few = Contrast(((1.0, group_mean([0.3, 0.5], np.ones((2, 29)))), (-1.0, group_mean([0.1, 0.2]))))  # documents
+    found = {("trained", "fvu"): copies["trained", "fvu"], ("gaussian", "fvu"): {"q": few}}
     null = statistic_rows(found)[1]
     assert (null.value, null.missing) == (None, "29 documents, of which the text's variance needs 30")
 
