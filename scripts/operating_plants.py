@@ -6,17 +6,19 @@ from operating_worlds import Plant
 
 NO_CONCLUSION = ("undecided", "not testable")
 LOAD, FEATURES = "premise fails: load", "premise fails: features"
-CROWDED = (1.0, 6.0)
+CROWDED = (1.0, 10.0)
 """Features a neuron and active ones: B is so crowded that its dictionaries lose much whatever their k."""
 
 PLANTS: tuple[Plant, ...] = (
     Plant(name="H0", right=("H0",), trainings=5),
+    Plant(name="H0, 8 a neuron", right=("H0",), density=8.0, active=20.0, trained_as="H0"),
     Plant(name="H1a", right=("H1a",), gamma=0.5, trainings=5),
     Plant(name="H1b, 2 a neuron", right=("H1b",), code="words", density=2.0, active=5.0, trainings=2),
     Plant(name="H1b, 4 a neuron", right=("H1b",), code="words", trained_as="H1b, 2 a neuron"),
+    Plant(name="H1b, 4, more active", right=("H1b",), code="words", active=40.0, trained_as="H1b, 2 a neuron"),
     Plant(name="over", right=("H2: over",), gamma=1.0, k_more=(6, 12, 24)),
-    Plant(name="partial", right=("H2: partial",), gamma=0.25, delta=0.9, trainings=5),
-    Plant(name="load .5, delta 1", right=(LOAD,), load_ratio=0.5, trainings=5),
+    Plant(name="partial", right=("H2: partial",), gamma=0.25, delta=0.9, trainings=3),
+    Plant(name="load .5, delta 1", right=(LOAD,), load_ratio=0.5, trainings=3),
     Plant(name="load .5, delta .5", right=(LOAD,), load_ratio=0.5, crowding=0.5, trained_as="load .5, delta 1"),
     Plant(name="load .7, delta 1", right=(LOAD,), load_ratio=0.7, trained_as="load .5, delta 1"),
     Plant(name="load .7, delta .5", right=(LOAD,), load_ratio=0.7, gamma=0.5),

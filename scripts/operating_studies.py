@@ -74,13 +74,13 @@ class InstrumentConfig:
     sizes: WorldSizes = field(default_factory=WorldSizes)
     planted: Planted = field(default_factory=Planted)
     trainings: PositiveInt = 5
-    k_joint: tuple[PositiveInt, ...] = (1, 2, 3)
-    k_bank: tuple[PositiveInt, ...] = (1,)
-    k_wide: tuple[PositiveInt, ...] = (8, 24, 56, 88)
+    k_joint: tuple[PositiveInt, ...] = (2, 3, 5)
+    k_bank: tuple[PositiveInt, ...] = (1, 2, 3)
+    k_wide: tuple[PositiveInt, ...] = (12, 40, 90, 150)
     fractions: tuple[PositiveFloat, ...] = (0.78, 0.6, 0.45, 0.33, 0.24)
-    steps: PositiveInt = 300
+    steps: PositiveInt = 800
     batch: PositiveInt = 512
-    learning_rate: PositiveFloat = 2e-2
+    learning_rate: PositiveFloat = 7e-3
     held_out: PositiveInt = 12_288
     room_tokens: PositiveInt = 20_480
 

@@ -64,7 +64,7 @@ class Plant:
     data: Literal["features", "gaussian"] = "features"
     density: PositiveFloat = 4.0
     active: PositiveFloat = 10.0
-    instruments: tuple[float, float] = (1.0, 2.5)
+    instruments: tuple[float, float] = (1.0, 4.0)
     trained_as: str | None = None
     size: PositiveFloat = 2.0
     k_factor: PositiveFloat = 1.0
@@ -86,7 +86,7 @@ class WorldSizes:
     """
 
     n_layers: Annotated[int, Field(ge=DEPTH_RATIO, multiple_of=DEPTH_RATIO)] = 4
-    d_model: PositiveInt = 48
+    d_model: PositiveInt = 80
     rate_range: Annotated[float, Field(gt=1)] = 3.0
     rate_sd: NonNegativeFloat = 0.3
     load_sd: NonNegativeFloat = 0.08

@@ -84,12 +84,13 @@ LABELS: dict[str, tuple[Leg, ...]] = {
         Leg("removal share", low=0.5),
     ),
     "H2: over": (EQUAL_LOADS, Leg("r", high=-EQUAL)),
-    "H2: partial": (EQUAL_LOADS, Leg("r", EQUAL, CROWDED)),
+    "H2: partial": (EQUAL_LOADS, Leg("r", EQUAL, CROWDED), Leg("conjunctive or twin excess", high=0.05)),
     "H2: denser": (EQUAL_LOADS, Leg("r", low=COMPLETE)),
 }
 """Of a label every leg is asked. `room` is ln R_J; excesses are over the highest null, of the share of conjunctive
 features (`causal.CausalLayers`: losing one layer is as bad as losing all) or of twins; the removal share is how far
-ln R_J moves towards ln 2 without the conjunctive features."""
+ln R_J moves towards ln 2 without the conjunctive features. Sparse product codes have an r of partial: it is not said of
+features that are conjunctive or twins, as it would be in every third study of a planted code."""
 KINDS_OF_R = {name: leg for name in LABELS for leg in LABELS[name] if leg.statistic == "r"}
 FEATURES = frozenset({"premise fails: features", "H1a", "H1b"})
 """Labels that read single features: which match, how many layers they act on."""

@@ -30,7 +30,7 @@ POINTS = {
     "H1a": {"q": 0.0, "r": 0.0, "kappa": 0.5, "conjunctive excess": 0.0},
     "H1b": {"q": 0.0, "r": 0.7, "room": 0.0, "conjunctive or twin excess": 0.2, "removal share": 0.8},
     "H2: over": {"q": 0.0, "r": -0.5},
-    "H2: partial": {"q": 0.0, "r": 0.35},
+    "H2: partial": {"q": 0.0, "r": 0.35, "conjunctive or twin excess": 0.0},
     "H2: denser": {"q": 0.0, "r": 1.2},
     "premise fails: load": {"q": -0.63},
     "premise fails: features": {"universality": 0.3},
