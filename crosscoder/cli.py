@@ -88,9 +88,10 @@ class Compare(Study):
     A setting that is None is the preset's.
     """
 
-    preset: Literal["smoke", "quick", "standard", "large", "full"] = "quick"
-    """smoke: a minute, to see that all works. quick: a pilot, nine minutes on two cores. standard: enough trainings for
-    an answer, hours on two cores. large: the same at four times the parameters. full: for one GPU."""
+    preset: Literal["smoke", "quick", "controls", "standard", "large", "full"] = "quick"
+    """smoke: a minute, to see that all works. quick: a pilot, nine minutes on two cores. controls: the pilot beside
+    every null, and a grid. standard: enough trainings for an answer, hours on two cores. large: the same at four times
+    the parameters. full: for one GPU."""
     subject: Annotated[str | None, SUBJECT] = None
     text: Annotated[str | None, TEXT] = None
     layers: tuple[int, ...] | None = None

@@ -130,7 +130,7 @@ Nulls = Annotated[tuple[State, ...], AfterValidator(_nulls)]
 
 @config
 class StudyConfig:
-    """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `standard` concludes in hours on two
+    """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `controls` has all of its nulls, `standard` concludes in hours on two
     cores, `large` is the same at four times the parameters, `full` wants a GPU."""
 
     subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
