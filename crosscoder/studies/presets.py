@@ -130,8 +130,8 @@ Nulls = Annotated[tuple[State, ...], AfterValidator(_nulls)]
 
 @config
 class StudyConfig:
-    """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `controls` has all of its nulls, `standard` concludes in hours on two
-    cores, `large` is the same at four times the parameters, `full` wants a GPU."""
+    """A whole study. Presets: `smoke` checks the pipes, `quick` is the default, `controls` has all of its nulls,
+    `standard` concludes in hours on two cores, `large` is the same at four times the parameters, `full` wants a GPU."""
 
     subjects: SubjectsConfig = field(default_factory=SubjectsConfig)
     dictionaries: DictionaryBudget = field(
