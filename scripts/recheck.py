@@ -35,11 +35,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import recheck_legs as legs
 import recheck_rule as rule
-from recheck_intervals import MOST_GROUPS, Group, Interval, over, total
+from recheck_between import compare_shapes, universality_of
+from recheck_intervals import MOST_GROUPS, Group, Interval
 from recheck_legs import MAIN, Place, Rows, Study, Trained
 from recheck_readings import (
     Kept,
-    compare_shapes,
     documents,
     find_twins,
     load_left,
@@ -231,10 +231,7 @@ def recheck_features(run: Path, dictionaries: Iterable[Trained], said: Compariso
         said.number(key, SITE, value, ends=False)
     said.number("matched_between", SITE, found.matched)
     u, ceiling = (said.results.by_key.get(key, {}).get(frozenset(SITE.items())) for key in ("u", "u_ceiling"))
-    universality = None
-    if isinstance(u, Interval) and isinstance(ceiling, Interval) and found.chance is not None and found.ceiling:
-        shifted = [(Interval(value, *one[1:]), 1.0) for value, one in ((found.u, u), (found.ceiling, ceiling))]
-        universality = over(*(total([(c, one)], -found.chance) for one, c in shifted))
+    universality = universality_of(found, u, ceiling)
     values = {"universality": universality, "rate dispersion": found.dispersion, "median log rate": found.median_rate}
     for name, value in values.items():
         said.number(name.replace(" ", "_"), SITE, value)

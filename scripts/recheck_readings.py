@@ -8,7 +8,6 @@ L0 where some features are dead, since dead ones are not kept. Nothing is import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from recheck_intervals import FEWEST_DOCUMENTS, MOST_GROUPS, Interval, jackknife, text_variance
 from safetensors.numpy import load_file
 from scipy import sparse, special
 from scipy.sparse import csgraph
@@ -210,10 +208,11 @@ def matches(found_FF: np.ndarray) -> np.ndarray:
 
 
 class Pair(NamedTuple):
-    """Two dictionaries: u, share matched, median and ln sd of ln rate (None for few matches), which features match,
-    self-cosine, debiased."""
+    """Two dictionaries: u, the pairs that it is of (each side's nearest), share matched, median and ln sd of ln rate
+    (None for few matches), which features match, self-cosine, debiased."""
 
     u: float
+    nearest: list[tuple[np.ndarray, np.ndarray]]
     matched: float
     rate: np.ndarray | None
     same_2m: np.ndarray
@@ -230,15 +229,17 @@ def compare_two(first: Kept, second: Kept, *, one_subject: bool = False) -> Pair
     pools = [
         one if len(one) == n else np.sort(np.random.default_rng(0).choice(len(one), n, replace=False)) for one in pools
     ]
-    u, matched = mean_best(found_FF[np.ix_(*pools)]), len(i) / n
+    among_FF = found_FF[np.ix_(*pools)]
+    nearest = [(pools[0], pools[1][among_FF.argmax(1)]), (pools[0][among_FF.argmax(0)], pools[1])]
+    u, matched = mean_best(among_FF), len(i) / n
     rate = spread_of(first.p_F[i], second.p_F[j]) if len(i) >= FEWEST_PAIRS else None
     if not one_subject or len(i) < 2:
-        return Pair(u, matched, rate, np.array([i, j]))
+        return Pair(u, nearest, matched, rate, np.array([i, j]))
     sides = first.unit_FN[i], second.unit_FN[j]
     cosine = float((sides[0] * sides[1]).sum(1).mean())
     weight_m = np.sqrt(first.energy_F[i] * second.energy_F[j])
     debiased = dimension(sides[0], weight_m, sides[1]) if cosine >= QUOTED else None
-    return Pair(u, matched, rate, np.array([i, j]), cosine, debiased)
+    return Pair(u, nearest, matched, rate, np.array([i, j]), cosine, debiased)
 
 
 def spread_of(first_m: np.ndarray, second_m: np.ndarray) -> np.ndarray:
@@ -286,71 +287,3 @@ def documents(run: Path) -> np.ndarray:
     (path,) = (run / "tokens" / "held_out").glob("*.arrow")
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_stream(file).read_all().column("document").to_numpy()
-
-
-class Between(NamedTuple):
-    """What two shapes' features share."""
-
-    u: float
-    chance: float | None
-    ceiling: float | None
-    matched: float
-    median_rate: Interval | None
-    dispersion: Interval | None
-
-
-def compare_shapes(firsts: dict[str, list[Kept]], document_T: np.ndarray) -> Between:
-    """Agreement of the first dictionaries of A's and B's trainings, on the same tokens."""
-    a, b = firsts["A"], firsts["B"]
-    between = [[compare_two(x, y) for y in b] for x in a]
-    within = {name: {pair: compare_two(*(each[t] for t in pair)) for pair in combinations(range(len(each)), 2)}
-              for name, each in firsts.items()}  # fmt: skip
-    ceilings = [np.mean([one.u for one in found.values()]) for found in within.values() if found]
-    rates, own = [[one.rate for one in row] for row in between], {pair: one.rate for pair, one in within["A"].items()}
-    median = dispersion = None
-    if all(rate is not None for row in rates for rate in row) and min(len(a), len(b)) > 1:
-        known, text_of = np.array(rates), _text_of_rates(a, b, between, within["A"], document_T)
-        median = jackknife(
-            lambda i, j: float(known[np.ix_(i, j)][:, :, 0].mean()), known.shape[:2], text_of(median=True)
-        )
-        if all(rate is not None for rate in own.values()) and len(a) > 2:
-
-            def excess(i: list[int], j: list[int]) -> float:
-                pairs = [own[pair] for pair in combinations(i, 2)]
-                return float(known[np.ix_(i, j)][:, :, 1].mean() - np.array(pairs)[:, 1].mean())
-
-            dispersion = Interval(*np.exp(jackknife(excess, known.shape[:2], text_of(median=False))).tolist())
-    return Between(
-        u=float(np.mean([one.u for row in between for one in row])),
-        chance=chance_u(a[0], b[0], document_T),
-        ceiling=float(np.mean(ceilings)) if ceilings else None,
-        matched=float(np.mean([one.matched for row in between for one in row])),
-        median_rate=median,
-        dispersion=dispersion,
-    )
-
-
-def _text_of_rates(
-    a: list[Kept], b: list[Kept], between: list[list[Pair]], within: dict[tuple[int, int], Pair], document_T: np.ndarray
-) -> Callable[..., tuple[float, float] | None]:
-    """What gives the text's variance of the median rate, or of ln dispersion; the pairs stay as they are."""
-    names, number_T = np.unique(document_T, return_inverse=True)
-    group_T, n = number_T % MOST_GROUPS, min(len(names), MOST_GROUPS)
-    inside_ET = sparse.csr_array((np.ones(len(group_T)), (group_T, np.arange(len(group_T)))))
-    a_EF, b_EF = ([(inside_ET @ (kept.code > 0).astype(float)).toarray() for kept in each] for each in (a, b))
-
-    def mean_spread(weight_E: np.ndarray, found: Iterable[tuple[np.ndarray, np.ndarray, Pair]]) -> np.ndarray:
-        every = [spread_of(weight_E @ x[:, one.same_2m[0]], weight_E @ y[:, one.same_2m[1]]) for x, y, one in found]
-        return np.mean(every, axis=0)
-
-    across = [(a_EF[i], b_EF[j], one) for i, row in enumerate(between) for j, one in enumerate(row)]
-    inside = [(a_EF[i], a_EF[j], one) for (i, j), one in within.items()]
-
-    def variance(*, median: bool) -> tuple[float, float] | None:
-        def statistic(weight_E: np.ndarray) -> float:
-            found = mean_spread(weight_E, across)
-            return float(found[0] if median else found[1] - mean_spread(weight_E, inside)[1])
-
-        return text_variance(statistic, n) if len(names) >= FEWEST_DOCUMENTS else None
-
-    return variance

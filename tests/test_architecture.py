@@ -42,15 +42,15 @@ BUDGETS = {
     "crosscoder/dictionary": 2610,
     "crosscoder/training": 2595,
     "crosscoder/formats": 2000,
-    "crosscoder/measure": 5485,
+    "crosscoder/measure": 5550,
     "crosscoder/verdict": 1155,
     "crosscoder/browser": 980,
     "crosscoder/report": 2275,
-    "crosscoder/studies": 2880,
+    "crosscoder/studies": 2895,
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_885, 24_570
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_960, 24_605
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -140,15 +140,22 @@ def _require_comparable(train: TokenBlocks, held_out: TokenBlocks) -> None:
 class TokenLookup:
     """What is left of a subject whose blocks write a function of the current token.
 
-    Losses in nats a token: as it is; with every block's write replaced by its mean for the current token; and by its
-    mean over all tokens. share_kept: `(ablated - lookup) / (ablated - clean)`, how much of what the writes bring a
-    table of tokens brings too, or why there is none.
+    Losses of held-out blocks in nats a token, `[B]`: as it is; with every block's write replaced by its mean for the
+    current token; and by its mean over all tokens.
     """
 
-    clean_loss: float
-    lookup_loss: float
-    ablated_loss: float
-    share_kept: float | str
+    clean_B: np.ndarray
+    lookup_B: np.ndarray
+    ablated_B: np.ndarray
+
+    @property
+    def share_kept(self) -> float | str:
+        """`(ablated - lookup) / (ablated - clean)`, how much of what the writes bring a table of tokens brings too, or
+        why there is none."""
+        clean, lookup, ablated = (float(one.mean()) for one in (self.clean_B, self.lookup_B, self.ablated_B))
+        if ablated - clean <= SMALLEST_HARM:
+            return f"ablation costs {ablated - clean:.2g} nats a token"
+        return (ablated - lookup) / (ablated - clean)
 
 
 @torch.no_grad()
@@ -171,17 +178,13 @@ def token_lookup(
     ids = train[slice(None) if seen is None else torch.as_tensor(seen)]
     rows = _rows_at_once(model, train)
     mean_VLD, overall_LD = _token_means(model, blocks, ids.split(rows), train.vocab_size)
-    sums, n_predicted = np.zeros(3), 0
+    losses: list[list[np.ndarray]] = [[], [], []]
     for ids_BS in held_out[:].split(rows):
         safe_point()
-        sums[0] += _summed_loss(run_model(model, ids_BS.to(input_device(model))).logits, ids_BS)
-        for number, new_BSLD in enumerate((mean_VLD[ids_BS], overall_LD.expand(*ids_BS.shape, -1, -1)), 1):
-            sums[number] += _summed_loss(_with_writes(model, blocks, ids_BS, new_BSLD), ids_BS)
-        n_predicted += ids_BS[:, 2:].numel()
-    clean_loss, lookup_loss, ablated_loss = (sums / n_predicted).tolist()
-    harm = ablated_loss - clean_loss
-    kept = (ablated_loss - lookup_loss) / harm if harm > SMALLEST_HARM else f"ablation costs {harm:.2g} nats a token"
-    return TokenLookup(clean_loss, lookup_loss, ablated_loss, kept)
+        losses[0].append(_block_losses(run_model(model, ids_BS.to(input_device(model))).logits, ids_BS))
+        for found, new_BSLD in zip(losses[1:], (mean_VLD[ids_BS], overall_LD.expand(*ids_BS.shape, -1, -1))):
+            found.append(_block_losses(_with_writes(model, blocks, ids_BS, new_BSLD), ids_BS))
+    return TokenLookup(*map(np.concatenate, losses))
 
 
 def _rows_at_once(model: nn.Module, blocks: TokenBlocks) -> int:
@@ -229,6 +232,8 @@ def _with_writes(model: nn.Module, blocks: Sequence[nn.Module], ids_BS: Tensor, 
         return run_model(model, ids_BS.to(input_device(model))).logits
 
 
-def _summed_loss(logits: Tensor, ids_BS: Tensor) -> float:
-    target = ids_BS[:, 2:].flatten().to(logits.device)
-    return float(F.cross_entropy(logits[:, 1:-1].float().flatten(0, 1), target, reduction="sum"))
+def _block_losses(logits: Tensor, ids_BS: Tensor) -> np.ndarray:
+    """Mean loss of each block, `[B]`."""
+    target_BS = ids_BS[:, 2:].to(logits.device)
+    loss_T = F.cross_entropy(logits[:, 1:-1].float().flatten(0, 1), target_BS.flatten(), reduction="none")
+    return loss_T.view(target_BS.shape).double().mean(1).cpu().numpy()

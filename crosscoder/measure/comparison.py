@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,10 +54,14 @@ class ShapeReadings:
 def compare_shapes(a: ShapeReadings, b: ShapeReadings, document_T: np.ndarray) -> list[Row]:
     """U, rates of matched features, and what two dictionaries of one training share, of every training.
 
-    document_T: each token's document; where they are enough, intervals of rates carry the text's variance.
+    document_T: each token's document; where they are enough, intervals carry the text's variance.
     """
     rows = [row for shape in (a, b) for row in training_rows(shape)]
-    firsts = [[_First.of(reading, document_T) for reading in shape.firsts] for shape in (a, b)]
+    documents, index_T = np.unique(document_T, return_inverse=True)
+    groups = (
+        Groups(index_T % (n := min(len(documents), MOST_GROUPS)), n) if len(documents) >= FEWEST_DOCUMENTS else None
+    )
+    firsts = [[_First.of(reading, groups) for reading in shape.firsts] for shape in (a, b)]
     between = [[_agree(x, y) for y in firsts[1]] for x in firsts[0]]
     within = [[[_agree(x, y) for y in shape[i + 1 :]] for i, x in enumerate(shape)] for shape in firsts]
     rows += _universality_rows(a, b, between, within, document_T)
@@ -68,37 +73,46 @@ def compare_shapes(a: ShapeReadings, b: ShapeReadings, document_T: np.ndarray) -
     return [*rows, *rows_at(at, {"matched_between": float(np.mean(matched))})]
 
 
+class Groups(NamedTuple):
+    """The group of documents of each token, from 0, and how many there are."""
+
+    group_T: np.ndarray
+    n: int
+
+
 @dataclass(frozen=True)
 class Agreed:
-    """Two dictionaries of different models: u, the share of features that match, and how rates of these differ."""
+    """Two dictionaries of different models: u (also without each group of documents), the share of features that
+    match, and how rates of these differ."""
 
     u: float
+    u_left_E: np.ndarray | None
     matched_share: float
     spread: RateSpread | str
 
 
 @dataclass(frozen=True)
 class _First:
-    """The first dictionary of a training, and its firings by document of a text that has enough of them."""
+    """The first dictionary of a training, and its firings by group of documents of a text that has enough of them."""
 
     reading: Reading
+    groups: Groups | None
     fired_EF: np.ndarray | None
 
     @classmethod
-    def of(cls, reading: Reading, document_T: np.ndarray) -> _First:
-        documents, index_T = np.unique(document_T, return_inverse=True)
-        n = min(len(documents), MOST_GROUPS)
-        enough = len(documents) >= FEWEST_DOCUMENTS
-        return cls(reading, counting.fired_by_document(reading, index_T % n, n) if enough else None)
+    def of(cls, reading: Reading, groups: Groups | None) -> _First:
+        return cls(reading, groups, None if groups is None else counting.fired_by_document(reading, *groups))
 
 
 def _agree(one: _First, other: _First) -> Agreed:
     first, second = one.reading, other.reading
-    correlation = matching.activation_correlation(first.code, second.code)
-    pairs_m2 = matching.mutual_nearest_pairs(correlation, counting.LINK)
+    pairs_m2 = matching.mutual_nearest_pairs(matching.activation_correlation(first.code, second.code), counting.LINK)
     fired = None if one.fired_EF is None or other.fired_EF is None else (one.fired_EF, other.fired_EF)
+    pools = universality.equal_pools(first.code, second.code, seed=0)
+    found = matching.nearest(matching.activation_correlation(*pools))
     return Agreed(
-        u=universality.pooled_u(first.code, second.code, seed=0, n_pools=1),
+        u=universality.Agreement(found.best_a, found.best_b).u,
+        u_left_E=None if one.groups is None else universality.u_left(*pools, found, *one.groups),
         matched_share=matching.matched_share(pairs_m2, len(first), len(second)),
         spread=rates.rate_spread(first.probability_F, second.probability_F, pairs_m2, fired),
     )
@@ -114,13 +128,13 @@ def _universality_rows(
     """U of A and B: the mean best correlation both ways, between chance (0) and another training of a shape (1)."""
     u = two_level_bootstrap([[one.u for one in row] for row in between], seed=0).estimate()
     # A training with every other of its shape, so that each pair counts alike.
-    ceilings = [
-        [shape[min(i, j)][abs(i - j) - 1].u for j in range(len(shape)) if j != i]
+    others = [
+        [shape[min(i, j)][abs(i - j) - 1] for j in range(len(shape)) if j != i]
         for shape in within
         for i in range(len(shape))
         if len(shape) > 1
     ]
-    ceiling = two_level_bootstrap(ceilings, seed=0).estimate() if ceilings else None
+    ceiling = two_level_bootstrap([[one.u for one in row] for row in others], seed=0).estimate() if others else None
     at, scaled = Place(site=SITE), "one training of each shape, so there is no ceiling to measure U against"
     try:
         null = universality.shifted_null(
@@ -132,11 +146,19 @@ def _universality_rows(
     value: Estimate | str = scaled
     if ceiling is not None:
         try:
-            value = universality.universality_estimate(u, null=float(null), ceiling=ceiling)
+            lefts = _mean_left(between), _mean_left(others)
+            left = None if lefts[0] is None or lefts[1] is None else (lefts[0], lefts[1])
+            value = universality.universality_estimate(u, null=float(null), ceiling=ceiling, left=left)
         except ValueError as error:
             value = str(error)
     yield statistic_row(at, "universality", value)
     yield from rows_at(at, {"u": u, "u_null": float(null), "u_ceiling": ceiling})
+
+
+def _mean_left(agreed: Sequence[Sequence[Agreed]]) -> np.ndarray | None:
+    """u without each group of documents, the mean over groups of pairs of their means."""
+    rows = [[one.u_left_E for one in row if one.u_left_E is not None] for row in agreed]
+    return np.mean([np.mean(row, axis=0) for row in rows], axis=0) if all(rows) else None
 
 
 def training_rows(shape: ShapeReadings) -> list[Row]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from crosscoder.measure.matching import Similarity, activation_correlation, nearest
+from crosscoder.measure.matching import Nearest, Similarity, activation_correlation, nearest
 from crosscoder.measure.statistics import linear_combination, signed_ratio_of
+from crosscoder.measure.welch import document_jackknife, interval
 from crosscoder.results.table import Estimate
 
 EXCLUSIVE = 0.9  # share of decoder energy in one subject from which a joint feature is that subject's own
@@ -81,16 +82,50 @@ def shifted_null(
     return np.array([agreement(activation_correlation(first, other)).u for other in shifted])
 
 
-def pooled_u(first: sparse.csc_array, second: sparse.csc_array, *, seed: int, n_pools: int) -> float:
-    """Mean u over equalised pools; one pool where the sizes are equal already."""
-    n = 1 if first.shape[1] == second.shape[1] else n_pools
-    pools = (equal_pools(first, second, seed=seed + i) for i in range(n))
-    return float(np.mean([agreement(activation_correlation(*pool)).u for pool in pools]))
+def u_left(
+    first: sparse.csc_array, second: sparse.csc_array, found: Nearest, group_T: np.ndarray, n: int
+) -> np.ndarray:
+    """u without each of n groups of tokens, `[n]`; which feature of the other side is nearest stays.
+
+    group_T: of each token, from 0.
+    """
+    tokens_E = np.bincount(group_T, minlength=n)
+    inside_ET = sparse.csr_array((np.ones(len(group_T)), (group_T, np.arange(len(group_T)))), shape=(n, len(group_T)))
+    rest_E1 = (len(group_T) - tokens_E)[:, None]
+
+    def left(code: sparse.sparray) -> np.ndarray:
+        """Means over the other groups' tokens, `[n, columns]`."""
+        sums_EF = (inside_ET @ code).toarray()
+        return (sums_EF.sum(0) - sums_EF) / rest_E1
+
+    means = [left(code) for code in (first, second)]
+    variances = [left(code.multiply(code)) - mean_EF**2 for code, mean_EF in zip((first, second), means, strict=True)]
+    u_E = np.zeros(n)
+    for i, j in ((np.arange(len(found.index_a)), found.index_a), (found.index_b, np.arange(len(found.index_b)))):
+        product_EF = left(sparse.csc_array(first[:, i]).multiply(sparse.csc_array(second[:, j])))
+        square_EF = np.maximum(variances[0][:, i], 0) * np.maximum(variances[1][:, j], 0)
+        covariance_EF = product_EF - means[0][:, i] * means[1][:, j]
+        known_EF = np.divide(covariance_EF, np.sqrt(square_EF), out=np.zeros_like(square_EF), where=square_EF > 0)
+        u_E += known_EF.mean(1) / 2
+    return u_E
 
 
-def universality_estimate(u: Estimate, *, null: float, ceiling: Estimate) -> Estimate:
-    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact."""
-    return signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
+def universality_estimate(
+    u: Estimate, *, null: float, ceiling: Estimate, left: tuple[np.ndarray, np.ndarray] | None = None
+) -> Estimate | str:
+    """U with its interval, from u of both subjects and of two trainings of one shape; the null is taken as exact.
+
+    left: u and the ceiling without each of the text's documents, whose variance is then in the interval. A reason where
+    that is not known.
+    """
+    value = signed_ratio_of(linear_combination([(1.0, u)], -null), linear_combination([(1.0, ceiling)], -null))
+    if left is None:
+        return value
+    text = document_jackknife((left[0] - null) / (left[1] - null))
+    if isinstance(text, str) or text.value == 0:
+        return text if isinstance(text, str) else value
+    reach = interval(0.0, [text])
+    return reach if isinstance(reach, str) else linear_combination([(1.0, value), (1.0, reach)])
 
 
 def exclusive_features(profile_FL: np.ndarray, n_first_layers: int) -> tuple[np.ndarray, np.ndarray]:

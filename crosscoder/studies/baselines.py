@@ -33,9 +33,14 @@ def loss_values(key: str, loss_B: np.ndarray, blocks: TokenBlocks) -> dict[str, 
     """The mean of losses of blocks, and without each of their documents where these are enough."""
     values: dict[str, Any] = {key: float(loss_B.mean())}
     if blocks.n_documents >= FEWEST_DOCUMENTS:
-        sums_E, blocks_E = (np.bincount(blocks.document_groups, weights=one) for one in (loss_B, np.ones(len(loss_B))))
-        values[f"{key}_left"] = ((sums_E.sum() - sums_E) / (len(loss_B) - blocks_E)).tolist()
+        values[f"{key}_left"] = without_each(loss_B, blocks).tolist()
     return values
+
+
+def without_each(loss_B: np.ndarray, blocks: TokenBlocks) -> np.ndarray:
+    """The mean of losses of blocks without each of their documents, or groups of them, `[documents]`."""
+    sums_E, blocks_E = (np.bincount(blocks.document_groups, weights=one) for one in (loss_B, np.ones(len(loss_B))))
+    return (sums_E.sum() - sums_E) / (len(loss_B) - blocks_E)
 
 
 def baseline_rows(study: StudyFolder, runs: Mapping[Run, SubjectRun], index: Mapping[Run, int]) -> list[Row]:
@@ -62,8 +67,16 @@ def _measure(at: Place, config: SubjectConfig, steps: int, checkpoint: Path, tok
     def lookup() -> dict[str, Any]:
         model, some = load_checkpoint(checkpoint, device=device), seen[:: max(1, len(seen) // LOOKUP_BLOCKS[0])]
         blocks = list(find_blocks(model))
+        compared = evenly(held_out, LOOKUP_BLOCKS[1])
+        found = token_lookup(model, blocks, train, compared, seen=some)
+        if isinstance(found.share_kept, str) or compared.n_documents < FEWEST_DOCUMENTS:
+            return {"lookup_share": found.share_kept}
+        clean_E, lookup_E, ablated_E = (
+            without_each(one, compared) for one in (found.clean_B, found.lookup_B, found.ablated_B)
+        )
         return {
-            "lookup_share": token_lookup(model, blocks, train, evenly(held_out, LOOKUP_BLOCKS[1]), seen=some).share_kept
+            "lookup_share": found.share_kept,
+            "lookup_share_left": ((ablated_E - lookup_E) / (ablated_E - clean_E)).tolist(),
         }
 
     values = _known(losses, "bigram_loss", "trigram_loss") | _known(lookup, "lookup_share")

@@ -122,6 +122,7 @@ CARRIES = {
     "spliced_loss_left": f"loads at {UNITS['loss']}",
     "causal_layers_left": "causal layers and conjunctive shares",
     "raw_density_rest_left": "what removing twins moves",
+    "lookup_share_left": "token lookup",
 }
 """What has the text's own variance, by the quantity that says so."""
 
@@ -139,9 +140,9 @@ def _text_variance(table: LongTable) -> list[str]:
     where = {"subject": COMPARED, "state": (None, "trained")}
     carry = [words for key, words in CARRIES.items() if len(table.select(key, **where))]
     return [
-        f"{', '.join([*carry, 'rates of matched features'])}, and what is computed from them, carry the variance of "
-        f"the text's {n_documents} documents beside that over trainings; U, token lookup and twins do not, and "
-        "rooms are of the text that dictionaries train on"
+        f"{', '.join([*carry, 'U, rates of matched features'])}, and what is computed from them, carry the variance of "
+        f"the text's {n_documents} documents beside that over trainings; twins are of directions, which no text moves, "
+        "and rooms are of the text that dictionaries train on"
     ]
 
 

@@ -133,7 +133,7 @@ def test_a_subject_of_the_current_token_alone_is_a_lookup(subject, tokens):
     for block in subject.model.layers:
         block.self_attn.o_proj.weight.zero_()
     found = token_lookup(subject, find_blocks(subject), *tokens)
-    assert found.lookup_loss == pytest.approx(found.clean_loss, abs=1e-5)
+    assert found.lookup_B == pytest.approx(found.clean_B, abs=1e-5)
     assert found.share_kept == pytest.approx(1, abs=1e-4)
 
 
@@ -167,9 +167,9 @@ def test_lookup_is_the_embedding_and_the_means_by_hand(subject, tokens, monkeypa
         losses.append(F.cross_entropy(subject.lm_head(hidden)[:, 1:-1].flatten(0, 1), target))
     found = token_lookup(subject, find_blocks(subject), *tokens, seen=np.arange(3))
     clean, lookup, ablated = (loss.item() for loss in losses)
-    assert (found.clean_loss, found.lookup_loss, found.ablated_loss) == pytest.approx(
-        (clean, lookup, ablated), abs=1e-5
-    )
+    assert all(len(one) == len(held_out) for one in (found.clean_B, found.lookup_B, found.ablated_B))
+    means = found.clean_B.mean(), found.lookup_B.mean(), found.ablated_B.mean()
+    assert means == pytest.approx((clean, lookup, ablated), abs=1e-5)
     assert found.share_kept == pytest.approx((ablated - lookup) / (ablated - clean), rel=1e-3)
     assert any(counts[int(token)] == 0 for token in held_out[:, 1:].flatten()), "some never came"
 

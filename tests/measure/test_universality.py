@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import optimize, sparse
+from scipy import optimize, sparse, stats
 
 from crosscoder.measure import matching, universality
 from crosscoder.results.table import Estimate
@@ -91,10 +91,40 @@ def test_a_larger_pool_inflates_matches_until_pools_are_equal():
 
     equal, unequal = (universality.agreement(matching.activation_correlation(a, other)) for other in (b, larger))
     assert unequal.forward_F.mean() > 1.4 * equal.forward_F.mean()
-    assert universality.pooled_u(a, larger, seed=0, n_pools=10) == pytest.approx(equal.u, rel=0.25)
+    pools = [universality.equal_pools(a, larger, seed=seed) for seed in range(10)]
+    drawn = [universality.agreement(matching.activation_correlation(*pool)).u for pool in pools]
+    assert np.mean(drawn) == pytest.approx(equal.u, rel=0.25)
     kept = universality.equal_pools(a, larger, seed=0)
     assert [code.shape for code in kept] == [(1000, 15), (1000, 15)]
     assert (kept[0] != a).nnz == 0
+
+
+def test_u_without_documents_is_the_correlation_of_the_same_pairs_on_the_other_tokens():
+    a, b = planted(1, 12, 3, noise=0.5), planted(2, 12, 8, noise=0.5)
+    found = matching.nearest(matching.activation_correlation(a, b))
+    group_T = np.repeat(np.arange(4), [100, 400, 300, 200])
+    left = universality.u_left(a, b, found, group_T, 4)
+    for group, value in enumerate(left):
+        rest = group_T != group
+        x, y = a.toarray()[rest], b.toarray()[rest]
+        there = [np.corrcoef(x[:, i], y[:, j])[0, 1] for i, j in enumerate(found.index_a)]
+        back = [np.corrcoef(x[:, i], y[:, j])[0, 1] for j, i in enumerate(found.index_b)]
+        assert value == pytest.approx((np.mean(there) + np.mean(back)) / 2, abs=1e-9)
+    assert len(set(left.round(6))) == 4
+
+
+def test_the_text_widens_the_interval_of_universality_by_what_it_does_to_the_ratio():
+    u, ceiling = Estimate(0.5, 0.45, 0.55), Estimate(0.7, 0.68, 0.72)
+    draw = np.random.default_rng(0)
+    left = 0.5 + 0.01 * draw.standard_normal(40), 0.7 + 0.01 * draw.standard_normal(40)
+    without = universality.universality_estimate(u, null=0.1, ceiling=ceiling)
+    found = universality.universality_estimate(u, null=0.1, ceiling=ceiling, left=left)
+    ratio_E = (left[0] - 0.1) / (left[1] - 0.1)
+    reach = stats.t.ppf(0.95, 39) * np.sqrt(39 / 40 * ((ratio_E - ratio_E.mean()) ** 2).sum())
+    assert found.high - found.value == pytest.approx(np.hypot(without.high - without.value, reach))
+    assert found.value - found.low == pytest.approx(np.hypot(without.value - without.low, reach))
+    few = universality.universality_estimate(u, null=0.1, ceiling=ceiling, left=(left[0][:29], left[1][:29]))
+    assert "29 documents" in few
 
 
 def test_exclusive_shares_do_not_depend_on_how_many_layers_a_subject_has():

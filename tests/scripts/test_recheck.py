@@ -163,7 +163,8 @@ def study(tmp_path_factory):
     baselines = {}
     for name, t in product("AB", range(N_TRAININGS)):
         values = {"trigram_loss": 2.6 * draw.lognormal(0, 0.002), "lookup_share": draw.uniform(0.6, 0.65)}
-        values["trigram_loss_left"] = (values["trigram_loss"] * draw.lognormal(0, 0.0002, len(TEXT))).tolist()
+        for key in ("trigram_loss", "lookup_share"):
+            values[f"{key}_left"] = (values[key] * draw.lognormal(0, 0.0002, len(TEXT))).tolist()
         baselines[f"{name}{t}"] = rows_at(Place(subject=name, training_seed=t), values)
     for home, each in (("cells", cells), ("baselines", baselines)):
         (folder / home).mkdir()
@@ -236,6 +237,7 @@ CHANGED = {
     "raw_density_rest_left": 1e-5,
     "median_log_rate": 1e-5,
     "u_null": 1e-5,
+    "universality": 1e-5,
     "rate_dispersion": 1e-5,
     "self_cosine": 1e-5,
     "room_delta": 1e-5,

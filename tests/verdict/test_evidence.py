@@ -154,7 +154,7 @@ def test_the_text_s_variance_is_in_what_single_features_say_and_in_gates_of_load
     for name in ("room at twice the size", "load of another order of the text"):  # every load moves by as much
         assert found.gates[name].measured == plain.gates[name].measured
     (said,) = [n for n in words.notes(found, LongTable((*rows, *left)), SHAPES) if "31 documents" in n]
-    assert said.startswith("causal layers and conjunctive shares, what removing twins moves, rates of matched features")
+    assert said.startswith("causal layers and conjunctive shares, what removing twins moves, U, rates of matched")
 
 
 def test_statistics_are_rows_and_nulls_have_their_excess():
