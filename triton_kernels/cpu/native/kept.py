@@ -112,7 +112,7 @@ def _candidates() -> Generator[Path]:
     given = Path(os.environ.get("XDG_CACHE_HOME") or "")
     with contextlib.suppress(RuntimeError):  # no HOME, and no such user
         home = given if given.is_absolute() else Path.home() / ".cache"
-        if home.is_absolute():
+        if home.is_absolute() and home != Path("/.cache"):  # what an empty HOME comes to
             yield home / "crosscoder"
     yield Path(tempfile.gettempdir()) / f"crosscoder-{os.geteuid()}"
 
