@@ -76,7 +76,7 @@ def choices(ranks, n_data=1):
     return found
 
 
-@pytest.mark.parametrize(("size", "n_data"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("size", "n_data"), [(1, 1), (2, 1), (3, 1), (2, 2), (3, 3), (4, 2), (4, 4)])
 def test_ranks_choose_what_one_rank_chooses(size, n_data):
     parts = on_ranks(size, choices, n_data) if size > 1 else [choices(Ranks())]
     n_parts = size // n_data

@@ -23,9 +23,11 @@ def soak(*arguments):
 
 
 def test_runs_that_are_killed_at_random_and_at_every_named_point_end_with_the_same_bytes(tmp_path):
-    soak("--kills", "2", "--failpoints", "--out", str(tmp_path / "found"))
+    # Half of the cells, in which every two of their parts meet; `scripts/soak.py` has all.
+    cells = ["crosscoder topk live", "crosscoder batch_topk store", "layerwise topk store", "layerwise batch_topk live"]
+    soak("--kills", "2", "--cells", *cells, "--failpoints", "--out", str(tmp_path / "found"))
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["cells"]) == 8
+    assert len(found["cells"]) == 4
     assert all(one["kills"] + one["stops"] >= 2 and not one["different"] for one in found["cells"])
     assert found["failpoints"].keys() == POINTS.keys()
     assert not any(one["different"] for one in found["failpoints"].values())
