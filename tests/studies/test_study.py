@@ -246,6 +246,21 @@ def test_a_null_can_be_of_the_main_k_alone():
         replace(PRESETS["quick"], null_single_k=("shuffled",))
 
 
+def test_controls_are_the_pilot_s_models_beside_every_null_on_every_training():
+    config, pilot = PRESETS["controls"], PRESETS["quick"]
+    assert config.dictionaries == pilot.dictionaries
+    for name in "AB":
+        ours, theirs = (one.subjects.shapes()[name] for one in (config, pilot))
+        assert replace(ours, k_crosscoder=theirs.k_crosscoder) == theirs
+    cells = [cell for cell in dictionary_cells(config) if cell.subject in "AB" and cell.role == "main"]
+    per = {(cell.arm, cell.state): 0 for cell in cells}
+    for cell in cells:
+        per[cell.arm, cell.state] += 1
+        assert len(cell.sweep) >= 4, "loads are read at common fidelity"
+    both = [("layerwise", one) for one in ("trained", "gaussian", "frozen_encoder", "untrained")]
+    assert per == dict.fromkeys([*both, ("crosscoder", "shuffled"), *(("crosscoder", one) for _, one in both)], 4)
+
+
 def test_a_null_that_is_left_out_has_no_bank_either():
     cells = dictionary_cells(replace(PRESETS["standard"], nulls=("shuffled",)))
     assert {cell.state for cell in cells} == {"trained", "shuffled"}
