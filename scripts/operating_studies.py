@@ -34,6 +34,8 @@ from crosscoder.training import Frozen
 from crosscoder.verdict import legs
 
 SITE = legs.SITE
+TWICE = 2
+"""Trainings that have a dictionary of twice the size, too: an interval needs two."""
 K_UNIT = 100
 """Rows count k in hundredths, so that fractional k have a place."""
 DOCUMENT = 64  # tokens; planted tokens are independent, so any division is a fair one
@@ -111,7 +113,7 @@ def measure_study(plant: Plant, config: InstrumentConfig, *, world: int) -> list
     readings: dict[Side, list[tuple[Reading, ...]]] = {side: [] for side in SIDES}
     for training in range(config.trainings):
         for side, subject in subjects(plant, config.sizes, world=world, training=training).items():
-            found = measure_subject(plant, config, subject, training, twice=training == 0)
+            found = measure_subject(plant, config, subject, training, twice=training < TWICE)
             rows += found.rows
             readings[side].append(found.readings)
     a, b = (ShapeReadings(side, tuple(readings[side])) for side in SIDES)

@@ -142,7 +142,7 @@ def _cells(config: StudyConfig, name: str, t: int) -> list[Cell]:
         here = budget if state not in FROZEN else replace(budget, frozen=FROZEN[state])
         if state in config.null_single_k:
             ks: tuple[DictionaryBudget, ...] = ()
-        elif state in ("trained", "shuffled"):
+        elif state == "trained":
             ks = shape.sweep(here, arm, config.k_factors)
         else:
             factors = config.null_factors if arm == "crosscoder" else config.null_bank_factors
