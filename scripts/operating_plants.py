@@ -6,7 +6,8 @@ from operating_worlds import Plant
 
 NO_CONCLUSION = ("undecided", "not testable")
 LOAD, FEATURES = "premise fails: load", "premise fails: features"
-"""Where B has fewer features than A, either is right: A's others are not among B's."""
+FEWER = (LOAD, FEATURES)
+"""Either is right where B has fewer features than A: A's others are not among B's."""
 CROWDED = (1.0, 10.0)
 """Features a neuron and active ones: B is so crowded that its dictionaries lose much whatever their k."""
 
@@ -19,10 +20,10 @@ PLANTS: tuple[Plant, ...] = (
     Plant(name="H1b, 4, more active", right=("H1b",), code="words", active=40.0, trained_as="H1b, 2 a neuron"),
     Plant(name="over", right=("H2: over",), gamma=1.0, k_more=(6, 12, 24)),
     Plant(name="partial", right=("H2: partial",), gamma=0.25, delta=0.9, trainings=3),
-    Plant(name="load .5, delta 1", right=(LOAD, FEATURES), load_ratio=0.5, trainings=3),
-    Plant(name="load .5, delta .5", right=(LOAD, FEATURES), load_ratio=0.5, crowding=0.5, trained_as="load .5, delta 1"),
-    Plant(name="load .7, delta 1", right=(LOAD, FEATURES), load_ratio=0.7, trained_as="load .5, delta 1"),
-    Plant(name="load .7, delta .5", right=(LOAD, FEATURES), load_ratio=0.7, gamma=0.5, trainings=2),
+    Plant(name="load .5, delta 1", right=FEWER, load_ratio=0.5, trainings=3),
+    Plant(name="load .5, delta .5", right=FEWER, load_ratio=0.5, crowding=0.5, trained_as="load .5, delta 1"),
+    Plant(name="load .7, delta 1", right=FEWER, load_ratio=0.7, trained_as="load .5, delta 1"),
+    Plant(name="load .7, delta .5", right=FEWER, load_ratio=0.7, gamma=0.5, trainings=2),
     Plant(name="disjoint features", right=(FEATURES,), shared=0.0, trainings=2),
     Plant(name="rates halved in B", right=(LOAD, FEATURES), rate_ratio=0.5, trainings=2),
     Plant(name="Gaussian", right=NO_CONCLUSION, data="gaussian"),
