@@ -19,7 +19,7 @@ from crosscoder.studies.folder import StudyFolder
 from crosscoder.studies.presets import Run
 
 LOSS_BLOCKS = 256  # held-out blocks on which losses are compared, about
-LOOKUP_BLOCKS = (512, 256)  # of training, for the means of each token, and held out: so many are of most documents
+LOOKUP_BLOCKS = (512, 128)  # of training, for the means of each token, and held out: so many are of most documents
 
 
 def evenly(blocks: TokenBlocks, most: int) -> TokenBlocks:
