@@ -57,10 +57,7 @@ def compare_shapes(a: ShapeReadings, b: ShapeReadings, document_T: np.ndarray) -
     document_T: each token's document; where they are enough, intervals carry the text's variance.
     """
     rows = [row for shape in (a, b) for row in training_rows(shape)]
-    documents, index_T = np.unique(document_T, return_inverse=True)
-    groups = (
-        Groups(index_T % (n := min(len(documents), MOST_GROUPS)), n) if len(documents) >= FEWEST_DOCUMENTS else None
-    )
+    groups = Groups.of(document_T)
     firsts = [[_First.of(reading, groups) for reading in shape.firsts] for shape in (a, b)]
     between = [[_agree(x, y) for y in firsts[1]] for x in firsts[0]]
     within = [[[_agree(x, y) for y in shape[i + 1 :]] for i, x in enumerate(shape)] for shape in firsts]
@@ -78,6 +75,13 @@ class Groups(NamedTuple):
 
     group_T: np.ndarray
     n: int
+
+    @classmethod
+    def of(cls, document_T: np.ndarray) -> Groups | None:
+        """None where the documents are too few for a variance of their own."""
+        documents, index_T = np.unique(document_T, return_inverse=True)
+        n = min(len(documents), MOST_GROUPS)
+        return cls(index_T % n, n) if len(documents) >= FEWEST_DOCUMENTS else None
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,12 @@ class _First:
 
 def _agree(one: _First, other: _First) -> Agreed:
     first, second = one.reading, other.reading
-    pairs_m2 = matching.mutual_nearest_pairs(matching.activation_correlation(first.code, second.code), counting.LINK)
+    found = matching.nearest(matching.activation_correlation(first.code, second.code))
+    pairs_m2, pools = found.mutual_pairs(counting.LINK), (first.code, second.code)
+    if len(first) != len(second):
+        pools = universality.equal_pools(*pools, seed=0)
+        found = matching.nearest(matching.activation_correlation(*pools))
     fired = None if one.fired_EF is None or other.fired_EF is None else (one.fired_EF, other.fired_EF)
-    pools = universality.equal_pools(first.code, second.code, seed=0)
-    found = matching.nearest(matching.activation_correlation(*pools))
     return Agreed(
         u=universality.Agreement(found.best_a, found.best_b).u,
         u_left_E=None if one.groups is None else universality.u_left(*pools, found, *one.groups),
