@@ -89,11 +89,11 @@ LABELS: dict[str, tuple[Leg, ...]] = {
 }
 """Of a label every leg is asked. `room` is ln R_J; excesses are over the highest null, of the share of conjunctive
 features (`causal.CausalLayers`: losing one layer is as bad as losing all) or of twins; the removal share is how far
-ln R_J moves towards ln 2 without the conjunctive features. Sparse product codes have an r of partial: it is not said of
-features that are conjunctive or twins, as it would be in every third study of a planted code."""
+ln R_J moves towards ln 2 without the conjunctive features. Sparse product codes have an r of partial, which is
+therefore not said of features that are conjunctive or twins."""
 KINDS_OF_R = {name: leg for name in LABELS for leg in LABELS[name] if leg.statistic == "r"}
-FEATURES = frozenset({"premise fails: features", "H1a", "H1b"})
-"""Labels that read single features: which match, how many layers they act on."""
+FEATURES = frozenset({"premise fails: features", "H1a", "H1b", "H2: partial"})
+"""Labels that read single features: which match, on how many layers and how they act."""
 DIRECTIONS = frozenset({"H0", "H1b"})
 """Labels that read how features share directions."""
 GATES: dict[str, tuple[Leg, frozenset[str] | None]] = {
