@@ -97,16 +97,18 @@ def _by_autograd(state: TrainState, x_BLD: Tensor, dead_GF: Tensor, penalty_fact
     return found
 
 
+@torch.no_grad()
 def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     """The gradients of the error, written over what `grad` holds."""
     weights, members = state.weights, state.members
     config, grouped = weights.config, weights.grouped()
-    encoder_GFN, decoder_GFN, bias_GF, center_GN = (tensor.detach() for tensor in grouped[:4])
-    n_groups, n_members, n_parts = len(center_GN), len(members), center_GN.shape[1] // config.d_model
-    x_BGN = members[0].dictionary.grouped().split(x_BLD)
+    encoder_GFN, decoder_GFN, bias_GF, center_GN, *_ = grouped
+    (n_groups, width), n_members = center_GN.shape, len(members)
+    x_BGN = x_BLD.reshape(-1, n_groups // n_members, width)
     n_written = weights.data.of_all(x_BLD.shape[0]) * config.n_written()
-    weight_GL = center_GN.new_zeros(n_groups, n_parts)
-    weight_GL.view(n_members, -1)[:, config.written()] = weight_GL.new_ones(()) / n_written
+    weight_GL = center_GN.new_full((n_groups, width // config.d_model), 1 / n_written)
+    if (first := config.written().start) > 0:
+        weight_GL.view(n_members, -1)[:, :first] = 0
     scale_GF = selection_scale(grouped, config)
     working_GFN = state.optimizer.working_GFN if scale_GF is None else None
     product = torch.bfloat16 if rounded else encoder_GFN.dtype

@@ -22,6 +22,8 @@ def top_features(x, encoder, bias, k):
 @pytest.fixture(autouse=True)
 def candidates_first(monkeypatch):
     monkeypatch.setattr(prefilter, "pays", lambda encoder, k: encoder.dtype == F32)
+    monkeypatch.setattr(prefilter, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(prefilter, "MOST_AT_FIRST", 1)
 
 
 def test_a_bias_beyond_bf16_does_not_choose_a_feature_twice():

@@ -18,6 +18,13 @@ def plain_inputs(**shape):
     return encoder_inputs(**{"grad": False, **shape})
 
 
+@pytest.fixture(autouse=True)
+def however_many_candidates(monkeypatch):
+    """Of few features most are candidates."""
+    monkeypatch.setattr(prefilter, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(prefilter, "MOST_AT_FIRST", 1)
+
+
 @pytest.fixture(params=["slabs", "candidates"])
 def way(request, monkeypatch, cpu_form):
     """Makes fp32 encoders look at every score in fp32, or at candidates from a bf16 product first."""
@@ -151,6 +158,36 @@ def test_machines_with_and_without_a_compiler_find_the_same_candidates(scaled, s
     for name, argument in (("top_k", 9), ("batch", 360), ("above", 4.001)):
         for ours, theirs in zip(getattr(prefilter, name)(given, argument), getattr(rounded, name)(given, argument)):
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("at", ["MOST_AT_FIRST", "MOST_CANDIDATES"])
+def test_too_many_candidates_are_given_up_for_the_same_code(at, monkeypatch):
+    """A common part that no encoder row reads makes margins wider than scores, so that all features are candidates."""
+    if not native.serves():
+        pytest.skip("certified candidates are found in C alone")
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = torch.randn(16, 1, 128, generator=generator), torch.randn(1, 2048, 128, generator=generator)
+    x[..., -1], encoder[..., -1] = 1e4, 0
+    inputs = (x, torch.zeros(1, 128), encoder, torch.zeros(1, 2048))
+    results, threshold = [], torch.full((1, 2048), 20.0)
+
+    def again(*given):
+        pytest.fail("the candidates were scored again")
+
+    for pays in (False, True):
+        monkeypatch.setattr(prefilter, "pays", lambda encoder, k, pays=pays: pays)
+        if pays:
+            monkeypatch.setattr(prefilter, at, 1 / 4)
+            monkeypatch.setattr(encode, "_scored_again", again)
+        top = ops.encode_top_k(*inputs, None, 8, F32, None)
+        above = ops.encode_threshold(*inputs, None, threshold, 0.0, F32, None)
+        results.append((*top[:2], *ops.encode_batch_top_k(*inputs, None, 8, F32, None), *above[:3]))
+    for plain, given_up in zip(*results, strict=True):
+        assert torch.equal(plain, given_up)
+    monkeypatch.setattr(prefilter, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(prefilter, "MOST_AT_FIRST", 1)
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        ops.encode_top_k(*inputs, None, 8, F32, None)
 
 
 def test_bf16_products_choose_and_fp32_scores_again():

@@ -34,6 +34,10 @@ RELATIVE = 2.0**-8 * 1.01  # rounding of a result to bf16
 SUMMATION = 2.0**-23  # of a term of a sum in fp32, for both sums that are compared
 SAFE_NORMS = (1e-12, 1e18)  # between them squares of a row and of its rounding neither vanish nor overflow
 MIN_FEATURES, MIN_WIDTH, FEATURES_PER_ACTIVE = 4096, 128, 64
+MOST_CANDIDATES = 1 / 6
+"""Of a row's features: a candidate scored again costs as much as six scores of a product (4,096 features of 9,216)."""
+MOST_AT_FIRST = 1 / 4
+"""Of the first chunk's features, whose k-th best is lower: so many there are too many in the end (normal scores)."""
 
 
 class Rows(NamedTuple):
@@ -53,7 +57,7 @@ class Slab(NamedTuple):
 
 
 class UnsafeError(ArithmeticError):
-    """There is no certificate: numbers that are not finite, or whose squares leave the range of fp32."""
+    """Candidates are not to be had: numbers whose squares leave the range of fp32, or more than are worth the name."""
 
     def __init__(self, safe_R: Tensor | None = None) -> None:
         """safe_R: the rows that have a certificate by themselves; None where no row has."""
@@ -126,8 +130,23 @@ def _scan(x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Par
         for start in range(0, x.low_RN.shape[0], step):
             part = slice(start, start + step)
             parts.append(listed(Slab(part, affine(x.low_RN[part], weight.low_RN, low_F), margin_R[part])))
+        if chunk == 0:
+            _require_few(problem, sum(len(columns) for columns, *_ in parts), low_F.numel(), MOST_AT_FIRST)
     columns, keys, counts = (torch.cat(part) for part in zip(*parts, strict=True))
     return Lists(columns, keys, starts(counts), x.norm_R.numel()), most_R
+
+
+def _require_few(problem: Problem, n_listed: int, n_features: int, most: float) -> None:
+    """Give up where margins are so wide, as for noise in thousands of dimensions, that scoring all costs less."""
+    if not problem.is_rounded and n_listed > most * problem.x_RN.shape[0] * n_features:
+        raise UnsafeError
+
+
+def _merged(problem: Problem, found: Lists, bound_R: Tensor) -> Candidates:
+    n_features = problem.bias_F.numel()
+    candidates = lists.merged(found, bound_R, n_features)
+    _require_few(problem, candidates.features.numel(), n_features, MOST_CANDIDATES)
+    return candidates
 
 
 def top_k(problem: Problem, k: int) -> Candidates:
@@ -140,7 +159,7 @@ def top_k(problem: Problem, k: int) -> Candidates:
 
     found, margin_R = _scan(x, problem, _n_chunks(problem, k), listed)
     least_R = torch.maximum(least_R, lists.proven(lists.kth_score(found, k), margin_R, slack))
-    return lists.merged(found, lists.within_reach(least_R, margin_R, slack), problem.bias_F.numel())
+    return _merged(problem, found, lists.within_reach(least_R, margin_R, slack))
 
 
 def above(problem: Problem, threshold: float) -> Candidates:
@@ -152,7 +171,7 @@ def above(problem: Problem, threshold: float) -> Candidates:
         return lists.not_below(slab.score_RF, _positive(lists.within_reach(exact, slab.margin_R, slack)))
 
     found, _ = _scan(x, problem, _n_chunks(problem, 1), listed)
-    return lists.merged(found, torch.full_like(x.norm_R, -torch.inf), problem.bias_F.numel())
+    return _merged(problem, found, torch.full_like(x.norm_R, -torch.inf))
 
 
 def batch(problem: Problem, wanted: int) -> Candidates:
@@ -176,7 +195,7 @@ def batch(problem: Problem, wanted: int) -> Candidates:
     if int((proven_P >= guesses[0]).sum()) < wanted:
         raise UnsafeError
     least = proven_P[selection.keep_largest(proven_P, wanted)].amin()
-    return lists.merged(found, lists.within_reach(least, margin_R, slack), n_features)
+    return _merged(problem, found, lists.within_reach(least, margin_R, slack))
 
 
 def _positive(bound_R: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from triton_kernels.arguments import Encoding
+from triton_kernels.cpu import native
 
 
 class Problem(NamedTuple):
@@ -37,19 +38,34 @@ class Problem(NamedTuple):
 def problems(encoding: Encoding) -> Iterator[Problem]:
     """The dictionaries one after the other, centred in the dtype of x."""
     x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, _ = encoding
-    n_inputs = x_BGN.shape[1]
+    in_c, n_inputs = native.serves(x_BGN, center_GN, encoder_GFN), x_BGN.shape[1]
     for group in range(len(encoder_GFN)):
-        x_RN = (x_BGN[:, group % n_inputs] - center_GN[group]).to(encoder_GFN.dtype)
-        _require_finite(x_RN)
+        place = group % n_inputs
+        x_RN = (_centered_in_c if in_c else _centered)(x_BGN, center_GN[group], place).to(encoder_GFN.dtype)
         scale_F = None if scale_GF is None else scale_GF[group]
         yield Problem(x_RN, encoder_GFN[group], bias_GF[group], scale_F, product)
 
 
-def _require_finite(x_RN: Tensor) -> None:
-    """Refuses NaN and infinity, which a comparison would turn into "not active" without a word."""
+def _centered_in_c(x_BGN: Tensor, center_N: Tensor, place: int) -> Tensor:
+    n_rows, n_inputs, width = x_BGN.shape
+    x_RN, is_finite = x_BGN.new_empty(n_rows, width), torch.empty(1, dtype=torch.int64)
+    native.call("centre_rows", n_rows, width, n_inputs * width, place * width, x_BGN, center_N, x_RN, is_finite)
+    if not is_finite.item():
+        _refuse(x_RN)
+    return x_RN
+
+
+def _centered(x_BGN: Tensor, center_N: Tensor, place: int) -> Tensor:
+    x_RN = x_BGN[:, place] - center_N
     if not math.isfinite(x_RN.sum().item()) and not bool(torch.isfinite(x_RN).all()):
-        row = int((~torch.isfinite(x_RN)).nonzero()[0, 0])
-        raise ValueError(f"row {row} is not finite, in x or in the encoder; drop such rows")
+        _refuse(x_RN)
+    return x_RN
+
+
+def _refuse(x_RN: Tensor) -> NoReturn:
+    """NaN and infinity, which a comparison would turn into "not active" without a word."""
+    row = int((~torch.isfinite(x_RN)).nonzero()[0, 0])
+    raise ValueError(f"row {row} is not finite, in x or in the encoder; drop such rows")
 
 
 @functools.cache

@@ -95,9 +95,11 @@ def check_code(features_P: Tensor, offsets: Tensor, n_features: int) -> None:
     Raises:
         IndexError: a feature is not among the table's, or the offsets do not ascend from 0 to the number of pairs.
     """
-    if features_P.numel():
-        least, most = (int(bound) for bound in torch.aminmax(features_P))
-        if least < 0 or most >= n_features:
-            raise IndexError(f"the code has features from {least} to {most}; the table has {n_features} rows")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != features_P.numel() or bool((offsets.diff() < 0).any()):
-        raise IndexError(f"offsets must ascend from 0 to {features_P.numel()}, the number of pairs")
+    found, n_pairs = torch.zeros(3, dtype=torch.int64), features_P.numel()
+    if offsets.numel():
+        call("look_at_code", offsets.numel() - 1, n_pairs, features_P, offsets, found)
+    least, most, ascend = found.tolist()
+    if n_pairs and not 0 <= least <= most < n_features:
+        raise IndexError(f"the code has features from {least} to {most}; the table has {n_features} rows")
+    if not ascend:
+        raise IndexError(f"offsets must ascend from 0 to {n_pairs}, the number of pairs")

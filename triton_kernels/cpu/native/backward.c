@@ -2,11 +2,14 @@
    feature and adds in the order of its rows. `starts`, `rows` and `order` are those of `feature_major`. */
 #include "vectors.h"
 
+/* How many features a thread takes in a turn: of few features few, so that no thread waits for another's last turn. */
+static inline int64_t turn_of(int64_t n_features) { return n_features < 1024 ? n_features / 16 + 1 : 64; }
+
 /* out[order[p]] = <x[rows[p]], table[f]> for the pairs of each feature f. */
 void gather_dot(int64_t n_features, int64_t n, const int32_t *starts, const int32_t *rows, const int64_t *order,
                 const float *x, const float *table, float *out)
 {
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for schedule(dynamic, turn_of(n_features))
     for (int64_t f = 0; f < n_features; f++)
         for (int64_t p = starts[f]; p < starts[f + 1]; p++) out[order[p]] = dot(x + rows[p] * n, table + f * n, n);
 }
@@ -35,7 +38,7 @@ void scatter_outer(int64_t n_features, int64_t n_groups, int64_t n_own, int64_t 
 #pragma omp parallel
     {
         float *acc = malloc(n * sizeof *acc);
-#pragma omp for schedule(dynamic, 64)
+#pragma omp for schedule(dynamic, turn_of(n_features))
         for (int64_t f = 0; f < n_features; f++) {
             const float *c = center ? center + f / per_group * n : NULL;
             double sum = 0;
@@ -91,7 +94,7 @@ void backward_decoder(int64_t n_features, int64_t n_groups, int64_t n, int64_t n
 #pragma omp parallel
     {
         float *scaled = malloc(2 * n * sizeof *scaled), *acc = scaled + n;
-#pragma omp for schedule(dynamic, 64)
+#pragma omp for schedule(dynamic, turn_of(n_features))
         for (int64_t f = 0; f < n_features; f++) {
             const float *w = weight + f / per_group * n_parts;
             memset(acc, 0, n * sizeof *acc);

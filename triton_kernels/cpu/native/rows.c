@@ -1,4 +1,5 @@
 /* What is done to a table row by row: Adam, norms, rounding to bf16. */
+#include <float.h>
 #include <math.h>
 #include "bf16.h"
 #include "vectors.h"
@@ -47,6 +48,24 @@ void row_squares(int64_t n_rows, int64_t n, const float *gradient, const float *
         for (int64_t i = 0; i < n; i++) square += (g[i] - along * u[i]) * (g[i] - along * u[i]);
         out[r] = square;
     }
+}
+
+/* out = x - center, and whether all of it is finite (1 or 0); rows of x begin `stride` numbers apart, at number `first`. */
+void centre_rows(int64_t n_rows, int64_t n, int64_t stride, int64_t first, const float *x, const float *center,
+                 float *out, int64_t *is_finite)
+{
+    int bad = 0;
+#pragma omp parallel for schedule(static) reduction(| : bad)
+    for (int64_t r = 0; r < n_rows; r++) {
+        const float *restrict row = x + first + r * stride;
+        float *restrict to = out + r * n;
+#pragma omp simd reduction(| : bad)
+        for (int64_t i = 0; i < n; i++) {
+            to[i] = row[i] - center[i];
+            bad |= !(fabsf(to[i]) <= FLT_MAX);
+        }
+    }
+    *is_finite = !bad;
 }
 
 /* low = scale * row in bf16, with the squares of each scaled row and of what rounding took from it. Rows begin `stride`
