@@ -35,12 +35,12 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4700,
+    "triton_kernels": 4810,
     "crosscoder/foundation": 2270,
     "crosscoder/results": 835,
     "crosscoder/data": 5245,
-    "crosscoder/dictionary": 2610,
-    "crosscoder/training": 2595,
+    "crosscoder/dictionary": 2630,
+    "crosscoder/training": 2625,
     "crosscoder/formats": 2000,
     "crosscoder/measure": 5555,
     "crosscoder/verdict": 1155,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 35_970, 24_620
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 36_130, 24_720
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,20 @@ class Encoding(NamedTuple):
     def is_rounded(self) -> bool:
         """Whether the choice is made on scores rounded to another dtype than the encoder's."""
         return self.product != self.encoder_GFN.dtype
+
+
+class Largest(NamedTuple):
+    """The choice of the k largest scores of a row, or of k a row over the batch (`by_batch`), k of each dictionary."""
+
+    k_G: Sequence[int]
+    by_batch: bool = False
+
+
+class Above(NamedTuple):
+    """The choice of scores above each feature's threshold, with a straight-through gradient: see `encode_threshold`."""
+
+    threshold_GF: Tensor
+    window: float
 
 
 class AdamRows(NamedTuple):

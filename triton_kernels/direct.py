@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from triton_kernels import dense
-from triton_kernels.arguments import Code, Encoding
+from triton_kernels.arguments import Above, Code, Encoding, Largest
 from triton_kernels.cache import codes_unwritten
-from triton_kernels.encoders import sum_of_rows
+from triton_kernels.encoders import above_thresholds, pull_on_thresholds, sum_of_rows
 from triton_kernels.ops import form_for, implementation, on_device_of
 from triton_kernels.reference import starts
 
@@ -52,6 +52,7 @@ class Reconstruction(NamedTuple):
     d_decoder_GFN: Tensor
     d_bias_GF: Tensor
     d_center_GN: Tensor
+    d_threshold_GF: Tensor | None = None  # of a choice by thresholds
 
 
 @torch.no_grad()
@@ -59,30 +60,36 @@ def reconstruct(
     encoding: Encoding,
     decoder_GFN: Tensor,
     weight_GL: Tensor,
+    choice: Largest | Above,
     *,
-    k_G: Sequence[int],
-    by_batch: bool,
     sizes: Sequence[int] | None = None,
     shards: Shards | None = None,
 ) -> Reconstruction:
-    """Encode by TopK, or BatchTopK (`by_batch`), decode, and differentiate `sum(weight_GL * squares_GL)`.
+    """Encode by TopK, BatchTopK or thresholds, decode, and differentiate `sum(weight_GL * squares_GL)`.
 
     Squares are summed by part of a row as in `decode_loss`. x has fewer inputs than there are dictionaries where S sets
     of them share it. sizes: the features of each set's dictionaries that exist, where they are padded. shards: where
-    these are some features of larger dictionaries; gradients are then of these, and of the centre for all.
+    these are some features of larger dictionaries; gradients are then of these, and of the centre for all; thresholds
+    choose without asking others.
     """
     n_sets = len(encoding.encoder_GFN) // encoding.x_BGN.shape[1]
     sizes = sizes or [encoding.encoder_GFN.shape[1]] * n_sets
     with on_device_of(encoding.x_BGN), codes_unwritten():
+        if isinstance(choice, Above):
+            code, z_P = above_thresholds(encoding, choice)
+            found, d_values = _differentiated(encoding, code, None, decoder_GFN, weight_GL, sizes, shards)
+            pull = (choice, z_P, code.features_P, encoding.scale_GF, d_values)
+            return found._replace(d_threshold_GF=pull_on_thresholds(*pull)) if choice.window > 0 else found
         if shards is None:
-            code, cut_G = _encoded(encoding, k_G, by_batch=by_batch)
+            code, cut_G = _encoded(encoding, choice)
         else:
-            code, cut_G = _encoded_with_others(encoding, k_G[0], shards, by_batch=by_batch)
-        return _differentiated(encoding, code, cut_G, decoder_GFN, weight_GL, sizes, shards)
+            code, cut_G = _encoded_with_others(encoding, choice, shards)
+        return _differentiated(encoding, code, cut_G, decoder_GFN, weight_GL, sizes, shards)[0]
 
 
-def _encoded_with_others(encoding: Encoding, k: int, shards: Shards, *, by_batch: bool) -> tuple[Code, Tensor | None]:
+def _encoded_with_others(encoding: Encoding, choice: Largest, shards: Shards) -> tuple[Code, Tensor | None]:
     """The code of these features, chosen by scores in the encoder's dtype among what each rank would choose."""
+    (k, *_), by_batch = choice
     own, (n_groups, n_features, _) = implementation(encoding.x_BGN), encoding.encoder_GFN.shape
     own_k = min(shards.most_of_row(k) if by_batch else k, n_features)
     if by_batch:
@@ -101,9 +108,9 @@ def _scores(encoding: Encoding, z_P: Tensor, features_P: Tensor) -> Tensor:
     return z_P if encoding.scale_GF is None else z_P * encoding.scale_GF.flatten()[features_P]
 
 
-def _encoded(encoding: Encoding, k_G: Sequence[int], *, by_batch: bool) -> tuple[Code, Tensor | None]:
-    own, x_BGN = implementation(encoding.x_BGN), encoding.x_BGN
-    if by_batch:
+def _encoded(encoding: Encoding, choice: Largest) -> tuple[Code, Tensor | None]:
+    own, x_BGN, k_G = implementation(encoding.x_BGN), encoding.x_BGN, choice.k_G
+    if choice.by_batch:
         pairs, cut_G = own.encode_batch_top_k(encoding, k_G)
         return Code(pairs.z.relu(), pairs.features, pairs.offsets), cut_G
     z_P, features_P = own.encode_top_k(encoding, k_G)
@@ -118,7 +125,8 @@ def _differentiated(
     weight_GL: Tensor,
     sizes: Sequence[int],
     shards: Shards | None,
-) -> Reconstruction:
+) -> tuple[Reconstruction, Tensor]:
+    """The gradients of the error of a code, and those to the code's values."""
     x_BGN, center_GN, encoder_GFN = encoding[:3]
     n_sets, n_features = len(sizes), encoder_GFN.shape[1]
     # What is written out densely has no sets: a code that is not sparse takes the sparse forms if it has company.
@@ -141,7 +149,7 @@ def _differentiated(
         for error, weight, bias, encoder, n in sets
     ]
     d_center_GN = d_center[0] if n_sets == 1 else torch.cat(d_center)
-    return Reconstruction(code, cut_G, error_SBGN, squares_GL, d_encoder, d_decoder, d_bias, d_center_GN)
+    return Reconstruction(code, cut_G, error_SBGN, squares_GL, d_encoder, d_decoder, d_bias, d_center_GN), d_values
 
 
 def _offsets(k_G: Sequence[int], x_BGN: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from triton_kernels.arguments import Encoding
+from triton_kernels.arguments import Above, Code, Encoding
 from triton_kernels.ops import backward_encoder, gather_sum, implementation, on_device_of, operator
 
 PARTS_OF_A_SUM = 8  # products into which the gradient to the center is cut
@@ -73,9 +73,15 @@ def encode_threshold(
     """
     encoding = Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN)
     with on_device_of(x_BGN):
-        z_P, score_P, features_P, offsets = implementation(x_BGN).encode_threshold(encoding, threshold_GF, window)
-        theta_P = threshold_GF.reshape(-1)[features_P].to(score_P.dtype)
-        return torch.where(score_P > theta_P, z_P.relu(), 0), features_P, offsets, z_P
+        code, z_P = above_thresholds(encoding, Above(threshold_GF, window))
+        return *code, z_P
+
+
+def above_thresholds(encoding: Encoding, above: Above) -> tuple[Code, Tensor]:
+    """The code of `encode_threshold` and its pairs' z."""
+    z_P, score_P, features_P, offsets = implementation(encoding.x_BGN).encode_threshold(encoding, *above)
+    theta_P = above.threshold_GF.reshape(-1)[features_P].to(score_P.dtype)
+    return Code(torch.where(score_P > theta_P, z_P.relu(), 0), features_P, offsets), z_P
 
 
 @encode_top_k.register_fake
@@ -154,13 +160,21 @@ def _threshold_backward(ctx, grad_values_P, *_):
     d_threshold = None
     if ctx.needs_input_grad[5] and ctx.window > 0:
         features_P, (scale_GF, threshold_GF, z_P) = ctx.saved_tensors[4], ctx.saved_tensors[6:]
-        theta_P = threshold_GF.reshape(-1)[features_P]
-        scale_P = 1.0 if scale_GF is None else scale_GF.reshape(-1)[features_P]
-        inside = (z_P * scale_P - theta_P).abs() < ctx.window / 2
-        pulls_P = torch.where(inside, -theta_P / scale_P / ctx.window * grad_values_P, 0)  # z is theta / scale there
-        flat = torch.zeros_like(threshold_GF).reshape(-1).index_add(0, features_P, pulls_P.to(threshold_GF.dtype))
-        d_threshold = flat.view(threshold_GF.shape)
+        d_threshold = pull_on_thresholds(Above(threshold_GF, ctx.window), z_P, features_P, scale_GF, grad_values_P)
     return (*_through_pairs(ctx, grad_values_P), None, d_threshold, None, None, None)
+
+
+def pull_on_thresholds(
+    above: Above, z_P: Tensor, features_P: Tensor, scale_GF: Tensor | None, grad_values_P: Tensor
+) -> Tensor:
+    """The straight-through gradient to the thresholds, `[G, F]`, from that to the values."""
+    threshold_GF, window = above
+    theta_P = threshold_GF.reshape(-1)[features_P]
+    scale_P = 1.0 if scale_GF is None else scale_GF.reshape(-1)[features_P]
+    inside = (z_P * scale_P - theta_P).abs() < window / 2
+    pulls_P = torch.where(inside, -theta_P / scale_P / window * grad_values_P, 0)  # z is theta / scale there
+    flat = torch.zeros_like(threshold_GF).reshape(-1).index_add(0, features_P, pulls_P.to(threshold_GF.dtype))
+    return flat.view(threshold_GF.shape)
 
 
 encode_top_k.register_autograd(_top_k_backward, setup_context=_save_top_k)

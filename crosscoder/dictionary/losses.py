@@ -122,6 +122,22 @@ def _penalty(code: SparseCode, grouped: Grouped, dictionary: Dictionary, n_token
     return penalty.coefficient * charge
 
 
+def add_threshold_penalty(dictionary: Dictionary, code: SparseCode, penalty_factor: float) -> Tensor:
+    """The `penalty` of a JumpReLU dictionary that thresholds alone pay, of a code of all its tokens; its gradient is
+    added to what their `grad` holds: the same bits as by autograd."""
+    grouped, parameter = dictionary.grouped(), dictionary.log_threshold
+    assert parameter is not None
+    n_tokens = code.n_rows // dictionary.rows_of_token
+    with torch.enable_grad():
+        log_GF = parameter.detach().view(dictionary.n_groups, -1).requires_grad_()
+        own = grouped._replace(log_threshold_GF=log_GF)
+        term = penalty_factor * _penalty(code, own, dictionary, n_tokens)
+        (gradient_GF,) = torch.autograd.grad(term, log_GF)
+    if parameter.grad is not None:
+        parameter.grad += gradient_GF.view(parameter.shape)
+    return term.detach()
+
+
 def _of_all(part: Tensor, shard: Shard | None) -> Tensor:
     return part if shard is None else shard.total(shard.over_tokens(part))
 

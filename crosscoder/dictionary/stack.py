@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from crosscoder.dictionary.codec import Grouped
 from crosscoder.dictionary.dictionary import Dictionary
-from crosscoder.dictionary.sparsity import BatchTopK, TopK
+from crosscoder.dictionary.sparsity import BatchTopK, JumpReLU, TargetL0Penalty, TopK
 from crosscoder.dictionary.structure import Acausal
-from crosscoder.dictionary.weights import Weights, masked
+from crosscoder.dictionary.weights import OF_FEATURES, Weights, masked
 
-SHARED = ("encoder", "decoder", "encoder_bias", "decoder_bias", "threshold")
-"""The tensors that lie together."""
-OF_FEATURES = ("encoder", "decoder", "encoder_bias")
+SHARED = ("encoder", "decoder", "encoder_bias", "decoder_bias", "log_threshold", "threshold")
+"""The tensors that lie together, of those that a dictionary has."""
 NEVER_ACTIVE = -(2.0**100)
 """Bias of a feature that does not exist; a number of every format, so that rounding it costs no bound its hold."""
 LEAST_FILLED = 0.5
@@ -26,17 +25,18 @@ LEAST_FILLED = 0.5
 class Stack(Weights):
     """The weights of S dictionaries that read the same inputs, `[S * G, F, ...]`, of which each one's are views.
 
-    Dictionaries of one kind (`kind`) may differ in seed, in k, and, where a `Crosscoder` has all layers and selects by
-    bare scores, in size: smaller ones are padded with features whose bias is so low that they are never active.
-    `release` gives every dictionary memory of its own again.
+    Dictionaries of one kind (`kind`) may differ in seed, in k or the L0 that a penalty aims at, and, where a
+    `Crosscoder` has all layers and selects by bare scores, in size: smaller ones are padded with features whose bias is
+    so low that they are never active. `release` gives every dictionary memory of its own again.
     """
 
     def __init__(self, members: Sequence[Dictionary]) -> None:
         super().__init__()
         largest = max(members, key=lambda one: one.config.n_features)
         self.members, self.config, self.log_threshold = list(members), largest.config, None
+        self.shared = [name for name in SHARED if getattr(largest, name) is not None]
         self.read_mask, self.write_mask = largest.read_mask, largest.write_mask
-        for name in SHARED:
+        for name in self.shared:
             fill = NEVER_ACTIVE if name == "encoder_bias" else 0.0
             tensor = self.joined(name, [getattr(one, name).detach() for one in members], fill=fill)
             if name == "threshold":
@@ -48,7 +48,9 @@ class Stack(Weights):
 
     def grouped(self) -> Grouped:
         encoder, decoder = masked(self.encoder, self.read_mask), masked(self.decoder, self.write_mask)
-        return Grouped(encoder.flatten(2), decoder.flatten(2), self.encoder_bias, self.decoder_bias.flatten(1))
+        return Grouped(
+            encoder.flatten(2), decoder.flatten(2), self.encoder_bias, self.decoder_bias.flatten(1), self.log_threshold
+        )
 
     def joined(self, name: str, tensors: Sequence[Tensor], *, fill: float) -> Tensor:
         """What each dictionary has of a named weight's shape, as one tensor `[S * G, ...]`, padded with `fill`."""
@@ -68,7 +70,7 @@ class Stack(Weights):
     def release(self) -> None:
         """Give every dictionary its weights in memory of its own."""
         for member in self.members:
-            for name in SHARED:
+            for name in self.shared:
                 tensor = getattr(member, name)
                 tensor.data, tensor.grad = tensor.data.clone(), None
 
@@ -77,8 +79,11 @@ def kind(dictionary: Dictionary) -> str:
     """What dictionaries must have in common to stand in one stack; sizes are compared apart (`fits`)."""
     config, weight = dictionary.config, dictionary.encoder
     settings = config.settings() | {"seed": 0, "initial": "independent"}
-    if isinstance(config.sparsity, TopK | BatchTopK):
-        settings["sparsity"] = replace(config.sparsity, k=1)
+    match config.sparsity:
+        case TopK() | BatchTopK() as rule:
+            settings["sparsity"] = replace(rule, k=1)
+        case JumpReLU(penalty=TargetL0Penalty() as penalty) as rule:
+            settings["sparsity"] = replace(rule, threshold=1, penalty=replace(penalty, target=1))
     is_plain = isinstance(config.structure, Acausal) and config.selection_weight == "none" and not config.shared
     if dictionary.n_groups == 1 and is_plain:  # a score times a norm of 0 would be 0, and no padding any more
         settings["n_features"] = 1

@@ -1,4 +1,5 @@
-"""The gradients of one batch: by the operators themselves where the loss is the error alone, else by autograd.
+"""The gradients of one batch: by the operators themselves where the loss is the error of one reconstruction and what
+thresholds alone pay, else by autograd.
 
 Several dictionaries may stand side by side in one state (`side_by_side`); each has its own terms and its own error.
 """
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, LayerwiseSAE, SparseCode, TopK
-from crosscoder.dictionary.codec import selection_scale
-from crosscoder.dictionary.losses import add_auxiliary_gradients, loss_terms
+from crosscoder.dictionary import BatchTopK, Crosscoder, Dictionary, JumpReLU, LayerwiseSAE, SparseCode, TopK
+from crosscoder.dictionary.codec import selection_scale, thresholds
+from crosscoder.dictionary.losses import add_auxiliary_gradients, add_threshold_penalty, loss_terms
 from crosscoder.dictionary.shard import GRADIENTS
+from crosscoder.dictionary.sparsity import L0Penalty, TargetL0Penalty
 from crosscoder.foundation.ranks import Ranks
 from crosscoder.training.state import StackState, State, TrainState
-from triton_kernels.arguments import Encoding
+from triton_kernels.arguments import Above, Encoding, Largest
 
 
 class Gradients(NamedTuple):
@@ -39,13 +41,20 @@ class Gradients(NamedTuple):
 
 
 def is_direct(dictionary: Dictionary) -> bool:
-    """Whether the loss is the error of one reconstruction, but for the auxiliary term, of weights as they are.
+    """Whether the loss is the error of one reconstruction, but for the auxiliary term and for what thresholds alone
+    pay, of weights as they are.
 
     A subclass, a parametrised weight or a hook on a gradient may change what autograd would find.
     """
     plain = type(dictionary) in (Crosscoder, LayerwiseSAE) and not dictionary.config.prefixes
     hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in dictionary.parameters())
-    return plain and not hooked and isinstance(dictionary.config.sparsity, TopK | BatchTopK)
+    match dictionary.config.sparsity:
+        case TopK() | BatchTopK():
+            return plain and not hooked
+        case JumpReLU(penalty=L0Penalty() | TargetL0Penalty()):  # which thresholds alone pay
+            return plain and not hooked and dictionary.shard is None
+        case _:
+            return False
 
 
 def accumulate_gradients(
@@ -60,7 +69,10 @@ def accumulate_gradients(
     rounded, autocast = precision == "bf16", torch.autocast(x_BLD.device.type, torch.bfloat16)
     with autocast if rounded else contextlib.nullcontext():
         if isinstance(state, StackState) or is_direct(state.dictionary):
-            found = _with_auxiliary(state, x_BLD, dead_GF, _directly(state, x_BLD, rounded=rounded))
+            found = _directly(state, x_BLD, rounded=rounded)
+            if state.weights.log_threshold is not None:
+                _add_penalties(state, found, penalty_factor)
+            found = _with_auxiliary(state, x_BLD, dead_GF, found)
         else:
             found = _by_autograd(state, x_BLD, dead_GF, penalty_factor)
     if state.weights.data.size > 1:
@@ -112,12 +124,15 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     scale_GF = selection_scale(grouped, config)
     working_GFN = state.optimizer.working_GFN if scale_GF is None else None
     product = torch.bfloat16 if rounded else encoder_GFN.dtype
+    choice, theta_GF = Largest(state.k_G, isinstance(config.sparsity, BatchTopK)), None
+    if isinstance(config.sparsity, JumpReLU):
+        theta_GF = thresholds(grouped, config, weights.threshold)
+        choice = Above(theta_GF, config.sparsity.window)
     found = triton_kernels.reconstruct(
         Encoding(x_BGN, center_GN, encoder_GFN, bias_GF, scale_GF, product, working_GFN),
         decoder_GFN,
         weight_GL,
-        k_G=state.k_G,
-        by_batch=isinstance(config.sparsity, BatchTopK),
+        choice,
         sizes=[one.dictionary.n_held for one in members],
         shards=weights.others,
     )
@@ -132,6 +147,9 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
         if parameter.requires_grad:
             gradient = gradient.view(parameter.shape)
             parameter.grad = gradient if mask is None else gradient.mul_(mask)
+    if theta_GF is not None and weights.log_threshold is not None and weights.log_threshold.requires_grad:
+        assert found.d_threshold_GF is not None
+        weights.log_threshold.grad = (found.d_threshold_GF * theta_GF).view(weights.log_threshold.shape)
     if isinstance(state, StackState):
         state.share_gradients()
     values, features, offsets = found.code
@@ -139,6 +157,18 @@ def _directly(state: State, x_BLD: Tensor, *, rounded: bool) -> Gradients:
     errors = [error_BGN.view(x_BLD.shape) for error_BGN in found.error_SBGN]
     squares = [weights.of_tokens(one.flatten()[config.written()].sum()) for one in found.squares_GL.chunk(n_members)]
     return Gradients([{"recon": square / n_written} for square in squares], code, errors)
+
+
+def _add_penalties(state: State, found: Gradients, penalty_factor: float) -> None:
+    """The penalty of each dictionary's thresholds, and its gradients."""
+    code, n_members = found.code, len(state.members)
+    n_rows, n_features = code.n_rows // n_members, code.n_features // n_members
+    for place, one in enumerate(state.members):
+        offsets = code.offsets[place * n_rows : (place + 1) * n_rows + 1]
+        pairs = slice(int(offsets[0]), int(offsets[-1]))
+        features = code.features[pairs] - place * n_features
+        own = SparseCode(code.values[pairs], features, offsets - offsets[0], n_features, (n_rows,), features)
+        found.terms[place]["penalty"] = add_threshold_penalty(one.dictionary, own, penalty_factor)
 
 
 def _with_auxiliary(state: State, x_BLD: Tensor, dead_GF: Tensor, found: Gradients) -> Gradients:

@@ -9,8 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 import triton_kernels
-from crosscoder.dictionary.stack import OF_FEATURES
-from crosscoder.dictionary.weights import Weights
+from crosscoder.dictionary.weights import OF_FEATURES, Weights
 
 
 class RowAdam(torch.optim.Optimizer):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from triton_kernels import cpu, reference
-from triton_kernels.arguments import Encoding
+from triton_kernels.arguments import Above, Encoding, Largest
 from triton_kernels.cpu import encode, native
 from triton_kernels.direct import reconstruct
 
@@ -47,12 +47,34 @@ def defined(encoding, decoder, weight, k_G, by_batch):
 def test_gradients_are_those_of_the_definition(n_inputs, n_sets, by_batch, dtype):
     encoding, decoder, weight = problem(n_inputs=n_inputs, n_sets=n_sets, dtype=dtype)
     k_G = [k for k in (2, 4, 3)[:n_sets] for _ in range(n_inputs)]
-    found = reconstruct(encoding, decoder, weight, k_G=k_G, by_batch=by_batch)
+    found = reconstruct(encoding, decoder, weight, Largest(k_G, by_batch))
     expected = defined(encoding, decoder, weight, k_G, by_batch)
     ours = (found.d_center_GN, found.d_encoder_GFN, found.d_bias_GF, found.d_decoder_GFN)
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {}
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n_sets", [1, 3])
+def test_gradients_by_thresholds_are_those_of_the_definition(n_sets, scaled):
+    encoding, decoder, weight = problem(n_sets=n_sets)
+    theta = torch.linspace(0.2, 2, decoder[..., 0].numel(), dtype=torch.float64).view(decoder.shape[:2])
+    scale = theta.flip(1) if scaled else None
+    found = reconstruct(encoding._replace(scale_GF=scale), decoder, weight, Above(theta, 1.0))
+    leaves = [one.detach().clone().requires_grad_() for one in (*encoding[1:4], decoder, theta)]
+    losses = []
+    for first in range(0, len(decoder), 2):
+        own = slice(first, first + 2)
+        center, encoder, bias, table, limit = (one[own] for one in leaves)
+        by = None if scale is None else scale[own]
+        code = reference.encode_threshold(encoding.x_BGN, center, encoder, bias, by, limit, 1.0)[:3]
+        losses.append((weight[own] * reference.decode_loss(*code, table, center, encoding.x_BGN, 2)[1]).sum())
+    torch.stack(losses).sum().backward()
+    ours = (found.d_center_GN, found.d_encoder_GFN, found.d_bias_GF, found.d_decoder_GFN, found.d_threshold_GF)
+    for one, leaf in zip(ours, leaves, strict=True):
+        torch.testing.assert_close(one, leaf.grad)
+    assert (found.d_threshold_GF != 0).sum() >= 10
 
 
 @pytest.mark.parametrize("n_rows", [1, 40])

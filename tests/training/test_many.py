@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, LocalWindow, TopK
+from crosscoder.dictionary.sparsity import L0Penalty, TargetL0Penalty
 from crosscoder.training import NonFiniteError, TrainConfig, gradients, train, train_many
 from crosscoder.training.state import StackState, TrainState
 from crosscoder.training.step import take_step
@@ -48,6 +49,16 @@ SETS = {
     "seeds, by norm": [{"seed": n, "decoder": "free", "selection_weight": "l1"} for n in (40, 64)],
     "banks": [{"cls": LayerwiseSAE, "sparsity": BatchTopK(k), "seed": k} for k in (2, 3)],
     "banks, TopK": [{"cls": LayerwiseSAE, "sparsity": TopK(k), "seed": k} for k in (2, 3)],
+    "thresholds": [{"sparsity": JumpReLU(3.0, penalty=TargetL0Penalty(n)), "seed": n} for n in (3, 6)],
+    "thresholds, sizes": [
+        {"sparsity": JumpReLU(3.0, penalty=L0Penalty()), "n_features": n, "decoder": "free"} for n in (40, 64)
+    ],
+    "banks, thresholds": [
+        {"cls": LayerwiseSAE, "sparsity": JumpReLU(3.0, penalty=TargetL0Penalty(n)), "seed": n} for n in (3, 6)
+    ],
+    "shared banks, thresholds": [
+        {"cls": LayerwiseSAE, "sparsity": JumpReLU(), "shared": True, "seed": n} for n in (3, 6)
+    ],
     "shared banks": [{"cls": LayerwiseSAE, "shared": True, "seed": seed} for seed in (0, 1)],
     "windows": [{"structure": LocalWindow(2), "seed": seed} for seed in (0, 1)],
 }

@@ -23,7 +23,7 @@ from triton_kernels.arguments import Encoding
 from triton_kernels.cpu import native, prefilter, rounded, selection, sparse
 from triton_kernels.cpu.lists import Candidates
 from triton_kernels.cpu.problem import Problem, affine, problems
-from triton_kernels.pairs import Pairs, joined, joined_sets, stacked
+from triton_kernels.pairs import Pairs, joined_sets, stacked
 
 SLAB_ELEMENTS = 2**21  # 8 MiB in fp32: stays in the last-level cache between the product and the selection
 
@@ -165,7 +165,7 @@ def encode_threshold(encoding: Encoding, threshold_GF: Tensor, window: float) ->
     """Pairs of `reference.encode_threshold`."""
     lower_GF = threshold_GF - window / 2
     parts = [_near(problem, lower_F) for problem, lower_F in zip(problems(encoding), lower_GF, strict=True)]
-    return joined(parts, encoding.encoder_GFN.shape[1])
+    return joined_sets(parts, encoding.x_BGN.shape[1], encoding.encoder_GFN.shape[1])
 
 
 def _near(problem: Problem, lower_F: Tensor) -> Pairs:

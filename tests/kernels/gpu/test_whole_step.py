@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import triton_kernels
-from crosscoder import BatchTopK, Crosscoder, LayerwiseSAE, TopK
+from crosscoder import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, TopK
+from crosscoder.dictionary.sparsity import TargetL0Penalty
 from crosscoder.training.state import StackState, TrainState
 from crosscoder.training.step import TrainConfig, take_step
 from triton_kernels import cpu, gpu, ops
@@ -43,7 +44,7 @@ def batch(seed):
 
 
 @pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
-@pytest.mark.parametrize("sparsity", [TopK(k=3), BatchTopK(k=3)])
+@pytest.mark.parametrize("sparsity", [TopK(k=3), BatchTopK(k=3), JumpReLU(0.5, penalty=TargetL0Penalty(3))])
 def test_three_steps_equal_those_of_the_cpu(cls, sparsity, monkeypatch):
     def run():
         dictionary = cls(n_layers=2, d_model=5, n_features=37, sparsity=sparsity, aux_k=0)
@@ -56,7 +57,7 @@ def test_three_steps_equal_those_of_the_cpu(cls, sparsity, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [Crosscoder, LayerwiseSAE])
-@pytest.mark.parametrize("rule", [TopK, BatchTopK])
+@pytest.mark.parametrize("rule", [TopK, BatchTopK, lambda k: JumpReLU(0.5, penalty=TargetL0Penalty(k))])
 def test_steps_side_by_side_equal_those_of_the_cpu(cls, rule, monkeypatch):
     def run():
         sizes = (37, 37) if cls is LayerwiseSAE else (37, 20)
