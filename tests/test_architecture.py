@@ -42,7 +42,7 @@ BUDGETS = {
     "crosscoder/dictionary": 2630,
     "crosscoder/training": 2625,
     "crosscoder/formats": 2000,
-    "crosscoder/measure": 5555,
+    "crosscoder/measure": 5570,
     "crosscoder/verdict": 1155,
     "crosscoder/browser": 980,
     "crosscoder/report": 2275,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 36_130, 24_720
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 36_145, 24_735
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -9,11 +9,13 @@ import numpy as np
 
 from crosscoder.data.tokens import PreparedTokens
 from crosscoder.measure.causal import CausalLayers
+from crosscoder.measure.counting import LINK
 from crosscoder.measure.labels import decode
+from crosscoder.measure.matching import activation_correlation
 from crosscoder.measure.profile import layer_profile, participation_ratio
 from crosscoder.measure.reading import Reading
 
-MOST = 10  # features that are described
+MOST, AMONG = 10, 500  # features that are described, of so many that write most
 PEAKS = 20  # tokens on which a feature is most active
 SAID = 3  # of their ids, the most frequent
 SHOWN, BEFORE, BEHIND = 3, 12, 6  # examples of different blocks, and tokens around their peaks
@@ -22,7 +24,8 @@ PEAK, NEXT = "⟦⟧", " ¶ "
 
 
 def describe_strongest(reading: Reading, scale_L: np.ndarray, tokens: PreparedTokens) -> dict[str, Any]:
-    """What is known of the features with the most energy E[f^2] |W|^2, the largest first.
+    """What is known of the features with the most energy E[f^2] |W|^2, the largest first; of features that are active
+    together (`distinct_strongest`) of the largest alone.
 
     `top_features` has a row a feature: number, share of all energy, firing rate, rho, strongest layer (from 0), that
     layer's share. `top_feature_tokens` has a text a feature: the tokens on which it is most active;
@@ -34,7 +37,7 @@ def describe_strongest(reading: Reading, scale_L: np.ndarray, tokens: PreparedTo
     total, id_T = float(reading.energy_F.sum()), tokens.held_out[:].numpy().reshape(-1)[reading.token_T]
     profile_FL = layer_profile(reading.decoder_FLD / np.asarray(scale_L)[:, None])
     rho_F, rows, said, examples = participation_ratio(profile_FL), list[list[float]](), list[str](), list[str]()
-    for one in np.argsort(-reading.energy_F, kind="stable")[:MOST].tolist():
+    for one in distinct_strongest(reading):
         layer = int(profile_FL[one].argmax())
         energy = reading.energy_F[one] / total if total else 0.0
         found = (reading.index_F[one], energy, reading.probability_F[one], rho_F[one], layer, profile_FL[one, layer])
@@ -42,6 +45,19 @@ def describe_strongest(reading: Reading, scale_L: np.ndarray, tokens: PreparedTo
         said.append(", ".join(repr(decode(tokens.tokenizer, [one])) for one in peak_ids(reading, one, id_T)))
         examples.append(NEXT.join(peak_texts(reading, one, tokens)))
     return {"top_features": rows, "top_feature_tokens": said, "top_feature_examples": examples}
+
+
+def distinct_strongest(reading: Reading) -> list[int]:
+    """Places of the features that write most, but for those whose activations correlate by `LINK` with a chosen one's:
+    a dictionary that is not trained to the end has many of one thing. Fewer than `MOST` where `AMONG` have no more."""
+    order = np.argsort(-reading.energy_F, kind="stable")[:AMONG]
+    code = reading.code[:, order]
+    alike_KK = activation_correlation(code, code).whole() >= LINK
+    chosen: list[int] = []
+    for place in range(len(order)):
+        if len(chosen) < MOST and not alike_KK[place, chosen].any():
+            chosen.append(place)
+    return order[chosen].tolist()
 
 
 def peak_ids(reading: Reading, feature: int, id_T: np.ndarray) -> list[int]:

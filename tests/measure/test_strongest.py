@@ -79,6 +79,16 @@ def test_examples_are_of_different_blocks_with_their_text_around():
     assert BEFORE > 8
 
 
+def test_of_features_that_are_active_together_the_largest_is_described():
+    code_TF = np.zeros((40, 4))
+    code_TF[:10, 0], code_TF[:9, 1] = np.arange(1, 11), np.arange(1, 10)  # the second is the first but for one token
+    code_TF[5:15, 2], code_TF[:10, 3] = 1.0, -np.arange(10) + 10.0  # half its tokens; the same with other values
+    decoder_FLD = np.array([3.0, 2.5, 2.0, 1.0])[:, None, None] * np.ones((1, 2, 1))
+    found = describe_strongest(reading(code_TF, decoder_FLD), np.ones(2), tokens(80))
+    assert [round(row[0]) for row in found["top_features"]] == [100, 103, 102]
+    assert len(found["top_feature_tokens"]) == len(found["top_feature_examples"]) == 3
+
+
 def test_ten_features_are_described():
     code_TF = np.eye(MOST + 3)
     decoder_FLD = np.arange(1.0, MOST + 4)[:, None, None] * np.ones((1, 2, 1))
