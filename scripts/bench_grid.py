@@ -9,7 +9,8 @@ Dense arms and peers keep the K largest scores. Ratios compare arms of one dtype
 also held against the sum of its passes, each timed by itself in turns with the step, for a code of as many pairs as
 the rule stores on x (with JumpReLU also those in the lower half of its window). Where the CPU multiplies bf16, the sum
 of an fp32 step is the lesser of those with an fp32 product and with a bf16 product and its rescoring, which the library
-takes and certifies.
+takes and certifies. Dense over that sum is what a step with nothing between its passes would reach; a goal above it
+asks for faster passes.
 
     python scripts/bench_step.py --grid --label before
     python scripts/bench_step.py --grid --label after --shapes 1 5 2,16,256,64,8+bank
@@ -68,10 +69,21 @@ three products) nearly so; with bf16 units our product costs half, and dense's d
 Written before the runs on a CPU with bf16 units: 8 to 10x dense and 3 to 4x sparsify at 6 x 256 and 4 x 640, 7x and
 2.7x at one layer of 768 and of 2,048, 6x and 2.7x at 12 x 768 (Adam and the tables of gradients are a third of the
 step), 5x at 7 x 576, 2x alone and 4x four together at 8 x 64; step / sum at most 1.15 from F = 2,048 on.
-Before / after: 1.0 to 1.05 from F = 8,192 on, 1.1 at 7 x 576, 1.6 for the small crosscoders, 2 for the small banks."""
+Before / after: 1.0 to 1.05 from F = 8,192 on, 1.1 at 7 x 576, 1.6 for the small crosscoders, 2 for the small banks.
+
+Written before 12 x 768, 7 x 576 and 8 x 64 were run again (candidates that are too many are given up; JumpReLU without
+autograd; less Python): 12 x 768 6.5x for TopK and BatchTopK, whose steps had scored up to 1,700 candidates a row again
+(x is noise, which a dictionary learns by heart: margins of bf16 then hide what is best); 7 x 576 as before; 8 x 64 with
+F = 160: 2.1x alone (BatchTopK), 1.6x JumpReLU, 3.2x four together. Dense over the sum of passes at 7 x 576: 5.5x, so
+that no step can reach 8x there without a faster product; at F = 160 alone 3 to 3.5x."""
 """What was expected, written before the runs."""
 HEADER = ["shape", "arm", "dtype", "run", "ms a step", "least", "dense eager / this", "sparsify / this"]
-HEADER += ["sum of passes, ms", "step / sum", "active (stored) a row", "peak MiB above parameters, gradients, moments"]
+HEADER += [
+    "sum of passes, ms (dense eager / sum)",
+    "step / sum",
+    "active (stored) a row",
+    "peak MiB above parameters, gradients, moments",
+]
 HEADER += ["before / after"]
 
 
@@ -266,7 +278,7 @@ def arm_row(name: str, label: str, by_label: dict[str, dict[str, Any]]) -> list[
         if is_large and arm.family == "crosscoder":
             cells[1] += against(ratios[1], SPARSIFY_GOAL)
     cells += [
-        number(total),
+        number(total) + (f" ({dense / total:.1f}x)" if total and dense else ""),
         number(in_passes, ".2f") + (against(in_passes, PASSES_GOAL, most=True) if arm.rule else ""),
     ]
     extra = record["peak_extra_bytes"].get(name)

@@ -74,7 +74,9 @@ def tables(record: Mapping[str, Any]) -> list[str]:
         "## Studies with trained dictionaries",
         "",
         "One world a plant. Found (planted): the leg over trainings, and the planted one at the density at which "
-        "dictionaries were trained. Off: measured less planted, ln, mean over trainings of A; B (sd between them).",
+        "dictionaries were trained. Off: measured less planted, ln, mean over trainings of A; B (sd between them). One "
+        "who knows: the same of loads of a code that knows the features and drops the least energies until as much is "
+        "lost, of the first training.",
         "",
         *study_table(record),
         "",
@@ -146,10 +148,11 @@ def study_table(record: Mapping[str, Any]) -> list[str]:
     for one in record["studies"]:
         legs = [_found(one["legs"].get(name)) for name in ("q/fvu", "r/fvu", "room/fvu", "universality")]
         off = [_off(one, name) for name in ("joint/fvu", "bank/fvu", "dense/fvu", "room")]
+        known = one["known"] and "; ".join(f"{joint:+.2f}, {bank:+.2f}" for joint, bank in one["known"].values())
         agreed = [_least(one, key) for key in ("self_cosine", "point_matched_share")]
         lost = "; ".join(number(float(np.mean(one["lost_at_main"][side])), ".2f") for side in "AB")
         read = "; ".join(", ".join(f"{target:g}" for target in values) for values in one["targets"].values())
-        rows.append([one["plant"], read, one["label_of_legs"], *legs, *off, *agreed, lost])
+        rows.append([one["plant"], read, one["label_of_legs"], *legs, *off, known or "-", *agreed, lost])
     title = [
         "plant",
         "read at FVU; loss",
@@ -162,6 +165,7 @@ def study_table(record: Mapping[str, Any]) -> list[str]:
         "bank load",
         "load / d",
         "room",
+        "of one who knows: joint, bank",
         "self-cosine",
         "matched",
         "FVU of the main k",

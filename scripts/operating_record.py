@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from operating_studies import InstrumentConfig, measure_subject, truths
-from operating_worlds import Plant, Subject, Truth, as_trained, subjects
+from operating_worlds import Plant, Subject, Truth, as_trained, known_loads, subjects, truth_of
 
 from crosscoder.data.world_pair import SIDES, Side
 from crosscoder.measure import recovery
@@ -52,6 +53,19 @@ def residuals(table: LongTable, plant: Plant, config: InstrumentConfig, *, world
     return found
 
 
+def known_residuals(plant: Plant, config: InstrumentConfig, *, world: int) -> dict[str, list[float]] | None:
+    """ln loads, joint and of banks, less the planted ones, of codes that know the features, in each side's first
+    training; means over the targets. None where there are no features."""
+    if plant.data == "gaussian":
+        return None
+    found = {}
+    for side, subject in subjects(plant, config.sizes, world=world, training=0).items():
+        loads = np.mean([known_loads(subject, fvu) for fvu in TARGETS["fvu"]], axis=0)
+        truth = truth_of(subject)
+        found[side] = [float(loads[0] - truth.load), float(loads[1] - truth.bank)]
+    return found
+
+
 def mean_cosine(subject: Subject, reading: Reading) -> float:
     """MCC of a reading against the planted directions."""
     return recovery.mean_cosine(recovery.assign(reading.distinct.decoder_FLD, subject.decoder_FLD.numpy()))
@@ -84,6 +98,7 @@ def study_record(plant: Plant, config: InstrumentConfig, table: LongTable, *, wo
         "legs": {name: plain(value) for name, value in evidence.values.items()},
         "gates": {name: plain(gate.measured) for name, gate in evidence.gates.items()},
         "residuals": residuals(table, trained, config, world=world),
+        "known": known_residuals(trained, config, world=world),
         "main": {
             side: {key: table.values(key, subject=side, state="trained", role="main", arm="crosscoder") for key in keys}
             for side in SIDES

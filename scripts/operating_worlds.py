@@ -8,6 +8,7 @@ its k grows. A training draws what is not the truth: directions, rates, coordina
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Annotated, Literal
@@ -158,14 +159,18 @@ class Subject:
             held_out_tokens=held_out_tokens,
         )
 
-    def letter_rates(self) -> np.ndarray:
-        """How often each direction that single layers tell apart is written, all layers' one after another."""
-        found = []
+    def letters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of every layer the features that write there, and for each of them the first one in its direction."""
         for layer in range(self.decoder_FLD.shape[1]):
             rows_FD = self.decoder_FLD[:, layer]
             held_F = rows_FD.norm(dim=1) > 0
             unit_FD = F.normalize(rows_FD[held_F], dim=1)
-            first_F = ((unit_FD @ unit_FD.T) > 1 - 1e-5).float().argmax(1)
+            yield held_F, ((unit_FD @ unit_FD.T) > 1 - 1e-5).float().argmax(1)
+
+    def letter_rates(self) -> np.ndarray:
+        """How often each direction that single layers tell apart is written, all layers' one after another."""
+        found = []
+        for held_F, first_F in self.letters():
             silent_F = torch.zeros(len(first_F), dtype=torch.float64)
             silent_F.index_add_(0, first_F, torch.log1p(-self.probability_F[held_F].double()))
             found.append(1 - silent_F[first_F.unique()].exp())
@@ -209,6 +214,28 @@ def truth_of(subject: Subject) -> Truth:
         n_features=len(share_FL),
         rate=float(subject.probability_F.mean()),
     )
+
+
+def known_loads(subject: Subject, fvu: float, n_tokens: int = 12_288) -> tuple[float, float]:
+    """ln loads, joint and of banks over all layers, of codes that know the features and drop the least energies until
+    a fraction `fvu` of the variance is lost; what dictionaries could reach were directions orthogonal."""
+    whole = replace(subject, noise=0.0, decoder_FLD=torch.eye(len(subject.decoder_FLD))[:, None])
+    active_BF = whole.draw(n_tokens, "known", 0)[:, 0] / whole.scale
+    norm_FL = subject.decoder_FLD.norm(dim=2)
+    banks = []
+    for layer, (held_F, first_F) in enumerate(subject.letters()):
+        weight_F = norm_FL[held_F, layer]
+        written_BF = torch.zeros(n_tokens, int(held_F.sum())).index_add_(1, first_F, active_BF[:, held_F] * weight_F)
+        banks.append(_load_of_largest(written_BF, fvu))
+    return math.log(_load_of_largest(active_BF * norm_FL.norm(dim=1), fvu)), math.log(sum(banks))
+
+
+def _load_of_largest(active_BF: Tensor, fvu: float) -> float:
+    energy_P = active_BF[active_BF > 0].double().square().sort().values
+    lost = fvu * float(active_BF.double().var(0, correction=0).sum()) * len(active_BF)
+    cut = energy_P[int(torch.searchsorted(energy_P.cumsum(0), lost).clamp(max=len(energy_P) - 1))]
+    rate_F = (active_BF.double().square() >= cut).double().mean(0)
+    return float(binary_entropy(rate_F.numpy()).sum())
 
 
 def draw_subject(plant: Plant, sizes: WorldSizes, side: Side, *, world: int, training: int) -> Subject:
