@@ -35,14 +35,14 @@ FLOORS = {
 }
 # Lines of each room, of .py, .c and .h files; all of them together, and the tests.
 BUDGETS = {
-    "triton_kernels": 4810,
+    "triton_kernels": 4815,
     "crosscoder/foundation": 2270,
     "crosscoder/results": 835,
     "crosscoder/data": 5245,
-    "crosscoder/dictionary": 2630,
+    "crosscoder/dictionary": 2635,
     "crosscoder/training": 2625,
     "crosscoder/formats": 2000,
-    "crosscoder/measure": 5570,
+    "crosscoder/measure": 5575,
     "crosscoder/verdict": 1155,
     "crosscoder/browser": 980,
     "crosscoder/report": 2275,
@@ -50,7 +50,7 @@ BUDGETS = {
     "crosscoder/commands": 1695,
     "crosscoder": 1180,  # the modules beside the rooms
 }
-MAX_LIBRARY_LINES, MAX_TEST_LINES = 36_145, 24_735
+MAX_LIBRARY_LINES, MAX_TEST_LINES = 36_165, 24_770
 # Exceptions to "any lower floor", from the architecture's own table.
 FORBIDDEN = {("crosscoder.data", "triton_kernels"), ("crosscoder.measure", "crosscoder.training")}
 SOURCES = sorted([*ROOT.glob("crosscoder/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")])

@@ -2,7 +2,7 @@
 
 The forms for a device are called one after the other, with the same numbers as through the differentiable operators,
 bit for bit; what is saved is their Python, the larger part of a step of a small dictionary. Sets of dictionaries that
-read the same batch run side by side, each dictionary with its own k.
+read the same batch run side by side, each dictionary with its own k or thresholds.
 """
 
 from __future__ import annotations

@@ -18,16 +18,21 @@ SHARED = ("encoder", "decoder", "encoder_bias", "decoder_bias", "log_threshold",
 """The tensors that lie together, of those that a dictionary has."""
 NEVER_ACTIVE = -(2.0**100)
 """Bias of a feature that does not exist; a number of every format, so that rounding it costs no bound its hold."""
-LEAST_FILLED = 0.5
-"""A crosscoder is padded with features that do not exist up to twice its size."""
+NEVER_ABOVE = 60.0
+"""Log-threshold of a feature that does not exist: far above every score, and finite, so that 0 times it is 0."""
+PADDING = {"encoder_bias": NEVER_ACTIVE, "log_threshold": NEVER_ABOVE}
+LEAST_FILLED, MOST_PADDED = 0.5, 4095
+"""A crosscoder is padded with features that do not exist up to twice its size, and to fewer than so many that
+encoders choose another way of finding candidates by the size (`triton_kernels.cpu.prefilter`)."""
 
 
 class Stack(Weights):
     """The weights of S dictionaries that read the same inputs, `[S * G, F, ...]`, of which each one's are views.
 
-    Dictionaries of one kind (`kind`) may differ in seed, in k or the L0 that a penalty aims at, and, where a
-    `Crosscoder` has all layers and selects by bare scores, in size: smaller ones are padded with features whose bias is
-    so low that they are never active. `release` gives every dictionary memory of its own again.
+    Dictionaries of one kind (`kind`) may differ in seed, in k, in the thresholds that they start from and the L0 that a
+    penalty aims at, and, where a `Crosscoder` has all layers and selects by bare scores, in size: smaller ones are
+    padded with features whose bias is so low that they are never active. `release` gives every dictionary memory of its
+    own again.
     """
 
     def __init__(self, members: Sequence[Dictionary]) -> None:
@@ -37,8 +42,8 @@ class Stack(Weights):
         self.shared = [name for name in SHARED if getattr(largest, name) is not None]
         self.read_mask, self.write_mask = largest.read_mask, largest.write_mask
         for name in self.shared:
-            fill = NEVER_ACTIVE if name == "encoder_bias" else 0.0
-            tensor = self.joined(name, [getattr(one, name).detach() for one in members], fill=fill)
+            tensors = [getattr(one, name).detach() for one in members]
+            tensor = self.joined(name, tensors, fill=PADDING.get(name, 0.0))
             if name == "threshold":
                 self.register_buffer(name, tensor)
             else:
@@ -92,9 +97,9 @@ def kind(dictionary: Dictionary) -> str:
 
 
 def fits(dictionary: Dictionary, largest: Dictionary) -> bool:
-    """Whether a dictionary can stand in a stack with a larger one without more padding than weights."""
+    """Whether a dictionary can stand in a stack with a larger one, without more padding than weights."""
     size, most = dictionary.config.n_features, largest.config.n_features
-    return kind(dictionary) == kind(largest) and size >= LEAST_FILLED * most
+    return kind(dictionary) == kind(largest) and (size == most or LEAST_FILLED * most <= size < most <= MOST_PADDED)
 
 
 def _n_axes(dictionary: Dictionary, name: str) -> int:

@@ -21,6 +21,8 @@ BLOCK_BYTES = 2**27
 and decoders."""
 ALIGNED_ROWS = 192
 """Blocks are a multiple of so many rows, so that matrix products treat each row as they would in one piece."""
+ROUNDING = 64
+"""Times the resolution of its numbers: a variance that is a smaller share of the mean square is taken for rounding."""
 WHOLE_BYTES = 2**27
 """Size up to which all similarities may be held at once, as one-to-one assignment needs: 4,096 by 4,096 features."""
 
@@ -87,8 +89,11 @@ def mean_square(code: sparse.csc_array) -> np.ndarray:
 
 
 def _inverse_deviation(code: sparse.csc_array, mean: np.ndarray) -> np.ndarray:
-    """One over the standard deviation of each column; 0 for a constant one."""
-    deviation = np.sqrt(np.maximum(mean_square(code) - mean**2, 0.0))
+    """One over the standard deviation of each column; 0 for one that is constant but for the rounding of its sums."""
+    square = mean_square(code)
+    variance = square - mean**2
+    resolution = np.finfo(np.result_type(code.dtype, np.float32)).eps
+    deviation = np.sqrt(np.where(variance > ROUNDING * resolution * square, variance, 0.0))
     return np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
 
 

@@ -51,7 +51,7 @@ def distinct_strongest(reading: Reading) -> list[int]:
     """Places of the features that write most, but for those whose activations correlate by `LINK` with a chosen one's:
     a dictionary that is not trained to the end has many of one thing. Fewer than `MOST` where `AMONG` have no more."""
     order = np.argsort(-reading.energy_F, kind="stable")[:AMONG]
-    code = reading.code[:, order]
+    code = reading.code[:, order].astype(np.float64)
     alike_KK = activation_correlation(code, code).whole() >= LINK
     chosen: list[int] = []
     for place in range(len(order)):

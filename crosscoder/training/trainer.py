@@ -130,11 +130,13 @@ def train_many(
 ) -> list[TrainResult]:
     """Trains dictionaries that read the same batches, each as `train` would by itself, and returns their results.
 
-    `TopK` and `BatchTopK` dictionaries in float32, without `prefixes`, that differ in seed, in k, or (crosscoders over
-    all layers that select by bare scores) in size by up to a factor of 2 take their steps together: one encoding, one
-    decoding, one update for all (`StackState`). All else in their configs must agree, and what of them is frozen.
-    Others take turns on each batch. Choices, products and sums are those of a dictionary alone, so weights are equal to
-    the bit on a CPU but for codes that are nearly dense in one of them (F <= 2 k), where they agree to rounding.
+    `TopK`, `BatchTopK` and `JumpReLU` dictionaries (these with a penalty on L0) in float32, without `prefixes`, that
+    differ in seed, in k, in the thresholds that they start from and the L0 aimed at, or (crosscoders over all layers
+    that select by bare scores, of fewer than 4,096 features) in size by up to a factor of 2 take their steps together:
+    one encoding, one decoding, one update for all (`StackState`). All else in their configs must agree, and what of
+    them is frozen. Others take turns on each batch. Choices, products and sums are those of a dictionary alone, so
+    weights are equal to the bit on a CPU but for codes that are nearly dense in one of them (half of a row's features
+    or more are stored), where they agree to rounding.
 
     folder: each dictionary's run goes to `folder/name` and is what `train` writes. With `resume` all continue from the
         newest step that all have a verified checkpoint of; a dictionary that is new to a folder has none, and is

@@ -190,6 +190,18 @@ def test_too_many_candidates_are_given_up_for_the_same_code(at, monkeypatch):
         ops.encode_top_k(*inputs, None, 8, F32, None)
 
 
+@pytest.mark.parametrize("width", [1, 4, 9])
+def test_a_center_of_another_width_is_broadcast_or_refused(width):
+    x, _, encoder, bias = plain_inputs(n_rows=4, n_groups=1, n_features=16, width=8, dtype=F32)
+    center = torch.full((1, width), 2.0)
+    if width == 1:
+        both = [ops.encode_top_k(x, one, encoder, bias, None, 3, F32, None)[0] for one in (center, center.expand(1, 8))]
+        torch.testing.assert_close(*both)
+        return
+    with pytest.raises(RuntimeError, match="8"):
+        ops.encode_top_k(x, center, encoder, bias, None, 3, F32, None)
+
+
 def test_bf16_products_choose_and_fp32_scores_again():
     inputs = plain_inputs(n_rows=32, n_groups=1, n_features=512, width=64, dtype=F32)
     values, features, _ = ops.encode_top_k(*inputs, None, 8, BF16, None)

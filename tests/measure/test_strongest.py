@@ -89,6 +89,14 @@ def test_of_features_that_are_active_together_the_largest_is_described():
     assert len(found["top_feature_tokens"]) == len(found["top_feature_examples"]) == 3
 
 
+def test_features_that_are_nearly_constant_are_not_taken_for_one_another():
+    code_TF = (1 + 1e-3 * np.random.default_rng(0).normal(size=(20_000, 6))).astype(np.float32)
+    found = describe_strongest(reading(code_TF, np.ones((6, 1, 1))), np.ones(1), tokens(40_000))
+    assert len(found["top_features"]) == 6
+    found = describe_strongest(reading(np.ones((9, 1)) * np.arange(1.0, 5), np.ones((4, 1, 1))), np.ones(1), tokens(18))
+    assert [round(row[0]) for row in found["top_features"]] == [103, 102, 101, 100]
+
+
 def test_ten_features_are_described():
     code_TF = np.eye(MOST + 3)
     decoder_FLD = np.arange(1.0, MOST + 4)[:, None, None] * np.ones((1, 2, 1))

@@ -53,6 +53,9 @@ SETS = {
     "thresholds, sizes": [
         {"sparsity": JumpReLU(3.0, penalty=L0Penalty()), "n_features": n, "decoder": "free"} for n in (40, 64)
     ],
+    "thresholds, sizes, wide windows": [
+        {"sparsity": JumpReLU(3.0, window=2.0), "n_features": n, "decoder": "free"} for n in (40, 64, 33)
+    ],
     "banks, thresholds": [
         {"cls": LayerwiseSAE, "sparsity": JumpReLU(3.0, penalty=TargetL0Penalty(n)), "seed": n} for n in (3, 6)
     ],

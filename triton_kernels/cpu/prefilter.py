@@ -37,7 +37,8 @@ MIN_FEATURES, MIN_WIDTH, FEATURES_PER_ACTIVE = 4096, 128, 64
 MOST_CANDIDATES = 1 / 6
 """Of a row's features: a candidate scored again costs as much as six scores of a product (4,096 features of 9,216)."""
 MOST_AT_FIRST = 1 / 4
-"""Of the first chunk's features, whose k-th best is lower: so many there are too many in the end (normal scores)."""
+"""Of the first chunk's features, whose k-th best is below that of all: so many there are too many in the end (normal
+scores)."""
 
 
 class Rows(NamedTuple):
@@ -60,7 +61,7 @@ class UnsafeError(ArithmeticError):
     """Candidates are not to be had: numbers whose squares leave the range of fp32, or more than are worth the name."""
 
     def __init__(self, safe_R: Tensor | None = None) -> None:
-        """safe_R: the rows that have a certificate by themselves; None where no row has."""
+        """safe_R: the rows that have a certificate by themselves; None where all are to be scored as a whole."""
         super().__init__()
         self.safe_R = safe_R
 
@@ -103,10 +104,12 @@ def _n_chunks(problem: Problem, k: int) -> int:
     return max(1, min(-(-n_features * width // CHUNK_ELEMENTS), n_features // max(MIN_CHUNK, CHUNK_PER_KEPT * k)))
 
 
-def _scan(x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Parts]) -> tuple[Lists, Tensor]:
+def _scan(
+    x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Parts], *, most_at_first: float
+) -> tuple[Lists, Tensor]:
     """What `listed` finds in slab by slab of rows, of chunk by chunk of features, and the largest margin of each row.
 
-    A slab's memory is the next one's.
+    A slab's memory is the next one's. most_at_first: share of the first chunk above which it is given up.
     """
     parts: list[Parts] = []
     most_R = torch.zeros_like(x.norm_R)
@@ -131,7 +134,7 @@ def _scan(x: Rows, problem: Problem, n_chunks: int, listed: Callable[[Slab], Par
             part = slice(start, start + step)
             parts.append(listed(Slab(part, affine(x.low_RN[part], weight.low_RN, low_F), margin_R[part])))
         if chunk == 0:
-            _require_few(problem, sum(len(columns) for columns, *_ in parts), low_F.numel(), MOST_AT_FIRST)
+            _require_few(problem, sum(len(columns) for columns, *_ in parts), low_F.numel(), most_at_first)
     columns, keys, counts = (torch.cat(part) for part in zip(*parts, strict=True))
     return Lists(columns, keys, starts(counts), x.norm_R.numel()), most_R
 
@@ -157,7 +160,7 @@ def top_k(problem: Problem, k: int) -> Candidates:
     def listed(slab: Slab) -> Parts:
         return lists.sieved(slab.score_RF, k, slab.margin_R, slack, least_R[slab.rows])
 
-    found, margin_R = _scan(x, problem, _n_chunks(problem, k), listed)
+    found, margin_R = _scan(x, problem, _n_chunks(problem, k), listed, most_at_first=MOST_AT_FIRST)
     least_R = torch.maximum(least_R, lists.proven(lists.kth_score(found, k), margin_R, slack))
     return _merged(problem, found, lists.within_reach(least_R, margin_R, slack))
 
@@ -170,7 +173,7 @@ def above(problem: Problem, threshold: float) -> Candidates:
     def listed(slab: Slab) -> Parts:
         return lists.not_below(slab.score_RF, _positive(lists.within_reach(exact, slab.margin_R, slack)))
 
-    found, _ = _scan(x, problem, _n_chunks(problem, 1), listed)
+    found, _ = _scan(x, problem, _n_chunks(problem, 1), listed, most_at_first=MOST_CANDIDATES)
     return _merged(problem, found, torch.full_like(x.norm_R, -torch.inf))
 
 
@@ -189,7 +192,8 @@ def batch(problem: Problem, wanted: int) -> Candidates:
             guesses.append(lists.proven(x.norm_R.new_tensor(sampled), slab.margin_R.amax(), slack))
         return lists.not_below(slab.score_RF, _positive(lists.within_reach(guesses[0], slab.margin_R, slack)))
 
-    found, margin_R = _scan(x, problem, _n_chunks(problem, -(-wanted // n_rows)), listed)
+    n_chunks = _n_chunks(problem, -(-wanted // n_rows))
+    found, margin_R = _scan(x, problem, n_chunks, listed, most_at_first=MOST_AT_FIRST)
     rows = row_of_pair(found.offsets, found.keys.numel()) % n_rows
     proven_P = lists.proven(lists.scores_of(found.keys), margin_R[rows], slack)
     if int((proven_P >= guesses[0]).sum()) < wanted:

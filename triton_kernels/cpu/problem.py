@@ -49,7 +49,8 @@ def problems(encoding: Encoding) -> Iterator[Problem]:
 def _centered_in_c(x_BGN: Tensor, center_N: Tensor, place: int) -> Tensor:
     n_rows, n_inputs, width = x_BGN.shape
     x_RN, is_finite = x_BGN.new_empty(n_rows, width), torch.empty(1, dtype=torch.int64)
-    native.call("centre_rows", n_rows, width, n_inputs * width, place * width, x_BGN, center_N, x_RN, is_finite)
+    given = (x_BGN, center_N.expand(width))
+    native.call("centre_rows", n_rows, width, n_inputs * width, place * width, *given, x_RN, is_finite)
     if not is_finite.item():
         _refuse(x_RN)
     return x_RN
