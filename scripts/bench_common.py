@@ -53,13 +53,18 @@ class UnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Shape:
-    """The job: B tokens of L layers of D numbers, F features, K kept."""
+    """The job: B tokens of L layers of D numbers, F features, K kept.
+
+    planted: 1 where tokens are sums of K of F random directions and a little noise, as activations are more than noise
+    is; 0 where they are noise, which a dictionary that sees one batch again and again learns by heart.
+    """
 
     batch: int = 1024
     n_layers: int = 6
     d_model: int = 256
     n_features: int = 8192
     k: int = 32
+    planted: int = 0
 
     @property
     def width(self) -> int:
@@ -71,7 +76,9 @@ class Shape:
         return replace(self, **{LETTERS[letter]: value})
 
     def __str__(self) -> str:
-        return f"B={self.batch} L={self.n_layers} D={self.d_model} F={self.n_features} K={self.k}"
+        return f"B={self.batch} L={self.n_layers} D={self.d_model} F={self.n_features} K={self.k}" + (
+            " planted" if self.planted else ""
+        )
 
 
 LETTERS = {"B": "batch", "L": "n_layers", "D": "d_model", "F": "n_features", "K": "k"}
@@ -93,8 +100,15 @@ def parse_shape(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 
 
 def random_x(shape: Shape, device: str) -> torch.Tensor:
-    """The batch of every arm, `x_BLD`."""
+    """The batch of every arm, `x_BLD`, of variance 1."""
     generator = torch.Generator().manual_seed(0)
+    if shape.planted:
+        table_FN = torch.randn(shape.n_features, shape.width, generator=generator)
+        chosen_BK = torch.rand(shape.batch, shape.n_features, generator=generator).topk(shape.k).indices
+        value_BK = 0.2 + torch.rand(shape.batch, shape.k, generator=generator)
+        x_BN = torch.zeros(shape.batch, shape.n_features).scatter(1, chosen_BK, value_BK) @ table_FN
+        x_BN += 0.1 * torch.randn(x_BN.shape, generator=generator)
+        return (x_BN / x_BN.std()).view(shape.batch, shape.n_layers, shape.d_model).to(device)
     return torch.randn(shape.batch, shape.n_layers, shape.d_model, generator=generator).to(device)
 
 

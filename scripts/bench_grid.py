@@ -1,9 +1,9 @@
 """One training step over a grid of shapes: `bench_step.py --grid`.
 
 A shape is `L,D,F,B,K`: a crosscoder of L layers of D numbers, F features, a batch of B tokens, K active. `+bank` asks
-for L SAEs of F features each as well. Each shape is measured in a process of its own, where all arms take turns, and
-written at once: a run that is killed keeps what it has. A run adds its case, `before` or `after`, to the JSON, and the
-table shows both.
+for L SAEs of F features each as well, `+planted` for an x that has features (`bench_common.Shape`). Each shape is
+measured in a process of its own, where all arms take turns, and written at once: a run that is killed keeps what it
+has. A run adds its case, `before` or `after`, to the JSON, and the table shows both.
 
 Dense arms and peers keep the K largest scores. Ratios compare arms of one dtype, by medians. A step of this library is
 also held against the sum of its passes, each timed by itself in turns with the step, for a code of as many pairs as
@@ -42,6 +42,7 @@ SHAPES = (
     "6,256,8192,1024,32",
     "1,768,24576,1024,32+bank",
     "12,768,4096,512,32",
+    "12,768,4096,512,32+planted",
     "4,640,16384,1024,64",
     "7,576,2048,512,64+bank",
     "1,2048,16384,512,64",
@@ -75,7 +76,10 @@ Written before 12 x 768, 7 x 576 and 8 x 64 were run again (candidates that are 
 autograd; less Python): 12 x 768 6.5x for TopK and BatchTopK, whose steps had scored up to 1,700 candidates a row again
 (x is noise, which a dictionary learns by heart: margins of bf16 then hide what is best); 7 x 576 as before; 8 x 64 with
 F = 160: 2.1x alone (BatchTopK), 1.6x JumpReLU, 3.2x four together. Dense over the sum of passes at 7 x 576: 5.5x, so
-that no step can reach 8x there without a faster product; at F = 160 alone 3 to 3.5x."""
+that no step can reach 8x there without a faster product; at F = 160 alone 3 to 3.5x.
+
+Written before 12 x 768 with planted x was run, after the first of these had come out as 6.0 to 6.2x on noise, with
+steps 1.6 times their passes: 9 to 10x dense, 4 to 5x sparsify, step / sum at most 1.2."""
 """What was expected, written before the runs."""
 HEADER = ["shape", "arm", "dtype", "run", "ms a step", "least", "dense eager / this", "sparsify / this"]
 HEADER += [
@@ -88,13 +92,14 @@ HEADER += ["before / after"]
 
 
 def read_shape(text: str) -> tuple[Shape, tuple[str, ...]]:
-    """The shape of `L,D,F,B,K` and the families to measure, with `+bank` at its end two."""
-    letters, plus, family = text.partition("+")
+    """The shape of `L,D,F,B,K` and the families to measure, with `+bank` two; `+planted`: x is no noise (`Shape`)."""
+    letters, *further = text.split("+")
     sizes = [int(size) for size in letters.split(",")]
-    if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[2] or plus + family not in ("", "+bank"):
-        raise ValueError(f"{text!r}: expected L,D,F,B,K, with K at most F, and nothing or +bank after it")
+    if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[2] or not {*further} <= {"bank", "planted"}:
+        raise ValueError(f"{text!r}: expected L,D,F,B,K, with K at most F, and nothing, +bank or +planted after it")
     n_layers, d_model, n_features, batch, k = sizes
-    return Shape(batch, n_layers, d_model, n_features, k), ("crosscoder", *(["bank"] if plus else []))
+    shape = Shape(batch, n_layers, d_model, n_features, k, int("planted" in further))
+    return shape, ("crosscoder", *(["bank"] if "bank" in further else []))
 
 
 def listed(text: str) -> str:
