@@ -67,9 +67,16 @@ def test_a_pair_without_ratios_has_no_picture_of_them():
 def test_spreads_of_one_model_stand_beside_its_nulls():
     ax = figures.draw_spread(SINGLE).axes[0]
     where = {"site": "write", "arm": "crosscoder", "role": "main"}
-    assert marks(ax, "D") == [SINGLE.rows.known_range("mean_rho", state="trained", **where).value]
-    nulls = [SINGLE.rows.known_range("mean_rho", state=state, **where).value for state in ("untrained", "shuffled")]
-    assert marks(ax, "s") == nulls
+
+    def known(key, state):
+        found = SINGLE.rows.known_range(key, state=state, **where)
+        return [found.value] if found else []
+
+    assert marks(ax, "D") == [x for key in figures.SPREADS for x in known(key, "trained")]
+    states = ("gaussian", "frozen_encoder", "untrained", "shuffled")
+    nulls = [x for key in figures.SPREADS for state in states for x in known(key, state)]
+    assert sorted(marks(ax, "s")) == sorted(nulls)
+    assert len(nulls) == 9
 
 
 def test_loads_are_lines_of_one_training_over_its_k():

@@ -129,8 +129,14 @@ def test_one_model_has_ten_features_where_they_are_known(tmp_path, monkeypatch):
 
 
 def test_the_answer_on_one_model_says_how_its_nulls_do():
+    causal = {row.at.state: row.value for row in SINGLE.rows.select("causal_layers")}
+    assert "below every null" in report.first_screen(SINGLE).answer[1]
+    assert causal["trained"] < causal["frozen_encoder"]
+    others = ("causal_layers", "conjunctive_share", "label_gain", "mean_rho_model")
+    by_norm = keep(SINGLE, lambda row: row.key not in others)
+
     def said(value: float) -> str:
-        results = change(SINGLE, "mean_rho", value, site="write", state="trained", role="main")
+        results = change(by_norm, "mean_rho", value, site="write", state="trained", role="main")
         return report.first_screen(results).answer[1]
 
     assert "above every null" in said(6.5)

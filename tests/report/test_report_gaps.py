@@ -10,6 +10,7 @@ from made import made
 from pages import Page
 
 from crosscoder.report import page as report
+from crosscoder.report.figures import SPREADS
 from crosscoder.report.page import SECTIONS, render_report
 from crosscoder.results.file import load_results
 
@@ -34,7 +35,9 @@ def test_what_is_missing_is_not_there(study, tmp_path):
 @pytest.mark.parametrize("study", [made(), SINGLE], ids=["pair", "single"])
 def test_degenerate_numbers_are_drawn(study, tmp_path):
     results = change(study, "explained_variance", -3.0)
-    results = change(change(results, "profile_heatmap", []), "mean_rho", None)
+    results = change(results, "profile_heatmap", [])
+    for key in SPREADS:
+        results = change(results, key, None) if results.rows.select(key) else results
     for key in ("load_log_ratio", "room_log_ratio"):
         if results.rows.select(key):
             results = change(results, key, None)

@@ -129,7 +129,7 @@ def test_on_a_gpu_bf16_comes_too(grid):
     assert {"library bf16", "bank, library bf16"} <= there
 
 
-@pytest.mark.parametrize("text", ["0", "9", "6,256,8192,1024", "6,256,8,1024,32", "6,256,64,1024,8+banks"])
+@pytest.mark.parametrize("text", ["0", "10", "6,256,8192,1024", "6,256,8,1024,32", "6,256,64,1024,8+banks"])
 def test_a_shape_that_is_none_is_refused(grid, text, capsys):
     with pytest.raises(SystemExit):
         grid.step.main(["--grid", "--shapes", text])

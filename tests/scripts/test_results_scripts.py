@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from crosscoder.foundation.artifact import SEAL, write_sealed
 from crosscoder.foundation.damage import DamagedArtifactError
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def test_another_or_missing_value_is_found_unless_it_is_expected(compare, tmp_pa
     changed = json.loads(STUDY.read_text())
     values = next(block["values"] for block in changed["rows"] if "alive" in block["values"])
     values["alive"] = value
-    (tmp_path / "new.json").write_text(json.dumps(changed))
+    write_sealed(tmp_path / "new.json", {key: one for key, one in changed.items() if key != SEAL})
     both = [str(STUDY), str(tmp_path / "new.json")]
     assert compare(both) == 1
     assert "DIFFERS alive at" in capsys.readouterr().out
