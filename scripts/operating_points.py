@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     spread = pooled_spread(list(records.values()))
     rules = [measure_rule(plant, records[instruments_of(plant)], spread, config) for plant in plants]
     record = {
-        "machine": describe_machine("cpu", 1),
+        "machine": {**describe_machine("cpu", 1), "command": None},  # it names places here
         "config": to_mapping(config),
         "plants": [to_mapping(plant) for plant in plants],
         "calibration": calibration,
