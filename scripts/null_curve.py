@@ -10,7 +10,6 @@ their checkpoints and tokens. Parts are kept in the work folder; stopped, it goe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from crosscoder.data.residuals import ResidualHarvester
 from crosscoder.data.sources import SiteSource
 from crosscoder.data.subject_training import load_checkpoint
 from crosscoder.data.tokens import PreparedTokens
-from crosscoder.foundation.artifact import write_json
+from crosscoder.foundation.artifact import read_json, write_json
 from crosscoder.measure.counting import binary_entropy
 from crosscoder.measure.fidelity import TARGETS, SweepPoint, read_at
 from crosscoder.measure.reading import read_dictionary
@@ -42,7 +41,7 @@ def checkpoint_of(study: Path, side: str, training: int) -> Path:
     """The checkpoint that the study read."""
     (wanted,) = load_results(study).rows.values("training_tokens", subject=side, training_seed=training, role=None)
     home = study / "subjects" / f"{side}{training}"
-    run = json.loads((home / "run.json").read_text())
+    run = read_json(home / "run.json")
     return home / next(one["folder"] for one in run["checkpoints"] if one["tokens"] == wanted)
 
 
@@ -107,16 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/null-curve"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    work = given.work / given.study.name  # whose name tells studies of other settings apart
     points: dict[str, list[list[float]]] = {}
     for steps in given.steps:
         for side in "AB":
             source = None
             for state in FACTORS:
-                path = given.work / f"{side}{given.training}-{state}-{steps}.json"
+                path = work / f"{side}{given.training}-{state}-{steps}.json"
                 if not path.is_file():
-                    source = source or activations(given.study, side, given.training, given.work)
+                    source = source or activations(given.study, side, given.training, work)
                     write_json(path, {"points": sweep(source, side, state, steps)})
-                points[f"{side}-{state}-{steps}"] = json.loads(path.read_text())["points"]
+                points[f"{side}-{state}-{steps}"] = read_json(path)["points"]
                 print(path.stem, log_load(points[f"{side}-{state}-{steps}"]), flush=True)
     record = {"machine": {**describe_machine("cpu", 1), "command": None}, "steps": given.steps, "points": points}
     given.out.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,12 @@ import torch
 
 from crosscoder.dictionary import BatchTopK, Crosscoder, JumpReLU, LayerwiseSAE, LocalWindow, TopK
 from crosscoder.dictionary.sparsity import L0Penalty, TargetL0Penalty
+from crosscoder.dictionary.stack import MOST_PADDED
 from crosscoder.training import NonFiniteError, TrainConfig, gradients, train, train_many
 from crosscoder.training.state import StackState, TrainState
 from crosscoder.training.step import take_step
 from crosscoder.training.trainer import side_by_side
+from triton_kernels.cpu import native, prefilter
 
 L, D, F, B = 3, 16, 48, 32
 RULE = TopK(4)
@@ -96,6 +98,21 @@ def test_one_with_dead_features_leaves_the_others_norms_to_the_bit():
     together, alone = revived(*pair()), [revived(one)[0] for one in pair()]
     for one, other in zip(together, alone, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one if name != "threshold")
+
+
+@pytest.mark.skipif(not native.serves(), reason="candidates are certified in C alone")
+@pytest.mark.parametrize("rule", [TopK, BatchTopK])
+def test_each_finds_its_features_as_it_would_alone(rule, monkeypatch):
+    """By candidates of a bf16 product where k is small, from all scores where it is not."""
+    monkeypatch.setattr(prefilter, "pays", lambda encoder, k: k <= 4)
+    monkeypatch.setattr(prefilter, "MOST_CANDIDATES", 1)
+    monkeypatch.setattr(prefilter, "MOST_AT_FIRST", 1)
+    alone = [train(make(sparsity=rule(k)), batches(), config=CONFIG, quiet=True) for k in (2, 9)]
+    assert_same(train_many([make(sparsity=rule(k)) for k in (2, 9)], batches(), config=CONFIG, quiet=True), alone)
+
+
+def test_padding_stays_below_the_sizes_that_encoders_go_by():
+    assert MOST_PADDED < prefilter.MIN_FEATURES
 
 
 def test_what_does_not_fit_takes_turns():

@@ -95,7 +95,7 @@ def _top_k_of_slabs(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
 def encode_batch_top_k(encoding: Encoding, k_G: Sequence[int]) -> tuple[Pairs, Tensor]:
     """Pairs and cut of `reference.encode_batch_top_k`: a sampled bound lets some through, and is given up if high."""
     n_rows, n_features = encoding.x_BGN.shape[0], encoding.encoder_GFN.shape[1]
-    if _is_one_slab(encoding, max(k_G)):
+    if _is_one_slab(encoding, min(k_G)):
         return _batch_top_k_in_c(encoding, k_G)
     parts = [_batch_top_k(problem, n_rows * k) for problem, k in zip(problems(encoding), k_G, strict=True)]
     cuts = [part.score.amin() if part.score.numel() else part.score.new_zeros(()) for part in parts]
@@ -103,7 +103,10 @@ def encode_batch_top_k(encoding: Encoding, k_G: Sequence[int]) -> tuple[Pairs, T
 
 
 def _is_one_slab(encoding: Encoding, k: int) -> bool:
-    """Whether C chooses from all scores of a dictionary at once: they fit a slab, unscaled and not rounded."""
+    """Whether C chooses from all scores of a dictionary at once: they fit a slab, unscaled and not rounded.
+
+    k: the least of any; candidates pay for small k first, and each dictionary is to go its way as it would alone.
+    """
     tensors = (encoding.x_BGN, encoding.center_GN, encoding.encoder_GFN, encoding.bias_GF)
     n_scores = encoding.x_BGN.shape[0] * encoding.encoder_GFN.shape[1]
     fits = 0 < n_scores <= SLAB_ELEMENTS and encoding.scale_GF is None and not encoding.is_rounded
