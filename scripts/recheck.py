@@ -51,8 +51,8 @@ from recheck_readings import (
 
 KEYS = {"q": "load_log_ratio", "g": "sharing", "r": "bank_log_ratio", "room": "room_log_ratio"}
 KEYS |= {"room_scaled": "room_log_ratio_scaled", "dimension": "dimension_log_ratio"}
-LOGS = {*KEYS.values(), "null_excess"} - {"sharing"}
-"""Logs of ratios, whose difference is the relative difference of the ratios."""
+LOGS = {*KEYS.values(), "null_excess", "removal_share"} - {"sharing"}
+"""Logs of ratios, whose difference is the relative difference of the ratios, and one of these as a share of ln 2."""
 SMALL = 1e-3
 LOST = {"spliced_loss", "ablated_loss", "clean_loss"}
 SITE: Place = {"site": "write"}
